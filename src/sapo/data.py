@@ -1,0 +1,179 @@
+"""The data that crosses the floors: a prompt, its completions, the group they form, the batch they are packed into.
+
+Every arrow of the way of a step (README) hands over one of these frozen dataclasses. Token ids travel; text is made
+once, for the verifier and the log, and never turned back into ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+import torch
+
+FinishReason = Literal["stop", "length"]
+
+
+class Status(StrEnum):
+    """What happened when a completion was scored. A wrong answer is `SCORED` with reward 0; the others are not answers.
+
+    >>> Status.TRUNCATED.value
+    'truncated'
+    """
+
+    SCORED = "scored"
+    UNPARSEABLE = "unparseable"
+    TRUNCATED = "truncated"
+    VERIFIER_ERROR = "verifier_error"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A verifier's judgement of one completion.
+
+    >>> Score(reward=1.0)
+    Score(reward=1.0, status=<Status.SCORED: 'scored'>, detail='')
+    """
+
+    reward: float
+    status: Status = Status.SCORED
+    detail: str = ""
+    """Why the status is not `scored`: the parse failure or the exception, for the log."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, as text and as the token ids the model sees.
+
+    >>> prompt = Prompt(id=7, task="arithmetic", text="12+34=", token_ids=(3, 4, 12, 5, 6, 15), answer="46")
+    >>> prompt.answer
+    '46'
+    """
+
+    id: int
+    """Names the prompt to the sampler's counter: the same (seed, id, sample) draws the same noise. 64 bits."""
+    task: str
+    text: str
+    token_ids: tuple[int, ...] = ()
+    answer: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response: what the engine emitted, token by token, and what the verifier said of it.
+
+    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was sampled from (after
+    temperature and truncation of the tail). The stop token, when one came, is the last token and carries loss.
+
+    >>> c = Completion(token_ids=(7, 9, 1), logprobs=(-0.1, -0.2, -0.01), finish_reason="stop", text="46")
+    >>> len(c), c.score.status.value
+    (3, 'scored')
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    text: str = ""
+    score: Score = field(default_factory=lambda: Score(0.0))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G completions of one prompt with their advantages A_i (equation 2).
+
+    >>> prompt = Prompt(id=0, task="arithmetic", text="1+1=", token_ids=(1, 2, 1, 3), answer="2")
+    >>> good = Completion((2, 0), (-0.7, -0.1), "stop", "2", Score(1.0))
+    >>> bad = Completion((3, 0), (-0.9, -0.1), "stop", "3", Score(0.0))
+    >>> group = Group(prompt, (good, bad), advantages=(0.7071, -0.7071))
+    >>> group.rewards, group.teaches_nothing
+    ((1.0, 0.0), False)
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    advantages: tuple[float, ...] = ()
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(c.score.reward for c in self.completions)
+
+    @property
+    def teaches_nothing(self) -> bool:
+        """True when every reward of the group is the same: all advantages are 0 and so is the gradient."""
+        rewards = self.rewards
+        return max(rewards) == min(rewards)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of packed tokens that attends to itself (causally) and to the whole of its ancestors.
+
+    `parent` is the index of the segment it continues, -1 for a root. A group is a prompt segment with G children.
+
+    >>> prompt, response = Segment(start=0, length=6, parent=-1), Segment(start=6, length=3, parent=0)
+    >>> response.stop
+    9
+    """
+
+    start: int
+    length: int
+    parent: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch without padding: N packed input tokens, M response tokens to score, B sequences.
+
+    Response token m is predicted from packed position `predictor_M[m]`: the previous response token, or, for the first,
+    the last token of the prompt, which all responses of the group share. The last token of a response predicts
+    nothing and is therefore not among the inputs.
+
+    A prompt `5 6` with responses `7 1` and `8 9 1` packs into the inputs `5 6 | 7 | 8 9`:
+
+    >>> import torch
+    >>> batch = PackedBatch(
+    ...     token_ids_N=torch.tensor([5, 6, 7, 8, 9]), position_ids_N=torch.tensor([0, 1, 2, 2, 3]),
+    ...     segments=(Segment(0, 2, -1), Segment(2, 1, 0), Segment(3, 2, 0)),
+    ...     predictor_M=torch.tensor([1, 2, 1, 3, 4]), target_M=torch.tensor([7, 1, 8, 9, 1]),
+    ...     sequence_M=torch.tensor([0, 0, 1, 1, 1]), advantages_B=torch.tensor([0.7, -0.7]),
+    ...     weights_B=torch.tensor([1 / 4, 1 / 6]), old_logprobs_M=torch.zeros(5), sequence_ids=(0, 1))
+    >>> batch.num_tokens, batch.num_targets, batch.num_sequences
+    (5, 5, 2)
+    """
+
+    token_ids_N: torch.Tensor
+    position_ids_N: torch.Tensor
+    segments: tuple[Segment, ...]
+    predictor_M: torch.Tensor
+    target_M: torch.Tensor
+    sequence_M: torch.Tensor
+    """Which of the B sequences each response token belongs to; ascending."""
+    advantages_B: torch.Tensor
+    weights_B: torch.Tensor
+    """Weight of each token of a sequence in the loss, the normaliser of the whole mini-batch included."""
+    old_logprobs_M: torch.Tensor
+    """log pi_old of each response token, float32."""
+    sequence_ids: tuple[int, ...]
+    """Position of each sequence in the mini-batch it came from, so that results find their way back."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids_N.numel())
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.target_M.numel())
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.advantages_B.numel())
