@@ -1,0 +1,51 @@
+"""Group-relative advantages, equation (2) of https://arxiv.org/abs/2511.20347: A_i = (R_i - mean R) / std R.
+
+Departures: the standard deviation is torch.std's unbiased estimate (G - 1 below), as in the peers TRL and verl; the
+paper does not say which. No epsilon is added to it, so advantages do not depend on the scale of the rewards: a group
+without spread, the only one an epsilon would protect, gets advantages of exactly 0 instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sapo.objectives.checks import unknown_option
+
+ADVANTAGES = ("group_std", "group_mean")
+
+
+def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
+    """Advantage of each of the G samples of one prompt.
+
+    Args:
+        rewards_G: rewards, (..., G); leading dimensions are groups of their own.
+        kind: "group_std" is equation (2); "group_mean" leaves out the division, as Dr.GRPO
+            (https://arxiv.org/abs/2503.20783) and MiniRL (https://arxiv.org/abs/2512.01374) do.
+
+    Returns:
+        Tensor of the same shape, in the dtype of the rewards (float32 for integers). Groups whose rewards are all
+        equal, a group of one among them, are exactly 0: they teach nothing.
+
+    Raises:
+        ValueError: unknown kind, no samples, or a reward that is not finite.
+    """
+    if kind not in ADVANTAGES:
+        raise unknown_option("advantages", kind, ADVANTAGES)
+    if rewards_G.dim() == 0 or rewards_G.shape[-1] == 0:
+        raise ValueError(
+            f"rewards must hold at least one sample per group; got shape {tuple(rewards_G.shape)}; pass (..., G)"
+        )
+    rewards = rewards_G.detach().double()
+    if not bool(torch.isfinite(rewards).all()):
+        bad = rewards[~torch.isfinite(rewards)][0].item()
+        raise ValueError(f"rewards must be finite; got {bad}; give a failed verification a reward of its own")
+    dtype = rewards_G.dtype if rewards_G.is_floating_point() else torch.float32
+    spread = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if kind == "group_std" and rewards.shape[-1] > 1:
+        # Divided by the spread first, so that squares inside std() can neither underflow nor overflow.
+        scaled = centred / spread
+        centred = scaled / scaled.std(-1, keepdim=True)
+    # Exactly 0, where the division gave 0/0 and the subtraction may have left a rounding error.
+    return torch.where(spread > 0, centred, torch.zeros_like(centred)).to(dtype)

@@ -1,0 +1,32 @@
+"""How this floor refuses a wrong option: the rule, the value got, the way out."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from numbers import Real
+
+
+def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is none of `known`; it suggests the nearest and lists them all.
+
+    >>> print(unknown_option("gate", "sigmod", ("sigmoid", "erf")))
+    gate must be one of erf, sigmoid; got 'sigmod'; did you mean 'sigmoid'?
+    """
+    names = sorted(known)
+    nearest = difflib.get_close_matches(str(got), names, n=1, cutoff=0.4)
+    way_out = f"did you mean {nearest[0]!r}?" if nearest else "choose one of these"
+    return ValueError(f"{kind} must be one of {', '.join(names)}; got {got!r}; {way_out}")
+
+
+def require_temperature(name: str, value: float, paper: float) -> None:
+    """Raises ValueError unless 0 < value < inf: at 0 the gate divides by zero, below 0 it grows with the drift."""
+    if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite; got {value!r}; the paper uses {paper}")
+
+
+def require_clip(name: str, value: float, paper: float) -> None:
+    """Raises ValueError unless 0 <= value < 1: from 1 on, the lower edge 1 - eps is no ratio any more."""
+    if not (isinstance(value, Real) and 0 <= value < 1):
+        raise ValueError(f"{name} must satisfy 0 <= {name} < 1; got {value!r}; the paper uses {paper}")

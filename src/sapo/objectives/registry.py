@@ -1,0 +1,154 @@
+"""The objectives by name, and the two functions most callers want: the loss and the gate weights of a padded batch.
+
+`policy_loss` flattens the response tokens, asks the objective for their values and weighs them by the normalizer.
+Padding is left behind by the first step, before any arithmetic: whatever it holds, NaN and inf included, it touches
+neither value nor gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapo.objectives.checks import unknown_option
+from sapo.objectives.normalizers import sequence_weights
+from sapo.objectives.sequence import GSPO, GSPOToken, SAPOSequence
+from sapo.objectives.surrogates import Objective
+from sapo.objectives.token import GRPO, SAPO
+
+OBJECTIVES: dict[str, type[Any]] = {
+    "sapo": SAPO,
+    "grpo": GRPO,
+    "gspo": GSPO,
+    "gspo_token": GSPOToken,
+    "sapo_seq": SAPOSequence,
+}
+
+
+def make_objective(name: str, **hyper: Any) -> Objective:
+    """The objective of that name with these hyperparameters; the paper's where left out.
+
+    >>> make_objective("sapo", tau_neg=1.1)
+    SAPO(tau_pos=1.0, tau_neg=1.1, gate='sigmoid', side='both')
+
+    Raises:
+        ValueError: unknown name, a hyperparameter the objective does not have, or a value out of its range.
+    """
+    if name not in OBJECTIVES:
+        raise unknown_option("objective", name, OBJECTIVES)
+    known = [field.name for field in fields(OBJECTIVES[name])]
+    for option in hyper:
+        if option not in known:
+            raise unknown_option(f"hyperparameter of {name}", option, known)
+    objective: Objective = OBJECTIVES[name](**hyper)
+    return objective
+
+
+def policy_loss(
+    name: str,
+    logp_BT: Tensor,
+    logp_old_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    normalizer: str = "sequence_mean",
+    max_length: int | None = None,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+    **hyper: Any,
+) -> Tensor:
+    """The loss to minimise, equation (5) of https://arxiv.org/abs/2511.20347 with the objective's gate; a scalar.
+
+    Args:
+        name: a name in OBJECTIVES; `hyper` are its hyperparameters.
+        logp_BT: log pi_theta of each response token, (B, T); the loss is differentiable in it.
+        logp_old_BT: log pi_old of the same tokens, (B, T); no gradient.
+        advantages: (B,), or (B, T) for objectives that gate tokens; no gradient.
+        mask_BT: which positions are response tokens, (B, T), bool or 0/1. A row may be empty.
+        normalizer, max_length, num_sequences, num_tokens: as in sequence_weights. When these rows are one micro-batch,
+            pass the counts of the mini-batch: the losses of its micro-batches then add up to its loss.
+
+    Returns:
+        Scalar in the dtype of `logp_BT`; 0 with a zero gradient when no token is a response token.
+
+    Raises:
+        ValueError: unknown options, shapes that do not fit, or advantages that vary within a sequence given to an
+            objective that needs one for all of it.
+    """
+    objective = make_objective(name, **hyper)
+    tokens = _flatten(objective, logp_BT, logp_old_BT, advantages, mask_BT)
+    batch, selected = mask_BT.shape[0], tokens.selected_BT
+    log_ratio_M = logp_BT[selected] - logp_old_BT.detach()[selected]
+    weights_B = sequence_weights(
+        selected.sum(1), normalizer, num_sequences=num_sequences, num_tokens=num_tokens, max_length=max_length
+    )
+    value_M = objective.surrogate(log_ratio_M, tokens.advantages_M, tokens.sequence_M, batch).value_M
+    return -(weights_B[tokens.sequence_M] * value_M).sum().to(logp_BT.dtype)
+
+
+@torch.no_grad()
+def gate_weight(name: str, log_ratio_BT: Tensor, advantages: Tensor, mask_BT: Tensor, **hyper: Any) -> Tensor:
+    """The gate weight f' of each response token, 0 at other positions; (B, T) in the dtype of the log-ratios.
+
+    Args and errors as in policy_loss, with log_ratio_BT = logp_BT - logp_old_BT. Its mean over response tokens is the
+    effective update ratio.
+    """
+    objective = make_objective(name, **hyper)
+    tokens = _flatten(objective, log_ratio_BT, log_ratio_BT, advantages, mask_BT)
+    log_ratio_M = log_ratio_BT[tokens.selected_BT]
+    weight_BT = torch.zeros_like(log_ratio_BT)
+    weight_BT[tokens.selected_BT] = objective.surrogate(
+        log_ratio_M, tokens.advantages_M, tokens.sequence_M, mask_BT.shape[0]
+    ).weight_M
+    return weight_BT
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The response tokens of a padded batch.
+
+    The mask [[1, 1, 0], [1, 0, 0]] gives sequence_M = [0, 0, 1].
+    """
+
+    selected_BT: Tensor
+    advantages_M: Tensor
+    sequence_M: Tensor
+
+
+def _flatten(objective: Objective, logp_BT: Tensor, other_BT: Tensor, advantages: Tensor, mask_BT: Tensor) -> _Tokens:
+    """Checks the shapes and picks the response tokens out of a padded batch."""
+    shape = tuple(logp_BT.shape)
+    if len(shape) != 2 or not (tuple(other_BT.shape) == tuple(mask_BT.shape) == shape):
+        raise ValueError(
+            f"log-probabilities and mask must all be (B, T); got {shape}, {tuple(other_BT.shape)} "
+            f"and mask {tuple(mask_BT.shape)}; pad them to one shape"
+        )
+    if tuple(advantages.shape) not in (shape, shape[:1]):
+        raise ValueError(
+            f"advantages must be (B,) = {shape[:1]} or (B, T) = {shape}; got {tuple(advantages.shape)}; "
+            "pass one per sequence"
+        )
+    selected_BT = mask_BT.bool()
+    if not torch.equal(selected_BT.to(mask_BT.dtype), mask_BT):
+        raise ValueError("mask must be bool or hold only 0 and 1; got other values; the normalizer weighs tokens")
+    sequence_M = selected_BT.nonzero()[:, 0]
+    advantages_M = advantages[sequence_M] if advantages.dim() == 1 else advantages[selected_BT]
+    if objective.shared_advantage and advantages.dim() == 2:
+        _require_shared(objective.name, advantages_M, sequence_M, shape[0])
+    return _Tokens(selected_BT, advantages_M, sequence_M)
+
+
+def _require_shared(name: str, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> None:
+    """Raises ValueError when two tokens of a sequence have different advantages. A NaN passes: it ends in the loss."""
+    empty = advantages_M.new_zeros(num_sequences)
+    highest_B = empty.scatter_reduce(0, sequence_M, advantages_M, "amax", include_self=False)
+    lowest_B = empty.scatter_reduce(0, sequence_M, advantages_M, "amin", include_self=False)
+    if bool((highest_B > lowest_B).any()):
+        row = int((highest_B > lowest_B).nonzero()[0, 0])
+        raise ValueError(
+            f"{name} takes one advantage per sequence; got {lowest_B[row].item():g} to {highest_B[row].item():g} "
+            f"within sequence {row}; pass advantages of shape (B,), or use gspo_token or sapo"
+        )

@@ -1,0 +1,94 @@
+"""What every objective returns, and the bounds all of them share.
+
+An objective turns log-ratios and advantages of M response tokens into a `Surrogate`: for each token a value to
+maximise, the slope of that value and the gate weight. Weights of the loss are constant within a sequence
+(sapo.objectives.normalizers), and under that contract
+
+    loss = -(weights_B[sequence_M] * value_M).sum(),     d loss / d log pi_m = -weights_B[sequence_M][m] * slope_m,
+
+also for objectives that couple the tokens of a sequence, where `slope` already gathers what token m gives the others.
+The value is differentiable by autograd with the same result, so that each is held against the other in the tests.
+
+Departure from the papers: the log-ratio is bounded before exp(), see LOG_RATIO_LIMIT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""Bound on |log r| before exp(). A mismatch between trainer and sampler must not overflow: in float32 exp(89) is inf,
+and inf times a gate weight of 0, or an advantage of 0, is NaN. exp(20) = 4.9e8 is beyond any ratio that teaches.
+Farther out the value is constant and the slope exactly 0, for autograd and closed form alike; the gate weight is that
+of the bound."""
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What an objective makes of M tokens; all (M,), in the dtype of the log-ratios.
+
+    On policy (r = 1) with A = 0.5, SAPO at tau = 1 gives
+
+    >>> import torch
+    >>> on_policy = Surrogate(value_M=torch.tensor([1.0]), slope_M=torch.tensor([0.5]), weight_M=torch.tensor([1.0]))
+    >>> on_policy.slope_M.item()
+    0.5
+    """
+
+    value_M: Tensor
+    """f(r) A, to be maximised; differentiable in the log-ratios."""
+    slope_M: Tensor
+    """Coefficient on grad log pi of this token: f'(r) r A for token gates. No gradient."""
+    weight_M: Tensor
+    """The gate weight f', 1 at r = 1. No gradient."""
+
+
+class Objective(Protocol):
+    """A frozen dataclass of hyperparameters with one method."""
+
+    name: ClassVar[str]
+    coupled: ClassVar[bool]
+    """True when the slope of a token depends on the other tokens of its sequence."""
+    shared_advantage: ClassVar[bool]
+    """True when the objective is defined only for one advantage per sequence."""
+
+    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+        """Value, slope and weight of each token.
+
+        Args:
+            log_ratio_M: log pi_theta - log pi_old of each response token, (M,); the value is differentiable in it.
+                A NaN comes out as NaN, so that the trainer can stop on it.
+            advantages_M: advantage of each token, (M,); no gradient flows into it.
+            sequence_M: sequence of each token, int64 in [0, num_sequences).
+            num_sequences: how many sequences there are, empty ones included.
+        """
+        ...
+
+
+def bound_log_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-ratio in float64 within LOG_RATIO_LIMIT, and where it was within it already.
+
+    Written with where() and not clamp() alone, so that the gradient is exactly 0 beyond the limit, 1 at it, and a NaN
+    stays a NaN in value and in gradient.
+    """
+    log_ratio = log_ratio.double()
+    beyond = log_ratio.abs() > LOG_RATIO_LIMIT
+    limit = log_ratio.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.where(beyond, limit, log_ratio), ~beyond
+
+
+def choose_temperature(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
+    """tau_pos where A > 0, tau_neg where A <= 0, equation (6); in the dtype and shape of the advantages."""
+    return torch.full_like(advantages, tau_neg).masked_fill(advantages > 0, tau_pos)
+
+
+def make_surrogate(value: Tensor, slope: Tensor, weight: Tensor, inside: Tensor, dtype: torch.dtype) -> Surrogate:
+    """Settles what all objectives share: no slope beyond the limit, no weight for a NaN, the caller's dtype."""
+    slope = torch.where(inside, slope, torch.zeros_like(slope)).detach()
+    # A comparison with NaN is False, so a clip would call a NaN "inside the band": say NaN instead.
+    weight = torch.where(value.isnan(), torch.full_like(weight, torch.nan), weight).detach()
+    return Surrogate(value.to(dtype), slope.to(dtype), weight.to(dtype))
