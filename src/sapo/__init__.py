@@ -1,1 +1,45 @@
-"""sapo"""
+"""sapo: reinforcement-learning post-training of language models around Soft Adaptive Policy Optimization.
+
+    import sapo
+    config = sapo.load_recipe("quickstart", ["train.steps=20", "run_dir=runs/short"])
+    run = sapo.train(config)
+    print(run.summary["final"]["pass@1"])
+
+The objectives alone, with nothing but torch, are in `sapo.objectives`. Names here are loaded when first used, so that
+importing a part of the package costs only that part.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# On some processors MKL rounds a product differently with the alignment of its buffers, and a resumed run would not be
+# the run it continues. Read when MKL is first used, hence before torch. docs/log.md has what was measured.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+if TYPE_CHECKING:
+    from sapo.config import RunConfig, load_recipe
+    from sapo.evaluate import Evaluation
+    from sapo.session import Run, evaluate, resume, train
+
+__version__ = "0.1.0"
+
+__all__ = ["Evaluation", "Run", "RunConfig", "evaluate", "load_recipe", "resume", "train"]
+
+_HOMES = {
+    "Evaluation": "sapo.evaluate",
+    "Run": "sapo.session",
+    "RunConfig": "sapo.config",
+    "evaluate": "sapo.session",
+    "load_recipe": "sapo.config",
+    "resume": "sapo.session",
+    "train": "sapo.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sapo' has no attribute {name!r}")

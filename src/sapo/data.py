@@ -78,6 +78,8 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     score: Score = field(default_factory=lambda: Score(0.0))
+    old_logprobs: tuple[float, ...] = ()
+    """log pi_old when the trainer recomputed it at the weights that sampled; empty when `logprobs` are log pi_old."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

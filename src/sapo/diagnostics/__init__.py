@@ -1,0 +1,10 @@
+"""What one batch says: measured figures of an update and of a rollout batch, under flat names for metrics.jsonl.
+
+Only what was measured is reported: a figure that does not exist (the entropy when it was not asked for, any figure of
+an update that was skipped) is left out, never written as 0.
+"""
+
+from sapo.diagnostics.rollout import rollout_metrics
+from sapo.diagnostics.update import update_metrics
+
+__all__ = ["rollout_metrics", "update_metrics"]

@@ -1,0 +1,29 @@
+"""Tasks: where prompts come from and how answers are scored.
+
+A step asks `prompts_for_step` which prompts it needs, a Task for their text, and, when the completions are there,
+`score_completions` for their rewards. Tasks know text only: the caller makes token ids.
+"""
+
+from sapo.tasks.arithmetic import ALPHABET, ArithmeticTask
+from sapo.tasks.base import Task, TaskError, WorkedTask
+from sapo.tasks.files import FileTask
+from sapo.tasks.mixture import prompts_for_step
+from sapo.tasks.registry import TASKS, make_task
+from sapo.tasks.scoring import score_completions, status_counts
+from sapo.tasks.verifiers import VERIFIERS, load_verifier
+
+__all__ = [
+    "ALPHABET",
+    "TASKS",
+    "VERIFIERS",
+    "ArithmeticTask",
+    "FileTask",
+    "Task",
+    "TaskError",
+    "WorkedTask",
+    "load_verifier",
+    "make_task",
+    "prompts_for_step",
+    "score_completions",
+    "status_counts",
+]

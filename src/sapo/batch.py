@@ -1,0 +1,203 @@
+"""Groups to packed batches: the only owner of masks, weights and normalisers.
+
+A mini-batch is some whole groups; its weights are normalised once, over all its sequences, and passed down to the
+micro-batches, so that how it is split changes no gradient. Groups whose rewards are all equal have no gradient: they
+are not packed and cost nothing, but they stay in every denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sapo.data import Completion, Group, PackedBatch, Segment
+from sapo.objectives import sequence_weights
+
+# A common beginning of all prompts shorter than this is not worth a segment of its own.
+MIN_PREAMBLE = 16
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """Prompts as a tree [preamble | prompt 1 .. P], packed.
+
+    >>> tree = prefix_tree([(5, 6), (5, 7, 8)])
+    >>> tree.token_ids, tree.position_ids, tree.leaves
+    ([5, 6, 5, 7, 8], [0, 1, 0, 1, 2], [0, 1])
+    """
+
+    token_ids: list[int]
+    position_ids: list[int]
+    segments: list[Segment]
+    leaves: list[int]
+    """Which segment ends each prompt."""
+
+
+def prefix_tree(prompts: Sequence[tuple[int, ...]], min_preamble: int = MIN_PREAMBLE) -> PrefixTree:
+    """Pack prompts, what they all begin with (a system prompt, few-shot examples) only once.
+
+    Args:
+        prompts: token ids, at least one each.
+        min_preamble: a shorter common beginning is left with each prompt.
+    """
+    shared = _common_prefix(prompts) if len(prompts) > 1 else 0
+    if shared < min_preamble:
+        shared = 0
+    token_ids = list(prompts[0][:shared])
+    position_ids = list(range(shared))
+    segments = [Segment(0, shared, -1)] if shared else []
+    root = 0 if shared else -1
+    leaves = []
+    for prompt in prompts:
+        leaves.append(len(segments))
+        segments.append(Segment(len(token_ids), len(prompt) - shared, root))
+        token_ids += prompt[shared:]
+        position_ids += range(shared, len(prompt))
+    return PrefixTree(token_ids, position_ids, segments, leaves)
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens all prompts begin with; at least one token stays with each prompt."""
+    first, last = min(prompts), max(prompts)  # in lexical order the extremes differ first
+    limit = min(len(p) for p in prompts) - 1
+    shared = 0
+    while shared < limit and first[shared] == last[shared]:
+        shared += 1
+    return shared
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One update's worth of groups, packed.
+
+    `num_sequences` and `num_tokens` count the groups that teach nothing too: the normalisers are theirs as well.
+    """
+
+    microbatches: tuple[PackedBatch, ...]
+    num_sequences: int
+    num_tokens: int
+
+    @property
+    def num_targets(self) -> int:
+        """Response tokens that carry a gradient."""
+        return sum(b.num_targets for b in self.microbatches)
+
+
+def split_minibatches(groups: Sequence[Group], minibatches: int) -> list[tuple[Group, ...]]:
+    """The rollout batch dealt out like cards, whole groups: mini-batch i gets groups i, i + minibatches, ...
+
+    The prompts of a step come task by task, so each mini-batch gets every task's share.
+
+    Raises:
+        ValueError: when the groups do not divide evenly.
+    """
+    if len(groups) % minibatches:
+        raise ValueError(
+            f"prompts_per_step must be a multiple of minibatches; got {len(groups)} and {minibatches}; "
+            f"use {-(-len(groups) // minibatches) * minibatches} prompts"
+        )
+    return [tuple(groups[i::minibatches]) for i in range(minibatches)]
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    normalizer: str,
+    tokens_per_microbatch: int,
+    max_new_tokens: int,
+    device: torch.device | str = "cpu",
+    include_all: bool = False,
+) -> MiniBatch:
+    """Pack the groups of one mini-batch into micro-batches of at most `tokens_per_microbatch` input tokens.
+
+    Args:
+        groups: with their advantages set.
+        normalizer: see `objectives.sequence_weights`.
+        tokens_per_microbatch: bounds memory only; a single longer sequence gets a micro-batch of its own.
+        max_new_tokens: the constant of the `constant_length` normaliser.
+        include_all: pack groups that teach nothing too (for measurements over the whole batch).
+    """
+    lengths = torch.tensor([len(c) for g in groups for c in g.completions])
+    weights_B = sequence_weights(lengths, normalizer, max_length=max_new_tokens)
+    plan: list[list[_Member]] = [[]]
+    budget = tokens_per_microbatch
+    sequence = 0
+    for group in groups:
+        members = [_Member(group, c, sequence + i, group.advantages[i]) for i, c in enumerate(group.completions)]
+        sequence += len(members)
+        if group.teaches_nothing and not include_all:
+            continue
+        prompt_tokens = len(group.prompt.token_ids)
+        # A group that would fit a fresh micro-batch is not cut in two, since both halves would compute its prompt.
+        whole = prompt_tokens + sum(m.num_inputs for m in members)
+        if plan[-1] and budget < whole <= tokens_per_microbatch:
+            plan.append([])
+            budget = tokens_per_microbatch
+        fresh_group = True
+        for member in members:
+            cost = member.num_inputs + (prompt_tokens if fresh_group else 0)
+            if plan[-1] and cost > budget:
+                plan.append([])
+                budget = tokens_per_microbatch
+                cost = member.num_inputs + prompt_tokens
+            plan[-1].append(member)
+            budget -= cost
+            fresh_group = False
+    microbatches = tuple(_pack_members(members, weights_B, device) for members in plan if members)
+    return MiniBatch(microbatches, num_sequences=len(lengths), num_tokens=int(lengths.sum()))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One sequence of a mini-batch on its way into a micro-batch."""
+
+    group: Group
+    completion: Completion
+    sequence: int
+    advantage: float
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.completion) - 1  # the last token predicts nothing
+
+
+def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: torch.device | str) -> PackedBatch:
+    groups: list[Group] = []
+    for member in members:
+        if not groups or groups[-1] is not member.group:
+            groups.append(member.group)
+    tree = prefix_tree([g.prompt.token_ids for g in groups])
+    leaf_of = {id(group): leaf for group, leaf in zip(groups, tree.leaves, strict=True)}
+    token_ids, position_ids, segments = tree.token_ids, tree.position_ids, list(tree.segments)
+    predictor: list[int] = []
+    target: list[int] = []
+    sequence: list[int] = []
+    old_logprobs: list[float] = []
+    for b, member in enumerate(members):
+        leaf = leaf_of[id(member.group)]
+        prompt_length = len(member.group.prompt.token_ids)
+        ids = member.completion.token_ids
+        start = len(token_ids)
+        if member.num_inputs:
+            segments.append(Segment(start, member.num_inputs, leaf))
+            token_ids += ids[:-1]
+            position_ids += range(prompt_length, prompt_length + member.num_inputs)
+        predictor += [segments[leaf].stop - 1, *range(start, start + member.num_inputs)]
+        target += ids
+        sequence += [b] * len(ids)
+        old_logprobs += member.completion.old_logprobs or member.completion.logprobs
+    which = [m.sequence for m in members]
+    return PackedBatch(
+        token_ids_N=torch.tensor(token_ids, device=device),
+        position_ids_N=torch.tensor(position_ids, device=device),
+        segments=tuple(segments),
+        predictor_M=torch.tensor(predictor, device=device),
+        target_M=torch.tensor(target, device=device),
+        sequence_M=torch.tensor(sequence, device=device),
+        advantages_B=torch.tensor([m.advantage for m in members], dtype=torch.float64, device=device),
+        weights_B=weights_B[which].to(device),
+        old_logprobs_M=torch.tensor(old_logprobs, dtype=torch.float32, device=device),
+        sequence_ids=tuple(which),
+    )

@@ -1,0 +1,255 @@
+"""Cold start: a tiny model from scratch, taught worked examples until it is right now and then.
+
+Reinforcement learning needs a policy that sometimes succeeds. This one is trained on the task's own worked examples by
+maximum likelihood and stopped at a chosen pass@1, on fresh problems that are not among the examples and never among the
+held-out ones. It is cached by the hash of its recipe, so that runs that differ in objective or seed share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from sapo.batch import pack
+from sapo.config import ColdStartConfig, ConfigError, RunConfig
+from sapo.data import Completion, Group, PackedBatch, Prompt
+from sapo.evaluate import encode_prompts
+from sapo.model.attention import TreeLayout, gather_rows
+from sapo.model.head import policy_head
+from sapo.model.policy import Policy, prepare_policy
+from sapo.model.tiny import character_tokenizer, tiny_model
+from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+from sapo.tasks import ALPHABET, Task, WorkedTask, make_task, score_completions
+from sapo.train.optimizer import PolicyOptimizer, learning_rate_at
+
+RECIPE_VERSION = 1
+"""Counted up when the same recipe would make another model."""
+
+TOKENS_PER_MICROBATCH = 16384
+
+
+class ColdStartFailed(RuntimeError):  # noqa: N818: reads as the sentence it is
+    """The target was not reached within max_updates."""
+
+
+@dataclass(frozen=True)
+class ColdStartProgress:
+    """One evaluation of a cold start in progress."""
+
+    update: int
+    loss: float
+    pass_at_1: float
+    seconds: float
+
+
+def cache_directory() -> Path:
+    """Where cold starts are kept: $SAPO_CACHE, or sapo under $XDG_CACHE_HOME or ~/.cache."""
+    if "SAPO_CACHE" in os.environ:
+        return Path(os.environ["SAPO_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sapo"
+
+
+def coldstart_path(config: RunConfig) -> Path:
+    """The cache entry of a recipe's cold start: a hash of everything that shapes the model."""
+    recipe = {
+        "version": RECIPE_VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "coldstart": _section(config).model_dump(mode="json"),
+        "task": config.tasks[0].model_dump(mode="json", exclude={"weight"}),
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "threads": torch.get_num_threads(),
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_directory() / "coldstart" / f"{config.tasks[0].name}-{_section(config).architecture}-{digest}"
+
+
+def ensure_coldstart(
+    config: RunConfig,
+    on_progress: Callable[[ColdStartProgress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Path, bool]:
+    """The model directory of a recipe's cold start, made if the cache has none; and whether it was made now.
+
+    Raises:
+        ConfigError: a task without worked examples.
+        ColdStartFailed: the target was not reached.
+    """
+    path = coldstart_path(config)
+    if (path / "coldstart.json").is_file():
+        return path, False
+    policy, history = train_coldstart(config, on_progress, should_stop)
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    policy.save(aside)
+    record = {
+        "coldstart": _section(config).model_dump(mode="json"),
+        "task": config.tasks[0].model_dump(mode="json"),
+        "parameters": policy.num_parameters,
+        "updates": history[-1].update,
+        "pass@1": history[-1].pass_at_1,
+        "seconds": history[-1].seconds,
+    }
+    (aside / "coldstart.json").write_text(json.dumps(record, indent=2) + "\n")
+    try:
+        aside.rename(path)
+    except OSError:  # another process made it meanwhile: the same model
+        shutil.rmtree(aside)
+    return path, True
+
+
+def train_coldstart(
+    config: RunConfig,
+    on_progress: Callable[[ColdStartProgress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Policy, list[ColdStartProgress]]:
+    """Train a tiny model on worked examples to the target; the policy and its evaluations."""
+    settings = _section(config)
+    task = make_task(config.tasks[0].name, seed=settings.seed, **config.tasks[0].options)
+    if not isinstance(task, WorkedTask):
+        raise ConfigError(
+            f"a cold start needs a task that writes worked examples (arithmetic); got {config.tasks[0].name!r}; "
+            "give model.path instead"
+        )
+    policy = _fresh_policy(settings)
+    examples = _encode_examples(policy, task, settings.examples)
+    optimizer = PolicyOptimizer(
+        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=1.0
+    )
+    order = np.random.Generator(np.random.PCG64(settings.seed))
+    history: list[ColdStartProgress] = []
+    started = time.perf_counter()
+    queue: list[int] = []
+    for update in range(1, settings.max_updates + 1):
+        if should_stop():
+            raise Interrupted
+        while len(queue) < settings.batch_size:
+            queue += order.permutation(len(examples)).tolist()
+        batch, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+        loss = _supervised_update(policy, optimizer, [examples[i] for i in batch], _rate(settings, update))
+        if update % settings.eval_every == 0 or update == settings.max_updates:
+            score = _fresh_pass_at_1(policy, task, settings, config.rollout.max_new_tokens)
+            history.append(ColdStartProgress(update, loss, score, time.perf_counter() - started))
+            on_progress(history[-1])
+            if settings.target > 0 and score >= settings.target:
+                return policy, history
+    if settings.target > 0:
+        raise ColdStartFailed(
+            f"the cold start reached pass@1 {history[-1].pass_at_1:.3f} of {settings.target} in {settings.max_updates} "
+            "updates; raise model.coldstart.max_updates or examples, or lower the target"
+        )
+    return policy, history
+
+
+def _section(config: RunConfig) -> ColdStartConfig:
+    if config.model.coldstart is None:
+        raise ConfigError("the recipe has no model.coldstart section: it starts from model.path")
+    return config.model.coldstart
+
+
+def _rate(settings: ColdStartConfig, update: int) -> float:
+    return learning_rate_at(
+        update - 1,
+        peak=settings.learning_rate,
+        warmup_steps=settings.warmup_updates,
+        total_steps=settings.max_updates,
+        schedule="constant",
+    )
+
+
+def _fresh_policy(settings: ColdStartConfig) -> Policy:
+    tokenizer = character_tokenizer(ALPHABET)
+    model = tiny_model(
+        settings.architecture,
+        len(tokenizer),
+        seed=settings.seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=settings.hidden_size,
+        layers=settings.layers,
+        heads=settings.heads,
+        kv_heads=settings.kv_heads,
+        intermediate_size=settings.intermediate_size,
+        experts=settings.experts,
+        experts_per_token=settings.experts_per_token,
+        max_length=settings.max_length,
+    )
+    return prepare_policy(model, tokenizer)
+
+
+def _encode_examples(policy: Policy, task: WorkedTask, count: int) -> list[Group]:
+    """Worked examples as groups of one completion, the end token included."""
+    prompts, texts = zip(*(task.worked_example(i) for i in range(count)), strict=True)
+    groups = []
+    for prompt, text in zip(encode_prompts(policy, prompts), texts, strict=True):
+        ids = (*policy.encode(text), policy.tokenizer.eos_token_id)
+        completion = Completion(ids, (0.0,) * len(ids), "stop", text)
+        groups.append(Group(prompt, (completion,), advantages=(1.0,)))
+    return groups
+
+
+def _supervised_update(
+    policy: Policy, optimizer: PolicyOptimizer, examples: Sequence[Group], learning_rate: float
+) -> float:
+    """One step of maximum likelihood, a mean over response tokens; the loss in nats per token."""
+    minibatch = pack(
+        examples,
+        normalizer="token_mean",
+        tokens_per_microbatch=TOKENS_PER_MICROBATCH,
+        max_new_tokens=1,
+        device=policy.device,
+        include_all=True,
+    )
+    loss = 0.0
+    for batch in minibatch.microbatches:
+        layout = TreeLayout(batch.segments, policy.device)
+        hidden_NH = policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
+        head = policy_head(
+            gather_rows(hidden_NH, batch.predictor_M),
+            policy.head_weight,
+            batch.target_M,
+            _negative_log_likelihood(batch),
+            bias_V=policy.head_bias,
+        )
+        head.loss.backward()
+        optimizer.collect_gradients()
+        loss += head.loss.item()
+    optimizer.step(learning_rate, optimizer.gradient_norm())
+    return loss
+
+
+def _negative_log_likelihood(batch: PackedBatch) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+    weight_M = batch.weights_B[batch.sequence_M]
+    return lambda logprob, at: (-(weight_M[at] * logprob).sum(), -weight_M[at])
+
+
+def _fresh_pass_at_1(policy: Policy, task: Task, settings: ColdStartConfig, max_new_tokens: int) -> float:
+    """pass@1 on training-side problems after the examples: the held-out ones stay unseen even by the stopping rule."""
+    first = settings.examples
+    prompts: list[Prompt] = [replace(task.train_prompt(first + i), id=i) for i in range(settings.eval_problems)]
+    prompts = encode_prompts(policy, prompts)
+    params = SamplingParams(max_new_tokens=max_new_tokens, seed=settings.seed, stop_token_ids=policy.stop_token_ids)
+    drawn = LocalEngine(policy).generate([Request(p, 1) for p in prompts], params)
+    scored = [score_completions(task, p, c) for p, c in zip(prompts, drawn, strict=True)]
+    return float(np.mean([c.score.reward >= 1.0 for completions in scored for c in completions]))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What was recorded of a cached cold start."""
+    record: dict[str, Any] = json.loads((path / "coldstart.json").read_text())
+    return record

@@ -1,0 +1,467 @@
+"""The recipe: every setting of a run, documented once, checked before anything is loaded.
+
+A recipe is YAML; any key can be overridden as `key=value` on the command line. An unknown key is refused with the
+nearest known name. Settings of an objective or a task are checked by the objective or task itself, which refuses those
+it does not use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sapo.objectives import NORMALIZERS, make_objective
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run as it is; the message names the key, the rule and the way out."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ColdStartConfig(_Section):
+    """A tiny model made from scratch by supervised training on worked examples, cached by the hash of this section."""
+
+    architecture: Literal["qwen3", "qwen3_moe", "llama", "mistral"] = "qwen3"
+    """Decoder of transformers to build."""
+    hidden_size: int = Field(64, ge=8)
+    """Width of the residual stream."""
+    layers: int = Field(2, ge=1)
+    """Decoder blocks."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    kv_heads: int = Field(2, ge=1)
+    """Key-value heads; divides `heads`."""
+    intermediate_size: int = Field(128, ge=8)
+    """Width of the MLP, or of one expert."""
+    experts: int = Field(8, ge=1)
+    """Experts of a mixture (qwen3_moe)."""
+    experts_per_token: int = Field(2, ge=1)
+    """Experts each token goes through (qwen3_moe)."""
+    max_length: int = Field(512, ge=16)
+    """Longest sequence of the model."""
+    target: float = Field(0.3, ge=0.0, le=1.0)
+    """Stop as soon as pass@1 on held-out problems reaches this; 0 trains `max_updates` and stops nowhere."""
+    examples: int = Field(2000, ge=1)
+    """Distinct worked examples to train on."""
+    batch_size: int = Field(64, ge=1)
+    """Examples per update."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_updates: int = Field(20, ge=0)
+    """Linear warm-up."""
+    max_updates: int = Field(2000, ge=1)
+    """Give up here: a run that has not reached the target by then fails and says so."""
+    eval_every: int = Field(10, ge=1)
+    """Updates between evaluations; pass@1 jumps steeply, so few."""
+    eval_problems: int = Field(128, ge=8)
+    """Held-out problems of an evaluation, one sample each."""
+    seed: int = 0
+    """Of the initial weights and the order of examples. Not the run's seed: runs of several seeds share a cold start."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> ColdStartConfig:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"hidden_size must be a multiple of heads with an even quotient; got {self.hidden_size} and {self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}")
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token must not exceed experts; got {self.experts_per_token} of {self.experts}"
+            )
+        return self
+
+
+class ModelConfig(_Section):
+    """The policy to start from: a local Hugging Face directory, or a cold start."""
+
+    path: str | None = None
+    """Local Hugging Face decoder directory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimiser."""
+    coldstart: ColdStartConfig | None = None
+    """Make the model instead of loading one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.coldstart is None):
+            got = "both" if self.path is not None else "neither"
+            raise ValueError(f"give model.path or model.coldstart, exactly one of them; got {got}")
+        return self
+
+
+class ObjectiveConfig(BaseModel):
+    """What is maximised. Hyperparameters beside these are the objective's own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    name: str = "sapo"
+    """One of sapo.objectives.OBJECTIVES."""
+    normalizer: str = "sequence_mean"
+    """sequence_mean (the paper), token_mean (DAPO), constant_length (Dr.GRPO)."""
+    advantage: Literal["group_std", "group_mean"] = "group_std"
+    """(R - mean) / std over the group, or R - mean."""
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The objective's own settings, as `make_objective` takes them."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> ObjectiveConfig:
+        make_objective(self.name, **self.hyperparameters)
+        if self.normalizer not in NORMALIZERS:
+            raise ValueError(_unknown("normalizer", self.normalizer, NORMALIZERS))
+        return self
+
+
+class TaskConfig(BaseModel):
+    """Where prompts come from and how answers are scored. Further settings are the task's own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """One of sapo.tasks.TASKS."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Share of the prompts of each step, relative to the other tasks."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's own settings."""
+        return dict(self.model_extra or {})
+
+
+class RolloutConfig(_Section):
+    """How completions are drawn."""
+
+    engine: Literal["local"] = "local"
+    """The engine: `local` samples with the trainer's own weights."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts of one rollout batch."""
+    samples_per_prompt: int = Field(8, ge=2)
+    """Completions of each prompt (G): the group an advantage is relative to."""
+    max_new_tokens: int = Field(64, ge=1)
+    """A completion that has not stopped by then is truncated: reward 0, counted apart."""
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling and of the policy in the loss alike."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 log pi_old must be recomputed, since the sampler's is of another distribution."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k most likely tokens; 0 keeps all."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Drop tokens less likely than this share of the most likely one."""
+    max_rows: int = Field(256, ge=1)
+    """Sequences decoded together; bounds memory only."""
+    stop_token_ids: list[int] = []
+    """Stop tokens beside the model's own end of sequence."""
+
+
+class TrainConfig(_Section):
+    """How the policy is updated."""
+
+    steps: int = Field(ge=1)
+    """Rollout batches."""
+    minibatches: int = Field(4, ge=1)
+    """Updates per rollout batch: all but the first are off-policy."""
+    tokens_per_microbatch: int = Field(8192, ge=1)
+    """Packed tokens of one forward pass; bounds memory, never changes the result."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; linear and cosine end at `min_learning_rate`."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Where a decaying schedule ends."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    adam_eps: float = Field(1e-8, gt=0)
+    """Of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW."""
+    grad_clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; null leaves it."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
+    """Where log pi_old comes from: the engine if the self-check of the first step proves it equal to the trainer's
+    (auto), always the engine, or always a forward pass of the trainer at the weights that sampled."""
+    self_check_tolerance: float = Field(1e-3, gt=0)
+    """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
+    entropy: bool = True
+    """Measure the policy's entropy in each update."""
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> TrainConfig:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1); got {self.betas}; (0.9, 0.95) is common")
+        return self
+
+
+class EvalConfig(_Section):
+    """Evaluation on held-out problems during training."""
+
+    every: int = Field(50, ge=0)
+    """Steps between evaluations; the first and the last step are always evaluated. 0: only those two."""
+    problems: int = Field(256, ge=1)
+    """Held-out problems per task."""
+    samples: int = Field(4, ge=1)
+    """Completions of each problem (n of mean@n)."""
+    k: list[int] = [1]
+    """pass@k to report; none above `samples`."""
+    temperature: float | None = Field(None, ge=0)
+    """Sampling temperature; null takes the rollout's."""
+    seed: int = 12345
+    """Of the evaluation's draws: the same at every evaluation, so that curves are paired."""
+
+    @model_validator(mode="after")
+    def _k_within_samples(self) -> EvalConfig:
+        if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
+            raise ValueError(f"every k must lie in 1..samples ({self.samples}); got {self.k}")
+        return self
+
+
+class CheckpointConfig(_Section):
+    """When the run can be taken up again."""
+
+    every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0 writes only the last one."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class LogConfig(_Section):
+    """What is written beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write tensorboard/."""
+    rollouts_every: int = Field(10, ge=0)
+    """Steps between files in rollouts/; 0 writes none."""
+
+
+class RunConfig(_Section):
+    """A whole recipe."""
+
+    run_dir: str | None = None
+    """Where the run is written; runs/<recipe name> by default."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the order of prompts and of sampling."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; recorded in the run, since another count is another rounding. null takes what the machine has."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda or cuda:N."""
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    tasks: list[TaskConfig] = Field(min_length=1)
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    provenance: dict[str, Any] | None = None
+    """Written by the run (versions, commit, machine), never read by it."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> RunConfig:
+        prompts, minibatches = self.rollout.prompts_per_step, self.train.minibatches
+        if prompts % minibatches:
+            raise ValueError(
+                f"rollout.prompts_per_step must be a multiple of train.minibatches; got {prompts} and {minibatches}; "
+                f"use {-(-prompts // minibatches) * minibatches} prompts"
+            )
+        return self
+
+    def batch_sentence(self) -> str:
+        """The words for batch sizes, a known source of confusion, in one sentence."""
+        r, t = self.rollout, self.train
+        sequences = r.prompts_per_step * r.samples_per_prompt
+        return (
+            f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts ({sequences} sequences)"
+            f" and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
+            f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
+            f" {t.steps} steps make {t.steps * t.minibatches} updates."
+        )
+
+
+def recipe_directories() -> list[Path]:
+    """Where recipes are found by name: inside the installed package, or beside a source checkout."""
+    here = Path(__file__).resolve().parent
+    return [d for d in (here / "recipes", here.parents[1] / "recipes") if d.is_dir()]
+
+
+def known_recipes() -> dict[str, Path]:
+    """Recipe name -> file."""
+    return {f.stem: f for d in reversed(recipe_directories()) for f in sorted(d.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe and apply `key=value` overrides.
+
+    Args:
+        name_or_path: a YAML file, or the name of a recipe that ships with the package (`quickstart`).
+        overrides: dotted, as in `train.steps=10` or `tasks.0.digits=3`; values are YAML.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    path = _find_recipe(name_or_path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
+    try:
+        merged = OmegaConf.create(raw)
+        for override in overrides or []:
+            key, value = parse_override(override)
+            OmegaConf.update(merged, key, value, merge=True, force_add=True)
+        resolved = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    assert isinstance(resolved, dict)
+    config = parse_recipe({str(k): v for k, v in resolved.items()})
+    if config.run_dir is None:
+        config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
+    return config
+
+
+def parse_recipe(settings: dict[str, Any]) -> RunConfig:
+    """Check settings and fill in the defaults.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
+
+
+# What may change in mid-run: how long it goes on, what is written, and the way out of a divergence.
+RESUMABLE_KEYS = (
+    "train.steps",
+    "train.learning_rate",
+    "eval.every",
+    "checkpoint",
+    "log",
+    "train.tokens_per_microbatch",
+)
+
+
+def override_run(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """A run's recipe with the few settings changed that leave it the same run.
+
+    Raises:
+        ConfigError: for any other key.
+    """
+    settings = OmegaConf.create(config.model_dump(mode="json"))
+    for override in overrides:
+        key, value = parse_override(override)
+        if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
+            raise ConfigError(
+                f"{key} cannot change when a run is resumed; {', '.join(RESUMABLE_KEYS)} can; "
+                f"`sapo train {config.run_dir}/config.yaml run_dir=NAME {override}` starts another run"
+            )
+        OmegaConf.update(settings, key, value, force_add=True)
+    resolved = OmegaConf.to_container(settings, resolve=False)
+    assert isinstance(resolved, dict)
+    return parse_recipe({str(k): v for k, v in resolved.items()})
+
+
+def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    recipes = known_recipes()
+    if str(name_or_path) in recipes:
+        return recipes[str(name_or_path)]
+    if path.is_dir() and (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is a run directory: `sapo resume {path}` continues it, {path}/config.yaml repeats it"
+        )
+    hint = _nearest(str(name_or_path), list(recipes))
+    raise ConfigError(f"no recipe file {str(path)!r} and no shipped recipe of that name{hint}")
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """`key=value` to the key and the value read as YAML.
+
+    >>> parse_override("train.learning_rate=2e-4")
+    ('train.learning_rate', 0.0002)
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"an override is written key=value; got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
+    if isinstance(value, str):
+        value = _as_number(value)
+    return key.strip(), value
+
+
+def _as_number(text: str) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one validation error: key, rule, value, way out."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        known = list(section.model_fields) if section is not None else []
+        return f"unknown key {key}{_nearest(location[-1], known, prefix='.'.join(location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{key} is required and has no default"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}; got {error['input']!r}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel] | None:
+    """The model class that the keys of a location belong to."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit() or part not in section.model_fields:
+            return None
+        annotation: Any = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        found = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not found:
+            return None
+        section = found[0]
+    return section
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    dot = prefix + "." if prefix else ""
+    if close:
+        return f"; did you mean {dot}{close[0]}?"
+    return f"; known here: {', '.join(sorted(known))}" if known else ""
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+    return f"unknown {what} {name!r}{_nearest(name, list(known))}"

@@ -1,0 +1,82 @@
+"""Figures of one update: how far the policy has moved and what the gate made of it.
+
+All figures are over the response tokens that carried a gradient (those of groups with some variance), in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sapo.objectives import (
+    LOG_RATIO_LIMIT,
+    discrepancy_bound,
+    effective_tokens,
+    effective_update_ratio,
+    gate_discrepancy,
+    variance,
+)
+from sapo.train.trainer import UpdateResult
+
+RATIO_QUANTILES = {"p001": 0.001, "p01": 0.01, "p50": 0.5, "p99": 0.99, "p999": 0.999}
+
+# Within this variance of the log-ratios the paper's assumption A2 holds for a sequence (its Figures 2 and 3).
+LOW_VARIANCE = 0.02
+
+
+def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> dict[str, float]:
+    """Figures of one update.
+
+    Args:
+        result: what the trainer measured.
+        tau_pos, tau_neg: temperatures of the sequence gate that D_i compares with; the objective's where it has them.
+    """
+    if result.skipped:
+        return {}
+    metrics = {"loss": result.loss, "grad_norm": result.grad_norm}
+    metrics |= _ratio_metrics(result.log_ratio_M)
+    metrics |= {
+        "gate/eur": effective_update_ratio(result.weight_M).item(),
+        "gate/effective_tokens": effective_tokens(result.weight_M).item(),
+        "gate/below_half": (result.weight_M < 0.5).double().mean().item(),
+        "gate/min": result.weight_M.min().item(),
+    }
+    for name, side_M in (("pos", result.advantage_M > 0), ("neg", result.advantage_M <= 0)):
+        if side_M.any():
+            metrics[f"gate/eur_{name}"] = effective_update_ratio(result.weight_M[side_M]).item()
+    metrics |= _theory_metrics(result, tau_pos, tau_neg)
+    if result.entropy_M is not None:
+        metrics["entropy"] = result.entropy_M.double().mean().item()
+    metrics["tokens/gradient"] = result.log_ratio_M.numel()
+    metrics["tokens/packed"] = result.num_packed_tokens
+    return metrics
+
+
+def _ratio_metrics(log_ratio_M: Tensor) -> dict[str, float]:
+    ratio_M = log_ratio_M.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    metrics = {"ratio/abs_dev": (ratio_M - 1).abs().mean().item()}
+    ordered = ratio_M.sort().values
+    for name, quantile in RATIO_QUANTILES.items():  # torch.quantile refuses more than 16 million elements
+        metrics[f"ratio/{name}"] = ordered[min(len(ordered) - 1, int(quantile * len(ordered)))].item()
+    metrics |= {"ratio/min": ordered[0].item(), "ratio/max": ordered[-1].item()}
+    return metrics
+
+
+def _theory_metrics(result: UpdateResult, tau_pos: float, tau_neg: float) -> dict[str, float]:
+    """Var_i, D_i and how much of the bound (21) it uses."""
+    sequence_M = result.sequence_M
+    count = int(sequence_M[-1]) + 1
+    variance_B = variance(result.log_ratio_M, sequence_M, count)
+    advantage_B = torch.zeros(count, dtype=torch.float64, device=sequence_M.device)
+    advantage_B[sequence_M] = result.advantage_M.double()
+    tau_B = torch.where(advantage_B > 0, tau_pos, tau_neg).double()
+    discrepancy_B = gate_discrepancy(result.log_ratio_M, sequence_M, count, tau=tau_B)
+    bound_B = discrepancy_bound(result.log_ratio_M, sequence_M, count, tau=tau_B)
+    return {
+        "theory/variance_mean": variance_B.mean().item(),
+        "theory/variance_max": variance_B.max().item(),
+        "theory/low_variance_share": (variance_B < LOW_VARIANCE).double().mean().item(),
+        "theory/discrepancy_mean": discrepancy_B.mean().item(),
+        "theory/discrepancy_max": discrepancy_B.max().item(),
+        "theory/bound_violations": int((discrepancy_B > bound_B + 1e-12).sum()),
+    }

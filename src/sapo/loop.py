@@ -1,0 +1,488 @@
+"""The loop: one iteration reads like the algorithm.
+
+    sample a group of completions for each prompt with the weights as they are
+    score them; advantages are relative to the group
+    prove (first step) or compute log pi_old at these weights
+    for each mini-batch: one update by the objective
+    log; every so often evaluate and write a checkpoint
+
+All that a resume needs is in `RunState`, between any two of these lines: a run that is killed and resumed writes the
+same metrics, weights and completions, bit for bit, as one that is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from sapo.batch import split_minibatches
+from sapo.config import ConfigError, RunConfig
+from sapo.data import Completion, Group, Prompt
+from sapo.diagnostics import rollout_metrics, update_metrics
+from sapo.evaluate import Evaluation, encode_prompts, evaluate_policy
+from sapo.model.policy import Policy
+from sapo.objectives import group_advantages, make_objective
+from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+from sapo.run_directory import RunDirectory
+from sapo.run_state import RunState, rollout_records
+from sapo.tasks import Task, make_task, prompts_for_step, score_completions
+from sapo.train.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
+from sapo.train.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.train.trainer import NonFiniteError, Trainer, UpdateResult
+
+# Above this mean |r - 1| of a step's first update the policy is not the one that sampled: a hard clip then chases the
+# difference (docs/log.md).
+FAITHFUL_RATIO = 0.01
+
+
+class Listener(Protocol):
+    """Who is told of a run's progress."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl was written."""
+
+    def warning(self, text: str) -> None:
+        """Something the user should know and may ignore."""
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint was written."""
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """The run goes on from a checkpoint."""
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def warning(self, text: str) -> None: ...
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None: ...
+
+    def resumed(self, checkpoint: Checkpoint) -> None: ...
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """The tasks of a recipe. Which problems are drawn depends on the run's seed; which are held out, and asked, does
+    not, so that runs of several seeds are judged on the same ones."""
+
+    train: list[Task]
+    held_out: list[Task]
+
+    def by_name(self, name: str) -> Task:
+        return next(t for t in self.train if t.name == name)
+
+
+def load_tasks(config: RunConfig) -> TaskSet:
+    """Make the tasks of a recipe; their files are read and checked here.
+
+    Raises:
+        TaskError: what is wrong with them.
+        ConfigError: two tasks of one name, whose metrics could not be told apart.
+    """
+    tasks = TaskSet(
+        train=[make_task(t.name, seed=_stream(config.seed, "tasks"), **t.options) for t in config.tasks],
+        held_out=[make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks],
+    )
+    names = [t.name for t in tasks.train]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"tasks must have different names; got {name!r} twice")
+    return tasks
+
+
+def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
+    """Encode a prompt of each side of each task, before anything is written.
+
+    Raises:
+        ModelError: the tokenizer cannot encode it.
+        ConfigError: it leaves no room for a completion.
+    """
+    for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
+        for prompt in encode_prompts(policy, [train.train_prompt(0), *held_out.held_out(1)]):
+            needed = len(prompt.token_ids) + config.rollout.max_new_tokens
+            if policy.max_length is not None and needed > policy.max_length:
+                raise ConfigError(
+                    f"rollout.max_new_tokens must leave room for the prompt; got {config.rollout.max_new_tokens} with a "
+                    f"prompt of {len(prompt.token_ids)} tokens and a model of {policy.max_length} positions"
+                )
+
+
+@dataclass(frozen=True)
+class StopReason:
+    """Why a run ended before its last step, and where it goes on."""
+
+    checkpoint: Checkpoint
+
+
+class TrainingRun:
+    """One run, from its present state to its last step.
+
+    Args:
+        config: checked.
+        directory: open for writing.
+        policy: at the weights of `state`.
+        tasks: from `load_tasks`.
+        state: a new run's, or a checkpoint's.
+        should_stop: asked wherever work can be left without loss.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        policy: Policy,
+        tasks: TaskSet,
+        state: RunState | None = None,
+        listener: Listener | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.policy = policy
+        self.state = state or RunState()
+        self.listener = listener or Silent()
+        self.should_stop = should_stop
+        self.tasks = tasks
+        self.engine = LocalEngine(policy, max_rows=config.rollout.max_rows)
+        train = config.train
+        self.trainer = Trainer(
+            policy,
+            make_objective(config.objective.name, **config.objective.hyperparameters),
+            PolicyOptimizer(
+                [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
+                betas=train.betas,
+                eps=train.adam_eps,
+                weight_decay=train.weight_decay,
+                grad_clip=train.grad_clip,
+            ),
+            temperature=config.rollout.temperature,
+            normalizer=config.objective.normalizer,
+            tokens_per_microbatch=train.tokens_per_microbatch,
+            max_new_tokens=config.rollout.max_new_tokens,
+            activation_checkpointing=train.activation_checkpointing,
+            entropy=train.entropy,
+        )
+        self._resumed_from = self.state.step if state is not None else None
+        self._seconds_before = dict(self.state.seconds)
+
+    def run(self) -> StopReason | None:
+        """Train to the last step, or until asked to stop.
+
+        Raises:
+            NonFiniteError: with step, cause and the checkpoint to resume from.
+        """
+        try:
+            while True:
+                if self._evaluation_due():
+                    self.evaluate()
+                if self.state.step >= self.config.train.steps:
+                    break
+                self.step()
+                if self._checkpoint_due():
+                    self.checkpoint()
+        except Interrupted:
+            return StopReason(self.checkpoint())
+        if self.state.step not in {c.step for c in self._checkpoints()}:
+            self.checkpoint()
+        self.directory.write_summary(self.summary())
+        return None
+
+    def step(self) -> None:
+        """One rollout batch and its updates."""
+        state = self.state
+        if state.groups is None:
+            state.groups = self.rollout()
+        minibatches = split_minibatches(state.groups, self.config.train.minibatches)
+        while state.update < len(minibatches):
+            self.update(minibatches[state.update])
+        self._log_step(state.groups)
+        state.step, state.update = state.step + 1, 0
+        state.groups, state.step_updates, state.gates = None, [], {}
+
+    def rollout(self) -> list[Group]:
+        """Sample, score, advantages, log pi_old: all at the present weights."""
+        state, rollout = self.state, self.config.rollout
+        sampled_at = self.trainer.updates
+        with self._phase("generate"):
+            prompts = self.next_prompts()
+            drawn = self.engine.generate(
+                [Request(p, rollout.samples_per_prompt) for p in prompts],
+                self.sampling_params(_stream(self.config.seed, "rollout")),
+                self.should_stop,
+            )
+        with self._phase("score"):
+            groups = [self._score(p, completions) for p, completions in zip(prompts, drawn, strict=True)]
+        state.tokens["generated"] += sum(len(c) for g in groups for c in g.completions)
+        with self._phase("old_logprobs"):
+            if state.old_logprobs is None:
+                state.old_logprobs = self._choose_old_logprobs(groups)
+            if state.old_logprobs == "trainer":
+                groups = self.trainer.with_old_logprobs(groups, sampled_at)
+        return groups
+
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of the present step: a pure function of the seed and the step."""
+        step = self.state.step
+        weighted = [(task, t.weight) for task, t in zip(self.tasks.train, self.config.tasks, strict=True)]
+        chosen = prompts_for_step(weighted, step, self.config.rollout.prompts_per_step)
+        prompts = [replace(task.train_prompt(index), id=step << 32 | i) for i, (task, index) in enumerate(chosen)]
+        return encode_prompts(self.policy, prompts)
+
+    def sampling_params(self, seed: int) -> SamplingParams:
+        """The recipe's sampling settings under a seed."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            seed=seed,
+            stop_token_ids=self.policy.stop_token_ids | set(rollout.stop_token_ids),
+        )
+
+    def _score(self, prompt: Prompt, completions: tuple[Completion, ...]) -> Group:
+        task = self.tasks.by_name(prompt.task)
+        scored = score_completions(task, prompt, completions)
+        rewards_G = torch.tensor([c.score.reward for c in scored], dtype=torch.float64)
+        advantages = group_advantages(rewards_G, self.config.objective.advantage)
+        return Group(prompt, scored, tuple(advantages.tolist()))
+
+    def _choose_old_logprobs(self, groups: list[Group]) -> str:
+        """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used."""
+        setting = self.config.train.old_logprobs
+        # A few groups tell as much as all of them.
+        checked = groups[: min(len(groups), 8)]
+        worst, total, count = 0.0, 0.0, 0
+        for group, per_group in zip(checked, self.trainer.logprobs(checked), strict=True):
+            for completion, logprobs in zip(group.completions, per_group, strict=True):
+                for theirs, ours in zip(completion.logprobs, logprobs, strict=True):
+                    worst = max(worst, abs(ours - theirs))
+                    total += abs(math.expm1(min(20.0, ours - theirs)))
+                    count += 1
+        equal = worst <= self.config.train.self_check_tolerance
+        source = setting if setting != "auto" else "engine" if equal else "trainer"
+        self._append(
+            {
+                "kind": "self_check",
+                "step": self.state.step,
+                "old_logprobs": source,
+                "equal": equal,
+                "log_ratio/max_abs": worst,
+                "ratio/abs_dev": total / count,
+                "tokens": count,
+            }
+        )
+        if not equal and setting == "engine":
+            self.listener.warning(
+                f"log pi_old is the engine's although it differs from the trainer's by up to {worst:.3g}; "
+                "train.old_logprobs=auto would recompute it"
+            )
+        return source
+
+    def update(self, groups: tuple[Group, ...]) -> None:
+        """One update from one mini-batch."""
+        state, train = self.state, self.config.train
+        learning_rate = learning_rate_at(
+            state.step,
+            peak=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            total_steps=train.steps,
+            schedule=train.schedule,
+            minimum=train.min_learning_rate,
+        )
+        started = time.perf_counter()
+        with self._phase("update"):
+            try:
+                result = self.trainer.update(self.trainer.pack(groups), learning_rate, self.should_stop)
+            except NonFiniteError as error:
+                raise NonFiniteError(self._describe_failure(error)) from error
+        figures = update_metrics(result, **self._temperatures())
+        record = {
+            "kind": "update",
+            "step": state.step + 1,
+            "update": state.update,
+            "learning_rate": learning_rate,
+            "skipped": result.skipped,
+            **figures,
+            "timing": {"seconds": time.perf_counter() - started},
+        }
+        self._append(record)
+        if state.update == 0:
+            self._warn_if_unfaithful(result, figures)
+        state.tokens["trained"] += result.log_ratio_M.numel()
+        if self._rollouts_logged():
+            state.gates |= self._gates(result)
+        state.step_updates.append({"skipped": result.skipped, **figures})
+        state.update += 1
+
+    def _temperatures(self) -> dict[str, float]:
+        """The objective's temperatures where it has them; the paper's otherwise."""
+        objective = self.trainer.objective
+        return {name: getattr(objective, name) for name in ("tau_pos", "tau_neg") if hasattr(objective, name)}
+
+    def _warn_if_unfaithful(self, result: UpdateResult, figures: dict[str, float]) -> None:
+        if not result.skipped and figures["ratio/abs_dev"] > FAITHFUL_RATIO:
+            self.listener.warning(
+                f"step {self.state.step + 1}: mean |r - 1| of the first update is {figures['ratio/abs_dev']:.3g} "
+                f"(above {FAITHFUL_RATIO}): log pi_old is not the policy's that sampled"
+            )
+
+    def evaluate(self) -> None:
+        """Evaluate every task on its held-out problems and log it."""
+        for i, task in enumerate(self.tasks.held_out):
+            with self._phase("evaluate"):
+                evaluation = self._evaluate_task(task)
+            record = {"kind": "eval", "step": self.state.step, **evaluation.metrics()}
+            self._append({**record, "timing": {"seconds": evaluation.seconds}})
+            prefix = "eval/" if len(self.tasks.train) == 1 else f"eval/{task.name}/"
+            self._tensorboard(self.state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
+            if i == 0:
+                if self.state.start_evaluation is None:
+                    self.state.start_evaluation = evaluation.metrics()
+                self.state.last_evaluation = evaluation.metrics()
+        self.state.evaluated_at = self.state.step
+
+    def _evaluate_task(self, task: Task) -> Evaluation:
+        settings = self.config.eval
+        params = self.sampling_params(_stream(settings.seed, "evaluation"))
+        if settings.temperature is not None:
+            params = replace(params, temperature=settings.temperature)
+        return evaluate_policy(
+            self.policy,
+            self.engine,
+            task,
+            problems=settings.problems,
+            samples=settings.samples,
+            params=params,
+            ks=settings.k,
+            should_stop=self.should_stop,
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """Write a checkpoint of the present state."""
+        state = self.state
+        with self._phase("checkpoint"):
+            state.metrics_bytes = self.directory.metrics_bytes()
+            written = save_checkpoint(
+                self.directory.checkpoints,
+                state.step,
+                state.update,
+                policy=self.policy,
+                optimizer_tensors=self.trainer.optimizer.state_tensors(),
+                state=state.to_json(),
+            )
+            prune(self.directory.checkpoints, self.config.checkpoint.keep)
+        self.listener.checkpoint(written)
+        return written
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says."""
+        state = self.state
+        return {
+            "objective": self.config.objective.model_dump(),
+            "seed": self.config.seed,
+            "steps": state.step,
+            "old_logprobs": state.old_logprobs,
+            "start": state.start_evaluation,
+            "final": state.last_evaluation,
+            "tokens": state.tokens,
+            "seconds": {**state.seconds, "total": sum(state.seconds.values())},
+        }
+
+    def _log_step(self, groups: list[Group]) -> None:
+        state = self.state
+        step = state.step + 1
+        figures: dict[str, Any] = rollout_metrics(groups)
+        done = [u for u in state.step_updates if not u["skipped"]]
+        for name in ("loss", "grad_norm", "entropy", "gate/eur", "gate/effective_tokens", "ratio/abs_dev"):
+            values = [u[name] for u in done if name in u]
+            if values:
+                figures[f"update/{name}"] = sum(values) / len(values)
+        if state.step_updates and not state.step_updates[0]["skipped"]:
+            figures["first_update/ratio/abs_dev"] = state.step_updates[0]["ratio/abs_dev"]
+        figures["updates/skipped"] = len(state.step_updates) - len(done)
+        seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
+        self._seconds_before = dict(state.seconds)
+        work = sum(seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "update"))
+        timing = {"seconds": work, **seconds}
+        if work > 0:
+            timing["tokens_per_second"] = figures["tokens/generated"] / work
+        self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
+        self._tensorboard(step, {f"train/{k}": v for k, v in figures.items()})
+        if self._rollouts_logged():
+            self.directory.write_rollouts(step, rollout_records(groups, state.gates))
+
+    def _rollouts_logged(self) -> bool:
+        step, every = self.state.step + 1, self.config.log.rollouts_every
+        return every > 0 and (step == 1 or step % every == 0)
+
+    def _gates(self, result: UpdateResult) -> dict[str, dict[str, Any]]:
+        """What the update measured token by token, by sequence of the step."""
+        update, stride = self.state.update, self.config.train.minibatches
+        samples = self.config.rollout.samples_per_prompt
+        lengths = result.sequence_M.bincount().tolist()
+        parts = zip(
+            result.sequence_ids, result.log_ratio_M.split(lengths), result.weight_M.split(lengths), strict=True
+        )
+        gates = {}
+        for sequence, log_ratio, weight in parts:
+            group, sample = divmod(sequence, samples)
+            place = (update + group * stride) * samples + sample  # the inverse of split_minibatches
+            gates[str(place)] = {"update": update, "log_ratio": log_ratio.tolist(), "gate_weight": weight.tolist()}
+        return gates
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.directory.append_metrics(record)
+        self.listener.record(record)
+
+    def _tensorboard(self, step: int, figures: dict[str, Any]) -> None:
+        if self.config.log.tensorboard:
+            purge = None if self._resumed_from is None else self._resumed_from + 1
+            self.directory.tensorboard(step, figures, purge)
+
+    def _evaluation_due(self) -> bool:
+        step, every = self.state.step, self.config.eval.every
+        due = step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
+        return due and self.state.update == 0 and self.state.groups is None and self.state.evaluated_at != step
+
+    def _checkpoint_due(self) -> bool:
+        every = self.config.checkpoint.every
+        return every > 0 and self.state.step % every == 0
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        return [c for c in list_checkpoints(self.directory.checkpoints) if not c.update]
+
+    def _describe_failure(self, error: NonFiniteError) -> str:
+        way_out = self._checkpoints()
+        resume = (
+            f"`sapo resume {self.directory.path}` goes back to {way_out[0].label}"
+            if way_out
+            else "there is no checkpoint yet: start again"
+        )
+        return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}, with a lower learning rate"
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.state.seconds[name] = self.state.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def _stream(seed: int, purpose: str) -> int:
+    """A seed of 64 bits for one purpose, so that training and evaluation never share draws."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,225 @@
+"""Attention over shared prefixes, for any decoder that goes through transformers' attention interface.
+
+A model loaded by `sapo.model` runs on packed tokens, shape (1, N), and hands its attention to the layout object it was
+called with (`packed_layout=`). Two layouts exist: `TreeLayout`, where each segment of tokens attends to its ancestors
+and causally to itself (prompts are computed once for all their responses, in prefill and in training), and
+`DecodeLayout` (rollout/cache.py), one new token per row against a key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from sapo.data import Segment
+
+ATTENTION_NAME = "sapo_shared_prefix"
+
+# Segments share a bucket when neither side is padded to more than 4/3 of its length; tiny ones always do, since a
+# kernel call costs more than the padding.
+BUCKET_RATIO = 0.75
+BUCKET_SLACK = 16
+
+
+class Layout(Protocol):
+    """What a packed forward needs to know: how the queries of a layer find their keys."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        """(N, heads, D) queries, (N, kv heads, D) keys and values -> (N, heads, D)."""
+        ...
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    packed_layout: Layout | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: query (1, heads, N, D) -> (1, N, heads, D).
+
+    Raises:
+        ValueError: for what it does not compute (a call without layout, score soft-capping, attention sinks), since
+            the alternative is a silently different model.
+    """
+    if packed_layout is None:
+        raise ValueError(
+            "this model is loaded for packed batches and needs packed_layout=...; for transformers' own generate() "
+            "call model.set_attn_implementation('sdpa') first"
+        )
+    if softcap is not None or s_aux is not None:
+        feature = "score soft-capping" if softcap is not None else "attention sinks"
+        raise ValueError(f"{type(module).__name__} uses {feature}, which shared-prefix attention does not compute yet")
+    if dropout:
+        raise ValueError(f"attention dropout must be 0 in policy optimisation; got {dropout}")
+    output_NHD = packed_layout.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        sliding_window,
+    )
+    return output_NHD.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+
+
+def gather_rows(source_NX: Tensor, index_K: Tensor) -> Tensor:
+    """Rows of a tensor by index. Through F.embedding, whose backward on a CPU is several times that of indexing."""
+    flat = F.embedding(index_K, source_NX.reshape(source_NX.shape[0], -1))
+    return flat.view(index_K.shape[0], *source_NX.shape[1:])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments of similar size, padded to one rectangle for the attention kernel only."""
+
+    query_index: Tensor
+    """(b * Q,) packed positions of the queries, padded with the segment's last one."""
+    key_index: Tensor
+    """(b * K,) packed positions of each segment's path from the root through itself, padded likewise."""
+    prefix_b: Tensor
+    """Length of each segment's ancestors."""
+    size: tuple[int, int, int]
+    """(b, Q, K)."""
+
+    def mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        """(b, 1, Q, K) additive: query j of a segment sees path positions up to prefix + j, no further back than the
+        window."""
+        _, num_queries, num_keys = self.size
+        device = self.query_index.device
+        at_b1Q1 = (self.prefix_b[:, None] + torch.arange(num_queries, device=device))[:, None, :, None]
+        path_K = torch.arange(num_keys, device=device)
+        hidden = path_K > at_b1Q1
+        if sliding_window is not None:
+            hidden |= path_K <= at_b1Q1 - sliding_window
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+class TreeLayout:
+    """Segments that attend to their ancestors and causally to themselves.
+
+    Padding exists only inside the attention kernel: every other operation of the model runs on exactly N tokens.
+
+    Args:
+        segments: in packed order, parents before children; they cover positions 0..N-1 without gaps.
+        device: where the indices are needed.
+        on_keys: called with (layer, keys, values) of shape (N, kv heads, D); prefill stores them so.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        device: torch.device | str = "cpu",
+        on_keys: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.segments = tuple(segments)
+        self.paths = _paths(self.segments)
+        self.on_keys = on_keys
+        self.buckets, self.output_index = _buckets(self.segments, self.paths, torch.device(device))
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        if self.on_keys is not None:
+            self.on_keys(layer, key, value)
+        outputs = []
+        for i, bucket in enumerate(self.buckets):
+            num_rows, num_queries, num_keys = bucket.size
+            query_bHQD = gather_rows(query, bucket.query_index).unflatten(0, (num_rows, num_queries)).transpose(1, 2)
+            key_bhKD = gather_rows(key, bucket.key_index).unflatten(0, (num_rows, num_keys)).transpose(1, 2)
+            value_bhKD = gather_rows(value, bucket.key_index).unflatten(0, (num_rows, num_keys)).transpose(1, 2)
+            output_bHQD = F.scaled_dot_product_attention(
+                query_bHQD,
+                key_bhKD,
+                value_bhKD,
+                attn_mask=self._mask(i, sliding_window, query.dtype),
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
+        return gather_rows(torch.cat(outputs), self.output_index)
+
+    def _mask(self, bucket: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        key = (bucket, sliding_window, dtype)
+        if key not in self._masks:  # one per layout, not one per layer
+            self._masks[key] = self.buckets[bucket].mask(sliding_window, dtype)
+        return self._masks[key]
+
+
+def _paths(segments: tuple[Segment, ...]) -> list[np.ndarray]:
+    """Packed positions of each segment's tokens from the root through itself."""
+    paths: list[np.ndarray] = []
+    covered = 0
+    for i, segment in enumerate(segments):
+        assert segment.start == covered and segment.length > 0, f"segment {i} leaves a gap or is empty: {segment}"
+        assert segment.parent < i, f"segment {i} comes before its parent {segment.parent}"
+        covered = segment.stop
+        own = np.arange(segment.start, segment.stop)
+        paths.append(np.concatenate([paths[segment.parent], own]) if segment.parent >= 0 else own)
+    return paths
+
+
+def _buckets(
+    segments: tuple[Segment, ...], paths: list[np.ndarray], device: torch.device
+) -> tuple[list[Bucket], Tensor]:
+    """Group segments of similar size; also where each packed token's output stands in the concatenated outputs."""
+    order = sorted(range(len(segments)), key=lambda i: (len(paths[i]), segments[i].length), reverse=True)
+    members: list[list[int]] = []
+    for i in order:
+        if members and _fits(segments, paths, members[-1][0], i):
+            members[-1].append(i)
+        else:
+            members.append([i])
+    output_index = np.empty(sum(s.length for s in segments), dtype=np.int64)
+    buckets, offset = [], 0
+    for bucket in members:
+        num_queries = max(segments[i].length for i in bucket)
+        num_keys = len(paths[bucket[0]])
+        query_index = np.empty((len(bucket), num_queries), dtype=np.int64)
+        key_index = np.empty((len(bucket), num_keys), dtype=np.int64)
+        for row, i in enumerate(bucket):
+            segment, path = segments[i], paths[i]
+            query_index[row, : segment.length] = path[-segment.length :]
+            query_index[row, segment.length :] = path[-1]
+            key_index[row, : len(path)] = path
+            key_index[row, len(path) :] = path[-1]
+            output_index[segment.start : segment.stop] = offset + row * num_queries + np.arange(segment.length)
+        prefix = np.array([len(paths[i]) - segments[i].length for i in bucket])
+        offset += query_index.size
+        buckets.append(
+            Bucket(
+                query_index=torch.from_numpy(query_index.ravel()).to(device),
+                key_index=torch.from_numpy(key_index.ravel()).to(device),
+                prefix_b=torch.from_numpy(prefix).to(device),
+                size=(len(bucket), num_queries, num_keys),
+            )
+        )
+    return buckets, torch.from_numpy(output_index).to(device)
+
+
+def _fits(segments: tuple[Segment, ...], paths: list[np.ndarray], first: int, other: int) -> bool:
+    def close(small: int, large: int) -> bool:
+        small, large = min(small, large), max(small, large)
+        return small >= BUCKET_RATIO * large or large - small <= BUCKET_SLACK
+
+    return close(len(paths[other]), len(paths[first])) and close(segments[other].length, segments[first].length)

@@ -1,0 +1,43 @@
+"""What every rollout engine answers to, and the requests it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sapo.data import Completion, Prompt
+from sapo.rollout.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how many completions of it to draw.
+
+    >>> Request(Prompt(id=3, task="arithmetic", text="1+1=", token_ids=(1, 10, 1, 14)), samples=8).samples
+    8
+    """
+
+    prompt: Prompt
+    samples: int
+
+
+class Interrupted(Exception):  # noqa: N818: not an error, a request to stop
+    """Raised where work can be abandoned without loss, once the user has asked the run to stop."""
+
+
+class Engine(Protocol):
+    """Draws completions from the current policy."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[tuple[Completion, ...]]:
+        """The completions of each request, in order; token ids, log-probabilities and text, not yet scored.
+
+        Raises:
+            Interrupted: when `should_stop` says so between two tokens.
+        """
+        ...

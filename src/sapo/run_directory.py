@@ -1,0 +1,154 @@
+"""The run directory: what a run leaves behind, and what it needs to be taken up again.
+
+runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; it can be run again as it is
+          metrics.jsonl     one line per update, step, evaluation and warning; all clock readings under "timing"
+          summary.json      start, end, tokens, seconds by phase
+          rollouts/         step-000010.jsonl: one line per completion
+          checkpoints/      see train/checkpoint.py
+          tensorboard/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from sapo.config import ConfigError, RunConfig, parse_recipe
+
+
+class RunDirectory:
+    """The files of one run. Made by `create` or `open`; holds a lock, so that no two processes write one run.
+
+    Args:
+        path: an existing directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = self._acquire_lock()
+        self._metrics: IO[str] | None = None
+        self._tensorboard: Any = None
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDirectory:
+        """Make the directory of a new run.
+
+        Raises:
+            ConfigError: when something of that name exists.
+        """
+        assert config.run_dir is not None
+        path = Path(config.run_dir)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            way_out = f"`sapo resume {path}` continues it; run_dir=NAME starts another"
+            raise ConfigError(f"the run directory {path} exists already; {way_out}") from None
+        except (NotADirectoryError, PermissionError) as error:
+            raise ConfigError(f"the run directory {path} cannot be made: {error.strerror}") from error
+        directory = cls(path)
+        directory.write_config(config)
+        return directory
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[RunDirectory, RunConfig]:
+        """Open the directory of a run that was started before.
+
+        Raises:
+            ConfigError: when it is not one, or another process is writing it.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ConfigError(f"no run directory at {path}; `sapo train RECIPE` starts a run")
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path} has no config.yaml: it is not a run, or was stopped before it began")
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        return cls(path), parse_recipe(settings)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.yaml, aside and renamed."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        header = f"# sapo resume {self.path}                          continues this run\n"
+        header += f"# sapo train {self.path}/config.yaml run_dir=NAME   repeats it\n"
+        self._write(self.path / "config.yaml", header + text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, aside and renamed."""
+        self._write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        self._metrics.flush()
+
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl, flushed to the disk: what a checkpoint remembers."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+        file = self.path / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def rewind_metrics(self, size: int) -> None:
+        """Cut metrics.jsonl back to what a checkpoint remembers; what came after will be written again.
+
+        Raises:
+            ConfigError: when the file is shorter than that.
+        """
+        file = self.path / "metrics.jsonl"
+        present = file.stat().st_size if file.exists() else 0
+        if present < size:
+            raise ConfigError(f"{file} holds {present} bytes where the checkpoint remembers {size}: it was changed")
+        if file.exists():
+            os.truncate(file, size)
+
+    def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> Path:
+        """Write rollouts/step-NNNNNN.jsonl, one completion a line."""
+        file = self.path / "rollouts" / f"step-{step:06d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        self._write(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+        return file
+
+    def tensorboard(self, step: int, figures: Mapping[str, float], purge_step: int | None) -> None:
+        """Write figures to TensorBoard; `purge_step` hides what a killed run had written from that step on."""
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        self._lock.close()
+
+    def _acquire_lock(self) -> IO[str]:
+        lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back by the kernel, even after a kill -9
+        except OSError:
+            lock.close()
+            raise ConfigError(f"another process is writing {self.path}; wait for it or stop it") from None
+        return lock
+
+    @staticmethod
+    def _write(file: Path, text: str) -> None:
+        aside = file.with_name(f".{file.name}.writing")
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(file)

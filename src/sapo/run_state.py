@@ -1,0 +1,113 @@
+"""The state of a run, and its rollout batch, as JSON: what a checkpoint holds beside weights and optimiser.
+
+Floats survive exactly: Python writes the shortest decimal that reads back as the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sapo.data import Completion, Group, Prompt, Score, Status
+
+
+@dataclass
+class RunState:
+    """Where a run is. Everything that is not weights or optimiser, and survives a kill."""
+
+    step: int = 0
+    """Whole steps done."""
+    update: int = 0
+    """Updates done in the present step."""
+    groups: list[Group] | None = None
+    """The present step's rollout batch, scored, with advantages and log pi_old; None before it is sampled."""
+    step_updates: list[dict[str, Any]] = field(default_factory=list)
+    """Figures of the present step's updates, for the step's own line."""
+    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For a step whose rollouts are logged: sequence of the step -> what its update measured token by token."""
+    evaluated_at: int = -1
+    """The step at which the last evaluation was made."""
+    old_logprobs: str | None = None
+    """engine or trainer, once the self-check has decided."""
+    start_evaluation: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
+    tokens: dict[str, int] = field(default_factory=lambda: {"generated": 0, "trained": 0})
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase, over all the run's processes."""
+    metrics_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value that `from_json` turns back into an equal state; floats survive exactly."""
+        fields = dict(self.__dict__)
+        fields["groups"] = None if self.groups is None else [group_to_json(g) for g in self.groups]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RunState:
+        """The inverse of `to_json`."""
+        groups = fields["groups"]
+        return cls(**{**fields, "groups": None if groups is None else [group_from_json(g) for g in groups]})
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    """A group as a JSON value.
+
+    >>> group = Group(Prompt(1, "t", "1+1=", (1, 2), "2"), (Completion((2, 0), (-0.1, -0.2), "stop", "2", Score(1.0)),), (0.0,))
+    >>> group_from_json(group_to_json(group)) == group
+    True
+    """
+    return asdict(group)
+
+
+def group_from_json(value: dict[str, Any]) -> Group:
+    """The inverse of `group_to_json`, also after a trip through text."""
+    prompt = {**value["prompt"], "token_ids": tuple(value["prompt"]["token_ids"])}
+    return Group(
+        prompt=Prompt(**prompt),
+        completions=tuple(_completion_from_json(c) for c in value["completions"]),
+        advantages=tuple(value["advantages"]),
+    )
+
+
+def _completion_from_json(value: dict[str, Any]) -> Completion:
+    score = value["score"]
+    return Completion(
+        token_ids=tuple(value["token_ids"]),
+        logprobs=tuple(value["logprobs"]),
+        finish_reason=value["finish_reason"],
+        text=value["text"],
+        score=Score(score["reward"], Status(score["status"]), score["detail"]),
+        old_logprobs=tuple(value["old_logprobs"]),
+    )
+
+
+def rollout_records(groups: Sequence[Group], gates: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
+
+    Args:
+        gates: sequence number in the step -> update, log-ratios and gate weights; a completion whose group taught
+            nothing has none, and its record leaves them out.
+    """
+    sequence = 0
+    for group in groups:
+        for sample, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
+            yield {
+                "prompt_id": group.prompt.id,
+                "task": group.prompt.task,
+                "prompt": group.prompt.text,
+                "answer": group.prompt.answer,
+                "sample": sample,
+                "text": completion.text,
+                "reward": completion.score.reward,
+                "status": completion.score.status.value,
+                "detail": completion.score.detail,
+                "advantage": advantage,
+                "finish_reason": completion.finish_reason,
+                "prompt_token_ids": list(group.prompt.token_ids),
+                "token_ids": list(completion.token_ids),
+                "logprobs": list(completion.logprobs),
+                "old_logprobs": list(completion.old_logprobs or completion.logprobs),
+                **gates.get(str(sequence), {}),
+            }
+            sequence += 1

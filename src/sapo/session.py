@@ -1,0 +1,234 @@
+"""From a checked recipe to a finished run: everything around the loop that starts, resumes and stops it.
+
+The Python surface (`sapo.train`, `sapo.resume`, `sapo.evaluate`) and the command line both come through here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo.coldstart import ColdStartProgress, ensure_coldstart
+from sapo.config import ConfigError, RunConfig, override_run
+from sapo.evaluate import Evaluation, evaluate_policy
+from sapo.loop import Listener, Silent, StopReason, TrainingRun, check_prompts, load_tasks
+from sapo.model.policy import Policy, load_policy
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+from sapo.run_directory import RunDirectory
+from sapo.run_state import RunState
+from sapo.tasks import Task
+from sapo.train.checkpoint import newest_whole
+
+RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `train` and `resume` return."""
+
+    directory: Path
+    summary: dict[str, Any]
+    stopped: StopReason | None
+    """None when the run reached its last step."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_coldstart: Callable[[ColdStartProgress], None] = lambda _: None,
+) -> Run:
+    """Run a recipe from its start.
+
+    Args:
+        config: from `load_recipe`.
+        listener: told of progress.
+        should_stop: asked wherever work can be left without loss; when it says so a checkpoint is written.
+        on_coldstart: told of each evaluation while the starting model is made, if the cache has none.
+
+    Raises:
+        ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
+        NonFiniteError: the run stopped itself; the message names step, cause and checkpoint.
+    """
+    config = resolve_machine(config)
+    if config.run_dir is not None and Path(config.run_dir).exists():
+        raise ConfigError(
+            f"the run directory {config.run_dir} exists already; `sapo resume {config.run_dir}` continues it; "
+            "run_dir=NAME starts another"
+        )
+    tasks = load_tasks(config)
+    policy = _starting_policy(config, on_coldstart, should_stop)
+    check_prompts(config, policy, tasks)
+    directory = RunDirectory.create(config.model_copy(update={"provenance": provenance()}))
+    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop))
+
+
+def resume(
+    run: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Take a run up again from its newest whole checkpoint; on the same machine it goes on bit for bit.
+
+    Args:
+        run: the run directory.
+        overrides: `key=value` for the few settings that may change in mid-run (`train.steps`, ...).
+
+    Raises:
+        ConfigError: not a run directory, or an override that would make it another run.
+    """
+    directory, config = RunDirectory.open(run)
+    listener = listener or Silent()
+    config = resolve_machine(config.model_copy(update={"run_dir": str(run)}))
+    if overrides:
+        config = override_run(config, overrides)
+        directory.write_config(config)
+    tasks = load_tasks(config)
+    checkpoint = newest_whole(
+        directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
+    )
+    if checkpoint is None:
+        listener.warning(f"{run} has no checkpoint yet: the run starts over from its first step")
+        directory.rewind_metrics(0)
+        policy = _starting_policy(config, lambda _: None, should_stop)
+        return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop))
+    listener.resumed(checkpoint)
+    policy = load_policy(checkpoint.path, config.model.dtype, config.device)
+    state = RunState.from_json(checkpoint.state())
+    directory.rewind_metrics(state.metrics_bytes)
+    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop)
+    training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+    return _finish(training)
+
+
+def evaluate(
+    model: str | Path | Policy,
+    task: Task,
+    *,
+    problems: int = 256,
+    samples: int = 4,
+    ks: tuple[int, ...] = (1,),
+    params: SamplingParams | None = None,
+    max_new_tokens: int = 64,
+    dtype: str = "float32",
+    device: str = "auto",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate a model directory (or a loaded policy) on a task's held-out problems.
+
+    Args:
+        params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
+    """
+    policy = model if isinstance(model, Policy) else load_policy(model, dtype, resolve_device(device))
+    params = params or SamplingParams(max_new_tokens=max_new_tokens)
+    params = SamplingParams(**{**params.__dict__, "stop_token_ids": params.stop_token_ids | policy.stop_token_ids})
+    return evaluate_policy(
+        policy,
+        LocalEngine(policy),
+        task,
+        problems=problems,
+        samples=samples,
+        params=params,
+        ks=ks,
+        should_stop=should_stop,
+    )
+
+
+def newest_model(path: Path) -> Path:
+    """The model directory meant by a path: itself, or the newest whole checkpoint of a run.
+
+    Raises:
+        ConfigError: a run without a checkpoint.
+    """
+    if not (path / "config.yaml").is_file():
+        return path
+    checkpoint = newest_whole(path / "checkpoints", on_broken=lambda _: None)
+    if checkpoint is None:
+        raise ConfigError(f"the run {path} has no whole checkpoint to evaluate")
+    return checkpoint.path
+
+
+def resolve_device(device: str) -> str:
+    """`auto` to what the machine has.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for but this machine has no CUDA device; use cpu or auto")
+    return device
+
+
+def resolve_machine(config: RunConfig) -> RunConfig:
+    """Settle threads and device, and apply the threads: another count is another rounding."""
+    threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return config.model_copy(update={"threads": threads, "device": resolve_device(config.device)})
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine, for config.yaml."""
+    return {
+        "versions": {name: metadata.version(name) for name in RECORDED_PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl_cbwr": os.environ.get("MKL_CBWR"),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the source checkout, with a mark when it has been changed; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+        changed = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if tracked.returncode:  # some other repository that we happen to be installed under
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _starting_policy(
+    config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
+) -> Policy:
+    path = config.model.path
+    if config.model.coldstart is not None:
+        path = str(ensure_coldstart(config, on_coldstart, should_stop)[0])
+    assert path is not None
+    return load_policy(path, config.model.dtype, config.device)
+
+
+def _finish(training: TrainingRun) -> Run:
+    try:
+        stopped = training.run()
+        return Run(training.directory.path, training.summary(), stopped)
+    finally:
+        training.directory.close()

@@ -1,0 +1,42 @@
+"""Tasks by name, as a recipe writes them. A task of one's own needs no entry: anything with Task's methods will do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from sapo.tasks.arithmetic import ArithmeticTask
+from sapo.tasks.base import Task, TaskError, did_you_mean
+from sapo.tasks.files import FileTask
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "arithmetic": ArithmeticTask,
+    "file": FileTask,
+    "jsonl": FileTask,
+    "parquet": FileTask,
+}
+
+
+def make_task(kind: str, /, *, seed: int, **options: Any) -> Task:
+    """The task of TASKS called `kind` with its options; an option `name` is what logs call it.
+
+    Raises:
+        TaskError: an unknown task or option, with the nearest known, or an option that is missing or wrong.
+
+    >>> make_task("arithmetic", seed=0, digits=2).train_prompt(0).text
+    '23+92='
+    """
+    if kind not in TASKS:
+        raise TaskError(f"a task must be one of {', '.join(TASKS)}; got {kind!r}{did_you_mean(kind, TASKS)}")
+    parameters = inspect.signature(TASKS[kind]).parameters
+    for option in options:
+        if option not in parameters:
+            known = [name for name in parameters if name != "seed"]
+            raise TaskError(
+                f"task {kind!r} takes the options {', '.join(known)}; got {option!r}{did_you_mean(option, known)}"
+            )
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise TaskError(f"task {kind!r} needs the option {name!r}; got {list(options)}; add {name}=...")
+    return TASKS[kind](seed=seed, **options)

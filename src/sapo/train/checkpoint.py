@@ -1,0 +1,160 @@
+"""Checkpoints: everything a bitwise resume needs, written aside and renamed, proven whole before it is used.
+
+checkpoints/step-000100/             after 100 whole steps
+checkpoints/step-000100-update-2/    in the middle of the 101st step, after two of its updates
+    model.safetensors, config.json, tokenizer.json ...   an ordinary Hugging Face directory
+    optimizer.safetensors            moments, step counts, float32 masters
+    state.json                       step, update in the step, rollout buffer, counters
+    manifest.json                    size and SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sapo.model.policy import Policy
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})(?:-update-(\d+))?")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    >>> Checkpoint(Path("runs/x/checkpoints/step-000100-update-2"), step=100, update=2).label
+    'step 100, update 2'
+    """
+
+    path: Path
+    step: int
+    update: int
+
+    @property
+    def label(self) -> str:
+        return f"step {self.step}" + (f", update {self.update}" if self.update else "")
+
+    def verify(self) -> None:
+        """Compare every file with the manifest.
+
+        Raises:
+            CheckpointError: naming the file that is missing, cut short or changed.
+        """
+        try:
+            manifest: dict[str, dict[str, Any]] = json.loads((self.path / MANIFEST).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.path} has no readable {MANIFEST}") from error
+        for name, expected in manifest.items():
+            file = self.path / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if (size := file.stat().st_size) != expected["size"]:
+                raise CheckpointError(f"{file} holds {size} bytes where {expected['size']} were written")
+            if _sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{file} is not what was written: its SHA-256 differs")
+
+    def state(self) -> dict[str, Any]:
+        """The run's state, as it was given to `save_checkpoint`."""
+        state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
+        return state
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state, as it was given to `save_checkpoint`."""
+        return load_file(self.path / "optimizer.safetensors")
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    update: int,
+    *,
+    policy: Policy,
+    optimizer_tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> Checkpoint:
+    """Write a checkpoint aside, then rename it: a reader sees all of it or nothing.
+
+    Args:
+        directory: the run's checkpoints/.
+        step: whole steps done; `update`: updates done in the step after them.
+    """
+    name = f"step-{step:06d}" + (f"-update-{update}" if update else "")
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = directory / f".writing-{name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    policy.save(aside)
+    save_file({k: v.detach().cpu().contiguous() for k, v in optimizer_tensors.items()}, aside / "optimizer.safetensors")
+    (aside / "state.json").write_text(json.dumps(state))
+    manifest = {
+        str(f.relative_to(aside)): {"size": f.stat().st_size, "sha256": _sha256(f)}
+        for f in sorted(aside.rglob("*"))
+        if f.is_file()
+    }
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in aside.rglob("*"):
+        _sync(file)
+    final = directory / name
+    if final.exists():  # the same state written again, after a resume; never left without one that is whole
+        shutil.rmtree(final)
+    aside.rename(final)
+    _sync(directory)
+    return Checkpoint(final, step, update)
+
+
+def list_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Checkpoints of a run, newest first, whole or not."""
+    found = []
+    for path in directory.glob("step-*") if directory.is_dir() else ():
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            found.append(Checkpoint(path, int(match[1]), int(match[2] or 0)))
+    return sorted(found, key=lambda c: (c.step, c.update), reverse=True)
+
+
+def newest_whole(directory: Path, on_broken: Callable[[CheckpointError], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; `on_broken` hears of each newer one that is not."""
+    for checkpoint in list_checkpoints(directory):
+        try:
+            checkpoint.verify()
+        except CheckpointError as error:
+            on_broken(error)
+        else:
+            return checkpoint
+    return None
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints, and what an interrupted write left behind."""
+    for checkpoint in list_checkpoints(directory)[keep:]:
+        shutil.rmtree(checkpoint.path)
+    for leftover in directory.glob(".writing-*"):
+        shutil.rmtree(leftover)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush to the disk, so that the rename never gets there before the content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

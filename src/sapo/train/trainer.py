@@ -1,0 +1,254 @@
+"""The update: one mini-batch of packed groups to one step of the optimiser.
+
+`update` is the whole method on one screen: hidden states of a shared-prefix micro-batch, the policy head with the
+objective's closed-form slope, gradients summed over micro-batches, one clipped AdamW step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sapo.batch import MiniBatch, pack
+from sapo.data import Group, PackedBatch
+from sapo.model.attention import TreeLayout, gather_rows
+from sapo.model.head import HeadOutput, policy_head, token_logprobs
+from sapo.model.policy import Policy
+from sapo.objectives import Objective, Surrogate
+from sapo.rollout.engine import Interrupted
+from sapo.train.optimizer import PolicyOptimizer
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update did, token by token, over the response tokens that carried a gradient.
+
+    The tensors are empty and `skipped` is true when every group of the mini-batch taught nothing.
+    """
+
+    loss: float
+    grad_norm: float
+    log_ratio_M: Tensor
+    """log r of each token, float64."""
+    weight_M: Tensor
+    """Gate weight f'(r)."""
+    slope_M: Tensor
+    """d value / d log pi."""
+    advantage_M: Tensor
+    sequence_M: Tensor
+    """Sequence of each token, numbered from 0 without gaps."""
+    sequence_ids: tuple[int, ...]
+    """Where each of those sequences stands in the mini-batch, groups that teach nothing counted."""
+    entropy_M: Tensor | None
+    num_packed_tokens: int
+    """Tokens that went through the model, prompts once per group."""
+    skipped: bool = False
+
+
+class Trainer:
+    """Updates a policy by an objective.
+
+    Args:
+        policy: changed in place.
+        objective: see `sapo.objectives.make_objective`.
+        optimizer: over the policy's parameters.
+        temperature: the sampling temperature; the policy in the loss is the one that was sampled.
+        normalizer, tokens_per_microbatch, max_new_tokens: see `batch.pack`.
+        activation_checkpointing: recompute each block in the backward pass.
+        entropy: measure the entropy at each token.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        optimizer: PolicyOptimizer,
+        *,
+        temperature: float,
+        normalizer: str,
+        tokens_per_microbatch: int,
+        max_new_tokens: int,
+        activation_checkpointing: bool = False,
+        entropy: bool = True,
+    ) -> None:
+        self.policy = policy
+        self.objective = objective
+        self.optimizer = optimizer
+        self.temperature = temperature
+        self.normalizer = normalizer
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.max_new_tokens = max_new_tokens
+        self.entropy = entropy
+        self.updates = 0
+        """Updates made: the version of the weights."""
+        if activation_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._checkpointing = activation_checkpointing
+
+    def pack(self, groups: Sequence[Group], include_all: bool = False) -> MiniBatch:
+        """The groups of one mini-batch, packed as this trainer takes them."""
+        return pack(
+            groups,
+            normalizer=self.normalizer,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            max_new_tokens=self.max_new_tokens,
+            device=self.policy.device,
+            include_all=include_all,
+        )
+
+    def update(
+        self, minibatch: MiniBatch, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
+    ) -> UpdateResult:
+        """One step of the optimiser.
+
+        Raises:
+            NonFiniteError: naming the cause; weights and optimiser are as before.
+            Interrupted: when `should_stop` says so between micro-batches; likewise.
+        """
+        if not minibatch.microbatches:
+            return _nothing_to_learn()
+        outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]] = []
+        self.policy.model.train(self._checkpointing)  # transformers checkpoints only in training mode; dropout is off
+        try:
+            for batch in minibatch.microbatches:
+                if should_stop():
+                    raise Interrupted
+                head, surrogate = self._forward(batch)
+                head.loss.backward()
+                self.optimizer.collect_gradients()
+                outputs.append((batch, head, surrogate))
+            loss = sum(head.loss.item() for _, head, _ in outputs)
+            norm = self.optimizer.gradient_norm()
+            self._check_finite(loss, norm, outputs)
+        except BaseException:
+            self.optimizer.zero_grad()
+            raise
+        finally:
+            self.policy.model.eval()
+        self.optimizer.step(learning_rate, norm)
+        self.updates += 1
+        return _collect(loss, norm.item(), outputs)
+
+    def _forward(self, batch: PackedBatch) -> tuple[HeadOutput, Surrogate]:
+        hidden_MH = self._hidden(batch)
+        advantage_M = batch.advantages_B[batch.sequence_M]
+        weight_M = batch.weights_B[batch.sequence_M]
+        parts: list[Surrogate] = []
+
+        def coupled(at: slice, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+            return -(weight_M[at] * surrogate.value_M[at]).sum(), -weight_M[at] * surrogate.slope_M[at]
+
+        def per_token(logprob: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+            log_ratio = logprob.double() - batch.old_logprobs_M[at]
+            surrogate = self.objective.surrogate(log_ratio, advantage_M[at], batch.sequence_M[at], batch.num_sequences)
+            parts.append(surrogate)
+            return -(weight_M[at] * surrogate.value_M).sum(), -weight_M[at] * surrogate.slope_M
+
+        arguments = (hidden_MH, self.policy.head_weight, batch.target_M)
+        options = {"bias_V": self.policy.head_bias, "temperature": self.temperature}
+        if self.objective.coupled:  # a token's slope needs the whole sequence: a first pass for log pi
+            logprob_M = token_logprobs(arguments[0].detach(), *arguments[1:], **options)
+            whole = self.objective.surrogate(
+                logprob_M.double() - batch.old_logprobs_M, advantage_M, batch.sequence_M, batch.num_sequences
+            )
+            head = policy_head(*arguments, lambda _, at: coupled(at, whole), entropy=self.entropy, **options)
+            return head, whole
+        head = policy_head(*arguments, per_token, entropy=self.entropy, **options)
+        joined = Surrogate(*(torch.cat([getattr(p, f) for p in parts]) for f in ("value_M", "slope_M", "weight_M")))
+        return head, joined
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        layout = TreeLayout(batch.segments, self.policy.device)
+        hidden_NH = self.policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
+        return gather_rows(hidden_NH, batch.predictor_M)
+
+    @torch.no_grad()
+    def logprobs(self, groups: Sequence[Group], include_all: bool = True) -> list[list[tuple[float, ...]]]:
+        """log pi of every completion at the present weights, by the forward pass that training uses.
+
+        Groups that teach nothing are left out (empty tuples) unless `include_all`.
+        """
+        found: dict[int, tuple[float, ...]] = {}
+        for batch in self.pack(groups, include_all).microbatches:
+            logprob_M = token_logprobs(
+                self._hidden(batch),
+                self.policy.head_weight,
+                batch.target_M,
+                bias_V=self.policy.head_bias,
+                temperature=self.temperature,
+            ).float()
+            lengths = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).tolist()
+            for sequence, part in zip(batch.sequence_ids, logprob_M.cpu().split(lengths), strict=True):
+                found[sequence] = tuple(part.tolist())
+        flat = iter(range(sum(len(g.completions) for g in groups)))
+        return [[found.get(next(flat), ()) for _ in g.completions] for g in groups]
+
+    def with_old_logprobs(self, groups: Sequence[Group], sampled_at: int) -> list[Group]:
+        """The groups with log pi_old computed by the trainer, at the weights that sampled them.
+
+        Args:
+            sampled_at: `updates` when they were sampled.
+        """
+        # With newer weights r would be 1 by construction: no trust region is left (docs/log.md).
+        assert sampled_at == self.updates, f"sampled at update {sampled_at}, weights are at {self.updates}"
+        recomputed = self.logprobs(groups, include_all=False)
+        return [
+            replace(
+                g,
+                completions=tuple(
+                    replace(c, old_logprobs=logprobs) for c, logprobs in zip(g.completions, per_group, strict=True)
+                ),
+            )
+            for g, per_group in zip(groups, recomputed, strict=True)
+        ]
+
+    def _check_finite(
+        self, loss: float, norm: Tensor, outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]]
+    ) -> None:
+        if torch.isfinite(norm) and loss == loss and abs(loss) != float("inf"):
+            return
+        causes = (
+            ("an advantage", lambda b, h, s: b.advantages_B),
+            ("log pi_old", lambda b, h, s: b.old_logprobs_M),
+            ("log pi of the policy", lambda b, h, s: h.logprob_M),
+            ("the objective's value", lambda b, h, s: s.value_M),
+            ("the objective's slope", lambda b, h, s: s.slope_M),
+        )
+        for name, pick in causes:
+            if any(not torch.isfinite(pick(*output)).all() for output in outputs):
+                raise NonFiniteError(f"{name} is not finite (loss {loss}, gradient norm {norm.item()})")
+        parameter = self.optimizer.first_nonfinite_gradient()
+        where = f"the gradient of {parameter}" if parameter else "the gradient norm"
+        raise NonFiniteError(f"{where} is not finite (loss {loss}, gradient norm {norm.item()})")
+
+
+def _collect(loss: float, norm: float, outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]]) -> UpdateResult:
+    """Join the micro-batches, sequences numbered through."""
+    offsets = [0]
+    for batch, _, _ in outputs:
+        offsets.append(offsets[-1] + batch.num_sequences)
+    entropies = [h.entropy_M for _, h, _ in outputs if h.entropy_M is not None]
+    return UpdateResult(
+        loss=loss,
+        grad_norm=norm,
+        log_ratio_M=torch.cat([h.logprob_M.double() - b.old_logprobs_M for b, h, _ in outputs]),
+        weight_M=torch.cat([s.weight_M for _, _, s in outputs]),
+        slope_M=torch.cat([s.slope_M for _, _, s in outputs]),
+        advantage_M=torch.cat([b.advantages_B[b.sequence_M] for b, _, _ in outputs]),
+        sequence_M=torch.cat([b.sequence_M + o for (b, _, _), o in zip(outputs, offsets, strict=False)]),
+        sequence_ids=tuple(i for b, _, _ in outputs for i in b.sequence_ids),
+        entropy_M=torch.cat(entropies) if entropies else None,
+        num_packed_tokens=sum(b.num_tokens for b, _, _ in outputs),
+    )
+
+
+def _nothing_to_learn() -> UpdateResult:
+    empty = torch.zeros(0, dtype=torch.float64)
+    return UpdateResult(0.0, 0.0, empty, empty, empty, empty, empty.long(), (), None, 0, skipped=True)
