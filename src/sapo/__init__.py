@@ -21,7 +21,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from sapo.config import RunConfig, load_recipe
-    from sapo.evaluate import Evaluation
+    from sapo.evaluation import Evaluation
     from sapo.session import Run, evaluate, resume, train
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 __all__ = ["Evaluation", "Run", "RunConfig", "evaluate", "load_recipe", "resume", "train"]
 
 _HOMES = {
-    "Evaluation": "sapo.evaluate",
+    "Evaluation": "sapo.evaluation",
     "Run": "sapo.session",
     "RunConfig": "sapo.config",
     "evaluate": "sapo.session",

@@ -120,7 +120,10 @@ def evaluate(
     if out.exists():
         raise ConfigError(f"{out} exists already; name another file with --out")
     ks = _parse_ks(k, samples)
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    try:
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
     made = _make_task(task, options or [], seed)
     directory = newest_model(model)
     with _stop_signals() as stop:
@@ -152,14 +155,12 @@ def evaluate(
 def main() -> None:
     """Entry point: one line and exit code 2 for the user's mistakes, tracebacks for ours."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # the code of a typer.Exit, None otherwise
     except TyperException as error:  # an unknown command or option, a value of the wrong type
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(message or "see sapo --help", code=2)
     except typer.Abort:
         sys.exit(130)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except ValueError as error:
         if not _is_users_mistake(error):
             raise
@@ -172,6 +173,7 @@ def main() -> None:
         if type(error).__name__ != "Interrupted":
             raise
         _fail("stopped; nothing was lost: the same command starts again", code=130)
+    sys.exit(code or 0)
 
 
 def _is_users_mistake(error: ValueError) -> bool:
@@ -183,10 +185,10 @@ def _is_users_mistake(error: ValueError) -> bool:
 
 
 def _is_runs_failure(error: RuntimeError) -> bool:
-    from sapo.coldstart import ColdStartFailed
-    from sapo.train.trainer import NonFiniteError
+    from sapo.coldstart import ColdStartError
+    from sapo.training.trainer import NonFiniteError
 
-    return isinstance(error, NonFiniteError | ColdStartFailed)
+    return isinstance(error, NonFiniteError | ColdStartError)
 
 
 def _fail(message: str, code: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from sapo.batch import pack
 from sapo.config import ColdStartConfig, ConfigError, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
-from sapo.evaluate import encode_prompts
+from sapo.evaluation import encode_prompts
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
 from sapo.model.policy import Policy, prepare_policy
@@ -34,7 +34,7 @@ from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.tasks import ALPHABET, Task, WorkedTask, make_task, score_completions
-from sapo.train.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 
 RECIPE_VERSION = 1
 """Counted up when the same recipe would make another model."""
@@ -42,7 +42,7 @@ RECIPE_VERSION = 1
 TOKENS_PER_MICROBATCH = 16384
 
 
-class ColdStartFailed(RuntimeError):  # noqa: N818: reads as the sentence it is
+class ColdStartError(RuntimeError):
     """The target was not reached within max_updates."""
 
 
@@ -87,7 +87,7 @@ def ensure_coldstart(
 
     Raises:
         ConfigError: a task without worked examples.
-        ColdStartFailed: the target was not reached.
+        ColdStartError: the target was not reached.
     """
     path = coldstart_path(config)
     if (path / "coldstart.json").is_file():
@@ -149,7 +149,7 @@ def train_coldstart(
             if settings.target > 0 and score >= settings.target:
                 return policy, history
     if settings.target > 0:
-        raise ColdStartFailed(
+        raise ColdStartError(
             f"the cold start reached pass@1 {history[-1].pass_at_1:.3f} of {settings.target} in {settings.max_updates} "
             "updates; raise model.coldstart.max_updates or examples, or lower the target"
         )

@@ -66,14 +66,12 @@ class ColdStartConfig(_Section):
     eval_problems: int = Field(128, ge=8)
     """Held-out problems of an evaluation, one sample each."""
     seed: int = 0
-    """Of the initial weights and the order of examples. Not the run's seed: runs of several seeds share a cold start."""
+    """Of the initial weights and the order of examples. Not the run's seed: runs of all seeds share a cold start."""
 
     @model_validator(mode="after")
     def _shape(self) -> ColdStartConfig:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(
-                f"hidden_size must be a multiple of heads with an even quotient; got {self.hidden_size} and {self.heads}"
-            )
+            raise ValueError(f"hidden_size must be an even multiple of heads; got {self.hidden_size} and {self.heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}")
         if self.experts_per_token > self.experts:
@@ -133,13 +131,16 @@ class TaskConfig(BaseModel):
 
     name: str
     """One of sapo.tasks.TASKS."""
+    label: str | None = None
+    """What logs call it; the task's own name when null. Two tasks of one kind may need it."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Share of the prompts of each step, relative to the other tasks."""
 
     @property
     def options(self) -> dict[str, Any]:
         """The task's own settings."""
-        return dict(self.model_extra or {})
+        options = dict(self.model_extra or {})
+        return options if self.label is None else {**options, "name": self.label}
 
 
 class RolloutConfig(_Section):
@@ -287,8 +288,8 @@ class RunConfig(_Section):
         r, t = self.rollout, self.train
         sequences = r.prompts_per_step * r.samples_per_prompt
         return (
-            f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts ({sequences} sequences)"
-            f" and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
+            f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts"
+            f" ({sequences} sequences) and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
             f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
             f" {t.steps} steps make {t.steps * t.minibatches} updates."
         )
@@ -322,10 +323,11 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
+    changes = [parse_override(override) for override in overrides or []]
+    _drop_settings_of_another_objective(raw, dict(changes).get("objective.name"))
     try:
         merged = OmegaConf.create(raw)
-        for override in overrides or []:
-            key, value = parse_override(override)
+        for key, value in changes:
             OmegaConf.update(merged, key, value, merge=True, force_add=True)
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -335,6 +337,13 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
     if config.run_dir is None:
         config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
     return config
+
+
+def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
+    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its."""
+    objective = raw.get("objective")
+    if isinstance(objective, dict) and name is not None and name != objective.get("name", "sapo"):
+        raw["objective"] = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
 
 
 def parse_recipe(settings: dict[str, Any]) -> RunConfig:

@@ -26,7 +26,7 @@ from sapo.batch import split_minibatches
 from sapo.config import ConfigError, RunConfig
 from sapo.data import Completion, Group, Prompt
 from sapo.diagnostics import rollout_metrics, update_metrics
-from sapo.evaluate import Evaluation, encode_prompts, evaluate_policy
+from sapo.evaluation import Evaluation, encode_prompts, evaluate_policy
 from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.rollout.engine import Interrupted, Request
@@ -35,9 +35,9 @@ from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState, rollout_records
 from sapo.tasks import Task, make_task, prompts_for_step, score_completions
-from sapo.train.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
-from sapo.train.optimizer import PolicyOptimizer, learning_rate_at
-from sapo.train.trainer import NonFiniteError, Trainer, UpdateResult
+from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
+from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
 
 # Above this mean |r - 1| of a step's first update the policy is not the one that sampled: a hard clip then chases the
 # difference (docs/log.md).
@@ -114,8 +114,8 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
             needed = len(prompt.token_ids) + config.rollout.max_new_tokens
             if policy.max_length is not None and needed > policy.max_length:
                 raise ConfigError(
-                    f"rollout.max_new_tokens must leave room for the prompt; got {config.rollout.max_new_tokens} with a "
-                    f"prompt of {len(prompt.token_ids)} tokens and a model of {policy.max_length} positions"
+                    f"rollout.max_new_tokens must leave room for the prompt; got {config.rollout.max_new_tokens} with "
+                    f"a prompt of {len(prompt.token_ids)} tokens and a model of {policy.max_length} positions"
                 )
 
 
@@ -434,9 +434,7 @@ class TrainingRun:
         update, stride = self.state.update, self.config.train.minibatches
         samples = self.config.rollout.samples_per_prompt
         lengths = result.sequence_M.bincount().tolist()
-        parts = zip(
-            result.sequence_ids, result.log_ratio_M.split(lengths), result.weight_M.split(lengths), strict=True
-        )
+        parts = zip(result.sequence_ids, result.log_ratio_M.split(lengths), result.weight_M.split(lengths), strict=True)
         gates = {}
         for sequence, log_ratio, weight in parts:
             group, sample = divmod(sequence, samples)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sapo.coldstart import ColdStartProgress
 from sapo.config import RunConfig
-from sapo.train.checkpoint import Checkpoint
+from sapo.training.checkpoint import Checkpoint
 
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),

@@ -4,7 +4,7 @@ runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; 
           metrics.jsonl     one line per update, step, evaluation and warning; all clock readings under "timing"
           summary.json      start, end, tokens, seconds by phase
           rollouts/         step-000010.jsonl: one line per completion
-          checkpoints/      see train/checkpoint.py
+          checkpoints/      see training/checkpoint.py
           tensorboard/
 """
 

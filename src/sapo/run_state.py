@@ -53,7 +53,8 @@ class RunState:
 def group_to_json(group: Group) -> dict[str, Any]:
     """A group as a JSON value.
 
-    >>> group = Group(Prompt(1, "t", "1+1=", (1, 2), "2"), (Completion((2, 0), (-0.1, -0.2), "stop", "2", Score(1.0)),), (0.0,))
+    >>> completion = Completion((2, 0), (-0.1, -0.2), "stop", "2", Score(1.0))
+    >>> group = Group(Prompt(1, "t", "1+1=", (1, 2), "2"), (completion,), (0.0,))
     >>> group_from_json(group_to_json(group)) == group
     True
     """

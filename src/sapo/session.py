@@ -18,7 +18,7 @@ import torch
 
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import ConfigError, RunConfig, override_run
-from sapo.evaluate import Evaluation, evaluate_policy
+from sapo.evaluation import Evaluation, evaluate_policy
 from sapo.loop import Listener, Silent, StopReason, TrainingRun, check_prompts, load_tasks
 from sapo.model.policy import Policy, load_policy
 from sapo.rollout.local import LocalEngine
@@ -26,7 +26,7 @@ from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.tasks import Task
-from sapo.train.checkpoint import newest_whole
+from sapo.training.checkpoint import newest_whole
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -16,7 +16,7 @@ from sapo.objectives import (
     gate_discrepancy,
     variance,
 )
-from sapo.train.trainer import UpdateResult
+from sapo.training.trainer import UpdateResult
 
 RATIO_QUANTILES = {"p001": 0.001, "p01": 0.01, "p50": 0.5, "p99": 0.99, "p999": 0.999}
 

@@ -98,6 +98,8 @@ class Bucket:
     """(b * K,) packed positions of each segment's path from the root through itself, padded likewise."""
     prefix_b: Tensor
     """Length of each segment's ancestors."""
+    length_b: Tensor
+    """Length of each segment."""
     size: tuple[int, int, int]
     """(b, Q, K)."""
 
@@ -106,7 +108,10 @@ class Bucket:
         window."""
         _, num_queries, num_keys = self.size
         device = self.query_index.device
-        at_b1Q1 = (self.prefix_b[:, None] + torch.arange(num_queries, device=device))[:, None, :, None]
+        # A padded query sees what the segment's last one sees: within a window it might else see no key at all, and
+        # what a kernel makes of such a row, 0 or NaN, would reach the gradient.
+        own_bQ = torch.minimum(torch.arange(num_queries, device=device), self.length_b[:, None] - 1)
+        at_b1Q1 = (self.prefix_b[:, None] + own_bQ)[:, None, :, None]
         path_K = torch.arange(num_keys, device=device)
         hidden = path_K > at_b1Q1
         if sliding_window is not None:
@@ -171,7 +176,8 @@ def _paths(segments: tuple[Segment, ...]) -> list[np.ndarray]:
     paths: list[np.ndarray] = []
     covered = 0
     for i, segment in enumerate(segments):
-        assert segment.start == covered and segment.length > 0, f"segment {i} leaves a gap or is empty: {segment}"
+        assert segment.start == covered, f"segment {i} leaves a gap: {segment}"
+        assert segment.length > 0, f"segment {i} is empty"
         assert segment.parent < i, f"segment {i} comes before its parent {segment.parent}"
         covered = segment.stop
         own = np.arange(segment.start, segment.stop)
@@ -204,13 +210,15 @@ def _buckets(
             key_index[row, : len(path)] = path
             key_index[row, len(path) :] = path[-1]
             output_index[segment.start : segment.stop] = offset + row * num_queries + np.arange(segment.length)
-        prefix = np.array([len(paths[i]) - segments[i].length for i in bucket])
+        length = np.array([segments[i].length for i in bucket])
+        prefix = np.array([len(paths[i]) for i in bucket]) - length
         offset += query_index.size
         buckets.append(
             Bucket(
                 query_index=torch.from_numpy(query_index.ravel()).to(device),
                 key_index=torch.from_numpy(key_index.ravel()).to(device),
                 prefix_b=torch.from_numpy(prefix).to(device),
+                length_b=torch.from_numpy(length).to(device),
                 size=(len(bucket), num_queries, num_keys),
             )
         )

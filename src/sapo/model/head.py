@@ -124,7 +124,7 @@ class _PolicyHead(torch.autograd.Function):
             if entropy:
                 # -sum p log p, with 0 log 0 = 0
                 entropy_M[at] = -torch.special.xlogy(probability, probability).sum(-1)
-            if needs_hidden or needs_weight:
+            if needs_hidden or needs_weight or needs_bias:
                 scaled = (coefficient.to(wide) / temperature)[:, None]
                 grad_logits = probability.mul_(-scaled)
                 grad_logits.scatter_add_(1, target[:, None], scaled)

@@ -9,11 +9,13 @@ refused rather than trained wrongly.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -136,7 +138,8 @@ class Policy:
         implementation = self.model.config._attn_implementation
         self.model.config._attn_implementation = "sdpa"
         try:
-            self.model.save_pretrained(directory)
+            with _no_progress_bars():
+                self.model.save_pretrained(directory)
         finally:
             self.model.config._attn_implementation = implementation
         self.tokenizer.save_pretrained(directory)
@@ -151,12 +154,21 @@ def load_policy(path: str | Path, dtype: str = "float32", device: str | torch.de
     directory = Path(path)
     _check_directory(directory)
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    except (ValueError, OSError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
+        raise ModelError(f"the tokenizer in {directory} cannot be loaded: {first_line(error)}") from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=DTYPES[dtype], attn_implementation="sdpa", output_loading_info=True
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}") from error
-    model.to(device)
+    model, loading = loaded
+    if loading["missing_keys"]:  # transformers would leave them at random values
+        missing = sorted(loading["missing_keys"])
+        raise ModelError(f"the weights in {directory} lack {len(missing)} tensors, the first of them {missing[0]}")
+    model = model.to(device)
     if tokenizer.eos_token_id is None and getattr(model.generation_config, "eos_token_id", None) is None:
         raise ModelError(f"the tokenizer in {directory} has no end-of-sequence token; set eos_token in its config")
     return prepare_policy(model, tokenizer)
@@ -168,6 +180,8 @@ def prepare_policy(model: Any, tokenizer: Any) -> Policy:
     Raises:
         ModelError: when the packed forward differs from the model's own.
     """
+    if model.config._attn_implementation == ATTENTION_NAME:  # prepared before
+        model.set_attn_implementation("sdpa")
     expected = _own_logprobs(model.eval())
     model.set_attn_implementation(ATTENTION_NAME)
     policy = Policy(model, tokenizer)
@@ -184,6 +198,18 @@ def prepare_policy(model: Any, tokenizer: Any) -> Policy:
             f"does not: log-probabilities differ by up to {difference:.3g} (allowed {tolerance:g})"
         )
     return policy
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws bars for loading and saving; a run has a display of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Tiny decoders with a character tokenizer: real transformers architectures, saved as ordinary Hugging Face directories.
+"""Tiny decoders with a character tokenizer: real transformers architectures in ordinary Hugging Face directories.
 
 They are what the quick start cold-starts and what the tests run; nothing in the package treats them differently from a
 pretrained model.

@@ -22,7 +22,7 @@ class Request:
     samples: int
 
 
-class Interrupted(Exception):  # noqa: N818: not an error, a request to stop
+class Interrupted(Exception):  # noqa: N818 (a request to stop, not an error)
     """Raised where work can be abandoned without loss, once the user has asked the run to stop."""
 
 

@@ -45,7 +45,7 @@ def token_uniforms(seed: int, prompt_id: int, samples: np.ndarray, positions: in
         positions: how many tokens of each.
 
     Returns:
-        (S, positions) float64, 53 random bits each, never 0 or 1.
+        (S, positions) float64, 52 random bits each, never 0 or 1.
     """
     counter = np.empty((len(samples), positions, 4), dtype=np.uint64)
     counter[..., 0] = prompt_id & 0xFFFFFFFF
@@ -53,5 +53,6 @@ def token_uniforms(seed: int, prompt_id: int, samples: np.ndarray, positions: in
     counter[..., 2] = np.asarray(samples, dtype=np.uint64)[:, None]
     counter[..., 3] = np.arange(positions, dtype=np.uint64)[None, :]
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    high, low = words[..., 0] >> np.uint64(5), words[..., 1] >> np.uint64(6)  # 27 and 26 bits
-    return (high * np.uint64(2**26) + low + 0.5) * 2.0**-53
+    # 27 and 25 bits, and the bit of the half: with one more the largest would round to 1.
+    high, low = words[..., 0] >> np.uint64(5), words[..., 1] >> np.uint64(7)
+    return (high * np.uint64(2**25) + low + 0.5) * 2.0**-52

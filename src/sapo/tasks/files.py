@@ -37,6 +37,7 @@ class FileTask:
         held_out_path: a file with the held-out rows, or
         held_out_fraction: the share of distinct prompts of `path` to hold out. Default 0.1.
         seed: the order of the rows, not the split.
+        score_truncated: give the verifier completions that did not stop too, for a reward that needs no ending.
         name: what logs call the task. Default: the file's name without its extension.
 
     All other fields of a row go to `Prompt.metadata`.
@@ -55,6 +56,7 @@ class FileTask:
         verifier: str = "exact",
         held_out_path: str | Path | None = None,
         held_out_fraction: float | None = None,
+        score_truncated: bool = False,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -69,6 +71,7 @@ class FileTask:
             raise TaskError(f"verifier {verifier!r} compares with an answer; got answer_field=None; name the field")
         self.name = name if name is not None else Path(path).stem
         self.seed = seed
+        self.score_truncated = score_truncated
         self.prompt_field = prompt_field
         self.answer_field = answer_field
         self._verifier = load_verifier(verifier)

@@ -119,10 +119,11 @@ def save_checkpoint(
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
     """Checkpoints of a run, newest first, whole or not."""
-    found = []
-    for path in directory.glob("step-*") if directory.is_dir() else ():
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
-            found.append(Checkpoint(path, int(match[1]), int(match[2] or 0)))
+    found = [
+        Checkpoint(path, int(match[1]), int(match[2] or 0))
+        for path in directory.glob("step-*")
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted(found, key=lambda c: (c.step, c.update), reverse=True)
 
 

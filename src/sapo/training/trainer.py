@@ -15,11 +15,11 @@ from torch import Tensor
 from sapo.batch import MiniBatch, pack
 from sapo.data import Group, PackedBatch
 from sapo.model.attention import TreeLayout, gather_rows
-from sapo.model.head import HeadOutput, policy_head, token_logprobs
+from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.objectives import Objective, Surrogate
 from sapo.rollout.engine import Interrupted
-from sapo.train.optimizer import PolicyOptimizer
+from sapo.training.optimizer import PolicyOptimizer
 
 
 class NonFiniteError(RuntimeError):
@@ -151,18 +151,35 @@ class Trainer:
             parts.append(surrogate)
             return -(weight_M[at] * surrogate.value_M).sum(), -weight_M[at] * surrogate.slope_M
 
-        arguments = (hidden_MH, self.policy.head_weight, batch.target_M)
-        options = {"bias_V": self.policy.head_bias, "temperature": self.temperature}
         if self.objective.coupled:  # a token's slope needs the whole sequence: a first pass for log pi
-            logprob_M = token_logprobs(arguments[0].detach(), *arguments[1:], **options)
+            logprob_M = self._token_logprobs(hidden_MH.detach(), batch)
             whole = self.objective.surrogate(
                 logprob_M.double() - batch.old_logprobs_M, advantage_M, batch.sequence_M, batch.num_sequences
             )
-            head = policy_head(*arguments, lambda _, at: coupled(at, whole), entropy=self.entropy, **options)
-            return head, whole
-        head = policy_head(*arguments, per_token, entropy=self.entropy, **options)
+            return self._head(hidden_MH, batch, lambda _, at: coupled(at, whole)), whole
+        head = self._head(hidden_MH, batch, per_token)
         joined = Surrogate(*(torch.cat([getattr(p, f) for p in parts]) for f in ("value_M", "slope_M", "weight_M")))
         return head, joined
+
+    def _head(self, hidden_MH: Tensor, batch: PackedBatch, loss_and_coefficient: LossAndCoefficient) -> HeadOutput:
+        return policy_head(
+            hidden_MH,
+            self.policy.head_weight,
+            batch.target_M,
+            loss_and_coefficient,
+            bias_V=self.policy.head_bias,
+            temperature=self.temperature,
+            entropy=self.entropy,
+        )
+
+    def _token_logprobs(self, hidden_MH: Tensor, batch: PackedBatch) -> Tensor:
+        return token_logprobs(
+            hidden_MH,
+            self.policy.head_weight,
+            batch.target_M,
+            bias_V=self.policy.head_bias,
+            temperature=self.temperature,
+        )
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         layout = TreeLayout(batch.segments, self.policy.device)
@@ -177,13 +194,7 @@ class Trainer:
         """
         found: dict[int, tuple[float, ...]] = {}
         for batch in self.pack(groups, include_all).microbatches:
-            logprob_M = token_logprobs(
-                self._hidden(batch),
-                self.policy.head_weight,
-                batch.target_M,
-                bias_V=self.policy.head_bias,
-                temperature=self.temperature,
-            ).float()
+            logprob_M = self._token_logprobs(self._hidden(batch), batch).float()
             lengths = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).tolist()
             for sequence, part in zip(batch.sequence_ids, logprob_M.cpu().split(lengths), strict=True):
                 found[sequence] = tuple(part.tolist())

@@ -1,0 +1,41 @@
+# Everything a newcomer or CI runs. Needs Python >= 3.11, git and make; the rest goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test lint types bench clean
+
+quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
+	$(BIN)/sapo train quickstart run_dir=$(RUN)
+
+test: .venv/installed-dev ## every test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+bench: .venv/installed-dev ## measurements against peers; see bench/README.md
+	$(BIN)/python -m bench
+
+clean: ## what was built; runs/ stays
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
+# another build with gigabytes of CUDA libraries.
+.venv/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

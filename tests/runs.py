@@ -1,0 +1,90 @@
+"""Small real runs for the tests: an untrained model, a reward that varies in every group, and how to compare runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo.model.policy import prepare_policy
+from sapo.model.tiny import character_tokenizer, tiny_model
+
+REWARD = '''
+def share_of_sevens(completion, answer):
+    """Dense, so that an untrained model has something to learn in every group."""
+    return completion.count("7") / 8
+'''
+
+
+def write_model(directory: Path, architecture: str = "qwen3", seed: int = 0, **shape: Any) -> Path:
+    """Save an untrained tiny model."""
+    tokenizer = character_tokenizer("0123456789+-*%=;#")
+    size = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 48, "max_length": 64}
+    model = tiny_model(
+        architecture,
+        len(tokenizer),
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{**size, **shape},
+    )
+    prepare_policy(model, tokenizer).save(directory)
+    return directory
+
+
+def write_recipe(directory: Path, **changes: Any) -> Path:
+    """Write recipe.yaml with its model, data and reward into a directory; `a__b=1` sets a.b."""
+    write_model(directory / "model")
+    (directory / "rewards_of_a_test.py").write_text(REWARD)
+    rows = [{"prompt": f"{i}+{i + 1}=", "answer": "7"} for i in range(24)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe: dict[str, Any] = {
+        "run_dir": str(directory / "run"),
+        "threads": 1,
+        "model": {"path": str(directory / "model")},
+        "tasks": [
+            {
+                "name": "file",
+                "path": str(directory / "prompts.jsonl"),
+                "verifier": "rewards_of_a_test:share_of_sevens",
+                "score_truncated": True,
+            }
+        ],
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 12},
+        "train": {"steps": 6, "minibatches": 2, "learning_rate": 1e-3, "warmup_steps": 2},
+        "eval": {"every": 3, "problems": 2, "samples": 2},
+        "checkpoint": {"every": 2},
+        "log": {"tensorboard": False, "rollouts_every": 2},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = recipe
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    file = directory / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def fingerprint(run: Path, step: int) -> dict[str, Any]:
+    """Everything of a finished run that must be equal bit for bit: metrics, weights, optimiser, completions."""
+    checkpoint = run / "checkpoints" / f"step-{step:06d}"
+    files = [
+        checkpoint / "model.safetensors",
+        checkpoint / "optimizer.safetensors",
+        *sorted((run / "rollouts").iterdir()),
+    ]
+    return {
+        "metrics": metrics(run),
+        **{f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
+    }

@@ -1,0 +1,274 @@
+"""The command line as a person meets it: real processes, one clear line for a mistake, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runs import fingerprint, write_model, write_recipe
+from sapo.cli import main
+
+
+def sapo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(cwd / "cache"), "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "sapo.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def sapo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cwd: Path, *arguments: str):
+    """The same command in this process, several seconds sooner: exit code and the lines of standard error."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setenv("SAPO_CACHE", str(cwd / "cache"))
+    monkeypatch.setattr(sys, "argv", ["sapo", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code, capsys.readouterr().err.strip().splitlines()
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+
+
+def edit(recipe: Path, **changes: object) -> None:
+    settings = yaml.safe_load(recipe.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = settings
+        for parent in parents:
+            place = place[int(parent) if parent.isdigit() else parent]
+        place[last] = value
+    recipe.write_text(yaml.safe_dump(settings))
+
+
+def unknown_key(directory: Path, recipe: Path) -> None:
+    edit(recipe, train__lerning_rate=1.0)
+
+
+def negative_tau(directory: Path, recipe: Path) -> None:
+    edit(recipe, objective={"name": "sapo", "tau_neg": -1})
+
+
+def row_without_answer(directory: Path, recipe: Path) -> None:
+    (directory / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": "1+2=", "anwser": "3"}\n')
+
+
+def existing_run(directory: Path, recipe: Path) -> None:
+    (directory / "run").mkdir()
+    (directory / "run" / "precious.txt").write_text("mine")
+
+
+def no_tokenizer(directory: Path, recipe: Path) -> None:
+    for file in (directory / "model").glob("tokenizer*"):
+        file.unlink()
+
+
+def no_weights(directory: Path, recipe: Path) -> None:
+    (directory / "model" / "model.safetensors").unlink()
+
+
+def weights_cut_short(directory: Path, recipe: Path) -> None:
+    file = directory / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def missing_model(directory: Path, recipe: Path) -> None:
+    edit(recipe, model__path=str(directory / "nowhere"))
+
+
+def missing_data(directory: Path, recipe: Path) -> None:
+    (directory / "prompts.jsonl").unlink()
+
+
+def missing_reward(directory: Path, recipe: Path) -> None:
+    edit(recipe, tasks__0__verifier="rewards_of_a_test:share_of_eights")
+
+
+def unknown_character(directory: Path, recipe: Path) -> None:
+    (directory / "prompts.jsonl").write_text("".join(f'{{"prompt": "{c}?", "answer": "1"}}\n' for c in "abcdefghijkl"))
+
+
+def prompt_too_long(directory: Path, recipe: Path) -> None:
+    edit(recipe, rollout__max_new_tokens=64)
+
+
+def no_cuda(directory: Path, recipe: Path) -> None:
+    edit(recipe, device="cuda")
+
+
+MISTAKES = [
+    (unknown_key, ["unknown key train.lerning_rate", "did you mean train.learning_rate?"]),
+    (negative_tau, ["tau_neg must be positive", "-1", "the paper uses 1.05"]),
+    (row_without_answer, ["prompts.jsonl:3", "'answer'", "anwser"]),
+    (existing_run, ["run exists already", "sapo resume", "run_dir=NAME"]),
+    (no_tokenizer, ["model has no tokenizer", "tokenizer.json"]),
+    (no_weights, ["model has no weights"]),
+    (weights_cut_short, ["model cannot be loaded"]),
+    (missing_model, ["no model directory at", "nowhere"]),
+    (missing_data, ["prompts.jsonl"]),
+    (missing_reward, ["share_of_eights", "share_of_sevens"]),
+    (unknown_character, ["the tokenizer cannot encode the prompt"]),
+    (prompt_too_long, ["rollout.max_new_tokens must leave room for the prompt"]),
+    (no_cuda, ["'cuda'", "use cpu or auto"]),
+]
+
+
+@pytest.mark.parametrize(("mistake", "parts"), MISTAKES, ids=[m.__name__ for m, _ in MISTAKES])
+def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
+    mistake, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = write_recipe(tmp_path)
+    mistake(tmp_path, recipe)
+    before = files_below(tmp_path)
+    code, lines = sapo_here(monkeypatch, capsys, tmp_path, "train", str(recipe))
+    assert (code, len(lines)) == (2, 1), lines
+    for part in parts:
+        assert part in lines[0]
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trian",), "Did you mean 'train'?"),
+        (("train", "nowhere.yaml"), "no recipe file 'nowhere.yaml'"),
+        (("train", "quikstart"), "did you mean quickstart?"),
+        (("train", "quickstart", "objective.tau_neg=-1"), "tau_neg must be positive"),
+        (("train", "quickstart", "steps=3"), "unknown key steps"),
+        (("resume", "nowhere"), "no run directory at nowhere"),
+        (("resume", "."), "has no config.yaml"),
+        (("eval", "nowhere", "--task", "arithmetic"), "no model directory at nowhere"),
+        (("eval", "nowhere", "--task", "arithmatic"), "did you mean 'arithmetic'?"),
+        (("eval", "nowhere", "--task", "arithmetic", "--k", "1,8"), "every k must lie in 1..samples (4)"),
+        (("eval", "nowhere", "--task", "arithmetic", "--top-p", "2"), "--top-p must lie in (0, 1]"),
+    ],
+)
+def test_other_mistakes_on_the_command_line_are_one_line_too(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, lines = sapo_here(monkeypatch, capsys, tmp_path, *arguments)
+    assert (code, len(lines)) == (2, 1), lines
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = sapo("train", "quickstart", "objective.tau_neg=-1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "sapo: objective: tau_neg must be positive and finite; got -1; the paper uses 1.05"
+    ]
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    code = "import sapo.session, sapo.cli, sys; sapo.session.train = None; sys.argv = ['sapo', 'train', 'quickstart']\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code + "sapo.cli.main()"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "TypeError" in result.stderr
+
+
+def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    result = sapo("train", str(recipe), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Each step draws 4 completions of 4 prompts (16 sequences)" in result.stdout
+    assert "log pi_old is the engine's, which the self-check found equal" in result.stdout
+    assert "held-out pass@1" in result.stdout
+    assert "wrote " in result.stdout
+    assert "\x1b" not in result.stdout, "no colours or cursor movements where there is no terminal"
+
+    newest = tmp_path / "run" / "checkpoints" / "step-000006"
+    whole = fingerprint(tmp_path / "run", 6)
+    cut = newest / "optimizer.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    result = sapo("resume", str(tmp_path / "run"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "warning: checkpoint not used" in result.stdout
+    assert "step-000006/optimizer.safetensors holds" in result.stdout
+    assert "resuming from" in result.stdout
+    assert "step-000004" in result.stdout
+    assert fingerprint(tmp_path / "run", 6) == whole
+
+    data = str(tmp_path / "prompts.jsonl")
+    arguments = ["eval", str(tmp_path / "run"), "--task", data, "verifier=rewards_of_a_test:share_of_sevens"]
+    result = sapo(*arguments, "--samples", "8", "--k", "1,4", "--max-new-tokens", "12", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "evals" / "run-prompts.json").read_text())
+    assert written["results"]["samples"] == 8
+    assert {"mean@8", "pass@1", "pass@4"} <= set(written["results"])
+    assert "24" not in result.stdout.splitlines()[0], "fewer held-out problems than asked for are said aloud"
+    assert "held-out problems; 256 were asked for" in result.stdout
+    again = sapo(*arguments, "--out", str(tmp_path / "evals" / "run-prompts.json"), cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already; name another file with --out" in again.stderr
+
+
+def test_a_cold_start_is_made_once_and_then_found(tmp_path: Path) -> None:
+    overrides = [
+        "model.coldstart.target=0",
+        "model.coldstart.max_updates=3",
+        "model.coldstart.hidden_size=16",
+        "model.coldstart.examples=20",
+        "model.coldstart.eval_problems=8",
+        "tasks.0.digits=2",
+    ]
+    first = sapo("coldstart", "quickstart", *overrides, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-3].startswith("made: ")
+    second = sapo("coldstart", "quickstart", *overrides, cwd=tmp_path)
+    assert "in the cache: " in second.stdout
+    other = sapo("coldstart", "quickstart", *overrides, "model.coldstart.seed=1", cwd=tmp_path)
+    assert other.stdout.splitlines()[-3].startswith("made: ")
+    assert len(list((tmp_path / "cache" / "coldstart").iterdir())) == 2
+
+
+def test_a_cold_start_that_misses_its_target_fails_and_says_so(tmp_path: Path) -> None:
+    overrides = ["model.coldstart.max_updates=2", "model.coldstart.examples=8", "model.coldstart.eval_problems=8"]
+    result = sapo("train", "quickstart", *overrides, cwd=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "the cold start reached pass@1 0.000 of 0.3 in 2 updates" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_completions_are_shown_as_text_never_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from sapo.progress import Display
+
+    display = Display(Console(width=80))
+    display.warning("[red]not a colour[/red] [link=file:///etc/passwd]x[/link]")
+    assert "[red]not a colour[/red] [link=file:///etc/passwd]x[/link]" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_tiny_model_of_the_tests_is_an_ordinary_directory(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = write_model(tmp_path / "model")
+    assert AutoModelForCausalLM.from_pretrained(directory).config.architectures == ["Qwen3ForCausalLM"]
+    assert AutoTokenizer.from_pretrained(directory)("1+1=")["input_ids"] == [1, 10, 1, 14]

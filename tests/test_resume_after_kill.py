@@ -1,0 +1,141 @@
+"""A real process, killed with SIGKILL at chosen and at random moments, ends as the run that never was.
+
+Metrics (but for the clock), weights, optimiser state and completions are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runs import fingerprint, write_recipe
+
+STEPS = 24
+PATIENCE = 120.0  # seconds; a limit for a hung process, not a measurement
+
+pytestmark = pytest.mark.slow
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(cwd / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sapo.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, output
+    return output
+
+
+def kill_when(process: subprocess.Popen, moment: Callable[[], bool]) -> bool:
+    """SIGKILL as soon as the moment comes; False when the process ended before it did."""
+    deadline = time.monotonic() + PATIENCE
+    while not moment():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+def last_line(run: Path) -> dict:
+    """Last whole line of metrics.jsonl, empty when there is none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1]) if lines else {}
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    directory = tmp_path_factory.mktemp("whole")
+    finish(start("train", str(recipe_in(directory)), cwd=directory))
+    return fingerprint(directory / "run", STEPS)
+
+
+def recipe_in(directory: Path) -> Path:
+    return write_recipe(
+        directory,
+        train__steps=STEPS,
+        rollout__prompts_per_step=8,
+        rollout__samples_per_prompt=8,
+        rollout__max_new_tokens=40,
+        eval__every=5,
+        checkpoint__every=3,
+    )
+
+
+def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, uninterrupted: dict) -> None:
+    run = tmp_path / "run"
+    generator = random.Random(int.from_bytes(os.urandom(4), "little"))
+
+    def random_delay() -> Callable[[], bool]:
+        delay = generator.uniform(0.0, 1.0)
+        since: list[float] = []
+
+        def moment() -> bool:
+            if not since and (run / "metrics.jsonl").exists():
+                since.append(time.monotonic())
+            return bool(since) and time.monotonic() - since[0] > delay
+
+        return moment
+
+    def line(step: int, **fields: object) -> Callable[[], bool]:
+        def moment() -> bool:
+            last = last_line(run)
+            return last.get("step", 0) >= step and all(last.get(k) == v for k, v in fields.items())
+
+        return moment
+
+    moments = {
+        "before the first checkpoint": line(1, kind="step"),
+        "between updates": line(5, kind="update", update=0),
+        "while a checkpoint is being written": lambda: any((run / "checkpoints").glob(".writing-*")),
+        "in generation": line(10, kind="step"),
+        "at a random moment": random_delay(),
+        "at another": random_delay(),
+    }
+    arguments = ["train", str(recipe_in(tmp_path))]
+    killed = []
+    for name, moment in moments.items():
+        if kill_when(start(*arguments, cwd=tmp_path), moment):
+            killed.append(name)
+        arguments = ["resume", str(run)]
+    finish(start("resume", str(run), cwd=tmp_path))
+    assert len(killed) >= 4, f"the run ended before it could be killed: {killed}"
+    assert fingerprint(run, STEPS) == uninterrupted
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tmp_path: Path, uninterrupted: dict) -> None:
+    run = tmp_path / "run"
+    process = start("train", str(recipe_in(tmp_path)), cwd=tmp_path)
+    deadline = time.monotonic() + PATIENCE
+    while last_line(run).get("step", 0) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output = finish(process, code=130)
+    assert "stopping: saving a checkpoint" in output
+    assert f"next: sapo resume {run}" in output
+    assert "Traceback" not in output
+    output = finish(start("resume", str(run), cwd=tmp_path))
+    assert "resuming from" in output
+    assert fingerprint(run, STEPS) == uninterrupted

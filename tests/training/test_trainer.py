@@ -1,0 +1,389 @@
+"""The update: its gradient is the paper's, whatever the packing; what it refuses; what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sapo.batch import split_minibatches
+from sapo.data import Completion, Group, Prompt, Score
+from sapo.model.policy import Policy, prepare_policy
+from sapo.model.tiny import character_tokenizer, tiny_model
+from sapo.objectives import OBJECTIVES, group_advantages, make_objective, policy_loss
+from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.training.trainer import NonFiniteError, Trainer
+
+ALPHABET = "0123456789+-*%=;#"
+MAX_NEW_TOKENS = 12
+
+
+def make_policy(dtype: torch.dtype = torch.float64, architecture: str = "qwen3", seed: int = 1) -> Policy:
+    tokenizer = character_tokenizer(ALPHABET)
+    model = tiny_model(
+        architecture,
+        len(tokenizer),
+        seed=seed,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate_size=24,
+        max_length=64,
+    )
+    if architecture == "qwen3_moe":
+        model.set_experts_implementation("eager")  # torch's grouped product has no float64
+    return prepare_policy(model.to(dtype), tokenizer)
+
+
+def make_groups(count: int = 4, samples: int = 3, seed: int = 0) -> list[Group]:
+    """Groups of random completions of unequal length, log pi_old near the truth of a fresh model, one flat group."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, size: int) -> list[int]:
+        return torch.randint(low, high, (size,), generator=generator).tolist()
+
+    groups = []
+    for i in range(count):
+        prompt = Prompt(id=i, task="random", text="", token_ids=tuple(integers(0, 17, 3 + 2 * i)))
+        completions = []
+        for j in range(samples):
+            length = integers(1, MAX_NEW_TOKENS + 1, 1)[0]
+            noise = (0.4 * torch.randn(length, generator=generator)).tolist()
+            reward = 1.0 if i == 1 else float((i + j) % 2)  # the group of prompt 1 teaches nothing
+            completions.append(
+                Completion(tuple(integers(0, 18, length)), tuple(-2.9 + n for n in noise), "stop", score=Score(reward))
+            )
+        rewards = torch.tensor([c.score.reward for c in completions], dtype=torch.float64)
+        groups.append(Group(prompt, tuple(completions), tuple(group_advantages(rewards).tolist())))
+    return groups
+
+
+def make_trainer(policy: Policy, objective: str = "sapo", **options: object) -> Trainer:
+    optimizer = PolicyOptimizer(
+        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=None
+    )
+    settings: dict = {
+        "temperature": 1.0,
+        "normalizer": "sequence_mean",
+        "tokens_per_microbatch": 10_000,
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
+    return Trainer(policy, make_objective(objective), optimizer, **{**settings, **options})
+
+
+def packed_gradient(trainer: Trainer, groups: list[Group], include_all: bool = False) -> dict[str, torch.Tensor]:
+    """The gradient the trainer would step with."""
+    for batch in trainer.pack(groups, include_all).microbatches:
+        trainer._forward(batch)[0].loss.backward()
+    return take_gradient(trainer.policy)
+
+
+def take_gradient(policy: Policy) -> dict[str, torch.Tensor]:
+    gradient = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in policy.model.named_parameters()
+    }
+    policy.model.zero_grad()
+    return gradient
+
+
+def plain_gradient(
+    policy: Policy, groups: list[Group], objective: str, normalizer: str, temperature: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """The same by the plainest means: transformers' own forward, one padded row a sequence, autograd throughout."""
+    model = copy.deepcopy(policy.model)
+    model.set_attn_implementation("sdpa")
+    rows = [(g.prompt, c, a) for g in groups for c, a in zip(g.completions, g.advantages, strict=True)]
+    longest = max(len(c) for _, c, _ in rows)
+    logps, olds, masks = [], [], []
+    for prompt, completion, _ in rows:
+        ids = torch.tensor([prompt.token_ids + completion.token_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0] / temperature
+        start = len(prompt.token_ids) - 1
+        logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]
+        pad = (0, longest - len(completion))
+        logps.append(torch.nn.functional.pad(logp, pad, value=math.nan))
+        olds.append(torch.nn.functional.pad(torch.tensor(completion.logprobs).float().double(), pad))
+        masks.append(torch.nn.functional.pad(torch.ones(len(completion), dtype=torch.bool), pad))
+    loss = policy_loss(
+        objective,
+        torch.stack(logps),
+        torch.stack(olds),
+        torch.tensor([a for _, _, a in rows], dtype=torch.float64),
+        torch.stack(masks),
+        normalizer=normalizer,
+        max_length=MAX_NEW_TOKENS,
+    )
+    loss.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+    """Equal up to the float32 in which transformers computes norms and rotations whatever the model's dtype."""
+    scale = max(g.abs().max().item() for g in right.values())
+    assert scale > 0, "the reference gradient is zero: nothing would be compared"
+    for name, gradient in right.items():
+        torch.testing.assert_close(
+            left[name], gradient, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean", "constant_length"])
+def test_the_packed_gradient_equals_autograd_through_padded_rows(objective: str, normalizer: str) -> None:
+    policy, groups = make_policy(), make_groups()
+    trainer = make_trainer(policy, objective, normalizer=normalizer)
+    assert_same(packed_gradient(trainer, groups), plain_gradient(policy, groups, objective, normalizer))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "llama"])
+def test_the_packed_gradient_is_right_on_other_architectures(architecture: str) -> None:
+    policy, groups = make_policy(architecture=architecture), make_groups()
+    assert_same(packed_gradient(make_trainer(policy), groups), plain_gradient(policy, groups, "sapo", "sequence_mean"))
+
+
+def test_the_temperature_of_sampling_is_the_temperature_of_the_loss() -> None:
+    policy, groups = make_policy(), make_groups()
+    got = packed_gradient(make_trainer(policy, temperature=0.7), groups)
+    assert_same(got, plain_gradient(policy, groups, "sapo", "sequence_mean", temperature=0.7))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("tokens", [1, 17, 40])
+def test_microbatch_split_leaves_gradient_unchanged(objective: str, tokens: int) -> None:
+    policy, groups = make_policy(), make_groups()
+    whole = packed_gradient(make_trainer(policy, objective), groups)
+    trainer = make_trainer(policy, objective, tokens_per_microbatch=tokens)
+    assert len(trainer.pack(groups).microbatches) > 1
+    assert_same(packed_gradient(trainer, groups), whole)
+
+
+def test_the_order_of_groups_leaves_gradient_unchanged() -> None:
+    policy, groups = make_policy(), make_groups()
+    assert_same(packed_gradient(make_trainer(policy), groups[::-1]), packed_gradient(make_trainer(policy), groups))
+
+
+def test_a_shared_preamble_leaves_gradient_unchanged() -> None:
+    policy = make_policy()
+    preamble = tuple(range(16)) + (3, 1)
+    groups = [replace(g, prompt=replace(g.prompt, token_ids=preamble + g.prompt.token_ids)) for g in make_groups()]
+    trainer = make_trainer(policy)
+    packed_tokens = sum(b.num_tokens for b in trainer.pack(groups).microbatches)
+    without = sum(b.num_tokens for b in trainer.pack(make_groups()).microbatches)
+    assert packed_tokens - without == len(preamble), "the preamble is packed once, not once a prompt"
+    assert_same(packed_gradient(trainer, groups), plain_gradient(policy, groups, "sapo", "sequence_mean"))
+
+
+def test_activation_checkpointing_leaves_gradient_unchanged() -> None:
+    groups = make_groups()
+    plain = packed_gradient(make_trainer(make_policy()), groups)
+    trainer = make_trainer(make_policy(), activation_checkpointing=True)
+    calls = count_block_calls(trainer.policy)
+    trainer.policy.model.train()
+    assert_same(packed_gradient(trainer, groups), plain)
+    assert calls["n"] == 2 * 2, "each of the two blocks runs once forward and once again in the backward pass"
+
+
+def count_block_calls(policy: Policy) -> dict[str, int]:
+    calls = {"n": 0}
+    for layer in policy.decoder.layers:  # type: ignore[union-attr]
+        layer.self_attn.register_forward_pre_hook(lambda *_: calls.__setitem__("n", calls["n"] + 1))
+    return calls
+
+
+def test_groups_that_teach_nothing_cost_no_compute_but_stay_in_the_denominators() -> None:
+    policy, groups = make_policy(), make_groups()
+    trainer = make_trainer(policy, normalizer="token_mean")
+    minibatch = trainer.pack(groups)
+    teaching = [g for g in groups if not g.teaches_nothing]
+    assert len(teaching) == len(groups) - 1
+    assert minibatch.num_targets == sum(len(c) for g in teaching for c in g.completions)
+    assert minibatch.num_tokens == sum(len(c) for g in groups for c in g.completions)
+    assert minibatch.microbatches[0].weights_B[0].item() == pytest.approx(1 / minibatch.num_tokens)
+    assert_same(packed_gradient(trainer, groups), packed_gradient(trainer, groups, include_all=True))
+
+
+def test_an_update_is_one_step_of_plain_adamw() -> None:
+    policy, groups = make_policy(), make_groups()
+    reference = copy.deepcopy(policy.model)
+    for (name, parameter), gradient in zip(
+        reference.named_parameters(), plain_gradient(policy, groups, "sapo", "sequence_mean").values(), strict=True
+    ):
+        parameter.grad = gradient
+        assert name
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
+    torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step()
+    trainer = make_trainer(policy)
+    trainer.optimizer = PolicyOptimizer(
+        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, grad_clip=0.05
+    )
+    result = trainer.update(trainer.pack(groups), learning_rate=1e-2)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+    for (name, ours), theirs in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
+
+
+def test_an_update_reports_what_it_did_token_by_token() -> None:
+    policy, groups = make_policy(), make_groups()
+    trainer = make_trainer(policy, tokens_per_microbatch=20)
+    before = trainer.logprobs(groups)
+    result = trainer.update(trainer.pack(groups), learning_rate=1e-3)
+    lengths = result.sequence_M.bincount().tolist()
+    flat = [
+        (c, logprobs)
+        for g, per in zip(groups, before, strict=True)
+        for c, logprobs in zip(g.completions, per, strict=True)
+    ]
+    for sequence, part in zip(result.sequence_ids, result.log_ratio_M.split(lengths), strict=True):
+        completion, logprobs = flat[sequence]
+        expected = torch.tensor(logprobs).double() - torch.tensor(completion.logprobs).double()
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
+    assert len(result.sequence_ids) == 3 * 3
+    assert trainer.updates == 1
+
+
+def test_a_minibatch_in_which_nothing_teaches_moves_nothing() -> None:
+    policy = make_policy()
+    trainer = make_trainer(policy)
+    flat = [make_groups()[1]]
+    trainer.update(trainer.pack(make_groups()), 1e-3)  # momentum that would move the weights
+    before = copy.deepcopy(policy.model.state_dict())
+    result = trainer.update(trainer.pack(flat), learning_rate=1e-3)
+    assert result.skipped
+    for name, tensor in policy.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("where", "cause"), [("old_logprobs", "log pi_old is not finite"), ("advantages", "an advantage is not finite")]
+)
+def test_a_nonfinite_update_stops_names_its_cause_and_changes_nothing(where: str, cause: str) -> None:
+    policy, groups = make_policy(), make_groups()
+    trainer = make_trainer(policy)
+    first = groups[0]
+    if where == "old_logprobs":
+        broken = replace(first.completions[0], logprobs=(math.nan,) * len(first.completions[0]))
+        groups[0] = replace(first, completions=(broken, *first.completions[1:]))
+    else:
+        groups[0] = replace(first, advantages=(math.nan, *first.advantages[1:]))
+    before = copy.deepcopy(policy.model.state_dict())
+    with pytest.raises(NonFiniteError, match=cause):
+        trainer.update(trainer.pack(groups), 1e-3)
+    assert all(torch.equal(t, before[n]) for n, t in policy.model.state_dict().items())
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_weights_that_are_not_finite_are_named_as_the_cause() -> None:
+    policy = make_policy()
+    with torch.no_grad():
+        policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    trainer = make_trainer(policy)
+    with pytest.raises(NonFiniteError, match="log pi of the policy is not finite"):
+        trainer.update(trainer.pack(make_groups()), 1e-3)
+
+
+def test_a_stop_between_microbatches_changes_nothing() -> None:
+    policy, groups = make_policy(), make_groups()
+    trainer = make_trainer(policy, tokens_per_microbatch=1)
+    before = copy.deepcopy(policy.model.state_dict())
+    asked = iter([False, True])
+    with pytest.raises(Interrupted):
+        trainer.update(trainer.pack(groups), 1e-3, should_stop=lambda: next(asked))
+    assert all(torch.equal(t, before[n]) for n, t in policy.model.state_dict().items())
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_the_engines_logprobs_are_the_trainers(architecture: str) -> None:
+    policy = make_policy(torch.float32, architecture)
+    prompts = [g.prompt for g in make_groups()]
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0.8, stop_token_ids=policy.stop_token_ids)
+    drawn = LocalEngine(policy).generate([Request(p, 3) for p in prompts], params)
+    groups = [Group(p, c, (0.0,) * 3) for p, c in zip(prompts, drawn, strict=True)]
+    trainer = make_trainer(policy, temperature=0.8)
+    for group, per_group in zip(groups, trainer.logprobs(groups), strict=True):
+        for completion, logprobs in zip(group.completions, per_group, strict=True):
+            assert logprobs == pytest.approx(completion.logprobs, abs=2e-5)
+
+
+def test_recomputed_old_logprobs_make_the_first_update_exactly_on_policy() -> None:
+    policy, groups = make_policy(torch.float32), make_groups()
+    trainer = make_trainer(policy)
+    recomputed = trainer.with_old_logprobs(groups, sampled_at=0)
+    assert recomputed[1].completions[0].old_logprobs == (), "a group that teaches nothing costs nothing"
+    result = trainer.update(trainer.pack(recomputed), 1e-3)
+    assert result.log_ratio_M.abs().max().item() < 1e-6
+    with pytest.raises(AssertionError, match="sampled at update 0, weights are at 1"):
+        trainer.with_old_logprobs(groups, sampled_at=0)
+
+
+def test_bfloat16_keeps_float32_masters_that_see_small_updates() -> None:
+    policy, groups = make_policy(torch.bfloat16), make_groups()
+    trainer = make_trainer(policy)
+    weight = policy.model.model.layers[0].mlp.up_proj.weight
+    master = trainer.optimizer.masters[[id(p) for p in trainer.optimizer.parameters].index(id(weight))]
+    start = master.detach().clone()
+    for _ in range(3):
+        trainer.update(trainer.pack(groups), learning_rate=1e-6)
+    assert weight.dtype is torch.bfloat16
+    assert master.dtype is torch.float32
+    assert (master - start).abs().max() > 1e-6, "the masters moved by less than bfloat16 resolves at most weights"
+    assert torch.equal(weight, master.to(torch.bfloat16))
+
+
+def test_a_bfloat16_gradient_points_where_the_float32_one_does() -> None:
+    groups = make_groups()
+    wide = packed_gradient(make_trainer(make_policy(torch.float32)), groups)
+    narrow = packed_gradient(make_trainer(make_policy(torch.bfloat16)), groups)
+    a, b = (torch.cat([g.flatten().double() for g in gradient.values()]) for gradient in (wide, narrow))
+    # bfloat16 keeps 8 bits of mantissa: a relative error of 2^-8 a product, some ten in a row.
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0).item() > 0.99
+
+
+def test_the_optimizer_goes_on_bitwise_from_its_saved_state() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        first = make_policy(dtype)
+        trainer = make_trainer(first)
+        groups = make_groups()
+        trainer.update(trainer.pack(groups), 1e-3)
+        second = make_policy(dtype, seed=2)
+        second.model.load_state_dict(first.model.state_dict())
+        resumed = make_trainer(second)
+        resumed.optimizer.load_state_tensors({k: v.clone() for k, v in trainer.optimizer.state_tensors().items()})
+        for each in (trainer, resumed):
+            each.update(each.pack(groups), 1e-3)
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_minibatches_are_dealt_whole_and_evenly() -> None:
+    groups = make_groups(6)
+    parts = split_minibatches(groups, 3)
+    assert [[g.prompt.id for g in part] for part in parts] == [[0, 3], [1, 4], [2, 5]]
+    with pytest.raises(ValueError, match=r"multiple of minibatches; got 6 and 4; use 8 prompts"):
+        split_minibatches(groups, 4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # by hand: two steps of warm-up to 1.0, then ten steps of schedule towards 0.1
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.1]),
+        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.9 * 0.5, 0.1 + 0.45 * (1 + math.cos(0.9 * math.pi))]),
+    ],
+)
+def test_learning_rate_warms_up_and_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
+    rates = [
+        learning_rate_at(s, peak=1.0, warmup_steps=2, total_steps=12, schedule=schedule, minimum=0.1)
+        for s in (0, 1, 2, 7, 11)
+    ]
+    assert rates == pytest.approx(expected)
