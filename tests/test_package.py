@@ -1,0 +1,72 @@
+"""The package as a stranger gets it: documents that run, recipes inside the wheel, one front door."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import sapo
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = [m.name for m in pkgutil.walk_packages(sapo.__path__, "sapo.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_docstrings_are_true(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_there_are_examples_in_docstrings() -> None:
+    total = sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES)
+    assert total > 40
+
+
+def test_the_wheel_carries_the_recipes(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("sapo_rl-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert f"sapo/recipes/{recipe.name}" in names
+
+
+def test_the_front_door_has_what_it_names() -> None:
+    for name in sapo.__all__:
+        assert getattr(sapo, name) is not None
+    assert callable(sapo.train)
+    assert callable(sapo.evaluate)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sapo.nothing  # noqa: B018
+
+
+def test_the_objectives_need_torch_and_nothing_else_of_ours() -> None:
+    code = (
+        "import sys, sapo.objectives; "
+        "heavy = {'transformers', 'pydantic', 'omegaconf', 'rich'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_of_the_design_is_there() -> None:
+    import torch
+
+    from sapo.objectives import OBJECTIVES, gate_weight, policy_loss
+
+    logp = torch.zeros(2, 3, requires_grad=True)
+    old, advantages, mask = torch.zeros(2, 3), torch.tensor([1.0, -1.0]), torch.ones(2, 3, dtype=torch.bool)
+    assert {"sapo", "grpo", "gspo", "gspo_token", "sapo_seq"} <= set(OBJECTIVES)
+    loss = policy_loss("sapo", logp, old, advantages, mask, tau_pos=1.0, tau_neg=1.05)
+    assert loss.shape == ()
+    weight = gate_weight("sapo", logp.detach() - old, advantages, mask, tau_pos=1.0, tau_neg=1.05)
+    assert torch.equal(weight, torch.ones(2, 3)), "weight 1 at r = 1"
