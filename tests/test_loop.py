@@ -111,6 +111,35 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) 
     assert fingerprint(stopped, 6) == fingerprint(whole, 6)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__dtype": "bfloat16"},
+        {"train__activation_checkpointing": True},
+        {"train__old_logprobs": "trainer"},
+        {"objective": {"name": "gspo"}},
+        {"train__schedule": "cosine", "train__tokens_per_microbatch": 40},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_other_settings_resume_to_the_bit_too(tmp_path: Path, changes: dict) -> None:
+    whole = run_recipe(tmp_path / "whole", **changes)
+    asked = iter(range(10_000))
+    stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(asked) > 60, **changes)
+    assert not (stopped / "summary.json").exists()
+    resume(stopped)
+    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+
+
+def test_bfloat16_log_pi_old_is_recomputed_when_the_self_check_finds_it_rounded(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, model__dtype="bfloat16")
+    check = next(m for m in metrics(run) if m["kind"] == "self_check")
+    assert check["equal"] == (check["log_ratio/max_abs"] <= 1e-3)
+    assert check["old_logprobs"] == ("engine" if check["equal"] else "trainer")
+    first_updates = [m for m in metrics(run) if m["kind"] == "update" and m["update"] == 0]
+    assert all(m["ratio/abs_dev"] < 1e-3 for m in first_updates)
+
+
 def test_a_run_stopped_between_updates_keeps_its_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_recipe(tmp_path / "whole")
     updates = 0

@@ -50,21 +50,21 @@ class ColdStartConfig(_Section):
     max_length: int = Field(512, ge=16)
     """Longest sequence of the model."""
     target: float = Field(0.3, ge=0.0, le=1.0)
-    """Stop as soon as pass@1 on held-out problems reaches this; 0 trains `max_updates` and stops nowhere."""
+    """Stop as soon as pass@1 on fresh problems reaches this; 0 trains for `max_updates`."""
     examples: int = Field(2000, ge=1)
     """Distinct worked examples to train on."""
     batch_size: int = Field(64, ge=1)
     """Examples per update."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_updates: int = Field(20, ge=0)
     """Linear warm-up."""
     max_updates: int = Field(2000, ge=1)
     """Give up here: a run that has not reached the target by then fails and says so."""
-    eval_every: int = Field(10, ge=1)
+    eval_every: int = Field(5, ge=1)
     """Updates between evaluations; pass@1 jumps steeply, so few."""
     eval_problems: int = Field(128, ge=8)
-    """Held-out problems of an evaluation, one sample each."""
+    """Fresh problems of an evaluation, one sample each: of the training side, beyond the examples."""
     seed: int = 0
     """Of the initial weights and the order of examples. Not the run's seed: runs of all seeds share a cold start."""
 

@@ -134,14 +134,8 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write an ordinary Hugging Face directory: safetensors, config and tokenizer."""
-        # The registered name means nothing to others; sdpa is what a loader would choose.
-        implementation = self.model.config._attn_implementation
-        self.model.config._attn_implementation = "sdpa"
-        try:
-            with _no_progress_bars():
-                self.model.save_pretrained(directory)
-        finally:
-            self.model.config._attn_implementation = implementation
+        with _no_progress_bars():
+            self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
 
@@ -182,6 +176,9 @@ def prepare_policy(model: Any, tokenizer: Any) -> Policy:
     """
     if model.config._attn_implementation == ATTENTION_NAME:  # prepared before
         model.set_attn_implementation("sdpa")
+    # Refused by name: with small logits a cap is nearly the identity, and the comparison below would not see it.
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        raise ModelError(f"{type(model).__name__} caps its logits, which the policy head does not compute yet")
     expected = _own_logprobs(model.eval())
     model.set_attn_implementation(ATTENTION_NAME)
     policy = Policy(model, tokenizer)

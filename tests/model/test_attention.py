@@ -1,0 +1,256 @@
+"""Shared-prefix attention against its definition and against transformers' own forward over every path."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from tree_cases import TREES, chain, leaves_of, path_of, positions_of, visible_NN
+
+from sapo.data import Segment
+from sapo.model.attention import TreeLayout, gather_rows, shared_prefix_attention
+from sapo.model.policy import prepare_policy
+from sapo.model.tiny import ARCHITECTURES
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_window = pytest.mark.parametrize("window", [None, 1, 3, 17])
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def query_key_value(num_tokens, dtype=torch.float64, heads=4, kv_heads=2):
+    shapes = ((num_tokens, heads, 8), (num_tokens, kv_heads, 8), (num_tokens, kv_heads, 8))
+    return tuple(normal(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes))
+
+
+def attention_by_definition(query, key, value, visible, scaling):
+    """softmax(q k / scale) v over what each token sees, one N x N matrix, query heads in groups per key head."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value)
+
+
+@every_window
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(segments=TREES)
+def test_tree_attention_and_its_gradient_equal_the_definition(segments, window):
+    inputs = query_key_value(segments[-1].stop)
+    ours = TreeLayout(segments).attend(0, *inputs, 0.7, window)
+    theirs = attention_by_definition(*inputs, visible_NN(segments, window), 0.7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    slope = normal(*ours.shape, seed=9)
+    for a, b in zip(*(torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@every_window
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(segments=TREES)
+def test_every_query_of_the_kernel_sees_a_key_even_where_it_is_padding(segments, window):
+    # A row without keys is 0/0: what comes of it, NaN or 0, is left to the kernel, and its gradient too.
+    for bucket in TreeLayout(segments).buckets:
+        assert bool((bucket.mask(window, torch.float32) == 0).any(-1).all())
+
+
+def run_paths(model, ids_N, segments):
+    """{leaf: (path, its last hidden states)} by the model's own forward, one path at a time."""
+    hidden = {}
+    for leaf in leaves_of(segments):
+        path = path_of(segments, leaf)
+        output = model.get_decoder()(input_ids=ids_N[path][None], use_cache=False)
+        hidden[leaf] = (path, output.last_hidden_state[0])
+    return hidden
+
+
+def random_ids(segments, vocabulary, seed=0):
+    return torch.randint(vocabulary, (segments[-1].stop,), generator=torch.Generator().manual_seed(seed))
+
+
+@every_architecture
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(segments=TREES)
+def test_packed_forward_equals_a_plain_forward_over_every_path(architecture, segments, policies, plain):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
+        policy = policies(architecture, dtype=dtype)
+        ids_N = random_ids(segments, policy.head_weight.shape[0])
+        with torch.no_grad():
+            packed_NH = policy.hidden(ids_N, positions_of(segments), TreeLayout(segments))
+            for path, hidden in run_paths(plain(policy), ids_N, segments).values():
+                torch.testing.assert_close(packed_NH[path], hidden, rtol=0, atol=tolerance)
+
+
+TRAINING_TREE = chain([9, 3, 7, 1, 23, 11, 2, 5, 30, 30, 4, 1], [-1, 0, 1, 2, 2, 2, 2, 1, 7, 7, 7, -1])
+"""Two preambles, two prompts with four and three responses, and a root of one token."""
+
+
+@every_architecture
+def test_gradients_of_the_packed_forward_equal_those_of_the_plain_paths(architecture, policies, plain):
+    policy = policies(architecture, dtype=torch.float64)
+    segments = TRAINING_TREE
+    ids_N = random_ids(segments, policy.head_weight.shape[0])
+    packed_NH = policy.hidden(ids_N, positions_of(segments), TreeLayout(segments))
+    slope_NH = normal(*packed_NH.shape, seed=4)
+    ours = torch.autograd.grad((packed_NH * slope_NH).sum(), decoder_parameters(policy.model))
+    # A token on n paths is counted n times there, each time with a weight of 1/n.
+    model = plain(policy)
+    paths = run_paths(model, ids_N, segments).values()
+    count_N = torch.zeros(len(ids_N), dtype=torch.float64)
+    for path, _ in paths:
+        count_N[path] += 1
+    total = sum(((hidden * slope_NH[path]).sum(-1) / count_N[path]).sum() for path, hidden in paths)
+    theirs = torch.autograd.grad(total, decoder_parameters(model))
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-9)
+
+
+def decoder_parameters(model):
+    return list(model.get_decoder().parameters())
+
+
+@every_architecture
+def test_other_tokens_leave_a_segment_unchanged(architecture, policies):
+    # Segments 3 and 4 differ by 22 tokens, 8 and 9 share a bucket; each may depend on its own path only.
+    policy = policies(architecture, dtype=torch.float64)
+    segments, vocabulary = TRAINING_TREE, policy.head_weight.shape[0]
+    ids_N, layout = random_ids(segments, vocabulary), TreeLayout(TRAINING_TREE)
+    with torch.no_grad():
+        before_NH = policy.hidden(ids_N, positions_of(segments), layout)
+        for i in range(len(segments)):
+            path = path_of(segments, i)
+            changed_N = (ids_N + 1) % vocabulary
+            changed_N[path] = ids_N[path]
+            after_NH = policy.hidden(changed_N, positions_of(segments), layout)
+            torch.testing.assert_close(after_NH[path], before_NH[path], rtol=0, atol=1e-12)
+            assert len(path) == len(ids_N) or not torch.equal(after_NH, before_NH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_not_even_nan_leaks_from_another_segment(dtype):
+    segments = TRAINING_TREE
+    inputs = [x.detach() for x in query_key_value(segments[-1].stop, dtype)]
+    layout = TreeLayout(segments)
+    clean = layout.attend(0, *inputs, 0.3, None)
+    for i in range(len(segments)):
+        path = path_of(segments, i)
+        dirty = [torch.full_like(x, torch.nan) for x in inputs]
+        for x, y in zip(dirty, inputs, strict=True):
+            x[path] = y[path]
+        assert torch.equal(layout.attend(0, *dirty, 0.3, None)[path], clean[path])
+
+
+def test_the_window_of_the_tiny_mistral_is_honoured(policies):
+    # By hand: two layers of a window of 6 carry a token at most 2 * 5 positions on.
+    policy = policies("mistral", dtype=torch.float64)
+    segments = chain([8, 12], [-1, 0])
+    ids_N = random_ids(segments, policy.head_weight.shape[0])
+    changed_N = ids_N.clone()
+    changed_N[3] += 1 if ids_N[3] == 0 else -1
+    with torch.no_grad():
+        moved_N = (
+            (
+                policy.hidden(ids_N, positions_of(segments), TreeLayout(segments))
+                - policy.hidden(changed_N, positions_of(segments), TreeLayout(segments))
+            )
+            .abs()
+            .amax(-1)
+        )
+    assert bool((moved_N[:3] == 0).all())
+    assert bool((moved_N[3:14] > 1e-9).all())
+    assert bool((moved_N[14:] < 1e-13).all())
+
+
+def test_segments_of_like_size_share_a_bucket_and_unlike_ones_do_not():
+    # By hand from the rule: within 3/4 or 16 tokens of the first, in queries and in keys.
+    prompts = chain([100, 80, 70, 20, 5], [-1] * 5)
+    assert sorted(b.size for b in TreeLayout(prompts).buckets) == [(1, 70, 70), (2, 20, 20), (2, 100, 100)]
+    responses = chain([200, 40, 30, 10], [-1, 0, 0, 0])
+    assert sorted(b.size for b in TreeLayout(responses).buckets) == [(1, 10, 210), (1, 200, 200), (2, 40, 240)]
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        (Segment(1, 4, -1),),
+        (Segment(0, 4, -1), Segment(5, 2, 0)),
+        (Segment(0, 4, -1), Segment(4, 0, 0)),
+        (Segment(0, 4, 0),),
+        (Segment(0, 4, 1), Segment(4, 4, -1)),
+    ],
+    ids=["late start", "gap", "empty", "own parent", "child first"],
+)
+def test_segments_that_are_no_packed_tree_are_refused(segments):
+    with pytest.raises(AssertionError, match="segment"):
+        TreeLayout(segments)
+
+
+def test_keys_are_handed_over_once_per_layer(policies):
+    policy = policies("qwen3")
+    segments = chain([5, 3, 2], [-1, 0, 0])
+    seen = []
+    layout = TreeLayout(segments, on_keys=lambda layer, key, value: seen.append((layer, key.shape, value.shape)))
+    with torch.no_grad():
+        policy.hidden(random_ids(segments, 17), positions_of(segments), layout)
+    assert seen == [(layer, (10, 2, 8), (10, 2, 8)) for layer in range(2)]
+
+
+class Layer(nn.Module):
+    layer_idx = 0
+
+
+def attend(num_tokens=5, **options):
+    query, key, value = (x[None].transpose(1, 2) for x in query_key_value(num_tokens))
+    layout = TreeLayout((Segment(0, num_tokens, -1),))
+    return shared_prefix_attention(Layer(), query, key, value, None, **{"packed_layout": layout, **options})[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packed_layout": None}, r"packed_layout=.*set_attn_implementation\('sdpa'\)"),
+        ({"softcap": 50.0}, "Layer uses score soft-capping"),
+        ({"s_aux": torch.zeros(4)}, "Layer uses attention sinks"),
+        ({"dropout": 0.1}, r"dropout must be 0 .* got 0\.1"),
+    ],
+    ids=["layout", "softcap", "sinks", "dropout"],
+)
+def test_what_is_not_computed_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(**options)
+
+
+def test_scores_are_scaled_by_the_root_of_the_head_size_unless_told_otherwise():
+    # The heads of these tests have 8 channels.
+    assert torch.equal(attend(), attend(scaling=8**-0.5))
+    assert not torch.equal(attend(), attend(scaling=1.0))
+    assert attend().shape == (1, 5, 4, 8)
+
+
+def test_a_prepared_model_called_without_a_layout_says_how_to_generate(policies):
+    with pytest.raises(ValueError, match="packed_layout"):
+        policies("llama").model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_preparing_a_model_twice_changes_nothing(new_policy):
+    first = new_policy("qwen3")
+    segments = chain([4, 3], [-1, 0])
+    arguments = (random_ids(segments, 17), positions_of(segments), TreeLayout(segments))
+    with torch.no_grad():
+        before = first.hidden(*arguments)
+        again = prepare_policy(first.model, first.tokenizer)
+        assert torch.equal(again.hidden(*arguments), before)
+
+
+def test_gather_rows_equals_indexing_with_its_gradient_at_repeated_indices():
+    source = normal(6, 3, 2).requires_grad_()
+    index = torch.tensor([5, 0, 0, 3, 5, 5, 1])
+    slope = normal(7, 3, 2, seed=1)
+    ours, theirs = gather_rows(source, index), source[index]
+    assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad((x * slope).sum(), source)[0] for x in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-14, atol=1e-15)
+    assert bool((gradients[0][[2, 4]] == 0).all())
+    flat = normal(6, 3)
+    assert torch.equal(gather_rows(flat, index), flat[index])
