@@ -172,7 +172,7 @@ def train(
     num_prompts: int = 32,
     num_samples: int = 8,
     num_minibatches: int = 4,
-    learning_rate: float = 2e-4,
+    learning_rate: float = 1e-4,
     warmup_steps: int = 10,
     max_new_tokens: int = 64,
     log: Callable[[str], None] = print,
@@ -195,7 +195,8 @@ def train(
 
         # Several updates from one rollout batch: at the first r = 1, at the others the policy is no longer the one that
         # sampled. Whole groups are dealt like cards: mini-batch i gets prompts i, i + num_minibatches, ...
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / warmup_steps)
+        decay = 1.0 - (step - warmup_steps) / max(1, steps - warmup_steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / warmup_steps, decay, 1.0)
         row_PG = torch.arange(len(prompts)).view(num_prompts, num_samples)
         drifts, weights = [], []
         for row_B in (row_PG[i::num_minibatches].flatten() for i in range(num_minibatches)):

@@ -180,26 +180,23 @@ def test_prompts_and_token_ids_are_those_of_the_library(example):
 
 # ----------------------------------------------------------------------------------------------------------- curve
 
-STEPS, LEARNING_RATE = 60, 1e-4  # half the quick start's rate: the curve has fewer dips, so 60 steps tell more
+STEPS = 60
 
 
 @pytest.mark.slow
 def test_its_curve_is_close_to_the_librarys(example, tmp_path):
     """From one cold start, with the same hyperparameters but other random numbers.
 
-    The tolerance, from seeds 0 to 4 of each: the mean reward over the 60 steps was 0.513, 0.506, 0.516, 0.500, 0.501
-    here and 0.517, 0.508, 0.496, 0.498, 0.512 in the library. So one run varies by 0.008 (standard deviation) and the
-    difference of two by 0.012; 0.05 is four of these. Sampling alone would explain 0.007 of the 0.008: a step's reward
-    has a standard error of about 0.054, being of 256 completions but of 32 prompts only.
+    The tolerance, from seeds 0 to 3 of each: the mean reward over the 60 steps was 0.491, 0.484, 0.476, 0.443 here and
+    0.476, 0.476, 0.481, 0.491 in the library: a standard deviation of 0.015 over the eight, 0.022 for the difference of
+    two. 0.08 is between three and four of these.
 
-    The last 20 steps were at 0.53 to 0.58 and the untrained model, over ten steps, at 0.30 with a standard error of
-    0.015. With the sign of the advantage flipped the 60 steps averaged 0.017, the last 20 at 0.001; with a gate weight
-    of zero 0.304, the last 20 at 0.317: both fail both bounds. What this does not see is anything subtler than that
-    (half the learning rate, one mini-batch instead of four: 0.513, 0.509); the tests above are for that.
+    The last 20 steps were at 0.55 to 0.60 and the untrained model, over ten steps, at 0.32 with a standard error of
+    0.015. With the sign of the advantage flipped or a gate weight of zero neither bound holds. What this does not see is
+    anything subtler than that (half the learning rate, one mini-batch instead of four); the tests above are for that.
     """
     settings = [
         f"train.steps={STEPS}",
-        f"train.learning_rate={LEARNING_RATE}",
         "eval={every: 0, problems: 8, samples: 1, k: [1]}",
         "checkpoint.every=0",
         "log={tensorboard: false, rollouts_every: 0}",
@@ -210,10 +207,10 @@ def test_its_curve_is_close_to_the_librarys(example, tmp_path):
     run = train(config)
     records = map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
     theirs = [record["reward/mean"] for record in records if record["kind"] == "step"]
-    ours = example.train(model_dir, STEPS, learning_rate=LEARNING_RATE, log=lambda _: None)
+    ours = example.train(model_dir, STEPS, log=lambda _: None)
     untrained = example.train(model_dir, 10, seed=1, learning_rate=0.0, log=lambda _: None)
 
     assert len(ours) == len(theirs) == STEPS
-    assert mean(ours) == pytest.approx(mean(theirs), abs=0.05)
+    assert mean(ours) == pytest.approx(mean(theirs), abs=0.08)
     assert mean(ours[-20:]) > mean(untrained) + 0.15
     assert mean(theirs[-20:]) > mean(untrained) + 0.15
