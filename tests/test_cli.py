@@ -197,7 +197,7 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     result = sapo("train", str(recipe), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Each step draws 4 completions of 4 prompts (16 sequences)" in result.stdout
-    assert "log pi_old is the engine's, which the self-check found equal" in result.stdout
+    assert "log pi_old: the engine's, equal to the trainer's by the self-check" in result.stdout
     assert "held-out pass@1" in result.stdout
     assert "wrote " in result.stdout
     assert "\x1b" not in result.stdout, "no colours or cursor movements where there is no terminal"

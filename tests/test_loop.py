@@ -27,6 +27,8 @@ class Recorder:
         self.warnings: list[str] = []
         self.checkpoints: list[Checkpoint] = []
 
+    def started(self, config: sapo.RunConfig) -> None: ...
+
     def record(self, record: dict) -> None:
         self.records.append(record)
 

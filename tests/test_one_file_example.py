@@ -192,8 +192,8 @@ def test_its_curve_is_close_to_the_librarys(example, tmp_path):
     two. 0.08 is between three and four of these.
 
     The last 20 steps were at 0.55 to 0.60 and the untrained model, over ten steps, at 0.32 with a standard error of
-    0.015. With the sign of the advantage flipped or a gate weight of zero neither bound holds. What this does not see is
-    anything subtler than that (half the learning rate, one mini-batch instead of four); the tests above are for that.
+    0.015. With the sign of the advantage flipped or a gate weight of zero neither bound holds. What this does not see
+    is anything subtler than that (half the learning rate, one mini-batch instead of four); the tests above are.
     """
     settings = [
         f"train.steps={STEPS}",

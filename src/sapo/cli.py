@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,6 @@ def train(
 
     config = load_recipe(recipe, overrides)
     with Display(console) as display, _stop_signals() as stop:
-        display.start(config)
         run = run_training(config, listener=display, should_stop=stop, on_coldstart=display.coldstart)
     _report_end(run, stop)
 
@@ -244,8 +244,14 @@ def _report_end(run: Any, stop: StopSignal) -> None:
     _say(
         f"wrote {run.directory}/summary.json, metrics.jsonl, rollouts/ and the model in {model}\n"
         f"next: tensorboard --logdir {run.directory}/tensorboard\n"
-        f"      sapo eval {run.directory} --task TASK"
+        f"      sapo eval {run.directory} {_as_options(run.config.tasks[0])}"
     )
+
+
+def _as_options(task: Any) -> str:
+    """A recipe's task as options of `sapo eval`."""
+    settings = [f"{key}={shlex.quote(str(value))}" for key, value in task.options.items()]
+    return " ".join([f"--task {task.name}", *settings])
 
 
 def _make_task(name: str, options: list[str], seed: int) -> Any:

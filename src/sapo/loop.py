@@ -47,6 +47,9 @@ FAITHFUL_RATIO = 0.01
 class Listener(Protocol):
     """Who is told of a run's progress."""
 
+    def started(self, config: RunConfig) -> None:
+        """The loop begins, or goes on."""
+
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl was written."""
 
@@ -62,6 +65,8 @@ class Listener(Protocol):
 
 class Silent:
     """A listener that says nothing."""
+
+    def started(self, config: RunConfig) -> None: ...
 
     def record(self, record: dict[str, Any]) -> None: ...
 
@@ -183,6 +188,7 @@ class TrainingRun:
         Raises:
             NonFiniteError: with step, cause and the checkpoint to resume from.
         """
+        self.listener.started(self.config)
         try:
             while True:
                 if self._evaluation_due():

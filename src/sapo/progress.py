@@ -5,14 +5,17 @@ Everything shown that came from a model or a file is printed as plain text, neve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from sapo.coldstart import ColdStartProgress
 from sapo.config import RunConfig
+from sapo.data import Status
 from sapo.training.checkpoint import Checkpoint
 
 COLUMNS = (
@@ -28,14 +31,14 @@ class Display:
 
     Args:
         console: where to print; a live bar is drawn only if it is a terminal.
-        steps: of the whole run, None while that is not known.
     """
 
-    def __init__(self, console: Console, steps: int | None = None) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.steps = steps
+        self.steps: int | None = None
         self._progress: Progress | None = None
         self._task: Any = None
+        self._coldstart: ColdStartProgress | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -49,8 +52,9 @@ class Display:
             self._progress.stop()
             self._progress = None
 
-    def start(self, config: RunConfig) -> None:
-        """Say what will happen."""
+    def started(self, config: RunConfig) -> None:
+        """The loop begins, or goes on: say what will happen."""
+        self._end_coldstart()
         self.steps = config.train.steps
         self.say(config.batch_sentence())
 
@@ -60,19 +64,25 @@ class Display:
 
     def coldstart(self, progress: ColdStartProgress) -> None:
         """An evaluation of the cold start."""
+        if self._coldstart is None and not self.console.is_terminal:
+            self.say("cold start: making the starting model; it is kept for other runs of the recipe")
+        self._coldstart = progress
         if self.console.is_terminal:
             self._show(
                 "cold start",
+                progress.update,
                 None,
                 f"update {progress.update}  loss {progress.loss:.3f}  pass@1 {progress.pass_at_1:.3f}",
             )
         elif progress.update % 100 == 0:
             self.say(f"cold start: update {progress.update}, loss {progress.loss:.3f}, pass@1 {progress.pass_at_1:.3f}")
 
-    def coldstart_done(self, last: ColdStartProgress) -> None:
-        """The cold start reached its target."""
-        self.stop()
-        self.say(f"cold start: pass@1 {last.pass_at_1:.3f} after {last.update} updates, {last.seconds:.0f} s")
+    def _end_coldstart(self) -> None:
+        """Say once what the cold start came to, when the run begins."""
+        if self._coldstart is not None:
+            last, self._coldstart = self._coldstart, None
+            self.stop()
+            self.say(f"cold start: reached pass@1 {last.pass_at_1:.3f}, {last.update} updates, {last.seconds:.0f} s")
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl was written."""
@@ -80,18 +90,12 @@ class Display:
         if kind == "self_check":
             self._self_check(record)
         elif kind == "eval":
-            k1 = record.get("pass@1", record[f"mean@{record['samples']}"])
-            interval = f" [{record['pass@1/low']:.3f}, {record['pass@1/high']:.3f}]" if "pass@1/low" in record else ""
-            self.say(
-                f"step {record['step']}: held-out pass@1 {k1:.3f}{interval} on {record['task']} "
-                f"({record['problems']} problems x {record['samples']} samples), "
-                f"{record['status/truncated']} truncated, {record['status/unparseable']} unparseable"
-            )
+            self.say(_evaluation_line(record))
         elif kind == "step" and self.console.is_terminal:
             figures = [f"{name} {text.format(record[key])}" for name, key, text in COLUMNS if key in record]
             if "tokens_per_second" in record["timing"]:
                 figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")
-            self._show("training", record["step"], "  ".join(figures))
+            self._show("training", record["step"], self.steps, "  ".join(figures))
 
     def warning(self, text: str) -> None:
         """Something the user should know."""
@@ -107,24 +111,43 @@ class Display:
     def _self_check(self, record: dict[str, Any]) -> None:
         worst = record["log_ratio/max_abs"]
         source = (
-            "the engine's, which the self-check found equal to the trainer's"
+            "the engine's, equal to the trainer's by the self-check"
             if record["old_logprobs"] == "engine" and record["equal"]
             else "the engine's, by train.old_logprobs=engine"
             if record["old_logprobs"] == "engine"
             else "recomputed by the trainer at the weights that sampled"
         )
-        self.say(f"log pi_old is {source} (largest |log r| on policy {worst:.1e})")
+        self.say(f"log pi_old: {source} (|log r| <= {worst:.0e})")
 
-    def _show(self, description: str, completed: int | None, figures: str) -> None:
+    def _show(self, description: str, completed: int, total: int | None, figures: str) -> None:
         if self._progress is None:
-            self._progress = Progress(
+            self._progress = _TwoLines(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._progress.add_task(description, total=self.steps if completed else None, figures="")
+            self._task = self._progress.add_task(description, total=total, figures="")
             self._progress.start()
         self._progress.update(self._task, description=description, completed=completed, figures=figures)
+
+
+class _TwoLines(Progress):
+    """The figures on a line of their own: beside a bar they would not fit 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.fields["figures"])
+        yield self.make_tasks_table(self.tasks)
+
+
+def _evaluation_line(record: dict[str, Any]) -> str:
+    """One evaluation in one line: pass@1 with its interval, and what was not simply right or wrong."""
+    pass_at_1 = record[f"mean@{record['samples']}"]  # the same number, whichever k were asked for
+    line = f"step {record['step']}: held-out pass@1 {pass_at_1:.3f}"
+    if "pass@1/low" in record:
+        line += f" [{record['pass@1/low']:.3f}, {record['pass@1/high']:.3f}]"
+    line += f" on {record['task']}, {record['problems']} x {record['samples']}"
+    odd = [s for s in Status if s is not Status.SCORED and record[f"status/{s.value}"]]
+    return line + "".join(f", {record[f'status/{s.value}']} {s.value.replace('_', ' ')}" for s in odd)

@@ -36,6 +36,7 @@ class Run:
     """What `train` and `resume` return."""
 
     directory: Path
+    config: RunConfig
     summary: dict[str, Any]
     stopped: StopReason | None
     """None when the run reached its last step."""
@@ -229,6 +230,6 @@ def _starting_policy(
 def _finish(training: TrainingRun) -> Run:
     try:
         stopped = training.run()
-        return Run(training.directory.path, training.summary(), stopped)
+        return Run(training.directory.path, training.config, training.summary(), stopped)
     finally:
         training.directory.close()
