@@ -145,13 +145,17 @@ class _PolicyHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.grads
+        if ctx.grads is None:
+            raise RuntimeError("the policy head's loss was differentiated twice; its gradients are given away once")
+        # Given away and scaled in place: a second tensor of the size of the output embedding would be the peak of the
+        # whole update.
+        (grad_hidden, grad_weight, grad_bias), ctx.grads = ctx.grads, None
         scale = grad_outputs[0]
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
             *(None,) * 5,
         )
 
