@@ -110,10 +110,13 @@ def save_checkpoint(
     for file in aside.rglob("*"):
         _sync(file)
     final = directory / name
-    if final.exists():  # the same state written again, after a resume; never left without one that is whole
-        shutil.rmtree(final)
+    replaced = directory / f".replaced-{name}"
+    if final.exists():  # the same state written again, after a resume; a kill between the two renames loses only it
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     aside.rename(final)
     _sync(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(final, step, update)
 
 
@@ -143,8 +146,9 @@ def prune(directory: Path, keep: int) -> None:
     """Delete all but the newest checkpoints, and what an interrupted write left behind."""
     for checkpoint in list_checkpoints(directory)[keep:]:
         shutil.rmtree(checkpoint.path)
-    for leftover in directory.glob(".writing-*"):
-        shutil.rmtree(leftover)
+    for pattern in (".writing-*", ".replaced-*"):
+        for leftover in directory.glob(pattern):
+            shutil.rmtree(leftover)
 
 
 def _sha256(file: Path) -> str:
