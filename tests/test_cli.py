@@ -75,6 +75,10 @@ def existing_run(directory: Path, recipe: Path) -> None:
     (directory / "run" / "precious.txt").write_text("mine")
 
 
+def run_directory_inside_a_file(directory: Path, recipe: Path) -> None:
+    edit(recipe, run_dir=str(recipe / "run"))
+
+
 def no_tokenizer(directory: Path, recipe: Path) -> None:
     for file in (directory / "model").glob("tokenizer*"):
         file.unlink()
@@ -118,6 +122,7 @@ MISTAKES = [
     (negative_tau, ["tau_neg must be positive", "-1", "the paper uses 1.05"]),
     (row_without_answer, ["prompts.jsonl:3", "'answer'", "anwser"]),
     (existing_run, ["run exists already", "sapo resume", "run_dir=NAME"]),
+    (run_directory_inside_a_file, ["recipe.yaml is not a directory", "choose another run_dir"]),
     (no_tokenizer, ["model has no tokenizer", "tokenizer.json"]),
     (no_weights, ["model has no weights"]),
     (weights_cut_short, ["model cannot be loaded"]),

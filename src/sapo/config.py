@@ -95,7 +95,9 @@ class ModelConfig(_Section):
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.coldstart is None):
             got = "both" if self.path is not None else "neither"
-            raise ValueError(f"give model.path or model.coldstart, exactly one of them; got {got}")
+            raise ValueError(
+                f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
+            )
         return self
 
 
@@ -325,13 +327,16 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
         raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
     changes = [parse_override(override) for override in overrides or []]
     _drop_settings_of_another_objective(raw, dict(changes).get("objective.name"))
-    try:
-        merged = OmegaConf.create(raw)
-        for key, value in changes:
+    merged = OmegaConf.create(raw)
+    for key, value in changes:
+        try:
             OmegaConf.update(merged, key, value, merge=True, force_add=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key} is not a place in {path}: {str(error).splitlines()[0]}") from error
+    try:
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
     config = parse_recipe({str(k): v for k, v in resolved.items()})
     if config.run_dir is None:

@@ -35,6 +35,21 @@ class RunDirectory:
         self._metrics: IO[str] | None = None
         self._tensorboard: Any = None
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a path that `create` would, before any work is done.
+
+        Raises:
+            ConfigError: something of that name exists, or it lies where no directory can be made.
+        """
+        if path.exists():
+            way_out = f"`sapo resume {path}` continues it; run_dir=NAME starts another"
+            raise ConfigError(f"the run directory {path} exists already; {way_out}")
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            rule = "is not a directory" if not parent.is_dir() else "may not be written to"
+            raise ConfigError(f"the run directory {path} cannot be made: {parent} {rule}; choose another run_dir")
+
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
         """Make the directory of a new run.
@@ -44,13 +59,8 @@ class RunDirectory:
         """
         assert config.run_dir is not None
         path = Path(config.run_dir)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            way_out = f"`sapo resume {path}` continues it; run_dir=NAME starts another"
-            raise ConfigError(f"the run directory {path} exists already; {way_out}") from None
-        except (NotADirectoryError, PermissionError) as error:
-            raise ConfigError(f"the run directory {path} cannot be made: {error.strerror}") from error
+        cls.check_free(path)
+        path.mkdir(parents=True)
         directory = cls(path)
         directory.write_config(config)
         return directory

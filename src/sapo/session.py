@@ -62,11 +62,9 @@ def train(
         NonFiniteError: the run stopped itself; the message names step, cause and checkpoint.
     """
     config = resolve_machine(config)
-    if config.run_dir is not None and Path(config.run_dir).exists():
-        raise ConfigError(
-            f"the run directory {config.run_dir} exists already; `sapo resume {config.run_dir}` continues it; "
-            "run_dir=NAME starts another"
-        )
+    if config.run_dir is None:
+        raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
+    RunDirectory.check_free(Path(config.run_dir))
     tasks = load_tasks(config)
     policy = _starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
