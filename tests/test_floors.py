@@ -14,7 +14,7 @@ FLOORS = (
     ("tasks", "model"),
     ("batch", "rollout"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
-    ("coldstart", "loop", "session", "progress"),
+    ("preflight", "coldstart", "loop", "session", "progress"),
     ("cli",),
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}

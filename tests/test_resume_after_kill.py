@@ -133,7 +133,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tmp_path: Path, uninterrupte
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     output = finish(process, code=130)
-    assert "stopping: saving a checkpoint" in output
+    assert "stopping at the next safe point" in output
     assert f"next: sapo resume {run}" in output
     assert "Traceback" not in output
     output = finish(start("resume", str(run), cwd=tmp_path))

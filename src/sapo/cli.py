@@ -172,7 +172,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ != "Interrupted":
             raise
-        _fail("stopped; nothing was lost: the same command starts again", code=130)
+        _fail("stopped; nothing was lost: the same command starts again", code=128 + StopSignal.last)
     sys.exit(code or 0)
 
 
@@ -204,6 +204,9 @@ def _say(text: str) -> None:
 class StopSignal:
     """True once Ctrl-C or a termination signal has come; a second one stops at once."""
 
+    last: int = signal.SIGINT
+    """The signal that came, for the exit code."""
+
     def __init__(self) -> None:
         self.received: int | None = None
 
@@ -211,10 +214,12 @@ class StopSignal:
         return self.received is not None
 
     def handle(self, number: int, _: Any) -> None:
+        """The handler of both signals."""
         if self.received is not None:
             os._exit(128 + number)  # asked twice: the newest checkpoint on disk is what there is
         self.received = number
-        errors.print("stopping: saving a checkpoint; once more stops at once", markup=False)
+        StopSignal.last = number
+        errors.print("stopping at the next safe point; once more stops at once", markup=False)
 
 
 @contextmanager
@@ -241,17 +246,25 @@ def _report_end(run: Any, stop: StopSignal) -> None:
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     _say(f"{summary['seconds']['total']:.1f} s: {parts}")
     model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
-    _say(
-        f"wrote {run.directory}/summary.json, metrics.jsonl, rollouts/ and the model in {model}\n"
-        f"next: tensorboard --logdir {run.directory}/tensorboard\n"
-        f"      sapo eval {run.directory} {_as_options(run.config.tasks[0])}"
-    )
+    rollouts = ", rollouts/" if run.config.log.rollouts_every else ""
+    _say(f"wrote {run.directory}/summary.json, metrics.jsonl{rollouts} and the model in {model}")
+    _say(f"next: sapo eval {run.directory} {_as_options(run.config)}")
+    if run.config.log.tensorboard:
+        _say(f"      tensorboard --logdir {run.directory}/tensorboard")
 
 
-def _as_options(task: Any) -> str:
-    """A recipe's task as options of `sapo eval`."""
-    settings = [f"{key}={shlex.quote(str(value))}" for key, value in task.options.items()]
-    return " ".join([f"--task {task.name}", *settings])
+def _as_options(config: Any) -> str:
+    """A recipe's first task and sampling as options of `sapo eval`."""
+    task, rollout = config.tasks[0], config.rollout
+    parts = [f"--task {task.name}", *(f"{key}={shlex.quote(str(value))}" for key, value in task.options.items())]
+    for option, value, default in (
+        ("max-new-tokens", rollout.max_new_tokens, 64),
+        ("temperature", rollout.temperature, 1.0),
+        ("top-p", rollout.top_p, 1.0),
+    ):
+        if value != default:
+            parts.append(f"--{option} {value}")
+    return " ".join(parts)
 
 
 def _make_task(name: str, options: list[str], seed: int) -> Any:

@@ -1,8 +1,8 @@
 """Cold start: a tiny model from scratch, taught worked examples until it is right now and then.
 
 Reinforcement learning needs a policy that sometimes succeeds. This one is trained on the task's own worked examples by
-maximum likelihood and stopped at a chosen pass@1, on fresh problems that are not among the examples and never among the
-held-out ones. It is cached by the hash of its recipe, so that runs that differ in objective or seed share it.
+maximum likelihood and stopped at a chosen pass@1 on the training side's next problems, never the held-out ones. It is
+cached by the hash of its recipe, so that runs that differ in objective or seed share it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class ColdStartConfig(_Section):
     target: float = Field(0.3, ge=0.0, le=1.0)
     """Stop as soon as pass@1 on fresh problems reaches this; 0 trains for `max_updates`."""
     examples: int = Field(2000, ge=1)
-    """Distinct worked examples to train on."""
+    """Worked examples to train on; a small space of problems repeats some."""
     batch_size: int = Field(64, ge=1)
     """Examples per update."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -64,7 +64,7 @@ class ColdStartConfig(_Section):
     eval_every: int = Field(5, ge=1)
     """Updates between evaluations; pass@1 jumps steeply, so few."""
     eval_problems: int = Field(128, ge=8)
-    """Fresh problems of an evaluation, one sample each: of the training side, beyond the examples."""
+    """Problems of an evaluation, one sample each: the training side's next ones after the examples."""
     seed: int = 0
     """Of the initial weights and the order of examples. Not the run's seed: runs of all seeds share a cold start."""
 
@@ -159,7 +159,7 @@ class RolloutConfig(_Section):
     temperature: float = Field(1.0, gt=0)
     """Of sampling and of the policy in the loss alike."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 log pi_old must be recomputed, since the sampler's is of another distribution."""
+    """Nucleus sampling. When any tail is cut, log pi_old is recomputed: the sampler's is of another distribution."""
     top_k: int = Field(0, ge=0)
     """Keep the k most likely tokens; 0 keeps all."""
     min_p: float = Field(0.0, ge=0, le=1)
@@ -184,9 +184,9 @@ class TrainConfig(_Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up; linear and cosine end at `min_learning_rate`."""
+    """Learning rate after the warm-up; linear and cosine fall towards `min_learning_rate`."""
     min_learning_rate: float = Field(0.0, ge=0)
-    """Where a decaying schedule ends."""
+    """What a decaying schedule falls to, reached one step after the last."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW."""
     adam_eps: float = Field(1e-8, gt=0)
@@ -204,6 +204,18 @@ class TrainConfig(_Section):
     """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
     entropy: bool = True
     """Measure the policy's entropy in each update."""
+
+    @model_validator(mode="after")
+    def _minimum_below_peak(self) -> TrainConfig:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must not exceed learning_rate; got {self.min_learning_rate}, {self.learning_rate}"
+            )
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate is for the schedules linear and cosine; got {self.min_learning_rate} with constant"
+            )
+        return self
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> TrainConfig:

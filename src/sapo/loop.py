@@ -12,7 +12,6 @@ same metrics, weights and completions, bit for bit, as one that is not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,24 +22,25 @@ from typing import Any, Protocol
 import torch
 
 from sapo.batch import split_minibatches
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
 from sapo.data import Completion, Group, Prompt
 from sapo.diagnostics import rollout_metrics, update_metrics
 from sapo.evaluation import Evaluation, encode_prompts, evaluate_policy
 from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
+from sapo.preflight import TaskSet, seed_for
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState, rollout_records
-from sapo.tasks import Task, make_task, prompts_for_step, score_completions
+from sapo.tasks import Task, prompts_for_step, score_completions
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
 
-# Above this mean |r - 1| of a step's first update the policy is not the one that sampled: a hard clip then chases the
-# difference (docs/log.md).
+# Above this mean |r - 1| of a step's first update the policy is not the one that sampled, and a gate takes the
+# difference between the two for a move of the policy.
 FAITHFUL_RATIO = 0.01
 
 
@@ -75,53 +75,6 @@ class Silent:
     def checkpoint(self, checkpoint: Checkpoint) -> None: ...
 
     def resumed(self, checkpoint: Checkpoint) -> None: ...
-
-
-@dataclass(frozen=True)
-class TaskSet:
-    """The tasks of a recipe. Which problems are drawn depends on the run's seed; which are held out, and asked, does
-    not, so that runs of several seeds are judged on the same ones."""
-
-    train: list[Task]
-    held_out: list[Task]
-
-    def by_name(self, name: str) -> Task:
-        return next(t for t in self.train if t.name == name)
-
-
-def load_tasks(config: RunConfig) -> TaskSet:
-    """Make the tasks of a recipe; their files are read and checked here.
-
-    Raises:
-        TaskError: what is wrong with them.
-        ConfigError: two tasks of one name, whose metrics could not be told apart.
-    """
-    tasks = TaskSet(
-        train=[make_task(t.name, seed=_stream(config.seed, "tasks"), **t.options) for t in config.tasks],
-        held_out=[make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks],
-    )
-    names = [t.name for t in tasks.train]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"tasks must have different names; got {name!r} twice")
-    return tasks
-
-
-def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
-    """Encode a prompt of each side of each task, before anything is written.
-
-    Raises:
-        ModelError: the tokenizer cannot encode it.
-        ConfigError: it leaves no room for a completion.
-    """
-    for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
-        for prompt in encode_prompts(policy, [train.train_prompt(0), *held_out.held_out(1)]):
-            needed = len(prompt.token_ids) + config.rollout.max_new_tokens
-            if policy.max_length is not None and needed > policy.max_length:
-                raise ConfigError(
-                    f"rollout.max_new_tokens must leave room for the prompt; got {config.rollout.max_new_tokens} with "
-                    f"a prompt of {len(prompt.token_ids)} tokens and a model of {policy.max_length} positions"
-                )
 
 
 @dataclass(frozen=True)
@@ -179,7 +132,9 @@ class TrainingRun:
             activation_checkpointing=train.activation_checkpointing,
             entropy=train.entropy,
         )
-        self._resumed_from = self.state.step if state is not None else None
+        self._saved_at = self.state.step if state is not None and not self.state.update else -1
+        # TensorBoard is told to forget what a killed process wrote beyond its checkpoint; of a start over, everything.
+        self._purge_step = self.state.step + 1 if state is not None else 0
         self._seconds_before = dict(self.state.seconds)
 
     def run(self) -> StopReason | None:
@@ -193,15 +148,13 @@ class TrainingRun:
             while True:
                 if self._evaluation_due():
                     self.evaluate()
+                if self._checkpoint_due():
+                    self.checkpoint()
                 if self.state.step >= self.config.train.steps:
                     break
                 self.step()
-                if self._checkpoint_due():
-                    self.checkpoint()
         except Interrupted:
             return StopReason(self.checkpoint())
-        if self.state.step not in {c.step for c in self._checkpoints()}:
-            self.checkpoint()
         self.directory.write_summary(self.summary())
         return None
 
@@ -225,7 +178,7 @@ class TrainingRun:
             prompts = self.next_prompts()
             drawn = self.engine.generate(
                 [Request(p, rollout.samples_per_prompt) for p in prompts],
-                self.sampling_params(_stream(self.config.seed, "rollout")),
+                self.sampling_params(seed_for(self.config.seed, "rollout")),
                 self.should_stop,
             )
         with self._phase("score"):
@@ -275,15 +228,22 @@ class TrainingRun:
         for group, per_group in zip(checked, self.trainer.logprobs(checked), strict=True):
             for completion, logprobs in zip(group.completions, per_group, strict=True):
                 for theirs, ours in zip(completion.logprobs, logprobs, strict=True):
+                    if not math.isfinite(ours - theirs):
+                        raise NonFiniteError(
+                            f"step {self.state.step + 1}: a log-probability is not finite in the self-check: "
+                            f"{theirs} by the engine, {ours} by the trainer"
+                        )
                     worst = max(worst, abs(ours - theirs))
                     total += abs(math.expm1(min(20.0, ours - theirs)))
                     count += 1
-        equal = worst <= self.config.train.self_check_tolerance
+        # A cut tail is another distribution than the policy's, however little of it the first step happens to show.
+        cut = not self.sampling_params(0).full_distribution
+        equal = worst <= self.config.train.self_check_tolerance and not cut
         source = setting if setting != "auto" else "engine" if equal else "trainer"
         self._append(
             {
                 "kind": "self_check",
-                "step": self.state.step,
+                "step": self.state.step + 1,
                 "old_logprobs": source,
                 "equal": equal,
                 "log_ratio/max_abs": worst,
@@ -292,10 +252,8 @@ class TrainingRun:
             }
         )
         if not equal and setting == "engine":
-            self.listener.warning(
-                f"log pi_old is the engine's although it differs from the trainer's by up to {worst:.3g}; "
-                "train.old_logprobs=auto would recompute it"
-            )
+            why = "is of a cut distribution" if cut else f"differs from the trainer's by up to {worst:.3g}"
+            self._warn(f"log pi_old is the engine's although it {why}; train.old_logprobs=auto would recompute it")
         return source
 
     def update(self, groups: tuple[Group, ...]) -> None:
@@ -326,7 +284,7 @@ class TrainingRun:
             "timing": {"seconds": time.perf_counter() - started},
         }
         self._append(record)
-        if state.update == 0:
+        if all(u["skipped"] for u in state.step_updates):  # nothing has moved the weights yet in this step
             self._warn_if_unfaithful(result, figures)
         state.tokens["trained"] += result.log_ratio_M.numel()
         if self._rollouts_logged():
@@ -341,29 +299,31 @@ class TrainingRun:
 
     def _warn_if_unfaithful(self, result: UpdateResult, figures: dict[str, float]) -> None:
         if not result.skipped and figures["ratio/abs_dev"] > FAITHFUL_RATIO:
-            self.listener.warning(
+            self._warn(
                 f"step {self.state.step + 1}: mean |r - 1| of the first update is {figures['ratio/abs_dev']:.3g} "
                 f"(above {FAITHFUL_RATIO}): log pi_old is not the policy's that sampled"
             )
 
     def evaluate(self) -> None:
-        """Evaluate every task on its held-out problems and log it."""
-        for i, task in enumerate(self.tasks.held_out):
-            with self._phase("evaluate"):
-                evaluation = self._evaluate_task(task)
-            record = {"kind": "eval", "step": self.state.step, **evaluation.metrics()}
+        """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
+        state = self.state
+        with self._phase("evaluate"):
+            evaluations = [self._evaluate_task(task) for task in self.tasks.held_out]
+        for evaluation in evaluations:
+            record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
             self._append({**record, "timing": {"seconds": evaluation.seconds}})
-            prefix = "eval/" if len(self.tasks.train) == 1 else f"eval/{task.name}/"
-            self._tensorboard(self.state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
-            if i == 0:
-                if self.state.start_evaluation is None:
-                    self.state.start_evaluation = evaluation.metrics()
-                self.state.last_evaluation = evaluation.metrics()
-        self.state.evaluated_at = self.state.step
+            prefix = "eval/" if len(evaluations) == 1 else f"eval/{evaluation.task}/"
+            self._tensorboard(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
+        figures = evaluations[0].metrics()
+        if len(evaluations) > 1:
+            figures["tasks"] = {e.task: e.metrics() for e in evaluations}
+        state.start_evaluation = state.start_evaluation or figures
+        state.last_evaluation = figures
+        state.evaluated_at = state.step
 
     def _evaluate_task(self, task: Task) -> Evaluation:
         settings = self.config.eval
-        params = self.sampling_params(_stream(settings.seed, "evaluation"))
+        params = self.sampling_params(seed_for(settings.seed, "evaluation"))
         if settings.temperature is not None:
             params = replace(params, temperature=settings.temperature)
         return evaluate_policy(
@@ -391,6 +351,7 @@ class TrainingRun:
                 state=state.to_json(),
             )
             prune(self.directory.checkpoints, self.config.checkpoint.keep)
+        self._saved_at = -1 if state.update else state.step
         self.listener.checkpoint(written)
         return written
 
@@ -417,8 +378,8 @@ class TrainingRun:
             values = [u[name] for u in done if name in u]
             if values:
                 figures[f"update/{name}"] = sum(values) / len(values)
-        if state.step_updates and not state.step_updates[0]["skipped"]:
-            figures["first_update/ratio/abs_dev"] = state.step_updates[0]["ratio/abs_dev"]
+        if done:  # the first that moved the weights: those before it were skipped
+            figures["first_update/ratio/abs_dev"] = done[0]["ratio/abs_dev"]
         figures["updates/skipped"] = len(state.step_updates) - len(done)
         seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
         self._seconds_before = dict(state.seconds)
@@ -429,7 +390,8 @@ class TrainingRun:
         self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
         self._tensorboard(step, {f"train/{k}": v for k, v in figures.items()})
         if self._rollouts_logged():
-            self.directory.write_rollouts(step, rollout_records(groups, state.gates))
+            records = rollout_records(groups, state.gates, sampler_is_old=state.old_logprobs == "engine")
+            self.directory.write_rollouts(step, records)
 
     def _rollouts_logged(self) -> bool:
         step, every = self.state.step + 1, self.config.log.rollouts_every
@@ -448,14 +410,17 @@ class TrainingRun:
             gates[str(place)] = {"update": update, "log_ratio": log_ratio.tolist(), "gate_weight": weight.tolist()}
         return gates
 
+    def _warn(self, text: str) -> None:
+        self.directory.append_metrics({"kind": "warning", "step": self.state.step + 1, "text": text})
+        self.listener.warning(text)
+
     def _append(self, record: dict[str, Any]) -> None:
         self.directory.append_metrics(record)
         self.listener.record(record)
 
     def _tensorboard(self, step: int, figures: dict[str, Any]) -> None:
         if self.config.log.tensorboard:
-            purge = None if self._resumed_from is None else self._resumed_from + 1
-            self.directory.tensorboard(step, figures, purge)
+            self.directory.tensorboard(step, figures, self._purge_step)
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every
@@ -463,20 +428,18 @@ class TrainingRun:
         return due and self.state.update == 0 and self.state.groups is None and self.state.evaluated_at != step
 
     def _checkpoint_due(self) -> bool:
-        every = self.config.checkpoint.every
-        return every > 0 and self.state.step % every == 0
-
-    def _checkpoints(self) -> list[Checkpoint]:
-        return [c for c in list_checkpoints(self.directory.checkpoints) if not c.update]
+        step, every = self.state.step, self.config.checkpoint.every
+        due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
+        return due and self._saved_at != step
 
     def _describe_failure(self, error: NonFiniteError) -> str:
-        way_out = self._checkpoints()
+        checkpoints = list_checkpoints(self.directory.checkpoints)
         resume = (
-            f"`sapo resume {self.directory.path}` goes back to {way_out[0].label}"
-            if way_out
-            else "there is no checkpoint yet: start again"
+            f"`sapo resume {self.directory.path} train.learning_rate=...` goes back to {checkpoints[0].label}"
+            if checkpoints
+            else "there is no checkpoint yet: start again with a lower train.learning_rate"
         )
-        return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}, with a lower learning rate"
+        return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}"
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -485,8 +448,3 @@ class TrainingRun:
             yield
         finally:
             self.state.seconds[name] = self.state.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-def _stream(seed: int, purpose: str) -> int:
-    """A seed of 64 bits for one purpose, so that training and evaluation never share draws."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")

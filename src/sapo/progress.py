@@ -117,7 +117,7 @@ class Display:
             if record["old_logprobs"] == "engine"
             else "recomputed by the trainer at the weights that sampled"
         )
-        self.say(f"log pi_old: {source} (|log r| <= {worst:.0e})")
+        self.say(f"log pi_old: {source} (largest |log r| {worst:.1e})")
 
     def _show(self, description: str, completed: int, total: int | None, figures: str) -> None:
         if self._progress is None:

@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and what it needs to be taken up again.
 
 runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; it can be run again as it is
-          metrics.jsonl     one line per update, step, evaluation and warning; all clock readings under "timing"
+          metrics.jsonl     one line per update, step, evaluation, self-check and warning; the clock only in "timing"
           summary.json      start, end, tokens, seconds by phase
           rollouts/         step-000010.jsonl: one line per completion
           checkpoints/      see training/checkpoint.py
@@ -77,7 +77,12 @@ class RunDirectory:
             raise ConfigError(f"no run directory at {path}; `sapo train RECIPE` starts a run")
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path} has no config.yaml: it is not a run, or was stopped before it began")
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path / 'config.yaml'} must hold a mapping of settings; got {type(settings).__name__}")
         return cls(path), parse_recipe(settings)
 
     @property
@@ -129,7 +134,7 @@ class RunDirectory:
         self._write(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         return file
 
-    def tensorboard(self, step: int, figures: Mapping[str, float], purge_step: int | None) -> None:
+    def tensorboard(self, step: int, figures: Mapping[str, float], purge_step: int) -> None:
         """Write figures to TensorBoard; `purge_step` hides what a killed run had written from that step on."""
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import

@@ -83,16 +83,20 @@ def _completion_from_json(value: dict[str, Any]) -> Completion:
     )
 
 
-def rollout_records(groups: Sequence[Group], gates: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def rollout_records(
+    groups: Sequence[Group], gates: dict[str, dict[str, Any]], *, sampler_is_old: bool
+) -> Iterator[dict[str, Any]]:
     """One record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
 
     Args:
         gates: sequence number in the step -> update, log-ratios and gate weights; a completion whose group taught
             nothing has none, and its record leaves them out.
+        sampler_is_old: log pi_old is the sampler's; otherwise it is left out where the trainer computed none.
     """
     sequence = 0
     for group in groups:
         for sample, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
+            old = completion.old_logprobs or (completion.logprobs if sampler_is_old else ())
             yield {
                 "prompt_id": group.prompt.id,
                 "task": group.prompt.task,
@@ -108,7 +112,7 @@ def rollout_records(groups: Sequence[Group], gates: dict[str, dict[str, Any]]) -
                 "prompt_token_ids": list(group.prompt.token_ids),
                 "token_ids": list(completion.token_ids),
                 "logprobs": list(completion.logprobs),
-                "old_logprobs": list(completion.old_logprobs or completion.logprobs),
+                **({"old_logprobs": list(old)} if old else {}),
                 **gates.get(str(sequence), {}),
             }
             sequence += 1

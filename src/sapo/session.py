@@ -19,14 +19,15 @@ import torch
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import ConfigError, RunConfig, override_run
 from sapo.evaluation import Evaluation, evaluate_policy
-from sapo.loop import Listener, Silent, StopReason, TrainingRun, check_prompts, load_tasks
+from sapo.loop import Listener, Silent, StopReason, TrainingRun
 from sapo.model.policy import Policy, load_policy
+from sapo.preflight import check_prompts, load_tasks
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.tasks import Task
-from sapo.training.checkpoint import newest_whole
+from sapo.training.checkpoint import newest_whole, set_broken_aside
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -89,27 +90,53 @@ def resume(
         ConfigError: not a run directory, or an override that would make it another run.
     """
     directory, config = RunDirectory.open(run)
-    listener = listener or Silent()
-    config = resolve_machine(config.model_copy(update={"run_dir": str(run)}))
-    if overrides:
-        config = override_run(config, overrides)
-        directory.write_config(config)
+    try:
+        training = _resumed(directory, config, str(run), overrides or [], listener or Silent(), should_stop)
+    except BaseException:
+        directory.close()
+        raise
+    return _finish(training)
+
+
+def _resumed(
+    directory: RunDirectory,
+    config: RunConfig,
+    run: str,
+    overrides: list[str],
+    listener: Listener,
+    should_stop: Callable[[], bool],
+) -> TrainingRun:
+    """The run at its newest whole checkpoint; its files are changed only when nothing can be refused any more."""
+    config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
+    _warn_of_another_machine(config, listener)
     tasks = load_tasks(config)
     checkpoint = newest_whole(
         directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
     )
+    state = None
     if checkpoint is None:
         listener.warning(f"{run} has no checkpoint yet: the run starts over from its first step")
-        directory.rewind_metrics(0)
         policy = _starting_policy(config, lambda _: None, should_stop)
-        return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop))
-    listener.resumed(checkpoint)
-    policy = load_policy(checkpoint.path, config.model.dtype, config.device)
-    state = RunState.from_json(checkpoint.state())
-    directory.rewind_metrics(state.metrics_bytes)
+    else:
+        listener.resumed(checkpoint)
+        policy = load_policy(checkpoint.path, config.model.dtype, config.device)
+        state = RunState.from_json(checkpoint.state())
+    directory.rewind_metrics(state.metrics_bytes if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop)
-    training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
-    return _finish(training)
+    if checkpoint is not None:
+        training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+    set_broken_aside(directory.checkpoints, checkpoint)
+    if overrides:
+        directory.write_config(config)
+    return training
+
+
+def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
+    """Bit for bit holds on one machine with one set of versions: say when these are others."""
+    before, now = config.provenance or {}, provenance()
+    for key in ("versions", "cpu_capability", "mkl_cbwr"):
+        if key in before and before[key] != now[key]:
+            listener.warning(f"{key} were {before[key]} and are {now[key]}: the run goes on, but not bit for bit")
 
 
 def evaluate(

@@ -231,6 +231,26 @@ def test_an_update_is_one_step_of_plain_adamw() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_chunks_of_the_head_leave_gradient_unchanged(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, groups = make_policy(), make_groups()
+    monkeypatch.setattr("sapo.model.head.CHUNK_ELEMENTS", 1)  # 16 tokens a chunk
+    trainer = make_trainer(policy, objective)
+    assert trainer.pack(groups).num_targets > 3 * 16
+    assert_same(packed_gradient(trainer, groups), plain_gradient(policy, groups, objective, "sequence_mean"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_microbatches_add_up_in_gradient_and_loss(dtype: torch.dtype) -> None:
+    results = []
+    for tokens in (10_000, 1):
+        trainer = make_trainer(make_policy(dtype), tokens_per_microbatch=tokens)
+        results.append(trainer.update(trainer.pack(make_groups()), learning_rate=0.0))
+    tolerance = 1e-6 if dtype is torch.float64 else 0.02  # 8 bits of mantissa
+    assert results[1].loss == pytest.approx(results[0].loss, rel=tolerance, abs=tolerance)
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=tolerance)
+
+
 def test_an_update_reports_what_it_did_token_by_token() -> None:
     policy, groups = make_policy(), make_groups()
     trainer = make_trainer(policy, tokens_per_microbatch=20)

@@ -107,7 +107,7 @@ def save_checkpoint(
         if f.is_file()
     }
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in aside.rglob("*"):
+    for file in (*aside.rglob("*"), aside):
         _sync(file)
     final = directory / name
     replaced = directory / f".replaced-{name}"
@@ -128,6 +128,16 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
         if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return sorted(found, key=lambda c: (c.step, c.update), reverse=True)
+
+
+def set_broken_aside(directory: Path, newest: Checkpoint | None) -> None:
+    """Rename checkpoints newer than the one in use to broken-*, so that none is counted or tried again."""
+    for checkpoint in list_checkpoints(directory):
+        if newest is not None and checkpoint.path == newest.path:
+            return
+        target = directory / f"broken-{checkpoint.path.name}"
+        shutil.rmtree(target, ignore_errors=True)
+        checkpoint.path.rename(target)
 
 
 def newest_whole(directory: Path, on_broken: Callable[[CheckpointError], None]) -> Checkpoint | None:

@@ -107,12 +107,21 @@ class PolicyOptimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`."""
+        """The inverse of `state_tensors`.
+
+        Raises:
+            ValueError: tensors of another model.
+        """
+        known = {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq", "master") for name in self.names}
+        if unknown := sorted(set(tensors) - known):
+            raise ValueError(
+                f"the optimiser state is of another model: it has {unknown[0]} and {len(unknown) - 1} more"
+            )
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             if master is not parameter:
                 with torch.no_grad():
                     master.copy_(tensors[f"master/{name}"])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-            state = {k: tensors[f"{k}/{name}"].clone() for k in keys}
+            state = {k: tensors[f"{k}/{name}"].to(master.device, copy=True) for k in keys}
             if state:
                 self.adam.state[master] = state

@@ -207,7 +207,7 @@ class Trainer:
         Args:
             sampled_at: `updates` when they were sampled.
         """
-        # With newer weights r would be 1 by construction: no trust region is left (docs/log.md).
+        # With newer weights r would be 1 by construction, and no trust region would be left.
         assert sampled_at == self.updates, f"sampled at update {sampled_at}, weights are at {self.updates}"
         recomputed = self.logprobs(groups, include_all=False)
         return [

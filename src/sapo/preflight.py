@@ -1,0 +1,70 @@
+"""What is made and checked before a run begins, so that a mistake is found before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from sapo.config import ConfigError, RunConfig
+from sapo.evaluation import encode_prompts
+from sapo.model.policy import Policy
+from sapo.tasks import Task, make_task
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """The tasks of a recipe. Which problems are drawn depends on the run's seed; which are held out, and asked, does
+    not, so that runs of several seeds are judged on the same ones."""
+
+    train: list[Task]
+    held_out: list[Task]
+
+    def by_name(self, name: str) -> Task:
+        """The training side of a task."""
+        return next(t for t in self.train if t.name == name)
+
+
+def load_tasks(config: RunConfig) -> TaskSet:
+    """Make the tasks of a recipe; their files are read and checked here.
+
+    Raises:
+        TaskError: what is wrong with them.
+        ConfigError: two tasks of one name, whose metrics could not be told apart.
+    """
+    tasks = TaskSet(
+        train=[make_task(t.name, seed=seed_for(config.seed, "tasks"), **t.options) for t in config.tasks],
+        held_out=[make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks],
+    )
+    names = [t.name for t in tasks.train]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"tasks must have different names; got {name!r} twice")
+    return tasks
+
+
+def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
+    """Encode prompts of each side of each task before anything is written: all of a file, one of an endless task.
+
+    Raises:
+        ModelError: the tokenizer cannot encode one.
+        ConfigError: one leaves no room for a completion, or a stop token is not in the vocabulary.
+    """
+    vocabulary = policy.head_weight.shape[0]
+    for token in config.rollout.stop_token_ids:
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"rollout.stop_token_ids must lie in 0..{vocabulary - 1}; got {token}")
+    room = config.rollout.max_new_tokens
+    for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
+        rows = getattr(train, "num_train", 1)  # a file has an end; a mistake in its last row is found now
+        asked = [train.train_prompt(i) for i in range(rows)]
+        for prompt in encode_prompts(policy, [*asked, *held_out.held_out(config.eval.problems)]):
+            if policy.max_length is not None and len(prompt.token_ids) + room > policy.max_length:
+                raise ConfigError(
+                    f"rollout.max_new_tokens must leave room for the prompt; got {room} with a prompt of "
+                    f"{len(prompt.token_ids)} tokens ({prompt.text[:32]!r}) in a model of {policy.max_length}"
+                )
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of 64 bits for one purpose, so that training and evaluation never share draws."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
