@@ -103,6 +103,7 @@ class Group:
 
     @property
     def rewards(self) -> tuple[float, ...]:
+        """R_1 .. R_G."""
         return tuple(c.score.reward for c in self.completions)
 
     @property
@@ -129,6 +130,7 @@ class Segment:
 
     @property
     def stop(self) -> int:
+        """One past the last packed position."""
         return self.start + self.length
 
 
@@ -170,12 +172,15 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """N, input tokens."""
         return int(self.token_ids_N.numel())
 
     @property
     def num_targets(self) -> int:
+        """M, response tokens."""
         return int(self.target_M.numel())
 
     @property
     def num_sequences(self) -> int:
+        """B, sequences."""
         return int(self.advantages_B.numel())

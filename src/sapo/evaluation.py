@@ -37,6 +37,7 @@ class Estimate:
     high: float
 
     def to_json(self) -> dict[str, float]:
+        """As a JSON value."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
     def __str__(self) -> str:

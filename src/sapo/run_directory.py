@@ -87,6 +87,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
         return self.path / "checkpoints"
 
     def write_config(self, config: RunConfig) -> None:

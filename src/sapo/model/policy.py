@@ -59,14 +59,17 @@ class Policy:
 
     @property
     def head_bias(self) -> Tensor | None:
+        """(V,) bias of the output embedding, None when it has none."""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
         return self.head_weight.dtype
 
     def parameters(self) -> list[nn.Parameter]:
@@ -75,6 +78,7 @@ class Policy:
 
     @property
     def num_parameters(self) -> int:
+        """Parameters, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property

@@ -47,6 +47,7 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
+        """For a person to read."""
         return f"step {self.step}" + (f", update {self.update}" if self.update else "")
 
     def verify(self) -> None:
