@@ -53,6 +53,18 @@ def test_another_objective_drops_the_settings_of_the_recipes_own() -> None:
     assert config.objective.hyperparameters == {"eps_low": 0.1}
 
 
+def test_an_objective_brings_the_normalizer_and_advantage_of_its_source_unless_others_are_given() -> None:
+    for objective, normalizer, advantage in (
+        ({}, "sequence_mean", "group_std"),
+        ({"name": "dapo"}, "token_mean", "group_std"),
+        ({"name": "rloo"}, "sequence_sum", "leave_one_out"),
+        ({"name": "dr_grpo", "normalizer": "token_mean"}, "token_mean", "group_mean"),
+        ({"name": "minirl", "advantage": "group_std"}, "sequence_sum", "group_std"),
+    ):
+        config = parse_recipe({**MINIMAL, "objective": objective})
+        assert (config.objective.normalizer, config.objective.advantage) == (normalizer, advantage)
+
+
 def test_a_written_config_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     config = load_recipe("quickstart", ["objective.gate=erf"])
     file = tmp_path / "config.yaml"

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sapo.objectives import NORMALIZERS, make_objective
+from sapo.objectives import NORMALIZERS, OBJECTIVES, make_objective
 
 
 class ConfigError(ValueError):
@@ -109,14 +109,22 @@ class ObjectiveConfig(BaseModel):
     name: str = "sapo"
     """One of sapo.objectives.OBJECTIVES."""
     normalizer: str = "sequence_mean"
-    """sequence_mean (the paper), token_mean (DAPO), constant_length (Dr.GRPO)."""
-    advantage: Literal["group_std", "group_mean"] = "group_std"
-    """(R - mean) / std over the group, or R - mean."""
+    """sequence_mean (the paper), token_mean (DAPO), constant_length (Dr.GRPO), sequence_sum (MiniRL); left out, that of
+    the objective's source."""
+    advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
+    """(R - mean) / std over the group, R - mean, or R - mean of the others; left out, that of the source as well."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The objective's own settings, as `make_objective` takes them."""
         return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_its_source_has_it(cls, raw: Any) -> Any:
+        """`name: dapo` alone is DAPO, its normalizer too; what is written down stands."""
+        source = OBJECTIVES.get(str(raw.get("name", "sapo"))) if isinstance(raw, dict) else None
+        return raw if source is None else {"normalizer": source.normalizer, "advantage": source.advantage, **raw}
 
     @model_validator(mode="after")
     def _known(self) -> ObjectiveConfig:

@@ -18,7 +18,21 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("gspo", {"eps_low": 0.1, "eps_high": 0.15}),
     ("gspo_token", {"eps_low": 0.1, "eps_high": 0.15}),
     ("sapo_seq", {"tau_pos": 1.3, "tau_neg": 2.1}),
+    ("dr_grpo", {"eps_low": 0.2, "eps_high": 0.2}),
+    ("dapo", {"eps_low": 0.2, "eps_high": 0.28}),
+    ("minirl", {"eps_low": 0.2, "eps_high": 0.27}),
+    ("reinforce", {}),
+    ("rloo", {"eps_low": 0.4, "eps_high": 0.5}),
+    ("cispo", {"ratio_cap": 1.2}),
+    ("maspo", {"sigma": 0.6}),
+    ("gmpo", {"log_low": 0.3, "log_high": 0.2}),
+    ("luspo", {"eps_low": 0.1, "eps_high": 0.15}),
+    ("vespo", {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}),
 ]
+UNGATED = {"reinforce"}
+"""Objectives whose gate is 1 everywhere."""
+AMPLIFYING = {"vespo"}
+"""Objectives whose gate weight exceeds 1 somewhere, as their source has it."""
 VARIANT_IDS = ["-".join([name, *(str(hyper[k]) for k in ("gate", "side") if k in hyper)]) for name, hyper in VARIANTS]
 NORMALIZER_OPTIONS = [{"normalizer": n, "max_length": 9 if n == "constant_length" else None} for n in NORMALIZERS]
 

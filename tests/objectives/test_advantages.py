@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sapo.objectives import group_advantages
+from sapo.objectives import ADVANTAGES, group_advantages
 
 INF, NAN = math.inf, math.nan
 
@@ -20,6 +20,13 @@ def test_group_mean_leaves_the_scale_of_the_rewards():
     assert group_advantages(torch.tensor([3.0, 0.0, 0.0, 1.0]), kind="group_mean").tolist() == [2.0, -1.0, -1.0, 0.0]
 
 
+def test_leave_one_out_is_the_reward_less_the_mean_of_the_others():
+    # By hand: 3 - (0 + 0 + 1)/3, 0 - (3 + 0 + 1)/3 twice, 1 - (3 + 0 + 0)/3.
+    rewards = torch.tensor([3.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    expected = [8 / 3, -4 / 3, -4 / 3, 0.0]
+    assert group_advantages(rewards, kind="leave_one_out").tolist() == pytest.approx(expected, rel=1e-15)
+
+
 def test_leading_dimensions_are_groups_of_their_own():
     rewards = torch.tensor([[[1.0, 0.0], [4.0, 8.0]], [[0.0, 0.0], [5.0, -5.0]]])
     # Two samples: std = |a - b| / sqrt 2, so advantages are +-1/sqrt 2 or 0.
@@ -28,7 +35,7 @@ def test_leading_dimensions_are_groups_of_their_own():
     torch.testing.assert_close(group_advantages(rewards), expected)
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group_mean"])
+@pytest.mark.parametrize("kind", ADVANTAGES)
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1e30] * 3, [-0.3] * 10, [5.0]])
 def test_a_group_of_equal_rewards_gets_exactly_zero(kind, rewards):
     assert group_advantages(torch.tensor(rewards), kind=kind).tolist() == [0.0] * len(rewards)

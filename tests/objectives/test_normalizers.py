@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sapo.objectives import sequence_weights
+from sapo.objectives import NORMALIZERS, sequence_weights
 
 LENGTHS_B = torch.tensor([3, 1, 0])
 
@@ -12,6 +12,7 @@ def test_each_normalizer_by_hand_with_an_empty_sequence_kept_in_the_denominator(
     assert sequence_weights(LENGTHS_B, "sequence_mean").tolist() == pytest.approx([1 / 9, 1 / 3, 0], rel=1e-15)
     assert sequence_weights(LENGTHS_B, "token_mean").tolist() == [1 / 4, 1 / 4, 0]
     assert sequence_weights(LENGTHS_B, "constant_length", max_length=8).tolist() == [1 / 24, 1 / 24, 0]
+    assert sequence_weights(LENGTHS_B, "sequence_sum").tolist() == pytest.approx([1 / 3, 1 / 3, 0], rel=1e-15)
     assert sequence_weights(LENGTHS_B, "token_mean").dtype == torch.float64
 
 
@@ -20,9 +21,10 @@ def test_denominators_of_the_mini_batch_replace_those_of_the_micro_batch():
     assert sequence_weights(LENGTHS_B, "sequence_mean", **given).tolist() == pytest.approx([1 / 30, 1 / 10, 0])
     assert sequence_weights(LENGTHS_B, "token_mean", **given).tolist() == [1 / 40, 1 / 40, 0]
     assert sequence_weights(LENGTHS_B, "constant_length", max_length=8, **given).tolist() == [1 / 80, 1 / 80, 0]
+    assert sequence_weights(LENGTHS_B, "sequence_sum", **given).tolist() == [1 / 10, 1 / 10, 0]
 
 
-@pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean", "constant_length"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_nothing_but_empty_sequences_weighs_nothing(normalizer, lengths):
     weights = sequence_weights(torch.tensor(lengths, dtype=torch.int64), normalizer, max_length=4)

@@ -5,13 +5,15 @@ import math
 
 import pytest
 
-from sapo.objectives import OBJECTIVES, make_objective
+from sapo.objectives import ADVANTAGES, NORMALIZERS, OBJECTIVES, make_objective
 
-SOFT, HARD = ("sapo", "sapo_seq"), ("grpo", "gspo", "gspo_token")
+SOFT = ("sapo", "sapo_seq")
+HARD = ("grpo", "gspo", "gspo_token", "dr_grpo", "dapo", "minirl", "rloo", "luspo")
+NAMES = ["sapo", "grpo", "gspo", "gspo_token", "sapo_seq", "dr_grpo", "dapo", "minirl", "reinforce", "rloo", "cispo"]
 
 
 def test_the_registry_names_each_objective_as_it_names_itself():
-    assert list(OBJECTIVES) == ["sapo", "grpo", "gspo", "gspo_token", "sapo_seq"]
+    assert list(OBJECTIVES) == [*NAMES, "maspo", "gmpo", "luspo", "vespo"]
     for name, objective in OBJECTIVES.items():
         assert objective.name == name
         assert make_objective(name) == objective()
@@ -26,22 +28,52 @@ def test_defaults_are_those_of_the_papers():
     assert dataclasses.asdict(make_objective("grpo")) == {"eps_low": 0.2, "eps_high": 0.27}
     assert dataclasses.asdict(make_objective("gspo")) == {"eps_low": 3e-4, "eps_high": 4e-4}
     assert dataclasses.asdict(make_objective("gspo_token")) == {"eps_low": 3e-4, "eps_high": 4e-4}
+    # arXiv 2503.14476, 2602.05261; TRL's RLOOTrainer; arXiv 2510.13786 as TRL recommends it; 2507.20673; 2602.10693.
+    assert dataclasses.asdict(make_objective("dr_grpo")) == {"eps_low": 0.2, "eps_high": 0.2}
+    assert dataclasses.asdict(make_objective("dapo")) == {"eps_low": 0.2, "eps_high": 0.28}
+    assert dataclasses.asdict(make_objective("minirl")) == {"eps_low": 0.2, "eps_high": 0.27}
+    assert dataclasses.asdict(make_objective("luspo")) == {"eps_low": 2e-3, "eps_high": 2.5e-3}
+    assert dataclasses.asdict(make_objective("rloo")) == {"eps_low": 0.2, "eps_high": 0.2}
+    assert dataclasses.asdict(make_objective("cispo")) == {"ratio_cap": 5.0}
+    assert dataclasses.asdict(make_objective("maspo")) == {"sigma": 1.0}
+    assert dataclasses.asdict(make_objective("gmpo")) == {"log_low": 0.4, "log_high": 0.4}
+    assert dataclasses.asdict(make_objective("vespo")) == {
+        "k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0
+    }  # fmt: skip
+
+
+def test_each_objective_names_the_advantage_of_its_source():
+    other = {"dr_grpo": "group_mean", "minirl": "group_mean", "reinforce": "group_mean", "rloo": "leave_one_out"}
+    for name, objective in OBJECTIVES.items():
+        assert objective.advantage == other.get(name, "group_std")
+        assert objective.advantage in ADVANTAGES
+        assert objective.normalizer in NORMALIZERS
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_are_frozen_and_take_keywords_only(name):
     objective = make_objective(name)
-    field = dataclasses.fields(objective)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(objective, field, 0.5)
+        setattr(objective, next((f.name for f in dataclasses.fields(objective)), "anything"), 0.5)
     with pytest.raises(TypeError):
         OBJECTIVES[name](0.5)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, -math.inf, "1", None])
-@pytest.mark.parametrize(("option", "paper"), [("tau_pos", "1.0"), ("tau_neg", "1.05")])
-@pytest.mark.parametrize("name", SOFT)
-def test_a_temperature_that_is_not_positive_and_finite_is_refused(name, option, paper, bad):
+@pytest.mark.parametrize(
+    ("name", "option", "paper"),
+    [
+        *((name, option, paper) for name in SOFT for option, paper in (("tau_pos", "1.0"), ("tau_neg", "1.05"))),
+        ("maspo", "sigma", "1.0"),
+        ("gmpo", "log_low", "0.4"),
+        ("gmpo", "log_high", "0.4"),
+        ("vespo", "k_pos", "2.0"),
+        ("vespo", "lambda_pos", "3.0"),
+        ("vespo", "k_neg", "3.0"),
+        ("vespo", "lambda_neg", "2.0"),
+    ],
+)
+def test_a_setting_that_is_not_positive_and_finite_is_refused(name, option, paper, bad):
     with pytest.raises(ValueError) as error:
         make_objective(name, **{option: bad})
     assert str(error.value) == f"{option} must be positive and finite; got {bad!r}; the paper uses {paper}"
@@ -57,13 +89,23 @@ def test_a_clip_outside_zero_to_one_is_refused(name, option, bad):
     assert str(error.value) == f"{option} must satisfy 0 <= {option} < 1; got {bad!r}; the paper uses {paper}"
 
 
+@pytest.mark.parametrize("bad", [0.999, -1.0, math.nan, math.inf, "5"])
+def test_a_cap_below_one_is_refused(bad):
+    with pytest.raises(ValueError) as error:
+        make_objective("cispo", ratio_cap=bad)
+    assert str(error.value) == f"ratio_cap must be finite and at least 1; got {bad!r}; the paper uses 5.0"
+
+
 def test_the_edges_of_the_allowed_ranges_are_allowed():
+    make_objective("cispo", ratio_cap=1)
     make_objective("grpo", eps_low=0, eps_high=0.999)
     make_objective("sapo", tau_pos=1e-6, tau_neg=1e6)
 
 
 def test_unknown_names_suggest_the_nearest_and_list_the_options():
-    with pytest.raises(ValueError, match=r"objective must be one of gr.*, sapo_seq; got 'spao'; did you mean 'sapo'\?"):
+    with pytest.raises(
+        ValueError, match=r"objective must be one of cispo, .*, vespo; got 'spao'; did you mean 'sapo'\?"
+    ):
         make_objective("spao")
     with pytest.raises(ValueError, match=r"objective must be one of .*; got 'xyz'; choose one of these"):
         make_objective("xyz")
@@ -78,5 +120,7 @@ def test_a_hyperparameter_of_another_objective_is_refused_and_not_ignored():
         make_objective("sapo", eps_low=0.2)
     with pytest.raises(ValueError, match=r"hyperparameter of grpo must be one of eps_high, eps_low; got 'tau_pos'"):
         make_objective("grpo", tau_pos=1.0)
+    with pytest.raises(ValueError, match=r"reinforce takes no hyperparameters; got eps_low; leave it out"):
+        make_objective("reinforce", eps_low=0.2)
     with pytest.raises(ValueError, match=r"hyperparameter of sapo .*got 'tau_negative'; did you mean 'tau_neg'\?"):
         make_objective("sapo", tau_negative=1.05)

@@ -9,19 +9,22 @@ import pytest
 import torch
 from objective_cases import leaf
 
-from sapo.objectives import policy_loss
+from sapo.objectives import make_objective, policy_loss
 
 TRL_CASES = {
     "sapo": ("sapo", {}, {"loss_type": "sapo"}),
     "grpo": ("grpo", {}, {"loss_type": "grpo"}),
-    "dr_grpo": ("grpo", {"normalizer": "constant_length", "max_length": 16}, {"loss_type": "dr_grpo"}),
-    "dapo": ("grpo", {"normalizer": "token_mean"}, {"loss_type": "dapo"}),
+    "dr_grpo": ("dr_grpo", {"max_length": 16}, {"loss_type": "dr_grpo"}),
+    "dapo": ("dapo", {}, {"loss_type": "dapo"}),
+    "luspo": ("luspo", {}, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
     "gspo": ("gspo", {}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
     "gspo_token": ("gspo_token", {}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
 }
 # 1.0625 and not 1.05: TRL rounds its temperatures to float32, and 17/16 survives that.
 SOFT = {"tau_pos": 1.0, "tau_neg": 1.0625}
 HARD = {"eps_low": 0.1, "eps_high": 0.15}
+# Published as -sg(w) A log pi: the peers' loss is that number, ours the integral of its slope.
+WEIGHTED = {"cispo": {"ratio_cap": 1.25}, "vespo": {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}}
 
 
 def batch():
@@ -35,8 +38,24 @@ def batch():
     return logp_BT, logp_old_BT, advantages_B, mask_BT
 
 
+def weighted_loss(name, logp_BT, logp_old_BT, advantages_B, mask_BT, **hyper):
+    """-mean over tokens of slope log pi: what a loss -sg(w) A log pi is worth when its w A is our slope."""
+    sequence_M = mask_BT.nonzero()[:, 0]
+    log_ratio_M = (logp_BT - logp_old_BT)[mask_BT].detach()
+    out = make_objective(name, **hyper).surrogate(log_ratio_M, advantages_B[sequence_M], sequence_M, len(mask_BT))
+    return -(out.slope_M * logp_BT[mask_BT].detach()).sum() / mask_BT.sum()
+
+
 def trl_loss(
-    trainer_module, logp_BT, logp_old_BT, advantages_B, mask_BT, *, loss_type, importance_sampling_level="token"
+    trainer_module,
+    logp_BT,
+    logp_old_BT,
+    advantages_B,
+    mask_BT,
+    *,
+    loss_type,
+    importance_sampling_level="token",
+    epsilon_high=HARD["eps_high"],
 ):
     """TRL's own arithmetic, called on a stand-in that holds just the settings it reads."""
     trainer = SimpleNamespace(
@@ -46,13 +65,15 @@ def trl_loss(
             sapo_temperature_pos=SOFT["tau_pos"],
             sapo_temperature_neg=SOFT["tau_neg"],
             steps_per_generation=1,
+            **{f"vespo_{option}": value for option, value in WEIGHTED["vespo"].items()},
         ),
+        get_gamma_weights=trainer_module.GRPOTrainer.get_gamma_weights,
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         model=SimpleNamespace(training=True),
         loss_type=loss_type,
         importance_sampling_level=importance_sampling_level,
         epsilon_low=HARD["eps_low"],
-        epsilon_high=HARD["eps_high"],
+        epsilon_high=epsilon_high,
         beta=0.0,
         max_completion_length=16,
         current_gradient_accumulation_steps=1,
@@ -91,7 +112,53 @@ def test_loss_and_gradient_equal_those_of_trl(name, options, trl_options):
     torch.testing.assert_close(torch.autograd.grad(ours, ours_BT)[0], expected_BT, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["sapo", "grpo"])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_gradient_and_weighted_log_probs_equal_those_of_trl(name):
+    trainer_module = pytest.importorskip("trl.trainer.grpo_trainer")
+    logp_BT, *rest = batch()
+    theirs_BT, ours_BT = leaf(logp_BT), leaf(logp_BT)
+    # For cispo TRL's epsilon_high is the cap itself.
+    theirs = trl_loss(trainer_module, theirs_BT, *rest, loss_type=name, epsilon_high=WEIGHTED["cispo"]["ratio_cap"])
+    torch.testing.assert_close(weighted_loss(name, logp_BT, *rest, **WEIGHTED[name]), theirs, rtol=1e-12, atol=0)
+    ours = policy_loss(name, ours_BT, *rest, **WEIGHTED[name])
+    expected_BT = torch.autograd.grad(theirs, theirs_BT)[0]
+    assert bool((expected_BT != 0).any())
+    torch.testing.assert_close(torch.autograd.grad(ours, ours_BT)[0], expected_BT, rtol=1e-12, atol=1e-15)
+
+
+def test_rloo_loss_and_gradient_equal_those_of_trl():
+    trainer_module = pytest.importorskip("trl.trainer.rloo_trainer")
+    logp_BT, logp_old_BT, advantages_B, mask_BT = batch()
+    theirs_BT, ours_BT = leaf(logp_BT), leaf(logp_BT)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (theirs_BT, torch.zeros_like(logp_BT), None),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        model=SimpleNamespace(training=True),
+        epsilon_low=0.3,
+        epsilon_high=0.4,
+        aux_loss_enabled=False,
+        _metrics={"train": defaultdict(list)},
+    )
+    ids = torch.zeros(mask_BT.shape, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": torch.ones_like(ids[:, :1]),
+        "completion_ids": ids,
+        "completion_mask": mask_BT.long(),
+        "advantages": advantages_B,
+        "old_logps": (logp_old_BT * mask_BT).sum(1),
+    }
+    theirs = trainer_module.RLOOTrainer._compute_loss(trainer, None, inputs)
+    ours = policy_loss("rloo", ours_BT, logp_old_BT, advantages_B, mask_BT, eps_low=0.3, eps_high=0.4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    expected_BT = torch.autograd.grad(theirs, theirs_BT)[0]
+    open_B = (expected_BT != 0).any(1)
+    assert bool(open_B.any())
+    assert not bool(open_B[:4].all())  # row 4 has A = 0
+    torch.testing.assert_close(torch.autograd.grad(ours, ours_BT)[0], expected_BT, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["sapo", "grpo", "dr_grpo", "dapo", "luspo", "cispo", "vespo"])
 def test_loss_and_gradient_equal_those_of_liger(name):
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     _, _, advantages_B, mask_BT = batch()
@@ -109,8 +176,10 @@ def test_loss_and_gradient_equal_those_of_liger(name):
         compiled=False,
         use_ref_model=False,
         loss_type=name,
+        importance_sampling_level="sequence" if name == "luspo" else "token",
+        max_completion_length=16,
         epsilon_low=HARD["eps_low"],
-        epsilon_high=HARD["eps_high"],
+        epsilon_high=WEIGHTED["cispo"]["ratio_cap"] if name == "cispo" else HARD["eps_high"],
         sapo_temperature_pos=SOFT["tau_pos"],
         sapo_temperature_neg=SOFT["tau_neg"],
     )
@@ -118,9 +187,11 @@ def test_loss_and_gradient_equal_those_of_liger(name):
     theirs, _ = peer(
         theirs_BTH, head_VH, ids_BT, mask_BT.float(), advantages_B.float(), old_per_token_logps=logp_old_BT
     )
-    hyper = SOFT if name == "sapo" else HARD
-    ours = policy_loss(name, logprobs(ours_BTH), logp_old_BT, advantages_B.float(), mask_BT, **hyper)
+    hyper = SOFT if name == "sapo" else WEIGHTED.get(name, HARD)
+    given = (logprobs(ours_BTH), logp_old_BT, advantages_B.float(), mask_BT)
+    ours = policy_loss(name, *given, max_length=16, **hyper)
+    worth = weighted_loss(name, *given, **hyper) if name in WEIGHTED else ours
     # float32 in the peer: 1e-5 is its rounding.
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(worth, theirs, rtol=1e-5, atol=1e-6)
     expected_BTH = torch.autograd.grad(theirs, theirs_BTH)[0]
     torch.testing.assert_close(torch.autograd.grad(ours, ours_BTH)[0], expected_BTH, rtol=1e-4, atol=1e-6)

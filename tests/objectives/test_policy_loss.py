@@ -1,10 +1,20 @@
 """The loss of a padded batch: padding, splits and order leave it alone; wrong calls are refused."""
 
+import functools
 import math
 
 import pytest
 import torch
-from objective_cases import ADVANTAGES, LENGTHS, NORMALIZER_OPTIONS, VARIANT_IDS, VARIANTS, leaf, padded_batch
+from objective_cases import (
+    ADVANTAGES,
+    AMPLIFYING,
+    LENGTHS,
+    NORMALIZER_OPTIONS,
+    VARIANT_IDS,
+    VARIANTS,
+    leaf,
+    padded_batch,
+)
 
 from sapo.objectives import NORMALIZERS, OBJECTIVES, gate_weight, make_objective, policy_loss
 
@@ -16,6 +26,7 @@ GARBAGE = (math.nan, math.inf, -math.inf, 1e38)
 
 def loss_and_gradient(name, logp_BT, logp_old_BT, advantages, mask_BT, **options):
     logp_BT = leaf(logp_BT)
+    options = {"normalizer": "sequence_mean", **options}
     loss = policy_loss(name, logp_BT, logp_old_BT, advantages, mask_BT, **options)
     (gradient_BT,) = torch.autograd.grad(loss, logp_BT)
     assert loss.dim() == 0
@@ -170,14 +181,14 @@ def test_gate_weight_is_that_of_the_surrogate_and_zero_on_padding():
         out = make_objective(name, **hyper).surrogate((logp - old)[mask], advantages[sequence_M], sequence_M, len(mask))
         assert torch.equal(weight_BT[mask], out.weight_M)
         assert bool((weight_BT[~mask] == 0).all())
-        assert bool((weight_BT[mask] <= 1).all())
+        assert bool((weight_BT[mask] <= 1).all()) is (name not in AMPLIFYING)
 
 
 def test_old_logprobs_and_advantages_get_no_gradient():
     logp, old, advantages, mask = padded_batch()
     logp, old, advantages = leaf(logp), leaf(old), leaf(advantages)
     for name in OBJECTIVES:
-        policy_loss(name, logp, old, advantages, mask).backward()
+        policy_loss(name, logp, old, advantages, mask, max_length=6).backward()
     assert old.grad is None
     assert advantages.grad is None
 
@@ -186,18 +197,44 @@ def test_old_logprobs_and_advantages_get_no_gradient():
 def test_only_sequence_objectives_refuse_advantages_that_vary_within_a_sequence(name):
     logp, old, advantages, mask = padded_batch()
     shared_BT = advantages[:, None].expand_as(logp).clone()
-    close(policy_loss(name, logp, old, shared_BT, mask), policy_loss(name, logp, old, advantages, mask))
+    loss = functools.partial(policy_loss, name, logp, old, mask_BT=mask, max_length=6)
+    close(loss(shared_BT), loss(advantages))
     varied_BT = shared_BT.clone()
     varied_BT[3, 1] = 2.0
-    if name in ("gspo", "sapo_seq"):
+    assert OBJECTIVES[name].shared_advantage is (name in ("gspo", "sapo_seq", "rloo", "gmpo", "luspo", "vespo"))
+    if OBJECTIVES[name].shared_advantage:
         with pytest.raises(
             ValueError, match=rf"{name} takes one advantage per sequence; got -0.4 to 2 within sequence 3"
         ):
-            policy_loss(name, logp, old, varied_BT, mask)
+            loss(varied_BT)
         with pytest.raises(ValueError, match="one advantage per sequence"):
             gate_weight(name, logp - old, varied_BT, mask)
     else:
-        assert policy_loss(name, logp, old, varied_BT, mask) != policy_loss(name, logp, old, advantages, mask)
+        assert loss(varied_BT) != loss(advantages)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_a_normalizer_the_loss_is_that_of_the_objectives_source(name):
+    batch = padded_batch()
+    # As the sources have it; the docstring of each objective cites it.
+    source = {
+        "dr_grpo": "constant_length",
+        "dapo": "token_mean",
+        "cispo": "token_mean",
+        "vespo": "token_mean",
+        "minirl": "sequence_sum",
+        "reinforce": "sequence_sum",
+        "rloo": "sequence_sum",
+        "luspo": "sequence_sum",
+    }.get(name, "sequence_mean")
+    expected = {n: policy_loss(name, *batch, normalizer=n, max_length=9) for n in NORMALIZERS}
+    assert len({loss.item() for loss in expected.values()}) == len(NORMALIZERS)
+    assert policy_loss(name, *batch, max_length=9) == expected[source]
+
+
+def test_dr_grpo_asks_for_the_length_it_divides_by():
+    with pytest.raises(ValueError, match="constant_length needs a positive max_length; got None; pass the longest"):
+        policy_loss("dr_grpo", *padded_batch())
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name():

@@ -13,7 +13,7 @@ from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.objectives import OBJECTIVES, group_advantages, make_objective, policy_loss
+from sapo.objectives import NORMALIZERS, OBJECTIVES, group_advantages, make_objective, policy_loss
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
@@ -137,7 +137,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], t
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean", "constant_length"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_the_packed_gradient_equals_autograd_through_padded_rows(objective: str, normalizer: str) -> None:
     policy, groups = make_policy(), make_groups()
     trainer = make_trainer(policy, objective, normalizer=normalizer)

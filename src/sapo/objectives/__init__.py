@@ -9,7 +9,7 @@ from sapo.objectives.advantages import ADVANTAGES, group_advantages
 from sapo.objectives.gates import GATES, Gate
 from sapo.objectives.normalizers import NORMALIZERS, sequence_weights
 from sapo.objectives.registry import OBJECTIVES, gate_weight, make_objective, policy_loss
-from sapo.objectives.sequence import GSPO, GSPOToken, SAPOSequence
+from sapo.objectives.sequence import GMPO, GSPO, LUSPO, RLOO, VESPO, GSPOToken, SAPOSequence
 from sapo.objectives.surrogates import LOG_RATIO_LIMIT, Objective, Surrogate
 from sapo.objectives.theory import (
     discrepancy_bound,
@@ -20,20 +20,30 @@ from sapo.objectives.theory import (
     sequence_mean,
     variance,
 )
-from sapo.objectives.token import GRPO, SAPO
+from sapo.objectives.token import CISPO, DAPO, GRPO, MASPO, SAPO, DrGRPO, MiniRL, Reinforce
 
 __all__ = [
     "ADVANTAGES",
+    "CISPO",
+    "DAPO",
     "GATES",
+    "GMPO",
     "GRPO",
     "GSPO",
     "LOG_RATIO_LIMIT",
+    "LUSPO",
+    "MASPO",
     "NORMALIZERS",
     "OBJECTIVES",
+    "RLOO",
     "SAPO",
+    "VESPO",
+    "DrGRPO",
     "GSPOToken",
     "Gate",
+    "MiniRL",
     "Objective",
+    "Reinforce",
     "SAPOSequence",
     "Surrogate",
     "discrepancy_bound",

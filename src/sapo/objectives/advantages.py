@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sapo.objectives.checks import unknown_option
 
-ADVANTAGES = ("group_std", "group_mean")
+ADVANTAGES = ("group_std", "group_mean", "leave_one_out")
 
 
 def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
@@ -21,7 +21,9 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
     Args:
         rewards_G: rewards, (..., G); leading dimensions are groups of their own.
         kind: "group_std" is equation (2); "group_mean" leaves out the division, as Dr.GRPO
-            (https://arxiv.org/abs/2503.20783) and MiniRL (https://arxiv.org/abs/2512.01374) do.
+            (https://arxiv.org/abs/2503.20783) and MiniRL (https://arxiv.org/abs/2512.01374) do; "leave_one_out" is
+            R_i minus the mean of the others, RLOO's baseline (https://arxiv.org/abs/2402.14740), which does not depend
+            on R_i and so leaves the gradient unbiased.
 
     Returns:
         Tensor of the same shape, in the dtype of the rewards (float32 for integers). Groups whose rewards are all
@@ -43,7 +45,11 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
     dtype = rewards_G.dtype if rewards_G.is_floating_point() else torch.float32
     spread = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True)
     centred = rewards - rewards.mean(-1, keepdim=True)
-    if kind == "group_std" and rewards.shape[-1] > 1:
+    samples = rewards.shape[-1]
+    if kind == "leave_one_out" and samples > 1:
+        # R_i - (sum - R_i) / (G - 1) = G / (G - 1) (R_i - mean).
+        centred = centred * (samples / (samples - 1))
+    if kind == "group_std" and samples > 1:
         # Divided by the spread first, so that squares inside std() can neither underflow nor overflow.
         scaled = centred / spread
         centred = scaled / scaled.std(-1, keepdim=True)

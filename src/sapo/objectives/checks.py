@@ -20,10 +20,16 @@ def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"{kind} must be one of {', '.join(names)}; got {got!r}; {way_out}")
 
 
-def require_temperature(name: str, value: float, paper: float) -> None:
-    """Raises ValueError unless 0 < value < inf: at 0 the gate divides by zero, below 0 it grows with the drift."""
+def require_positive(name: str, value: float, paper: float) -> None:
+    """Raises ValueError unless 0 < value < inf: at 0 a gate divides by zero, below 0 it grows with the drift."""
     if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite; got {value!r}; the paper uses {paper}")
+
+
+def require_cap(name: str, value: float, paper: float) -> None:
+    """Raises ValueError unless 1 <= value < inf: below 1 a cap would cut tokens that are on policy."""
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 1):
+        raise ValueError(f"{name} must be finite and at least 1; got {value!r}; the paper uses {paper}")
 
 
 def require_clip(name: str, value: float, paper: float) -> None:

@@ -5,6 +5,7 @@
 | sequence_mean | 1 / (&#124;y_i&#124; x sequences) | equation (5) of https://arxiv.org/abs/2511.20347 |
 | token_mean | 1 / tokens | DAPO, https://arxiv.org/abs/2503.14476 |
 | constant_length | 1 / (max_length x sequences) | Dr.GRPO, https://arxiv.org/abs/2503.20783 |
+| sequence_sum | 1 / sequences | the plain policy gradient; MiniRL, https://arxiv.org/abs/2512.01374 |
 
 The denominators belong to the mini-batch. A micro-batch is given them, and so any split of the mini-batch adds up to
 the same gradient; the mean of micro-batch means would not.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sapo.objectives.checks import unknown_option
 
-NORMALIZERS = ("sequence_mean", "token_mean", "constant_length")
+NORMALIZERS = ("sequence_mean", "token_mean", "constant_length", "sequence_sum")
 
 
 def sequence_weights(
@@ -61,6 +62,8 @@ def sequence_weights(
         weights = 1 / (lengths * sequences)
     elif normalizer == "token_mean":
         weights = torch.full_like(lengths, 1 / max(tokens, 1))
+    elif normalizer == "sequence_sum":
+        weights = torch.full_like(lengths, 1 / max(sequences, 1))
     else:
         assert max_length is not None
         weights = torch.full_like(lengths, 1 / (max_length * max(sequences, 1)))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sapo.objectives.checks import unknown_option
 from sapo.objectives.normalizers import sequence_weights
-from sapo.objectives.sequence import GSPO, GSPOToken, SAPOSequence
+from sapo.objectives.sequence import GMPO, GSPO, LUSPO, RLOO, VESPO, GSPOToken, SAPOSequence
 from sapo.objectives.surrogates import Objective
-from sapo.objectives.token import GRPO, SAPO
+from sapo.objectives.token import CISPO, DAPO, GRPO, MASPO, SAPO, DrGRPO, MiniRL, Reinforce
 
 OBJECTIVES: dict[str, type[Any]] = {
     "sapo": SAPO,
@@ -25,6 +25,16 @@ OBJECTIVES: dict[str, type[Any]] = {
     "gspo": GSPO,
     "gspo_token": GSPOToken,
     "sapo_seq": SAPOSequence,
+    "dr_grpo": DrGRPO,
+    "dapo": DAPO,
+    "minirl": MiniRL,
+    "reinforce": Reinforce,
+    "rloo": RLOO,
+    "cispo": CISPO,
+    "maspo": MASPO,
+    "gmpo": GMPO,
+    "luspo": LUSPO,
+    "vespo": VESPO,
 }
 
 
@@ -40,6 +50,8 @@ def make_objective(name: str, **hyper: Any) -> Objective:
     if name not in OBJECTIVES:
         raise unknown_option("objective", name, OBJECTIVES)
     known = [field.name for field in fields(OBJECTIVES[name])]
+    if hyper and not known:
+        raise ValueError(f"{name} takes no hyperparameters; got {', '.join(hyper)}; leave it out")
     for option in hyper:
         if option not in known:
             raise unknown_option(f"hyperparameter of {name}", option, known)
@@ -54,7 +66,7 @@ def policy_loss(
     advantages: Tensor,
     mask_BT: Tensor,
     *,
-    normalizer: str = "sequence_mean",
+    normalizer: str | None = None,
     max_length: int | None = None,
     num_sequences: int | None = None,
     num_tokens: int | None = None,
@@ -68,7 +80,9 @@ def policy_loss(
         logp_old_BT: log pi_old of the same tokens, (B, T); no gradient.
         advantages: (B,), or (B, T) for objectives that gate tokens; no gradient.
         mask_BT: which positions are response tokens, (B, T), bool or 0/1. A row may be empty.
-        normalizer, max_length, num_sequences, num_tokens: as in sequence_weights. When these rows are one micro-batch,
+        normalizer: a name in NORMALIZERS; when left out, that of the objective's source, which is sequence_mean for
+            SAPO, GRPO and GSPO.
+        max_length, num_sequences, num_tokens: as in sequence_weights. When these rows are one micro-batch,
             pass the counts of the mini-batch: the losses of its micro-batches then add up to its loss.
 
     Returns:
@@ -83,7 +97,11 @@ def policy_loss(
     batch, selected = mask_BT.shape[0], tokens.selected_BT
     log_ratio_M = logp_BT[selected] - logp_old_BT.detach()[selected]
     weights_B = sequence_weights(
-        selected.sum(1), normalizer, num_sequences=num_sequences, num_tokens=num_tokens, max_length=max_length
+        selected.sum(1),
+        objective.normalizer if normalizer is None else normalizer,
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        max_length=max_length,
     )
     value_M = objective.surrogate(log_ratio_M, tokens.advantages_M, tokens.sequence_M, batch).value_M
     return -(weights_B[tokens.sequence_M] * value_M).sum().to(logp_BT.dtype)

@@ -1,7 +1,12 @@
-"""Objectives that gate a whole sequence by s_i = exp(mean_t log r_it): GSPO, GSPO-token, and SAPO's sequence form.
+"""Objectives that gate a whole sequence: by s_i = exp(mean_t log r_it) GSPO, GSPO-token, LUSPO, GMPO and SAPO's
+sequence form; by the ratio of the whole response, W_i = exp(sum_t log r_it), RLOO and VESPO.
 
 The slope of a token depends on every token of its sequence, so these need whole sequences in a micro-batch. The bound
-on log-ratios applies to the mean, which is what enters exp(); one wild token in a calm sequence is not cut.
+on log-ratios applies to the mean or the sum, which is what enters exp(); one wild token in a calm sequence is not cut,
+but by GMPO, which bounds each.
+
+W_i gives one value for a response, F(W_i) A_i. Its tokens share it evenly, value_it = F(W_i) A_i / |y_i|: under weights
+constant within a sequence their sum is the response's value, and slope_it = W_i F'(W_i) A_i has no |y_i| in it.
 """
 
 from __future__ import annotations
@@ -12,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sapo.objectives.checks import require_clip, require_temperature
+from sapo.objectives.checks import require_clip, require_positive
 from sapo.objectives.gates import apply_hard_clip, sech_squared
 from sapo.objectives.surrogates import Surrogate, bound_log_ratio, choose_temperature, make_surrogate
-from sapo.objectives.theory import sequence_mean
+from sapo.objectives.theory import sequence_mean, sequence_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,8 @@ class GSPO:
     name: ClassVar[str] = "gspo"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    normalizer: ClassVar[str] = "sequence_mean"
+    advantage: ClassVar[str] = "group_std"
 
     eps_low: float = 3e-4
     """How far below 1 the sequence ratio keeps its gradient when A <= 0; per sequence, hence far below GRPO's."""
@@ -39,8 +46,8 @@ class GSPO:
     """How far above 1 it does when A > 0."""
 
     def __post_init__(self) -> None:
-        require_clip("eps_low", self.eps_low, 3e-4)
-        require_clip("eps_high", self.eps_high, 4e-4)
+        require_clip("eps_low", self.eps_low, type(self).eps_low)
+        require_clip("eps_high", self.eps_high, type(self).eps_high)
 
     def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
         """One gate per sequence. Shapes as in surrogates.Objective."""
@@ -64,6 +71,8 @@ class GSPOToken:
     name: ClassVar[str] = "gspo_token"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = False
+    normalizer: ClassVar[str] = "sequence_mean"
+    advantage: ClassVar[str] = "group_std"
 
     eps_low: float = 3e-4
     """As in GSPO."""
@@ -71,8 +80,8 @@ class GSPOToken:
     """As in GSPO."""
 
     def __post_init__(self) -> None:
-        require_clip("eps_low", self.eps_low, 3e-4)
-        require_clip("eps_high", self.eps_high, 4e-4)
+        require_clip("eps_low", self.eps_low, type(self).eps_low)
+        require_clip("eps_high", self.eps_high, type(self).eps_high)
 
     def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
         """The gate is the sequence's, the advantage the token's. Shapes as in surrogates.Objective."""
@@ -99,6 +108,8 @@ class SAPOSequence:
     name: ClassVar[str] = "sapo_seq"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    normalizer: ClassVar[str] = "sequence_mean"
+    advantage: ClassVar[str] = "group_std"
 
     tau_pos: float = 1.0
     """Temperature where A > 0."""
@@ -106,8 +117,8 @@ class SAPOSequence:
     """Temperature where A <= 0."""
 
     def __post_init__(self) -> None:
-        require_temperature("tau_pos", self.tau_pos, 1.0)
-        require_temperature("tau_neg", self.tau_neg, 1.05)
+        require_positive("tau_pos", self.tau_pos, 1.0)
+        require_positive("tau_neg", self.tau_neg, 1.05)
 
     def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
         """One gate per sequence. Shapes as in surrogates.Objective."""
@@ -117,4 +128,142 @@ class SAPOSequence:
         value_B = 2 / tau_B * torch.tanh(tau_B * log_ratio_B / 2)
         weight_B = sech_squared(tau_B * log_ratio_B / 2)
         value_M, slope_M = (value_B * advantages_B)[sequence_M], (weight_B * advantages_B)[sequence_M]
+        return make_surrogate(value_M, slope_M, weight_B[sequence_M], inside_B[sequence_M], log_ratio_M.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LUSPO(GSPO):
+    """Length-Unbiased Sequence Policy Optimization, https://arxiv.org/abs/2602.05261: GSPO times |y_i|.
+
+    mean_i |y_i| f(s_i) A_i is GSPO's value summed over the tokens of a response and not averaged: `sequence_sum`. With
+    `sequence_mean` this is GSPO with a wider clip, 2e-3 / 2.5e-3.
+    """
+
+    name: ClassVar[str] = "luspo"
+    normalizer: ClassVar[str] = "sequence_sum"
+
+    eps_low: float = 2e-3
+    """How far below 1 the sequence ratio keeps its gradient when A <= 0."""
+    eps_high: float = 2.5e-3
+    """How far above 1 it does when A > 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO:
+    """Geometric-Mean Policy Optimization, https://arxiv.org/abs/2507.20673: the clip of a token inside the mean.
+
+        value_i = exp(mean_t c(z_it)) A_i,   c(z) = min(z, log_high) if A_i > 0, else max(z, -log_low),
+        slope_it = f'_it exp(mean_t c(z_it)) A_i,   f'_it = 1 where c(z_it) = z_it, else 0.
+
+    The clip acts on the log-ratio, on the side the advantage pushes to; a clipped token gives its sequence a constant
+    factor and gets no gradient. The edge of the band belongs to the band. Default: ratios within (e^-0.4, e^0.4).
+    """
+
+    name: ClassVar[str] = "gmpo"
+    coupled: ClassVar[bool] = True
+    shared_advantage: ClassVar[bool] = True
+    normalizer: ClassVar[str] = "sequence_mean"
+    advantage: ClassVar[str] = "group_std"
+
+    log_low: float = 0.4
+    """How far below 0 the log-ratio of a token keeps its gradient when A <= 0."""
+    log_high: float = 0.4
+    """How far above 0 it does when A > 0."""
+
+    def __post_init__(self) -> None:
+        require_positive("log_low", self.log_low, 0.4)
+        require_positive("log_high", self.log_high, 0.4)
+
+    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+        """One value per sequence, one gate per token. Shapes as in surrogates.Objective."""
+        log_ratio, inside = bound_log_ratio(log_ratio_M)
+        advantages = sequence_mean(advantages_M.detach(), sequence_M, num_sequences)[sequence_M]
+        positive = advantages > 0
+        edge = torch.full_like(log_ratio, -self.log_low).masked_fill(positive, self.log_high)
+        clipped = torch.where(positive, log_ratio > edge, log_ratio < edge)
+        bounded = torch.where(clipped, edge, log_ratio)
+        ratio, weight = sequence_mean(bounded, sequence_M, num_sequences).exp()[sequence_M], (~clipped).double()
+        return make_surrogate(ratio * advantages, weight * ratio * advantages, weight, inside, log_ratio_M.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOO:
+    """REINFORCE Leave-One-Out, https://arxiv.org/abs/2402.14740, with the clip that TRL gives it off policy.
+
+        value_it = f(W_i) A_i / |y_i|,   slope_it = f'(W_i) W_i A_i,   f the clip of GRPO,
+
+    with A_i = R_i - mean of the other rewards of the group (`leave_one_out`) and the response as one action
+    (`sequence_sum`). On policy it is REINFORCE under another baseline. The paper is on policy; the clip is TRL's.
+    """
+
+    name: ClassVar[str] = "rloo"
+    coupled: ClassVar[bool] = True
+    shared_advantage: ClassVar[bool] = True
+    normalizer: ClassVar[str] = "sequence_sum"
+    advantage: ClassVar[str] = "leave_one_out"
+
+    eps_low: float = 0.2
+    """How far below 1 the ratio of the response keeps its gradient when A <= 0."""
+    eps_high: float = 0.2
+    """How far above 1 it does when A > 0."""
+
+    def __post_init__(self) -> None:
+        require_clip("eps_low", self.eps_low, type(self).eps_low)
+        require_clip("eps_high", self.eps_high, type(self).eps_high)
+
+    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+        """One gate per sequence. Shapes as in surrogates.Objective."""
+        log_ratio_B, inside_B = bound_log_ratio(sequence_sum(log_ratio_M, sequence_M, num_sequences))
+        advantages_B, ratio_B = sequence_mean(advantages_M.detach(), sequence_M, num_sequences), log_ratio_B.exp()
+        value_B, weight_B = apply_hard_clip(ratio_B, advantages_B > 0, eps_low=self.eps_low, eps_high=self.eps_high)
+        lengths_B = torch.bincount(sequence_M, minlength=num_sequences).clamp(min=1)
+        value_M = (value_B * advantages_B / lengths_B)[sequence_M]
+        slope_M = (weight_B * ratio_B * advantages_B)[sequence_M]
+        return make_surrogate(value_M, slope_M, weight_B[sequence_M], inside_B[sequence_M], log_ratio_M.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESPO:
+    """Variational Sequence-level Soft Policy Optimization, https://arxiv.org/abs/2602.10693: a Gamma weight on W_i.
+
+        slope_it = phi(W_i) A_i,   phi(W) = W^k exp(lambda (1 - W)),   (k, lambda) by the sign of A_i,
+        value_it = F(W_i) A_i / |y_i|,   F(W) = exp(lambda) lambda^-k gamma(k, lambda W),   f' = phi(W) / W.
+
+    Departure: the paper's loss, -sg(phi(W)) A log pi, has this gradient; F is its integral over log W, and gamma the
+    lower incomplete Gamma function. phi(1) = 1, but its maximum is (k/lambda)^k exp(lambda - k), 1.21 and 1.24 by
+    default, at W = k/lambda; the gate weight f' exceeds 1 too. `token_mean` is what TRL divides by.
+    """
+
+    name: ClassVar[str] = "vespo"
+    coupled: ClassVar[bool] = True
+    shared_advantage: ClassVar[bool] = True
+    normalizer: ClassVar[str] = "token_mean"
+    advantage: ClassVar[str] = "group_std"
+
+    k_pos: float = 2.0
+    """Exponent where A >= 0; larger attenuates W < 1 more."""
+    lambda_pos: float = 3.0
+    """Rate where A >= 0; larger attenuates W > 1 more."""
+    k_neg: float = 3.0
+    """Exponent where A < 0."""
+    lambda_neg: float = 2.0
+    """Rate where A < 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
+            require_positive(name, getattr(self, name), getattr(type(self), name))
+
+    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+        """One gate per sequence. Shapes as in surrogates.Objective."""
+        log_ratio_B, inside_B = bound_log_ratio(sequence_sum(log_ratio_M, sequence_M, num_sequences))
+        advantages_B, ratio_B = sequence_mean(advantages_M.detach(), sequence_M, num_sequences), log_ratio_B.exp()
+        k_B = torch.full_like(advantages_B, self.k_pos).masked_fill(advantages_B < 0, self.k_neg)
+        lambda_B = torch.full_like(advantages_B, self.lambda_pos).masked_fill(advantages_B < 0, self.lambda_neg)
+        scale_B = torch.exp(lambda_B - k_B * lambda_B.log() + torch.lgamma(k_B))
+        value_B = scale_B * torch.special.gammainc(k_B, lambda_B * ratio_B)
+        # In logarithms: W^k alone would overflow where exp(-lambda W) makes it 0.
+        exponent_B = lambda_B * (1 - ratio_B)
+        phi_B, weight_B = (k_B * log_ratio_B + exponent_B).exp(), ((k_B - 1) * log_ratio_B + exponent_B).exp()
+        lengths_B = torch.bincount(sequence_M, minlength=num_sequences).clamp(min=1)
+        value_M, slope_M = (value_B * advantages_B / lengths_B)[sequence_M], (phi_B * advantages_B)[sequence_M]
         return make_surrogate(value_M, slope_M, weight_B[sequence_M], inside_B[sequence_M], log_ratio_M.dtype)

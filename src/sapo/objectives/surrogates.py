@@ -9,6 +9,9 @@ maximise, the slope of that value and the gate weight. Weights of the loss are c
 also for objectives that couple the tokens of a sequence, where `slope` already gathers what token m gives the others.
 The value is differentiable by autograd with the same result, so that each is held against the other in the tests.
 
+An objective published as a loss -sg(w) A log pi has w A as its slope, and as its value the integral of that slope: the
+value of the published loss has no such derivative.
+
 Departure from the papers: the log-ratio is bounded before exp(), see LOG_RATIO_LIMIT.
 """
 
@@ -55,6 +58,10 @@ class Objective(Protocol):
     """True when the slope of a token depends on the other tokens of its sequence."""
     shared_advantage: ClassVar[bool]
     """True when the objective is defined only for one advantage per sequence."""
+    normalizer: ClassVar[str]
+    """The name in NORMALIZERS that its source uses: what a caller gets who names none."""
+    advantage: ClassVar[str]
+    """The name in ADVANTAGES that its source uses, likewise."""
 
     def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
         """Value, slope and weight of each token.

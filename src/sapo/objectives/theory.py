@@ -17,10 +17,15 @@ from torch import Tensor
 from sapo.objectives.gates import sech_squared
 
 
+def sequence_sum(values_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Tensor:
+    """Sum over the tokens of each sequence: of log-ratios, the log of the whole response's ratio. (M,) -> (B,)."""
+    values = values_M.double()
+    return values.new_zeros(num_sequences).index_add(0, sequence_M, values)
+
+
 def sequence_mean(values_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Tensor:
     """Mean over the tokens of each sequence: of log-ratios, mu_i = log s_i. (M,) -> (B,), differentiable."""
-    values = values_M.double()
-    totals_B = values.new_zeros(num_sequences).index_add(0, sequence_M, values)
+    totals_B = sequence_sum(values_M, sequence_M, num_sequences)
     lengths_B = torch.bincount(sequence_M, minlength=num_sequences)
     return totals_B / lengths_B.clamp(min=1)
 
