@@ -12,7 +12,7 @@ SOURCE = Path(sapo.__file__).parent
 FLOORS = (
     ("objectives", "data", "config"),
     ("tasks", "model"),
-    ("batch", "rollout"),
+    ("prompting", "batch", "rollout"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
     ("preflight", "coldstart", "loop", "session", "progress"),
     ("cli",),

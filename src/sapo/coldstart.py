@@ -25,15 +25,15 @@ from torch import Tensor
 from sapo.batch import pack
 from sapo.config import ColdStartConfig, ConfigError, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
-from sapo.evaluation import encode_prompts
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
+from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
-from sapo.tasks import ALPHABET, Task, WorkedTask, make_task, score_completions
+from sapo.tasks import ALPHABET, Task, WorkedTask, make_task, score_groups
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 
 RECIPE_VERSION = 1
@@ -199,7 +199,7 @@ def _encode_examples(policy: Policy, task: WorkedTask, count: int) -> list[Group
     """Worked examples as groups of one completion, the end token included."""
     prompts, texts = zip(*(task.worked_example(i) for i in range(count)), strict=True)
     groups = []
-    for prompt, text in zip(encode_prompts(policy, prompts), texts, strict=True):
+    for prompt, text in zip(PromptFormat().encode(policy, prompts), texts, strict=True):
         ids = (*policy.encode(text), policy.tokenizer.eos_token_id)
         completion = Completion(ids, (0.0,) * len(ids), "stop", text)
         groups.append(Group(prompt, (completion,), advantages=(1.0,)))
@@ -256,10 +256,10 @@ def _fresh_pass_at_1(policy: Policy, task: Task, settings: ColdStartConfig, max_
 
 def _pass_at_1(policy: Policy, task: Task, first: int, count: int, seed: int, max_new_tokens: int) -> float:
     prompts: list[Prompt] = [replace(task.train_prompt(first + i), id=i) for i in range(count)]
-    prompts = encode_prompts(policy, prompts)
+    prompts = PromptFormat().encode(policy, prompts)
     params = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, stop_token_ids=policy.stop_token_ids)
     drawn = LocalEngine(policy).generate([Request(p, 1) for p in prompts], params)
-    scored = [score_completions(task, p, c) for p, c in zip(prompts, drawn, strict=True)]
+    scored = score_groups([(task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     return float(np.mean([c.score.reward >= 1.0 for completions in scored for c in completions]))
 
 

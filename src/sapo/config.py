@@ -134,6 +134,47 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
+class ShotConfig(_Section):
+    """A worked example shown before the question."""
+
+    prompt: str
+    """The example's question, as the task would ask it."""
+    answer: str
+    """What a good completion of it says."""
+
+
+class PromptConfig(_Section):
+    """How a task's question becomes what the model sees, and where a completion ends."""
+
+    style: Literal["auto", "plain", "chat"] = "auto"
+    """chat goes through the tokenizer's chat template, plain does not; auto takes chat for rows of messages, and for
+    tasks written for chat models (the benchmarks) where the tokenizer has a template."""
+    system: str | None = None
+    """System message of a chat, unless the row brings one; the first paragraph of a plain prompt."""
+    thinking: bool | None = None
+    """Switch of the chat template (enable_thinking); null leaves it to the template."""
+    template: str = "{prompt}"
+    """The question's own wording, as in "Q: {prompt}\\nA:"."""
+    answer_template: str = " {answer}\n"
+    """How the answer of an example follows it in a plain prompt; in a chat it is the assistant's turn."""
+    shots: int | list[ShotConfig] = 0
+    """Examples before the question: written here, or a number of them, which the task then chooses from its training
+    side."""
+    stop: list[str] = []
+    """Strings that end a completion; every token that completes one stops, is kept and carries loss."""
+
+    @model_validator(mode="after")
+    def _holds_its_places(self) -> PromptConfig:
+        for name, place in (("template", "{prompt}"), ("answer_template", "{answer}")):
+            if place not in getattr(self, name):
+                raise ValueError(f"{name} must hold {place}; got {getattr(self, name)!r}")
+        if isinstance(self.shots, int) and self.shots < 0:
+            raise ValueError(f"shots must be 0 or more, or a list of examples; got {self.shots}")
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty; got ''")
+        return self
+
+
 class TaskConfig(BaseModel):
     """Where prompts come from and how answers are scored. Further settings are the task's own, checked by it."""
 
@@ -145,6 +186,8 @@ class TaskConfig(BaseModel):
     """What logs call it; the task's own name when null. Two tasks of one kind may need it."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Share of the prompts of each step, relative to the other tasks."""
+    prompt: PromptConfig | None = None
+    """How this task's questions are put; the recipe's `prompt` when null."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -286,6 +329,7 @@ class RunConfig(_Section):
     """auto (CUDA if there is one), cpu, cuda or cuda:N."""
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    prompt: PromptConfig = PromptConfig()
     tasks: list[TaskConfig] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig

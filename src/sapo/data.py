@@ -33,14 +33,19 @@ class Status(StrEnum):
 class Score:
     """A verifier's judgement of one completion.
 
-    >>> Score(reward=1.0)
-    Score(reward=1.0, status=<Status.SCORED: 'scored'>, detail='')
+    >>> Score(reward=1.0, answer="46").status.value
+    'scored'
     """
 
     reward: float
     status: Status = Status.SCORED
     detail: str = ""
     """Why the status is not `scored`: the parse failure or the exception, for the log."""
+    answer: str | None = None
+    """What the verifier took as the answer, in the form in which equal answers are equal text: what a majority counts.
+    None when it found none, or does not say."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of this completion, as the share of right cells of a puzzle; logged as means."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    """Strings that end its completions, beside the model's end tokens; set with the token ids."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from sapo.config import PromptConfig
 from sapo.data import Completion, Prompt, Status
 from sapo.model.policy import Policy
+from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Engine, Request
 from sapo.rollout.sampling import SamplingParams
-from sapo.tasks import Task, score_completions
+from sapo.tasks import Task, score_groups
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -146,19 +148,6 @@ def bootstrap(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) 
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def encode_prompts(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Give prompts their token ids: plain text, or chat messages through the tokenizer's template."""
-    return [
-        replace(
-            p,
-            token_ids=policy.encode_messages(p.metadata["messages"])
-            if "messages" in p.metadata
-            else policy.encode(p.text),
-        )
-        for p in prompts
-    ]
-
-
 def evaluate_policy(
     policy: Policy,
     engine: Engine,
@@ -169,6 +158,7 @@ def evaluate_policy(
     params: SamplingParams,
     ks: Sequence[int] = (1,),
     threshold: float = 1.0,
+    prompt_format: PromptFormat | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate on a task's held-out problems.
@@ -179,12 +169,13 @@ def evaluate_policy(
         params: of sampling; its seed and a problem's number fix the draws.
         ks: which pass@k to estimate, each at most `samples`.
         threshold: smallest reward that counts as correct.
+        prompt_format: how the questions are put; as they are when None.
     """
     started = time.perf_counter()
     prompts = [replace(p, id=i) for i, p in enumerate(task.held_out(problems))]
-    prompts = encode_prompts(policy, prompts)
+    prompts = (prompt_format or PromptFormat.of(PromptConfig(), task)).encode(policy, prompts)
     drawn = engine.generate([Request(p, samples) for p in prompts], params, should_stop)
-    scored = [score_completions(task, p, completions) for p, completions in zip(prompts, drawn, strict=True)]
+    scored = score_groups([(task, p, completions) for p, completions in zip(prompts, drawn, strict=True)])
     rewards_PS = np.array([[c.score.reward for c in completions] for completions in scored])
     correct_P = (rewards_PS >= threshold).sum(axis=1)
     flat = [c for completions in scored for c in completions]

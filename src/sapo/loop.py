@@ -25,16 +25,17 @@ from sapo.batch import split_minibatches
 from sapo.config import RunConfig
 from sapo.data import Completion, Group, Prompt
 from sapo.diagnostics import rollout_metrics, update_metrics
-from sapo.evaluation import Evaluation, encode_prompts, evaluate_policy
+from sapo.evaluation import Evaluation, evaluate_policy
 from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.preflight import TaskSet, seed_for
+from sapo.prompting import encode_by_task
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState, rollout_records
-from sapo.tasks import Task, prompts_for_step, score_completions
+from sapo.tasks import Task, prompts_for_step, score_groups
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
@@ -182,7 +183,7 @@ class TrainingRun:
                 self.should_stop,
             )
         with self._phase("score"):
-            groups = [self._score(p, completions) for p, completions in zip(prompts, drawn, strict=True)]
+            groups = self._score(prompts, drawn)
         state.tokens["generated"] += sum(len(c) for g in groups for c in g.completions)
         with self._phase("old_logprobs"):
             if state.old_logprobs is None:
@@ -197,7 +198,7 @@ class TrainingRun:
         weighted = [(task, t.weight) for task, t in zip(self.tasks.train, self.config.tasks, strict=True)]
         chosen = prompts_for_step(weighted, step, self.config.rollout.prompts_per_step)
         prompts = [replace(task.train_prompt(index), id=step << 32 | i) for i, (task, index) in enumerate(chosen)]
-        return encode_prompts(self.policy, prompts)
+        return encode_by_task(self.policy, self.tasks.formats, prompts)
 
     def sampling_params(self, seed: int) -> SamplingParams:
         """The recipe's sampling settings under a seed."""
@@ -212,12 +213,14 @@ class TrainingRun:
             stop_token_ids=self.policy.stop_token_ids | set(rollout.stop_token_ids),
         )
 
-    def _score(self, prompt: Prompt, completions: tuple[Completion, ...]) -> Group:
-        task = self.tasks.by_name(prompt.task)
-        scored = score_completions(task, prompt, completions)
-        rewards_G = torch.tensor([c.score.reward for c in scored], dtype=torch.float64)
-        advantages = group_advantages(rewards_G, self.config.objective.advantage)
-        return Group(prompt, scored, tuple(advantages.tolist()))
+    def _score(self, prompts: list[Prompt], drawn: list[tuple[Completion, ...]]) -> list[Group]:
+        by_task = [self.tasks.by_name(p.task) for p in prompts]
+        groups = []
+        for prompt, scored in zip(prompts, score_groups(list(zip(by_task, prompts, drawn, strict=True))), strict=True):
+            rewards_G = torch.tensor([c.score.reward for c in scored], dtype=torch.float64)
+            advantages = group_advantages(rewards_G, self.config.objective.advantage)
+            groups.append(Group(prompt, scored, tuple(advantages.tolist())))
+        return groups
 
     def _choose_old_logprobs(self, groups: list[Group]) -> str:
         """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used."""
@@ -334,6 +337,7 @@ class TrainingRun:
             samples=settings.samples,
             params=params,
             ks=settings.k,
+            prompt_format=self.tasks.formats[task.name],
             should_stop=self.should_stop,
         )
 

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 
 from sapo.config import ConfigError, RunConfig
-from sapo.evaluation import encode_prompts
 from sapo.model.policy import Policy
+from sapo.prompting import PromptFormat, formats_of
 from sapo.tasks import Task, make_task
 
 
@@ -18,6 +18,8 @@ class TaskSet:
 
     train: list[Task]
     held_out: list[Task]
+    formats: dict[str, PromptFormat]
+    """How the questions of each task are put, by its name."""
 
     def by_name(self, name: str) -> Task:
         """The training side of a task."""
@@ -31,10 +33,10 @@ def load_tasks(config: RunConfig) -> TaskSet:
         TaskError: what is wrong with them.
         ConfigError: two tasks of one name, whose metrics could not be told apart.
     """
-    tasks = TaskSet(
-        train=[make_task(t.name, seed=seed_for(config.seed, "tasks"), **t.options) for t in config.tasks],
-        held_out=[make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks],
-    )
+    train = [make_task(t.name, seed=seed_for(config.seed, "tasks"), **t.options) for t in config.tasks]
+    held_out = [make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks]
+    # Of the held-out side, whose seed is not the run's: runs of all seeds show the same examples.
+    tasks = TaskSet(train, held_out, formats_of(config, held_out))
     names = [t.name for t in tasks.train]
     for name in names:
         if names.count(name) > 1:
@@ -57,7 +59,8 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
     for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
         rows = getattr(train, "num_train", 1)  # a file has an end; a mistake in its last row is found now
         asked = [train.train_prompt(i) for i in range(rows)]
-        for prompt in encode_prompts(policy, [*asked, *held_out.held_out(config.eval.problems)]):
+        questions = [*asked, *held_out.held_out(config.eval.problems)]
+        for prompt in tasks.formats[train.name].encode(policy, questions):
             if policy.max_length is not None and len(prompt.token_ids) + room > policy.max_length:
                 raise ConfigError(
                     f"rollout.max_new_tokens must leave room for the prompt; got {room} with a prompt of "

@@ -63,7 +63,7 @@ def group_to_json(group: Group) -> dict[str, Any]:
 
 def group_from_json(value: dict[str, Any]) -> Group:
     """The inverse of `group_to_json`, also after a trip through text."""
-    prompt = {**value["prompt"], "token_ids": tuple(value["prompt"]["token_ids"])}
+    prompt = {**value["prompt"], **{k: tuple(value["prompt"][k]) for k in ("token_ids", "stop")}}
     return Group(
         prompt=Prompt(**prompt),
         completions=tuple(_completion_from_json(c) for c in value["completions"]),
@@ -78,7 +78,7 @@ def _completion_from_json(value: dict[str, Any]) -> Completion:
         logprobs=tuple(value["logprobs"]),
         finish_reason=value["finish_reason"],
         text=value["text"],
-        score=Score(score["reward"], Status(score["status"]), score["detail"]),
+        score=Score(**{**score, "status": Status(score["status"])}),
         old_logprobs=tuple(value["old_logprobs"]),
     )
 

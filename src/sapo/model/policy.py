@@ -9,7 +9,7 @@ refused rather than trained wrongly.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.decoder: nn.Module = model.get_decoder()
+        self._token_texts: list[str] | None = None
         # The policy must be the same function in rollout and in training: dropout would make r != 1 on policy.
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -116,21 +117,52 @@ class Policy:
             raise ModelError(f"a prompt must have at least one token; got none from {text!r}")
         return tuple(ids)
 
-    def encode_messages(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer brings a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> tuple[int, ...]:
         """Token ids of a chat, through the tokenizer's chat template, ready for the assistant's turn.
 
+        Args:
+            messages: each with a role and a content.
+            thinking: the template's switch; None leaves it alone.
+
         Raises:
-            ModelError: when the tokenizer has no chat template.
+            ModelError: no chat template, one without that switch, or one that refuses the messages.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.has_chat_template:
             raise ModelError(
                 "the prompt is a list of chat messages but the tokenizer has no chat template; "
-                "give prompts as plain text or a model with a template"
+                "give prompts as plain text (prompt.style=plain) or a model with a template"
             )
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        if switch and "enable_thinking" not in str(self.tokenizer.chat_template):
+            raise ModelError(
+                f"prompt.thinking={str(thinking).lower()} needs a chat template with a switch (enable_thinking); "
+                "this tokenizer's has none; leave prompt.thinking out"
+            )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **switch
+            )
+        except Exception as error:  # templates raise exceptions of their own for roles they do not know
+            raise ModelError(f"the chat template refuses the messages: {first_line(error)}") from error
         return tuple(ids)
+
+    def token_texts(self) -> list[str]:
+        """The text each token of the vocabulary adds to a completion, special tokens as nothing.
+
+        Read between two others, since decoders drop the blank that a text begins with.
+        """
+        if self._token_texts is None:
+            frame = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            ids = [[*frame, i] for i in range(self.head_weight.shape[0])]
+            before = len(self.decode(frame))
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._token_texts = [text[before:] for text in texts]
+        return self._token_texts
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion, special tokens left out: for verifiers and logs only."""

@@ -22,6 +22,7 @@ from sapo.rollout.cache import DecodeLayout, KVCache
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens
+from sapo.rollout.stopping import StopRules
 
 PREFILL_TOKENS = 8192
 
@@ -92,7 +93,11 @@ class _Decoding:
         self.hidden: Tensor | None = None  # (fresh rows, H): last hidden states not sampled from yet
         self.fresh = 0
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.int64, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        stop_sets = sorted({r.prompt.stop for r in requests})
+        self.stop_set_of = [stop_sets.index(r.prompt.stop) for r in requests]
+        self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
 
     @property
@@ -140,6 +145,7 @@ class _Decoding:
             self.request[row : row + count], self.sample[row : row + count] = i, samples
             uniforms = token_uniforms(self.params.seed, request.prompt.id, samples, self.params.max_new_tokens)
             self.uniform[row : row + count] = torch.from_numpy(uniforms).to(self.uniform.device)
+            self.stop_set[row : row + count] = self.stop_set_of[i]
             self.length[row : row + count] = len(request.prompt.token_ids)
             self.generated[row : row + count] = 0
             last += [tree.segments[leaf].stop - 1] * count
@@ -167,7 +173,10 @@ class _Decoding:
         self.tokens[: self.active].scatter_(1, at, tokens[:, None])
         self.logprobs[: self.active].scatter_(1, at, logprobs[:, None])
         self.generated[: self.active] += 1
-        stopped = torch.isin(tokens, self.stops)
+        stopped = self.rules.stopped(
+            self.stop_set[: self.active], tokens, self.tokens[: self.active], self.generated[: self.active]
+        )
+        self.stopped[: self.active] = stopped
         self.finished[: self.active] = stopped | (self.generated[: self.active] >= self.params.max_new_tokens)
 
     def retire(self) -> None:
@@ -185,7 +194,14 @@ class _Decoding:
             source = torch.tensor(movers, device=self.length.device)
             target = torch.tensor(holes, device=self.length.device)
             self.cache.move(source, target, int(self.length[source].max()))
-            for array in (self.uniform, self.tokens, self.logprobs, self.generated, self.length):
+            for array in (
+                self.uniform,
+                self.tokens,
+                self.logprobs,
+                self.generated,
+                self.length,
+                self.stop_set,
+            ):
                 array[target] = array[source]
             self.request[holes], self.sample[holes] = self.request[movers], self.sample[movers]
         self.finished[: self.active] = False
@@ -194,12 +210,12 @@ class _Decoding:
     def _completion(self, row: int) -> Completion:
         count = int(self.generated[row])
         token_ids = tuple(self.tokens[row, :count].tolist())
-        stopped = token_ids[-1] in self.params.stop_token_ids
+        stopped = bool(self.stopped[row])
         return Completion(
             token_ids=token_ids,
             logprobs=tuple(self.logprobs[row, :count].tolist()),
             finish_reason="stop" if stopped else "length",
-            text=self.policy.decode(token_ids[:-1] if stopped else token_ids),
+            text=self.rules.text(int(self.stop_set[row]), token_ids),
         )
 
     def completions(self) -> list[tuple[Completion, ...]]:

@@ -9,7 +9,7 @@ from sapo.tasks.base import Task, TaskError, WorkedTask
 from sapo.tasks.files import FileTask
 from sapo.tasks.mixture import prompts_for_step
 from sapo.tasks.registry import TASKS, make_task
-from sapo.tasks.scoring import score_completions, status_counts
+from sapo.tasks.scoring import score_completions, score_groups, status_counts
 from sapo.tasks.verifiers import VERIFIERS, load_verifier
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "make_task",
     "prompts_for_step",
     "score_completions",
+    "score_groups",
     "status_counts",
 ]

@@ -36,6 +36,11 @@ def score_completions(task: Task, prompt: Prompt, completions: Sequence[Completi
     return tuple(replace(completion, score=_score(task, prompt, completion)) for completion in completions)
 
 
+def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> list[tuple[Completion, ...]]:
+    """A whole batch scored, in the order given: `score_completions` of each (task, prompt, completions)."""
+    return [score_completions(task, prompt, completions) for task, prompt, completions in items]
+
+
 def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
     """How many completions have each of the four statuses; a status that did not occur counts 0.
 

@@ -1,0 +1,125 @@
+"""From a task's question to what the model sees: chat template or plain text, examples before it, stop strings after.
+
+A task knows text only and a policy token ids only; this is where the one becomes the other, for rollout, evaluation and
+the cold start alike. Text is encoded once, here; what the model emits is never encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sapo.config import ConfigError, PromptConfig, RunConfig
+from sapo.data import Prompt
+from sapo.model.policy import Policy
+from sapo.tasks import Task
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How the questions of one task are put to a model.
+
+    >>> form = PromptFormat(template="Q: {prompt}\\nA:", shots=(("1 + 1 =", "2"),), stop=("\\n",))
+    >>> print(form.text(Prompt(id=0, task="sums", text="3 + 4 =")))
+    Q: 1 + 1 =
+    A: 2
+    Q: 3 + 4 =
+    A:
+    """
+
+    style: Literal["auto", "plain", "chat"] = "auto"
+    system: str | None = None
+    thinking: bool | None = None
+    template: str = "{prompt}"
+    answer_template: str = " {answer}\n"
+    shots: tuple[tuple[str, str], ...] = ()
+    stop: tuple[str, ...] = ()
+    prefers_chat: bool = False
+    """What auto takes for a question in plain text when the tokenizer has a chat template."""
+
+    @classmethod
+    def of(cls, config: PromptConfig, task: Task) -> PromptFormat:
+        """A recipe's format for a task, whose examples it asks for.
+
+        Raises:
+            ConfigError: a number of examples of a task that has none to give.
+        """
+        if isinstance(config.shots, list):
+            shots = tuple((s.prompt, s.answer) for s in config.shots)
+        elif config.shots and not hasattr(task, "shots"):
+            raise ConfigError(
+                f"prompt.shots={config.shots} asks task {task.name!r} for examples and it has none to give; "
+                "write them down: shots: [{prompt: ..., answer: ...}]"
+            )
+        else:
+            shots = tuple(task.shots(config.shots)) if config.shots else ()  # type: ignore[attr-defined]
+        return cls(
+            style=config.style,
+            system=config.system,
+            thinking=config.thinking,
+            template=config.template,
+            answer_template=config.answer_template,
+            shots=shots,
+            stop=tuple(config.stop),
+            prefers_chat=getattr(task, "prefers_chat", False),
+        )
+
+    def encode(self, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts with their token ids and stop strings.
+
+        Raises:
+            ModelError: a chat for a tokenizer without a template, or text it has no tokens for.
+            ConfigError: rows of chat messages where the recipe asks for plain text.
+        """
+        return [replace(p, token_ids=self._token_ids(policy, p), stop=self.stop) for p in prompts]
+
+    def text(self, prompt: Prompt) -> str:
+        """The whole of a plain prompt."""
+        opening = f"{self.system}\n\n" if self.system else ""
+        shots = [self._question(q) + self.answer_template.replace("{answer}", a) for q, a in self.shots]
+        return opening + "".join(shots) + self._question(prompt.text)
+
+    def messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        """The turns of a chat prompt; a row's own system message stands."""
+        own = [dict(m) for m in prompt.metadata.get("messages", ())]
+        turns = own or [{"role": "user", "content": self._question(prompt.text)}]
+        system = [turns.pop(0)] if turns[0]["role"] == "system" else []
+        if not system and self.system:
+            system = [{"role": "system", "content": self.system}]
+        shots = [
+            {"role": role, "content": content}
+            for question, answer in self.shots
+            for role, content in (("user", self._question(question)), ("assistant", answer))
+        ]
+        return [*system, *shots, *turns]
+
+    def _question(self, text: str) -> str:
+        return self.template.replace("{prompt}", text)  # not format(): questions hold braces of their own
+
+    def _token_ids(self, policy: Policy, prompt: Prompt) -> tuple[int, ...]:
+        is_chat = "messages" in prompt.metadata
+        if is_chat and self.style == "plain":
+            raise ConfigError(
+                f"prompt.style=plain cannot put the chat messages of task {prompt.task!r}; use style auto or chat"
+            )
+        if is_chat or self.style == "chat" or (self.style == "auto" and self.prefers_chat and policy.has_chat_template):
+            return policy.encode_messages(self.messages(prompt), self.thinking)
+        if self.thinking is not None:
+            raise ConfigError(
+                f"prompt.thinking is a switch of the chat template, and task {prompt.task!r} is put as plain text; "
+                "set prompt.style=chat or leave it out"
+            )
+        return policy.encode(self.text(prompt))
+
+
+def formats_of(config: RunConfig, tasks: Sequence[Task]) -> dict[str, PromptFormat]:
+    """The format of each task of a recipe, by its name."""
+    return {
+        task.name: PromptFormat.of(t.prompt or config.prompt, task) for t, task in zip(config.tasks, tasks, strict=True)
+    }
+
+
+def encode_by_task(policy: Policy, formats: Mapping[str, PromptFormat], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts of several tasks, each in the format of its task."""
+    return [formats[p.task].encode(policy, [p])[0] for p in prompts]

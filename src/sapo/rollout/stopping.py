@@ -1,0 +1,80 @@
+"""Where a completion ends: end tokens, and strings that one token holds or several tokens together complete.
+
+A string is found in what was decoded, not in token ids, for it may be cut into tokens in many ways (SmolLM2 has 129
+tokens that hold a newline). Most tokens can never complete one; only those that can are looked at twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sapo.model.policy import Policy
+
+
+class StopRules:
+    """The stop rules of one call of generate, a row of each table for each distinct set of stop strings.
+
+    Args:
+        policy: whose tokens are meant.
+        stop_sets: distinct sets of stop strings; a decoding row names its own by number.
+        stop_token_ids: what ends every completion.
+    """
+
+    def __init__(self, policy: Policy, stop_sets: Sequence[tuple[str, ...]], stop_token_ids: frozenset[int]) -> None:
+        self.policy = policy
+        self.stop_sets = list(stop_sets)
+        self.stop_token_ids = stop_token_ids
+        vocabulary = policy.head_weight.shape[0]
+        ends_SV = torch.zeros(len(self.stop_sets), vocabulary, dtype=torch.bool)
+        ends_SV[:, [t for t in stop_token_ids if t < vocabulary]] = True
+        may_SV = torch.zeros_like(ends_SV)
+        for number, strings in enumerate(self.stop_sets):
+            for string in strings:
+                ends, may = _tokens_of(policy, string)
+                ends_SV[number, ends] = True
+                may_SV[number, may] = True
+        self.ends_SV = ends_SV.to(policy.device)
+        self.may_SV = may_SV.to(policy.device)
+        self._any_may = bool(may_SV.any())
+
+    def stopped(self, set_R: Tensor, tokens_R: Tensor, history_RT: Tensor, generated_R: Tensor) -> Tensor:
+        """(R,) bool: which rows end with the token just drawn.
+
+        Args:
+            set_R: number of each row's stop set.
+            tokens_R: the token just drawn.
+            history_RT: tokens of each row, the new one included; `generated_R` says how many.
+        """
+        stopped_R = self.ends_SV[set_R, tokens_R]
+        if self._any_may:
+            for row in (self.may_SV[set_R, tokens_R] & ~stopped_R).nonzero()[:, 0].tolist():
+                strings = self.stop_sets[int(set_R[row])]
+                # A token holds one character at least, or is part of one: so many tokens hold the whole string.
+                first = max(0, int(generated_R[row]) - 4 * max(map(len, strings)))
+                tail = self.policy.decode(history_RT[row, first : int(generated_R[row])].tolist())
+                stopped_R[row] = any(string in tail for string in strings)
+        return stopped_R
+
+    def text(self, number: int, token_ids: Sequence[int]) -> str:
+        """A finished completion's text: what comes before the end token or the stop string."""
+        if token_ids[-1] in self.stop_token_ids:
+            return self.policy.decode(token_ids[:-1])
+        text = self.policy.decode(token_ids)
+        found = [at for string in self.stop_sets[number] if (at := text.find(string)) >= 0]
+        return text[: min(found)] if found else text
+
+
+def _tokens_of(policy: Policy, string: str) -> tuple[list[int], list[int]]:
+    """Tokens that hold the string, and tokens that may complete it because they begin with an end of it."""
+    ends, may = [], []
+    tails = tuple(string[i:] for i in range(1, len(string)))
+    for token, text in enumerate(policy.token_texts()):
+        part_of_a_character = "\N{REPLACEMENT CHARACTER}" in text and not string.isascii()
+        if string in text:
+            ends.append(token)
+        elif part_of_a_character or (tails and text and text.startswith(tails)):
+            may.append(token)
+    return ends, may
