@@ -175,6 +175,7 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
     target: list[int] = []
     sequence: list[int] = []
     old_logprobs: list[float] = []
+    reference_logprobs: list[float] = []
     for b, member in enumerate(members):
         leaf = leaf_of[id(member.group)]
         prompt_length = len(member.group.prompt.token_ids)
@@ -188,6 +189,7 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
         target += ids
         sequence += [b] * len(ids)
         old_logprobs += member.completion.old_logprobs or member.completion.logprobs
+        reference_logprobs += member.completion.reference_logprobs
     which = [m.sequence for m in members]
     return PackedBatch(
         token_ids_N=torch.tensor(token_ids, device=device),
@@ -200,4 +202,7 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
         weights_B=weights_B[which].to(device),
         old_logprobs_M=torch.tensor(old_logprobs, dtype=torch.float32, device=device),
         sequence_ids=tuple(which),
+        reference_logprobs_M=(
+            torch.tensor(reference_logprobs, dtype=torch.float32, device=device) if reference_logprobs else None
+        ),
     )

@@ -28,6 +28,7 @@ from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
 from sapo.model.policy import Policy, prepare_policy
+from sapo.model.sources import cache_directory
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Interrupted, Request
@@ -57,13 +58,6 @@ class ColdStartProgress:
     loss: float
     pass_at_1: float
     seconds: float
-
-
-def cache_directory() -> Path:
-    """Where cold starts are kept: $SAPO_CACHE, or sapo under $XDG_CACHE_HOME or ~/.cache."""
-    if "SAPO_CACHE" in os.environ:
-        return Path(os.environ["SAPO_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sapo"
 
 
 def coldstart_path(config: RunConfig) -> Path:

@@ -81,15 +81,37 @@ class ColdStartConfig(_Section):
         return self
 
 
+class LoraConfig(_Section):
+    """Train an adapter of low rank beside frozen weights, through peft."""
+
+    rank: int = Field(16, ge=1)
+    """Rows of A and columns of B."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is alpha / rank x B A."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the layers that get one; all-linear is every linear layer but the output embedding."""
+
+
 class ModelConfig(_Section):
-    """The policy to start from: a local Hugging Face directory, or a cold start."""
+    """The policy to start from: a Hugging Face model, or a cold start."""
 
     path: str | None = None
-    """Local Hugging Face decoder directory."""
+    """A local Hugging Face directory, a .gguf file, package:NAME/FILE.gguf, or a hub id (owner/name)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    trust_remote_code: bool = False
+    """Run code that the model brings along."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimiser."""
     coldstart: ColdStartConfig | None = None
     """Make the model instead of loading one."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of all weights; learning rates want to be some 30 times higher."""
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What `load_policy` takes beside path, dtype and device."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -99,6 +121,18 @@ class ModelConfig(_Section):
                 f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
             )
         return self
+
+
+class KLConfig(_Section):
+    """A penalty for leaving a reference policy; the paper has none."""
+
+    coefficient: float = Field(gt=0)
+    """How much of the estimate is added to the loss, with the normaliser of the policy term."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """See objectives/kl.py; k3 is GRPO's."""
+    reference: str | None = None
+    """Model to stay close to; null is the one the run starts from: with LoRA the adapter switched off, else a frozen
+    copy."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -113,6 +147,9 @@ class ObjectiveConfig(BaseModel):
     the objective's source."""
     advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
     """(R - mean) / std over the group, R - mean, or R - mean of the others; left out, that of the source as well."""
+
+    kl: KLConfig | None = None
+    """Penalty for leaving a reference policy; null for none."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

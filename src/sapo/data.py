@@ -87,6 +87,8 @@ class Completion:
     score: Score = field(default_factory=lambda: Score(0.0))
     old_logprobs: tuple[float, ...] = ()
     """log pi_old when the trainer recomputed it at the weights that sampled; empty when `logprobs` are log pi_old."""
+    reference_logprobs: tuple[float, ...] = ()
+    """log pi_ref of each token; empty without a reference policy."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -176,6 +178,8 @@ class PackedBatch:
     """log pi_old of each response token, float32."""
     sequence_ids: tuple[int, ...]
     """Position of each sequence in the mini-batch it came from, so that results find their way back."""
+    reference_logprobs_M: torch.Tensor | None = None
+    """log pi_ref of each response token, float32; None without a reference policy."""
 
     @property
     def num_tokens(self) -> int:

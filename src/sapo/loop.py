@@ -27,7 +27,7 @@ from sapo.data import Completion, Group, Prompt
 from sapo.diagnostics import rollout_metrics, update_metrics
 from sapo.evaluation import Evaluation, evaluate_policy
 from sapo.model.policy import Policy
-from sapo.objectives import group_advantages, make_objective
+from sapo.objectives import KLPenalty, group_advantages, make_objective
 from sapo.preflight import TaskSet, seed_for
 from sapo.prompting import encode_by_task
 from sapo.rollout.engine import Interrupted, Request
@@ -95,6 +95,7 @@ class TrainingRun:
         tasks: from `load_tasks`.
         state: a new run's, or a checkpoint's.
         should_stop: asked wherever work can be left without loss.
+        reference: what a KL penalty keeps close to; None for the policy with its adapter switched off.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TrainingRun:
         state: RunState | None = None,
         listener: Listener | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        reference: Policy | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -114,6 +116,7 @@ class TrainingRun:
         self.listener = listener or Silent()
         self.should_stop = should_stop
         self.tasks = tasks
+        self.reference = reference
         self.engine = LocalEngine(policy, max_rows=config.rollout.max_rows)
         train = config.train
         self.trainer = Trainer(
@@ -132,6 +135,7 @@ class TrainingRun:
             max_new_tokens=config.rollout.max_new_tokens,
             activation_checkpointing=train.activation_checkpointing,
             entropy=train.entropy,
+            kl=_kl_penalty(config),
         )
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
         # TensorBoard is told to forget what a killed process wrote beyond its checkpoint; of a start over, everything.
@@ -190,6 +194,9 @@ class TrainingRun:
                 state.old_logprobs = self._choose_old_logprobs(groups)
             if state.old_logprobs == "trainer":
                 groups = self.trainer.with_old_logprobs(groups, sampled_at)
+        if self.trainer.kl is not None:
+            with self._phase("reference"):
+                groups = self.trainer.with_reference_logprobs(groups, self.reference)
         return groups
 
     def next_prompts(self) -> list[Prompt]:
@@ -378,7 +385,7 @@ class TrainingRun:
         step = state.step + 1
         figures: dict[str, Any] = rollout_metrics(groups)
         done = [u for u in state.step_updates if not u["skipped"]]
-        for name in ("loss", "grad_norm", "entropy", "gate/eur", "gate/effective_tokens", "ratio/abs_dev"):
+        for name in ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev"):
             values = [u[name] for u in done if name in u]
             if values:
                 figures[f"update/{name}"] = sum(values) / len(values)
@@ -387,7 +394,7 @@ class TrainingRun:
         figures["updates/skipped"] = len(state.step_updates) - len(done)
         seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
         self._seconds_before = dict(state.seconds)
-        work = sum(seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "update"))
+        work = sum(seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "reference", "update"))
         timing = {"seconds": work, **seconds}
         if work > 0:
             timing["tokens_per_second"] = figures["tokens/generated"] / work
@@ -452,3 +459,8 @@ class TrainingRun:
             yield
         finally:
             self.state.seconds[name] = self.state.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def _kl_penalty(config: RunConfig) -> KLPenalty | None:
+    kl = config.objective.kl
+    return None if kl is None else KLPenalty(coefficient=kl.coefficient, estimator=kl.estimator)

@@ -80,6 +80,7 @@ def _completion_from_json(value: dict[str, Any]) -> Completion:
         text=value["text"],
         score=Score(**{**score, "status": Status(score["status"])}),
         old_logprobs=tuple(value["old_logprobs"]),
+        reference_logprobs=tuple(value["reference_logprobs"]),
     )
 
 

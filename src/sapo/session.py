@@ -20,8 +20,9 @@ from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import ConfigError, RunConfig, override_run
 from sapo.evaluation import Evaluation, evaluate_policy
 from sapo.loop import Listener, Silent, StopReason, TrainingRun
+from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy, load_policy
-from sapo.preflight import check_prompts, load_tasks
+from sapo.preflight import check_prompts, load_tasks, seed_for
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
@@ -69,8 +70,9 @@ def train(
     tasks = load_tasks(config)
     policy = _starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
+    reference = _reference_policy(config, should_stop)
     directory = RunDirectory.create(config.model_copy(update={"provenance": provenance()}))
-    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop))
+    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
 
 
 def resume(
@@ -121,8 +123,9 @@ def _resumed(
         listener.resumed(checkpoint)
         policy = load_policy(checkpoint.path, config.model.dtype, config.device)
         state = RunState.from_json(checkpoint.state())
+    reference = _reference_policy(config, should_stop)
     directory.rewind_metrics(state.metrics_bytes if state else 0)
-    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop)
+    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
     if checkpoint is not None:
         training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
     set_broken_aside(directory.checkpoints, checkpoint)
@@ -245,11 +248,38 @@ def _git_commit() -> str | None:
 def _starting_policy(
     config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
 ) -> Policy:
-    path = config.model.path
+    policy = _starting_model(config, on_coldstart, should_stop)
+    if (lora := config.model.lora) is not None:
+        seed = seed_for(config.seed, "adapter")
+        add_adapter(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    return policy
+
+
+def _starting_model(
+    config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
+) -> Policy:
     if config.model.coldstart is not None:
-        path = str(ensure_coldstart(config, on_coldstart, should_stop)[0])
-    assert path is not None
-    return load_policy(path, config.model.dtype, config.device)
+        path = ensure_coldstart(config, on_coldstart, should_stop)[0]
+        return load_policy(path, config.model.dtype, config.device)
+    assert config.model.path is not None
+    policy = load_policy(config.model.path, config.model.dtype, config.device, **config.model.load_options)
+    if policy.adapter is not None and config.model.lora is not None:
+        raise ConfigError(f"{config.model.path} is an adapter already; leave model.lora out to train it further")
+    return policy
+
+
+def _reference_policy(config: RunConfig, should_stop: Callable[[], bool]) -> Policy | None:
+    """What a KL penalty keeps close to; None when there is none, or when switching an adapter off gives it."""
+    kl = config.objective.kl
+    if kl is None or (config.model.lora is not None and kl.reference is None):
+        return None
+    if kl.reference is not None:
+        reference = load_policy(kl.reference, config.model.dtype, config.device)
+    else:
+        reference = _starting_model(config, lambda _: None, should_stop)
+    for parameter in reference.model.parameters():
+        parameter.requires_grad_(False)
+    return reference
 
 
 def _finish(training: TrainingRun) -> Run:

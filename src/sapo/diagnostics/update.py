@@ -47,6 +47,8 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     metrics |= _theory_metrics(result, tau_pos, tau_neg)
     if result.entropy_M is not None:
         metrics["entropy"] = result.entropy_M.double().mean().item()
+    if result.kl_M is not None:
+        metrics["kl"] = result.kl_M.mean().item()
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
     return metrics

@@ -21,15 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sapo.data import Segment
+from sapo.model.adapters import ADAPTER_FILE, adapter_base, load_adapter
 from sapo.model.attention import ATTENTION_NAME, Layout, TreeLayout
+from sapo.model.errors import ModelError, first_line
+from sapo.model.sources import model_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
-
-
-class ModelError(ValueError):
-    """A model directory that cannot be used as it is; the message says what is missing."""
 
 
 class Policy:
@@ -38,20 +37,28 @@ class Policy:
     Args:
         model: a transformers decoder whose attention implementation is `ATTENTION_NAME`.
         tokenizer: its tokenizer; the end-of-sequence token stops a completion.
+        source: where the model came from, for what has to name it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: str = "") -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.source = source
+        self.revision: str | None = None
+        self.adapter: Any = None
+        """The peft model around `model` when only an adapter is trained (model/adapters.py)."""
         self.decoder: nn.Module = model.get_decoder()
         self._token_texts: list[str] | None = None
-        # The policy must be the same function in rollout and in training: dropout would make r != 1 on policy.
-        for module in model.modules():
+        self.settle()
+
+    def settle(self) -> None:
+        """Make it the same function in rollout and in training: dropout would make r != 1 on policy."""
+        for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if getattr(module, "attention_dropout", 0.0):
                 module.attention_dropout = 0.0
-        model.eval()
+        self.model.eval()
 
     @property
     def head_weight(self) -> Tensor:
@@ -169,30 +176,58 @@ class Policy:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, directory: Path) -> None:
-        """Write an ordinary Hugging Face directory: safetensors, config and tokenizer."""
+        """Write an ordinary Hugging Face directory: safetensors, config and tokenizer; of an adapter, peft's layout."""
         with _no_progress_bars():
-            self.model.save_pretrained(directory)
+            if self.adapter is None:
+                self.model.save_pretrained(directory)
+            else:
+                self.adapter.save_pretrained(directory, save_embedding_layers=False)
+                (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
         self.tokenizer.save_pretrained(directory)
 
 
-def load_policy(path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
-    """Load a local Hugging Face decoder directory and prove that its packed forward equals its own.
+def load_policy(
+    source: str | Path,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Load a Hugging Face decoder and prove that its packed forward equals its own.
+
+    Args:
+        source: a directory (of a model, or of an adapter, which names its model), a .gguf file, a file of an installed
+            package, or a hub id: see model/sources.py.
+        revision: of a hub repository.
+        trust_remote_code: run code that the model brings along.
 
     Raises:
         ModelError: a missing directory, config, weights or tokenizer, or an architecture that cannot run packed.
     """
-    directory = Path(path)
+    directory = model_directory(source, revision)
+    if (directory / ADAPTER_FILE).is_file():
+        base, base_revision = adapter_base(directory)
+        policy = load_policy(base, dtype, device, revision=base_revision, trust_remote_code=trust_remote_code)
+        load_adapter(policy, directory)
+        return policy
     _check_directory(directory)
+    if not trust_remote_code:
+        _refuse_remote_code(directory)
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {first_line(error)}") from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=DTYPES[dtype], attn_implementation="sdpa", output_loading_info=True
+            directory,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}") from error
     model, loading = loaded
     if loading["missing_keys"]:  # transformers would leave them at random values
@@ -201,7 +236,21 @@ def load_policy(path: str | Path, dtype: str = "float32", device: str | torch.de
     model = model.to(device)
     if tokenizer.eos_token_id is None and getattr(model.generation_config, "eos_token_id", None) is None:
         raise ModelError(f"the tokenizer in {directory} has no end-of-sequence token; set eos_token in its config")
-    return prepare_policy(model, tokenizer)
+    policy = prepare_policy(model, tokenizer)
+    policy.source = str(directory.absolute()) if Path(source).is_dir() else str(source)
+    policy.revision = revision
+    return policy
+
+
+def _refuse_remote_code(directory: Path) -> None:
+    """A model that brings its own code is named as such, before transformers asks for leave in its own words."""
+    for name in ("config.json", "tokenizer_config.json"):
+        file = directory / name
+        if file.is_file() and json.loads(file.read_text()).get("auto_map"):
+            raise ModelError(
+                f"{directory} brings code of its own ({name}: auto_map), which is not run unless asked for; "
+                "read it, then set model.trust_remote_code=true"
+            )
 
 
 def prepare_policy(model: Any, tokenizer: Any) -> Policy:
@@ -245,11 +294,6 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def first_line(error: BaseException) -> str:
-    """First line of an exception's message, for a message of ours that quotes it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 _PROBE_LENGTH = 12
 
 
@@ -276,8 +320,6 @@ def _packed_logprobs(policy: Policy) -> Tensor:
 
 
 def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise ModelError(f"no model directory at {directory}; give a local Hugging Face directory")
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} has no config.json: it is not a Hugging Face model directory")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):

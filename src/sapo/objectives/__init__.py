@@ -7,6 +7,7 @@ alternatives, `advantages` A_i, `theory` the bound between token and sequence ga
 
 from sapo.objectives.advantages import ADVANTAGES, group_advantages
 from sapo.objectives.gates import GATES, Gate
+from sapo.objectives.kl import KL_ESTIMATORS, KLPenalty
 from sapo.objectives.normalizers import NORMALIZERS, sequence_weights
 from sapo.objectives.registry import OBJECTIVES, gate_weight, make_objective, policy_loss
 from sapo.objectives.sequence import GMPO, GSPO, LUSPO, RLOO, VESPO, GSPOToken, SAPOSequence
@@ -30,6 +31,7 @@ __all__ = [
     "GMPO",
     "GRPO",
     "GSPO",
+    "KL_ESTIMATORS",
     "LOG_RATIO_LIMIT",
     "LUSPO",
     "MASPO",
@@ -41,6 +43,7 @@ __all__ = [
     "DrGRPO",
     "GSPOToken",
     "Gate",
+    "KLPenalty",
     "MiniRL",
     "Objective",
     "Reinforce",

@@ -9,12 +9,14 @@ from typing import Any
 from sapo.tasks.arithmetic import ArithmeticTask
 from sapo.tasks.base import Task, TaskError, did_you_mean
 from sapo.tasks.files import FileTask
+from sapo.tasks.sums import SumsTask
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": ArithmeticTask,
     "file": FileTask,
     "jsonl": FileTask,
     "parquet": FileTask,
+    "sums": SumsTask,
 }
 
 

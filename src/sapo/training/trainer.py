@@ -7,17 +7,19 @@ objective's closed-form slope, gradients summed over micro-batches, one clipped 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sapo.batch import MiniBatch, pack
-from sapo.data import Group, PackedBatch
+from sapo.data import Completion, Group, PackedBatch
+from sapo.model.adapters import adapter_off
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
-from sapo.objectives import Objective, Surrogate
+from sapo.objectives import KLPenalty, Objective, Surrogate
 from sapo.rollout.engine import Interrupted
 from sapo.training.optimizer import PolicyOptimizer
 
@@ -50,6 +52,8 @@ class UpdateResult:
     num_packed_tokens: int
     """Tokens that went through the model, prompts once per group."""
     skipped: bool = False
+    kl_M: Tensor | None = None
+    """The penalty's estimate of KL at each token, in nats, before its coefficient; None without one."""
 
 
 class Trainer:
@@ -63,6 +67,7 @@ class Trainer:
         normalizer, tokens_per_microbatch, max_new_tokens: see `batch.pack`.
         activation_checkpointing: recompute each block in the backward pass.
         entropy: measure the entropy at each token.
+        kl: penalty for leaving the reference policy, whose log-probabilities the groups then carry.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Trainer:
         max_new_tokens: int,
         activation_checkpointing: bool = False,
         entropy: bool = True,
+        kl: KLPenalty | None = None,
     ) -> None:
         self.policy = policy
         self.objective = objective
@@ -86,6 +92,7 @@ class Trainer:
         self.tokens_per_microbatch = tokens_per_microbatch
         self.max_new_tokens = max_new_tokens
         self.entropy = entropy
+        self.kl = kl
         self.updates = 0
         """Updates made: the version of the weights."""
         if activation_checkpointing:
@@ -93,14 +100,17 @@ class Trainer:
         self._checkpointing = activation_checkpointing
 
     def pack(self, groups: Sequence[Group], include_all: bool = False) -> MiniBatch:
-        """The groups of one mini-batch, packed as this trainer takes them."""
+        """The groups of one mini-batch, packed as this trainer takes them.
+
+        With a KL penalty every group is: where the rewards teach nothing, the reference still pulls.
+        """
         return pack(
             groups,
             normalizer=self.normalizer,
             tokens_per_microbatch=self.tokens_per_microbatch,
             max_new_tokens=self.max_new_tokens,
             device=self.policy.device,
-            include_all=include_all,
+            include_all=include_all or self.kl is not None,
         )
 
     def update(
@@ -134,7 +144,7 @@ class Trainer:
             self.policy.model.eval()
         self.optimizer.step(learning_rate, norm)
         self.updates += 1
-        return _collect(loss, norm.item(), outputs)
+        return _collect(loss, norm.item(), outputs, self.kl)
 
     def _forward(self, batch: PackedBatch) -> tuple[HeadOutput, Surrogate]:
         hidden_MH = self._hidden(batch)
@@ -142,24 +152,34 @@ class Trainer:
         weight_M = batch.weights_B[batch.sequence_M]
         parts: list[Surrogate] = []
 
-        def coupled(at: slice, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-            return -(weight_M[at] * surrogate.value_M[at]).sum(), -weight_M[at] * surrogate.slope_M[at]
+        def loss_of(logprob: Tensor, at: slice, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+            if self.kl is not None:
+                penalty, pull = self._kl(logprob, batch, at)
+                value, slope = value - self.kl.coefficient * penalty, slope - self.kl.coefficient * pull
+            return -(weight_M[at] * value).sum(), -weight_M[at] * slope
 
         def per_token(logprob: Tensor, at: slice) -> tuple[Tensor, Tensor]:
             log_ratio = logprob.double() - batch.old_logprobs_M[at]
             surrogate = self.objective.surrogate(log_ratio, advantage_M[at], batch.sequence_M[at], batch.num_sequences)
             parts.append(surrogate)
-            return -(weight_M[at] * surrogate.value_M).sum(), -weight_M[at] * surrogate.slope_M
+            return loss_of(logprob, at, surrogate.value_M, surrogate.slope_M)
 
         if self.objective.coupled:  # a token's slope needs the whole sequence: a first pass for log pi
             logprob_M = self._token_logprobs(hidden_MH.detach(), batch)
             whole = self.objective.surrogate(
                 logprob_M.double() - batch.old_logprobs_M, advantage_M, batch.sequence_M, batch.num_sequences
             )
-            return self._head(hidden_MH, batch, lambda _, at: coupled(at, whole)), whole
+            return self._head(
+                hidden_MH, batch, lambda logprob, at: loss_of(logprob, at, whole.value_M[at], whole.slope_M[at])
+            ), whole
         head = self._head(hidden_MH, batch, per_token)
         joined = Surrogate(*(torch.cat([getattr(p, f) for p in parts]) for f in ("value_M", "slope_M", "weight_M")))
         return head, joined
+
+    def _kl(self, logprob: Tensor, batch: PackedBatch, at: slice) -> tuple[Tensor, Tensor]:
+        assert self.kl is not None
+        assert batch.reference_logprobs_M is not None, "with_reference_logprobs comes before the update"
+        return self.kl.value_and_slope(logprob.double() - batch.reference_logprobs_M[at])
 
     def _head(self, hidden_MH: Tensor, batch: PackedBatch, loss_and_coefficient: LossAndCoefficient) -> HeadOutput:
         return policy_head(
@@ -172,29 +192,33 @@ class Trainer:
             entropy=self.entropy,
         )
 
-    def _token_logprobs(self, hidden_MH: Tensor, batch: PackedBatch) -> Tensor:
+    def _token_logprobs(self, hidden_MH: Tensor, batch: PackedBatch, policy: Policy | None = None) -> Tensor:
+        policy = policy or self.policy
         return token_logprobs(
             hidden_MH,
-            self.policy.head_weight,
+            policy.head_weight,
             batch.target_M,
-            bias_V=self.policy.head_bias,
+            bias_V=policy.head_bias,
             temperature=self.temperature,
         )
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
-        layout = TreeLayout(batch.segments, self.policy.device)
-        hidden_NH = self.policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
+    def _hidden(self, batch: PackedBatch, policy: Policy | None = None) -> Tensor:
+        policy = policy or self.policy
+        layout = TreeLayout(batch.segments, policy.device)
+        hidden_NH = policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
         return gather_rows(hidden_NH, batch.predictor_M)
 
     @torch.no_grad()
-    def logprobs(self, groups: Sequence[Group], include_all: bool = True) -> list[list[tuple[float, ...]]]:
+    def logprobs(
+        self, groups: Sequence[Group], include_all: bool = True, policy: Policy | None = None
+    ) -> list[list[tuple[float, ...]]]:
         """log pi of every completion at the present weights, by the forward pass that training uses.
 
-        Groups that teach nothing are left out (empty tuples) unless `include_all`.
+        Groups that teach nothing are left out (empty tuples) unless `include_all`. `policy`: another than the trained.
         """
         found: dict[int, tuple[float, ...]] = {}
         for batch in self.pack(groups, include_all).microbatches:
-            logprob_M = self._token_logprobs(self._hidden(batch), batch).float()
+            logprob_M = self._token_logprobs(self._hidden(batch, policy), batch, policy).float()
             lengths = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).tolist()
             for sequence, part in zip(batch.sequence_ids, logprob_M.cpu().split(lengths), strict=True):
                 found[sequence] = tuple(part.tolist())
@@ -209,16 +233,18 @@ class Trainer:
         """
         # With newer weights r would be 1 by construction, and no trust region would be left.
         assert sampled_at == self.updates, f"sampled at update {sampled_at}, weights are at {self.updates}"
-        recomputed = self.logprobs(groups, include_all=False)
-        return [
-            replace(
-                g,
-                completions=tuple(
-                    replace(c, old_logprobs=logprobs) for c, logprobs in zip(g.completions, per_group, strict=True)
-                ),
-            )
-            for g, per_group in zip(groups, recomputed, strict=True)
-        ]
+        found = self.logprobs(groups, include_all=False)
+        return _with_logprobs(groups, found, lambda c, logprobs: replace(c, old_logprobs=logprobs))
+
+    def with_reference_logprobs(self, groups: Sequence[Group], reference: Policy | None) -> list[Group]:
+        """The groups with log pi_ref of every token.
+
+        Args:
+            reference: the reference policy; None for the trained one with its adapter switched off.
+        """
+        with adapter_off(self.policy) if reference is None else nullcontext():
+            found = self.logprobs(groups, policy=reference)
+        return _with_logprobs(groups, found, lambda c, logprobs: replace(c, reference_logprobs=logprobs))
 
     def _check_finite(
         self, loss: float, norm: Tensor, outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]]
@@ -240,7 +266,21 @@ class Trainer:
         raise NonFiniteError(f"{where} is not finite (loss {loss}, gradient norm {norm.item()})")
 
 
-def _collect(loss: float, norm: float, outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]]) -> UpdateResult:
+def _with_logprobs(
+    groups: Sequence[Group],
+    found: list[list[tuple[float, ...]]],
+    put: Callable[[Completion, tuple[float, ...]], Completion],
+) -> list[Group]:
+    """The groups with one more set of log-probabilities at each completion."""
+    return [
+        replace(g, completions=tuple(put(c, logprobs) for c, logprobs in zip(g.completions, per_group, strict=True)))
+        for g, per_group in zip(groups, found, strict=True)
+    ]
+
+
+def _collect(
+    loss: float, norm: float, outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]], kl: KLPenalty | None
+) -> UpdateResult:
     """Join the micro-batches, sequences numbered through."""
     offsets = [0]
     for batch, _, _ in outputs:
@@ -256,8 +296,18 @@ def _collect(loss: float, norm: float, outputs: list[tuple[PackedBatch, HeadOutp
         sequence_M=torch.cat([b.sequence_M + o for (b, _, _), o in zip(outputs, offsets, strict=False)]),
         sequence_ids=tuple(i for b, _, _ in outputs for i in b.sequence_ids),
         entropy_M=torch.cat(entropies) if entropies else None,
+        kl_M=_kl_of(outputs, kl),
         num_packed_tokens=sum(b.num_tokens for b, _, _ in outputs),
     )
+
+
+def _kl_of(outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]], kl: KLPenalty | None) -> Tensor | None:
+    if kl is None:
+        return None
+    differences = [
+        h.logprob_M.double() - b.reference_logprobs_M for b, h, _ in outputs if b.reference_logprobs_M is not None
+    ]
+    return kl.value_and_slope(torch.cat(differences))[0]
 
 
 def _nothing_to_learn() -> UpdateResult:

@@ -1,0 +1,116 @@
+"""LoRA through peft: small trained matrices beside frozen weights (https://arxiv.org/abs/2106.09685).
+
+The adapter lives inside the policy's own modules, so the engine samples with it and the trainer differentiates through
+it without a copy. A checkpoint holds the adapter alone, in peft's layout, and names the model it belongs to; `merged`
+folds it into the weights for export.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo.model.errors import ModelError, first_line
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def add_adapter(policy: Any, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
+    """Give a policy a new adapter, the identity at first, and freeze everything else.
+
+    Args:
+        policy: a Policy without adapter; changed in place.
+        rank, alpha: the update is alpha / rank x B A with A of `rank` rows.
+        targets: "all-linear" (every linear layer but the output embedding) or names of modules.
+        seed: of A; B starts at 0.
+
+    Raises:
+        ModelError: peft is missing, a name matches nothing, or the output embedding is among the targets.
+    """
+    peft = _peft()
+    chosen = targets if isinstance(targets, str) else list(targets)
+    settings = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=chosen, task_type="CAUSAL_LM", bias="none"
+    )
+    policy.model.name_or_path = policy.source
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapter = _quietly(lambda: peft.get_peft_model(policy.model, settings))
+        except ValueError as error:
+            raise ModelError(f"model.lora.targets {chosen!r} fit no layer: {first_line(error)}") from error
+    adapter.peft_config["default"].revision = policy.revision
+    _settle(policy, adapter)
+
+
+def load_adapter(policy: Any, directory: Path) -> None:
+    """Give a policy the adapter saved in a directory, ready to be trained further.
+
+    Raises:
+        ModelError: peft is missing, or the adapter does not fit the model.
+    """
+    peft = _peft()
+    try:
+        adapter = _quietly(lambda: peft.PeftModel.from_pretrained(policy.model, str(directory), is_trainable=True))
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"the adapter in {directory} does not fit its model: {first_line(error)}") from error
+    _settle(policy, adapter)
+
+
+def adapter_base(directory: Path) -> tuple[str, str | None]:
+    """Path or hub id of the model an adapter belongs to, and its revision.
+
+    Raises:
+        ModelError: the adapter does not say.
+    """
+    settings = _peft().PeftConfig.from_pretrained(str(directory))
+    if not settings.base_model_name_or_path:
+        raise ModelError(f"{directory / ADAPTER_FILE} does not name its model: set base_model_name_or_path")
+    return str(settings.base_model_name_or_path), settings.revision
+
+
+@contextmanager
+def adapter_off(policy: Any) -> Iterator[None]:
+    """The model as it was before the adapter, for as long as the block lasts."""
+    with policy.adapter.disable_adapter():
+        yield
+
+
+def merged(policy: Any) -> Any:
+    """The policy's transformers model with the adapter folded into its weights; the policy is used up by it.
+
+    Merged products round differently from unmerged ones, by about the precision of the weights.
+    """
+    return policy.adapter.merge_and_unload()
+
+
+def _settle(policy: Any, adapter: Any) -> None:
+    head = policy.model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or type(head) is not torch.nn.Linear:
+        raise ModelError(
+            "model.lora.targets must leave the output embedding out: the policy head multiplies it itself; "
+            "use all-linear or name attention and MLP layers"
+        )
+    policy.adapter = adapter
+    policy.settle()
+
+
+def _peft() -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError("LoRA needs the extra lora; pip install 'sapo-rl[lora]'")
+    import peft
+
+    return peft
+
+
+def _quietly(make: Any) -> Any:
+    """peft warns of patterns that it adds itself for mixtures of experts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return make()

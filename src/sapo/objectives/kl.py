@@ -1,0 +1,64 @@
+"""The penalty for leaving a reference policy: three estimators of KL(pi || pi_ref) from the sampled tokens alone.
+
+With d = log pi(y) - log pi_ref(y) of a sampled token y (http://joschu.net/blog/kl-approx.html):
+
+| name | value | coefficient on grad log pi | whose expectation, y ~ pi, is the gradient of |
+|---|---|---|---|
+| k1 | d | d | KL(pi &#124;&#124; pi_ref) |
+| k2 | d^2 / 2 | d | KL(pi &#124;&#124; pi_ref) |
+| k3 | exp(-d) - 1 + d | 1 - exp(-d) | KL(pi_ref &#124;&#124; pi), at the same point |
+
+k3 is the one of GRPO (https://arxiv.org/abs/2402.03300). Departure: k1's coefficient is that of a penalty on the
+reward, d grad log pi, as PPO for language models has it. Its own derivative is 1, and E[grad log pi] = 0: as a loss it
+would teach nothing but noise. The penalty is added token by token with the weight that the policy term has there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sapo.objectives.checks import require_positive, unknown_option
+from sapo.objectives.surrogates import bound_log_ratio
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLPenalty:
+    """coefficient x KL, to be added to the loss.
+
+    >>> penalty = KLPenalty(coefficient=0.1, estimator="k2")
+    >>> value_M, slope_M = penalty.value_and_slope(torch.tensor([0.0, 0.2], dtype=torch.float64))
+    >>> value_M.tolist(), slope_M.tolist()
+    ([0.0, 0.020000000000000004], [0.0, 0.2])
+    """
+
+    coefficient: float
+    """How much of the estimate is added; positive."""
+    estimator: str = "k3"
+    """A name in KL_ESTIMATORS."""
+
+    def __post_init__(self) -> None:
+        require_positive("coefficient", self.coefficient, 0.001)
+        if self.estimator not in KL_ESTIMATORS:
+            raise unknown_option("KL estimator", self.estimator, KL_ESTIMATORS)
+
+    def value_and_slope(self, difference_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimate of each token, in nats, and its coefficient on grad log pi; both (M,) float64, without gradient.
+
+        Neither is multiplied by `coefficient`.
+
+        Args:
+            difference_M: log pi - log pi_ref of each sampled token, (M,). Bounded as every log-ratio here.
+        """
+        difference, inside = bound_log_ratio(difference_M.detach())
+        if self.estimator == "k1":
+            value, slope = difference, difference
+        elif self.estimator == "k2":
+            value, slope = difference.square() / 2, difference
+        else:
+            value, slope = torch.expm1(-difference) + difference, -torch.expm1(-difference)
+        return value, torch.where(inside, slope, torch.zeros_like(slope))
