@@ -210,11 +210,10 @@ def attend(num_tokens=5, **options):
     ("options", "message"),
     [
         ({"packed_layout": None}, r"packed_layout=.*set_attn_implementation\('sdpa'\)"),
-        ({"softcap": 50.0}, "Layer uses score soft-capping"),
         ({"s_aux": torch.zeros(4)}, "Layer uses attention sinks"),
         ({"dropout": 0.1}, r"dropout must be 0 .* got 0\.1"),
     ],
-    ids=["layout", "softcap", "sinks", "dropout"],
+    ids=["layout", "sinks", "dropout"],
 )
 def test_what_is_not_computed_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

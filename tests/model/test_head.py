@@ -72,6 +72,23 @@ def test_loss_logprob_entropy_and_gradients_equal_autograd_through_log_softmax(c
         close(ours, theirs)
 
 
+@every_temperature
+@every_chunk
+def test_capped_logits_give_the_gradient_of_autograd_too(chunk, temperature):
+    hidden_MH, weight_VH, bias_V, target_M = inputs()
+    cap = 1.5  # the logits here reach 8, so that many are deep in the cap
+    settings = {"bias_V": bias_V, "temperature": temperature, "softcap": cap, "chunk": chunk}
+    head = policy_head(hidden_MH, weight_VH, target_M, objective, entropy=True, **settings)
+    capped_MV = cap * torch.tanh((hidden_MH @ weight_VH.T + bias_V) / cap)
+    logp_MV = torch.log_softmax(capped_MV / temperature, dim=-1)
+    logp_M = logp_MV[range(M), target_M]
+    torch.testing.assert_close(head.logprob_M, logp_M.detach())
+    torch.testing.assert_close(head.entropy_M, -(logp_MV.exp() * logp_MV).sum(-1).detach())
+    expected = torch.autograd.grad(objective(logp_M)[0], (hidden_MH, weight_VH, bias_V))
+    torch.testing.assert_close(torch.autograd.grad(head.loss, (hidden_MH, weight_VH, bias_V)), expected)
+    torch.testing.assert_close(token_logprobs(hidden_MH, weight_VH, target_M, **settings), logp_M.detach())
+
+
 @every_chunk
 @pytest.mark.parametrize(
     "needs",

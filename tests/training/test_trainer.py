@@ -13,7 +13,7 @@ from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.objectives import NORMALIZERS, OBJECTIVES, group_advantages, make_objective, policy_loss
+from sapo.objectives import NORMALIZERS, OBJECTIVES, KLPenalty, group_advantages, make_objective, policy_loss
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
@@ -407,3 +407,73 @@ def test_learning_rate_warms_up_and_then_follows_its_schedule(schedule: str, exp
         for s in (0, 1, 2, 7, 11)
     ]
     assert rates == pytest.approx(expected)
+
+
+def with_reference(groups: list[Group], seed: int = 5) -> list[Group]:
+    """The groups with made-up log pi_ref, far enough from a fresh model's to pull."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        replace(
+            g,
+            completions=tuple(
+                replace(c, reference_logprobs=tuple((-2.5 + 0.5 * torch.randn(len(c), generator=generator)).tolist()))
+                for c in g.completions
+            ),
+        )
+        for g in groups
+    ]
+
+
+def plain_kl_gradient(policy: Policy, groups: list[Group], estimator: str, coefficient: float) -> dict:
+    """coefficient x mean over sequences of token means of k2 or k3, by autograd through transformers' own forward."""
+    model = copy.deepcopy(policy.model)
+    model.set_attn_implementation("sdpa")
+    rows = [(g.prompt, c) for g in groups for c in g.completions]
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, completion in rows:
+        ids = torch.tensor([prompt.token_ids + completion.token_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        start = len(prompt.token_ids) - 1
+        logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]
+        d = logp - torch.tensor(completion.reference_logprobs).float().double()
+        total = total + (d.square() / 2 if estimator == "k2" else torch.exp(-d) - 1 + d).mean() / len(rows)
+    (coefficient * total).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tokens_per_microbatch", [10_000, 15])
+@pytest.mark.parametrize("objective", ["sapo", "gspo"])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_penalty_adds_its_own_gradient_under_the_same_normaliser(
+    estimator: str, objective: str, tokens_per_microbatch: int
+) -> None:
+    policy, groups = make_policy(), with_reference(make_groups())
+    penalty = KLPenalty(coefficient=0.3, estimator=estimator)
+    trainer = make_trainer(policy, objective, kl=penalty, tokens_per_microbatch=tokens_per_microbatch)
+    together = packed_gradient(trainer, groups)
+    alone = plain_gradient(policy, groups, objective, "sequence_mean")
+    pull = plain_kl_gradient(policy, groups, estimator, 0.3)
+    assert max(p.abs().max() for p in pull.values()) > 1e-3
+    assert_same(together, {n: alone[n] + pull[n] for n in alone})
+
+
+def test_a_group_without_spread_still_feels_the_reference() -> None:
+    policy, groups = make_policy(), with_reference(make_groups())
+    flat = [g for g in groups if g.teaches_nothing]
+    assert flat
+    assert not make_trainer(policy).pack(flat).microbatches
+    trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.3, estimator="k2"))
+    assert_same(packed_gradient(trainer, flat), plain_kl_gradient(policy, flat, "k2", 0.3))
+
+
+def test_reference_logprobs_are_those_of_the_reference_policy() -> None:
+    policy, reference, groups = make_policy(seed=1), make_policy(seed=2), make_groups()
+    trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.1))
+    found = trainer.with_reference_logprobs(groups, reference)
+    expected = make_trainer(reference).logprobs(groups)
+    assert [[c.reference_logprobs for c in g.completions] for g in found] == expected
+    result = trainer.update(trainer.pack(found), 1e-9)
+    d = torch.cat([torch.tensor(p) for per_group in trainer.logprobs(groups) for p in per_group]).double()
+    d -= torch.cat([torch.tensor(p) for per_group in expected for p in per_group])
+    assert result.kl_M is not None
+    assert result.kl_M.mean().item() == pytest.approx((torch.exp(-d) - 1 + d).mean().item(), rel=1e-4)

@@ -32,7 +32,14 @@ class Layout(Protocol):
     """What a packed forward needs to know: how the queries of a layer find their keys."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """(N, heads, D) queries, (N, kv heads, D) keys and values -> (N, heads, D)."""
         ...
@@ -55,17 +62,18 @@ def shared_prefix_attention(
     """The function registered with transformers: query (1, heads, N, D) -> (1, N, heads, D).
 
     Raises:
-        ValueError: for what it does not compute (a call without layout, score soft-capping, attention sinks), since
-            the alternative is a silently different model.
+        ValueError: for what it does not compute (a call without layout, attention sinks), since the alternative is a
+            silently different model.
     """
     if packed_layout is None:
         raise ValueError(
-            "this model is loaded for packed batches and needs packed_layout=...; for transformers' own generate() "
-            "call model.set_attn_implementation('sdpa') first"
+            "its attention was called without packed_layout=..., which a decoder must hand down; for transformers' own "
+            "generate() call model.set_attn_implementation('sdpa') first"
         )
-    if softcap is not None or s_aux is not None:
-        feature = "score soft-capping" if softcap is not None else "attention sinks"
-        raise ValueError(f"{type(module).__name__} uses {feature}, which shared-prefix attention does not compute yet")
+    if s_aux is not None:
+        raise ValueError(
+            f"{type(module).__name__} uses attention sinks, which shared-prefix attention does not compute"
+        )
     if dropout:
         raise ValueError(f"attention dropout must be 0 in policy optimisation; got {dropout}")
     output_NHD = packed_layout.attend(
@@ -75,11 +83,36 @@ def shared_prefix_attention(
         value[0].transpose(0, 1),
         scaling if scaling is not None else query.shape[-1] ** -0.5,
         sliding_window,
+        softcap,
     )
     return output_NHD.unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+
+
+def attention(
+    query_bHQD: Tensor,
+    key_bhKD: Tensor,
+    value_bhKD: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """(b, H, Q, D) softmax(scaling q k + mask) v, with scores of c tanh(x / c) where a model caps them (Gemma 2)."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query_bHQD,
+            key_bhKD,
+            value_bhKD,
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=query_bHQD.shape[1] != key_bhKD.shape[1],
+        )
+    repeats = query_bHQD.shape[1] // key_bhKD.shape[1]
+    key, value = (t.repeat_interleave(repeats, dim=1) for t in (key_bhKD, value_bhKD))
+    scores = torch.tanh(query_bHQD @ key.transpose(-1, -2) * (scaling / softcap)) * softcap
+    return torch.softmax(scores + mask, dim=-1) @ value
 
 
 def gather_rows(source_NX: Tensor, index_K: Tensor) -> Tensor:
@@ -143,7 +176,14 @@ class TreeLayout:
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         if self.on_keys is not None:
             self.on_keys(layer, key, value)
@@ -153,14 +193,8 @@ class TreeLayout:
             query_bHQD = gather_rows(query, bucket.query_index).unflatten(0, (num_rows, num_queries)).transpose(1, 2)
             key_bhKD = gather_rows(key, bucket.key_index).unflatten(0, (num_rows, num_keys)).transpose(1, 2)
             value_bhKD = gather_rows(value, bucket.key_index).unflatten(0, (num_rows, num_keys)).transpose(1, 2)
-            output_bHQD = F.scaled_dot_product_attention(
-                query_bHQD,
-                key_bhKD,
-                value_bhKD,
-                attn_mask=self._mask(i, sliding_window, query.dtype),
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            mask = self._mask(i, sliding_window, query.dtype)
+            output_bHQD = attention(query_bHQD, key_bhKD, value_bhKD, mask, scaling, softcap)
             outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
         return gather_rows(torch.cat(outputs), self.output_index)
 

@@ -51,6 +51,7 @@ def policy_head(
     *,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     entropy: bool = False,
     chunk: int | None = None,
 ) -> HeadOutput:
@@ -62,12 +63,13 @@ def policy_head(
         target_M: the sampled tokens.
         loss_and_coefficient: the objective, called once per chunk (it is not differentiated).
         temperature: the logits are divided by it, as in sampling.
+        softcap: c of a model whose logits are c tanh(x / c), Gemma 2's, before the temperature.
         entropy: also return the entropy of each token's distribution.
         chunk: tokens per chunk; chosen from the vocabulary when None.
     """
     size = chunk or chunk_tokens(weight_VH.shape[0])
     loss, logprob_M, entropy_M = _PolicyHead.apply(
-        hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, entropy, size
+        hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, softcap, entropy, size
     )
     return HeadOutput(loss, logprob_M, entropy_M if entropy else None)
 
@@ -80,13 +82,14 @@ def token_logprobs(
     *,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """(M,) log pi of the targets, one chunk of logits at a time, without gradient."""
     size = chunk or chunk_tokens(weight_VH.shape[0])
     parts = []
     for at in _chunks(target_M.shape[0], size):
-        logits = _logits(hidden_MH[at], weight_VH, bias_V, temperature)
+        logits = head_logits(hidden_MH[at], weight_VH, bias_V, softcap).div_(temperature)
         parts.append(_pick(logits, target_M[at]) - torch.logsumexp(logits, dim=-1))
     return torch.cat(parts) if parts else hidden_MH.new_zeros(0, dtype=_wide(hidden_MH.dtype))
 
@@ -101,6 +104,7 @@ class _PolicyHead(torch.autograd.Function):
         target_M: Tensor,
         loss_and_coefficient: LossAndCoefficient,
         temperature: float,
+        softcap: float | None,
         entropy: bool,
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +119,10 @@ class _PolicyHead(torch.autograd.Function):
         entropy_M = torch.empty_like(logprob_M) if entropy else logprob_M.new_empty(0)
         for at in _chunks(target_M.shape[0], size):
             target = target_M[at]
-            logits = _logits(hidden_MH[at], weight_VH, bias_V, temperature)
+            logits = head_logits(hidden_MH[at], weight_VH, bias_V, softcap)
+            # d capped / d raw = 1 - (capped / c)^2
+            steepness = None if softcap is None else 1 - (logits / softcap).square_()
+            logits.div_(temperature)
             log_normalizer = torch.logsumexp(logits, dim=-1)
             logprob_M[at] = _pick(logits, target) - log_normalizer
             part, coefficient = loss_and_coefficient(logprob_M[at], at)
@@ -128,6 +135,8 @@ class _PolicyHead(torch.autograd.Function):
                 scaled = (coefficient.to(wide) / temperature)[:, None]
                 grad_logits = probability.mul_(-scaled)
                 grad_logits.scatter_add_(1, target[:, None], scaled)
+                if steepness is not None:
+                    grad_logits.mul_(steepness)
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
                 narrow = grad_logits.to(weight_VH.dtype)
@@ -156,7 +165,7 @@ class _PolicyHead(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
             None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
             None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -164,9 +173,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(hidden.dtype))
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def head_logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    """(M, V) logits in float32 (float64 for a float64 model), at temperature 1; the caller may overwrite them."""
+    logits = torch.nn.functional.linear(hidden_MH, weight_VH, bias_V).to(_wide(hidden_MH.dtype))
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _pick(logits: Tensor, target: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from sapo.data import Segment
 from sapo.model.adapters import ADAPTER_FILE, adapter_base, load_adapter
 from sapo.model.attention import ATTENTION_NAME, Layout, TreeLayout
 from sapo.model.errors import ModelError, first_line
+from sapo.model.head import head_logits
 from sapo.model.sources import model_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -71,6 +72,17 @@ class Policy:
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
+    def logit_softcap(self) -> float | None:
+        """c of a model whose logits are c tanh(x / c) (Gemma 2)."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies its logits by: 1 for most, not for Granite and Cohere."""
+        config = self.model.config
+        return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head_weight.device
@@ -104,11 +116,16 @@ class Policy:
         return frozenset(stops)
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
-        """(N, H) last hidden states of packed tokens."""
+        """(N, H) last hidden states of packed tokens, times `logit_scale`, of which the head then knows nothing."""
         output = self.decoder(
             input_ids=token_ids_N[None], position_ids=position_ids_N[None], use_cache=False, packed_layout=layout
         )
-        return output.last_hidden_state[0]
+        hidden_NH = output.last_hidden_state[0]
+        return hidden_NH if self.logit_scale == 1.0 else hidden_NH * self.logit_scale
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """(N, V) logits in float32 of last hidden states, at temperature 1."""
+        return head_logits(hidden_NH, self.head_weight, self.head_bias, self.logit_softcap)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt in plain text.
@@ -161,12 +178,15 @@ class Policy:
     def token_texts(self) -> list[str]:
         """The text each token of the vocabulary adds to a completion, special tokens as nothing.
 
-        Read between two others, since decoders drop the blank that a text begins with.
+        Read behind another token, since decoders drop the blank that a text begins with.
         """
         if self._token_texts is None:
-            frame = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-            ids = [[*frame, i] for i in range(self.head_weight.shape[0])]
-            before = len(self.decode(frame))
+            vocabulary = range(self.head_weight.shape[0])
+            frame = next(
+                i for i in vocabulary if _is_plain(self.decode([i])) and self.decode([i, i]) == 2 * self.decode([i])
+            )
+            ids = [[frame, i] for i in vocabulary]
+            before = len(self.decode([frame]))
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             self._token_texts = [text[before:] for text in texts]
         return self._token_texts
@@ -261,25 +281,27 @@ def prepare_policy(model: Any, tokenizer: Any) -> Policy:
     """
     if model.config._attn_implementation == ATTENTION_NAME:  # prepared before
         model.set_attn_implementation("sdpa")
-    # Refused by name: with small logits a cap is nearly the identity, and the comparison below would not see it.
-    if getattr(model.config, "final_logit_softcapping", None) is not None:
-        raise ModelError(f"{type(model).__name__} caps its logits, which the policy head does not compute yet")
     expected = _own_logprobs(model.eval())
     model.set_attn_implementation(ATTENTION_NAME)
     policy = Policy(model, tokenizer)
     try:
         got = _packed_logprobs(policy)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{type(model).__name__} cannot run on packed tokens: {first_line(error)}") from error
     # bfloat16 keeps 8 bits: two orders of summation differ by several hundredths in log-probability.
     tolerance = 0.25 if policy.dtype == torch.bfloat16 else 1e-3
     difference = (expected - got).abs().max().item()
     if not difference <= tolerance:
         raise ModelError(
-            f"{type(model).__name__} computes something between its attention and its logits that the packed forward "
-            f"does not: log-probabilities differ by up to {difference:.3g} (allowed {tolerance:g})"
+            f"{type(model).__name__} computes something beside attention that the packed forward does not (a state "
+            "carried from token to token, as in convolutions and linear attention, or a step before its logits): "
+            f"log-probabilities differ by up to {difference:.3g} (allowed {tolerance:g})"
         )
     return policy
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable() and text != "" and " " not in text
 
 
 @contextmanager
@@ -294,29 +316,47 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-_PROBE_LENGTH = 12
+# A prompt and two responses to it. With one response only, tokens would stand in the order of the text, and a layer
+# that carries a state from token to token (a convolution, linear attention) would look right and leak one response into
+# the next in every real batch.
+_PROBE_PROMPT, _PROBE_RESPONSES = 6, (5, 4)
 
 
 def _probe_ids(model: Any) -> Tensor:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (_PROBE_LENGTH,), generator=generator).to(model.device)
+    return torch.randint(vocabulary, (_PROBE_PROMPT + sum(_PROBE_RESPONSES),), generator=generator).to(model.device)
+
+
+def _probe_paths() -> list[list[int]]:
+    """Packed positions of the prompt followed by each response."""
+    paths, start = [], _PROBE_PROMPT
+    for length in _PROBE_RESPONSES:
+        paths.append([*range(_PROBE_PROMPT), *range(start, start + length)])
+        start += length
+    return paths
 
 
 @torch.no_grad()
 def _own_logprobs(model: Any) -> Tensor:
-    """(12, V) of a fixed random sequence by the model's own forward."""
-    return torch.log_softmax(model(input_ids=_probe_ids(model)[None], use_cache=False).logits[0].float(), dim=-1)
+    """Log-probabilities of both sequences, one after the other, by the model's own forward."""
+    ids = _probe_ids(model)
+    logits = [model(input_ids=ids[path][None], use_cache=False).logits[0] for path in _probe_paths()]
+    return torch.log_softmax(torch.cat(logits).float(), dim=-1)
 
 
 @torch.no_grad()
 def _packed_logprobs(policy: Policy) -> Tensor:
-    """The same as a tree of two segments, so that a prefix is attended to as well."""
+    """The same from one packed forward, the prompt computed once."""
     ids = _probe_ids(policy.model)
-    half = _PROBE_LENGTH // 2
-    layout = TreeLayout((Segment(0, half, -1), Segment(half, _PROBE_LENGTH - half, 0)), ids.device)
-    hidden = policy.hidden(ids, torch.arange(_PROBE_LENGTH, device=ids.device), layout)
-    return torch.log_softmax(nn.functional.linear(hidden, policy.head_weight, policy.head_bias).float(), dim=-1)
+    segments, positions, start = [Segment(0, _PROBE_PROMPT, -1)], list(range(_PROBE_PROMPT)), _PROBE_PROMPT
+    for length in _PROBE_RESPONSES:
+        segments.append(Segment(start, length, 0))
+        positions += range(_PROBE_PROMPT, _PROBE_PROMPT + length)
+        start += length
+    layout = TreeLayout(segments, ids.device)
+    logits = policy.logits(policy.hidden(ids, torch.tensor(positions, device=ids.device), layout))
+    return torch.log_softmax(torch.cat([logits[path] for path in _probe_paths()]).float(), dim=-1)
 
 
 def _check_directory(directory: Path) -> None:

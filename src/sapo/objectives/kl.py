@@ -15,13 +15,14 @@ would teach nothing but noise. The penalty is added token by token with the weig
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sapo.objectives.checks import require_positive, unknown_option
-from sapo.objectives.surrogates import bound_log_ratio
+from sapo.objectives.checks import unknown_option
+from sapo.objectives.surrogates import LOG_RATIO_LIMIT
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -42,7 +43,10 @@ class KLPenalty:
     """A name in KL_ESTIMATORS."""
 
     def __post_init__(self) -> None:
-        require_positive("coefficient", self.coefficient, 0.001)
+        if not (math.isfinite(self.coefficient) and self.coefficient > 0):
+            raise ValueError(
+                f"coefficient must be positive and finite; got {self.coefficient}; without a penalty leave it out"
+            )
         if self.estimator not in KL_ESTIMATORS:
             raise unknown_option("KL estimator", self.estimator, KL_ESTIMATORS)
 
@@ -52,13 +56,12 @@ class KLPenalty:
         Neither is multiplied by `coefficient`.
 
         Args:
-            difference_M: log pi - log pi_ref of each sampled token, (M,). Bounded as every log-ratio here.
+            difference_M: log pi - log pi_ref of each sampled token, (M,). Beyond LOG_RATIO_LIMIT it counts as the
+                limit, so that exp() stays finite; unlike a gate's slope the pull goes on there, for it leads back.
         """
-        difference, inside = bound_log_ratio(difference_M.detach())
+        difference = difference_M.detach().double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         if self.estimator == "k1":
-            value, slope = difference, difference
-        elif self.estimator == "k2":
-            value, slope = difference.square() / 2, difference
-        else:
-            value, slope = torch.expm1(-difference) + difference, -torch.expm1(-difference)
-        return value, torch.where(inside, slope, torch.zeros_like(slope))
+            return difference, difference
+        if self.estimator == "k2":
+            return difference.square() / 2, difference
+        return torch.expm1(-difference) + difference, -torch.expm1(-difference)

@@ -7,8 +7,9 @@ use moves into its place.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from sapo.model.attention import attention
 
 
 class KVCache:
@@ -67,17 +68,24 @@ class DecodeLayout:
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         keys, values = self.cache.append(layer, self.length_R, key, value)
         rows = query.shape[0]
-        output_RH1D = F.scaled_dot_product_attention(
+        output_RH1D = attention(
             query[:, :, None],
             keys[:rows, :, : self.num_keys],
             values[:rows, :, : self.num_keys],
-            attn_mask=self._mask(sliding_window, query.dtype),
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            self._mask(sliding_window, query.dtype),
+            scaling,
+            softcap,
         )
         return output_RH1D[:, :, 0]
 

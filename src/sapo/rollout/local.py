@@ -166,7 +166,7 @@ class _Decoding:
             parts.append(self.hidden)
         self.hidden, self.fresh = None, 0
         hidden = torch.cat(parts)
-        logits = torch.nn.functional.linear(hidden, self.policy.head_weight, self.policy.head_bias).float()
+        logits = self.policy.logits(hidden).float()
         at = self.generated[: self.active, None]
         uniform = self.uniform[: self.active].gather(1, at)[:, 0]
         tokens, logprobs = sample_tokens(logits, uniform, self.params)

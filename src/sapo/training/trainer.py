@@ -189,6 +189,7 @@ class Trainer:
             loss_and_coefficient,
             bias_V=self.policy.head_bias,
             temperature=self.temperature,
+            softcap=self.policy.logit_softcap,
             entropy=self.entropy,
         )
 
@@ -200,6 +201,7 @@ class Trainer:
             batch.target_M,
             bias_V=policy.head_bias,
             temperature=self.temperature,
+            softcap=policy.logit_softcap,
         )
 
     def _hidden(self, batch: PackedBatch, policy: Policy | None = None) -> Tensor:

@@ -1,0 +1,179 @@
+"""LoRA: the identity at first, the only thing trained, one and the same in engine and trainer, whole after a save."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sapo.data import Completion, Group, Prompt, Score
+from sapo.model.adapters import adapter_off, add_adapter, merged
+from sapo.model.errors import ModelError
+from sapo.model.policy import Policy, load_policy
+from sapo.objectives import make_objective
+from sapo.rollout.engine import Request
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.trainer import Trainer
+
+ARCHITECTURES = ("qwen3", "llama", "qwen3_moe")
+
+
+def with_adapter(policy: Policy, *, moved: bool = True, **options) -> Policy:
+    """Give a policy an adapter; `moved` also sets B, which begins as 0, to something that tells."""
+    add_adapter(policy, **{"rank": 4, "alpha": 8.0, "targets": "all-linear", "seed": 0, **options})
+    if moved:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def completions(policy: Policy, samples: int = 4) -> tuple[Prompt, tuple[Completion, ...]]:
+    prompt = Prompt(id=3, task="t", text="", token_ids=(1, 10, 2, 13))
+    drawn = LocalEngine(policy).generate([Request(prompt, samples)], SamplingParams(max_new_tokens=9, seed=2))
+    return prompt, drawn[0]
+
+
+def make_trainer(policy: Policy) -> Trainer:
+    optimizer = PolicyOptimizer(
+        [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        grad_clip=None,
+    )
+    return Trainer(
+        policy,
+        make_objective("sapo"),
+        optimizer,
+        temperature=1.0,
+        normalizer="sequence_mean",
+        tokens_per_microbatch=1000,
+        max_new_tokens=9,
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_new_adapter_changes_nothing_yet(new_policy, policies, architecture: str) -> None:
+    assert completions(with_adapter(new_policy(architecture), moved=False)) == completions(policies(architecture))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_engine_samples_with_the_adapter_and_its_logprobs_are_the_trainers(
+    new_policy, policies, architecture
+) -> None:
+    policy = with_adapter(new_policy(architecture))
+    prompt, drawn = completions(policy)
+    assert drawn != completions(policies(architecture))[1]
+    group = Group(prompt, drawn, (0.0,) * len(drawn))
+    (ours,) = make_trainer(policy).logprobs([group])
+    for completion, logprobs in zip(drawn, ours, strict=True):
+        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(completion.logprobs), rtol=0, atol=1e-5)
+
+
+def test_an_update_moves_the_adapter_and_nothing_else(new_policy) -> None:
+    policy = with_adapter(new_policy("qwen3"))
+    prompt, drawn = completions(policy)
+    scored = tuple(
+        Completion(c.token_ids, c.logprobs, c.finish_reason, score=Score(float(i % 2))) for i, c in enumerate(drawn)
+    )
+    group = Group(prompt, scored, (-1.0, 1.0, -1.0, 1.0))
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    trainer = make_trainer(policy)
+    trainer.update(trainer.pack([group]), 1e-2)
+    moved = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora_" in n}
+    assert len(moved) == 2 * 7 * 2  # A and B of the seven linear layers of each of two blocks
+
+
+def test_switched_off_it_is_the_model_it_was(new_policy, policies) -> None:
+    policy = with_adapter(new_policy("qwen3"))
+    with adapter_off(policy):
+        assert completions(policy) == completions(policies("qwen3"))
+    assert completions(policy) != completions(policies("qwen3"))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_merged_weights_give_the_same_logprobs(new_policy, tmp_path: Path, architecture: str) -> None:
+    policy = with_adapter(new_policy(architecture))
+    prompt, drawn = completions(policy)
+    tokenizer = policy.tokenizer
+    model = merged(policy)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)  # no trace of peft is left in it
+    assert not any("lora" in n or "base_layer" in n for n, _ in plain.named_parameters())
+    for completion in drawn:
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+        with torch.no_grad():
+            logp = torch.log_softmax(plain(input_ids=ids).logits[0], -1)
+        first = len(prompt.token_ids) - 1
+        expected = logp[range(first, first + len(completion)), list(completion.token_ids)]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
+
+
+def test_a_saved_adapter_is_small_names_its_model_and_comes_back_bit_for_bit(new_policy, tmp_path: Path) -> None:
+    new_policy("qwen3").save(tmp_path / "base")
+    policy = with_adapter(load_policy(tmp_path / "base"))
+    policy.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    again = load_policy(tmp_path / "adapter")
+    expected = dict(policy.model.named_parameters())
+    for name, parameter in again.model.named_parameters():
+        assert torch.equal(parameter, expected[name])
+        assert parameter.requires_grad == ("lora_" in name)
+
+
+def test_the_first_weights_of_an_adapter_are_those_of_its_seed(new_policy) -> None:
+    def first(seed: int) -> torch.Tensor:
+        policy = with_adapter(new_policy("qwen3"), moved=False, seed=seed)
+        return next(p for n, p in policy.model.named_parameters() if "lora_A" in n)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_adapters_of_a_bfloat16_model_are_kept_in_float32(new_policy) -> None:
+    policy = with_adapter(new_policy("qwen3", dtype=torch.bfloat16))
+    assert {p.dtype for n, p in policy.model.named_parameters() if "lora_" in n} == {torch.float32}
+    prompt, drawn = completions(policy)
+    (ours,) = make_trainer(policy).logprobs([Group(prompt, drawn, (0.0,) * len(drawn))])
+    for completion, logprobs in zip(drawn, ours, strict=True):
+        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(completion.logprobs), rtol=0, atol=0.25)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(["q_prj"], "fit no layer"), (["lm_head"], "must leave the output embedding out")],
+)
+def test_targets_that_cannot_be_are_refused(new_policy, targets: list[str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        with_adapter(new_policy("qwen3"), targets=targets)
+
+
+def test_an_adapter_of_another_model_is_refused(new_policy, tmp_path: Path) -> None:
+    new_policy("qwen3").save(tmp_path / "base")
+    with_adapter(load_policy(tmp_path / "base")).save(tmp_path / "adapter")
+    new_policy("qwen3", hidden_size=48).save(tmp_path / "base")
+    with pytest.raises(ModelError, match="does not fit its model"):
+        load_policy(tmp_path / "adapter")
+
+
+def test_without_peft_the_message_names_the_extra(new_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else real(name, *a))
+    with pytest.raises(ModelError, match=r"pip install 'sapo-rl\[lora\]'"):
+        with_adapter(copy.copy(new_policy("qwen3")))
