@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sapo
-from runs import fingerprint, metrics, write_recipe
+from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config import ConfigError
 from sapo.data import Status
 from sapo.loop import FAITHFUL_RATIO
@@ -50,7 +50,8 @@ def run_recipe(directory: Path, listener: Recorder | None = None, should_stop=la
 
 @pytest.fixture(autouse=True)
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))  # the user's reward function is imported from there
+    (tmp_path / "rewards_of_a_test.py").write_text(REWARD)  # the user's reward function is imported from there
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
 
 
@@ -122,6 +123,9 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) 
         {"train__old_logprobs": "trainer"},
         {"objective": {"name": "gspo"}},
         {"train__schedule": "cosine", "train__tokens_per_microbatch": 40},
+        {"objective": {"name": "sapo", "kl": {"coefficient": 0.1}}},
+        {"model__lora": {"rank": 2}, "objective": {"name": "sapo", "kl": {"coefficient": 0.1, "estimator": "k2"}}},
+        {"prompt": {"template": "={prompt}", "stop": ["7", "12"]}},
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -433,3 +437,29 @@ def test_two_tasks_share_every_minibatch_and_are_logged_apart(tmp_path: Path) ->
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     by_update = {(r["update"], r["task"]) for r in rows if "update" in r}
     assert by_update == {(u, t) for u in (0, 1) for t in ("prompts", "other")}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["frozen copy", "adapter off"])
+def test_the_penalty_begins_at_zero_and_holds_the_policy_back(tmp_path: Path, lora: dict | None) -> None:
+    def run(name: str, coefficient: float) -> list[float]:
+        kl = {"coefficient": coefficient, "estimator": "k2"}
+        directory = run_recipe(
+            tmp_path / name, model__lora=lora, objective={"name": "sapo", "kl": kl}, train__learning_rate=1e-2
+        )
+        return [m["kl"] for m in metrics(directory) if m["kind"] == "update"]
+
+    free, held = run("free", 1e-9), run("held", 100.0)
+    # The first update is at the reference itself: what is left is rounding of the engine's forward.
+    assert max(free[0], held[0]) < 1e-9
+    assert sum(held[-4:]) < 0.5 * sum(free[-4:])
+
+
+def test_an_adapter_is_checkpointed_alone_and_can_be_trained_further(tmp_path: Path) -> None:
+    first = run_recipe(tmp_path / "first", model__lora={"rank": 2})
+    checkpoint = first / "checkpoints" / "step-000006"
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 40_000
+    assert not (checkpoint / "model.safetensors").exists()
+    further = run_recipe(tmp_path / "further", model__path=str(checkpoint), train__steps=2)
+    assert metrics(further)[0]["reward/mean"] == pytest.approx(metrics(first)[-1]["reward/mean"], abs=1e-6)
+    with pytest.raises(ConfigError, match="is an adapter already"):
+        run_recipe(tmp_path / "twice", model__path=str(checkpoint), model__lora={"rank": 2})
