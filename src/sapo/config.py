@@ -416,11 +416,17 @@ class RunConfig(_Section):
         """The words for batch sizes, a known source of confusion, in one sentence."""
         r, t = self.rollout, self.train
         sequences = r.prompts_per_step * r.samples_per_prompt
+        ending = {
+            "keep": "",
+            "drop": " Groups that teach nothing leave the batch, so updates may be smaller.",
+            "refill": " Groups that teach nothing give their places to further prompts, in up to"
+            f" {r.refill_rounds} more round{'s' * (r.refill_rounds > 1)} of sampling.",
+        }[r.zero_variance]
         return (
             f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts"
             f" ({sequences} sequences) and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
             f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
-            f" {t.steps} steps make {t.steps * t.minibatches} updates."
+            f" {t.steps} steps make {t.steps * t.minibatches} updates.{ending}"
         )
 
 
