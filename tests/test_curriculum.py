@@ -126,6 +126,21 @@ def test_each_epoch_of_a_file_gives_every_row_once_by_number(tmp_path: Path, mon
             assert texts.setdefault(row, text) == text, "a row keeps its number"
 
 
+def test_a_visit_is_added_to_the_rows_earlier_rate_in_the_order_of_visits() -> None:
+    choice = selector(Rows(4), memory=0.75)  # 8 prompts: two visits of each row
+    before = Position({}, {"rows": {0: 0.5, 1: 0.75}})
+    results = iter([1, 1, 0, 0, 0, 1, 1, 0])
+    selection = choice.select(0, before, lambda prompts: [group(p, [float(next(results))] * 2) for p in prompts])
+    assert [g.prompt.text for g in selection.groups] == ["0", "1", "2", "3"] * 2
+    assert selection.position.pass_rates["rows"] == {
+        0: 0.75 * (0.75 * 0.5 + 0.25 * 1.0) + 0.25 * 0.0,
+        1: 0.75 * (0.75 * 0.75 + 0.25 * 1.0) + 0.25 * 1.0,
+        2: 0.75 * 0.0 + 0.25 * 1.0,
+        3: 0.0,
+    }
+    assert before.pass_rates == {"rows": {0: 0.5, 1: 0.75}}
+
+
 @pytest.mark.parametrize("of_the_task", [True, False])
 def test_a_curriculum_of_an_endless_task_is_refused_in_one_line(tmp_path: Path, of_the_task: bool) -> None:
     settings = sapo.load_recipe(write_recipe(tmp_path)).model_dump(mode="json")

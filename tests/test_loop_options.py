@@ -220,6 +220,22 @@ def test_a_curriculum_is_saved_by_row_and_logged_by_task(tmp_path: Path) -> None
         assert [step[f"task/{t}/groups"] for t in ("one", "two", "three")] == [4, 2, 2]
 
 
+def test_a_verifiers_figures_reach_the_logs_of_its_task(tmp_path: Path) -> None:
+    tmp_path.joinpath("rewards_of_figures.py").write_text(
+        "from sapo.data import Score\n\n"
+        "def judge(completion):\n"
+        "    return Score(float('7' in completion), figures={'sevens': completion.count('7') / 8})\n"
+    )
+    file = write_mixture(tmp_path)
+    run = sapo.train(sapo.load_recipe(file, ["tasks.1.verifier=rewards_of_figures:judge"])).directory
+    for step in lines(run):
+        own = [r for r in rollouts(run, step["step"]) if r["task"] == "two"]
+        expected = sum(r["figures"]["sevens"] for r in own) / len(own)
+        assert step["task/two/figure/sevens"] == step["figure/sevens"] == pytest.approx(expected)
+        assert all(r["figures"]["sevens"] == r["text"].count("7") / 8 for r in own)
+        assert "task/one/figure/sevens" not in step
+
+
 def test_tensorboard_has_a_panel_for_each_task_and_one_that_compares_them(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar import layout_pb2

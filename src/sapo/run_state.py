@@ -113,6 +113,8 @@ def rollout_records(
 ) -> Iterator[dict[str, Any]]:
     """One record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
 
+    What a completion does not have (a shaped reward, a mask, further figures of its verifier) is left out.
+
     Args:
         gates: sequence number in the step -> update, log-ratios and gate weights; a completion whose group taught
             nothing has none, and its record leaves them out.
@@ -136,6 +138,7 @@ def rollout_records(
                 **({"dropped": True} if place >= len(groups) else {}),
                 "status": completion.score.status.value,
                 "detail": completion.score.detail,
+                **({"figures": dict(completion.score.figures)} if completion.score.figures else {}),
                 "advantage": advantage,
                 "finish_reason": completion.finish_reason,
                 "prompt_token_ids": list(group.prompt.token_ids),
