@@ -16,6 +16,11 @@ REWARD = '''
 def share_of_sevens(completion, answer):
     """Dense, so that an untrained model has something to learn in every group."""
     return completion.count("7") / 8
+
+
+def enough_sevens(completion, metadata):
+    """All or nothing, so that some groups teach nothing; harder the more a row asks for."""
+    return 1.0 if completion.count("7") >= metadata["sevens"] else 0.0
 '''
 
 
@@ -66,6 +71,28 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
             place = place.setdefault(parent, {})
         place[last] = value
     file = directory / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def write_mixture(directory: Path, **changes: Any) -> Path:
+    """Write a recipe that mixes three tasks 2:1:1, of 16 rows each, harder from task to task."""
+    file = write_recipe(directory, **{"rollout__prompts_per_step": 8, "log__rollouts_every": 1, **changes})
+    recipe = yaml.safe_load(file.read_text())
+    recipe["tasks"] = []
+    for name, weight, sevens in (("one", 2, 1), ("two", 1, 2), ("three", 1, 3)):
+        rows = [{"prompt": f"{sevens}*{i}=", "answer": "7", "sevens": sevens} for i in range(16)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        recipe["tasks"].append(
+            {
+                "name": "file",
+                "label": name,
+                "weight": weight,
+                "path": str(directory / f"{name}.jsonl"),
+                "verifier": "rewards_of_a_test:enough_sevens",
+                "score_truncated": True,
+            }
+        )
     file.write_text(yaml.safe_dump(recipe))
     return file
 

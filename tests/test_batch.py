@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo.batch import MIN_PREAMBLE, pack, prefix_tree
 from sapo.data import Completion, Group, PackedBatch, Prompt, Score, Segment
-from sapo.objectives import group_advantages
+from sapo.objectives import NORMALIZERS, group_advantages
 
 
 def group(prompt: tuple[int, ...], responses: list[tuple[int, ...]], rewards: list[float]) -> Group:
@@ -81,6 +84,39 @@ def test_a_group_is_cut_only_when_it_would_not_fit_an_empty_microbatch() -> None
     assert [b.num_tokens for b in pack_all(groups, tokens=13)] == [12, 6]
     assert [b.num_tokens for b in pack_all(groups, tokens=11)] == [6, 6, 6]
     assert [b.num_tokens for b in pack_all(groups[:1], tokens=5)] == [4, 4], "the prompt is computed for each half"
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_masked_completion_leaves_the_batch_as_if_it_had_not_been_sampled(normalizer: str) -> None:
+    whole = group((5, 6), [(7, 1), (8, 9, 1), (8, 8, 8, 8)], [1.0, 0.0, 0.0])
+    flat = group((5,), [(7, 7, 7), (7, 1)], [1.0, 1.0])
+    masked = [replace(whole, masked=(False, False, True)), replace(flat, masked=(True, False))]
+    smaller = [
+        Group(whole.prompt, whole.completions[:2], whole.advantages[:2]),
+        Group(flat.prompt, flat.completions[1:], flat.advantages[1:]),
+    ]
+    options = {"normalizer": normalizer, "tokens_per_microbatch": 1000, "max_new_tokens": 8}
+    with_mask, without = pack(masked, **options), pack(smaller, **options)
+    assert (with_mask.num_sequences, with_mask.num_tokens) == (without.num_sequences, without.num_tokens) == (3, 7)
+    (left,), (right,) = with_mask.microbatches, without.microbatches
+    for name in ("token_ids_N", "position_ids_N", "predictor_M", "target_M", "sequence_M", "advantages_B", "weights_B"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    assert left.sequence_ids == (0, 1)
+
+
+def test_a_masked_completion_can_still_be_measured() -> None:
+    whole = replace(group((5, 6), [(7, 1), (8, 9, 1)], [1.0, 0.0]), masked=(False, True))
+    (batch,) = pack_all([whole], include_all=True)
+    assert batch.sequence_ids == (0, 1)
+    assert batch.weights_B.tolist() == [1 / 2, 0.0]
+
+
+def test_no_groups_or_none_unmasked_pack_to_nothing() -> None:
+    masked = replace(group((5, 6), [(7, 1), (8, 9, 1)], [1.0, 0.0]), masked=(True, True))
+    for groups in ([], [masked]):
+        for normalizer in NORMALIZERS:
+            minibatch = pack(groups, normalizer=normalizer, tokens_per_microbatch=9, max_new_tokens=8)
+            assert (minibatch.microbatches, minibatch.num_sequences, minibatch.num_tokens) == ((), 0, 0)
 
 
 responses = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6).map(tuple), min_size=2, max_size=4)

@@ -92,6 +92,26 @@ def test_a_written_config_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
         (changed(model={"coldstart": {"heads": 3}}), "hidden_size must be an even multiple of heads; got 64 and 3"),
         (changed(eval__k=[1, 8]), "every k must lie in 1..samples (4); got [1, 8]"),
         (changed(rollout__samples_per_prompt=1), "rollout.samples_per_prompt"),
+        (changed(rollout__zero_variance="skip"), "rollout.zero_variance: input should be 'keep', 'drop' or 'refill'"),
+        (changed(rollout__max_refills=2), "max_refills is for zero_variance=refill; got 2 with keep; leave it out"),
+        (
+            changed(rollout={"zero_variance": "refill", "max_refills": 0}),
+            "rollout.max_refills: input should be greater",
+        ),
+        (changed(rollout={"zero_variance": "refill", "samples_per_prompt": 1}), "rollout.samples_per_prompt"),
+        (changed(rollout__overlong_buffer=8), "overlong_buffer is for overlong=penalty; got 8 with zero; leave it out"),
+        (
+            changed(rollout__overlong="penalty"),
+            "an overlong_buffer of 1..63 tokens, less than max_new_tokens; got None",
+        ),
+        (
+            changed(rollout={"overlong": "penalty", "overlong_buffer": 64}),
+            "less than max_new_tokens; got 64; DAPO takes",
+        ),
+        (changed(curriculum={"low": 0.8, "high": 0.2}), "curriculum: low must not exceed high; got 0.8 and 0.2"),
+        (changed(curriculum={"outside": 0}), "curriculum.outside: input should be greater than 0; got 0"),
+        (changed(curriculum={"hgih": 0.5}), "unknown key curriculum.hgih; did you mean curriculum.high?"),
+        (changed(tasks=[{"name": "file", "path": "x", "curriculum": {"memory": 1}}]), "tasks.0.curriculum.memory"),
         (changed(rollout__engine="vllm"), "rollout.engine: input should be 'local'; got 'vllm'"),
         (changed(tasks=[]), "tasks"),
         (changed(tasks=[{"name": "arithmetic", "weight": -1}]), "tasks.0.weight"),
@@ -151,6 +171,19 @@ def test_the_batch_sentence_does_the_sums() -> None:
     assert parse_recipe(changed(train__steps=3)).batch_sentence() == (
         "Each step draws 8 completions of 32 prompts (256 sequences) and makes 4 updates of 8 prompts (64 sequences) "
         "each; 3 steps make 12 updates."
+    )
+
+
+def test_the_batch_sentence_says_what_becomes_of_groups_that_teach_nothing() -> None:
+    assert (
+        parse_recipe(changed(rollout__zero_variance="drop"))
+        .batch_sentence()
+        .endswith("steps make 4 updates. Groups that teach nothing leave the batch, so updates may be smaller.")
+    )
+    assert (
+        parse_recipe(changed(rollout={"zero_variance": "refill", "max_refills": 1}))
+        .batch_sentence()
+        .endswith("give their places to further prompts, in up to 1 more round of sampling.")
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sapo.data import Completion, Group, Prompt, Score, Status
-from sapo.diagnostics import rollout_metrics, update_metrics
+from sapo.diagnostics import rollout_metrics, step_update_metrics, task_update_metrics, update_metrics
 from sapo.objectives import make_objective
 from sapo.training.trainer import UpdateResult
 
@@ -92,3 +92,78 @@ def test_rollout_figures_count_statuses_and_groups_that_teach_nothing() -> None:
     assert figures["task/a/reward/mean"] == 0.5
     assert figures["task/b/status/truncated"] == 1
     assert not any(k.startswith("task/") for k in rollout_metrics(groups[:1])), "one task needs no figures of its own"
+    assert rollout_metrics(groups[:1], by_task=True)["task/a/groups"] == 1, "unless the run has others"
+    assert not {k for k in figures if k.startswith(("figure/", "overlong/")) or "dropped" in k or "shaped" in k}
+
+
+def completion_of(reward: float, length: int, **figures: float) -> Completion:
+    return Completion((1,) * length, (-0.5,) * length, "stop", score=Score(reward, figures=figures))
+
+
+def test_what_was_dropped_is_counted_and_part_of_what_is_measured() -> None:
+    kept = [Group(Prompt(0, "a", ""), (completion_of(1.0, 2), completion_of(0.0, 4)), (0.7, -0.7))]
+    dropped = [
+        Group(Prompt(1, "a", ""), (completion_of(1.0, 3), completion_of(1.0, 3)), (0, 0)),
+        Group(Prompt(2, "b", ""), (completion_of(0.0, 5), completion_of(0.0, 7)), (0, 0)),
+    ]
+    figures = rollout_metrics(kept, dropped)
+    assert (figures["groups"], figures["groups/kept"], figures["groups/dropped"]) == (3, 1, 2)
+    assert (figures["tokens/generated"], figures["tokens/dropped"]) == (24, 18)
+    assert figures["pass@1"] == 3 / 6, "of all that was sampled: dropping what is solved must not hide it"
+    assert figures["groups/zero_variance"] == pytest.approx(2 / 3)
+    assert (figures["task/a/groups/kept"], figures["task/b/groups/kept"], figures["task/b/tokens/dropped"]) == (
+        1,
+        0,
+        12,
+    )
+
+
+def test_a_verifiers_figures_are_means_over_the_completions_that_have_them() -> None:
+    grid = (completion_of(0.0, 2, cells=0.5), completion_of(0.0, 2))  # the second could not be parsed
+    groups = [
+        Group(Prompt(0, "zebra", ""), grid, (0, 0)),
+        Group(Prompt(1, "zebra", ""), (completion_of(1.0, 2, cells=1.0),) * 2, (0, 0)),
+        Group(Prompt(2, "sums", ""), (completion_of(1.0, 2, steps=3.0),) * 2, (0, 0)),
+    ]
+    figures = rollout_metrics(groups)
+    assert figures["figure/cells"] == figures["task/zebra/figure/cells"] == pytest.approx(2.5 / 3)
+    assert figures["task/sums/figure/steps"] == 3.0
+    assert "task/sums/figure/cells" not in figures
+
+
+def test_overlong_figures_keep_the_shaped_reward_apart_from_the_verifiers() -> None:
+    pair = (completion_of(1.0, 2), completion_of(1.0, 4))
+    shaped = rollout_metrics([Group(Prompt(0, "a", ""), pair, (0.7, -0.7), shaped_rewards=(1.0, 0.5))])
+    assert (shaped["reward/mean"], shaped["pass@1"], shaped["reward/shaped_mean"]) == (1.0, 1.0, 0.75)
+    assert (shaped["overlong/penalty_mean"], shaped["overlong/penalised"]) == (-0.25, 0.5)
+    assert "overlong/masked" not in shaped
+    masked = rollout_metrics([Group(Prompt(0, "a", ""), pair, (0, 0), masked=(False, True))])
+    assert masked["overlong/masked"] == 0.5
+    assert "reward/shaped_mean" not in masked
+
+
+def test_each_tasks_gate_and_entropy_are_those_of_its_own_tokens() -> None:
+    result = result_of([[1.0, 1.5], [0.5], [2.0]], [1.0, -1.0, 1.0], entropy=[0.1, 0.2, 0.6, 0.4])
+    # Sequences 0, 2 and 5 of a mini-batch of three groups of two carried a gradient.
+    result = UpdateResult(**{**result.__dict__, "sequence_ids": (0, 2, 5)})
+    figures = task_update_metrics(result, ["a", "a", "b", "b", "a", "a"])
+    assert figures["task/a/gate/eur"] == pytest.approx((1 + sech2(0.25) + sech2(0.5)) / 3)
+    assert figures["task/b/gate/eur"] == pytest.approx(sech2(1.05 * -0.25))
+    assert (figures["task/a/tokens/gradient"], figures["task/b/tokens/gradient"]) == (3, 1)
+    assert figures["task/a/entropy"] == pytest.approx((0.1 + 0.2 + 0.4) / 3)
+    assert figures["task/b/entropy"] == pytest.approx(0.6)
+
+
+def test_a_steps_means_are_over_the_updates_that_measured_them() -> None:
+    updates = [
+        {"skipped": True},
+        {"skipped": False, "loss": 1.0, "ratio/abs_dev": 0.1, "task/a/gate/eur": 0.5},
+        {"skipped": False, "loss": 3.0, "ratio/abs_dev": 0.3},
+    ]
+    assert step_update_metrics(updates, ["a", "b"]) == {
+        "update/loss": 2.0,
+        "update/ratio/abs_dev": pytest.approx(0.2),
+        "task/a/update/gate/eur": 0.5,
+        "first_update/ratio/abs_dev": 0.1,
+        "updates/skipped": 1,
+    }

@@ -12,9 +12,9 @@ SOURCE = Path(sapo.__file__).parent
 FLOORS = (
     ("objectives", "data", "config"),
     ("tasks", "model"),
-    ("prompting", "batch", "rollout"),
+    ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
-    ("preflight", "coldstart", "loop", "session", "progress"),
+    ("preflight", "coldstart", "listener", "loop", "session", "progress"),
     ("cli",),
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}

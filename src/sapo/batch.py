@@ -2,7 +2,8 @@
 
 A mini-batch is some whole groups; its weights are normalised once, over all its sequences, and passed down to the
 micro-batches, so that how it is split changes no gradient. Groups whose rewards are all equal have no gradient: they
-are not packed and cost nothing, but they stay in every denominator.
+are not packed and cost nothing, but they stay in every denominator. Masked completions are not packed either and leave
+every denominator, as if they had not been sampled.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 class MiniBatch:
     """One update's worth of groups, packed.
 
-    `num_sequences` and `num_tokens` count the groups that teach nothing too: the normalisers are theirs as well.
+    `num_sequences` and `num_tokens` count the groups that teach nothing too: the normalisers are theirs as well. Masked
+    completions are not counted.
     """
 
     microbatches: tuple[PackedBatch, ...]
@@ -85,15 +87,18 @@ class MiniBatch:
         return sum(b.num_targets for b in self.microbatches)
 
 
-def split_minibatches(groups: Sequence[Group], minibatches: int) -> list[tuple[Group, ...]]:
+def split_minibatches(groups: Sequence[Group], minibatches: int, uneven: bool = False) -> list[tuple[Group, ...]]:
     """The rollout batch dealt out like cards, whole groups: mini-batch i gets groups i, i + minibatches, ...
 
     The prompts of a step come task by task, so each mini-batch gets every task's share.
 
+    Args:
+        uneven: allow mini-batches that differ by one group, and empty ones, as when groups have been dropped.
+
     Raises:
         ValueError: when the groups do not divide evenly.
     """
-    if len(groups) % minibatches:
+    if len(groups) % minibatches and not uneven:
         raise ValueError(
             f"prompts_per_step must be a multiple of minibatches; got {len(groups)} and {minibatches}; "
             f"use {-(-len(groups) // minibatches) * minibatches} prompts"
@@ -117,18 +122,22 @@ def pack(
         normalizer: see `objectives.sequence_weights`.
         tokens_per_microbatch: bounds memory only; a single longer sequence gets a micro-batch of its own.
         max_new_tokens: the constant of the `constant_length` normaliser.
-        include_all: pack groups that teach nothing too (for measurements over the whole batch).
+        include_all: pack what teaches nothing too (for measurements over the whole batch).
     """
-    lengths = torch.tensor([len(c) for g in groups for c in g.completions])
-    weights_B = sequence_weights(lengths, normalizer, max_length=max_new_tokens)
+    counted_B = torch.tensor([counts for g in groups for counts in g.counted], dtype=torch.bool)
+    lengths = torch.tensor([len(c) for g in groups for c in g.completions], dtype=torch.int64)[counted_B]
+    weights_B = torch.zeros(len(counted_B), dtype=torch.float64)
+    weights_B[counted_B] = sequence_weights(lengths, normalizer, max_length=max_new_tokens)
     plan: list[list[_Member]] = [[]]
     budget = tokens_per_microbatch
     sequence = 0
     for group in groups:
         members = [_Member(group, c, sequence + i, group.advantages[i]) for i, c in enumerate(group.completions)]
         sequence += len(members)
-        if group.teaches_nothing and not include_all:
-            continue
+        if not include_all:
+            if group.teaches_nothing:
+                continue
+            members = [m for m, counts in zip(members, group.counted, strict=True) if counts]
         prompt_tokens = len(group.prompt.token_ids)
         # A group that would fit a fresh micro-batch is not cut in two, since both halves would compute its prompt.
         whole = prompt_tokens + sum(m.num_inputs for m in members)

@@ -212,6 +212,25 @@ class PromptConfig(_Section):
         return self
 
 
+class CurriculumConfig(_Section):
+    """Rows that are too easy or too hard are asked less often. For tasks with a finite number of rows."""
+
+    low: float = Field(0.1, ge=0, le=1)
+    """Rows with a pass rate below this are asked less."""
+    high: float = Field(0.9, ge=0, le=1)
+    """Rows with a pass rate above this are asked less."""
+    outside: float = Field(0.25, gt=0, le=1)
+    """Chance that such a row is asked when its turn comes; it is never 0, so that a row can come back."""
+    memory: float = Field(0.5, ge=0, lt=1)
+    """Weight of the earlier pass rate of a row when it is asked again; 0 keeps the last visit alone."""
+
+    @model_validator(mode="after")
+    def _band(self) -> CurriculumConfig:
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high; got {self.low} and {self.high}; 0.1 and 0.9 are the defaults")
+        return self
+
+
 class TaskConfig(BaseModel):
     """Where prompts come from and how answers are scored. Further settings are the task's own, checked by it."""
 
@@ -225,6 +244,8 @@ class TaskConfig(BaseModel):
     """Share of the prompts of each step, relative to the other tasks."""
     prompt: PromptConfig | None = None
     """How this task's questions are put; the recipe's `prompt` when null."""
+    curriculum: CurriculumConfig | None = None
+    """Which of this task's rows are asked less; the recipe's `curriculum` when null."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -243,7 +264,7 @@ class RolloutConfig(_Section):
     samples_per_prompt: int = Field(8, ge=2)
     """Completions of each prompt (G): the group an advantage is relative to."""
     max_new_tokens: int = Field(64, ge=1)
-    """A completion that has not stopped by then is truncated: reward 0, counted apart."""
+    """A completion that has not stopped by then is truncated: reward 0 (unless the task judges it), counted apart."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling and of the policy in the loss alike."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -256,6 +277,46 @@ class RolloutConfig(_Section):
     """Sequences decoded together; bounds memory only."""
     stop_token_ids: list[int] = []
     """Stop tokens beside the model's own end of sequence."""
+    zero_variance: Literal["keep", "drop", "refill"] = "keep"
+    """Groups that teach nothing, all rewards being equal. keep: they cost no update and stay in the denominators. drop:
+    they leave the batch and its denominators (DAPO's filter). refill: their places are taken by groups of further
+    prompts of the same task (DAPO's dynamic sampling), so that the batch has its full size and exact mixture."""
+    max_refills: int | None = Field(None, ge=1)
+    """For refill: further rounds of sampling in a step, each of as many prompts as places are free; 4 when null. When
+    they are spent, groups that teach nothing take the places that are left."""
+    overlong: Literal["zero", "mask", "penalty"] = "zero"
+    """Completions that reach max_new_tokens. zero: they are judged as truncated, nothing more. mask: they carry no loss
+    and leave the denominators; the group's mean and deviation keep their rewards (DAPO's overlong filtering). penalty:
+    the reward that advantages are made of falls over the last `overlong_buffer` tokens, to 1 less at the limit (DAPO's
+    soft overlong punishment)."""
+    overlong_buffer: int | None = Field(None, ge=1)
+    """For penalty: over how many tokens before max_new_tokens it grows from 0 to 1."""
+
+    @property
+    def refill_rounds(self) -> int:
+        """Further rounds of sampling a step may take."""
+        if self.zero_variance != "refill":
+            return 0
+        return 4 if self.max_refills is None else self.max_refills
+
+    @model_validator(mode="after")
+    def _options_of_their_choice(self) -> RolloutConfig:
+        if self.max_refills is not None and self.zero_variance != "refill":
+            raise ValueError(
+                f"max_refills is for zero_variance=refill; got {self.max_refills} with {self.zero_variance}; "
+                "leave it out"
+            )
+        buffer, limit = self.overlong_buffer, self.max_new_tokens
+        if buffer is not None and self.overlong != "penalty":
+            raise ValueError(
+                f"overlong_buffer is for overlong=penalty; got {buffer} with {self.overlong}; leave it out"
+            )
+        if self.overlong == "penalty" and (buffer is None or buffer >= limit):
+            raise ValueError(
+                f"overlong=penalty needs an overlong_buffer of 1..{limit - 1} tokens, less than max_new_tokens; got "
+                f"{buffer}; DAPO takes a fifth of the limit, here {max(1, limit // 5)}"
+            )
+        return self
 
 
 class TrainConfig(_Section):
@@ -368,6 +429,8 @@ class RunConfig(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     prompt: PromptConfig = PromptConfig()
     tasks: list[TaskConfig] = Field(min_length=1)
+    curriculum: CurriculumConfig | None = None
+    """Of all tasks; null asks every row equally often."""
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
@@ -390,11 +453,17 @@ class RunConfig(_Section):
         """The words for batch sizes, a known source of confusion, in one sentence."""
         r, t = self.rollout, self.train
         sequences = r.prompts_per_step * r.samples_per_prompt
+        ending = {
+            "keep": "",
+            "drop": " Groups that teach nothing leave the batch, so updates may be smaller.",
+            "refill": " Groups that teach nothing give their places to further prompts, in up to"
+            f" {r.refill_rounds} more round{'s' * (r.refill_rounds > 1)} of sampling.",
+        }[r.zero_variance]
         return (
             f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts"
             f" ({sequences} sequences) and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
             f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
-            f" {t.steps} steps make {t.steps * t.minibatches} updates."
+            f" {t.steps} steps make {t.steps * t.minibatches} updates.{ending}"
         )
 
 

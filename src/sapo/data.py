@@ -109,17 +109,32 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     advantages: tuple[float, ...] = ()
+    shaped_rewards: tuple[float, ...] = ()
+    """What the advantages are made of where it is not the verifier's reward alone; empty otherwise."""
+    masked: tuple[bool, ...] = ()
+    """Completions that carry no loss and leave every denominator; empty when that was not asked for."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """R_1 .. R_G."""
+        """R_1 .. R_G, as the verifier gave them."""
         return tuple(c.score.reward for c in self.completions)
 
     @property
+    def training_rewards(self) -> tuple[float, ...]:
+        """R_1 .. R_G, as the advantages take them."""
+        return self.shaped_rewards or self.rewards
+
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """Whether each completion counts in the loss and its denominators: those that are not masked."""
+        return tuple(not m for m in self.masked) or (True,) * len(self.completions)
+
+    @property
     def teaches_nothing(self) -> bool:
-        """True when every reward of the group is the same: all advantages are 0 and so is the gradient."""
-        rewards = self.rewards
-        return max(rewards) == min(rewards)
+        """True when every reward of the group is the same, so that all advantages are 0, or every completion is masked:
+        there is no gradient."""
+        rewards = self.training_rewards
+        return max(rewards) == min(rewards) or not any(self.counted)
 
 
 @dataclass(frozen=True)

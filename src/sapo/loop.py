@@ -2,6 +2,7 @@
 
     sample a group of completions for each prompt with the weights as they are
     score them; advantages are relative to the group
+    choose the groups to train on; refill their places if so asked
     prove (first step) or compute log pi_old at these weights
     for each mini-batch: one update by the objective
     log; every so often evaluate and write a checkpoint
@@ -17,17 +18,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from sapo.batch import split_minibatches
 from sapo.config import RunConfig
-from sapo.data import Completion, Group, Prompt
-from sapo.diagnostics import rollout_metrics, update_metrics
+from sapo.data import Group, Prompt
+from sapo.diagnostics import rollout_metrics, step_update_metrics, task_panels, task_update_metrics, update_metrics
 from sapo.evaluation import Evaluation, evaluate_policy
+from sapo.listener import Listener, Silent
 from sapo.model.policy import Policy
-from sapo.objectives import KLPenalty, group_advantages, make_objective
+from sapo.objectives import KLPenalty, make_objective
 from sapo.preflight import TaskSet, seed_for
 from sapo.prompting import encode_by_task
 from sapo.rollout.engine import Interrupted, Request
@@ -35,7 +35,9 @@ from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState, rollout_records
-from sapo.tasks import Task, prompts_for_step, score_groups
+from sapo.selection import Selection, Selector
+from sapo.shaping import shape_group
+from sapo.tasks import Task, score_groups
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
@@ -43,39 +45,6 @@ from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
 # Above this mean |r - 1| of a step's first update the policy is not the one that sampled, and a gate takes the
 # difference between the two for a move of the policy.
 FAITHFUL_RATIO = 0.01
-
-
-class Listener(Protocol):
-    """Who is told of a run's progress."""
-
-    def started(self, config: RunConfig) -> None:
-        """The loop begins, or goes on."""
-
-    def record(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl was written."""
-
-    def warning(self, text: str) -> None:
-        """Something the user should know and may ignore."""
-
-    def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint was written."""
-
-    def resumed(self, checkpoint: Checkpoint) -> None:
-        """The run goes on from a checkpoint."""
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def started(self, config: RunConfig) -> None: ...
-
-    def record(self, record: dict[str, Any]) -> None: ...
-
-    def warning(self, text: str) -> None: ...
-
-    def checkpoint(self, checkpoint: Checkpoint) -> None: ...
-
-    def resumed(self, checkpoint: Checkpoint) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -118,6 +87,7 @@ class TrainingRun:
         self.tasks = tasks
         self.reference = reference
         self.engine = LocalEngine(policy, max_rows=config.rollout.max_rows)
+        self.selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
         train = config.train
         self.trainer = Trainer(
             policy,
@@ -168,44 +138,68 @@ class TrainingRun:
         state = self.state
         if state.groups is None:
             state.groups = self.rollout()
-        minibatches = split_minibatches(state.groups, self.config.train.minibatches)
+        uneven = self.config.rollout.zero_variance == "drop"
+        minibatches = split_minibatches(state.groups, self.config.train.minibatches, uneven)
         while state.update < len(minibatches):
             self.update(minibatches[state.update])
         self._log_step(state.groups)
         state.step, state.update = state.step + 1, 0
-        state.groups, state.step_updates, state.gates = None, [], {}
+        state.groups, state.dropped, state.step_updates, state.gates = None, [], [], {}
 
     def rollout(self) -> list[Group]:
-        """Sample, score, advantages, log pi_old: all at the present weights."""
-        state, rollout = self.state, self.config.rollout
+        """Sample, score, advantages, choose, log pi_old: all at the present weights."""
+        state = self.state
         sampled_at = self.trainer.updates
+        selected = self.selector.select(state.step, state.position, self._sample)
+        groups = selected.groups
+        with self._phase("old_logprobs"):
+            if state.old_logprobs is None:
+                state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
+            if state.old_logprobs == "trainer":
+                groups = self.trainer.with_old_logprobs(groups, sampled_at)
+        if self.trainer.kl is not None:
+            with self._phase("reference"):
+                groups = self.trainer.with_reference_logprobs(groups, self.reference)
+        self._remember(selected)
+        return groups
+
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts that the present step asks first: a pure function of the seed and the state."""
+        return encode_by_task(
+            self.policy, self.tasks.formats, self.selector.first_prompts(self.state.step, self.state.position)
+        )
+
+    def _sample(self, prompts: list[Prompt]) -> list[Group]:
+        """Prompts to scored groups with their advantages."""
+        rollout, advantage = self.config.rollout, self.config.objective.advantage
         with self._phase("generate"):
-            prompts = self.next_prompts()
+            prompts = encode_by_task(self.policy, self.tasks.formats, prompts)
             drawn = self.engine.generate(
                 [Request(p, rollout.samples_per_prompt) for p in prompts],
                 self.sampling_params(seed_for(self.config.seed, "rollout")),
                 self.should_stop,
             )
         with self._phase("score"):
-            groups = self._score(prompts, drawn)
-        state.tokens["generated"] += sum(len(c) for g in groups for c in g.completions)
-        with self._phase("old_logprobs"):
-            if state.old_logprobs is None:
-                state.old_logprobs = self._choose_old_logprobs(groups)
-            if state.old_logprobs == "trainer":
-                groups = self.trainer.with_old_logprobs(groups, sampled_at)
-        if self.trainer.kl is not None:
-            with self._phase("reference"):
-                groups = self.trainer.with_reference_logprobs(groups, self.reference)
-        return groups
+            by_task = [self.tasks.by_name(p.task) for p in prompts]
+            scored = score_groups(list(zip(by_task, prompts, drawn, strict=True)))
+            return [shape_group(p, c, rollout, advantage) for p, c in zip(prompts, scored, strict=True)]
 
-    def next_prompts(self) -> list[Prompt]:
-        """The prompts of the present step: a pure function of the seed and the step."""
-        step = self.state.step
-        weighted = [(task, t.weight) for task, t in zip(self.tasks.train, self.config.tasks, strict=True)]
-        chosen = prompts_for_step(weighted, step, self.config.rollout.prompts_per_step)
-        prompts = [replace(task.train_prompt(index), id=step << 32 | i) for i, (task, index) in enumerate(chosen)]
-        return encode_by_task(self.policy, self.tasks.formats, prompts)
+    def _remember(self, selected: Selection) -> None:
+        """Take over what a whole batch has changed: a stop before this leaves the state of the step's start."""
+        state = self.state
+        state.position, state.dropped = selected.position, selected.dropped
+        state.selection = self.selector.figures(selected)
+        tokens = [sum(len(c) for g in groups for c in g.completions) for groups in (selected.groups, selected.dropped)]
+        state.tokens["generated"] += sum(tokens)
+        if self.config.rollout.zero_variance != "keep":
+            state.tokens["dropped"] = state.tokens.get("dropped", 0) + tokens[1]
+        if selected.unfilled and not state.unfilled:
+            self._warn(
+                f"step {state.step + 1}: {selected.unfilled} of {len(selected.groups)} groups of the batch "
+                f"teach nothing after {selected.refill_rounds} refills (rollout.max_refills); said once, counted in "
+                "groups/unfilled"
+            )
+        state.unfilled += selected.unfilled
 
     def sampling_params(self, seed: int) -> SamplingParams:
         """The recipe's sampling settings under a seed."""
@@ -219,15 +213,6 @@ class TrainingRun:
             seed=seed,
             stop_token_ids=self.policy.stop_token_ids | set(rollout.stop_token_ids),
         )
-
-    def _score(self, prompts: list[Prompt], drawn: list[tuple[Completion, ...]]) -> list[Group]:
-        by_task = [self.tasks.by_name(p.task) for p in prompts]
-        groups = []
-        for prompt, scored in zip(prompts, score_groups(list(zip(by_task, prompts, drawn, strict=True))), strict=True):
-            rewards_G = torch.tensor([c.score.reward for c in scored], dtype=torch.float64)
-            advantages = group_advantages(rewards_G, self.config.objective.advantage)
-            groups.append(Group(prompt, scored, tuple(advantages.tolist())))
-        return groups
 
     def _choose_old_logprobs(self, groups: list[Group]) -> str:
         """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used."""
@@ -284,6 +269,8 @@ class TrainingRun:
             except NonFiniteError as error:
                 raise NonFiniteError(self._describe_failure(error)) from error
         figures = update_metrics(result, **self._temperatures())
+        if len(self.tasks.train) > 1:
+            figures |= task_update_metrics(result, [g.prompt.task for g in groups for _ in g.completions])
         record = {
             "kind": "update",
             "step": state.step + 1,
@@ -383,15 +370,10 @@ class TrainingRun:
     def _log_step(self, groups: list[Group]) -> None:
         state = self.state
         step = state.step + 1
-        figures: dict[str, Any] = rollout_metrics(groups)
-        done = [u for u in state.step_updates if not u["skipped"]]
-        for name in ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev"):
-            values = [u[name] for u in done if name in u]
-            if values:
-                figures[f"update/{name}"] = sum(values) / len(values)
-        if done:  # the first that moved the weights: those before it were skipped
-            figures["first_update/ratio/abs_dev"] = done[0]["ratio/abs_dev"]
-        figures["updates/skipped"] = len(state.step_updates) - len(done)
+        names = [t.name for t in self.tasks.train]
+        dropped = None if self.config.rollout.zero_variance == "keep" else state.dropped
+        figures: dict[str, Any] = rollout_metrics(groups, dropped, by_task=len(names) > 1) | state.selection
+        figures |= step_update_metrics(state.step_updates, names)
         seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
         self._seconds_before = dict(state.seconds)
         work = sum(seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "reference", "update"))
@@ -399,9 +381,12 @@ class TrainingRun:
         if work > 0:
             timing["tokens_per_second"] = figures["tokens/generated"] / work
         self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
-        self._tensorboard(step, {f"train/{k}": v for k, v in figures.items()})
+        # A panel for each task beside that of the whole.
+        self._tensorboard(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
         if self._rollouts_logged():
-            records = rollout_records(groups, state.gates, sampler_is_old=state.old_logprobs == "engine")
+            records = rollout_records(
+                groups, state.gates, sampler_is_old=state.old_logprobs == "engine", dropped=state.dropped
+            )
             self.directory.write_rollouts(step, records)
 
     def _rollouts_logged(self) -> bool:
@@ -431,7 +416,8 @@ class TrainingRun:
 
     def _tensorboard(self, step: int, figures: dict[str, Any]) -> None:
         if self.config.log.tensorboard:
-            self.directory.tensorboard(step, figures, self._purge_step)
+            names = [t.name for t in self.tasks.train]
+            self.directory.tensorboard(step, figures, self._purge_step, task_panels(names) if names[1:] else None)
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every

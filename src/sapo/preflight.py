@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sapo.config import ConfigError, RunConfig
+from sapo.curriculum import Curriculum, curricula
 from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat, formats_of
 from sapo.tasks import Task, make_task
@@ -20,6 +21,8 @@ class TaskSet:
     held_out: list[Task]
     formats: dict[str, PromptFormat]
     """How the questions of each task are put, by its name."""
+    curricula: dict[str, Curriculum] = field(default_factory=dict)
+    """Which rows are asked less, of the tasks that have a curriculum, by name."""
 
     def by_name(self, name: str) -> Task:
         """The training side of a task."""
@@ -31,12 +34,13 @@ def load_tasks(config: RunConfig) -> TaskSet:
 
     Raises:
         TaskError: what is wrong with them.
-        ConfigError: two tasks of one name, whose metrics could not be told apart.
+        ConfigError: two tasks of one name, whose metrics could not be told apart, or a curriculum for an endless one.
     """
     train = [make_task(t.name, seed=seed_for(config.seed, "tasks"), **t.options) for t in config.tasks]
     held_out = [make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks]
     # Of the held-out side, whose seed is not the run's: runs of all seeds show the same examples.
-    tasks = TaskSet(train, held_out, formats_of(config, held_out))
+    seeds = {t.name: seed_for(config.seed, f"curriculum/{t.name}") for t in train}
+    tasks = TaskSet(train, held_out, formats_of(config, held_out), curricula(config, train, seeds))
     names = [t.name for t in tasks.train]
     for name in names:
         if names.count(name) > 1:

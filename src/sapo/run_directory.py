@@ -135,12 +135,17 @@ class RunDirectory:
         self._write(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         return file
 
-    def tensorboard(self, step: int, figures: Mapping[str, float], purge_step: int) -> None:
-        """Write figures to TensorBoard; `purge_step` hides what a killed run had written from that step on."""
+    def tensorboard(
+        self, step: int, figures: Mapping[str, float], purge_step: int, panels: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write figures to TensorBoard; `purge_step` hides what a killed run had written from that step on, `panels` is
+        a layout of custom scalars."""
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
+            if panels:
+                self._tensorboard.add_custom_scalars(panels)
         for name, value in figures.items():
             self._tensorboard.add_scalar(name, value, step)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sapo.data import Completion, Group, Prompt, Score, Status
+from sapo.selection import Position
 
 
 @dataclass
@@ -22,6 +23,14 @@ class RunState:
     """Updates done in the present step."""
     groups: list[Group] | None = None
     """The present step's rollout batch, scored, with advantages and log pi_old; None before it is sampled."""
+    dropped: list[Group] = field(default_factory=list)
+    """Groups of the present step that were sampled and are not trained on."""
+    position: Position = field(default_factory=Position)
+    """Where the next step's prompts begin."""
+    selection: dict[str, float] = field(default_factory=dict)
+    """Figures of how the present step's batch was chosen, for the step's own line."""
+    unfilled: int = 0
+    """Groups that teach nothing in the batches so far, where refilling was to leave none."""
     step_updates: list[dict[str, Any]] = field(default_factory=list)
     """Figures of the present step's updates, for the step's own line."""
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -41,13 +50,23 @@ class RunState:
         """A JSON value that `from_json` turns back into an equal state; floats survive exactly."""
         fields = dict(self.__dict__)
         fields["groups"] = None if self.groups is None else [group_to_json(g) for g in self.groups]
+        fields["dropped"] = [group_to_json(g) for g in self.dropped]
+        fields["position"] = asdict(self.position)
         return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RunState:
         """The inverse of `to_json`."""
-        groups = fields["groups"]
-        return cls(**{**fields, "groups": None if groups is None else [group_from_json(g) for g in groups]})
+        groups, position = fields["groups"], fields["position"]
+        rates = {task: {int(row): rate for row, rate in of.items()} for task, of in position["pass_rates"].items()}
+        return cls(
+            **{
+                **fields,
+                "groups": None if groups is None else [group_from_json(g) for g in groups],
+                "dropped": [group_from_json(g) for g in fields["dropped"]],
+                "position": Position(position["offsets"], rates),
+            }
+        )
 
 
 def group_to_json(group: Group) -> dict[str, Any]:
@@ -68,6 +87,8 @@ def group_from_json(value: dict[str, Any]) -> Group:
         prompt=Prompt(**prompt),
         completions=tuple(_completion_from_json(c) for c in value["completions"]),
         advantages=tuple(value["advantages"]),
+        shaped_rewards=tuple(value["shaped_rewards"]),
+        masked=tuple(value["masked"]),
     )
 
 
@@ -85,17 +106,24 @@ def _completion_from_json(value: dict[str, Any]) -> Completion:
 
 
 def rollout_records(
-    groups: Sequence[Group], gates: dict[str, dict[str, Any]], *, sampler_is_old: bool
+    groups: Sequence[Group],
+    gates: dict[str, dict[str, Any]],
+    *,
+    sampler_is_old: bool,
+    dropped: Sequence[Group] = (),
 ) -> Iterator[dict[str, Any]]:
     """One record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
+
+    What a completion does not have (a shaped reward, a mask, further figures of its verifier) is left out.
 
     Args:
         gates: sequence number in the step -> update, log-ratios and gate weights; a completion whose group taught
             nothing has none, and its record leaves them out.
         sampler_is_old: log pi_old is the sampler's; otherwise it is left out where the trainer computed none.
+        dropped: groups that were sampled and left the batch; they come last and say so.
     """
     sequence = 0
-    for group in groups:
+    for place, group in enumerate((*groups, *dropped)):
         for sample, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
             old = completion.old_logprobs or (completion.logprobs if sampler_is_old else ())
             yield {
@@ -106,8 +134,12 @@ def rollout_records(
                 "sample": sample,
                 "text": completion.text,
                 "reward": completion.score.reward,
+                **({"shaped_reward": group.shaped_rewards[sample]} if group.shaped_rewards else {}),
+                **({"masked": group.masked[sample]} if group.masked else {}),
+                **({"dropped": True} if place >= len(groups) else {}),
                 "status": completion.score.status.value,
                 "detail": completion.score.detail,
+                **({"figures": dict(completion.score.figures)} if completion.score.figures else {}),
                 "advantage": advantage,
                 "finish_reason": completion.finish_reason,
                 "prompt_token_ids": list(group.prompt.token_ids),

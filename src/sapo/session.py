@@ -19,7 +19,8 @@ import torch
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import ConfigError, RunConfig, override_run
 from sapo.evaluation import Evaluation, evaluate_policy
-from sapo.loop import Listener, Silent, StopReason, TrainingRun
+from sapo.listener import Listener, Silent
+from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks, seed_for

@@ -211,6 +211,46 @@ def test_groups_that_teach_nothing_cost_no_compute_but_stay_in_the_denominators(
     assert_same(packed_gradient(trainer, groups), packed_gradient(trainer, groups, include_all=True))
 
 
+@pytest.mark.parametrize("objective", ["sapo", "gspo"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_the_gradient_with_dropped_groups_is_that_of_the_smaller_batch(objective: str, normalizer: str) -> None:
+    policy, groups = make_policy(), make_groups()
+    kept = [g for g in groups if not g.teaches_nothing]
+    assert len(kept) == len(groups) - 1
+    trainer = make_trainer(policy, objective, normalizer=normalizer)
+    assert_same(packed_gradient(trainer, kept), plain_gradient(policy, kept, objective, normalizer))
+    if normalizer == "sequence_mean":  # 4 groups of 3: dropping one of them takes 3 sequences from the denominator
+        scaled = {name: g * 12 / 9 for name, g in packed_gradient(trainer, groups).items()}
+        assert_same(packed_gradient(trainer, kept), scaled)
+
+
+@pytest.mark.parametrize("objective", ["sapo", "gspo"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_masked_completions_contribute_nothing(objective: str, normalizer: str) -> None:
+    policy, groups = make_policy(), make_groups()
+    masks = [tuple((i + j) % 3 == 0 for j in range(len(g.completions))) for i, g in enumerate(groups)]
+    masked = [replace(g, masked=mask) for g, mask in zip(groups, masks, strict=True)]
+    without = [
+        Group(g.prompt, _unmasked(g.completions, mask), _unmasked(g.advantages, mask))
+        for g, mask in zip(groups, masks, strict=True)
+    ]
+    trainer = make_trainer(policy, objective, normalizer=normalizer)
+    assert_same(packed_gradient(trainer, masked), plain_gradient(policy, without, objective, normalizer))
+
+
+def _unmasked(values: tuple, mask: tuple[bool, ...]) -> tuple:
+    return tuple(v for v, m in zip(values, mask, strict=True) if not m)
+
+
+def test_an_empty_minibatch_changes_nothing() -> None:
+    policy = make_policy()
+    before = {n: p.clone() for n, p in policy.model.named_parameters()}
+    trainer = make_trainer(policy)
+    assert trainer.update(trainer.pack(()), learning_rate=1e-2).skipped
+    assert trainer.updates == 0
+    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
+
+
 def test_an_update_is_one_step_of_plain_adamw() -> None:
     policy, groups = make_policy(), make_groups()
     reference = copy.deepcopy(policy.model)
@@ -390,6 +430,13 @@ def test_minibatches_are_dealt_whole_and_evenly() -> None:
     assert [[g.prompt.id for g in part] for part in parts] == [[0, 3], [1, 4], [2, 5]]
     with pytest.raises(ValueError, match=r"multiple of minibatches; got 6 and 4; use 8 prompts"):
         split_minibatches(groups, 4)
+
+
+def test_minibatches_of_what_was_left_differ_by_one_group_and_may_be_empty() -> None:
+    groups = make_groups(5)
+    assert [len(part) for part in split_minibatches(groups, 3, uneven=True)] == [2, 2, 1]
+    assert [len(part) for part in split_minibatches(groups[:2], 4, uneven=True)] == [1, 1, 0, 0]
+    assert split_minibatches([], 2, uneven=True) == [(), ()]
 
 
 @pytest.mark.parametrize(

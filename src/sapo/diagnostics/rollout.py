@@ -1,4 +1,8 @@
-"""Figures of one rollout batch: rewards, lengths, statuses, and how many groups teach nothing."""
+"""Figures of one rollout batch: rewards, lengths, statuses, and how many groups teach nothing.
+
+They are over all that was sampled, groups that left the batch included: what is measured of the policy must not depend
+on what is trained on.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,31 @@ import numpy as np
 from sapo.data import Group, Status
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Figures over all completions of a step; with several tasks, also per task as `task/<name>/...`."""
-    metrics = _figures(groups)
-    tasks = sorted({g.prompt.task for g in groups})
-    if len(tasks) > 1:
+def rollout_metrics(
+    groups: Sequence[Group], dropped: Sequence[Group] | None = None, *, by_task: bool | None = None
+) -> dict[str, float]:
+    """Figures over all completions of a step; with several tasks, also per task as `task/<name>/...`.
+
+    Args:
+        groups: the batch.
+        dropped: groups that were sampled and left the batch; None when none could.
+        by_task: whether the run has several tasks; told from the groups when None.
+    """
+    metrics = _figures(groups, dropped)
+    drawn = (*groups, *(dropped or ()))
+    tasks = sorted({g.prompt.task for g in drawn})
+    if len(tasks) > 1 if by_task is None else by_task:
         for task in tasks:
-            own = _figures([g for g in groups if g.prompt.task == task])
+            own = _figures(
+                [g for g in groups if g.prompt.task == task],
+                None if dropped is None else [g for g in dropped if g.prompt.task == task],
+            )
             metrics |= {f"task/{task}/{key}": value for key, value in own.items()}
     return metrics
 
 
-def _figures(groups: Sequence[Group]) -> dict[str, float]:
+def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None) -> dict[str, float]:
+    groups = [*kept, *(dropped or ())]
     completions = [c for g in groups for c in g.completions]
     rewards = np.array([c.score.reward for c in completions])
     lengths = np.array([len(c) for c in completions])
@@ -37,4 +54,27 @@ def _figures(groups: Sequence[Group]) -> dict[str, float]:
     }
     for status in Status:
         metrics[f"status/{status.value}"] = sum(c.score.status is status for c in completions)
+    if dropped is not None:
+        metrics["groups/kept"] = len(kept)
+        metrics["groups/dropped"] = len(dropped)
+        metrics["tokens/dropped"] = sum(len(c) for g in dropped for c in g.completions)
+    for name in sorted({name for c in completions for name in c.score.figures}):
+        metrics[f"figure/{name}"] = float(
+            np.mean([c.score.figures[name] for c in completions if name in c.score.figures])
+        )
+    return metrics | _overlong(groups)
+
+
+def _overlong(groups: Sequence[Group]) -> dict[str, float]:
+    """What became of overlong completions, where a recipe asked for it."""
+    metrics: dict[str, float] = {}
+    shaped = np.array([r for g in groups for r in g.shaped_rewards])
+    if shaped.size:
+        rewards = np.array([r for g in groups for r in g.rewards])
+        metrics["reward/shaped_mean"] = float(shaped.mean())
+        metrics["overlong/penalty_mean"] = float((shaped - rewards).mean())
+        metrics["overlong/penalised"] = float((shaped < rewards).mean())
+    masked = [m for g in groups for m in g.masked]
+    if masked:
+        metrics["overlong/masked"] = float(np.mean(masked))
     return metrics

@@ -5,6 +5,9 @@ All figures are over the response tokens that carried a gradient (those of group
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +54,50 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
         metrics["kl"] = result.kl_M.mean().item()
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
+    return metrics
+
+
+def task_update_metrics(result: UpdateResult, tasks: Sequence[str]) -> dict[str, float]:
+    """What the gate made of each task, as `task/<name>/...`; of those with a token that carried a gradient.
+
+    Args:
+        tasks: the task of each sequence of the mini-batch, those without a gradient counted.
+    """
+    if result.skipped:
+        return {}
+    names = sorted({tasks[i] for i in result.sequence_ids})
+    number = torch.tensor([names.index(tasks[i]) for i in result.sequence_ids], device=result.sequence_M.device)
+    task_M = number[result.sequence_M]
+    metrics: dict[str, float] = {}
+    for i, name in enumerate(names):
+        own_M = task_M == i
+        metrics[f"task/{name}/gate/eur"] = effective_update_ratio(result.weight_M[own_M]).item()
+        metrics[f"task/{name}/tokens/gradient"] = int(own_M.sum())
+        if result.entropy_M is not None:
+            metrics[f"task/{name}/entropy"] = result.entropy_M[own_M].double().mean().item()
+    return metrics
+
+
+def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
+    """Means over the updates of a step that moved the weights, as `update/...` and `task/<name>/update/...`.
+
+    Args:
+        updates: figures of each update, with `skipped`.
+        tasks: of the run.
+    """
+    done = [u for u in updates if not u["skipped"]]
+    names = [
+        ("", n) for n in ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev")
+    ]
+    names += [(f"task/{task}/", n) for task in tasks for n in ("entropy", "gate/eur")]
+    metrics: dict[str, float] = {}
+    for prefix, name in names:
+        values = [u[prefix + name] for u in done if prefix + name in u]
+        if values:
+            metrics[f"{prefix}update/{name}"] = sum(values) / len(values)
+    if done:  # the first that moved the weights: those before it were skipped
+        metrics["first_update/ratio/abs_dev"] = done[0]["ratio/abs_dev"]
+    metrics["updates/skipped"] = len(updates) - len(done)
     return metrics
 
 

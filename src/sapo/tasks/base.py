@@ -41,6 +41,20 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class FiniteTask(Task, Protocol):
+    """A task whose training prompts are rows that come round again, every row once in `num_train` indices."""
+
+    @property
+    def num_train(self) -> int:
+        """Training rows: the length of an epoch."""
+        ...
+
+    def train_row(self, index: int) -> int:
+        """Which of the rows 0..num_train-1 the training prompt of `index` asks."""
+        ...
+
+
+@runtime_checkable
 class WorkedTask(Task, Protocol):
     """A task that can also write a right solution, which is what a cold start learns from."""
 

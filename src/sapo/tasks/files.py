@@ -98,9 +98,13 @@ class FileTask:
 
     def train_prompt(self, index: int) -> Prompt:
         """Row `index % num_train` of the order of epoch `index // num_train`."""
+        return replace(self._train[self.train_row(index)], id=index)
+
+    def train_row(self, index: int) -> int:
+        """Which of the rows 0..num_train-1 `train_prompt(index)` asks."""
         check_index(index)
         epoch, position = divmod(index, len(self._train))
-        return replace(self._train[self._epoch_order(epoch)[position]], id=index)
+        return self._epoch_order(epoch)[position]
 
     def held_out(self, count: int) -> list[Prompt]:
         """The first `count` of the held-out prompts in a seeded order; fewer when the file has no more."""

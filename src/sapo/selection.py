@@ -1,0 +1,223 @@
+"""What a step asks and which of the groups that come of it are trained on.
+
+Without options a step asks the mixture's prompts and trains on all their groups. Three options change that.
+
+- zero_variance=drop: groups that teach nothing leave the batch (DAPO's filter, https://arxiv.org/abs/2503.14476,
+  section 3.2, without its resampling).
+- zero_variance=refill: their places go to further prompts, drawn in rounds at the same weights until the batch is full
+  (DAPO's dynamic sampling). Departures: the paper draws whole batches from one source until there are enough; here
+  each round draws as many prompts of each task as that task has free places. So no group with spread is thrown away,
+  and the batch keeps the mixture's exact ratio, which the first draw has too. After the last round, groups that teach
+  nothing fill what is left.
+- A curriculum passes over rows (curriculum.py).
+
+The prompts of a task are numbered, and every number is used once, in order. The mixture says as a pure function of the
+step how many it has given; what refills used and the curriculum passed over besides is added up in `Position`. It is
+replaced only when a step's batch is whole: a step that is stopped while it samples begins anew, and comes out the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from sapo.config import RolloutConfig
+from sapo.curriculum import Curriculum
+from sapo.data import Group, Prompt
+from sapo.tasks import FiniteTask, Task, prompts_for_step
+
+SampleGroups = Callable[[list[Prompt]], list[Group]]
+"""Prompts to their scored groups, in order."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the prompts of a run stand, beside what the step alone tells.
+
+    >>> Position(offsets={"sums": 3}, pass_rates={"sums": {17: 0.5}}).offsets["sums"]
+    3
+    """
+
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    """Prompts of each task used or passed over beyond the mixture's own count."""
+    pass_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Of each task with a curriculum, the rows seen with their running pass rates."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step samples and what becomes of it.
+
+    >>> from sapo.data import Completion, Score
+    >>> good, bad = (Completion((1,), (-0.1,), "stop", score=Score(reward)) for reward in (1.0, 0.0))
+    >>> teaches, flat = Group(Prompt(0, "t", ""), (good, bad)), Group(Prompt(1, "t", ""), (bad, bad))
+    >>> Selection([teaches], [flat], Position(), refill_rounds=0, unfilled=0, passed_over={}).dropped == [flat]
+    True
+    """
+
+    groups: list[Group]
+    """The batch: task by task, each in the order drawn."""
+    dropped: list[Group]
+    """Sampled and scored, and not trained on."""
+    position: Position
+    """Where the next step begins."""
+    refill_rounds: int
+    """Rounds of sampling after the first."""
+    unfilled: int
+    """Groups that teach nothing in the batch, where refilling was to leave none."""
+    passed_over: Mapping[str, int]
+    """Prompts not asked, of each task with a curriculum."""
+
+
+class _Queue:
+    """The prompts of one task, from where the step begins, and the groups that came of them."""
+
+    def __init__(self, task: Task, start: int, rule: Curriculum | None, rates: Mapping[int, float]) -> None:
+        self.task = task
+        self.next = start
+        self.rule = rule
+        self.rates = rates
+        self.quota = 0
+        self.passed_over = 0
+        self.visits: list[tuple[int, Group]] = []
+        self.kept: list[Group] = []
+        self.flat: list[Group] = []
+
+    @property
+    def missing(self) -> int:
+        return self.quota - len(self.kept)
+
+    def take(self) -> int:
+        """The index of the next prompt to ask."""
+        if self.rule is not None:
+            assert isinstance(self.task, FiniteTask)
+            # Never more than an epoch at once: every row may be out of the band, and the chance small.
+            for _ in range(self.task.num_train):
+                if self.rule.asks(self.next, self.rates.get(self.task.train_row(self.next))):
+                    break
+                self.next += 1
+                self.passed_over += 1
+        self.next += 1
+        return self.next - 1
+
+    def receive(self, index: int, group: Group, sort_out: bool) -> None:
+        if self.rule is not None:
+            assert isinstance(self.task, FiniteTask)
+            self.visits.append((self.task.train_row(index), group))
+        (self.flat if sort_out and group.teaches_nothing else self.kept).append(group)
+
+    def fill_up(self) -> int:
+        """Give the places that are still free to groups that teach nothing; how many."""
+        count = self.missing
+        self.kept += self.flat[:count]
+        del self.flat[:count]
+        return count
+
+    def updated_rates(self) -> dict[int, float]:
+        assert self.rule is not None
+        rates = dict(self.rates)
+        for row, group in self.visits:
+            rates[row] = self.rule.updated(rates.get(row), group)
+        return rates
+
+
+class Selector:
+    """Chooses the prompts of a step and the groups to train on.
+
+    Args:
+        tasks: training sides.
+        weights: of each in the mixture.
+        rollout: `prompts_per_step`, `zero_variance` and `max_refills` are used.
+        curricula: of the tasks that have one, by name.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        weights: Sequence[float],
+        rollout: RolloutConfig,
+        curricula: Mapping[str, Curriculum] | None = None,
+    ) -> None:
+        self.tasks = tasks
+        self.weights = weights
+        self.rollout = rollout
+        self.curricula = curricula or {}
+
+    def first_prompts(self, step: int, position: Position) -> list[Prompt]:
+        """What step 0, 1, ... asks first: a pure function of the step and the position."""
+        queues, _ = self._queues(step, position)
+        return [prompt for _, _, prompt in self._ask(queues, step, 0)]
+
+    def select(self, step: int, position: Position, sample: SampleGroups) -> Selection:
+        """Sample the step's batch.
+
+        Args:
+            sample: called once for each round; prompts' ids are unique over all steps and rounds.
+        """
+        queues, ends = self._queues(step, position)
+        rounds, asked = 0, 0
+        while True:
+            chosen = self._ask(queues, step, asked)
+            asked += len(chosen)
+            groups = sample([prompt for _, _, prompt in chosen])
+            for (queue, index, _), group in zip(chosen, groups, strict=True):
+                queue.receive(index, group, sort_out=self.rollout.zero_variance != "keep")
+            if rounds == self.rollout.refill_rounds or not any(q.missing for q in queues):
+                break
+            rounds += 1
+        unfilled = sum(q.fill_up() for q in queues) if self.rollout.zero_variance == "refill" else 0
+        return Selection(
+            groups=[g for q in queues for g in q.kept],
+            dropped=[g for q in queues for g in q.flat],
+            position=self._after(queues, ends, position),
+            refill_rounds=rounds,
+            unfilled=unfilled,
+            passed_over={q.task.name: q.passed_over for q in queues if q.rule is not None},
+        )
+
+    def figures(self, selection: Selection) -> dict[str, float]:
+        """What a selection says, under the names of metrics.jsonl: only of the options that are on."""
+        figures: dict[str, float] = {}
+        if self.rollout.zero_variance == "refill":
+            figures = {"groups/refill_rounds": selection.refill_rounds, "groups/unfilled": selection.unfilled}
+        several = len(self.tasks) > 1
+        for name, rule in self.curricula.items():
+            prefix = f"task/{name}/" if several else ""
+            rates = list(selection.position.pass_rates.get(name, {}).values())
+            figures[f"{prefix}curriculum/passed_over"] = selection.passed_over[name]
+            figures[f"{prefix}curriculum/rows_seen"] = len(rates)
+            if rates:
+                figures[f"{prefix}curriculum/in_band"] = sum(map(rule.in_band, rates)) / len(rates)
+        return figures
+
+    def _queues(self, step: int, position: Position) -> tuple[list[_Queue], list[int]]:
+        """A queue for each task, and where the mixture alone would leave it."""
+        places = range(len(self.tasks))
+        scheduled: list[list[int]] = [[] for _ in places]
+        for place, index in prompts_for_step(
+            list(zip(places, self.weights, strict=True)), step, self.rollout.prompts_per_step
+        ):
+            scheduled[place].append(index)
+        queues = []
+        for task, indices in zip(self.tasks, scheduled, strict=True):
+            start = (indices[0] if indices else 0) + position.offsets.get(task.name, 0)
+            rates = position.pass_rates.get(task.name, {})
+            queues.append(_Queue(task, start, self.curricula.get(task.name), rates))
+            queues[-1].quota = len(indices)
+        return queues, [indices[-1] + 1 if indices else 0 for indices in scheduled]
+
+    def _ask(self, queues: Sequence[_Queue], step: int, asked: int) -> list[tuple[_Queue, int, Prompt]]:
+        """As many prompts of each task as it has free places."""
+        chosen = [(queue, queue.take()) for queue in queues for _ in range(queue.missing)]
+        return [
+            (queue, index, replace(queue.task.train_prompt(index), id=step << 32 | asked + i))
+            for i, (queue, index) in enumerate(chosen)
+        ]
+
+    def _after(self, queues: Sequence[_Queue], ends: Sequence[int], position: Position) -> Position:
+        offsets = dict(position.offsets)
+        for queue, end in zip(queues, ends, strict=True):
+            if queue.quota and queue.next != end:
+                offsets[queue.task.name] = queue.next - end
+        rates = {q.task.name: q.updated_rates() for q in queues if q.rule is not None}
+        return Position(offsets, {**position.pass_rates, **rates})

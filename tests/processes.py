@@ -1,0 +1,54 @@
+"""A run as a process of its own, to be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PATIENCE = 120.0  # seconds; a limit for a hung process, not a measurement
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(cwd / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sapo.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, output
+    return output
+
+
+def kill_when(process: subprocess.Popen, moment: Callable[[], bool]) -> bool:
+    """SIGKILL as soon as the moment comes; False when the process ended before it did."""
+    deadline = time.monotonic() + PATIENCE
+    while not moment():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+def last_line(run: Path) -> dict:
+    """Last whole line of metrics.jsonl, empty when there is none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1]) if lines else {}
+    except (OSError, json.JSONDecodeError):
+        return {}

@@ -1,0 +1,74 @@
+"""Overlong completions: the penalty by hand, and what masking leaves in the group's statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sapo.config import RolloutConfig
+from sapo.data import Completion, Group, Prompt, Score, Status
+from sapo.shaping import overlong_penalty, shape_group
+
+PROMPT = Prompt(0, "t", "?", (1,))
+
+
+def completion(length: int, reward: float, limit: int = 20) -> Completion:
+    truncated = length == limit
+    status = Status.TRUNCATED if truncated else Status.SCORED
+    return Completion((1,) * length, (-0.5,) * length, "length" if truncated else "stop", score=Score(reward, status))
+
+
+def shaped(completions: list[Completion], advantage: str = "group_mean", **settings: object) -> Group:
+    return shape_group(PROMPT, completions, RolloutConfig(max_new_tokens=20, **settings), advantage)
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"),
+    # The paper's own setting: at most 20,480 tokens of which the last 4,096 are the buffer; values by hand.
+    [(1, 0.0), (16_384, 0.0), (16_385, -1 / 4096), (18_432, -0.5), (19_456, -0.75), (20_480, -1.0)],
+)
+def test_the_penalty_is_equation_13(length: int, penalty: float) -> None:
+    assert overlong_penalty(length, max_length=20_480, buffer=4096) == penalty
+
+
+def test_a_penalty_shapes_the_advantages_and_leaves_the_verifiers_reward() -> None:
+    group = shaped(
+        [completion(5, 1.0), completion(18, 1.0), completion(20, 0.0)], overlong="penalty", overlong_buffer=4
+    )
+    assert group.rewards == (1.0, 1.0, 0.0)
+    assert group.shaped_rewards == group.training_rewards == (1.0, 0.5, -1.0)
+    mean = (1.0 + 0.5 - 1.0) / 3
+    assert group.advantages == pytest.approx([1.0 - mean, 0.5 - mean, -1.0 - mean])
+    assert not any(group.masked)
+
+
+def test_a_penalty_gives_spread_to_a_group_of_equal_rewards() -> None:
+    right = [completion(5, 1.0), completion(19, 1.0)]
+    assert shaped(right).teaches_nothing
+    assert not shaped(right, overlong="penalty", overlong_buffer=4).teaches_nothing
+
+
+def test_a_mask_takes_the_loss_and_leaves_the_statistics() -> None:
+    group = shaped([completion(5, 1.0), completion(8, 0.0), completion(20, 0.0)], "group_std", overlong="mask")
+    assert group.masked == (False, False, True)
+    assert group.counted == (True, True, False)
+    assert group.shaped_rewards == ()
+    # Mean 1/3 and deviation sqrt(1/3) of all three, the truncated one's 0 among them.
+    assert group.advantages == pytest.approx([2 / 3 * math.sqrt(3), -1 / 3 * math.sqrt(3), -1 / 3 * math.sqrt(3)])
+
+
+def test_only_truncation_masks_not_length() -> None:
+    last_token_stops = Completion((1,) * 20, (-0.5,) * 20, "stop", score=Score(1.0))
+    assert shaped([last_token_stops, completion(20, 0.0)], overlong="mask").masked == (False, True)
+
+
+def test_a_group_of_masked_completions_teaches_nothing_whatever_its_rewards() -> None:
+    cut = [completion(20, reward) for reward in (0.0, 0.5)]  # a task may judge truncated completions
+    assert not shaped(cut).teaches_nothing
+    assert shaped(cut, overlong="mask").teaches_nothing
+
+
+def test_without_options_a_group_is_the_verifiers() -> None:
+    group = shaped([completion(5, 1.0), completion(20, 0.0)])
+    assert (group.shaped_rewards, group.masked, group.training_rewards) == ((), (), (1.0, 0.0))
