@@ -7,6 +7,7 @@ sandbox and with it everything inside has ended.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -33,6 +34,7 @@ MEMORY_LOOK_SECONDS = 0.1
 # How long the kernel may take to end what was killed before we give up on it, and say so.
 END_PATIENCE = 10.0
 MAX_STATUS_BYTES = 4096
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,12 @@ class Ending:
 
 
 def memory_file(name: str, content: bytes) -> int:
-    """A read-only descriptor of a nameless file with this content."""
-    writable = os.memfd_create(name)
+    """A read-only descriptor of a nameless file that keeps this content, whoever opens it again."""
+    writable = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with os.fdopen(os.dup(writable), "wb") as file:
             file.write(content)
+        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, SEALS)
         return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
     finally:
         os.close(writable)
