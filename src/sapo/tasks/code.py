@@ -253,7 +253,7 @@ def _driver() -> str:
 
 
 def _run(kind: str, source: str, stdin: str, tests: CodeTests, runs: int = 1) -> ProgramResult:
-    seconds = min(tests.cpu_seconds * runs, int((BUDGET_SECONDS - WALL_EXTRA) / WALL_FACTOR))
+    seconds = max(1, min(tests.cpu_seconds * runs, int((BUDGET_SECONDS - WALL_EXTRA) / WALL_FACTOR)))
     wall = WALL_EXTRA + WALL_FACTOR * seconds
     limits = Limits(cpu_seconds=seconds, wall_seconds=wall, memory_bytes=tests.memory_mb * 2**20)
     # !a writes a literal that holds any text, half surrogates included.
