@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from sandbox_cases import Sandbox, start_server
+from sandbox_cases import Sandbox, machine_allows, start_server
 
 from sapo.sandbox.choice import BACKENDS
 
@@ -19,6 +19,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
         made = Sandbox(backend, server)
         report = next(r for r in made.ask({"do": "describe"})["backends"] if r["name"] == backend)
         if not report["usable"]:
+            assert not machine_allows(backend), f"{backend} as {user}: {report['detail']}"
             pytest.skip(f"{backend} as {user}: {report['detail']}")
         yield made
     finally:

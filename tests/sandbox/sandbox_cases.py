@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 import sapo
+from sapo.sandbox.bubblewrap import find_bubblewrap
+from sapo.sandbox.landlock import landlock_version
 
 PLAIN_USER = 65534
 SERVER = Path(__file__).with_name("sandbox_server.py")
@@ -86,6 +88,18 @@ def drop() -> list[str]:
     return ["/usr/bin/setpriv", "--reuid", user, "--regid", user, "--clear-groups"] if os.geteuid() == 0 else []
 
 
+def machine_allows(backend: str) -> bool:
+    """Whether a machine can have the backend, found out without it: then it must not be passed over."""
+    if backend == "landlock":
+        return landlock_version() is not None and importlib.util.find_spec("pyseccomp") is not None
+    try:
+        namespaces = [*drop(), "/usr/bin/unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "true"]
+        made = subprocess.run(namespaces, capture_output=True, env={"PATH": "/usr/bin:/bin"}).returncode == 0
+    except OSError:
+        return False
+    return made and any(found.why_not() is None for found in find_bubblewrap())
+
+
 def start_server(user: str) -> subprocess.Popen[str]:
     python: str | None = sys.executable
     if user == "root" and os.geteuid() != 0:
@@ -106,3 +120,32 @@ def start_server(user: str) -> subprocess.Popen[str]:
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "SECRET": SECRET},
         cwd="/",
     )
+
+
+# What each program begins with: `attempt` prints the name of what succeeded, so nothing printed is the good case.
+ATTEMPT = """
+import ctypes, os, sys, json
+order = json.loads(sys.stdin.read() or "{}")
+libc = ctypes.CDLL(None, use_errno=True)
+
+def attempt(name, action):
+    try:
+        action()
+    except Exception as error:
+        print("refused", name, type(error).__name__, error, file=sys.stderr)
+        return
+    print("did", name)
+
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) == -1:
+        raise OSError(ctypes.get_errno(), name)
+"""
+
+
+def attempts(sandbox: Sandbox, body: str, order: dict | None = None, **limits) -> list[str]:
+    """What the attempts in `body` achieved. The last line shows that the program came to its end."""
+    result = sandbox.run(ATTEMPT + body + "\nprint('end')", json.dumps(order or {}), **limits)
+    assert result.succeeded, result.reason + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "end"
+    return lines[:-1]
