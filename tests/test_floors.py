@@ -11,7 +11,7 @@ SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
     ("objectives", "data", "config"),
-    ("tasks", "model"),
+    ("sandbox", "tasks", "model"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
     ("preflight", "coldstart", "listener", "loop", "session", "progress"),
@@ -19,8 +19,16 @@ FLOORS = (
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}
 
-# Beside the order: the mathematics needs nothing of ours, and tasks and models know nothing of each other or of config.
-ALLOWED = {"objectives": set(), "data": set(), "config": {"objectives"}, "tasks": {"data"}, "model": {"data"}}
+# Beside the order: the mathematics and the sandbox need nothing of ours, and tasks and models know nothing of each
+# other or of config.
+ALLOWED = {
+    "objectives": set(),
+    "data": set(),
+    "config": {"objectives"},
+    "sandbox": set(),
+    "tasks": {"data", "sandbox"},
+    "model": {"data"},
+}
 
 
 def imported_stations(source: str) -> set[str]:

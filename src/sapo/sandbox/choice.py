@@ -1,0 +1,194 @@
+"""Which backend runs a program: the first that proves itself, once in each process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from sapo.sandbox import canary
+from sapo.sandbox.bubblewrap import INTERPRETER, find_bubblewrap
+from sapo.sandbox.landlock import Landlock
+from sapo.sandbox.result import Limits, Outcome, ProgramResult, SandboxError, SandboxUnavailable
+from sapo.sandbox.supervisor import Ending, Launch, supervise
+
+BACKENDS = ("bubblewrap", "landlock")
+
+INSTALL = "pip install 'sapo-rl[sandbox]', or apt-get install bubblewrap"
+INSTALL_PYTHON = "apt-get install python3"
+
+
+class Backend(Protocol):
+    """A way to contain a program."""
+
+    name: str
+    detail: str
+
+    def why_not(self) -> str | None:
+        """What is missing before anything is tried, or None."""
+        ...
+
+    def launch(self, source: bytes, limits: Limits, status_write: int) -> AbstractContextManager[Launch]:
+        """The command that runs the program."""
+        ...
+
+    def exit_code(self, ending: Ending) -> int:
+        """The program's exit code, 128 + n for signal n; SandboxError when it was never started."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What is known of one backend on this machine.
+
+    >>> str(BackendReport("landlock", usable=False, chosen=False, detail="the kernel has no Landlock"))
+    'landlock: not usable: the kernel has no Landlock'
+    """
+
+    name: str
+    usable: bool
+    chosen: bool
+    detail: str
+    """What it is made of, or why it cannot be used."""
+
+    def __str__(self) -> str:
+        state = "in use" if self.chosen else "usable" if self.usable else "not usable"
+        return f"{self.name}: {state}: {self.detail}"
+
+
+_lock = threading.RLock()
+_proven: dict[str, Backend] = {}
+_refused: dict[str, str] = {}
+_process = os.getpid()
+
+
+def run_program(
+    source: str, *, stdin: str = "", limits: Limits | None = None, backend: str | None = None
+) -> ProgramResult:
+    """Run a Python program that may do anything, and return what became of it.
+
+    The program is the file of a fresh `/usr/bin/python3 -s`, standard input is `stdin`, the working directory is /.
+    Safe to call from several threads; each call is processes of its own.
+
+    Args:
+        source: the program.
+        stdin: its standard input, a regular file to it.
+        limits: see `Limits`.
+        backend: one of BACKENDS; None takes the first that works here.
+
+    Raises:
+        SandboxUnavailable: nothing here can contain a program.
+        SandboxError: this run failed, and not because of the program.
+    """
+    return _run(choose_backend(backend), source, stdin, limits or Limits())
+
+
+def choose_backend(name: str | None = None) -> Backend:
+    """The named backend, or the first of BACKENDS, that has proved itself in this process.
+
+    Raises:
+        SandboxUnavailable: with the reason for each, and what to install.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"a sandbox is one of {', '.join(BACKENDS)}; got {name!r}; leave it out to take what works")
+    wanted = BACKENDS if name is None else (name,)
+    with _lock:
+        _forget_parent()
+        for candidate in wanted:
+            if _try(candidate):
+                return _proven[candidate]
+        reasons = "; ".join(f"{candidate}: {_refused[candidate]}" for candidate in wanted)
+    install = INSTALL if os.access(INTERPRETER, os.X_OK) else INSTALL_PYTHON
+    raise SandboxUnavailable(f"programs run only in a sandbox, and none works here; {reasons}; {install}")
+
+
+def describe() -> tuple[BackendReport, ...]:
+    """Each backend with what it is or why it is not used; tries all of them, which takes a moment."""
+    with _lock:
+        _forget_parent()
+        usable = [name for name in BACKENDS if _try(name)]
+        return tuple(
+            BackendReport(
+                name,
+                usable=name in usable,
+                chosen=name in usable[:1],
+                detail=_proven[name].detail if name in usable else _refused[name],
+            )
+            for name in BACKENDS
+        )
+
+
+def _try(name: str) -> bool:
+    """Prove one kind of backend unless that was done before."""
+    if name in _proven or name in _refused:
+        return name in _proven
+    if not os.access(INTERPRETER, os.X_OK):
+        _refused[name] = f"no interpreter {INTERPRETER}, the only one a sandbox shows: {INSTALL_PYTHON}"
+        return False
+    candidates: list[Backend] = [*find_bubblewrap()] if name == "bubblewrap" else [Landlock()]
+    reasons: list[str] = []
+    for candidate in candidates:
+        reason = candidate.why_not() or _prove(candidate)
+        if reason is None:
+            _proven[name] = candidate
+            return True
+        reasons.append(reason)
+    _refused[name] = ", and ".join(reasons) or "no bwrap: pip install 'sapo-rl[sandbox]', or apt-get install bubblewrap"
+    return False
+
+
+def _prove(candidate: Backend) -> str | None:
+    try:
+        return canary.prove(lambda source, stdin, limits: _run(candidate, source, stdin, limits))
+    except (SandboxError, OSError) as error:
+        return " ".join(str(error).split())
+
+
+def _run(backend: Backend, source: str, stdin: str, limits: Limits) -> ProgramResult:
+    status_read, status_write = os.pipe()
+    try:
+        with backend.launch(_encode(source), limits, status_write) as launch:
+            ending = supervise(launch, status_read, _encode(stdin), limits)
+    finally:
+        os.close(status_read)
+    return _judge(ending, None if ending.stopped else backend.exit_code(ending), limits)
+
+
+def _judge(ending: Ending, exit_code: int | None, limits: Limits) -> ProgramResult:
+    killed_by = exit_code - 128 if exit_code is not None and exit_code > 128 else None
+    stderr = ending.stderr.decode(errors="replace")
+    if ending.stopped is not None:
+        outcome = ending.stopped
+    elif killed_by == signal.SIGXCPU or (killed_by == signal.SIGKILL and ending.seconds >= limits.cpu_seconds):
+        outcome = Outcome.TIMED_OUT
+    elif killed_by is not None:
+        outcome = Outcome.KILLED
+    elif exit_code != 0 and stderr.strip().rpartition("\n")[2].startswith("MemoryError"):
+        outcome = Outcome.OUT_OF_MEMORY
+    else:
+        outcome = Outcome.FINISHED
+    return ProgramResult(
+        outcome,
+        exit_code=exit_code if killed_by is None else None,
+        signal=killed_by,
+        stdout=ending.stdout.decode(errors="replace"),
+        stderr=stderr,
+        seconds=ending.seconds,
+    )
+
+
+def _encode(text: str) -> bytes:
+    # A model may emit half of a surrogate pair, which no file can hold; the interpreter then complains of the rest.
+    return text.encode(errors="replace")
+
+
+def _forget_parent() -> None:
+    """What a parent process proved is not proved for a forked child, which may have another user or other rights."""
+    global _process
+    if os.getpid() != _process:
+        _process = os.getpid()
+        _proven.clear()
+        _refused.clear()
