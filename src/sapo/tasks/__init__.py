@@ -5,7 +5,7 @@ A step asks `prompts_for_step` which prompts it needs, a Task for their text, an
 """
 
 from sapo.tasks.arithmetic import ALPHABET, ArithmeticTask
-from sapo.tasks.base import Task, TaskError, WorkedTask
+from sapo.tasks.base import JudgedTask, Task, TaskError, WorkedTask
 from sapo.tasks.files import FileTask
 from sapo.tasks.mixture import prompts_for_step
 from sapo.tasks.registry import TASKS, make_task
@@ -18,6 +18,7 @@ __all__ = [
     "VERIFIERS",
     "ArithmeticTask",
     "FileTask",
+    "JudgedTask",
     "Task",
     "TaskError",
     "WorkedTask",
