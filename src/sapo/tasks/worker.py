@@ -34,6 +34,7 @@ def serve(channel: socket.socket, parent: int) -> None:
     """Judge until the parent closes its end."""
     _die_with(parent, channel)
     from sapo.tasks.base import TaskError
+    from sapo.tasks.verifiers.base import prepare
     from sapo.tasks.verifiers.registry import build_verifier
 
     stream, me = channel.makefile("rb"), os.getpid()
@@ -42,7 +43,9 @@ def serve(channel: socket.socket, parent: int) -> None:
         try:
             key, text, prompt_fields = pickle.loads(frame)
             if key not in loaded:
-                loaded[key] = build_verifier(pickle.loads(key))
+                verifier = build_verifier(pickle.loads(key))
+                prepare(verifier)
+                loaded[key] = verifier
             prompt = _prompt(prompt_fields)
         except TaskError as error:
             _answer(channel, {"refused": str(error)})

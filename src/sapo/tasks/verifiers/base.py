@@ -18,7 +18,9 @@ class Verifier(Protocol):
     """Judges one completion.
 
     A verifier that must run outside this process, since it may hang, crash or run the user's code, has an attribute
-    `isolated = True` and its `deadline` in seconds; `sapo.tasks.pool` runs it.
+    `isolated = True` and its `deadline` in seconds; `sapo.tasks.pool` runs it. What it has to load first it may load in
+    a method `prepare()`, which no completion's deadline includes. `pure = True` says that its scores depend on nothing
+    but the text and the prompt.
     """
 
     def __call__(self, text: str, prompt: Prompt, /) -> Score: ...
@@ -49,6 +51,12 @@ def deadline_of(verifier: Verifier) -> float:
     """Seconds that a verifier needs at most in a worker; 0 for one that runs here."""
     plain = verifier.func if isinstance(verifier, functools.partial) else verifier
     return float(getattr(plain, "deadline", 0.0)) if getattr(plain, "isolated", False) else 0.0
+
+
+def prepare(verifier: Verifier) -> None:
+    """Let a verifier load what it needs before the first deadline starts."""
+    if (load := getattr(verifier, "prepare", None)) is not None:
+        load()
 
 
 def is_pure(verifier: Verifier) -> bool:

@@ -76,16 +76,18 @@ def _last_line(text: str) -> list[str]:
 
 
 def _pick(text: str, options: list[str], *, words: bool) -> str | None:
-    """The letter of the option that a text names, or None; without options the letter, the number or the words of it."""
+    """The letter of the option that a text names, or None; without options its letter, its number or its words."""
     if len(text) > MAX_LENGTH:
         return None
     spelt = _TEXT_COMMAND.sub(r"\1", without_name(respell(text))).strip()
     if not options:
         letter = _LETTER.fullmatch(spelt)
         number = number_of(spelt)
-        if letter or number:
-            return letter[1].upper() if letter else str(number.value) if number else None
-        return _plain(spelt) or None if words else None
+        if letter:
+            return letter[1].upper()
+        if number:
+            return str(number.value)
+        return (_plain(spelt) or None) if words else None
     letters = [chr(ord("A") + i) for i in range(len(options))]
     values = [_plain(option) for option in options]
     letter = _LETTER.fullmatch(spelt)

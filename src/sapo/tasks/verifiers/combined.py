@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.verifiers.base import Verifier, deadline_of, is_pure
+from sapo.tasks.verifiers.base import Verifier, deadline_of, is_pure, prepare
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Combined:
     def pure(self) -> bool:
         """True when every term is."""
         return all(is_pure(term.verifier) for term in self.terms)
+
+    def prepare(self) -> None:
+        """Prepare the terms."""
+        for term in self.terms:
+            prepare(term.verifier)
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
         scores = [(term, term.verifier(text, prompt)) for term in self.terms]

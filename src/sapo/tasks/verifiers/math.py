@@ -16,12 +16,12 @@ import importlib.util
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sapo.data import Prompt, Score
 from sapo.tasks.base import TaskError
@@ -39,6 +39,8 @@ from sapo.tasks.verifiers.mathtext import (
     words_of,
 )
 from sapo.tasks.verifiers.numbers import NUMBER, after_hash
+
+Result = TypeVar("Result")
 
 MAX_ANSWER_LENGTH = 2000
 """Characters of an answer that are looked at; the longest of MATH-500 has 57."""
@@ -68,6 +70,11 @@ class Math(IsolatedOptions):
         if importlib.util.find_spec("math_verify") is None:
             raise TaskError("verifier 'math' needs the package math-verify; pip install 'sapo-rl[tasks]'")
 
+    def prepare(self) -> None:
+        """Load SymPy, and what it loads when it first simplifies."""
+        with _nothing_evaluated():
+            equal("(x+1)^2", "x^2+2x+1")
+
     def __call__(self, text: str, prompt: Prompt) -> Score:
         reference = respell(_reference_answer(reference_of(prompt)))
         if not reference:
@@ -84,13 +91,17 @@ class Math(IsolatedOptions):
         given = respell(found)
         if not given:
             return unparseable("the answer is empty")
-        with _nothing_evaluated(), _soft_deadline(self.deadline * 0.8):
-            if equal(reference, given):
-                return Score(1.0, answer=_canonical_reference(reference))
-            canonical = canonical_answer(given)
-            if canonical is None and words_of(reference) is None and base_of(reference) is None:
-                return unparseable(f"the answer cannot be read: {brief(found)}")
-            return Score(0.0, answer=canonical if canonical is not None else squeezed(given))
+        with _nothing_evaluated():
+            # Equal answers are equal text for a majority, also where two forms of one were not brought to one spelling.
+            if _within(self.deadline * 0.6, equal, reference, given):
+                return Score(1.0, answer=canonical_answer(reference) or squeezed(reference))
+            try:
+                canonical = _within(self.deadline * 0.2, canonical_answer, given)
+            except TimeoutError:  # what it is may be unknown; that it is wrong is not
+                return Score(0.0, answer=squeezed(given))
+        if canonical is None and words_of(reference) is None and base_of(reference) is None:
+            return unparseable(f"the answer cannot be read: {brief(found)}")
+        return Score(0.0, answer=canonical if canonical is not None else squeezed(given))
 
 
 def answer_in(text: str, *, several: bool = False, require_box: bool = False) -> str | None:
@@ -122,23 +133,27 @@ def equal(reference: str, given: str) -> bool:
     """Whether two respelt answers are the same answer; not symmetric: `reference` decides what is to be compared."""
     if squeezed(reference) == squeezed(given):
         return True
+    whole = reference, given
     reference, given = without_name(reference), without_name(given)
     if squeezed(reference) == squeezed(given):
         return True
     if (numeral := base_of(reference)) is not None:
         # The base may be left out, since the question names it.
         return numeral == base_of(given) or given == numeral[0]
-    if base_of(given) is not None:
-        return False
+    if (numeral := base_of(given)) is not None:
+        value = number_of(reference)
+        return value is not None and value.value == int(*numeral)
     if (words := words_of(reference)) is not None:
-        return words == _as_words(given)
+        return words == _as_words(given, letter=len(words) == 1)
     left, right = number_of(reference), number_of(given)
     if left is not None and right is not None:
         return _numbers_equal(left, right)
     parts, others = listing_of(reference), listing_of(given)
     if parts is not None and others is not None:
         return _listings_equal(parts, others)
-    return _expressions_equal(reference, given)
+    # y = 2x + 3 may be given as another equation of the same line.
+    as_equations = "=" in given and whole != (reference, given)
+    return _expressions_equal(*whole) if as_equations else _expressions_equal(reference, given)
 
 
 def canonical_answer(text: str) -> str | None:
@@ -173,14 +188,13 @@ def _reference_answer(answer: str) -> str:
     return answer if boxed is None else boxed
 
 
-@lru_cache(maxsize=4096)
-def _canonical_reference(reference: str) -> str:
-    return canonical_answer(reference) or squeezed(reference)
-
-
-def _as_words(given: str) -> str:
+def _as_words(given: str, *, letter: bool) -> str:
     inside = words_of(given)
-    return inside if inside is not None else given.strip("() .").lower()
+    if inside is not None:
+        return inside
+    plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", given).strip()
+    labelled = re.match(r"\(?([A-Za-z])(?:\)|[.:]\s)", plain) if letter else None  # (C) 5
+    return (labelled[1] if labelled else plain.strip("() .")).lower()
 
 
 def _numbers_equal(reference: Number, given: Number) -> bool:
@@ -224,7 +238,7 @@ def _is_formula(text: str) -> bool:
 def _has_words(text: str) -> bool:
     text = re.sub(r"\\(?:begin|end)\{[a-z]+\}", " ", text)
     plain = "".join(c if c.isalpha() or c == "\\" else " " for c in text)
-    return any(len(word) >= 4 and "\\" not in word for word in plain.split())
+    return any(len(word) >= 2 and "\\" not in word for word in plain.split())
 
 
 def _last_number(text: str) -> str | None:
@@ -240,6 +254,7 @@ def _math_verify() -> Any:
     import logging
 
     import math_verify
+    import sympy.physics.units  # noqa: F401  simplify() imports it late, and its tables of units are made by eval
 
     # It warns whenever it is used without its own timeouts, which the deadline here replaces.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -249,6 +264,8 @@ def _math_verify() -> Any:
 @lru_cache(maxsize=512)
 def _parsed(text: str) -> Any | None:
     """The SymPy object of an answer, or None."""
+    if re.search(r"[0-9]\.[0-9]*\.[0-9]", text):  # 5.0.0 would be 5.0 times .0
+        return None
     library = _math_verify()
     target = library.LatexExtractionConfig(boxed_match_priority=0)
     found = library.parse(
@@ -293,12 +310,14 @@ class _Late(BaseException):
     """The soft deadline has passed. Not an Exception, which SymPy would swallow."""
 
 
-@contextmanager
-def _soft_deadline(seconds: float) -> Iterator[None]:
-    """Give up in time where that can be done by a signal, which saves the pool from making a new worker."""
+def _within(seconds: float, function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments), given up in time where a signal can do that, which saves the pool from making a new worker.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
+        return function(*arguments)
 
     def give_up(*_: object) -> NoReturn:
         raise _Late
@@ -306,7 +325,7 @@ def _soft_deadline(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        return function(*arguments)
     except _Late:
         raise TimeoutError(f"the answer was not judged within {seconds:g} s") from None
     finally:
@@ -314,8 +333,8 @@ def _soft_deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# What SymPy makes of a number before it evaluates it; and of a name, for its own table of units.
-_LITERAL = re.compile(r"(Integer|Float|Symbol) \(\s*'?([0-9A-Za-z_.+-]{1,2100})'?\s*\)\s*")
+# What SymPy makes of the text of a number before it evaluates it.
+_LITERAL = re.compile(r"(Integer|Float) \(\s*'?([0-9.eE+-]{1,2100})'?\s*\)")
 
 
 @contextmanager
@@ -325,6 +344,7 @@ def _nothing_evaluated() -> Iterator[None]:
     Every number of an answer comes by there, as `Integer (12 )`, since the LaTeX reader hands its digits to
     sympy.Number as text, which sympifies it.
     """
+    _math_verify()
     import sympy
     from sympy.parsing import sympy_parser
 
@@ -333,7 +353,7 @@ def _nothing_evaluated() -> Iterator[None]:
         if match is None:
             raise ValueError("text of a completion is never evaluated")
         kind, value = match.groups()
-        return sympy.Integer(int(value)) if kind == "Integer" else getattr(sympy, kind)(value)
+        return sympy.Integer(int(value)) if kind == "Integer" else sympy.Float(value)
 
     before = sympy_parser.eval_expr
     sympy_parser.eval_expr = read_literal

@@ -28,11 +28,13 @@ _CHARACTERS = {
     "∈": r"\in ",
 }
 _SPELLINGS = [
+    (re.compile(r",\s*\\!\s*"), ","),  # 11,\! 111
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit)\s*\{"), r"\\text{"),
     (re.compile(r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"\\(?:displaystyle|textstyle|limits|,|;|:|!)(?![A-Za-z])|\\!"), ""),
-    (re.compile(r"\\(?:quad|qquad)(?![A-Za-z])|\\ |~"), " "),
+    (re.compile(r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])|(?<!\\)\\[,;:!]"), ""),
+    (re.compile(r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\ |~"), " "),
+    (re.compile(r"^\s*(?:=|\\approx(?![A-Za-z])|≈)"), ""),
     (re.compile(r"\{(?:b|small)?matrix\}"), "{pmatrix}"),  # not vmatrix, which is a determinant
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"), r"^\\circ"),
@@ -45,7 +47,7 @@ _SPELLINGS = [
     (re.compile(r"\\(?:lbrace)(?![A-Za-z])"), r"\\{"),
     (re.compile(r"\\(?:rbrace)(?![A-Za-z])"), r"\\}"),
 ]
-_MATH_DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
+_MATH_DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _FRAC = re.compile(r"\\frac\s*(?:\{\s*([-+]?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _MIXED = re.compile(r"[-+]?\s*(?:([0-9]+)\s+([0-9]+/[0-9]+)|([0-9]*)\s*(\\frac.*))", re.DOTALL)
 # A word of four letters is no product of variables; shorter units are named.
@@ -106,8 +108,6 @@ def respell(text: str) -> str:
     text = _MATH_DELIMITERS.sub("", text)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
-    # \, between digits of a long number, as in 11,\! 111, leaves a blank behind the comma.
-    text = re.sub(r"(?<=[0-9]),\s+(?=[0-9]{3}(?![0-9]))", ",", text) if r"\!" in text else text
     return " ".join(text.replace("**", " ").split()).rstrip(" .;,")
 
 
@@ -118,6 +118,7 @@ def squeezed(text: str) -> str:
     True
     """
     text = re.sub(r"(?<=\\)([A-Za-z]+)\s+(?=[A-Za-z])", "\\1\x00", text)  # the blank that ends a command
+    text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "\x00", text)  # 1 3/4 is not 13/4
     text = re.sub(r"\s+", "", text).replace("\x00", " ")
     return re.sub(r"(?<!text)\{([0-9A-Za-z])\}", r"\1", text)
 
@@ -219,7 +220,8 @@ def _plain_number(text: str) -> Fraction | None:
         if fraction is None or (whole and fraction < 0):
             return None
         return sign * (whole + fraction)
-    return number_in(text.replace(" ", "") if re.fullmatch(r"[-+]\s+\S+", text) else text)
+    grouped_or_signed = re.fullmatch(r"[-+]?\s*[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?|[-+]\s+\S+", text)
+    return number_in(text.replace(" ", "") if grouped_or_signed else text)
 
 
 def _fraction(text: str) -> Fraction | None:

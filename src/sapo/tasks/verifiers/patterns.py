@@ -138,6 +138,10 @@ class JsonSchema(IsolatedOptions):
             except ValueError as error:
                 raise TaskError(str(error)) from error
 
+    def prepare(self) -> None:
+        """Load jsonschema."""
+        _checker({})
+
     def __call__(self, text: str, prompt: Prompt) -> Score:
         schema = self.schema if self.schema is not None else prompt.metadata.get(self.schema_field)
         if isinstance(schema, str):
