@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+# For the annotations only: the processes that judge answers need the text, not a tensor library.
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length"]
 

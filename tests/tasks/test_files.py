@@ -100,7 +100,7 @@ def test_other_fields_may_be_named(tmp_path):
     task = FileTask(path, prompt_field="question", answer_field="solution", verifier="hash_answer", name="gsm")
     prompt = task.train_prompt(0)
     assert task.name == prompt.task == "gsm"
-    assert task.verify("6 * 3 #### 18", prompt) == Score(1.0)
+    assert task.verify("6 * 3 #### 18", prompt) == Score(1.0, answer="18")
 
 
 def test_a_file_task_is_a_task_without_worked_examples(data):

@@ -1,15 +1,15 @@
-"""Verifiers by name and the user's own."""
+"""Verifiers that compare a text or a number, and the user's own."""
 
 import sys
 
 import pytest
 
 from sapo.data import Completion, Prompt, Score, Status
-from sapo.tasks import VERIFIERS, FileTask, TaskError, load_verifier, score_completions
+from sapo.tasks import FileTask, TaskError, load_verifier, score_completions
 
 
 def judge(name, text, answer):
-    return VERIFIERS[name](text, Prompt(id=0, task="t", text="?", answer=answer))
+    return load_verifier(name)(text, Prompt(id=0, task="t", text="?", answer=answer))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,22 @@ def judge(name, text, answer):
     ],
 )
 def test_a_readable_answer_is_scored(name, text, answer, reward):
-    assert judge(name, text, answer) == Score(float(reward))
+    score = judge(name, text, answer)
+    assert (score.reward, score.status, score.detail) == (float(reward), Status.SCORED, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer"),
+    [
+        ("exact", " Paris\n", "Paris"),
+        ("last_number", "so $1,234.50", "2469/2"),
+        ("last_number", "the 2469/2nd", "2469/2"),
+        ("hash_answer", "## 007", "7"),
+        ("hash_answer", "#### Rome", "Rome"),
+    ],
+)
+def test_equal_answers_are_equal_text_for_a_majority(name, text, answer):
+    assert judge(name, text, "1" if name == "last_number" or answer == "7" else "Paris").answer == answer
 
 
 @pytest.mark.parametrize(
@@ -68,7 +83,7 @@ def test_an_answer_that_cannot_be_read_is_unparseable(name, text, detail):
     assert len(score.detail) < 100
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
+@pytest.mark.parametrize("name", ["exact", "last_number", "hash_answer"])
 def test_a_prompt_without_an_answer_cannot_be_judged(name):
     with pytest.raises(ValueError, match="answer"):
         judge(name, "#1", None)
@@ -84,19 +99,15 @@ def test_last_number_refuses_an_answer_that_is_no_number():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Writes a module of the user's into the current directory and forgets it afterwards."""
+    """Writes a module of the user's into the current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    before = set(sys.modules)
 
     def write(source, name="my_rewards"):
         (tmp_path / f"{name}.py").write_text(source)
         return name
 
-    yield write
-    for name in set(sys.modules) - before:
-        if name.startswith("my_"):
-            del sys.modules[name]
+    return write
 
 
 PROMPT = Prompt(id=0, task="t", text="the question", answer="the answer", metadata={"level": 3})
@@ -117,6 +128,14 @@ PROMPT = Prompt(id=0, task="t", text="the question", answer="the answer", metada
             Score(0.0, Status.UNPARSEABLE, "why"),
         ),
         ("class F:\n  def __call__(self, completion): return True\nf = F()", Score(1.0)),
+        ("import asyncio\nasync def f(completion):\n  await asyncio.sleep(0)\n  return 0.25", Score(0.25)),
+        ("async def g():\n  return 0.125\ndef f(completion): return g()", Score(0.125)),
+        (
+            "from sapo.data import Score\ndef f(completion): return Score(0.5, answer='b', figures={'a': 2})",
+            Score(0.5, answer="b", figures={"a": 2.0}),
+        ),
+        ("import numpy\ndef f(completion): return numpy.float32(0.5)", Score(0.5)),
+        ("import numpy\ndef f(completion): return numpy.bool_(True)", Score(1.0)),
     ],
 )
 def test_a_users_function_gets_what_its_signature_takes(module, source, expected):
@@ -130,11 +149,36 @@ def test_a_users_module_may_import_its_neighbour_late(module):
     assert load_verifier("my_rewards:f")("text", PROMPT) == Score(0.75)
 
 
+def test_coroutines_of_one_worker_run_in_one_event_loop(module):
+    module(
+        "import asyncio\nloops = set()\n"
+        "async def f(completion):\n  loops.add(asyncio.get_running_loop())\n  return len(loops)"
+    )
+    verifier = load_verifier("my_rewards:f")
+    assert [verifier(text, PROMPT).reward for text in "abc"] == [1.0, 1.0, 1.0]
+
+
 def test_the_current_directory_comes_last_on_the_path_so_that_it_shadows_nothing(module, tmp_path):
-    module("def f(completion): return 1")
-    load_verifier("my_rewards:f")
-    load_verifier("my_rewards:f")
-    assert sys.path.index(str(tmp_path)) == len(sys.path) - 1
+    module("import os, sys\ndef f(completion): return sys.path.index(os.getcwd()) - len(sys.path)")
+    assert load_verifier("my_rewards:f")("text", PROMPT) == Score(-1.0)
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_users_module_is_never_imported_here(module):
+    module("import os\nPID = os.getpid()\ndef f(completion): return PID")
+    import os
+
+    assert load_verifier("my_rewards:f")("text", PROMPT) != Score(float(os.getpid()))
+    assert "my_rewards" not in sys.modules
+
+
+def test_a_verifier_keeps_the_directory_it_was_loaded_in(module, tmp_path, monkeypatch):
+    module("def f(completion): return 0.75")
+    verifier = load_verifier("my_rewards:f")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert verifier("text", PROMPT) == Score(0.75)
 
 
 @pytest.mark.parametrize("source", ["def f(completion): return 'yes'", "def f(completion): return None"])

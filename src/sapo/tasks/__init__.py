@@ -5,7 +5,7 @@ A step asks `prompts_for_step` which prompts it needs, a Task for their text, an
 """
 
 from sapo.tasks.arithmetic import ALPHABET, ArithmeticTask
-from sapo.tasks.base import FiniteTask, Task, TaskError, WorkedTask
+from sapo.tasks.base import FiniteTask, JudgedTask, Task, TaskError, WorkedTask
 from sapo.tasks.files import FileTask
 from sapo.tasks.mixture import prompts_for_step
 from sapo.tasks.registry import TASKS, make_task
@@ -19,6 +19,7 @@ __all__ = [
     "ArithmeticTask",
     "FileTask",
     "FiniteTask",
+    "JudgedTask",
     "Task",
     "TaskError",
     "WorkedTask",

@@ -7,10 +7,13 @@ that a resumed run, or one on more ranks, asks exactly the same questions in the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from numbers import Real
+from typing import Any, Protocol, runtime_checkable
 
-from sapo.data import Prompt, Score
+from sapo.data import Prompt, Score, Status
 
 
 class TaskError(ValueError):
@@ -61,6 +64,48 @@ class WorkedTask(Task, Protocol):
     def worked_example(self, index: int) -> tuple[Prompt, str]:
         """The training prompt of `index` and a completion that `verify` rewards with 1."""
         ...
+
+
+class JudgedTask:
+    """A task whose judge is one verifier: a batch of its completions goes to the verifier's workers at once.
+
+    To judge in another way, override `verify`: `verifier` is then left alone.
+    """
+
+    verifier: Callable[[str, Prompt], Score]
+
+    def verify(self, text: str, prompt: Prompt) -> Score:
+        """What the verifier says."""
+        return self.verifier(text, prompt)
+
+
+def checked_score(score: Any) -> Score:
+    """`score` as a Score with a finite float for a reward.
+
+    Raises:
+        TypeError: it is no Score, or its reward is no real number.
+        ValueError: its reward is not finite, or its status is none.
+    """
+    if not isinstance(score, Score):
+        raise TypeError(f"verify must return a Score; got {type(score).__name__}")
+    return replace(score, reward=checked_reward(score.reward), status=Status(score.status))
+
+
+def checked_reward(value: Any) -> float:
+    """`value` as a finite float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is not finite.
+    """
+    # numpy's bool is no Real; it is recognised by name, so that a worker need not load numpy.
+    is_numpy_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if not (isinstance(value, Real) or is_numpy_bool):
+        raise TypeError(f"a reward must be a number; got {type(value).__name__}; return a float, a bool or a Score")
+    reward = float(value)
+    if not math.isfinite(reward):
+        raise ValueError(f"a reward must be finite; got {reward}; return 0 for an answer that cannot be judged")
+    return reward
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -15,17 +15,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError, check_index, did_you_mean
+from sapo.data import Prompt
+from sapo.tasks.base import JudgedTask, TaskError, check_index, did_you_mean
 from sapo.tasks.hashing import falls_in_share, hashed_integer
-from sapo.tasks.verifiers import VERIFIERS, load_verifier
+from sapo.tasks.verifiers import VerifierSpec, load_verifier, needs_answer
 
 DEFAULT_HELD_OUT_FRACTION = 0.1
 
 EXTENSIONS = (".jsonl", ".parquet")
 
 
-class FileTask:
+class FileTask(JudgedTask):
     """Prompts and answers from a file, in a new seeded order every epoch.
 
     Args:
@@ -33,7 +33,7 @@ class FileTask:
         prompt_field: the field with the prompt: a string, or a list of chat messages {role, content}, which goes to
             `Prompt.metadata["messages"]` as it is and to `Prompt.text` as "role: content" lines.
         answer_field: the field with the answer, a string or a number; None when the verifier needs no answer.
-        verifier: a name of VERIFIERS or `module:function`.
+        verifier: a name of VERIFIERS, `module:function`, either with options, or a weighted sum (tasks/verifiers).
         held_out_path: a file with the held-out rows, or
         held_out_fraction: the share of distinct prompts of `path` to hold out. Default 0.1.
         seed: the order of the rows, not the split.
@@ -53,7 +53,7 @@ class FileTask:
         *,
         prompt_field: str = "prompt",
         answer_field: str | None = "answer",
-        verifier: str = "exact",
+        verifier: VerifierSpec = "exact",
         held_out_path: str | Path | None = None,
         held_out_fraction: float | None = None,
         score_truncated: bool = False,
@@ -67,14 +67,14 @@ class FileTask:
             )
         if prompt_field == answer_field:
             raise TaskError(f"prompt_field and answer_field must differ; got {prompt_field!r} for both; change one")
-        if answer_field is None and verifier in VERIFIERS:
+        if answer_field is None and needs_answer(verifier):
             raise TaskError(f"verifier {verifier!r} compares with an answer; got answer_field=None; name the field")
         self.name = name if name is not None else Path(path).stem
         self.seed = seed
         self.score_truncated = score_truncated
         self.prompt_field = prompt_field
         self.answer_field = answer_field
-        self._verifier = load_verifier(verifier)
+        self.verifier = load_verifier(verifier)
         rows = self._read(Path(path))
         if held_out_path is not None:
             self._train, held_out = rows, self._read(Path(held_out_path))
@@ -109,10 +109,6 @@ class FileTask:
     def held_out(self, count: int) -> list[Prompt]:
         """The first `count` of the held-out prompts in a seeded order; fewer when the file has no more."""
         return [replace(prompt, id=index) for index, prompt in enumerate(self._held_out[:count])]
-
-    def verify(self, text: str, prompt: Prompt) -> Score:
-        """What the chosen verifier says."""
-        return self._verifier(text, prompt)
 
     def _epoch_order(self, epoch: int) -> list[int]:
         # Only the last epoch is remembered: an order costs a sort, and prompts are asked for epoch by epoch.

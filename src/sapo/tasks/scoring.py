@@ -6,16 +6,13 @@ ability, so the four are kept apart and counted apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from numbers import Real
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from sapo.data import Completion, Prompt, Score, Status
-from sapo.tasks.base import Task
+from sapo.tasks.base import JudgedTask, Task, checked_score
+from sapo.tasks.pool import Job, shared_pool
+from sapo.tasks.verifiers import Isolated
 
 # A verifier's exception may quote the whole completion; the log keeps the beginning.
 MAX_DETAIL = 500
@@ -33,12 +30,49 @@ def score_completions(task: Task, prompt: Prompt, completions: Sequence[Completi
     >>> [(c.score.reward, c.score.status.value) for c in score_completions(ArithmeticTask(), prompt, completions)]
     [(1.0, 'scored'), (0.0, 'truncated')]
     """
-    return tuple(replace(completion, score=_score(task, prompt, completion)) for completion in completions)
+    return score_groups([(task, prompt, completions)])[0]
 
 
 def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> list[tuple[Completion, ...]]:
-    """A whole batch scored, in the order given: `score_completions` of each (task, prompt, completions)."""
-    return [score_completions(task, prompt, completions) for task, prompt, completions in items]
+    """A whole batch scored, in the order given: `score_completions` of each (task, prompt, completions).
+
+    What must be judged in worker processes is judged there side by side, the rest here. An answer that is given several
+    times to one prompt is judged once where the verifier is known to say the same of it every time.
+    """
+    jobs, owners = _jobs_for_workers(items)
+    scores: dict[_Place, Score] = {}
+    for places, score in zip(owners, shared_pool().run(jobs) if jobs else [], strict=True):
+        scores |= dict.fromkeys(places, score)
+    return [
+        tuple(
+            replace(completion, score=scores.get(_Place(i, j)) or _score(task, prompt, completion))
+            for j, completion in enumerate(completions)
+        )
+        for i, (task, prompt, completions) in enumerate(items)
+    ]
+
+
+def _jobs_for_workers(
+    items: Sequence[tuple[Task, Prompt, Sequence[Completion]]],
+) -> tuple[list[Job], list[list[_Place]]]:
+    """The jobs for the pool, and the completions each is for."""
+    jobs: list[Job] = []
+    owners: list[list[_Place]] = []
+    for i, (task, prompt, completions) in enumerate(items):
+        verifier = _isolated_verifier(task)
+        if verifier is None:
+            continue
+        seen: dict[str, int] = {}
+        for j, completion in enumerate(completions):
+            if _truncated(task, completion):
+                continue
+            if verifier.pure and completion.text in seen:
+                owners[seen[completion.text]].append(_Place(i, j))
+                continue
+            seen[completion.text] = len(jobs)
+            jobs.append(verifier.job(completion.text, prompt))
+            owners.append([_Place(i, j)])
+    return jobs, owners
 
 
 def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
@@ -53,29 +87,31 @@ def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
     return counts
 
 
-def checked_reward(value: Any) -> float:
-    """`value` as a finite float.
+@dataclass(frozen=True)
+class _Place:
+    """Where a completion stands in a batch."""
 
-    Raises:
-        TypeError: it is not a real number.
-        ValueError: it is not finite.
-    """
-    if not isinstance(value, (Real, np.bool_)):
-        raise TypeError(f"a reward must be a number; got {type(value).__name__}; return a float, a bool or a Score")
-    reward = float(value)
-    if not math.isfinite(reward):
-        raise ValueError(f"a reward must be finite; got {reward}; return 0 for an answer that cannot be judged")
-    return reward
+    item: int
+    completion: int
+
+
+def _truncated(task: Task, completion: Completion) -> bool:
+    return completion.finish_reason == "length" and not getattr(task, "score_truncated", False)
+
+
+def _isolated_verifier(task: Task) -> Isolated | None:
+    # A task that overrides `verify` judges in its own way, whatever verifier it also has.
+    if getattr(type(task), "verify", None) is not JudgedTask.verify:
+        return None
+    verifier = getattr(task, "verifier", None)
+    return verifier if isinstance(verifier, Isolated) else None
 
 
 def _score(task: Task, prompt: Prompt, completion: Completion) -> Score:
-    if completion.finish_reason == "length" and not getattr(task, "score_truncated", False):
+    if _truncated(task, completion):
         return Score(0.0, Status.TRUNCATED, f"no end token within {len(completion)} tokens")
     # Any exception: a verifier is often a user's code, and one bad completion must not end a run unrecorded.
     try:
-        score = task.verify(completion.text, prompt)
-        if not isinstance(score, Score):
-            raise TypeError(f"verify must return a Score; got {type(score).__name__}")
-        return replace(score, reward=checked_reward(score.reward))
+        return checked_score(task.verify(completion.text, prompt))
     except Exception as error:
         return Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}"[:MAX_DETAIL])

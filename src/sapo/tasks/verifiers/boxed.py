@@ -1,0 +1,60 @@
+r"""The verifier `boxed_integer`: the last \boxed{...} as an integer, as AIME and BeyondAIME are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sapo.data import Prompt, Score
+from sapo.tasks.base import TaskError
+from sapo.tasks.verifiers.base import brief, reference_of, unparseable
+from sapo.tasks.verifiers.extract import last_boxed
+from sapo.tasks.verifiers.mathtext import number_of, respell, without_name
+
+
+@dataclass(frozen=True)
+class BoxedInteger:
+    r"""Reward 1 when the last \boxed{...} is the answer's integer, however it is written: 070, 70.0, $70$, N = 70,
+    1,234, 1{,}234, 70^\circ, \frac{140}{2}.
+
+    A number that is no integer, or is outside minimum..maximum, is a wrong answer; the latter is no answer to count in
+    a majority. Anything else in the box, or no box, is unparseable.
+
+    >>> BoxedInteger()(r"so \boxed{070}", Prompt(id=0, task="aime", text="?", answer="70")).reward
+    1.0
+    """
+
+    minimum: int | None = None
+    """The least integer that can be an answer: 0 for AIME."""
+    maximum: int | None = None
+    """The greatest: 999 for AIME."""
+
+    def __post_init__(self) -> None:
+        for name in ("minimum", "maximum"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TaskError(f"boxed_integer's {name} must be an integer; got {value!r}; leave it out for no limit")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise TaskError(f"boxed_integer's minimum must not exceed maximum; got {self.minimum} > {self.maximum}")
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        answer = reference_of(prompt)
+        reference = _value(answer)
+        if reference is None or reference.denominator != 1:
+            raise ValueError(f"boxed_integer needs an integer as the answer; got {brief(answer)}; use math")
+        boxed = last_boxed(text)
+        if boxed is None:
+            return unparseable("no \\boxed{} in the completion")
+        value = _value(boxed)
+        if value is None:
+            return unparseable(f"no integer in the last box: {brief(boxed)}")
+        outside = (self.minimum is not None and value < self.minimum) or (
+            self.maximum is not None and value > self.maximum
+        )
+        return Score(float(value == reference and not outside), answer=None if outside else str(value))
+
+
+def _value(text: str) -> Fraction | None:
+    # The limit comes first: respelling is for answers, not for a page in a box.
+    number = number_of(without_name(respell(text))) if len(text) <= 400 else None
+    return None if number is None or number.percent else number.value

@@ -1,0 +1,208 @@
+"""Verifiers of form: `regex`, `format`, `json_schema` and `length`.
+
+A pattern can need exponential time on a text written by a model that is rewarded for it, so those that match patterns
+run in a worker process with a deadline.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from sapo.data import Prompt, Score
+from sapo.tasks.base import TaskError
+from sapo.tasks.verifiers.base import IsolatedOptions, brief, reference_of, unparseable
+from sapo.tasks.verifiers.extract import last_json_object
+from sapo.tasks.verifiers.numbers import number_in
+
+_MODES = ("search", "full")
+
+
+@dataclass(frozen=True)
+class _Pattern(IsolatedOptions):
+    """A pattern and how it is to match; `.` matches line ends too."""
+
+    deadline: float = 2.0
+    pattern: str = ""
+    """In the syntax of Python's `re`."""
+    mode: Literal["search", "full"] = "search"
+    """search: anywhere in the completion; full: the whole completion, without the blanks around it."""
+    ignore_case: bool = False
+    pure: ClassVar[bool] = True
+    required: ClassVar[tuple[str, ...]] = ("pattern",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise TaskError(f"a verifier's pattern must be a regular expression; got {self.pattern!r}")
+        if self.mode not in _MODES:
+            raise TaskError(f"a pattern's mode must be search or full; got {self.mode!r}")
+        try:
+            self.compiled()
+        except (re.error, RecursionError, OverflowError) as error:
+            raise TaskError(
+                f"a verifier's pattern must be a regular expression; got {self.pattern!r}: {error}"
+            ) from error
+
+    def compiled(self) -> re.Pattern[str]:
+        return re.compile(self.pattern, re.DOTALL | (re.IGNORECASE if self.ignore_case else 0))
+
+    def matches(self, text: str) -> list[re.Match[str]]:
+        if self.mode == "search":
+            return list(self.compiled().finditer(text))
+        match = self.compiled().fullmatch(text.strip())
+        return [match] if match else []
+
+
+@dataclass(frozen=True)
+class Format(_Pattern):
+    """Reward 1 when the pattern is there, else 0: a term of a sum, for how a completion should look.
+
+    >>> Format(pattern=r"<think>.*</think>")("<think>hm</think> 5", Prompt(id=0, task="t", text="?")).reward
+    1.0
+    """
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        if self.mode == "search":  # the first match is enough
+            return Score(float(self.compiled().search(text) is not None))
+        return Score(float(bool(self.matches(text))))
+
+
+@dataclass(frozen=True)
+class Regex(_Pattern):
+    r"""Reward 1 when what a group of the pattern's last match captured is the answer.
+
+    Numbers are compared by value, else text by text. Without a match the completion is unparseable. A pattern without
+    groups stands for its whole match.
+
+    >>> Regex(pattern=r"<answer>(.*?)</answer>")("<answer> 5.0 </answer>", Prompt(id=0, task="t", text="?", answer="5"))
+    Score(reward=1.0, status=<Status.SCORED: 'scored'>, detail='', answer='5', figures={})
+    """
+
+    group: int | str | None = None
+    """Which group is compared; null: the first, or the whole match where the pattern has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pattern = self.compiled()
+        known = self.group is None or self.group in pattern.groupindex
+        if not known and not (type(self.group) is int and 0 <= self.group <= pattern.groups):
+            names = [*range(pattern.groups + 1), *pattern.groupindex]
+            raise TaskError(f"regex's group must be one of the pattern's, {names}; got {self.group!r}")
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        answer = reference_of(prompt).strip()
+        found = self.matches(text)
+        if not found:
+            return unparseable(f"no match of {brief(self.pattern)}")
+        group = self.group if self.group is not None else min(1, self.compiled().groups)
+        given = found[-1][group]
+        if given is None:
+            return unparseable(f"group {group!r} of {brief(self.pattern)} captured nothing")
+        given = given.strip()
+        reference, value = number_in(answer), number_in(given)
+        if reference is not None and value is not None:
+            return Score(float(reference == value), answer=str(value))
+        return Score(float(given == answer), answer=given)
+
+
+@dataclass(frozen=True)
+class JsonSchema(IsolatedOptions):
+    """Reward 1 when the completion's JSON object fits a schema (JSON Schema, draft 2020-12 unless it names another).
+
+    The object is the whole completion, or in its last ``` fence, or the last {...}; without one it is unparseable.
+
+    >>> schema = {"type": "object", "required": ["city"]}
+    >>> JsonSchema(schema=schema)('Here: {"city": "Rome"}', Prompt(id=0, task="t", text="?")).reward
+    1.0
+    """
+
+    deadline: float = 5.0
+    schema: Mapping[str, Any] | None = None
+    """The schema; null: each prompt's own, in its metadata."""
+    schema_field: str = "schema"
+    """The field of the prompt's metadata with the schema, an object or its JSON text."""
+    pure: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if importlib.util.find_spec("jsonschema") is None:
+            raise TaskError("verifier 'json_schema' needs the package jsonschema; pip install 'sapo-rl[tasks]'")
+        if self.schema is not None:
+            try:
+                _checker(self.schema)
+            except ValueError as error:
+                raise TaskError(str(error)) from error
+
+    def prepare(self) -> None:
+        """Load jsonschema."""
+        _checker({})
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        schema = self.schema if self.schema is not None else prompt.metadata.get(self.schema_field)
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        checker = _checker(schema)
+        found = last_json_object(text)
+        if found is None:
+            return unparseable("no JSON object in the completion")
+        first = next(iter(checker.iter_errors(found)), None)
+        answer = json.dumps(found, sort_keys=True, separators=(",", ":"))
+        if first is None:
+            return Score(1.0, answer=answer)
+        return Score(0.0, detail=" ".join(f"{first.json_path}: {first.message}".split())[:200], answer=answer)
+
+
+@dataclass(frozen=True)
+class Length:
+    """A penalty for length: 0 up to `limit - margin` characters, then falling in a straight line to -1 at `limit`.
+
+    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), by characters of the completion's text.
+
+    >>> [Length(limit=100, margin=50)("x" * n, Prompt(id=0, task="t", text="?")).reward for n in (50, 75, 100, 500)]
+    [0.0, -0.5, -1.0, -1.0]
+    """
+
+    limit: int = 0
+    """Characters from which on the penalty is whole."""
+    margin: int = 0
+    """Characters before the limit over which it grows; 0: none before the limit, all of it beyond."""
+    required: ClassVar[tuple[str, ...]] = ("limit",)
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("margin", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise TaskError(f"length's {name} must be an integer of at least {least}; got {value!r}")
+        if self.margin > self.limit:
+            raise TaskError(f"length's margin must not exceed its limit; got {self.margin} > {self.limit}")
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        if self.margin == 0:
+            return Score(-float(len(text) > self.limit) or 0.0)
+        over = (len(text) - (self.limit - self.margin)) / self.margin
+        return Score(-min(1.0, over) if over > 0 else 0.0)
+
+
+def _checker(schema: Any) -> Any:
+    """A validator that loads nothing from elsewhere.
+
+    Raises:
+        ValueError: no schema, or a wrong one.
+    """
+    import jsonschema
+    import referencing
+
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"json_schema needs a schema, an object; got {schema!r}; set schema: or schema_field:")
+    schema = dict(schema)
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"json_schema's schema is wrong at {error.json_path}: {error.message}") from error
+    return kind(schema, registry=referencing.Registry())

@@ -1,0 +1,94 @@
+"""A function of the user's as a verifier, `module:function`, sync or async. It runs in a worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sapo.data import Prompt, Score
+from sapo.tasks.base import TaskError, checked_reward, did_you_mean
+
+USER_PARAMETERS = ("completion", "answer", "prompt", "metadata")
+
+DEFAULT_DEADLINE = 60.0
+"""Seconds for one completion: long enough for a judge behind an API, and a run does not stand for ever."""
+
+
+@dataclass
+class UserFunction:
+    """Calls the function with what its signature takes of USER_PARAMETERS; a coroutine is awaited.
+
+    All of a worker's coroutines run in one event loop, so that a client kept in the module goes on working.
+
+    Raises:
+        TaskError: no such module or function, or one that cannot be called so.
+    """
+
+    spec: str
+    function: Callable[..., Any] = field(init=False)
+    accepted: tuple[str, ...] = field(init=False)
+    runner: asyncio.Runner | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        module_name, _, function_name = self.spec.partition(":")
+        self.function = _import_function(self.spec, module_name, function_name)
+        self.accepted = _accepted_parameters(self.spec, self.function)
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        values = {"completion": text, "answer": prompt.answer, "prompt": prompt.text, "metadata": prompt.metadata}
+        result = self.function(**{name: values[name] for name in self.accepted})
+        if inspect.isawaitable(result):
+            self.runner = self.runner or asyncio.Runner()
+            result = self.runner.run(_awaited(result))
+        return result if isinstance(result, Score) else Score(checked_reward(result))
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _import_function(spec: str, module_name: str, function_name: str) -> Callable[..., Any]:
+    # Last on the path, and for good: a console script has no current directory there, a file of the user's must not
+    # shadow the standard library, and a module may import its neighbours late.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TaskError(
+            f"verifier {spec!r}: importing {module_name!r} failed: {reason}; run from the directory that has it"
+        ) from error
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if function is None or not callable(function):
+        hint = did_you_mean(function_name, (name for name, value in vars(module).items() if callable(value)))
+        where = getattr(module, "__file__", None) or module_name
+        raise TaskError(f"verifier {spec!r}: {where} has no function {function_name!r}{hint}")
+    return function
+
+
+def _accepted_parameters(spec: str, function: Callable[..., Any]) -> tuple[str, ...]:
+    rule = f"verifier {spec!r} must take completion and may take {', '.join(USER_PARAMETERS[1:])}, by keyword"
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{rule}; got a function without a readable signature; wrap it in one of your own") from error
+    by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    accepted = tuple(name for name in USER_PARAMETERS if takes_all or name in by_keyword)
+    unmet = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if p.kind is p.POSITIONAL_ONLY or p.name not in USER_PARAMETERS
+    ]
+    if "completion" not in accepted or unmet:
+        got = f"required {unmet}" if unmet else f"parameters {[p.name for p in parameters]}"
+        raise TaskError(f"{rule}; got {got}; rename them or give defaults")
+    return accepted
