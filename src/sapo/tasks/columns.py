@@ -176,7 +176,7 @@ def _is_image(name: str, value: Any) -> bool:
     if isinstance(value, list):
         return any(_is_image(name, part) for part in value)
     if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes) and "path" in value
+        return value.keys() == {"bytes", "path"}
     if isinstance(value, str):
         return "image" in name.lower() and value.lower().endswith(IMAGE_SUFFIXES)
     return type(value).__module__.startswith("PIL.")

@@ -31,7 +31,7 @@ class RowTask:
     Args:
         name: what logs call it.
         train, held_out: the two sides. An empty training side is a benchmark's, and training on it is refused.
-        verifier: a function of text and prompt, or what `load_verifier` makes one of.
+        verifier: from `load_verifier`.
         seed: the order of the rows, not the split.
         score_truncated: give the verifier completions that did not stop too, for a reward that needs no ending.
         prefers_chat: the questions are worded for a chat model.
@@ -44,7 +44,7 @@ class RowTask:
         name: str,
         train: list[Prompt],
         held_out: list[Prompt],
-        verifier: Any,
+        verifier: Verifier,
         seed: int = 0,
         score_truncated: bool = False,
         prefers_chat: bool = False,
@@ -54,7 +54,7 @@ class RowTask:
         self.seed = seed
         self.score_truncated = score_truncated
         self.prefers_chat = prefers_chat
-        self._verifier: Verifier = verifier if callable(verifier) else load_verifier(verifier)
+        self.verifier = verifier
         self._finish = finish
         self._train = train
         distinct = {prompt.text: prompt for prompt in reversed(held_out)}  # of copies, the first row stays
@@ -88,7 +88,7 @@ class RowTask:
 
     def verify(self, text: str, prompt: Prompt) -> Score:
         """What the chosen verifier says."""
-        return self._verifier(text, prompt)
+        return self.verifier(text, prompt)
 
     def shots(self, count: int) -> list[tuple[str, str]]:
         """`count` distinct training questions with their solutions, the same whatever the seed.
@@ -170,7 +170,7 @@ class FileTask(RowTask):
                 f"held_out_fraction={held_out_fraction!r}; leave one out"
             )
         check_fields(prompt_field, answer_field, verifier)
-        load_verifier(verifier)  # a wrong name is found before a long file is read
+        judge = load_verifier(verifier)  # before the rows, so that a wrong name is found before a long file is read
         name = name if name is not None else Path(path).stem
         columns = Columns(prompt=(prompt_field,), answer=() if answer_field is None else (answer_field,))
         train = read_prompts(path, columns, name)
@@ -184,7 +184,7 @@ class FileTask(RowTask):
             name=name,
             train=train,
             held_out=held_out,
-            verifier=verifier,
+            verifier=judge,
             seed=seed,
             score_truncated=score_truncated,
         )

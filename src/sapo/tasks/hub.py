@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +57,8 @@ def read_source(source: Source, drop: Iterable[str] = ()) -> Iterator[PlacedRow]
     """
     dropped = set(drop)
     if source.path is not None and not Path(source.path).is_dir():
+        if not source.is_file and not Path(source.path).exists():
+            raise TaskError(f"{source.path}: there must be a file or a directory; got none; check the path")
         for where, row in read_rows(Path(source.path)):
             yield where, {key: value for key, value in row.items() if key not in dropped}
         return
@@ -95,12 +97,18 @@ def _load_directory(source: Source) -> Any:
         except Exception as error:
             raise TaskError(f"{path}: loading the saved dataset failed: {_reason(error)}; save it again") from error
         if not isinstance(saved, datasets.DatasetDict):
-            return saved  # one dataset, of whatever split
+            return saved  # one dataset, which has no splits
         if source.split not in saved:
             hint = did_you_mean(source.split, saved)
             raise TaskError(f"{path}: it has the splits {', '.join(saved)}; got split={source.split!r}{hint}")
         return saved[source.split]
-    return _load(datasets, source, str(path), way_out="check the directory, config and split")
+    try:
+        configs = datasets.get_dataset_config_names(str(path))
+    except Exception as error:
+        raise TaskError(f"{path}: the directory must hold data files: {_reason(error)}; check the path") from error
+    # A preset names the hub's configuration; a directory that has only one has the rows whatever it is called.
+    config = source.config if source.config in configs or len(configs) > 1 else None
+    return _load(datasets, replace(source, config=config), str(path), way_out="check the directory, config and split")
 
 
 def _load_from_hub(source: Source) -> Any:
