@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from sapo.data import Prompt, Score
 from sapo.tasks.base import TaskError, check_index, did_you_mean
@@ -31,6 +31,9 @@ DEFAULT_SIZE = 2**17
 DEFAULT_HELD_OUT_FRACTION = 0.25
 
 MAX_DRAWS = 1000
+
+# A question that one draw in 50 of its side gives is missed with probability exp(-10).
+PATIENCE = 500
 
 
 class ReasoningGymTask:
@@ -88,7 +91,7 @@ class ReasoningGymTask:
         self.seed = seed
         self._judge = ReasoningGymJudge(dataset, settings, answer_format, partial_credit)
         self._held_out: dict[str, int] = {}  # question -> item, in the order of draws
-        self._draws = 0
+        self._draws = self._barren = 0  # of the held-out side: in all, and since the last that brought a question
         self.train_prompt(0)
         if not self.held_out(1):
             raise TaskError(f"{self.name}: both sides must have questions; got no held-out one; {self._way_out}")
@@ -102,7 +105,7 @@ class ReasoningGymTask:
         check_index(index)
         for attempt in range(MAX_DRAWS):
             item = hashed_integer("train", self.seed, index, attempt) % self.size
-            if not self._is_held_out(item):
+            if self._side(item) == "train":
                 return self._prompt(item, index)
         raise TaskError(
             f"{self.name}: both sides must have questions; got {MAX_DRAWS} draws all held out; {self._way_out}"
@@ -111,17 +114,16 @@ class ReasoningGymTask:
     def held_out(self, count: int) -> list[Prompt]:
         """The first `count` of a seeded list of held-out questions, no two the same; fewer of a small space.
 
-        A space is taken to have no more when so many draws in a row bring none that 64 held-out ones are among them.
+        A space is taken to have no more when as many draws in a row as have PATIENCE held-out ones bring none.
         """
-        patience = max(math.ceil(64 / self.held_out_fraction), 64)
-        barren = 0
-        while len(self._held_out) < count and barren < patience:
+        patience = math.ceil(PATIENCE / self.held_out_fraction)
+        while len(self._held_out) < count and self._barren < patience:
             item = hashed_integer("held_out", self.seed, self._draws) % self.size
             self._draws += 1
             before = len(self._held_out)
-            if self._is_held_out(item):
+            if self._side(item) == "held_out":
                 self._held_out.setdefault(self._key(item), item)
-            barren = barren + 1 if len(self._held_out) == before else 0
+            self._barren = self._barren + 1 if len(self._held_out) == before else 0
         items = list(self._held_out.values())[:count]
         return [self._prompt(item, index) for index, item in enumerate(items)]
 
@@ -140,7 +142,7 @@ class ReasoningGymTask:
             if len(found) == count:
                 return list(found.values())
             item = hashed_integer("shots", draw) % self.size
-            if not self._is_held_out(item):
+            if self._side(item) == "train":
                 prompt = self._prompt(item, 0)
                 found.setdefault(self._key(item), (prompt.text, str(prompt.answer)))
         raise TaskError(f"{self.name}: {MAX_DRAWS} draws gave {len(found)} training questions; got shots={count}")
@@ -149,8 +151,12 @@ class ReasoningGymTask:
     def _way_out(self) -> str:
         return f"change held_out_fraction={self.held_out_fraction} or ask for larger questions"
 
-    def _is_held_out(self, item: int) -> bool:
-        return falls_in_share(self._key(item), self.held_out_fraction)
+    def _side(self, item: int) -> Literal["train", "held_out"] | None:
+        """The side an item is on; None of one that could not be made: codeio leaves it empty when its program fails."""
+        metadata = self._judge.entry(item)["metadata"]
+        if self.dataset == "codeio" and not metadata["input_data"] and not metadata["output_data"]:
+            return None
+        return "held_out" if falls_in_share(self._key(item), self.held_out_fraction) else "train"
 
     def _key(self, item: int) -> str:
         entry = self._judge.entry(item)

@@ -15,6 +15,7 @@ import io
 import json
 import random
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -139,8 +140,9 @@ def generate_entry(name: str, knobs: str, item: int) -> Mapping[str, Any]:
     Kept for the next call, since a training question is judged once for each of its completions.
     """
     dataset = make_dataset(name, knobs)
-    # codeio prints the errors of programs that it runs to make its questions; they are the package's own.
-    with _global_generators_seeded(item), contextlib.redirect_stdout(io.StringIO()):
+    # codeio runs programs of the package's own to make its questions; some print, warn or fail.
+    with _global_generators_seeded(item), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         entry: Mapping[str, Any] = dataset[item]
     return entry
 
