@@ -213,9 +213,8 @@ def test_examples_are_distinct_training_questions_with_their_solutions_whatever_
 
 
 def test_images_in_a_task_of_text_are_one_line_with_the_way_out(tmp_path):
-    from PIL import Image
-
-    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     rows = datasets.Dataset.from_dict({"prompt": ["p"], "answer": ["a"], "picture": [str(tmp_path / "a.png")]})
     rows = rows.cast_column("picture", datasets.Image())
     rows.save_to_disk(tmp_path / "saved")
@@ -232,6 +231,8 @@ def test_images_in_a_task_of_text_are_one_line_with_the_way_out(tmp_path):
     for name, column in columns.items():
         text = message(path=tmp_path / name)
         assert f"prompts are text so far, vision-language models come later; got images in {column}; " in text
+        if name in ("saved", "listed"):  # by the column's type, before an image is decoded
+            assert text.startswith(f"{tmp_path / name}[train]: ")
         task = DatasetTask(path=tmp_path / name, drop_fields=[column], held_out_fraction=1)
         assert column not in task.held_out(1)[0].metadata
 

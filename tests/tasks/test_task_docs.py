@@ -32,7 +32,8 @@ def rows(tmp_path, monkeypatch):
 
     def load(path, **arguments):
         row = {**ROW, "question": arguments["split"]}
-        return datasets.Dataset.from_list([{**row, "question": f"{row} {i}?", "answer": f"#### {i}"} for i in range(60)])
+        rows = [{**row, "question": f"{row} {i}?", "answer": f"#### {i}"} for i in range(60)]
+        return datasets.Dataset.from_list(rows)
 
     def load_problems(path, **arguments):
         return datasets.Dataset.from_list([{**ROW, "problem": f"{i}?", "answer": "1"} for i in range(60)])
