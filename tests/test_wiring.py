@@ -13,6 +13,7 @@ from sapo.loop import TrainingRun
 from sapo.model.policy import load_policy
 from sapo.preflight import load_tasks
 from sapo.run_directory import RunDirectory
+from sapo.tasks import TaskError
 
 
 @pytest.fixture
@@ -106,4 +107,12 @@ def test_a_mistake_in_the_last_row_of_a_file_is_found_before_anything_is_written
         file.write('{"prompt": "what?", "answer": "1"}\n')
     with pytest.raises(ModelError, match="cannot encode the prompt 'what"):
         sapo.train(sapo.load_recipe(recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_on_a_benchmark_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = sapo.load_recipe(write_recipe(tmp_path), ["tasks.0.held_out_fraction=1"])
+    with pytest.raises(TaskError, match="prompts: all 24 rows are held out for evaluation"):
+        sapo.train(config)
     assert not (tmp_path / "run").exists()

@@ -62,7 +62,7 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
     room = config.rollout.max_new_tokens
     for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
         rows = getattr(train, "num_train", 1)  # a file has an end; a mistake in its last row is found now
-        asked = [train.train_prompt(i) for i in range(rows)]
+        asked = [train.train_prompt(i) for i in range(max(rows, 1))]  # a benchmark has none, and says so when asked
         questions = [*asked, *held_out.held_out(config.eval.problems)]
         for prompt in tasks.formats[train.name].encode(policy, questions):
             if policy.max_length is not None and len(prompt.token_ids) + room > policy.max_length:

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from fractions import Fraction
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.tasks import TaskError, prompts_for_step
+from sapo.tasks import TaskError, make_task, prompts_for_step
 from sapo.tasks.mixture import MAX_PERIOD
 
 
@@ -41,6 +42,36 @@ def test_dividing_weights_give_the_same_shares_in_every_batch():
     for step in range(100):
         chosen = prompts_for_step(mixture([2, 1, 1]), step, 32)
         assert Counter(name for name, _ in chosen) == {"task 0": 16, "task 1": 8, "task 2": 8}
+
+
+@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed (extra tasks)")
+def test_three_real_tasks_two_to_one_to_one_have_that_ratio_in_every_batch(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"problem": "p{i}", "answer": {i}}}\n' for i in range(40)))
+    tasks = [
+        make_task("file", seed=0, path=path, prompt_field="problem", name="rows"),
+        make_task("reasoning_gym/chain_sum", seed=0, name="sums"),
+        make_task("arithmetic", seed=0, name="add"),
+    ]
+    weighted = list(zip(tasks, (2, 1, 1), strict=True))
+    asked = {task.name: [] for task in tasks}
+    for prompts_per_step in (4, 8, 36):
+        for step in range(10):
+            chosen = prompts_for_step(weighted, step, prompts_per_step)
+            prompts = [task.train_prompt(index) for task, index in chosen]
+            share = prompts_per_step // 4
+            assert Counter(prompt.task for prompt in prompts) == {"rows": 2 * share, "sums": share, "add": share}
+            if prompts_per_step == 8:
+                for prompt in prompts:
+                    asked[prompt.task].append(prompt)
+    # Each task was asked for its own 0, 1, 2, ...: an epoch of the file has each of its rows once.
+    assert {name: [prompt.id for prompt in prompts] for name, prompts in asked.items()} == {
+        "rows": list(range(40)),
+        "sums": list(range(20)),
+        "add": list(range(20)),
+    }
+    epoch = [prompt.text for prompt in asked["rows"][: tasks[0].num_train]]
+    assert len(set(epoch)) == tasks[0].num_train
 
 
 def test_a_single_task_gets_every_index():

@@ -6,20 +6,28 @@ A step asks `prompts_for_step` which prompts it needs, a Task for their text, an
 
 from sapo.tasks.arithmetic import ALPHABET, ArithmeticTask
 from sapo.tasks.base import FiniteTask, JudgedTask, Task, TaskError, WorkedTask
-from sapo.tasks.files import FileTask
+from sapo.tasks.datasets import DatasetTask
+from sapo.tasks.files import FileTask, RowTask
 from sapo.tasks.mixture import prompts_for_step
+from sapo.tasks.presets import PRESETS, Preset
+from sapo.tasks.reasoning import ReasoningGymTask
 from sapo.tasks.registry import TASKS, make_task
 from sapo.tasks.scoring import score_completions, score_groups, status_counts
 from sapo.tasks.verifiers import VERIFIERS, load_verifier
 
 __all__ = [
     "ALPHABET",
+    "PRESETS",
     "TASKS",
     "VERIFIERS",
     "ArithmeticTask",
+    "DatasetTask",
     "FileTask",
     "FiniteTask",
     "JudgedTask",
+    "Preset",
+    "ReasoningGymTask",
+    "RowTask",
     "Task",
     "TaskError",
     "WorkedTask",

@@ -8,7 +8,10 @@ from typing import Any
 
 from sapo.tasks.arithmetic import ArithmeticTask
 from sapo.tasks.base import Task, TaskError, did_you_mean
+from sapo.tasks.datasets import DatasetTask
 from sapo.tasks.files import FileTask
+from sapo.tasks.presets import ALIASES, PRESETS
+from sapo.tasks.reasoning import ReasoningGymTask
 from sapo.tasks.sums import SumsTask
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -17,11 +20,17 @@ TASKS: dict[str, Callable[..., Task]] = {
     "jsonl": FileTask,
     "parquet": FileTask,
     "sums": SumsTask,
+    "dataset": DatasetTask,
+    "reasoning_gym": ReasoningGymTask,
+    **PRESETS,
+    **{alias: PRESETS[name] for alias, name in ALIASES.items()},
 }
 
 
 def make_task(kind: str, /, *, seed: int, **options: Any) -> Task:
     """The task of TASKS called `kind` with its options; an option `name` is what logs call it.
+
+    `reasoning_gym/chain_sum` is the task reasoning_gym with dataset=chain_sum.
 
     Raises:
         TaskError: an unknown task or option, with the nearest known, or an option that is missing or wrong.
@@ -29,16 +38,22 @@ def make_task(kind: str, /, *, seed: int, **options: Any) -> Task:
     >>> make_task("arithmetic", seed=0, digits=2).train_prompt(0).text
     '23+92='
     """
+    kind, slash, dataset = kind.partition("/")
+    if slash and kind == "reasoning_gym":
+        options = {"dataset": dataset, **options}
+    elif slash:
+        kind = f"{kind}/{dataset}"
     if kind not in TASKS:
         raise TaskError(f"a task must be one of {', '.join(TASKS)}; got {kind!r}{did_you_mean(kind, TASKS)}")
     parameters = inspect.signature(TASKS[kind]).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in options:
-        if option not in parameters:
+        if option not in parameters and not takes_more:
             known = [name for name in parameters if name != "seed"]
             raise TaskError(
                 f"task {kind!r} takes the options {', '.join(known)}; got {option!r}{did_you_mean(option, known)}"
             )
     for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in options:
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in options:
             raise TaskError(f"task {kind!r} needs the option {name!r}; got {list(options)}; add {name}=...")
     return TASKS[kind](seed=seed, **options)
