@@ -11,9 +11,10 @@ SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
     ("objectives", "data", "config"),
-    ("tasks", "model"),
+    ("tasks", "model", "conformance"),
     ("prompting", "batch", "rollout"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
+    ("integrations",),
     ("preflight", "coldstart", "loop", "session", "progress"),
     ("cli",),
 )
@@ -21,6 +22,7 @@ ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, 
 
 # Beside the order: the mathematics needs nothing of ours, and tasks and models know nothing of each other or of config.
 ALLOWED = {"objectives": set(), "data": set(), "config": {"objectives"}, "tasks": {"data"}, "model": {"data"}}
+ALLOWED["conformance"] = {"objectives", "config"}
 
 
 def imported_stations(source: str) -> set[str]:
