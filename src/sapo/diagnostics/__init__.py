@@ -5,6 +5,6 @@ an update that was skipped) is left out, never written as 0.
 """
 
 from sapo.diagnostics.rollout import rollout_metrics
-from sapo.diagnostics.update import update_metrics
+from sapo.diagnostics.update import gate_metrics, update_metrics
 
-__all__ = ["rollout_metrics", "update_metrics"]
+__all__ = ["gate_metrics", "rollout_metrics", "update_metrics"]
