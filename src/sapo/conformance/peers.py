@@ -279,7 +279,9 @@ FAMILIES: dict[str, Family] = {
         Family("sapo", "sapo-rl", "pip install sapo-rl", own_subjects),
         Family("trl", "trl", "pip install 'sapo-rl[peers]'", trl_subjects),
         Family("liger", "liger-kernel", "pip install 'sapo-rl[peers]'", liger_subjects),
-        Family("verl", "verl", "make test-verl makes .venv-verl, which has it", verl_subjects),
+        Family(
+            "verl", "verl", "make test-verl, then .venv-verl/bin/python -m sapo.cli conformance verl", verl_subjects
+        ),
     )
 }
 """By the name on the command line."""

@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOConfig, GRPOTrainer
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ModuleNotFoundError("trl is not installed; add it with: pip install 'sapo-rl[trl]'", name="trl") from None
 
 from sapo.diagnostics import gate_metrics
 from sapo.model.head import policy_head, token_logprobs

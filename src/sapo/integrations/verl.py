@@ -20,7 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+
+try:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+except ModuleNotFoundError as error:
+    if error.name != "verl":
+        raise
+    raise ModuleNotFoundError("verl is not installed; see https://verl.readthedocs.io", name="verl") from None
 
 from sapo.objectives import OBJECTIVES, effective_update_ratio, gate_weight, make_objective, policy_loss
 
