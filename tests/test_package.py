@@ -16,16 +16,20 @@ import sapo
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(sapo.__path__, "sapo.")]
+HOSTS = {"sapo.integrations.trl": "trl", "sapo.integrations.verl": "verl"}
+"""What these modules live inside: verl only in .venv-verl."""
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings_are_true(name: str) -> None:
+    if name in HOSTS:
+        pytest.importorskip(HOSTS[name])
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
 
 
 def test_there_are_examples_in_docstrings() -> None:
-    total = sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES)
+    total = sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES if name not in HOSTS)
     assert total > 40
 
 

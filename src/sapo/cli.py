@@ -152,6 +152,50 @@ def evaluate(
     _say(f"wrote {out}")
 
 
+@app.command()
+def conformance(
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUBJECT]... [KEY=VALUE]...",
+            help="sapo, trl, liger, verl, or a loss of yours as module:function with its settings; sapo when left out.",
+        ),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="The objective that a loss of yours is.")] = "sapo",
+    normalizer: Annotated[str | None, typer.Option(help="Its normaliser; that of the objective when left out.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the whole as a page of markdown.")] = None,
+) -> None:
+    """Judge policy losses by the laws they should obey.
+
+    Exit code 1 when sapo or a loss of yours breaks one; 0 whatever the neighbours do.
+    """
+    from sapo.conformance.peers import FAMILIES
+    from sapo.conformance.report import Report, judge_family, judge_function
+    from sapo.conformance.report import markdown as as_markdown
+
+    words = subjects or []
+    names = [word for word in words if "=" not in word] or ["sapo"]
+    settings = _settings([word for word in words if "=" in word])
+    sys.path.insert(0, "")  # a loss of the user's, beside which the command was given
+    reports: list[Report] = []
+    for name in names:
+        if ":" in name:
+            reports.append(judge_function(name, objective=objective, normalizer=normalizer, hyper=settings))
+        elif name in FAMILIES:
+            reports.append(judge_family(name))
+        else:
+            from sapo.config import ConfigError
+
+            known = ", ".join(FAMILIES)
+            raise ConfigError(f"a subject is one of {known} or module:function; got {name!r}; choose one of these")
+        _print_conformance(reports[-1])
+    if markdown is not None:
+        markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))
+        _say(f"wrote {markdown}")
+    if any(report.ours and report.broken for report in reports):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for the user's mistakes, tracebacks for ours."""
     try:
@@ -267,11 +311,33 @@ def _as_options(config: Any) -> str:
     return " ".join(parts)
 
 
-def _make_task(name: str, options: list[str], seed: int) -> Any:
+def _settings(words: list[str]) -> dict[str, Any]:
     from sapo.config import parse_override
+
+    return dict(parse_override(word) for word in words)
+
+
+def _print_conformance(report: Any) -> None:
+    from sapo.conformance.laws import LAWS
+    from sapo.conformance.report import counterexamples, summary
+
+    styles = {"held": "[green]held[/]", "broken": "[red]broken[/]", "does not apply": "-"}
+    table = Table(title=f"{report.family} {report.version}".rstrip())
+    table.add_column("law", no_wrap=True)
+    for name in report.names():
+        table.add_column(name.rpartition(":")[2])
+    for place, law in enumerate(LAWS):
+        table.add_row(law, *(styles[verdicts[place].status] for verdicts in report.verdicts))
+    Console(width=max(console.width, 48 + 10 * len(report.subjects))).print(table)
+    for line in counterexamples(report):
+        _say(line)
+    _say(summary(report))
+
+
+def _make_task(name: str, options: list[str], seed: int) -> Any:
     from sapo.tasks import make_task
 
-    settings = dict(parse_override(o) for o in options)
+    settings = _settings(options)
     if Path(name).suffix in (".jsonl", ".parquet", ".json"):
         return make_task("file", seed=seed, path=name, **settings)
     return make_task(name, seed=seed, **settings)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from objective_cases import LENGTHS, flat_batch, leaf, padded_batch
 
-from sapo.objectives import make_objective, policy_loss
+from sapo.objectives import gate_weight, make_objective, policy_loss
 
 
 def token(log_ratio, advantage):
@@ -114,13 +114,108 @@ def test_cispo_has_the_gradient_of_its_published_loss_and_no_jump_at_the_cap():
     assert above.slope_M.item() == pytest.approx(below.slope_M.item(), rel=1e-8)
 
 
+def with_probability(objective, ratio, advantage, probability):
+    """The surrogate of one token of that pi_old."""
+    old_logprob_M = torch.tensor([math.log(probability)], dtype=torch.float64)
+    return objective.surrogate(*token(math.log(ratio), advantage), old_logprob_M)
+
+
 def test_maspo_is_a_gaussian_on_the_side_of_drift_only():
-    maspo = make_objective("maspo", sigma=0.5)
+    maspo = make_objective("maspo", sigma=0.5, alpha=0.0, beta_pos=0.0, beta_neg=0.0)
     gaussian = math.exp(-(0.75**2) / (2 * 0.25))
     for ratio, advantage, weight in ((1.75, 2.0, gaussian), (0.25, -2.0, gaussian), (0.25, 2.0, 1), (1.75, -2.0, 1)):
-        out = maspo.surrogate(*token(math.log(ratio), advantage))
+        out = with_probability(maspo, ratio, advantage, 0.3)
         assert out.weight_M.item() == pytest.approx(weight, rel=1e-12)
         assert out.slope_M.item() == pytest.approx(weight * ratio * advantage, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "probability", "width"),
+    [
+        (1.5, 1.0, 1.0, 1.03),  # the limiter leaves a certain token alone; the controller widens
+        (1.5, 2.0, 0.01, 0.01**-0.3 * 1.06),
+        (0.5, -2.0, 0.01, 0.01**-0.3 / 1.06),
+        (1.5, 2.0, 1e-9, 10 * 1.06),  # 1e-9 to the -0.3 is 501: held at sigma_max
+        (9.0, 400.0, 1.0, 10.0),  # 1 + 0.03 x 400 = 13: held at 10
+        (0.5, -400.0, 1.0, 0.1),  # 1 / 13: held at 0.1
+    ],
+)
+def test_maspo_by_hand_widens_for_rare_tokens_and_by_the_advantage(ratio, advantage, probability, width):
+    out = with_probability(make_objective("maspo"), ratio, advantage, probability)
+    weight = math.exp(-((ratio - 1) ** 2) / (2 * width**2))
+    assert out.weight_M.item() == pytest.approx(weight, rel=1e-12)
+    assert out.slope_M.item() == pytest.approx(weight * ratio * advantage, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "probability", "weight"),
+    [
+        (1.3, 1.0, 0.6, 1),  # 0.6 -> 0.78: up by 0.18
+        (1.4, 1.0, 0.6, 0),  # up by 0.24
+        (15.0, 1.0, 0.01, 1),  # up by 0.14: a rare token may grow
+        (22.0, 1.0, 0.01, 0),  # up by 0.21
+        (0.75, -1.0, 0.6, 1),  # down by 0.15
+        (0.6, -1.0, 0.6, 0),  # down by 0.24
+        (0.001, -1.0, 0.19, 1),  # there is no more to lose
+        (0.1, 1.0, 0.9, 1),  # the way back is open
+        (1.5, -1.0, 0.9, 1),
+        (25.0, 1.0, 0.001, 0.8),  # 20 / 25: the cap
+        (25.0, -1.0, 0.001, 0.8),
+    ],
+)
+def test_dppo_by_hand_keeps_a_token_by_the_probability_that_moved(ratio, advantage, probability, weight):
+    out = with_probability(make_objective("dppo_tv"), ratio, advantage, probability)
+    assert out.weight_M.item() == pytest.approx(weight, rel=1e-12)
+    assert out.slope_M.item() == pytest.approx(weight * ratio * advantage, rel=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_dppo_keeps_a_token_at_the_edge_of_its_band(advantage):
+    # 0.5 -> 0.75 or 0.25 and a band of 0.25: every number is exact in binary, exp(log 0.5) too.
+    dppo = make_objective("dppo_tv", tv_low=0.25, tv_high=0.25)
+    ratio = 1 + 0.5 * advantage
+    inside, outside = (with_probability(dppo, ratio * (1 + h * advantage), advantage, 0.5) for h in (-1e-9, 1e-9))
+    assert (inside.weight_M.item(), outside.weight_M.item()) == (1, 0)
+    assert outside.value_M.item() == pytest.approx(inside.value_M.item(), rel=1e-8)
+
+
+def test_dppo_value_has_no_jump_at_the_cap_nor_at_an_edge_beyond_it():
+    # pi_old = 0.01: the edge is at r = 21, beyond the cap of 20.
+    dppo = make_objective("dppo_tv")
+    for r in (20.0, 21.0):
+        below, above = (with_probability(dppo, r + h, 1.0, 0.01) for h in (-1e-9, 1e-9))
+        assert above.value_M.item() == pytest.approx(below.value_M.item(), rel=1e-9)
+    assert with_probability(dppo, 30.0, 1.0, 0.01).value_M.item() == pytest.approx(20 * (1 + math.log(21 / 20)))
+
+
+def test_dppo_has_the_gradient_of_its_published_loss():
+    log_ratio_M, advantages_M, sequence_M, batch = flat_batch()
+    old_logprob_M = torch.linspace(-0.1, -3, log_ratio_M.numel(), dtype=torch.float64)
+    logp_M = leaf(old_logprob_M + log_ratio_M)
+    moved_M = logp_M.exp() - old_logprob_M.exp()
+    kept_M = torch.where(advantages_M > 0, moved_M <= 0.1, moved_M >= -0.1)
+    assert 0 < int(kept_M.sum()) < kept_M.numel()
+    ratio_M = (logp_M - old_logprob_M).exp().clamp(max=1.2)
+    expected = torch.autograd.grad(((ratio_M * kept_M).detach() * advantages_M * logp_M).sum(), logp_M)[0]
+    dppo = make_objective("dppo_tv", tv_low=0.1, tv_high=0.1, ratio_cap=1.2)
+    out = dppo.surrogate(log_ratio_M, advantages_M, sequence_M, batch, old_logprob_M)
+    torch.testing.assert_close(out.slope_M, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_dppo_of_certain_tokens_is_grpo_with_a_clip_of_the_same_width():
+    # pi_old = 1: pi - pi_old = r - 1.
+    ours = make_objective("dppo_tv", tv_low=0.2, tv_high=0.3).surrogate(*flat_batch(), torch.zeros(15).double())
+    same(ours, make_objective("grpo", eps_low=0.2, eps_high=0.3).surrogate(*flat_batch()))
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "maspo"])
+def test_an_objective_that_gates_by_probability_asks_for_it(name):
+    expected = rf"{name} gates a token by its probability, so log pi_old must be given; got None; pass old_logprob_M"
+    with pytest.raises(ValueError, match=expected):
+        make_objective(name).surrogate(*flat_batch())
+    logp, old, advantages, mask = padded_batch()
+    with pytest.raises(ValueError, match=expected):
+        gate_weight(name, logp - old, advantages, mask)
 
 
 def gmpo_by_loops(log_ratios, advantage, low, high):

@@ -13,7 +13,7 @@ NAMES = ["sapo", "grpo", "gspo", "gspo_token", "sapo_seq", "dr_grpo", "dapo", "m
 
 
 def test_the_registry_names_each_objective_as_it_names_itself():
-    assert list(OBJECTIVES) == [*NAMES, "maspo", "gmpo", "luspo", "vespo"]
+    assert list(OBJECTIVES) == [*NAMES, "maspo", "gmpo", "luspo", "vespo", "dppo_tv"]
     for name, objective in OBJECTIVES.items():
         assert objective.name == name
         assert make_objective(name) == objective()
@@ -35,7 +35,11 @@ def test_defaults_are_those_of_the_papers():
     assert dataclasses.asdict(make_objective("luspo")) == {"eps_low": 2e-3, "eps_high": 2.5e-3}
     assert dataclasses.asdict(make_objective("rloo")) == {"eps_low": 0.2, "eps_high": 0.2}
     assert dataclasses.asdict(make_objective("cispo")) == {"ratio_cap": 5.0}
-    assert dataclasses.asdict(make_objective("maspo")) == {"sigma": 1.0}
+    # The authors' code, github.com/FlyTune/MASPO-RL; verl's dppo_tv.
+    assert dataclasses.asdict(make_objective("maspo")) == {
+        "sigma": 1.0, "alpha": 0.3, "beta_pos": 0.03, "beta_neg": 0.03, "sigma_max": 10.0
+    }  # fmt: skip
+    assert dataclasses.asdict(make_objective("dppo_tv")) == {"tv_low": 0.2, "tv_high": 0.2, "ratio_cap": 20.0}
     assert dataclasses.asdict(make_objective("gmpo")) == {"log_low": 0.4, "log_high": 0.4}
     assert dataclasses.asdict(make_objective("vespo")) == {
         "k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0
@@ -65,6 +69,9 @@ def test_objectives_are_frozen_and_take_keywords_only(name):
     [
         *((name, option, paper) for name in SOFT for option, paper in (("tau_pos", "1.0"), ("tau_neg", "1.05"))),
         ("maspo", "sigma", "1.0"),
+        ("maspo", "sigma_max", "10.0"),
+        ("dppo_tv", "tv_low", "0.2"),
+        ("dppo_tv", "tv_high", "0.2"),
         ("gmpo", "log_low", "0.4"),
         ("gmpo", "log_high", "0.4"),
         ("vespo", "k_pos", "2.0"),
@@ -90,10 +97,25 @@ def test_a_clip_outside_zero_to_one_is_refused(name, option, bad):
 
 
 @pytest.mark.parametrize("bad", [0.999, -1.0, math.nan, math.inf, "5"])
-def test_a_cap_below_one_is_refused(bad):
+@pytest.mark.parametrize(("name", "paper"), [("cispo", 5.0), ("dppo_tv", 20.0)])
+def test_a_cap_below_one_is_refused(name, paper, bad):
     with pytest.raises(ValueError) as error:
-        make_objective("cispo", ratio_cap=bad)
-    assert str(error.value) == f"ratio_cap must be finite and at least 1; got {bad!r}; the paper uses 5.0"
+        make_objective(name, ratio_cap=bad)
+    assert str(error.value) == f"ratio_cap must be finite and at least 1; got {bad!r}; the paper uses {paper}"
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "1", None])
+@pytest.mark.parametrize("option", ["alpha", "beta_pos", "beta_neg"])
+def test_a_setting_of_maspo_below_zero_is_refused(option, bad):
+    with pytest.raises(ValueError) as error:
+        make_objective("maspo", **{option: bad})
+    paper = getattr(make_objective("maspo"), option)
+    assert str(error.value) == f"{option} must be finite and at least 0; got {bad!r}; the paper uses {paper}"
+
+
+def test_a_largest_width_below_the_width_is_refused():
+    with pytest.raises(ValueError, match=r"sigma_max must be at least sigma, 3.0; got 2.0; raise sigma_max"):
+        make_objective("maspo", sigma=3.0, sigma_max=2.0)
 
 
 def test_the_edges_of_the_allowed_ranges_are_allowed():

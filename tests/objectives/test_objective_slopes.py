@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from objective_cases import UNGATED, VARIANT_IDS, VARIANTS, flat_batch, leaf
+from objective_cases import UNGATED, VARIANT_IDS, VARIANTS, evaluate, flat_batch, leaf
 
 from sapo.objectives import GATES, LOG_RATIO_LIMIT, OBJECTIVES, make_objective
 from sapo.objectives.theory import sequence_mean
@@ -28,7 +28,7 @@ def token(log_ratio: float, advantage: float, dtype: torch.dtype = torch.float64
 def test_autograd_of_the_value_equals_the_closed_form_slope(name, hyper):
     log_ratio_M, advantages_M, sequence_M, batch = flat_batch()
     log_ratio_M = leaf(log_ratio_M)
-    out = make_objective(name, **hyper).surrogate(log_ratio_M, advantages_M, sequence_M, batch)
+    out = evaluate(make_objective(name, **hyper), log_ratio_M, advantages_M, sequence_M, batch)
     weights_M = weights_of(batch)[sequence_M]
     (gradient,) = torch.autograd.grad((weights_M * out.value_M).sum(), log_ratio_M)
     torch.testing.assert_close(gradient, weights_M * out.slope_M, rtol=1e-12, atol=1e-14)
@@ -47,12 +47,12 @@ def test_finite_differences_of_the_value_equal_the_closed_form_slope(name, hyper
     objective, weights_M = make_objective(name, **hyper), weights_of(batch)[sequence_M]
 
     def total(log_ratio_M):
-        return (weights_M * objective.surrogate(log_ratio_M, advantages_M, sequence_M, batch).value_M).sum()
+        return (weights_M * evaluate(objective, log_ratio_M, advantages_M, sequence_M, batch).value_M).sum()
 
     step = 1e-6
     steps = step * torch.eye(log_ratio_M.numel(), dtype=torch.float64)
     difference = torch.stack([(total(log_ratio_M + e) - total(log_ratio_M - e)) / (2 * step) for e in steps])
-    slope_M = objective.surrogate(log_ratio_M, advantages_M, sequence_M, batch).slope_M
+    slope_M = evaluate(objective, log_ratio_M, advantages_M, sequence_M, batch).slope_M
     torch.testing.assert_close(difference, weights_M * slope_M, rtol=1e-6, atol=1e-8)
 
 
@@ -146,7 +146,7 @@ def test_sapo_sequence_gate_is_the_limit_of_sapo_for_small_dispersed_ratios():
 @every_variant
 def test_on_policy_every_objective_has_weight_one_and_slope_equal_to_the_advantage(name, hyper):
     log_ratio_M, advantages_M, sequence_M, batch = flat_batch()
-    out = make_objective(name, **hyper).surrogate(0 * log_ratio_M, advantages_M, sequence_M, batch)
+    out = evaluate(make_objective(name, **hyper), 0 * log_ratio_M, advantages_M, sequence_M, batch)
     assert bool((out.weight_M == 1).all())
     torch.testing.assert_close(out.slope_M, advantages_M, rtol=1e-15, atol=0)
 
@@ -161,8 +161,8 @@ def test_beyond_the_limit_the_value_is_that_of_the_limit_and_slope_and_gradient_
     objective = make_objective(name, **hyper)
     log_ratio_M, *rest = token(log_ratio, advantage, dtype)
     log_ratio_M = leaf(log_ratio_M)
-    out = objective.surrogate(log_ratio_M, *rest)
-    at_limit = objective.surrogate(*token(math.copysign(LOG_RATIO_LIMIT, log_ratio), advantage, dtype))
+    out = evaluate(objective, log_ratio_M, *rest)
+    at_limit = evaluate(objective, *token(math.copysign(LOG_RATIO_LIMIT, log_ratio), advantage, dtype))
     (gradient,) = torch.autograd.grad(out.value_M.sum(), log_ratio_M)
     assert (out.slope_M.item(), gradient.item()) == (0, 0)
     assert math.isfinite(out.value_M.item())
@@ -176,7 +176,7 @@ def test_beyond_the_limit_the_value_is_that_of_the_limit_and_slope_and_gradient_
 def test_at_the_limit_autograd_and_slope_still_agree(name, hyper, log_ratio):
     log_ratio_M, *rest = token(log_ratio, -1.0)
     log_ratio_M = leaf(log_ratio_M)
-    out = make_objective(name, **hyper).surrogate(log_ratio_M, *rest)
+    out = evaluate(make_objective(name, **hyper), log_ratio_M, *rest)
     (gradient,) = torch.autograd.grad(out.value_M.sum(), log_ratio_M)
     # Near saturation autograd subtracts nearly equal numbers; the remainder is far below the advantage of 1.
     torch.testing.assert_close(gradient, out.slope_M, rtol=1e-9, atol=1e-6)
@@ -189,7 +189,7 @@ def test_a_nan_comes_out_as_nan_and_stays_in_its_sequence(name, hyper):
         log_ratio_M = log_ratio_M.clone()
         (log_ratio_M if poisoned == "log_ratio" else advantages_M)[1] = torch.nan
         log_ratio_M = leaf(log_ratio_M)
-        out = make_objective(name, **hyper).surrogate(log_ratio_M, advantages_M, sequence_M, batch)
+        out = evaluate(make_objective(name, **hyper), log_ratio_M, advantages_M, sequence_M, batch)
         (gradient,) = torch.autograd.grad(out.value_M.sum(), log_ratio_M)
         for tensor in (out.value_M, out.slope_M, out.weight_M, gradient):
             assert tensor[1].isnan()
@@ -202,7 +202,7 @@ def test_coupled_says_whether_a_slope_depends_on_other_tokens_of_its_sequence(na
     sequence_M = torch.tensor([0, 0, 1])
     wide = {f.name: 0.9 for f in dataclasses.fields(OBJECTIVES[name]) if f.name.startswith("eps_")}
     slopes = [
-        make_objective(name, **wide).surrogate(z, torch.ones(3).double(), sequence_M, 2).slope_M
+        evaluate(make_objective(name, **wide), z, torch.ones(3).double(), sequence_M, 2).slope_M
         for z in (log_ratio_M, log_ratio_M + torch.tensor([0.0, 0.1, 0.0]))
     ]
     assert bool(slopes[0][0] != slopes[1][0]) is OBJECTIVES[name].coupled

@@ -12,6 +12,7 @@ from objective_cases import (
     NORMALIZER_OPTIONS,
     VARIANT_IDS,
     VARIANTS,
+    evaluate,
     leaf,
     padded_batch,
 )
@@ -115,12 +116,12 @@ def test_padding_may_hold_anything(name, hyper, garbage, dtype):
     logp, old, advantages, mask = padded_batch(dtype)
     advantages_BT = advantages[:, None].expand_as(logp).clone()
     loss, gradient_BT = loss_and_gradient(name, logp, old, advantages, mask, **hyper)
-    weight_BT = gate_weight(name, logp - old, advantages, mask, **hyper)
+    weight_BT = gate_weight(name, logp - old, advantages, mask, logp_old_BT=old, **hyper)
     dirty = [torch.where(mask, x, torch.tensor(garbage, dtype=dtype)) for x in (logp, old, advantages_BT)]
     dirty_loss, dirty_BT = loss_and_gradient(name, *dirty, mask, **hyper)
     assert dirty_loss.item() == loss.item()
     assert torch.equal(dirty_BT, gradient_BT)
-    assert torch.equal(gate_weight(name, dirty[0] - dirty[1], dirty[2], mask, **hyper), weight_BT)
+    assert torch.equal(gate_weight(name, dirty[0] - dirty[1], dirty[2], mask, logp_old_BT=dirty[1], **hyper), weight_BT)
 
 
 @both_dtypes
@@ -176,9 +177,9 @@ def test_a_nan_at_a_response_token_is_not_hidden(name, hyper):
 def test_gate_weight_is_that_of_the_surrogate_and_zero_on_padding():
     logp, old, advantages, mask = padded_batch()
     for name, hyper in VARIANTS:
-        weight_BT = gate_weight(name, logp - old, advantages, mask, **hyper)
+        weight_BT = gate_weight(name, logp - old, advantages, mask, logp_old_BT=old, **hyper)
         sequence_M = mask.nonzero()[:, 0]
-        out = make_objective(name, **hyper).surrogate((logp - old)[mask], advantages[sequence_M], sequence_M, len(mask))
+        out = evaluate(make_objective(name, **hyper), (logp - old)[mask], advantages[sequence_M], sequence_M, len(mask))
         assert torch.equal(weight_BT[mask], out.weight_M)
         assert bool((weight_BT[~mask] == 0).all())
         assert bool((weight_BT[mask] <= 1).all()) is (name not in AMPLIFYING)
@@ -222,6 +223,8 @@ def test_without_a_normalizer_the_loss_is_that_of_the_objectives_source(name):
         "dapo": "token_mean",
         "cispo": "token_mean",
         "vespo": "token_mean",
+        "maspo": "token_mean",
+        "dppo_tv": "token_mean",
         "minirl": "sequence_sum",
         "reinforce": "sequence_sum",
         "rloo": "sequence_sum",

@@ -6,6 +6,13 @@ an update that was skipped) is left out, never written as 0.
 
 from sapo.diagnostics.panels import task_panels
 from sapo.diagnostics.rollout import rollout_metrics
-from sapo.diagnostics.update import step_update_metrics, task_update_metrics, update_metrics
+from sapo.diagnostics.update import gate_metrics, step_update_metrics, task_update_metrics, update_metrics
 
-__all__ = ["rollout_metrics", "step_update_metrics", "task_panels", "task_update_metrics", "update_metrics"]
+__all__ = [
+    "gate_metrics",
+    "rollout_metrics",
+    "step_update_metrics",
+    "task_panels",
+    "task_update_metrics",
+    "update_metrics",
+]

@@ -37,16 +37,7 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     if result.skipped:
         return {}
     metrics = {"loss": result.loss, "grad_norm": result.grad_norm}
-    metrics |= _ratio_metrics(result.log_ratio_M)
-    metrics |= {
-        "gate/eur": effective_update_ratio(result.weight_M).item(),
-        "gate/effective_tokens": effective_tokens(result.weight_M).item(),
-        "gate/below_half": (result.weight_M < 0.5).double().mean().item(),
-        "gate/min": result.weight_M.min().item(),
-    }
-    for name, side_M in (("pos", result.advantage_M > 0), ("neg", result.advantage_M <= 0)):
-        if side_M.any():
-            metrics[f"gate/eur_{name}"] = effective_update_ratio(result.weight_M[side_M]).item()
+    metrics |= gate_metrics(result.log_ratio_M, result.weight_M, result.advantage_M)
     metrics |= _theory_metrics(result, tau_pos, tau_neg)
     if result.entropy_M is not None:
         metrics["entropy"] = result.entropy_M.double().mean().item()
@@ -54,6 +45,29 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
         metrics["kl"] = result.kl_M.mean().item()
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
+    return metrics
+
+
+def gate_metrics(log_ratio_M: Tensor, weight_M: Tensor, advantage_M: Tensor) -> dict[str, float]:
+    """How far the ratios have moved and what the gate left of them; nothing without tokens.
+
+    Args:
+        log_ratio_M: log r of each token, float64.
+        weight_M: gate weight f' of each.
+        advantage_M: whose sign tells the sides apart; a side without tokens is left out.
+    """
+    if not log_ratio_M.numel():
+        return {}
+    metrics = _ratio_metrics(log_ratio_M)
+    metrics |= {
+        "gate/eur": effective_update_ratio(weight_M).item(),
+        "gate/effective_tokens": effective_tokens(weight_M).item(),
+        "gate/below_half": (weight_M < 0.5).double().mean().item(),
+        "gate/min": weight_M.min().item(),
+    }
+    for name, side_M in (("pos", advantage_M > 0), ("neg", advantage_M <= 0)):
+        if side_M.any():
+            metrics[f"gate/eur_{name}"] = effective_update_ratio(weight_M[side_M]).item()
     return metrics
 
 

@@ -26,6 +26,12 @@ def require_positive(name: str, value: float, paper: float) -> None:
         raise ValueError(f"{name} must be positive and finite; got {value!r}; the paper uses {paper}")
 
 
+def require_not_negative(name: str, value: float, paper: float) -> None:
+    """Raises ValueError unless 0 <= value < inf: 0 switches the term off, below it the term would change its sense."""
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0; got {value!r}; the paper uses {paper}")
+
+
 def require_cap(name: str, value: float, paper: float) -> None:
     """Raises ValueError unless 1 <= value < inf: below 1 a cap would cut tokens that are on policy."""
     if not (isinstance(value, Real) and math.isfinite(value) and value >= 1):

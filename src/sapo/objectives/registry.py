@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sapo.objectives.checks import unknown_option
 from sapo.objectives.normalizers import sequence_weights
+from sapo.objectives.probability import DPPO, MASPO
 from sapo.objectives.sequence import GMPO, GSPO, LUSPO, RLOO, VESPO, GSPOToken, SAPOSequence
 from sapo.objectives.surrogates import Objective
-from sapo.objectives.token import CISPO, DAPO, GRPO, MASPO, SAPO, DrGRPO, MiniRL, Reinforce
+from sapo.objectives.token import CISPO, DAPO, GRPO, SAPO, DrGRPO, MiniRL, Reinforce
 
 OBJECTIVES: dict[str, type[Any]] = {
     "sapo": SAPO,
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "gmpo": GMPO,
     "luspo": LUSPO,
     "vespo": VESPO,
+    "dppo_tv": DPPO,
 }
 
 
@@ -95,7 +97,8 @@ def policy_loss(
     objective = make_objective(name, **hyper)
     tokens = _flatten(objective, logp_BT, logp_old_BT, advantages, mask_BT)
     batch, selected = mask_BT.shape[0], tokens.selected_BT
-    log_ratio_M = logp_BT[selected] - logp_old_BT.detach()[selected]
+    old_logprob_M = logp_old_BT.detach()[selected]
+    log_ratio_M = logp_BT[selected] - old_logprob_M
     weights_B = sequence_weights(
         selected.sum(1),
         objective.normalizer if normalizer is None else normalizer,
@@ -103,23 +106,37 @@ def policy_loss(
         num_tokens=num_tokens,
         max_length=max_length,
     )
-    value_M = objective.surrogate(log_ratio_M, tokens.advantages_M, tokens.sequence_M, batch).value_M
-    return -(weights_B[tokens.sequence_M] * value_M).sum().to(logp_BT.dtype)
+    surrogate = objective.surrogate(log_ratio_M, tokens.advantages_M, tokens.sequence_M, batch, old_logprob_M)
+    return -(weights_B[tokens.sequence_M] * surrogate.value_M).sum().to(logp_BT.dtype)
 
 
 @torch.no_grad()
-def gate_weight(name: str, log_ratio_BT: Tensor, advantages: Tensor, mask_BT: Tensor, **hyper: Any) -> Tensor:
+def gate_weight(
+    name: str,
+    log_ratio_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    logp_old_BT: Tensor | None = None,
+    **hyper: Any,
+) -> Tensor:
     """The gate weight f' of each response token, 0 at other positions; (B, T) in the dtype of the log-ratios.
 
-    Args and errors as in policy_loss, with log_ratio_BT = logp_BT - logp_old_BT. Its mean over response tokens is the
-    effective update ratio.
+    Args and errors as in policy_loss, with log_ratio_BT = logp_BT - logp_old_BT; `logp_old_BT` itself must be given for
+    objectives that gate by probability (`needs_old_logprob`) and is read by no other. The mean over response tokens is
+    the effective update ratio.
     """
     objective = make_objective(name, **hyper)
-    tokens = _flatten(objective, log_ratio_BT, log_ratio_BT, advantages, mask_BT)
-    log_ratio_M = log_ratio_BT[tokens.selected_BT]
+    other_BT = log_ratio_BT if logp_old_BT is None else logp_old_BT
+    tokens = _flatten(objective, log_ratio_BT, other_BT, advantages, mask_BT)
+    selected = tokens.selected_BT
     weight_BT = torch.zeros_like(log_ratio_BT)
-    weight_BT[tokens.selected_BT] = objective.surrogate(
-        log_ratio_M, tokens.advantages_M, tokens.sequence_M, mask_BT.shape[0]
+    weight_BT[selected] = objective.surrogate(
+        log_ratio_BT[selected],
+        tokens.advantages_M,
+        tokens.sequence_M,
+        mask_BT.shape[0],
+        None if logp_old_BT is None else logp_old_BT[selected],
     ).weight_M
     return weight_BT
 

@@ -37,6 +37,7 @@ class GSPO:
     name: ClassVar[str] = "gspo"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -49,7 +50,14 @@ class GSPO:
         require_clip("eps_low", self.eps_low, type(self).eps_low)
         require_clip("eps_high", self.eps_high, type(self).eps_high)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """One gate per sequence. Shapes as in surrogates.Objective."""
         log_ratio_B, inside_B = bound_log_ratio(sequence_mean(log_ratio_M, sequence_M, num_sequences))
         advantages_B, ratio_B = sequence_mean(advantages_M.detach(), sequence_M, num_sequences), log_ratio_B.exp()
@@ -71,6 +79,7 @@ class GSPOToken:
     name: ClassVar[str] = "gspo_token"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = False
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -83,7 +92,14 @@ class GSPOToken:
         require_clip("eps_low", self.eps_low, type(self).eps_low)
         require_clip("eps_high", self.eps_high, type(self).eps_high)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """The gate is the sequence's, the advantage the token's. Shapes as in surrogates.Objective."""
         means_B = sequence_mean(log_ratio_M.detach(), sequence_M, num_sequences)
         log_ratio_B, inside_B = bound_log_ratio(means_B)
@@ -108,6 +124,7 @@ class SAPOSequence:
     name: ClassVar[str] = "sapo_seq"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -120,7 +137,14 @@ class SAPOSequence:
         require_positive("tau_pos", self.tau_pos, 1.0)
         require_positive("tau_neg", self.tau_neg, 1.05)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """One gate per sequence. Shapes as in surrogates.Objective."""
         log_ratio_B, inside_B = bound_log_ratio(sequence_mean(log_ratio_M, sequence_M, num_sequences))
         advantages_B = sequence_mean(advantages_M.detach(), sequence_M, num_sequences)
@@ -162,6 +186,7 @@ class GMPO:
     name: ClassVar[str] = "gmpo"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -174,7 +199,14 @@ class GMPO:
         require_positive("log_low", self.log_low, 0.4)
         require_positive("log_high", self.log_high, 0.4)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """One value per sequence, one gate per token. Shapes as in surrogates.Objective."""
         log_ratio, inside = bound_log_ratio(log_ratio_M)
         advantages = sequence_mean(advantages_M.detach(), sequence_M, num_sequences)[sequence_M]
@@ -199,6 +231,7 @@ class RLOO:
     name: ClassVar[str] = "rloo"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_sum"
     advantage: ClassVar[str] = "leave_one_out"
 
@@ -211,7 +244,14 @@ class RLOO:
         require_clip("eps_low", self.eps_low, type(self).eps_low)
         require_clip("eps_high", self.eps_high, type(self).eps_high)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """One gate per sequence. Shapes as in surrogates.Objective."""
         log_ratio_B, inside_B = bound_log_ratio(sequence_sum(log_ratio_M, sequence_M, num_sequences))
         advantages_B, ratio_B = sequence_mean(advantages_M.detach(), sequence_M, num_sequences), log_ratio_B.exp()
@@ -237,6 +277,7 @@ class VESPO:
     name: ClassVar[str] = "vespo"
     coupled: ClassVar[bool] = True
     shared_advantage: ClassVar[bool] = True
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "token_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -253,7 +294,14 @@ class VESPO:
         for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
             require_positive(name, getattr(self, name), getattr(type(self), name))
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """One gate per sequence. Shapes as in surrogates.Objective."""
         log_ratio_B, inside_B = bound_log_ratio(sequence_sum(log_ratio_M, sequence_M, num_sequences))
         advantages_B, ratio_B = sequence_mean(advantages_M.detach(), sequence_M, num_sequences), log_ratio_B.exp()

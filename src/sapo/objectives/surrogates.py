@@ -58,12 +58,21 @@ class Objective(Protocol):
     """True when the slope of a token depends on the other tokens of its sequence."""
     shared_advantage: ClassVar[bool]
     """True when the objective is defined only for one advantage per sequence."""
+    needs_old_logprob: ClassVar[bool]
+    """True when the gate depends on pi_old itself, and not only on the ratio: `old_logprob_M` is then required."""
     normalizer: ClassVar[str]
     """The name in NORMALIZERS that its source uses: what a caller gets who names none."""
     advantage: ClassVar[str]
     """The name in ADVANTAGES that its source uses, likewise."""
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """Value, slope and weight of each token.
 
         Args:
@@ -72,8 +81,28 @@ class Objective(Protocol):
             advantages_M: advantage of each token, (M,); no gradient flows into it.
             sequence_M: sequence of each token, int64 in [0, num_sequences).
             num_sequences: how many sequences there are, empty ones included.
+            old_logprob_M: log pi_old of each token, (M,), a constant: pi = pi_old r, so that probabilities can be had
+                from it and the ratio, and the value stays a function of the log-ratios alone. Read by objectives
+                that need it; the others take it from a caller who does not ask which they are.
+
+        Raises:
+            ValueError: `old_logprob_M` left out of an objective that needs it.
         """
         ...
+
+
+def require_old_logprob(name: str, old_logprob_M: Tensor | None) -> Tensor:
+    """pi_old of each token in float64, without gradient.
+
+    Raises:
+        ValueError: it was left out.
+    """
+    if old_logprob_M is None:
+        raise ValueError(
+            f"{name} gates a token by its probability, so log pi_old must be given; got None; pass old_logprob_M "
+            "(gate_weight: logp_old_BT)"
+        )
+    return old_logprob_M.detach().double().exp()
 
 
 def bound_log_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:

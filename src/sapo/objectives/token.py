@@ -37,6 +37,7 @@ class SAPO:
     name: ClassVar[str] = "sapo"
     coupled: ClassVar[bool] = False
     shared_advantage: ClassVar[bool] = False
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -54,7 +55,14 @@ class SAPO:
         require_positive("tau_neg", self.tau_neg, 1.05)
         require_gate(self.gate, self.side)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """Each token for itself; `sequence_M` is not read. Shapes as in surrogates.Objective."""
         log_ratio, inside = bound_log_ratio(log_ratio_M)
         advantages, ratio = advantages_M.detach().double(), log_ratio.exp()
@@ -77,6 +85,7 @@ class GRPO:
     name: ClassVar[str] = "grpo"
     coupled: ClassVar[bool] = False
     shared_advantage: ClassVar[bool] = False
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -89,7 +98,14 @@ class GRPO:
         require_clip("eps_low", self.eps_low, type(self).eps_low)
         require_clip("eps_high", self.eps_high, type(self).eps_high)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """Each token for itself; `sequence_M` is not read. Shapes as in surrogates.Objective."""
         log_ratio, inside = bound_log_ratio(log_ratio_M)
         advantages, ratio = advantages_M.detach().double(), log_ratio.exp()
@@ -154,10 +170,18 @@ class Reinforce:
     name: ClassVar[str] = "reinforce"
     coupled: ClassVar[bool] = False
     shared_advantage: ClassVar[bool] = False
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "sequence_sum"
     advantage: ClassVar[str] = "group_mean"
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """Each token for itself; `sequence_M` is not read. Shapes as in surrogates.Objective."""
         log_ratio, inside = bound_log_ratio(log_ratio_M)
         advantages, ratio = advantages_M.detach().double(), log_ratio.exp()
@@ -178,6 +202,7 @@ class CISPO:
     name: ClassVar[str] = "cispo"
     coupled: ClassVar[bool] = False
     shared_advantage: ClassVar[bool] = False
+    needs_old_logprob: ClassVar[bool] = False
     normalizer: ClassVar[str] = "token_mean"
     advantage: ClassVar[str] = "group_std"
 
@@ -187,39 +212,17 @@ class CISPO:
     def __post_init__(self) -> None:
         require_cap("ratio_cap", self.ratio_cap, 5.0)
 
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
+    def surrogate(
+        self,
+        log_ratio_M: Tensor,
+        advantages_M: Tensor,
+        sequence_M: Tensor,
+        num_sequences: int,
+        old_logprob_M: Tensor | None = None,
+    ) -> Surrogate:
         """Each token for itself; `sequence_M` is not read. Shapes as in surrogates.Objective."""
         log_ratio, inside = bound_log_ratio(log_ratio_M)
         advantages, ratio, cap = advantages_M.detach().double(), log_ratio.exp(), self.ratio_cap
         value = torch.where(ratio > cap, cap * (1 + log_ratio - math.log(cap)), ratio)
         weight = (cap / ratio).clamp(max=1)
         return make_surrogate(value * advantages, ratio.clamp(max=cap) * advantages, weight, inside, log_ratio_M.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MASPO:
-    """The Gaussian gate of MASPO, https://arxiv.org/abs/2602.17550, from SECONDARY NOTES: check the paper before use.
-
-        f'(r) = exp(-(r-1)^2 / (2 sigma^2)) where (A > 0, r > 1) or (A <= 0, r < 1), else 1;   slope_it = f'(r) r A_i.
-
-    That is SAPO with gate "erf", side "drift" and tau = 1/sigma, which is what runs. Left out, for the notes give their
-    settings (alpha 0.3-0.5, beta 0.03) and no formulas: the limiter that adapts sigma to the probability of a token,
-    and the controller that treats the two signs of A unlike. The notes do not name the normalizer either.
-    """
-
-    name: ClassVar[str] = "maspo"
-    coupled: ClassVar[bool] = False
-    shared_advantage: ClassVar[bool] = False
-    normalizer: ClassVar[str] = "sequence_mean"
-    advantage: ClassVar[str] = "group_std"
-
-    sigma: float = 1.0
-    """Width of the Gaussian in r; the paper's sigma_b."""
-
-    def __post_init__(self) -> None:
-        require_positive("sigma", self.sigma, 1.0)
-
-    def surrogate(self, log_ratio_M: Tensor, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> Surrogate:
-        """Each token for itself. Shapes as in surrogates.Objective."""
-        gate = SAPO(tau_pos=1 / self.sigma, tau_neg=1 / self.sigma, gate="erf", side="drift")
-        return gate.surrogate(log_ratio_M, advantages_M, sequence_M, num_sequences)

@@ -160,14 +160,20 @@ class Trainer:
 
         def per_token(logprob: Tensor, at: slice) -> tuple[Tensor, Tensor]:
             log_ratio = logprob.double() - batch.old_logprobs_M[at]
-            surrogate = self.objective.surrogate(log_ratio, advantage_M[at], batch.sequence_M[at], batch.num_sequences)
+            surrogate = self.objective.surrogate(
+                log_ratio, advantage_M[at], batch.sequence_M[at], batch.num_sequences, batch.old_logprobs_M[at]
+            )
             parts.append(surrogate)
             return loss_of(logprob, at, surrogate.value_M, surrogate.slope_M)
 
         if self.objective.coupled:  # a token's slope needs the whole sequence: a first pass for log pi
             logprob_M = self._token_logprobs(hidden_MH.detach(), batch)
             whole = self.objective.surrogate(
-                logprob_M.double() - batch.old_logprobs_M, advantage_M, batch.sequence_M, batch.num_sequences
+                logprob_M.double() - batch.old_logprobs_M,
+                advantage_M,
+                batch.sequence_M,
+                batch.num_sequences,
+                batch.old_logprobs_M,
             )
             return self._head(
                 hidden_MH, batch, lambda logprob, at: loss_of(logprob, at, whole.value_M[at], whole.slope_M[at])
