@@ -125,6 +125,12 @@ def test_without_an_interpreter_the_message_names_it(unproven, monkeypatch):
         choose_backend()
 
 
+def test_on_another_system_a_program_is_refused(unproven, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SandboxUnavailable, match="it is Linux's, and this is darwin"):
+        choose_backend()
+
+
 def test_a_bubblewrap_too_old_is_refused_with_its_version(tmp_path):
     old = tmp_path / "bwrap"
     old.write_text("#!/bin/sh\necho bubblewrap 0.6.1\n")
