@@ -66,10 +66,14 @@ class Bare:
         return ending.returncode
 
 
-def test_a_backend_that_contains_nothing_does_not_pass_the_canary():
+def test_a_backend_that_contains_nothing_does_not_pass_the_canary(monkeypatch):
+    name = os.urandom(8)
+    monkeypatch.setattr(canary.os, "urandom", lambda size: name)
     reason = choice._prove(Bare())
+    assert not Path(f"/tmp/sapo-canary-{name.hex()}").exists()  # what it wrote is taken away
     for escape in ("connect by TCP", "abstract socket", "socket file", "read a file", "write a file", "signal that"):
         assert escape in reason
+    assert "write in /tmp" in reason
     assert "seen from outside" in reason
 
 
