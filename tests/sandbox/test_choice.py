@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -65,10 +66,14 @@ class Bare:
         return ending.returncode
 
 
-def test_a_backend_that_contains_nothing_does_not_pass_the_canary():
+def test_a_backend_that_contains_nothing_does_not_pass_the_canary(monkeypatch):
+    name = os.urandom(8)
+    monkeypatch.setattr(canary.os, "urandom", lambda size: name)
     reason = choice._prove(Bare())
+    assert not Path(f"/tmp/sapo-canary-{name.hex()}").exists()  # what it wrote is taken away
     for escape in ("connect by TCP", "abstract socket", "socket file", "read a file", "write a file", "signal that"):
         assert escape in reason
+    assert "write in /tmp" in reason
     assert "seen from outside" in reason
 
 
@@ -121,6 +126,12 @@ def test_the_proof_is_made_once_in_a_process(unproven, monkeypatch):
 def test_without_an_interpreter_the_message_names_it(unproven, monkeypatch):
     monkeypatch.setattr(choice, "INTERPRETER", "/usr/bin/no-such-python3")
     with pytest.raises(SandboxUnavailable, match=r"no interpreter /usr/bin/no-such-python3.*apt-get install python3"):
+        choose_backend()
+
+
+def test_on_another_system_a_program_is_refused(unproven, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SandboxUnavailable, match="it is Linux's, and this is darwin"):
         choose_backend()
 
 
@@ -238,7 +249,7 @@ def test_many_runs_leave_no_descriptor_and_no_child(backend):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_program_ends_with_the_process_that_started_it(backend, sig):
-    mark = 512 * 2**20 + 4096 * (3000 + sig + len(backend))
+    mark = 512 * 2**20 + 4096 * random.randrange(3000, 6000)
     environment = {**os.environ, "PYTHONPATH": str(Path(sapo.__file__).parents[1])}
     limits = f"Limits(memory_bytes={mark}, wall_seconds=600)"
     program = repr("import time\ntime.sleep(600)")

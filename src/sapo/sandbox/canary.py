@@ -57,7 +57,7 @@ attempt("connect to an abstract socket", lambda: connect(socket.AF_UNIX, order["
 attempt("connect to a socket file", lambda: connect(socket.AF_UNIX, order["path"]))
 attempt("read a file", lambda: read(order["secret"]))
 attempt("write a file", lambda: open(order["target"], "w").close())
-attempt("write in /tmp", lambda: open("/tmp/sapo-canary", "w").close())
+attempt("write in /tmp", lambda: open(order["temporary"], "w").close())
 attempt("read the environment of the process that started it", environment)
 attempt("signal that process", signal_parent)
 print(json.dumps({"got_out": got_out, "uid": os.getuid(), "environment": sorted(os.environ)}))
@@ -73,6 +73,8 @@ def prove(run: Callable[[str, str, Limits], ProgramResult]) -> str | None:
         secret, target = directory / "secret", directory / "target"
         secret.write_text(SECRET)
         secret.chmod(0o644)
+        temporary = Path("/tmp", f"sapo-canary-{os.urandom(8).hex()}")
+        stack.callback(temporary.unlink, missing_ok=True)
         abstract = f"\0sapo-canary-{os.getpid()}-{os.urandom(8).hex()}"
         listeners = [
             _listen(stack, socket.AF_INET, ("127.0.0.1", 0)),
@@ -87,6 +89,7 @@ def prove(run: Callable[[str, str, Limits], ProgramResult]) -> str | None:
             "path": str(directory / "socket"),
             "secret": str(secret),
             "target": str(target),
+            "temporary": str(temporary),
         }
         result = run(PROGRAM, json.dumps(order), Limits())
         if not result.succeeded:

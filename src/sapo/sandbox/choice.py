@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -125,6 +126,9 @@ def _try(name: str) -> bool:
     """Prove one kind of backend unless that was done before."""
     if name in _proven or name in _refused:
         return name in _proven
+    if sys.platform != "linux":
+        _refused[name] = f"it is Linux's, and this is {sys.platform}"
+        return False
     if not os.access(INTERPRETER, os.X_OK):
         _refused[name] = f"no interpreter {INTERPRETER}, the only one a sandbox shows: {INSTALL_PYTHON}"
         return False

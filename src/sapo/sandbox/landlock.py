@@ -11,7 +11,6 @@ import base64
 import ctypes
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +33,6 @@ class Landlock:
 
     def why_not(self) -> str | None:
         """What is missing before anything is tried, or None."""
-        if os.name != "posix" or platform.system() != "Linux":
-            return "Landlock is Linux's"
         version = landlock_version()
         if version is None:
             return "the kernel has no Landlock: Linux 5.13 or newer, with landlock among its security modules (lsm=)"

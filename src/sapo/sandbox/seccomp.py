@@ -50,7 +50,7 @@ FCNTL_ALLOWED = (
     fcntl.F_SETLK,
     fcntl.F_SETLKW,
 )
-IOCTL_ALLOWED = (termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD, termios.FIOCLEX, termios.FIONCLEX)
+IOCTL_ALLOWED = ("TCGETS", "TIOCGWINSZ", "FIONREAD", "FIOCLEX", "FIONCLEX")  # of termios, which differ by machine
 PRCTL_ALLOWED = (15, 16)  # PR_SET_NAME and PR_GET_NAME, which threads call
 CLONE_THREAD = 0x00010000
 
@@ -143,7 +143,7 @@ def allowed_calls() -> bytes:
 
     rules: list[tuple[str, tuple[Any, ...]]] = [(name, ()) for name in ALLOWED]
     rules += [("fcntl", (pyseccomp.Arg(1, pyseccomp.EQ, command),)) for command in FCNTL_ALLOWED]
-    rules += [("ioctl", (pyseccomp.Arg(1, pyseccomp.EQ, command),)) for command in IOCTL_ALLOWED]
+    rules += [("ioctl", (pyseccomp.Arg(1, pyseccomp.EQ, getattr(termios, name)),)) for name in IOCTL_ALLOWED]
     rules += [("prctl", (pyseccomp.Arg(0, pyseccomp.EQ, command),)) for command in PRCTL_ALLOWED]
     rules += [("prlimit64", (pyseccomp.Arg(0, pyseccomp.EQ, 0),))]  # of the process itself only
     rules += [("clone", (pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD),))]

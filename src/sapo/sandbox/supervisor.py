@@ -34,7 +34,6 @@ MEMORY_LOOK_SECONDS = 0.1
 # How long the kernel may take to end what was killed before we give up on it, and say so.
 END_PATIENCE = 10.0
 MAX_STATUS_BYTES = 4096
-SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def memory_file(name: str, content: bytes) -> int:
     try:
         with os.fdopen(os.dup(writable), "wb") as file:
             file.write(content)
-        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, SEALS)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, seals)
         return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY)
     finally:
         os.close(writable)
