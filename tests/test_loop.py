@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sapo
-from runs import fingerprint, metrics, write_recipe
+from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config import ConfigError
 from sapo.data import Status
 from sapo.loop import FAITHFUL_RATIO
@@ -50,6 +50,7 @@ def run_recipe(directory: Path, listener: Recorder | None = None, should_stop=la
 
 @pytest.fixture(autouse=True)
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_of_a_test.py").write_text(REWARD)  # for recipes in directories below, too
     monkeypatch.syspath_prepend(str(tmp_path))  # the user's reward function is imported from there
     monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
 
