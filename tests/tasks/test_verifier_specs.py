@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from sapo.data import Completion, Prompt, Score, Status
 from sapo.tasks import VERIFIERS, FileTask, TaskError, load_verifier, make_task, score_completions
 from sapo.tasks.verifiers import Isolated, build_verifier, needs_answer
 from sapo.tasks.verifiers.base import deadline_of, is_pure
+from sapo.tasks.verifiers.registry import parse_spec
 
 
 def judge(spec, text, answer=None, **metadata):
@@ -88,6 +91,30 @@ def test_the_verifiers_of_a_recipe_in_yaml_reach_the_task(tmp_path):
     assert [c.score.status for c in scored] == [Status.SCORED] * 4 + [Status.UNPARSEABLE]
     assert scored[4].score.detail == "last_number: no number in the completion"
     assert scored[2].score.figures == {"last_number": 0.0, "format": 1.0, "length": 0.0}
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "verifiers.md").read_text()
+
+
+def test_the_recipe_on_the_page_about_verifiers_is_read_and_its_table_has_every_name():
+    (written,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    specs = [task["verifier"] for task in yaml.safe_load(written)["tasks"]]
+    assert [[term.name for term in parse_spec(spec)] for spec in specs] == [
+        ["math"],
+        ["regex"],
+        ["my_rewards:judge"],
+        ["math", "format", "length"],
+    ]
+    for spec in specs[:2] + specs[3:]:
+        build_verifier(spec)
+    assert set(re.findall(r"^\| `([^`]*)`", PAGE, re.MULTILINE)) == {*VERIFIERS, "module:function"}
+
+
+@pytest.mark.parametrize("name", ["math", "regex", "format", "json_schema"])
+def test_the_page_gives_the_deadlines_that_hold(name):
+    (row,) = re.findall(rf"^\| `{name}` .*$", PAGE, re.MULTILINE)
+    deadline = deadline_of(build_verifier({"name": name, **({"pattern": "a"} if "pattern" in row else {})}))
+    assert f"`deadline` ({deadline:g})" in row
 
 
 def test_a_users_function_may_be_a_term_of_a_sum(tmp_path, monkeypatch):
