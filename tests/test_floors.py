@@ -14,7 +14,7 @@ FLOORS = (
     ("tasks", "model"),
     ("prompting", "batch", "rollout"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
-    ("preflight", "coldstart", "loop", "session", "evaluation_plan", "progress", "tables"),
+    ("preflight", "coldstart", "loop", "session", "evaluation_order", "evaluation_plan", "progress", "tables"),
     ("cli",),
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}

@@ -120,14 +120,15 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Of the draws and the choice of problems. [default: 12345, or the run's]")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The directory to write to. [default: evals/MODEL-TASK]")
     ] = None,
 ) -> None:
     """Evaluate a model on a task's held-out problems; the same command goes on with a killed one."""
-    from sapo.evaluation_plan import Subject, orders, place
+    from sapo.evaluation_order import Subject
+    from sapo.evaluation_plan import orders, place
     from sapo.tables import Progress, evaluation_table
 
     given = {
@@ -147,7 +148,7 @@ def evaluate(
             _say(f"note: {note}")
         with Progress(console) as progress, _stop_signals() as stop:
             results = order.carry_out(
-                subject, out=directory, should_stop=stop, on_progress=progress, on_warning=progress.warning
+                subject, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
             )
         if problems is not None and results.evaluation.problems < problems:
             there = results.evaluation.problems

@@ -149,6 +149,12 @@ def newest_model(path: Path) -> Path:
     return checkpoint.path
 
 
+def run_of(model: Path) -> Path | None:
+    """The run directory that a path is, or is a checkpoint of."""
+    checkpoint_of = model.resolve().parent.parent if model.resolve().parent.name == "checkpoints" else None
+    return next((d for d in (model, checkpoint_of) if d is not None and (d / "config.yaml").is_file()), None)
+
+
 def resolve_device(device: str) -> str:
     """`auto` to what the machine has.
 

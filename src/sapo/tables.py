@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from sapo.evaluation.comparison import Comparison, Discordance
 from sapo.evaluation.estimates import Estimate
@@ -52,9 +53,9 @@ class Progress:
             self._told = done * LINES // total
             self.console.print(f"{done} of {total} problems", markup=False, highlight=False)
 
-    def warning(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """Something the user should know."""
-        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, done: int, total: int) -> None:
         if self._bar is None:
@@ -112,14 +113,14 @@ def _slice_table(name: str, rows: list[Slice], samples: int) -> Table:
     return table
 
 
-def comparison_table(result: Comparison) -> Table:
+def comparison_table(result: Comparison) -> RenderableType:
     """Two models side by side, and the difference with its tests."""
     table = Table(title=f"{result.problems} problems, the same for both")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")
-    for letter, name, samples, mean in zip("AB", result.names, result.samples, result.means, strict=True):
-        table.add_row(escape(f"mean@{samples} of {letter}: {name}"), *_columns(mean))
+    for letter, samples, mean in zip("AB", result.samples, result.means, strict=True):
+        table.add_row(f"mean@{samples} of {letter}", *_columns(mean))
     table.add_section()
     difference = result.difference
     table.add_row("B less A", f"{difference.value:+.3f}", f"{difference.low:+.3f} .. {difference.high:+.3f}")
@@ -129,7 +130,7 @@ def comparison_table(result: Comparison) -> Table:
     for name, pairs in (("greedy", result.greedy), ("the one sample", result.single)):
         if pairs is not None:
             table.add_row(f"p, McNemar on {name}", _p_value(pairs.p_value), _discordance(pairs))
-    return table
+    return Group(*(Text(f"{letter}: {name}") for letter, name in zip("AB", result.names, strict=True)), table)
 
 
 def _columns(estimate: Estimate) -> tuple[str, str]:

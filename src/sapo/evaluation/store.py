@@ -139,7 +139,7 @@ def difference(path: Path, asked: Mapping[str, Any]) -> str | None:
         return "a config.json that is not of an evaluation"
     here = json.loads(json.dumps(asked))
     for key, (a, b) in _differing(there, here):
-        return f"another evaluation: its {key} is {a}, not {b}"
+        return f"another evaluation, with {key}={a} where this one has {b}"
     return None
 
 
