@@ -49,7 +49,7 @@ class Browser:
         assert CHROMIUM is not None, MISSING
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # The shell gives the pipes the numbers that the protocol fixes, whatever numbers they have here.
+        # bash gives the pipes the numbers that the protocol fixes, whatever numbers they have here.
         command = [
             CHROMIUM,
             *SWITCHES,
@@ -58,7 +58,7 @@ class Browser:
             "about:blank",
         ]
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", *command],
+            ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", *command],
             pass_fds=(to_browser, from_browser),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

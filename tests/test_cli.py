@@ -164,6 +164,10 @@ def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
         (("eval", "nowhere", "--task", "arithmatic"), "did you mean 'arithmetic'?"),
         (("eval", "nowhere", "--task", "arithmetic", "--k", "1,8"), "every k must lie in 1..samples (4)"),
         (("eval", "nowhere", "--task", "arithmetic", "--top-p", "2"), "--top-p must lie in (0, 1]"),
+        (("eval", "nowhere", "--task", "arithmetic", "--k", "one"), "--k takes whole numbers between commas"),
+        (("eval", "nowhere", "--task", "arithmetic", "prompt.styl=chat"), "did you mean prompt.style?"),
+        (("eval", "nowhere"), "nowhere is no run that would bring its own tasks; name one with --task"),
+        (("eval-compare", "nowhere", "nowhere"), "no results at nowhere: sapo eval writes one"),
     ],
 )
 def test_other_mistakes_on_the_command_line_are_one_line_too(
@@ -219,18 +223,32 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert "step-000004" in result.stdout
     assert fingerprint(tmp_path / "run", 6) == whole
 
+    assert "next: sapo eval " in sapo("resume", str(tmp_path / "run"), cwd=tmp_path).stdout
     data = str(tmp_path / "prompts.jsonl")
     arguments = ["eval", str(tmp_path / "run"), "--task", data, "verifier=rewards_of_a_test:share_of_sevens"]
-    result = sapo(*arguments, "--samples", "8", "--k", "1,4", "--max-new-tokens", "12", cwd=tmp_path)
+    arguments += ["--samples", "8", "--k", "1,4", "--max-new-tokens", "12"]
+    result = sapo(*arguments, "--greedy", "--problems", "256", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    written = json.loads((tmp_path / "evals" / "run-prompts.json").read_text())
+    written = json.loads((tmp_path / "evals" / "run-prompts" / "results.json").read_text())
+    assert written["schema"] == "sapo.evaluation/1"
     assert written["results"]["samples"] == 8
-    assert {"mean@8", "pass@1", "pass@4"} <= set(written["results"])
-    assert "24" not in result.stdout.splitlines()[0], "fewer held-out problems than asked for are said aloud"
-    assert "held-out problems; 256 were asked for" in result.stdout
-    again = sapo(*arguments, "--out", str(tmp_path / "evals" / "run-prompts.json"), cwd=tmp_path)
+    assert {"mean@8", "pass@1", "pass@4", "majority@8", "greedy", "constant"} <= set(written["results"])
+    assert written["results"]["greedy"] is not None
+    assert "held-out problems; 256 were asked for" in result.stdout, "fewer than asked for are said aloud"
+    assert "wrote evals/run-prompts/results.json" in result.stdout
+    again = sapo(*arguments, "--out", "evals/run-prompts", cwd=tmp_path)
     assert again.returncode == 2
-    assert "exists already; name another file with --out" in again.stderr
+    assert "holds another evaluation, with greedy=true where this one has false" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
+    other = sapo(*arguments, cwd=tmp_path)
+    assert "this one goes to evals/run-prompts-2" in other.stdout
+
+    result = sapo("eval-compare", "evals/run-prompts", "evals/run-prompts-2", "--out", "c.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "p, permutation of signs" in result.stdout
+    assert json.loads((tmp_path / "c.json").read_text())["difference"]["value"] == 0.0, "the same draws"
+    result = sapo("eval-compare", "evals/run-prompts", "evals/run-prompts-2", "--out", "c.json", cwd=tmp_path)
+    assert (result.returncode, "c.json exists already" in result.stderr) == (2, True)
 
 
 def test_a_cold_start_is_made_once_and_then_found(tmp_path: Path) -> None:

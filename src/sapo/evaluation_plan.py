@@ -125,7 +125,8 @@ def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mappin
     try:
         params = SamplingParams(**{**sampling, **{k: v for k, v in given.items() if k in names}})
     except ValueError as error:
-        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
+        name, _, rule = str(error).partition(" ")
+        raise ConfigError(f"--{name.replace('_', '-')} {rule}") from error
     return Settings(**{**own, **{k: v for k, v in given.items() if k not in names}}, params=params)
 
 

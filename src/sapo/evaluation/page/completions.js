@@ -19,6 +19,7 @@ function showCompletions(root, data) {
 
   const isRight = (sample) => sample.reward >= data.threshold;
   const samplesOf = (problem) => (problem.greedy ? [problem.greedy, ...problem.samples] : problem.samples);
+  const capital = (text) => text[0].toUpperCase() + text.slice(1);
   const mean = (numbers) => numbers.reduce((a, b) => a + b, 0) / numbers.length;
 
   function element(name, attributes = {}, ...children) {
@@ -113,7 +114,7 @@ function showCompletions(root, data) {
             element("td", {}, `${row[m].low.toFixed(3)} to ${row[m].high.toFixed(3)}`),
           ]),
         );
-      const heads = [name, "problems", ...measures.flatMap((m) => [m, "95% interval"])];
+      const heads = [capital(name), "problems", ...measures.flatMap((m) => [m, "95% interval"])];
       return element(
         "table",
         {},
@@ -166,7 +167,7 @@ function showCompletions(root, data) {
       element("label", { class: "search" }, "Search", search),
       choice("result", "Result", Object.entries(RESULTS)),
       choice("status", "Status", [["", "all"], ...statuses.map((s) => [s, s.replace("_", " ")])]),
-      groups.length ? choice("group", data.groupings.join(", "), [["", "all"], ...groups]) : null,
+      groups.length ? choice("group", capital(data.groupings.join(", ")), [["", "all"], ...groups]) : null,
       choice("order", "Sort by", Object.entries(ORDERS).map(([value, [words]]) => [value, words])),
       element("button", { type: "button", id: "reset", onclick: reset }, "Reset"),
     );
