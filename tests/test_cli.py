@@ -223,7 +223,7 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert "step-000004" in result.stdout
     assert fingerprint(tmp_path / "run", 6) == whole
 
-    assert "next: sapo eval " in sapo("resume", str(tmp_path / "run"), cwd=tmp_path).stdout
+    assert "next: sapo eval " in result.stdout
     data = str(tmp_path / "prompts.jsonl")
     arguments = ["eval", str(tmp_path / "run"), "--task", data, "verifier=rewards_of_a_test:share_of_sevens"]
     arguments += ["--samples", "8", "--k", "1,4", "--max-new-tokens", "12"]
@@ -236,19 +236,29 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert written["results"]["greedy"] is not None
     assert "held-out problems; 256 were asked for" in result.stdout, "fewer than asked for are said aloud"
     assert "wrote evals/run-prompts/results.json" in result.stdout
-    again = sapo(*arguments, "--out", "evals/run-prompts", cwd=tmp_path)
-    assert again.returncode == 2
-    assert "holds another evaluation, with greedy=true where this one has false" in again.stderr
-    assert len(again.stderr.strip().splitlines()) == 1
-    other = sapo(*arguments, cwd=tmp_path)
-    assert "this one goes to evals/run-prompts-2" in other.stdout
 
-    result = sapo("eval-compare", "evals/run-prompts", "evals/run-prompts-2", "--out", "c.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "p, permutation of signs" in result.stdout
-    assert json.loads((tmp_path / "c.json").read_text())["difference"]["value"] == 0.0, "the same draws"
-    result = sapo("eval-compare", "evals/run-prompts", "evals/run-prompts-2", "--out", "c.json", cwd=tmp_path)
-    assert (result.returncode, "c.json exists already" in result.stderr) == (2, True)
+
+def test_two_evaluations_are_kept_apart_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "model")
+    evaluate = ["eval", str(tmp_path / "model"), "--task", "arithmetic", "digits=2", "--problems", "8"]
+    evaluate += ["--max-new-tokens", "8"]
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        return sapo_here(monkeypatch, capsys, tmp_path, *arguments)
+
+    assert run(*evaluate) == (0, [])
+    assert run(*evaluate, "--samples", "2") == (0, [])
+    assert sorted(p.name for p in (tmp_path / "evals").iterdir()) == ["model-add2", "model-add2-2"]
+    code, lines = run(*evaluate, "--samples", "2", "--out", "evals/model-add2")
+    assert (code, len(lines)) == (2, 1), lines
+    assert "evals/model-add2 holds another evaluation, with samples=4 where this one has 2" in lines[0]
+    compare = ["eval-compare", "evals/model-add2", "evals/model-add2-2/results.json", "--out", "c.json"]
+    assert run(*compare) == (0, [])
+    assert json.loads((tmp_path / "c.json").read_text())["problems"] == 8
+    code, lines = run(*compare)
+    assert (code, lines) == (2, ["sapo: c.json exists already; name another file with --out"])
 
 
 def test_a_cold_start_is_made_once_and_then_found(tmp_path: Path) -> None:
