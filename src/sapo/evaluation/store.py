@@ -153,8 +153,7 @@ def read_completions(directory: Path) -> list[Answered]:
     if not file.is_file():
         raise ConfigError(f"{directory} has no completions.jsonl: it is no finished evaluation")
     try:
-        # Split at newlines only: a completion may hold other line separators, which JSON leaves as they are.
-        return [Answered.from_json(json.loads(line)) for line in file.read_bytes().split(b"\n") if line]
+        return [Answered.from_json(json.loads(line)) for line in file.read_bytes().splitlines()]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is not what an evaluation writes: {error}") from error
 
