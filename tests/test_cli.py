@@ -164,6 +164,10 @@ def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
         (("eval", "nowhere", "--task", "arithmatic"), "did you mean 'arithmetic'?"),
         (("eval", "nowhere", "--task", "arithmetic", "--k", "1,8"), "every k must lie in 1..samples (4)"),
         (("eval", "nowhere", "--task", "arithmetic", "--top-p", "2"), "--top-p must lie in (0, 1]"),
+        (("eval", "nowhere", "--task", "arithmetic", "--k", "one"), "--k takes whole numbers between commas"),
+        (("eval", "nowhere", "--task", "arithmetic", "prompt.styl=chat"), "did you mean prompt.style?"),
+        (("eval", "nowhere"), "nowhere is no run that would bring its own tasks; name one with --task"),
+        (("eval-compare", "nowhere", "nowhere"), "no results at nowhere: sapo eval writes one"),
     ],
 )
 def test_other_mistakes_on_the_command_line_are_one_line_too(
@@ -219,18 +223,42 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert "step-000004" in result.stdout
     assert fingerprint(tmp_path / "run", 6) == whole
 
+    assert "next: sapo eval " in result.stdout
     data = str(tmp_path / "prompts.jsonl")
     arguments = ["eval", str(tmp_path / "run"), "--task", data, "verifier=rewards_of_a_test:share_of_sevens"]
-    result = sapo(*arguments, "--samples", "8", "--k", "1,4", "--max-new-tokens", "12", cwd=tmp_path)
+    arguments += ["--samples", "8", "--k", "1,4", "--max-new-tokens", "12"]
+    result = sapo(*arguments, "--greedy", "--problems", "256", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    written = json.loads((tmp_path / "evals" / "run-prompts.json").read_text())
+    written = json.loads((tmp_path / "evals" / "run-prompts" / "results.json").read_text())
+    assert written["schema"] == "sapo.evaluation/1"
     assert written["results"]["samples"] == 8
-    assert {"mean@8", "pass@1", "pass@4"} <= set(written["results"])
-    assert "24" not in result.stdout.splitlines()[0], "fewer held-out problems than asked for are said aloud"
-    assert "held-out problems; 256 were asked for" in result.stdout
-    again = sapo(*arguments, "--out", str(tmp_path / "evals" / "run-prompts.json"), cwd=tmp_path)
-    assert again.returncode == 2
-    assert "exists already; name another file with --out" in again.stderr
+    assert {"mean@8", "pass@1", "pass@4", "majority@8", "greedy", "constant"} <= set(written["results"])
+    assert written["results"]["greedy"] is not None
+    assert "held-out problems; 256 were asked for" in result.stdout, "fewer than asked for are said aloud"
+    assert "wrote evals/run-prompts/results.json" in result.stdout
+
+
+def test_two_evaluations_are_kept_apart_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "model")
+    evaluate = ["eval", str(tmp_path / "model"), "--task", "arithmetic", "digits=2", "--problems", "8"]
+    evaluate += ["--max-new-tokens", "8"]
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        return sapo_here(monkeypatch, capsys, tmp_path, *arguments)
+
+    assert run(*evaluate) == (0, [])
+    assert run(*evaluate, "--samples", "2") == (0, [])
+    assert sorted(p.name for p in (tmp_path / "evals").iterdir()) == ["model-add2", "model-add2-2"]
+    code, lines = run(*evaluate, "--samples", "2", "--out", "evals/model-add2")
+    assert (code, len(lines)) == (2, 1), lines
+    assert "evals/model-add2 holds another evaluation, with samples=4 where this one has 2" in lines[0]
+    compare = ["eval-compare", "evals/model-add2", "evals/model-add2-2/results.json", "--out", "c.json"]
+    assert run(*compare) == (0, [])
+    assert json.loads((tmp_path / "c.json").read_text())["problems"] == 8
+    code, lines = run(*compare)
+    assert (code, lines) == (2, ["sapo: c.json exists already; name another file with --out"])
 
 
 def test_a_cold_start_is_made_once_and_then_found(tmp_path: Path) -> None:

@@ -15,7 +15,17 @@ FLOORS = (
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
     ("integrations",),
-    ("preflight", "coldstart", "listener", "loop", "session", "progress"),
+    (
+        "preflight",
+        "coldstart",
+        "listener",
+        "loop",
+        "session",
+        "evaluation_order",
+        "evaluation_plan",
+        "progress",
+        "tables",
+    ),
     ("cli",),
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}

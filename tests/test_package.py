@@ -43,6 +43,8 @@ def test_the_wheel_carries_the_recipes(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"sapo/recipes/{recipe.name}" in names
+    for part in ("html", "css", "js"):
+        assert f"sapo/evaluation/page/completions.{part}" in names
 
 
 def test_the_front_door_has_what_it_names() -> None:

@@ -22,7 +22,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if TYPE_CHECKING:
     from sapo.config import RunConfig, load_recipe
     from sapo.evaluation import Evaluation
-    from sapo.session import Run, evaluate, resume, train
+    from sapo.evaluation_order import evaluate
+    from sapo.session import Run, resume, train
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _HOMES = {
     "Evaluation": "sapo.evaluation",
     "Run": "sapo.session",
     "RunConfig": "sapo.config",
-    "evaluate": "sapo.session",
+    "evaluate": "sapo.evaluation_order",
     "load_recipe": "sapo.config",
     "resume": "sapo.session",
     "train": "sapo.session",

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.exceptions import TyperException
 
 app = typer.Typer(
@@ -93,63 +92,92 @@ def coldstart(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model directory, a checkpoint or a run directory.")],
-    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl or .parquet file.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the task, as in digits=4.")
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings of the task, as in digits=4, and of its prompts, as in prompt.style=chat or prompt.shots=4.",
+        ),
     ] = None,
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
-    samples: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = 4,
-    k: Annotated[str, typer.Option(help="Which pass@k to estimate, as in 1,4.")] = "1",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws and the choice of problems.")] = 12345,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task's name, or a .jsonl or .parquet file; repeatable. [default: the run's own tasks]"),
+    ] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems. [default: 256, or the run's]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions of each problem (n). [default: 4, or the run's]")
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option(help="Which pass@k to estimate, as in 1,4. [default: 1, or the run's]")
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Draw one more completion at temperature 0.")] = False,
+    constant: Annotated[bool, typer.Option(help="Judge the best constant answer.")] = True,
+    threshold: Annotated[float, typer.Option(help="Smallest reward that counts as right.")] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest completion. [default: 64, or the run's]")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy. [default: 1, or the run's]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling. [default: 1, or the run's]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draws and the choice of problems. [default: 12345, or the run's]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the results as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The directory to write to. [default: evals/MODEL-TASK]")
+    ] = None,
 ) -> None:
-    """Evaluate a model on a task's held-out problems."""
-    from sapo.config import ConfigError
-    from sapo.rollout.sampling import SamplingParams
-    from sapo.session import evaluate as run_evaluation
-    from sapo.session import newest_model
+    """Evaluate a model on a task's held-out problems; the same command goes on with a killed one."""
+    from sapo.evaluation_order import Subject
+    from sapo.evaluation_plan import orders, place
+    from sapo.tables import Progress, evaluation_table
 
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
-    out = out or _free_path(Path("evals") / f"{model.resolve().name}-{Path(task).stem}.json")
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name another file with --out")
-    ks = _parse_ks(k, samples)
-    try:
-        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    except ValueError as error:
-        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
-    made = _make_task(task, options or [], seed)
-    directory = newest_model(model)
-    with _stop_signals() as stop:
-        result = run_evaluation(
-            directory,
-            made,
-            problems=problems,
-            samples=samples,
-            ks=ks,
-            params=params,
-            dtype=dtype,
-            device=device,
-            should_stop=stop,
-        )
-    if result.problems < problems:
-        _say(f"note: {result.task} has {result.problems} held-out problems; {problems} were asked for")
-    _print_evaluation(result)
-    record = {
-        "model": str(directory),
-        "task": {"name": task, "options": options or []},
-        "sampling": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed},
-        "results": result.to_json(),
+    given = {
+        "problems": problems,
+        "samples": samples,
+        "ks": None if k is None else _parse_ks(k),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    _say(f"wrote {out}")
+    asked = orders(model, task or [], overrides or [], greedy=greedy, constant=constant, threshold=threshold, **given)
+    subject = Subject.load(model, dtype, device)
+    for order in asked:
+        directory, note = place(model, subject, order, out, alone=len(asked) == 1)
+        if note:
+            _say(f"note: {note}")
+        with Progress(console) as progress, _stop_signals() as stop:
+            results = order.carry_out(
+                subject, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
+            )
+        if problems is not None and results.evaluation.problems < problems:
+            there = results.evaluation.problems
+            _say(f"note: {order.task.name} has {there} held-out problems; {problems} were asked for")
+        console.print(evaluation_table(results.evaluation))
+        _say(f"wrote {directory}/results.json, completions.jsonl and the completions to read in {directory}/index.html")
+
+
+@app.command(name="eval-compare")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's directory, or its results.json.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The one to set against it.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the comparison as JSON.")] = None,
+) -> None:
+    """Compare two evaluations of the same problems, problem by problem, with paired tests."""
+    from sapo.config import ConfigError
+    from sapo.evaluation.comparison import compare as compare_results
+    from sapo.evaluation.results import read_results
+    from sapo.tables import comparison_table
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already; name another file with --out")
+    result = compare_results(read_results(first), read_results(second), (str(first), str(second)))
+    console.print(comparison_table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        _say(f"wrote {out}")
 
 
 @app.command()
@@ -292,23 +320,9 @@ def _report_end(run: Any, stop: StopSignal) -> None:
     model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
     rollouts = ", rollouts/" if run.config.log.rollouts_every else ""
     _say(f"wrote {run.directory}/summary.json, metrics.jsonl{rollouts} and the model in {model}")
-    _say(f"next: sapo eval {run.directory} {_as_options(run.config)}")
+    _say(f"next: sapo eval {run.directory}")
     if run.config.log.tensorboard:
         _say(f"      tensorboard --logdir {run.directory}/tensorboard")
-
-
-def _as_options(config: Any) -> str:
-    """A recipe's first task and sampling as options of `sapo eval`."""
-    task, rollout = config.tasks[0], config.rollout
-    parts = [f"--task {task.name}", *(f"{key}={shlex.quote(str(value))}" for key, value in task.options.items())]
-    for option, value, default in (
-        ("max-new-tokens", rollout.max_new_tokens, 64),
-        ("temperature", rollout.temperature, 1.0),
-        ("top-p", rollout.top_p, 1.0),
-    ):
-        if value != default:
-            parts.append(f"--{option} {value}")
-    return " ".join(parts)
 
 
 def _settings(words: list[str]) -> dict[str, Any]:
@@ -318,68 +332,23 @@ def _settings(words: list[str]) -> dict[str, Any]:
 
 
 def _print_conformance(report: Any) -> None:
-    from sapo.conformance.laws import LAWS
     from sapo.conformance.report import counterexamples, summary
+    from sapo.tables import conformance_table
 
-    styles = {"held": "[green]held[/]", "broken": "[red]broken[/]", "does not apply": "-"}
-    table = Table(title=f"{report.family} {report.version}".rstrip())
-    table.add_column("law", no_wrap=True)
-    for name in report.names():
-        table.add_column(name.rpartition(":")[2])
-    for place, law in enumerate(LAWS):
-        table.add_row(law, *(styles[verdicts[place].status] for verdicts in report.verdicts))
-    Console(width=max(console.width, 48 + 10 * len(report.subjects))).print(table)
+    # No column is cut: what a table of fifteen objectives needs is more than most terminals have.
+    Console(width=max(console.width, 48 + 10 * len(report.subjects))).print(conformance_table(report))
     for line in counterexamples(report):
         _say(line)
     _say(summary(report))
 
 
-def _make_task(name: str, options: list[str], seed: int) -> Any:
-    from sapo.tasks import make_task
-
-    settings = _settings(options)
-    if Path(name).suffix in (".jsonl", ".parquet", ".json"):
-        return make_task("file", seed=seed, path=name, **settings)
-    return make_task(name, seed=seed, **settings)
-
-
-def _parse_ks(text: str, samples: int) -> tuple[int, ...]:
+def _parse_ks(text: str) -> tuple[int, ...]:
     from sapo.config import ConfigError
 
     try:
-        ks = tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"--k takes whole numbers between commas, as in 1,4; got {text!r}") from None
-    if min(ks) < 1 or max(ks) > samples:
-        raise ConfigError(f"every k must lie in 1..samples ({samples}); got {text}; raise --samples")
-    return ks
-
-
-def _free_path(path: Path) -> Path:
-    """The path itself, or the first of path-2, path-3, ... that does not exist."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
-
-
-def _print_evaluation(result: Any) -> None:
-    table = Table(title=f"{result.task}: {result.problems} held-out problems x {result.samples} samples")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_column("95% interval", justify="right")
-    for name, estimate in [
-        (f"mean@{result.samples}", result.mean),
-        *((f"pass@{k}", e) for k, e in result.pass_at.items()),
-    ]:
-        table.add_row(name, f"{estimate.value:.3f}", f"{estimate.low:.3f} .. {estimate.high:.3f}")
-    table.add_section()
-    for status, count in result.statuses.items():
-        table.add_row(status, str(count), "")
-    table.add_row("mean length", f"{result.length_mean:.1f} tokens", "")
-    table.add_row("time", f"{result.seconds:.1f} s", "")
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -533,6 +533,19 @@ def parse_recipe(settings: dict[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
 
 
+def parse_prompt(settings: dict[str, Any]) -> PromptConfig:
+    """Check the settings of a prompt format that stands by itself.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    try:
+        return PromptConfig.model_validate(settings)
+    except ValidationError as error:
+        mistakes = [{**e, "loc": ("prompt", *e["loc"])} for e in error.errors()]
+        raise ConfigError("\n".join(_explain(e) for e in mistakes)) from error
+
+
 # What may change in mid-run: how long it goes on, what is written, and the way out of a divergence.
 RESUMABLE_KEYS = (
     "train.steps",

@@ -75,6 +75,16 @@ class RunDirectory:
         path = Path(path)
         if not path.is_dir():
             raise ConfigError(f"no run directory at {path}; `sapo train RECIPE` starts a run")
+        config = cls.read_config(path)
+        return cls(path), config
+
+    @staticmethod
+    def read_config(path: Path) -> RunConfig:
+        """The recipe of a run, without the lock: the run may be going on.
+
+        Raises:
+            ConfigError: there is none, or it cannot be read.
+        """
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path} has no config.yaml: it is not a run, or was stopped before it began")
         try:
@@ -83,7 +93,7 @@ class RunDirectory:
             raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"{path / 'config.yaml'} must hold a mapping of settings; got {type(settings).__name__}")
-        return cls(path), parse_recipe(settings)
+        return parse_recipe(settings)
 
     @property
     def checkpoints(self) -> Path:

@@ -1,6 +1,6 @@
 """From a checked recipe to a finished run: everything around the loop that starts, resumes and stops it.
 
-The Python surface (`sapo.train`, `sapo.resume`, `sapo.evaluate`) and the command line both come through here.
+The Python surface (`sapo.train`, `sapo.resume`) and the command line both come through here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ import torch
 
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import ConfigError, RunConfig, override_run
-from sapo.evaluation import Evaluation, evaluate_policy
 from sapo.listener import Listener, Silent
 from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks, seed_for
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
-from sapo.tasks import Task
 from sapo.training.checkpoint import newest_whole, set_broken_aside
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -143,39 +139,6 @@ def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
             listener.warning(f"{key} were {before[key]} and are {now[key]}: the run goes on, but not bit for bit")
 
 
-def evaluate(
-    model: str | Path | Policy,
-    task: Task,
-    *,
-    problems: int = 256,
-    samples: int = 4,
-    ks: tuple[int, ...] = (1,),
-    params: SamplingParams | None = None,
-    max_new_tokens: int = 64,
-    dtype: str = "float32",
-    device: str = "auto",
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Evaluate a model directory (or a loaded policy) on a task's held-out problems.
-
-    Args:
-        params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
-    """
-    policy = model if isinstance(model, Policy) else load_policy(model, dtype, resolve_device(device))
-    params = params or SamplingParams(max_new_tokens=max_new_tokens)
-    params = SamplingParams(**{**params.__dict__, "stop_token_ids": params.stop_token_ids | policy.stop_token_ids})
-    return evaluate_policy(
-        policy,
-        LocalEngine(policy),
-        task,
-        problems=problems,
-        samples=samples,
-        params=params,
-        ks=ks,
-        should_stop=should_stop,
-    )
-
-
 def newest_model(path: Path) -> Path:
     """The model directory meant by a path: itself, or the newest whole checkpoint of a run.
 
@@ -188,6 +151,12 @@ def newest_model(path: Path) -> Path:
     if checkpoint is None:
         raise ConfigError(f"the run {path} has no whole checkpoint to evaluate")
     return checkpoint.path
+
+
+def run_of(model: Path) -> Path | None:
+    """The run directory that a path is, or is a checkpoint of."""
+    checkpoint_of = model.resolve().parent.parent if model.resolve().parent.name == "checkpoints" else None
+    return next((d for d in (model, checkpoint_of) if d is not None and (d / "config.yaml").is_file()), None)
 
 
 def resolve_device(device: str) -> str:

@@ -8,6 +8,7 @@ refused rather than trained wrongly.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -194,6 +195,18 @@ class Policy:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion, special tokens left out: for verifiers and logs only."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def show(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens with the special ones spelled out: what the model saw, for a person to read."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def fingerprint(self) -> str:
+        """Names the weights: a hash of all of them, with their names, shapes and precision."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
         """Write an ordinary Hugging Face directory: safetensors, config and tokenizer; of an adapter, peft's layout."""

@@ -134,7 +134,7 @@ class ArithmeticTask:
             return Score(0.0, Status.UNPARSEABLE, "no '#' in the completion")
         if not _CANONICAL_INTEGER.fullmatch(answer):
             return Score(0.0, Status.UNPARSEABLE, f"no integer after the last '#': {answer[:40]!r}")
-        return Score(float(answer == prompt.answer))
+        return Score(float(answer == prompt.answer), answer=answer)
 
     def worked_example(self, index: int) -> tuple[Prompt, str]:
         """The training prompt of `index` and its full solution, as the file header shows."""

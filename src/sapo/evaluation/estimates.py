@@ -1,0 +1,124 @@
+"""The arithmetic of an evaluation: unbiased pass@k, majority of n, bootstrap intervals over problems.
+
+n completions of each problem; c of them correct (reward of at least the threshold). mean@n is the mean of c/n over
+problems (pass@1 averaged over n samples), pass@k the unbiased estimate of Chen et al. 2021
+(https://arxiv.org/abs/2107.03374), majority@n self-consistency's vote (Wang et al. 2022,
+https://arxiv.org/abs/2203.11171) over the answers the verifier took from the completions.
+
+Problems are what is drawn from a population, completions only what is drawn for each: intervals resample problems.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its bootstrap interval.
+
+    >>> Estimate(0.5, 0.4, 0.6).to_json()
+    {'value': 0.5, 'low': 0.4, 'high': 0.6}
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        """As a JSON value."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def pass_at_k(samples: int, correct: np.ndarray, k: int) -> np.ndarray:
+    """1 - C(n-c, k) / C(n, k) for each problem, by the product that does not overflow; 1 when n - c < k.
+
+    Args:
+        samples: n, completions of each problem.
+        correct: (P,) c, how many of them are right.
+        k: at most n.
+
+    >>> pass_at_k(4, np.array([0, 1, 4]), 2)
+    array([0. , 0.5, 1. ])
+
+    Raises:
+        ValueError: k outside 1..n.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k must lie in 1..samples ({samples}); got {k}")
+    factors_nP = 1.0 - k / np.arange(1, samples + 1)[:, None]
+    wrong_P = samples - np.asarray(correct)
+    used_nP = np.arange(1, samples + 1)[:, None] > wrong_P[None, :]
+    return np.where(wrong_P < k, 1.0, 1.0 - np.where(used_nP, factors_nP, 1.0).prod(axis=0))
+
+
+def majority_share(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """How right the most frequent answer of one problem's samples is: 1 or 0, or in between where answers tie.
+
+    A tie is broken by a fair draw, of which this is the expectation, so that the figure depends on no order. Samples
+    without an answer have no vote; a problem on which nobody votes is wrong. Where a verifier judged equal answers
+    differently, the share of them that was right counts.
+
+    >>> majority_share(["7", "8", "7", None], [True, False, True, False])
+    1.0
+    >>> majority_share(["7", "8", None, None], [True, False, False, False])
+    0.5
+    """
+    votes: dict[str, list[bool]] = defaultdict(list)
+    for answer, is_right in zip(answers, right, strict=True):
+        if answer is not None:
+            votes[answer].append(is_right)
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
+    return float(np.mean([np.mean(v) for v in votes.values() if len(v) == most]))
+
+
+def bootstrap(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Mean of one value per problem with a percentile interval over resampled problems.
+
+    Where every problem has the same value the interval is that value: resampling cannot show what it never saw.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    means = np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    return _with_interval(float(values.mean()), means)
+
+
+def bootstrap_ratio(totals: np.ndarray, counts: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """Mean of a figure that not every completion has: the sum of `totals` over the sum of `counts`, both by problem.
+
+    A resample in which no completion has the figure says nothing of it and is left out.
+
+    Raises:
+        ValueError: no completion has it.
+
+    >>> bootstrap_ratio(np.array([1.0, 3.0]), np.array([1, 3]))
+    Estimate(value=1.0, low=1.0, high=1.0)
+    """
+    totals, counts = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if not counts.sum() > 0:
+        raise ValueError("the mean of a figure needs a completion that has it; got none; leave the figure out")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    means = []
+    for _ in range(resamples):
+        drawn = generator.integers(len(totals), size=len(totals))
+        if counts[drawn].sum() > 0:
+            means.append(totals[drawn].sum() / counts[drawn].sum())
+    return _with_interval(float(totals.sum() / counts.sum()), np.array(means))
+
+
+def _with_interval(value: float, means: np.ndarray) -> Estimate:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return Estimate(value, float(low), float(high))

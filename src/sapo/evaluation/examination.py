@@ -1,0 +1,187 @@
+"""The run of an evaluation: ask, draw, judge, count.
+
+A kept evaluation goes chunk by chunk, each chunk a fixed run of problems that is drawn by one call of the engine: which
+sequences share a batch decides how their sums are rounded, so it must not depend on where an evaluation was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from sapo.config import PromptConfig
+from sapo.data import Completion, Prompt
+from sapo.evaluation.constant import best_constant
+from sapo.evaluation.figures import Clock, Evaluation
+from sapo.evaluation.records import Answered, Sample, groups_of
+from sapo.model.policy import Policy
+from sapo.prompting import PromptFormat
+from sapo.rollout.engine import Engine, Request
+from sapo.rollout.sampling import SamplingParams
+from sapo.tasks import Task, TaskError, score_groups
+
+
+class Keeper(Protocol):
+    """Where an evaluation is kept while it goes on, so that it can be killed: see `store.EvaluationStore`."""
+
+    answered: list[Answered]
+    """The problems that are done, in order."""
+    clock: Clock
+
+    def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
+        """Take the next problems, and the time they took, for good."""
+        ...
+
+
+class Memory:
+    """Keeps an evaluation as long as the process lives.
+
+    >>> memory = Memory()
+    >>> memory.keep([], Clock(generate=1.0))
+    >>> memory.clock
+    Clock(generate=1.0, score=0.0)
+    """
+
+    def __init__(self) -> None:
+        self.answered: list[Answered] = []
+        self.clock = Clock()
+
+    def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
+        """See `Keeper.keep`."""
+        self.answered += chunk
+        self.clock += clock
+
+
+def evaluate_policy(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    *,
+    problems: int,
+    samples: int,
+    params: SamplingParams,
+    ks: Sequence[int] = (1,),
+    threshold: float = 1.0,
+    prompt_format: PromptFormat | None = None,
+    greedy: bool = False,
+    constant: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate on a task's held-out problems, all drawn by one call of the engine.
+
+    Args:
+        problems: how many; all there are, when there are fewer.
+        samples: completions of each problem.
+        params: of sampling; its seed and a problem's number fix the draws.
+        ks: which pass@k to estimate, each at most `samples`.
+        threshold: smallest reward that counts as correct.
+        prompt_format: how the questions are put; as they are when None.
+        greedy: draw one more completion of each problem, at temperature 0.
+        constant: judge the best constant answer as well.
+
+    Raises:
+        Interrupted: when `should_stop` says so.
+        TaskError: the task has no held-out problem.
+    """
+    prompts = ask(policy, task, problems, prompt_format)
+    memory = Memory()
+    examine(
+        policy,
+        engine,
+        task,
+        prompts,
+        memory,
+        chunk=len(prompts),
+        samples=samples,
+        params=params,
+        greedy=greedy,
+        should_stop=should_stop,
+    )
+    best = best_constant(task, prompts, threshold=threshold, should_stop=should_stop) if constant else None
+    return Evaluation.of(task.name, memory.answered, ks=ks, threshold=threshold, constant=best, clock=memory.clock)
+
+
+def ask(policy: Policy, task: Task, problems: int, prompt_format: PromptFormat | None = None) -> list[Prompt]:
+    """The held-out problems, numbered and encoded.
+
+    Raises:
+        TaskError: there is none.
+    """
+    prompts = [replace(p, id=i) for i, p in enumerate(task.held_out(problems))]
+    if not prompts:
+        raise TaskError(f"an evaluation needs a held-out problem; task {task.name!r} has none; hold some rows out")
+    return (prompt_format or PromptFormat.of(PromptConfig(), task)).encode(policy, prompts)
+
+
+def examine(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    keeper: Keeper,
+    *,
+    chunk: int,
+    samples: int,
+    params: SamplingParams,
+    greedy: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Have the prompts that the keeper does not hold yet completed and judged.
+
+    Args:
+        prompts: encoded; those that are done come first, whole chunks of them.
+        chunk: problems of one call of the engine.
+        on_progress: told the problems done, and all of them, after each chunk.
+    """
+    for first in range(len(keeper.answered), len(prompts), chunk):
+        part = prompts[first : first + chunk]
+        started = time.perf_counter()
+        drawn = engine.generate([Request(p, samples) for p in part], params, should_stop)
+        likeliest = _greedily(engine, part, drawn, params, should_stop) if greedy else None
+        generated = time.perf_counter()
+        answered = _judge(policy, task, part, drawn, likeliest)
+        keeper.keep(answered, Clock(generated - started, time.perf_counter() - generated))
+        on_progress(first + len(part), len(prompts))
+
+
+def _greedily(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    drawn: Sequence[Sequence[Completion]],
+    params: SamplingParams,
+    should_stop: Callable[[], bool],
+) -> list[Completion]:
+    if params.temperature == 0:
+        return [completions[0] for completions in drawn]
+    likeliest = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+    return [c for (c,) in engine.generate([Request(p, 1) for p in prompts], likeliest, should_stop)]
+
+
+def _judge(
+    policy: Policy,
+    task: Task,
+    prompts: Sequence[Prompt],
+    drawn: Sequence[Sequence[Completion]],
+    likeliest: Sequence[Completion] | None,
+) -> list[Answered]:
+    """One scoring of everything, so that slow verifiers work side by side."""
+    extra: list[list[Completion]] = [[] for _ in prompts] if likeliest is None else [[c] for c in likeliest]
+    together = [(task, p, [*c, *e]) for p, c, e in zip(prompts, drawn, extra, strict=True)]
+    answered = []
+    for prompt, completions, scored in zip(prompts, drawn, score_groups(together), strict=True):
+        samples = tuple(Sample.of(c) for c in scored)
+        answered.append(
+            Answered(
+                id=prompt.id,
+                prompt=prompt.text,
+                seen=policy.show(prompt.token_ids),
+                answer=prompt.answer,
+                groups=groups_of(prompt),
+                samples=samples[: len(completions)],
+                greedy=samples[len(completions)] if likeliest is not None else None,
+            )
+        )
+    return answered

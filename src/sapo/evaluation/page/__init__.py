@@ -1,0 +1,139 @@
+"""The completions of an evaluation as one HTML file that needs nothing else: no server, no network.
+
+The data stand in the page as JSON and are drawn by completions.js when they come into view, so that thousands of
+completions cost no more than the few that are looked at. What a model wrote is only ever put into text nodes; beside
+that, the page's content security policy admits its own script and style by their hashes and nothing else, so that
+markup in a completion could do nothing even if it became markup.
+
+The parts serve other pages too: `page_data` and `embedded` give the data, `part` the script, whose function
+`showCompletions(root, data)` draws them into any element, and the style.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sapo.evaluation.figures import Evaluation
+from sapo.evaluation.records import GROUPINGS
+from sapo.evaluation.results import Results
+
+
+def write_page(results: Results, path: str | Path) -> Path:
+    """Write the page of an evaluation's completions, aside and renamed."""
+    path = Path(path)
+    script, style = part("completions.js"), part("completions.css")
+    fields = {
+        "title": html.escape(f"{results.evaluation.task}: {results.about['model']['path']}"),
+        "policy": html.escape(content_security_policy([script], [style])),
+        "style": style,
+        "data": embedded(page_data(results)),
+        "script": script,
+    }
+    # One pass, so that a field's contents are never searched for the marks of another.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: fields[mark[1]], part("completions.html"))
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(page, encoding="utf-8")
+    aside.rename(path)
+    return path
+
+
+def page_data(results: Results) -> dict[str, Any]:
+    """What the page shows, as a JSON value: the figures in words, and every problem with its completions."""
+    evaluation = results.evaluation
+    # Examples before the question are the same in every prompt; they are kept once.
+    opening = _common_opening([p.seen for p in evaluation.answered])
+    problems = []
+    for problem in evaluation.answered:
+        record = problem.to_json()
+        record["seen"] = None if problem.seen == problem.prompt else problem.seen[len(opening) :]
+        problems.append(record)
+    return {
+        "task": evaluation.task,
+        "model": results.about["model"]["path"],
+        "samples": evaluation.samples,
+        "threshold": evaluation.threshold,
+        "figures": figures_in_words(evaluation),
+        "slices": {name: [s.to_json(evaluation.samples) for s in rows] for name, rows in evaluation.slices.items()},
+        "groupings": [name for name in GROUPINGS if any(name in p.groups for p in evaluation.answered)],
+        "opening": opening,
+        "problems": problems,
+    }
+
+
+def figures_in_words(evaluation: Evaluation) -> list[dict[str, str]]:
+    """The figures with their intervals, those that were measured, as a person reads them."""
+    n = evaluation.samples
+    estimates = [
+        (f"mean@{n}", evaluation.mean),
+        *((f"pass@{k}", estimate) for k, estimate in evaluation.pass_at.items() if k > 1),
+        (f"majority@{n}", evaluation.majority if n > 1 else None),
+        ("greedy", evaluation.greedy),
+        *((name.replace("_", " "), figure.mean) for name, figure in evaluation.figures.items()),
+    ]
+    words = [
+        {"name": name, "value": f"{e.value:.3f}", "more": f"{e.low:.3f} to {e.high:.3f}"}
+        for name, e in estimates
+        if e is not None
+    ]
+    if evaluation.constant is not None:
+        constant = evaluation.constant
+        answer = constant.answer if len(constant.answer) <= 24 else f"{constant.answer[:23]}…"
+        words.append({"name": "best constant", "value": f"{constant.share:.3f}", "more": f"always {answer}"})
+    total = evaluation.problems * n
+    for status, count in evaluation.statuses.items():
+        if count and status != "scored":
+            words.append(
+                {"name": status.replace("_", " "), "value": f"{count / total:.1%}", "more": f"{count:,} of {total:,}"}
+            )
+    longest = f"on average, {evaluation.length_max:,} at most"
+    words.append({"name": "tokens", "value": f"{evaluation.length_mean:,.0f}", "more": longest})
+    return words
+
+
+def _common_opening(texts: list[str]) -> str:
+    """What all of several texts begin with: it is what the first and the last of them in order do.
+
+    >>> _common_opening(["Q: 1\\nQ: 2", "Q: 1\\nQ: 3"])
+    'Q: 1\\nQ: '
+    """
+    if len(texts) < 2:
+        return ""
+    first, last = min(texts), max(texts)
+    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(differs, min(len(first), len(last)))]
+
+
+def embedded(data: Any) -> str:
+    """A JSON value as the text of a script element: no character of it can end the element or begin a comment.
+
+    >>> embedded({"text": "</script><!--"})
+    '{"text":"\\\\u003c/script\\\\u003e\\\\u003c!--"}'
+    """
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Halves of surrogate pairs have no UTF-8; the others are what HTML and old JavaScript read in their own ways.
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def part(name: str) -> str:
+    """completions.html, .css or .js as it is in the package."""
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def content_security_policy(scripts: list[str], styles: list[str]) -> str:
+    """A policy that admits just these inline scripts and styles, and no connection at all."""
+
+    def hashes(texts: list[str]) -> str:
+        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes(scripts)}; style-src {hashes(styles)}; base-uri 'none'; "
+        "form-action 'none'"
+    )

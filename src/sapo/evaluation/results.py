@@ -1,0 +1,81 @@
+"""Results as they are written and read: results.json with completions.jsonl. Their schema is in docs/evaluation.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sapo.config import ConfigError
+from sapo.evaluation.figures import Clock, ConstantAnswer, Evaluation
+from sapo.evaluation.store import read_completions
+
+SCHEMA = "sapo.evaluation/1"
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation with what it is an evaluation of.
+
+    `Results.read("evals/run-add4").evaluation.mean` is the mean@n that results.json there has.
+    """
+
+    about: Mapping[str, Any]
+    """model, task, prompt, sampling and machine, as JSON values."""
+    evaluation: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        """results.json; the clock only in "timing"."""
+        return {
+            "schema": SCHEMA,
+            **self.about,
+            "results": self.evaluation.to_json(),
+            "timing": self.evaluation.timing(),
+        }
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Results:
+        """A finished evaluation from its directory, completions and all.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        directory = Path(directory)
+        record = read_results(directory)
+        figures, timing = record["results"], record["timing"]
+        constant = figures["constant"]
+        evaluation = Evaluation.of(
+            figures["task"],
+            read_completions(directory),
+            ks=[int(name.removeprefix("pass@")) for name in figures if name.startswith("pass@")],
+            threshold=figures["threshold"],
+            constant=ConstantAnswer(**constant) if constant else None,
+            clock=Clock(timing["generate_seconds"], timing["score_seconds"]),
+        )
+        about = {k: v for k, v in record.items() if k not in ("schema", "results", "timing")}
+        return cls(about, evaluation)
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """results.json by its own path, or that of its directory.
+
+    Raises:
+        ConfigError: there is none, or it is not what an evaluation of this version writes.
+    """
+    path = Path(path)
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        unfinished = (file.parent / "progress.jsonl").exists()
+        state = "the evaluation was not finished; the same sapo eval goes on" if unfinished else "sapo eval writes one"
+        raise ConfigError(f"no results at {file}: {state}")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is not the results.json of an evaluation") from error
+    if schema != SCHEMA:
+        raise ConfigError(f"{file} must be of schema {SCHEMA}; got {schema!r}; evaluate again with this version")
+    assert isinstance(record, dict)
+    return record

@@ -1,0 +1,196 @@
+"""An evaluation on disk: kept chunk by chunk while it goes on, so that a killed one goes on where it was.
+
+evals/NAME/config.json        what was asked: model, problems, sampling; an evaluation of anything else is refused here
+           progress.jsonl     while it goes on: the problems done and, after each chunk of them, its line and the clock
+           completions.jsonl  when it is done: one line per problem with all its completions (`records.Answered`)
+           results.json       the figures, see docs/evaluation.md
+           index.html         the completions, to be read
+
+A chunk is done when the line that closes it is on the disk; what a kill left behind after the last such line is cut off
+and drawn again. completions.jsonl, results.json and index.html are each written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from sapo.config import ConfigError
+from sapo.evaluation.figures import Clock
+from sapo.evaluation.records import Answered
+
+
+class EvaluationStore:
+    """The files of one evaluation, locked, so that no two processes write one. A `Keeper`.
+
+    Args:
+        path: the directory; made where there is none.
+        asked: what names the evaluation, a JSON value: whatever changes a completion or its judgement.
+        machine: where it is made; one that goes on elsewhere keeps the machine it was begun on.
+
+    Raises:
+        ConfigError: what is there is of another evaluation, or no evaluation, or another process writes it.
+    """
+
+    def __init__(self, path: Path, asked: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        self.path = path
+        self.answered: list[Answered] = []
+        self.clock = Clock()
+        self._progress: IO[bytes] | None = None
+        differs = difference(path, asked)
+        if differs is not None:
+            raise ConfigError(f"{path} holds {differs}; name another directory with --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _acquire_lock(path)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+        if not (path / "config.json").exists():
+            _write(path / "config.json", json.dumps({"asked": asked, "machine": machine}, indent=1) + "\n")
+        self.machine: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))["machine"]
+        self._recover()
+
+    @property
+    def finished(self) -> bool:
+        """Whether completions.jsonl holds them all."""
+        return (self.path / "completions.jsonl").exists()
+
+    def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
+        """Take a chunk for good: it is on the disk when this returns."""
+        if self._progress is None:
+            self._progress = (self.path / "progress.jsonl").open("ab")
+        closing = {"chunk": len(chunk), "timing": {"generate": clock.generate, "score": clock.score}}
+        lines = [*(_line(problem.to_json()) for problem in chunk), _line(closing)]
+        self._progress.write("".join(lines).encode())
+        self._progress.flush()
+        os.fsync(self._progress.fileno())
+        self.answered += chunk
+        self.clock += clock
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and completions.jsonl, in this order; the progress is needed no more."""
+        _write(self.path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        if not self.finished:
+            _write(self.path / "completions.jsonl", "".join(_line(p.to_json()) for p in self.answered))
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        (self.path / "progress.jsonl").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        self._lock.close()
+
+    def __enter__(self) -> EvaluationStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _recover(self) -> None:
+        if self.finished:
+            self.answered = read_completions(self.path)
+            timing = json.loads((self.path / "results.json").read_text(encoding="utf-8"))["timing"]
+            self.clock = Clock(timing["generate_seconds"], timing["score_seconds"])
+            return
+        file = self.path / "progress.jsonl"
+        if not file.exists():
+            return
+        chunk: list[Answered] = []
+        whole = position = 0
+        for line in file.read_bytes().splitlines(keepends=True):
+            position += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # cut in the middle by a kill; nothing after it was promised
+            if "chunk" not in record:
+                chunk.append(Answered.from_json(record))
+                continue
+            self.answered += chunk
+            self.clock += Clock(record["timing"]["generate"], record["timing"]["score"])
+            chunk, whole = [], position
+        os.truncate(file, whole)
+
+
+def difference(path: Path, asked: Mapping[str, Any]) -> str | None:
+    """What a directory holds that is not the evaluation asked for; None when it holds that, or nothing yet.
+
+    The words follow "PATH holds".
+    """
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        return "no evaluation: it is a file"
+    config = path / "config.json"
+    if not config.exists():
+        strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+        return f"no evaluation but {strangers[0]}" if strangers else None
+    try:
+        there = json.loads(config.read_text(encoding="utf-8"))["asked"]
+    except (ValueError, KeyError, TypeError):
+        return "a config.json that is not of an evaluation"
+    here = json.loads(json.dumps(asked))
+    for key, (a, b) in _differing(there, here):
+        return f"another evaluation, with {key}={a} where this one has {b}"
+    return None
+
+
+def read_completions(directory: Path) -> list[Answered]:
+    """completions.jsonl of a finished evaluation.
+
+    Raises:
+        ConfigError: there is none, or it is not what an evaluation writes.
+    """
+    file = directory / "completions.jsonl"
+    if not file.is_file():
+        raise ConfigError(f"{directory} has no completions.jsonl: it is no finished evaluation")
+    try:
+        return [Answered.from_json(json.loads(line)) for line in file.read_bytes().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is not what an evaluation writes: {error}") from error
+
+
+def _differing(there: Any, here: Any, prefix: str = "") -> list[tuple[str, tuple[str, str]]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            found
+            for key in dict.fromkeys((*here, *there))
+            for found in _differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if there == here else [(prefix, (_brief(there), _brief(here)))]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    aside = file.with_name(f".{file.name}.writing")
+    with aside.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    aside.rename(file)
+
+
+def _acquire_lock(path: Path) -> IO[str]:
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back by the kernel, even after a kill -9
+    except OSError:
+        lock.close()
+        raise ConfigError(f"another process is writing {path}; wait for it or stop it") from None
+    return lock

@@ -1,0 +1,159 @@
+"""Evaluations and comparisons as a person sees them on a terminal.
+
+What came from a model or a file is printed as plain text, never as markup.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from sapo.conformance.laws import LAWS
+from sapo.conformance.report import Report
+from sapo.evaluation.comparison import Comparison, Discordance
+from sapo.evaluation.estimates import Estimate
+from sapo.evaluation.figures import Evaluation, Slice
+
+LINES = 10
+"""Lines of progress where there is no terminal to draw a bar on, at most."""
+
+MOST_SLICES = 40
+"""Rows of a table by subject; results.json has them all."""
+
+
+class Progress:
+    """Shows how many problems are done: a bar on a terminal, now and then a line elsewhere.
+
+    Args:
+        console: where to print.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Bar | None = None
+        self._task: Any = None
+        self._told = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many problems are done."""
+        if self.console.is_terminal:
+            self._show(done, total)
+        elif done < total and done * LINES // total > self._told:
+            self._told = done * LINES // total
+            self.console.print(f"{done} of {total} problems", markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            columns = (TextColumn("problems"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done)
+
+
+def evaluation_table(result: Evaluation) -> RenderableType:
+    """The figures of an evaluation, and below them those of its subjects."""
+    n = result.samples
+    table = Table(title=escape(f"{result.task}: {result.problems} held-out problems x {n} samples"))
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("95% interval", justify="right")
+    estimates = [
+        (f"mean@{n}", result.mean),
+        *((f"pass@{k}", estimate) for k, estimate in result.pass_at.items()),
+        (f"majority@{n}", result.majority if n > 1 else None),
+        ("greedy", result.greedy),
+        *((escape(name), figure.mean) for name, figure in result.figures.items()),
+    ]
+    for name, estimate in estimates:
+        if estimate is not None:
+            table.add_row(name, *_columns(estimate))
+    if result.constant is not None:
+        answer = result.constant.answer.splitlines()[0][:24]
+        table.add_row("best constant", f"{result.constant.share:.3f}", escape(f"always {answer}"))
+    table.add_section()
+    total = result.problems * n
+    for status, count in result.statuses.items():
+        table.add_row(status.replace("_", " "), str(count), f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("mean length", f"{result.length_mean:.1f}", "tokens")
+    table.add_row("tokens", f"{result.tokens + result.greedy_tokens:,}", "")
+    if result.tokens_per_second is not None:
+        table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}", "")
+    table.add_row("time", f"{result.seconds:.1f}", "s")
+    return Group(table, *(_slice_table(name, rows, n) for name, rows in result.slices.items()))
+
+
+def _slice_table(name: str, rows: list[Slice], samples: int) -> Table:
+    caption = None if len(rows) <= MOST_SLICES else f"the first {MOST_SLICES} of {len(rows)}; results.json has all"
+    table = Table(title=f"by {name}", caption=caption)
+    table.add_column(name)
+    table.add_column("problems", justify="right")
+    ks = [k for k in rows[0].pass_at if k > 1]
+    for heading in (f"mean@{samples}", "95% interval", *(f"pass@{k}" for k in ks)):
+        table.add_column(heading, justify="right")
+    for row in rows[:MOST_SLICES]:
+        passes = (f"{row.pass_at[k].value:.3f}" for k in ks)
+        table.add_row(escape(row.value), str(row.problems), *_columns(row.mean), *passes)
+    return table
+
+
+def comparison_table(result: Comparison) -> RenderableType:
+    """Two models side by side, and the difference with its tests."""
+    table = Table(title=f"{result.problems} problems, the same for both")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("95% interval", justify="right")
+    for letter, samples, mean in zip("AB", result.samples, result.means, strict=True):
+        table.add_row(f"mean@{samples} of {letter}", *_columns(mean))
+    table.add_section()
+    difference = result.difference
+    table.add_row("B less A", f"{difference.value:+.3f}", f"{difference.low:+.3f} .. {difference.high:+.3f}")
+    table.add_row("p, permutation of signs", _p_value(result.p_value), "")
+    equal = result.problems - result.better - result.worse
+    table.add_row("problems better, worse, equal", f"{result.better}, {result.worse}, {equal}", "")
+    for name, pairs in (("greedy", result.greedy), ("the one sample", result.single)):
+        if pairs is not None:
+            table.add_row(f"p, McNemar on {name}", _p_value(pairs.p_value), _discordance(pairs))
+    return Group(*(Text(f"{letter}: {name}") for letter, name in zip("AB", result.names, strict=True)), table)
+
+
+def _columns(estimate: Estimate) -> tuple[str, str]:
+    return f"{estimate.value:.3f}", f"{estimate.low:.3f} .. {estimate.high:.3f}"
+
+
+def _p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+
+
+def _discordance(pairs: Discordance) -> str:
+    return f"only A {pairs.only_a}, only B {pairs.only_b}"
+
+
+def conformance_table(report: Report) -> Table:
+    """Which laws each loss of a family obeys."""
+    styles = {"held": "[green]held[/]", "broken": "[red]broken[/]", "does not apply": "-"}
+    table = Table(title=f"{report.family} {report.version}".rstrip())
+    table.add_column("law", no_wrap=True)
+    for name in report.names():
+        table.add_column(name.rpartition(":")[2])
+    for place, law in enumerate(LAWS):
+        table.add_row(law, *(styles[verdicts[place].status] for verdicts in report.verdicts))
+    return table
