@@ -13,9 +13,9 @@ FLOORS = (
     ("objectives", "data", "config"),
     ("tasks", "model"),
     ("prompting", "batch", "rollout"),
-    ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
-    ("preflight", "coldstart", "loop", "session", "progress"),
-    ("cli",),
+    ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers"),
+    ("preflight", "coldstart", "memory", "loop", "dry_run", "session", "export", "generation", "doctor", "progress"),
+    ("completion", "commands", "cli"),
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}
 

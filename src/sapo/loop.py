@@ -26,6 +26,7 @@ from sapo.config import RunConfig
 from sapo.data import Completion, Group, Prompt
 from sapo.diagnostics import rollout_metrics, update_metrics
 from sapo.evaluation import Evaluation, evaluate_policy
+from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.preflight import TaskSet, seed_for
@@ -134,8 +135,7 @@ class TrainingRun:
             entropy=train.entropy,
         )
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
-        # TensorBoard is told to forget what a killed process wrote beyond its checkpoint; of a start over, everything.
-        self._purge_step = self.state.step + 1 if state is not None else 0
+        self.loggers = LoggerSet(config, directory.path, resumed_at=None if state is None else state.step)
         self._seconds_before = dict(self.state.seconds)
 
     def run(self) -> StopReason | None:
@@ -144,6 +144,7 @@ class TrainingRun:
         Raises:
             NonFiniteError: with step, cause and the checkpoint to resume from.
         """
+        self.loggers.open()
         self.listener.started(self.config)
         try:
             while True:
@@ -316,7 +317,7 @@ class TrainingRun:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
             self._append({**record, "timing": {"seconds": evaluation.seconds}})
             prefix = "eval/" if len(evaluations) == 1 else f"eval/{evaluation.task}/"
-            self._tensorboard(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
+            self.loggers.log(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
         figures = evaluations[0].metrics()
         if len(evaluations) > 1:
             figures["tasks"] = {e.task: e.metrics() for e in evaluations}
@@ -392,7 +393,7 @@ class TrainingRun:
         if work > 0:
             timing["tokens_per_second"] = figures["tokens/generated"] / work
         self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
-        self._tensorboard(step, {f"train/{k}": v for k, v in figures.items()})
+        self.loggers.log(step, {f"train/{k}": v for k, v in figures.items()})
         if self._rollouts_logged():
             records = rollout_records(groups, state.gates, sampler_is_old=state.old_logprobs == "engine")
             self.directory.write_rollouts(step, records)
@@ -421,10 +422,6 @@ class TrainingRun:
     def _append(self, record: dict[str, Any]) -> None:
         self.directory.append_metrics(record)
         self.listener.record(record)
-
-    def _tensorboard(self, step: int, figures: dict[str, Any]) -> None:
-        if self.config.log.tensorboard:
-            self.directory.tensorboard(step, figures, self._purge_step)
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every
