@@ -151,7 +151,7 @@ def _torch(torch: Any) -> Iterator[Finding]:
     library = "MKL" if torch.backends.mkl.is_available() else "no MKL"
     yield Finding(
         "machine",
-        "torch",
+        "arithmetic",
         "note",
         f"{torch.backends.cpu.get_cpu_capability()}, {library}, {torch.get_num_threads()} threads",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sapo.config import ConfigError
@@ -58,6 +58,7 @@ def generate(
     style: Literal["auto", "plain", "chat"] = "auto",
     system: str | None = None,
     stop: tuple[str, ...] = (),
+    shorten: bool = False,
 ) -> Generation:
     """Draw completions of a text.
 
@@ -65,6 +66,7 @@ def generate(
         text: the question; through the tokenizer's chat template when style is chat, or auto and there is one.
         params: of sampling; the model's own stop tokens are added.
         stop: strings that end a completion.
+        shorten: lower max_new_tokens to what the model has room for.
 
     Raises:
         ModelError: a chat with a model that has no template, or text it has no tokens for.
@@ -72,14 +74,16 @@ def generate(
     """
     form = PromptFormat(style=style, system=system, stop=stop, prefers_chat=True)
     prompt = form.encode(policy, [Prompt(0, "generate", text)])[0]
-    room = policy.max_length
-    if room is not None and len(prompt.token_ids) + params.max_new_tokens > room:
+    length, limit = params.max_new_tokens, policy.max_length
+    if shorten and limit is not None:
+        length = max(1, min(length, limit - len(prompt.token_ids)))
+    if limit is not None and len(prompt.token_ids) + length > limit:
         raise ConfigError(
-            f"prompt and completion must fit the model's {room} positions; got a prompt of {len(prompt.token_ids)} "
-            f"tokens and max_new_tokens {params.max_new_tokens}; shorten one of them"
+            f"prompt and completion must fit the model's {limit} positions; got a prompt of {len(prompt.token_ids)} "
+            f"tokens and max_new_tokens {length}; shorten one of them"
         )
     stops = params.stop_token_ids | policy.stop_token_ids
-    params = SamplingParams(**{**params.__dict__, "stop_token_ids": stops})
+    params = replace(params, max_new_tokens=length, stop_token_ids=stops)
     [completions] = LocalEngine(policy).generate([Request(prompt, samples)], params)
 
     def decode(ids: tuple[int, ...]) -> str:

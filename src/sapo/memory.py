@@ -225,13 +225,13 @@ def measure_activations(policy: Policy, checkpointing: bool = False) -> Activati
     for prompts, prompt_tokens, samples, new_tokens in shapes:
         batch = _probe(prompts, prompt_tokens, samples, new_tokens)
         counts.append(astuple(Counts.of(batch)))
-        kept.append(_kept_bytes(policy, batch, checkpointing))
+        kept.append(kept_bytes(policy, batch, checkpointing))
     solution, *_ = np.linalg.lstsq(np.array(counts, dtype=np.float64), np.array(kept, dtype=np.float64), rcond=None)
     per_token, per_query, per_key, per_pair = (max(0.0, float(x)) for x in solution)
     return ActivationCost(per_token, per_query, per_key, per_pair, layers=_num_layers(policy))
 
 
-def _kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
+def kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
     """Bytes of the storages that a forward pass keeps for its backward pass, the weights left out."""
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}

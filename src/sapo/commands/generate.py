@@ -11,6 +11,8 @@ import typer
 
 from sapo.completion import complete_model
 
+LONGEST = 256
+
 
 def generate(
     model: Annotated[
@@ -21,7 +23,9 @@ def generate(
     ],
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
     samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest completion. [default: 256, or what the model has room for]")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
@@ -48,7 +52,8 @@ def generate(
     if stop and "" in stop:
         raise ConfigError("--stop must not be empty; got ''")
     try:
-        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        length = max_new_tokens or LONGEST
+        params = SamplingParams(max_new_tokens=length, temperature=temperature, top_p=top_p, seed=seed)
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -60,6 +65,7 @@ def generate(
         style="auto" if chat is None else "chat" if chat else "plain",
         system=system,
         stop=tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ()),
+        shorten=max_new_tokens is None,
     )
     if as_json:
         print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
