@@ -188,7 +188,7 @@ def test_a_setting_wandb_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_task_has_a_panel_of_its_own() -> None:
-    names = ["train/task/add4/reward/mean", "train/task/sub2/reward/mean", "train/reward/mean", "eval/add4/pass@1"]
+    names = ["task/add4/reward/mean", "task/sub2/reward/mean", "train/reward/mean", "eval/add4/pass@1"]
     assert [panel_name(n) for n in names] == [
         "task_add4/reward/mean",
         "task_sub2/reward/mean",

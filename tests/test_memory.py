@@ -14,7 +14,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import ALPHABET
 from runs import write_recipe
 from sapo.batch import pack
 from sapo.config import load_recipe
@@ -210,5 +209,11 @@ def test_smaller_microbatches_cost_fewer_activations_and_keep_gradients(tmp_path
     assert "gradients of earlier micro-batches" not in whole
 
 
-def test_the_alphabet_of_the_probes_is_in_every_vocabulary() -> None:
-    assert len(ALPHABET) > 3  # the probes use token ids 0, 1 and 2
+def test_a_reference_policy_is_counted_beside_the_trained_one(tmp_path: Path, new_policy: Any) -> None:
+    policy, reference = new_policy("llama"), new_policy("llama")
+    config = load_recipe(write_recipe(tmp_path))
+    prompts = [Prompt(i, "t", "", (i, 1, 2, 3)) for i in range(4)]
+    alone, both = (estimate_memory(config, policy, prompts, 0, other).phases for other in (None, reference))
+    for phase in alone:
+        assert both[phase]["weights of the reference"] == 4 * reference.num_parameters
+        assert "weights of the reference" not in alone[phase]

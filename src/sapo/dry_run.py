@@ -67,12 +67,17 @@ class DryRun:
         }
 
 
-def rehearse(config: RunConfig, load: Callable[[RunConfig], Policy]) -> DryRun:
+def rehearse(
+    config: RunConfig,
+    load: Callable[[RunConfig], Policy],
+    load_reference: Callable[[RunConfig], Policy | None] = lambda _: None,
+) -> DryRun:
     """Load tasks and model, check what a run checks, estimate its memory.
 
     Args:
         config: threads and device settled.
         load: the policy of a recipe, from its directory or the cold start's cache.
+        load_reference: the frozen policy a run keeps beside it, when it keeps one.
 
     Raises:
         ConfigError, ModelError, TaskError: what a run would raise before it begins.
@@ -82,6 +87,8 @@ def rehearse(config: RunConfig, load: Callable[[RunConfig], Policy]) -> DryRun:
     policy = _stand_in(config) if missing else load(config)
     check_prompts(config, policy, tasks)
     prompts = first_prompts(config, policy, tasks)
+    reference = None if missing else load_reference(config)
+    baseline = baseline_bytes(*(p for p in (policy, reference) if p is not None))
     return DryRun(
         config=config,
         batch_sentence=config.batch_sentence(),
@@ -92,7 +99,7 @@ def rehearse(config: RunConfig, load: Callable[[RunConfig], Policy]) -> DryRun:
         coldstart_missing=missing,
         held_out={t.name: len(t.held_out(config.eval.problems)) for t in tasks.held_out},
         prompts=tuple(_seen(policy, p) for p in _one_of_each_task(prompts)),
-        memory=estimate_memory(config, policy, prompts, baseline_bytes(policy)),
+        memory=estimate_memory(config, policy, prompts, baseline, reference),
     )
 
 

@@ -116,11 +116,12 @@ def model_card(name: str, source: Source, config: RunConfig, policy: Policy, dty
     if _is_hub_id(config.model.path):
         front["base_model"] = config.model.path
     recipe = config.model_dump(mode="json", exclude={"provenance"})
+    training = _training(source, config, state)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters, {dtype}. It began as {base} and was "
-        f"trained by reinforcement learning with the objective `{config.objective.name}` for {_training(source, config, state)}.",
+        f"trained by reinforcement learning with the objective `{config.objective.name}` for {training}.",
         "## Evaluation\n\n" + _evaluation(config, state, source.checkpoint),
         "## Training tasks\n\n" + _tasks(config),
         "## Use\n\n" + _usage(name, config),
@@ -221,9 +222,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 def _versions(config: RunConfig) -> str:
     provenance = config.provenance or {}
     lines = [f"- {package} {version}" for package, version in (provenance.get("versions") or {}).items()]
-    for key in ("python", "platform", "git_commit"):
-        if provenance.get(key):
-            lines.append(f"- {key.replace('_', ' ')}: {provenance[key]}")
+    facts = [(key, provenance.get(key)) for key in ("python", "platform", "git_commit")]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in facts if value]
     return "\n".join(lines) or "Not recorded."
 
 

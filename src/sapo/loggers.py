@@ -28,7 +28,7 @@ class Logger(Protocol):
     """Takes the figures of a step."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures by name; what stands before the first slash is the panel."""
+        """Figures by name; `task/<name>/...` are those of one task."""
 
     def close(self) -> None:
         """Everything is written down when this returns."""
@@ -60,12 +60,20 @@ class LoggerSet:
         config: the run's.
         directory: the run directory.
         resumed_at: the step a resumed run goes on from, None for a run from its start.
+        panels: a layout of custom scalars for TensorBoard; the others lay panels out by names.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, resumed_at: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        resumed_at: int | None = None,
+        panels: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
         self.directory = directory
         self.resumed_at = resumed_at
+        self.panels = panels
         self._loggers: list[Logger] = []
 
     def open(self) -> None:
@@ -78,7 +86,7 @@ class LoggerSet:
         if log.tensorboard:
             # Told to forget what a killed process wrote beyond its checkpoint; of a start over, everything.
             purge = 0 if self.resumed_at is None else self.resumed_at + 1
-            loggers.append(TensorBoard(self.directory / "tensorboard", purge))
+            loggers.append(TensorBoard(self.directory / "tensorboard", purge, self.panels))
         if log.wandb is not None or log.trackio is not None:
             settings = self.config.model_dump(mode="json", exclude={"log"})
             identity = run_identity(self.directory)
@@ -88,10 +96,9 @@ class LoggerSet:
                 loggers.append(Trackio(log.trackio, self.directory.name, identity, settings))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Hand figures to every logger, those of a task in a panel of its own."""
-        named = {panel_name(name): value for name, value in figures.items()}
+        """Hand figures to every logger."""
         for logger in self._loggers:
-            logger.log(step, named)
+            logger.log(step, figures)
 
     def close(self) -> None:
         """Close what was opened."""
@@ -100,12 +107,12 @@ class LoggerSet:
 
 
 def panel_name(name: str) -> str:
-    """A figure's name for loggers, which make a panel of what stands before the first slash.
+    """A figure's name for loggers that make a panel of what stands before the first slash: one for each task.
 
-    >>> panel_name("train/task/add4/reward/mean"), panel_name("train/reward/mean")
+    >>> panel_name("task/add4/reward/mean"), panel_name("train/reward/mean")
     ('task_add4/reward/mean', 'train/reward/mean')
     """
-    return f"task_{name.removeprefix('train/task/')}" if name.startswith("train/task/") else name
+    return f"task_{name.removeprefix('task/')}" if name.startswith("task/") else name
 
 
 def run_identity(directory: Path) -> str:
@@ -124,12 +131,15 @@ class TensorBoard:
 
     Args:
         purge_step: figures of an earlier process from this step on are hidden.
+        panels: a layout of custom scalars.
     """
 
-    def __init__(self, directory: Path, purge_step: int) -> None:
+    def __init__(self, directory: Path, purge_step: int, panels: Mapping[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+        if panels:
+            self._writer.add_custom_scalars(dict(panels))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Logger.log`."""
@@ -174,7 +184,7 @@ class WeightsAndBiases:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Logger.log`."""
-        self._run.log({"step": step, **figures})
+        self._run.log({"step": step, **{panel_name(name): value for name, value in figures.items()}})
 
     def close(self) -> None:
         """See `Logger.close`."""
@@ -202,7 +212,7 @@ class Trackio:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Logger.log`."""
-        self._run.log(dict(figures), step=step)
+        self._run.log({panel_name(name): value for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
         """See `Logger.close`."""

@@ -393,7 +393,7 @@ class TrainingRun:
         if work > 0:
             timing["tokens_per_second"] = figures["tokens/generated"] / work
         self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
-        self.loggers.log(step, {f"train/{k}": v for k, v in figures.items()})
+        self.loggers.log(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
         if self._rollouts_logged():
             records = rollout_records(groups, state.gates, sampler_is_old=state.old_logprobs == "engine")
             self.directory.write_rollouts(step, records)

@@ -149,18 +149,22 @@ class MemoryEstimate:
         }
 
 
-def estimate_memory(config: RunConfig, policy: Policy, prompts: Sequence[Prompt], baseline: int) -> MemoryEstimate:
+def estimate_memory(
+    config: RunConfig, policy: Policy, prompts: Sequence[Prompt], baseline: int, reference: Policy | None = None
+) -> MemoryEstimate:
     """The memory of a run by phase.
 
     Args:
         policy: the loaded model; a few tokens are run through it.
         prompts: of one step, with their token ids.
         baseline: from `baseline_bytes`.
+        reference: a frozen policy beside the trained one.
     """
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     always = {
         "interpreter and libraries": baseline,
         "weights": _bytes_of(list(policy.model.parameters())),
+        "weights of the reference": 0 if reference is None else _bytes_of(list(reference.model.parameters())),
         "float32 masters": sum(4 * p.numel() for p in trained if p.element_size() < 4),
         "moments of AdamW": sum(2 * max(4, p.element_size()) * p.numel() for p in trained),
     }
@@ -186,12 +190,12 @@ def _with_allocator(parts: dict[str, int], policy: Policy) -> dict[str, int]:
     return {**present, "held back by the allocator": int(ALLOCATOR_SHARE * beyond)}
 
 
-def baseline_bytes(policy: Policy) -> int:
-    """What this process holds beside the policy's weights: interpreter, libraries, tokenizer, tasks.
+def baseline_bytes(*policies: Policy) -> int:
+    """What this process holds beside the weights of its policies: interpreter, libraries, tokenizer, tasks.
 
     Asked after everything is loaded. Imports that come only with the first update are made here.
     """
-    weights = [p for p in policy.model.parameters() if p.device.type == "cpu"]
+    weights = [p for policy in policies for p in policy.model.parameters() if p.device.type == "cpu"]
     for parameter in weights:
         parameter.detach().sum()  # weights are mapped from their file: what was not read yet would not be counted
     dummy = torch.nn.Parameter(torch.zeros(1))
