@@ -13,20 +13,25 @@ FLOORS = (
     ("objectives", "data", "config"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
-    ("training", "evaluation", "diagnostics", "run_state", "run_directory"),
+    ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers"),
     ("integrations",),
     (
         "preflight",
         "coldstart",
+        "memory",
         "listener",
         "loop",
+        "dry_run",
         "session",
+        "export",
         "evaluation_order",
         "evaluation_plan",
+        "generation",
+        "doctor",
         "progress",
         "tables",
     ),
-    ("cli",),
+    ("completion", "commands", "cli"),
 )
 ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}
 

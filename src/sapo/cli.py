@@ -20,11 +20,15 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from sapo.commands.doctor import doctor
+from sapo.commands.export import export
+from sapo.commands.generate import generate
+from sapo.completion import complete_override, complete_recipe, complete_run
+
 app = typer.Typer(
     name="sapo",
     help="Soft Adaptive Policy Optimization: reinforcement-learning post-training of language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -32,21 +36,41 @@ console = Console()
 errors = Console(stderr=True)
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ from the recipe's.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that differ from the recipe's.",
+        autocompletion=complete_override,
+    ),
 ]
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe: quickstart.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file, or the name of a shipped recipe: quickstart.", autocompletion=complete_recipe
+        ),
+    ],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Load and check everything, say what would happen and in what memory, stop."),
+    ] = False,
 ) -> None:
     """Train a policy by a recipe."""
     from sapo.config import load_recipe
     from sapo.progress import Display
+    from sapo.session import dry_run as rehearse
     from sapo.session import train as run_training
 
     config = load_recipe(recipe, overrides)
+    if dry_run:
+        from sapo.commands.dry_run import show_dry_run
+
+        show_dry_run(rehearse(config), console)
+        return
     with Display(console) as display, _stop_signals() as stop:
         run = run_training(config, listener=display, should_stop=stop, on_coldstart=display.coldstart)
     _report_end(run, stop)
@@ -54,7 +78,10 @@ def train(
 
 @app.command()
 def resume(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory, as in runs/quickstart.")],
+    run_directory: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The run directory, as in runs/quickstart.", autocompletion=complete_run),
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Take a run up again from its newest whole checkpoint."""
@@ -68,7 +95,9 @@ def resume(
 
 @app.command()
 def coldstart(
-    recipe: Annotated[str, typer.Argument(help="A recipe with a model.coldstart section.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe with a model.coldstart section.", autocompletion=complete_recipe)
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Make a recipe's starting model, if the cache has none."""
@@ -222,6 +251,11 @@ def conformance(
         _say(f"wrote {markdown}")
     if any(report.ours and report.broken for report in reports):
         raise typer.Exit(1)
+
+
+app.command()(generate)
+app.command()(export)
+app.command()(doctor)
 
 
 def main() -> None:

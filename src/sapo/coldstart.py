@@ -123,7 +123,7 @@ def train_coldstart(
             f"a cold start needs a task that writes worked examples (arithmetic); got {config.tasks[0].name!r}; "
             "give model.path instead"
         )
-    policy = _fresh_policy(settings)
+    policy = fresh_policy(settings)
     examples = _encode_examples(policy, task, settings.examples)
     optimizer = PolicyOptimizer(
         list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=1.0
@@ -169,7 +169,8 @@ def _rate(settings: ColdStartConfig, update: int) -> float:
     )
 
 
-def _fresh_policy(settings: ColdStartConfig) -> Policy:
+def fresh_policy(settings: ColdStartConfig) -> Policy:
+    """The model of a cold start before its first update."""
     tokenizer = character_tokenizer(ALPHABET)
     model = tiny_model(
         settings.architecture,

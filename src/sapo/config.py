@@ -405,11 +405,43 @@ class CheckpointConfig(_Section):
     """Newest checkpoints to keep."""
 
 
+class WandbConfig(_Section):
+    """A run of Weights & Biases (extra `wandb`)."""
+
+    project: str = "sapo"
+    """The project it belongs to."""
+    name: str | None = None
+    """What the run is called; the run directory's name when null."""
+    entity: str | None = None
+    """User or team; the one logged in when null."""
+    group: str | None = None
+    """Runs shown together, several seeds for instance."""
+    tags: list[str] = []
+    """Labels of the run."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """offline writes wandb/ in the run directory, for `wandb sync` later; null takes WANDB_MODE, else online."""
+
+
+class TrackioConfig(_Section):
+    """A run of trackio (extra `trackio`)."""
+
+    project: str = "sapo"
+    """The project it belongs to."""
+    name: str | None = None
+    """What the run is called; the run directory's name when null. An id is added, since trackio knows runs by name."""
+    space_id: str | None = None
+    """A Space of the hub to log to; null keeps everything on this machine, in $TRACKIO_DIR."""
+
+
 class LogConfig(_Section):
     """What is written beside metrics.jsonl."""
 
     tensorboard: bool = True
     """Write tensorboard/."""
+    wandb: WandbConfig | None = None
+    """Log to Weights & Biases as well; null does not."""
+    trackio: TrackioConfig | None = None
+    """Log to trackio as well; null does not."""
     rollouts_every: int = Field(10, ge=0)
     """Steps between files in rollouts/; 0 writes none."""
 

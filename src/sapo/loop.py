@@ -26,6 +26,7 @@ from sapo.data import Group, Prompt
 from sapo.diagnostics import rollout_metrics, step_update_metrics, task_panels, task_update_metrics, update_metrics
 from sapo.evaluation import Evaluation, evaluate_policy
 from sapo.listener import Listener, Silent
+from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
 from sapo.objectives import KLPenalty, make_objective
 from sapo.preflight import TaskSet, seed_for
@@ -108,8 +109,13 @@ class TrainingRun:
             kl=_kl_penalty(config),
         )
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
-        # TensorBoard is told to forget what a killed process wrote beyond its checkpoint; of a start over, everything.
-        self._purge_step = self.state.step + 1 if state is not None else 0
+        names = [t.name for t in tasks.train]
+        self.loggers = LoggerSet(
+            config,
+            directory.path,
+            resumed_at=None if state is None else state.step,
+            panels=task_panels(names) if names[1:] else None,
+        )
         self._seconds_before = dict(self.state.seconds)
 
     def run(self) -> StopReason | None:
@@ -118,6 +124,7 @@ class TrainingRun:
         Raises:
             NonFiniteError: with step, cause and the checkpoint to resume from.
         """
+        self.loggers.open()
         self.listener.started(self.config)
         try:
             while True:
@@ -310,7 +317,7 @@ class TrainingRun:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
             self._append({**record, "timing": {"seconds": evaluation.seconds}})
             prefix = "eval/" if len(evaluations) == 1 else f"eval/{evaluation.task}/"
-            self._tensorboard(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
+            self.loggers.log(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
         figures = evaluations[0].metrics()
         if len(evaluations) > 1:
             figures["tasks"] = {e.task: e.metrics() for e in evaluations}
@@ -381,8 +388,7 @@ class TrainingRun:
         if work > 0:
             timing["tokens_per_second"] = figures["tokens/generated"] / work
         self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
-        # A panel for each task beside that of the whole.
-        self._tensorboard(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
+        self.loggers.log(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
         if self._rollouts_logged():
             records = rollout_records(
                 groups, state.gates, sampler_is_old=state.old_logprobs == "engine", dropped=state.dropped
@@ -413,11 +419,6 @@ class TrainingRun:
     def _append(self, record: dict[str, Any]) -> None:
         self.directory.append_metrics(record)
         self.listener.record(record)
-
-    def _tensorboard(self, step: int, figures: dict[str, Any]) -> None:
-        if self.config.log.tensorboard:
-            names = [t.name for t in self.tasks.train]
-            self.directory.tensorboard(step, figures, self._purge_step, task_panels(names) if names[1:] else None)
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every

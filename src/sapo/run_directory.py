@@ -5,7 +5,7 @@ runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; 
           summary.json      start, end, tokens, seconds by phase
           rollouts/         step-000010.jsonl: one line per completion
           checkpoints/      see training/checkpoint.py
-          tensorboard/
+          tensorboard/      and wandb/: see loggers.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class RunDirectory:
         self.path = path
         self._lock = self._acquire_lock()
         self._metrics: IO[str] | None = None
-        self._tensorboard: Any = None
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -145,28 +144,11 @@ class RunDirectory:
         self._write(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         return file
 
-    def tensorboard(
-        self, step: int, figures: Mapping[str, float], purge_step: int, panels: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write figures to TensorBoard; `purge_step` hides what a killed run had written from that step on, `panels` is
-        a layout of custom scalars."""
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
-            if panels:
-                self._tensorboard.add_custom_scalars(panels)
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step)
-
     def close(self) -> None:
         """Close the files and give the lock back."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
         self._lock.close()
 
     def _acquire_lock(self) -> IO[str]:

@@ -18,7 +18,9 @@ import torch
 
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import ConfigError, RunConfig, override_run
+from sapo.dry_run import DryRun, rehearse
 from sapo.listener import Listener, Silent
+from sapo.loggers import check_loggers
 from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy, load_policy
@@ -64,12 +66,30 @@ def train(
     if config.run_dir is None:
         raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
     RunDirectory.check_free(Path(config.run_dir))
+    check_loggers(config)
     tasks = load_tasks(config)
     policy = _starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
     reference = _reference_policy(config, should_stop)
     directory = RunDirectory.create(config.model_copy(update={"provenance": provenance()}))
     return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
+
+
+def dry_run(config: RunConfig) -> DryRun:
+    """Load and check everything a run would, and say what it would do; nothing is written.
+
+    Raises:
+        ConfigError, ModelError, TaskError: the recipe cannot be run.
+    """
+    config = resolve_machine(config)
+    if config.run_dir is not None:
+        RunDirectory.check_free(Path(config.run_dir))
+    check_loggers(config)
+    return rehearse(
+        config,
+        load=lambda c: _starting_policy(c, lambda _: None, lambda: False),
+        load_reference=lambda c: _reference_policy(c, lambda: False),
+    )
 
 
 def resume(
@@ -108,6 +128,7 @@ def _resumed(
     """The run at its newest whole checkpoint; its files are changed only when nothing can be refused any more."""
     config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
     _warn_of_another_machine(config, listener)
+    check_loggers(config)
     tasks = load_tasks(config)
     checkpoint = newest_whole(
         directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
@@ -257,4 +278,5 @@ def _finish(training: TrainingRun) -> Run:
         stopped = training.run()
         return Run(training.directory.path, training.config, training.summary(), stopped)
     finally:
+        training.loggers.close()
         training.directory.close()

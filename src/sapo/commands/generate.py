@@ -1,0 +1,81 @@
+"""`sapo generate`: completions of a prompt, as text, with log-probabilities, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sapo.completion import complete_model
+
+LONGEST = 256
+
+
+def generate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A Hugging Face model directory, a checkpoint or a run directory.", autocompletion=complete_model
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
+    samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest completion. [default: 256, or what the model has room for]")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Through the chat template; by default where the tokenizer has one."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat, or first paragraph.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Each token with its log-probability.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Complete a prompt with a model."""
+    from sapo.config import ConfigError
+    from sapo.generation import generate as draw
+    from sapo.model.policy import load_policy
+    from sapo.rollout.sampling import SamplingParams
+    from sapo.session import newest_model, resolve_device
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
+    if stop and "" in stop:
+        raise ConfigError("--stop must not be empty; got ''")
+    try:
+        length = max_new_tokens or LONGEST
+        params = SamplingParams(max_new_tokens=length, temperature=temperature, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
+    text = sys.stdin.read() if prompt == "-" else prompt
+    result = draw(
+        load_policy(newest_model(model), dtype, resolve_device(device)),
+        text,
+        params,
+        samples=samples,
+        style="auto" if chat is None else "chat" if chat else "plain",
+        system=system,
+        stop=tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ()),
+        shorten=max_new_tokens is None,
+    )
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
+        return
+    for number, (completion, texts) in enumerate(zip(result.completions, result.token_texts, strict=True), 1):
+        if samples > 1:
+            print(f"--- {number} of {samples}, {len(completion)} tokens, {completion.finish_reason}")
+        if not logprobs:
+            print(completion.text)
+            continue
+        for token, shown, logprob in zip(completion.token_ids, texts, completion.logprobs, strict=True):
+            print(f"{logprob:9.4f}  {token:7d}  {shown!r}")
+        print(f"{sum(completion.logprobs):9.4f}  of {len(completion)} tokens, {completion.finish_reason}")

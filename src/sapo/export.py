@@ -1,0 +1,233 @@
+"""A run's model for use elsewhere: a clean Hugging Face directory with a model card, without anything of the trainer.
+
+What is exported is one checkpoint, and the card says what was measured on it: the evaluations in its own state, not
+those of a later one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo.config import ConfigError, RunConfig, parse_recipe
+from sapo.model.adapters import merged
+from sapo.model.policy import DTYPES, Policy, load_policy
+from sapo.training.checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_whole
+
+CARD = "README.md"
+
+LIMITS = """\
+- It was trained by reinforcement learning on the tasks above and measured on their held-out problems. How it does on
+  anything else was not measured; abilities that the tasks did not ask for may have been lost.
+- The reward says only what the verifier checks. Text that pleases the verifier need not be right in any other way.
+- The intervals cover which problems were drawn, not the spread over training runs of other seeds.
+- No safety evaluation was made, and no data was filtered for one. What limits the model this one began as had, this one
+  has too."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and the run it belongs to.
+
+    >>> run = Path("runs/quickstart")
+    >>> Source(run, Checkpoint(run / "checkpoints" / "step-000250", 250, 0)).checkpoint.label
+    'step 250'
+    """
+
+    run: Path
+    checkpoint: Checkpoint
+
+    @classmethod
+    def of(cls, path: Path) -> Source:
+        """The newest whole checkpoint of a run directory, or the checkpoint itself.
+
+        Raises:
+            ConfigError: neither a run nor one of its checkpoints, or not whole.
+        """
+        if (path / "config.yaml").is_file():
+            newest = newest_whole(path / "checkpoints", on_broken=lambda _: None)
+            if newest is None:
+                raise ConfigError(f"the run {path} has no whole checkpoint to export")
+            return cls(path, newest)
+        run = path.absolute().parent.parent
+        found = [c for c in list_checkpoints(path.absolute().parent) if c.path == path.absolute()]
+        if not found or not (run / "config.yaml").is_file():
+            rule = "must be a run directory or one of its checkpoints (RUN/checkpoints/step-...)"
+            raise ConfigError(f"what is exported {rule}, whose recipe the model card quotes; got {path}")
+        try:
+            found[0].verify()
+        except CheckpointError as error:
+            raise ConfigError(f"the checkpoint is not whole: {error}; export another one") from error
+        return cls(run, found[0])
+
+    def config(self) -> RunConfig:
+        """The recipe the run was made by."""
+        return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")))
+
+
+def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> Source:
+    """Write a run's model as an ordinary Hugging Face directory: weights, config, tokenizer, generation config, card.
+
+    Args:
+        path: a run directory (its newest whole checkpoint is taken) or a checkpoint.
+        directory: where to; must not exist, or be empty.
+        dtype: float32 or bfloat16; that of the run when None.
+
+    Raises:
+        ConfigError: nothing to export, or the directory is taken.
+        ModelError: the checkpoint's model cannot be loaded.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists already and is not empty; name another directory")
+    if dtype is not None and dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype must be float32 or bfloat16; got {dtype!r}")
+    source = Source.of(Path(path))
+    config = source.config()
+    policy = whole_policy(source, config)
+    precision = dtype or config.model.dtype
+    policy.model.to(DTYPES[precision])
+    aside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    policy.save(aside)
+    card = model_card(target.name, source, config, policy, precision)
+    (aside / CARD).write_text(card, encoding="utf-8")
+    if target.exists():
+        target.rmdir()
+    aside.rename(target)
+    return source
+
+
+def whole_policy(source: Source, config: RunConfig) -> Policy:
+    """The model of a checkpoint as one set of weights: what a run keeps apart from them is merged here."""
+    policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu")
+    return policy if policy.adapter is None else Policy(merged(policy), policy.tokenizer, policy.source)
+
+
+def model_card(name: str, source: Source, config: RunConfig, policy: Policy, dtype: str) -> str:
+    """README.md of an exported model, in the form of the hub's model cards."""
+    state = source.checkpoint.state()
+    tags = ["sapo", "reinforcement-learning", config.objective.name]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    base = _base_model(config)
+    if _is_hub_id(config.model.path):
+        front["base_model"] = config.model.path
+    recipe = config.model_dump(mode="json", exclude={"provenance"})
+    training = _training(source, config, state)
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters, {dtype}. It began as {base} and was "
+        f"trained by reinforcement learning with the objective `{config.objective.name}` for {training}.",
+        "## Evaluation\n\n" + _evaluation(config, state, source.checkpoint),
+        "## Training tasks\n\n" + _tasks(config),
+        "## Use\n\n" + _usage(name, config),
+        "## Limits\n\n" + LIMITS,
+        "## Recipe\n\n" + _fenced("yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),
+        "## Versions\n\n" + _versions(config),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _base_model(config: RunConfig) -> str:
+    if config.model.coldstart is not None:
+        cold = config.model.coldstart
+        return (
+            f"a cold start: a {cold.architecture} made from scratch on {cold.examples:,} worked examples of its first "
+            f"task, to a pass@1 of {cold.target}"
+        )
+    return f"`{config.model.path}`"
+
+
+def _is_hub_id(path: str | None) -> bool:
+    """owner/name, and no directory of this machine."""
+    if path is None or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return False
+    return not Path(path).exists()
+
+
+def _training(source: Source, config: RunConfig, state: dict[str, Any]) -> str:
+    done = source.checkpoint
+    of = "" if done.step == config.train.steps and not done.update else f" of {config.train.steps}"
+    rollout = config.rollout
+    return (
+        f"{done.label}{of} steps (seed {config.seed}, {rollout.prompts_per_step} prompts x "
+        f"{rollout.samples_per_prompt} completions a step, {state['tokens']['generated']:,} tokens drawn)"
+    )
+
+
+def _evaluation(config: RunConfig, state: dict[str, Any], checkpoint: Checkpoint) -> str:
+    start, last = state["start_evaluation"], state["last_evaluation"]
+    if not start or not last:
+        return "None was made before this checkpoint."
+    rows = [
+        "| task | figure | before training | this model | held-out problems x completions |",
+        "|---|---|---|---|---|",
+    ]
+    by_task_before = start.get("tasks") or {start["task"]: start}
+    by_task_after = last.get("tasks") or {last["task"]: last}
+    for task, after in by_task_after.items():
+        for figure in [f for f in after if f.startswith("pass@") and "/" not in f] or [f"mean@{after['samples']}"]:
+            values = [_with_interval(figures, figure) for figures in (by_task_before[task], after)]
+            rows.append(f"| {task} | {figure} | {values[0]} | {values[1]} | {after['problems']} x {after['samples']} |")
+    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    text = "\n".join(rows)
+    text += f"\n\nIntervals are 95%, bootstrapped over problems. Sampled at temperature {temperature}, at most "
+    text += f"{config.rollout.max_new_tokens} tokens."
+    if state["evaluated_at"] != checkpoint.step or checkpoint.update:
+        text += (
+            f" The last evaluation was made at step {state['evaluated_at']}; this checkpoint is of {checkpoint.label}."
+        )
+    return text
+
+
+def _with_interval(figures: dict[str, Any], name: str) -> str:
+    if name not in figures:
+        return "not measured"
+    low, high = figures.get(f"{name}/low"), figures.get(f"{name}/high")
+    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{figures[name]:.3f}{interval}"
+
+
+def _tasks(config: RunConfig) -> str:
+    total = sum(t.weight for t in config.tasks)
+    lines = []
+    for task in config.tasks:
+        options = ", ".join(f"{k}: {v}" for k, v in task.options.items()) or "no options"
+        lines.append(f"- `{task.name}` ({options}), {task.weight / total:.0%} of the prompts")
+    return "\n".join(lines)
+
+
+def _usage(name: str, config: RunConfig) -> str:
+    code = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+"""
+    prompts = [config.prompt, *(t.prompt for t in config.tasks if t.prompt is not None)]
+    form = yaml.safe_dump(prompts[0].model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = _fenced("python", code) + "\n\nIn training its questions were put like this"
+    return (
+        text
+        + (" (tasks with a form of their own: see the recipe)" * (len(prompts) > 1))
+        + ":\n\n"
+        + _fenced("yaml", form)
+    )
+
+
+def _versions(config: RunConfig) -> str:
+    provenance = config.provenance or {}
+    lines = [f"- {package} {version}" for package, version in (provenance.get("versions") or {}).items()]
+    facts = [(key, provenance.get(key)) for key in ("python", "platform", "git_commit")]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in facts if value]
+    return "\n".join(lines) or "Not recorded."
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"

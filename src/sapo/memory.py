@@ -1,0 +1,392 @@
+"""How much memory a run will take: an estimate from parts, each counted as this trainer and this engine really keep it.
+
+The phases of a step follow each other, and the run's peak is that of the largest. With P parameters of e bytes each, T
+of them trained:
+
+    always              baseline + P e + 8 T (the moments of AdamW) + 4 T (float32 masters, of a 16-bit model only)
+    generate            cache: rows x (prompt + max_new_tokens) x 2 x layers x kv heads x head size x e,
+                        + 24 bytes a token of the rows' own tables + one step's logits in the sampler
+                        + one layer of the prefill
+    update, forward     activations of the largest micro-batch + last hidden states and their gradient
+                        + one chunk of logits + the head's own gradient (4 V H)
+                        + gradients of earlier micro-batches (4 T), where a mini-batch has more than one
+    update, backward    gradients (4 T) + the head's once more (4 V H), where it is tied or already has one + one layer
+    checkpoint          nothing of its own: tensors are written from where they are
+    rollout batch       Python's integers and floats, 100 bytes a token, from generation to the last update
+
+Activations are not derived from an architecture but measured on it: `measure_activations` runs the forward pass of
+training on a few tokens, counts the storages that autograd keeps, and solves for bytes per packed token, per query and
+key of the attention kernel, and per pair of them. They grow exactly so, since everything but attention works token by
+token. The baseline (interpreter, libraries, tokenizer, tasks) is measured in the process that asks.
+
+On a CPU an eighth is added to all beyond the baseline: glibc keeps freed blocks of up to 32 MiB and cannot always use
+them again. The share was measured, and `bench/memory.py` holds the whole against peaks of real runs (docs/memory.md).
+
+Completions are taken at their full length and prompts as those of the first step: shorter completions need less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sapo.batch import MiniBatch, pack, prefix_tree, split_minibatches
+from sapo.config import RunConfig
+from sapo.data import Completion, Group, PackedBatch, Prompt
+from sapo.model.attention import TreeLayout, gather_rows
+from sapo.model.head import chunk_tokens
+from sapo.model.policy import Policy
+from sapo.rollout.local import PREFILL_TOKENS
+
+PYTHON_BYTES_PER_TOKEN = 100
+"""A token id and a log-probability as Python objects (28 and 24 bytes), their places in two tuples (16), and what is
+measured of them."""
+
+ROW_BYTES_PER_TOKEN = 24
+"""The engine's tables: a uniform (8), a token (8), a log-probability (4) and what they are padded to."""
+
+# Tensors of the size of a step's logits that are alive together in sample_tokens, in units of float32 logits: logits,
+# log-probabilities, probabilities, and their running sum in float64; a cut tail sorts a copy with 64-bit indices first.
+SAMPLER_LOGITS = 5.0
+SAMPLER_LOGITS_CUT = 6.5
+
+ALLOCATOR_SHARE = 0.125
+"""What glibc holds back of all that is allocated and freed in a step: .12 to .14 of what lay beyond the baseline on
+SmolLM2-135M with one micro-batch and with activation checkpointing, .20 with several micro-batches. With a fixed
+MALLOC_MMAP_THRESHOLD_ of 64 KiB, which gives freed blocks back, the peak was within 2% of the sum of the parts."""
+
+# The same in the policy head: the chunk's logits, and the temporary of logsumexp or of the entropy.
+HEAD_LOGITS = 2.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of a micro-batch, as memory sees it: a prompt of 3 tokens with two responses of 2 inputs each.
+
+    >>> Counts(tokens=7, queries=9, keys=15, pairs=45).tokens
+    7
+    """
+
+    tokens: int
+    """Packed tokens: no padding."""
+    queries: int
+    """Queries of the attention kernel, padding included."""
+    keys: int
+    """Keys, padding included; a prompt's count once for every segment that attends to them."""
+    pairs: int
+    """(query, key) rectangles."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Counts:
+        """The counts of a packed batch."""
+        sizes = [bucket.size for bucket in TreeLayout(batch.segments).buckets]
+        queries = sum(rows * q for rows, q, _ in sizes)
+        keys = sum(rows * k for rows, _, k in sizes)
+        return cls(batch.num_tokens, queries, keys, sum(rows * q * k for rows, q, k in sizes))
+
+
+@dataclass(frozen=True)
+class ActivationCost:
+    """Bytes that the backward pass needs, as the forward leaves them.
+
+    >>> cost = ActivationCost(per_token=100.0, per_query=8.0, per_key=16.0, per_pair=4.0, layers=2)
+    >>> cost.bytes(Counts(tokens=10, queries=12, keys=20, pairs=60))
+    1656.0
+    """
+
+    per_token: float
+    """All layers together, as everything here."""
+    per_query: float
+    per_key: float
+    per_pair: float
+    """The mask, and the scores where the attention kernel keeps them."""
+    layers: int
+
+    def bytes(self, counts: Counts) -> float:
+        """Bytes of a micro-batch of that size."""
+        coefficients = (self.per_token, self.per_query, self.per_key, self.per_pair)
+        return sum(c * n for c, n in zip(coefficients, astuple(counts), strict=True))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by phase and part. The parts of a phase are there at the same time, so they add up.
+
+    >>> update = {"weights": 4, "moments of AdamW": 8}
+    >>> estimate = MemoryEstimate({"generate": {"weights": 4, "cache": 3}, "update, forward": update}, "cpu")
+    >>> estimate.peak, estimate.largest_phase
+    (12, 'update, forward')
+    """
+
+    phases: dict[str, dict[str, int]]
+    device: str
+    """Where all of it lies; on CUDA the baseline and the rollout batch, which lie elsewhere, are left out."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return {
+            "peak": self.peak,
+            "largest_phase": self.largest_phase,
+            "device": self.device,
+            "phases": {p: {**parts, "total": sum(parts.values())} for p, parts in self.phases.items()},
+        }
+
+
+def estimate_memory(
+    config: RunConfig, policy: Policy, prompts: Sequence[Prompt], baseline: int, reference: Policy | None = None
+) -> MemoryEstimate:
+    """The memory of a run by phase.
+
+    Args:
+        policy: the loaded model; a few tokens are run through it.
+        prompts: of one step, with their token ids.
+        baseline: from `baseline_bytes`.
+        reference: a frozen policy beside the trained one.
+    """
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    always = {
+        "interpreter and libraries": baseline,
+        "weights": _bytes_of(list(policy.model.parameters())),
+        "weights of the reference": 0 if reference is None else _bytes_of(list(reference.model.parameters())),
+        "float32 masters": sum(4 * p.numel() for p in trained if p.element_size() < 4),
+        "moments of AdamW": sum(2 * max(4, p.element_size()) * p.numel() for p in trained),
+    }
+    tokens = len(prompts) * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
+    batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens}
+    if policy.device.type != "cpu":
+        del always["interpreter and libraries"], batch["rollout batch"]
+    update = _Update(config, policy, prompts)
+    phases = {
+        "generate": always | batch | _generate_parts(config, policy, prompts, update.layer),
+        "update, forward": always | batch | update.forward_parts(),
+        "update, backward": always | batch | update.backward_parts(),
+        "checkpoint": always | batch,
+    }
+    return MemoryEstimate({p: _with_allocator(parts, policy) for p, parts in phases.items()}, str(policy.device))
+
+
+def _with_allocator(parts: dict[str, int], policy: Policy) -> dict[str, int]:
+    present = {name: size for name, size in parts.items() if size}
+    if policy.device.type != "cpu":
+        return present
+    beyond = sum(present.values()) - present.get("interpreter and libraries", 0)
+    return {**present, "held back by the allocator": int(ALLOCATOR_SHARE * beyond)}
+
+
+def baseline_bytes(*policies: Policy) -> int:
+    """What this process holds beside the weights of its policies: interpreter, libraries, tokenizer, tasks.
+
+    Asked after everything is loaded. Imports that come only with the first update are made here.
+    """
+    weights = [p for policy in policies for p in policy.model.parameters() if p.device.type == "cpu"]
+    for parameter in weights:
+        parameter.detach().sum()  # weights are mapped from their file: what was not read yet would not be counted
+    dummy = torch.nn.Parameter(torch.zeros(1))
+    dummy.grad = torch.zeros(1)
+    torch.optim.AdamW([dummy], fused=True).step()
+    return resident_bytes() - _bytes_of(weights)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process, what the allocator holds back for later given back first."""
+    with suppress(OSError, AttributeError):  # with another C library the figure is an upper bound
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        import resource
+
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    import psutil  # a system without /proc
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def measure_activations(policy: Policy, checkpointing: bool = False) -> ActivationCost:
+    """What autograd keeps of a forward pass of training, by the size of the micro-batch.
+
+    A few small micro-batches of different shapes are run and the storages kept for the backward pass are counted;
+    their sizes are linear in the four counts of `ActivationCost`.
+    """
+    shapes = [(1, 6, 2, 5), (1, 14, 2, 5), (1, 6, 2, 13), (1, 6, 6, 5), (2, 9, 3, 7), (3, 12, 2, 4)]
+    counts, kept = [], []
+    for prompts, prompt_tokens, samples, new_tokens in shapes:
+        batch = _probe(prompts, prompt_tokens, samples, new_tokens)
+        counts.append(astuple(Counts.of(batch)))
+        kept.append(kept_bytes(policy, batch, checkpointing))
+    solution, *_ = np.linalg.lstsq(np.array(counts, dtype=np.float64), np.array(kept, dtype=np.float64), rcond=None)
+    per_token, per_query, per_key, per_pair = (max(0.0, float(x)) for x in solution)
+    return ActivationCost(per_token, per_query, per_key, per_pair, layers=_num_layers(policy))
+
+
+def kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
+    """Bytes of the storages that a forward pass keeps for its backward pass, the weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # as it is, an operation that saves its own result would hold itself for ever
+
+    was_on = bool(getattr(policy.model, "is_gradient_checkpointing", False))
+    if checkpointing and not was_on:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.train(checkpointing)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            hidden_NH = _run(policy, batch, TreeLayout(batch.segments, policy.device))
+            gather_rows(hidden_NH, batch.predictor_M.to(policy.device))
+    finally:
+        policy.model.eval()
+        if checkpointing and not was_on:
+            policy.model.gradient_checkpointing_disable()
+    return sum(kept.values())
+
+
+class _Update:
+    """The largest mini-batch of a step in which every completion has its full length, and its largest micro-batch."""
+
+    def __init__(self, config: RunConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
+        rollout, train = config.rollout, config.train
+        groups = [full_length_group(p, rollout.samples_per_prompt, rollout.max_new_tokens) for p in prompts]
+        minibatches = [
+            _pack(part, train.tokens_per_microbatch, rollout.max_new_tokens)
+            for part in split_minibatches(groups, train.minibatches)
+        ]
+        kept = measure_activations(policy)
+        self.layer = kept
+        self.cost = measure_activations(policy, checkpointing=True) if train.activation_checkpointing else kept
+        batches = [(batch, len(m.microbatches)) for m in minibatches for batch in m.microbatches]
+        self.batch, self.num_microbatches = max(batches, key=lambda b: self.cost.bytes(Counts.of(b[0])))
+        self.policy = policy
+        self.trained = [p for p in policy.model.parameters() if p.requires_grad]
+        self.checkpointing = train.activation_checkpointing
+
+    def forward_parts(self) -> dict[str, int]:
+        """The end of a micro-batch's forward: all its activations, and the head at work."""
+        vocabulary, hidden = self.policy.head_weight.shape
+        targets = self.batch.num_targets
+        parts = {
+            "activations": int(self.cost.bytes(Counts.of(self.batch))),
+            "last hidden states and their gradient": 2 * targets * hidden * self.policy.dtype.itemsize,
+            "one chunk of logits": _chunk_bytes(self.policy, targets),
+        }
+        if self.policy.head_weight.requires_grad:
+            parts["gradient of the head"] = vocabulary * hidden * 4
+        if self.num_microbatches > 1:
+            parts["gradients of earlier micro-batches"] = self._gradients()
+        return parts
+
+    def backward_parts(self) -> dict[str, int]:
+        """The end of a backward pass: the gradients of all parameters are there and the activations are gone."""
+        parts = {"gradients": self._gradients()}
+        if any(p.element_size() < 4 for p in self.trained) and self.num_microbatches > 1:
+            parts["16-bit gradients"] = _bytes_of(self.trained)
+        weight = self.policy.head_weight
+        tied = self.policy.model.get_input_embeddings().weight is weight
+        if weight.requires_grad and (tied or self.num_microbatches > 1):
+            # Both uses of a tied embedding bring a gradient of its size before they are summed; that of a second
+            # micro-batch stands beside the first one's.
+            parts["gradient of the head once more"] = weight.numel() * 4
+        parts["one layer"] = int(self.layer.bytes(Counts.of(self.batch)) / self.layer.layers)
+        return parts
+
+    def _gradients(self) -> int:
+        return sum(max(4, p.element_size()) * p.numel() for p in self.trained)
+
+
+def _generate_parts(
+    config: RunConfig, policy: Policy, prompts: Sequence[Prompt], cost: ActivationCost
+) -> dict[str, int]:
+    """A full batch of rows in its last step, or its prefill."""
+    rollout = config.rollout
+    samples = rollout.samples_per_prompt
+    rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
+    longest = max(len(p.token_ids) for p in prompts)
+    length = longest + rollout.max_new_tokens
+    vocabulary = policy.head_weight.shape[0]
+    cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+    logits = rows * vocabulary * 4 * (SAMPLER_LOGITS_CUT if cut else SAMPLER_LOGITS)
+    prefill = min(PREFILL_TOKENS, len(prefix_tree([p.token_ids for p in prompts]).token_ids))
+    return {
+        "cache of keys and values": rows * length * _cache_bytes_per_token(policy),
+        "tables of the rows": rows * rollout.max_new_tokens * ROW_BYTES_PER_TOKEN,
+        "logits of a step in the sampler": int(logits),
+        "one layer of the prefill": int(cost.per_token * prefill / cost.layers),
+    }
+
+
+def full_length_group(prompt: Prompt, samples: int, length: int) -> Group:
+    """A group whose completions have their full length and an advantage each, for its size alone."""
+    completion = Completion((0,) * length, (0.0,) * length, "length", "")
+    return Group(prompt, (completion,) * samples, tuple(1.0 if i % 2 else -1.0 for i in range(samples)))
+
+
+def _pack(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> MiniBatch:
+    return pack(
+        groups,
+        normalizer="sequence_mean",
+        tokens_per_microbatch=tokens_per_microbatch,
+        max_new_tokens=max_new_tokens,
+        include_all=True,
+    )
+
+
+def _chunk_bytes(policy: Policy, targets: int) -> int:
+    vocabulary = policy.head_weight.shape[0]
+    tokens = min(chunk_tokens(vocabulary), targets)
+    narrow = 2 * policy.dtype.itemsize if policy.dtype.itemsize < 4 else 0  # as computed, and as handed to the products
+    return int(tokens * vocabulary * (4 * HEAD_LOGITS + narrow))
+
+
+def _cache_bytes_per_token(policy: Policy) -> int:
+    """Bytes of keys and values of one token, over all layers, as the model hands them over."""
+    sizes: list[int] = []
+
+    def measure(_: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        sizes.append((key.numel() + value.numel()) * key.element_size() // key.shape[0])
+
+    batch = _probe(1, 2, 2, 2)
+    with torch.no_grad():
+        _run(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure))
+    return sum(sizes)
+
+
+def _probe(prompts: int, prompt_tokens: int, samples: int, new_tokens: int) -> PackedBatch:
+    """A small micro-batch of a given shape; its prompts differ in their first token, so they share no preamble."""
+    groups = [
+        full_length_group(Prompt(i, "probe", "", (i, *(0,) * (prompt_tokens - 1))), samples, new_tokens)
+        for i in range(prompts)
+    ]
+    return _pack(groups, 10**6, new_tokens).microbatches[0]
+
+
+def _run(policy: Policy, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
+    device = policy.device
+    return policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout)
+
+
+def _num_layers(policy: Policy) -> int:
+    return int(policy.model.config.get_text_config().num_hidden_layers)
+
+
+def _bytes_of(parameters: Sequence[torch.Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -1,0 +1,123 @@
+"""Shell completion as a shell asks for it: bash itself runs the script that `sapo --show-completion bash` prints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sapo.completion import complete_model, complete_recipe, complete_run, complete_task
+
+# How bash cuts a line into words: at blanks, and at the characters of COMP_WORDBREAKS, each a word of its own.
+SCRIPT = r"""
+source <(sapo --show-completion bash)
+COMP_WORDS=({words})
+COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+COMP_LINE="${{COMP_WORDS[*]}}"
+COMP_POINT=${{#COMP_LINE}}
+_sapo_completion sapo
+printf '%s\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `sapo` in it, of this Python and this source."""
+    directory = tmp_path_factory.mktemp("bin")
+    file = directory / "sapo"
+    file.write_text(f"#!{sys.executable}\nimport sys\nfrom sapo.cli import main\nsys.argv[0] = 'sapo'\nmain()\n")
+    file.chmod(0o755)
+    return directory
+
+
+def bash(program: Path, cwd: Path, *words: str) -> list[str]:
+    """What bash would offer for the last word."""
+    quoted = " ".join("'" + word + "'" for word in words)
+    result = subprocess.run(
+        ["bash", "--norc", "-c", SCRIPT.format(words=quoted)],
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{program}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout.split()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A working directory with two runs, a model and some files."""
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text("{}")
+    (tmp_path / "mine.yaml").write_text("seed: 0\n")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("sapo", "tr"), ["train"]),
+        (("sapo", "train", "quick"), ["quickstart"]),
+        (("sapo", "train", "mi"), ["mine.yaml"]),
+        (("sapo", "resume", "runs/s"), ["runs/second"]),
+        (("sapo", "generate", "models/m"), ["models/mine"]),
+        (("sapo", "train", "quickstart", "train.warm"), ["train.warmup_steps="]),
+        (("sapo", "train", "quickstart", "objective.tau_p"), ["objective.tau_pos="]),
+        # "objective.name=gsp" as bash cuts it, and with the cursor right behind the "="
+        (("sapo", "train", "quickstart", "objective.name", "=", "gsp"), ["gspo", "gspo_token"]),
+        (("sapo", "train", "quickstart", "train.schedule", "="), ["constant", "linear", "cosine"]),
+        (("sapo", "train", "quickstart", "tasks.0.name", "=", "ar"), ["arithmetic"]),
+        (("sapo", "train", "--dry"), ["--dry-run"]),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else None,
+)
+def test_bash_offers(words: tuple[str, ...], offered: list[str], program: Path, place: Path) -> None:
+    assert bash(program, place, *words) == offered
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_sections_and_settings_are_told_apart(program: Path, place: Path) -> None:
+    offered = bash(program, place, "sapo", "train", "quickstart", "t")
+    assert offered == ["threads=", "tasks.", "train."]
+
+
+def test_zsh_and_fish_get_the_whole_word(program: Path, place: Path) -> None:
+    # They do not cut at "=": the word replaced is the whole of it.
+    environment = {**os.environ, "_SAPO_COMPLETE": "complete_zsh", "OMP_NUM_THREADS": "1"}
+    environment["_TYPER_COMPLETE_ARGS"] = "sapo train quickstart objective.name=gsp"
+    result = subprocess.run([program / "sapo"], cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert '"objective.name=gspo"' in result.stdout
+    assert '"objective.name=gspo_token"' in result.stdout
+
+
+def test_names_of_files_are_offered_with_the_directories_on_the_way(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    assert complete_run("") == ["runs/first", "runs/second", "models/", "runs/"]
+    assert complete_model("models/") == ["models/mine"]
+    assert complete_task("row") == ["rows.jsonl"]
+    assert complete_recipe("no") == []
+    assert {"quickstart", "moe_quickstart", "mine.yaml"} <= set(complete_recipe(""))
+
+
+def test_completing_files_does_not_load_the_library() -> None:
+    code = "import sys, sapo.cli, sapo.completion as c; c.complete_recipe(''); c.complete_run('')"
+    code += "; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

