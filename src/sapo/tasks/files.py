@@ -77,10 +77,18 @@ class RowTask:
         Raises:
             TaskError: all rows are held out.
         """
+        return self._finished(self._train[self.train_row(index)], index)
+
+    def train_row(self, index: int) -> int:
+        """Which of the rows 0..num_train-1 `train_prompt(index)` asks.
+
+        Raises:
+            TaskError: all rows are held out.
+        """
         check_index(index)
         self._refuse_without_training_side()
         epoch, position = divmod(index, len(self._train))
-        return self._finished(self._train[self._epoch_order(epoch)[position]], index)
+        return self._epoch_order(epoch)[position]
 
     def held_out(self, count: int) -> list[Prompt]:
         """The first `count` of the held-out prompts in a seeded order; fewer when there are no more."""
