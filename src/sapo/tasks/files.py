@@ -77,7 +77,11 @@ class RowTask(JudgedTask):
         return self._finished(self._train[self.train_row(index)], index)
 
     def train_row(self, index: int) -> int:
-        """Which of the rows 0..num_train-1 `train_prompt(index)` asks."""
+        """Which of the rows 0..num_train-1 `train_prompt(index)` asks.
+
+        Raises:
+            TaskError: all rows are held out.
+        """
         check_index(index)
         self._refuse_without_training_side()
         epoch, position = divmod(index, len(self._train))
