@@ -116,3 +116,16 @@ def test_training_on_a_benchmark_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(TaskError, match="prompts: all 24 rows are held out for evaluation"):
         sapo.train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_greedy_and_the_best_constant_answer_are_judged_when_asked_for(build) -> None:
+    run, _ = build("eval.greedy=true", "eval.constant=true", "train.steps=1", "tasks.0.verifier=last_number")
+    run.run()
+    first, last = [m for m in metrics(run.directory.path) if m["kind"] == "eval"]
+    # Every answer of the tests' file is 7, so that the constant 7 is always right, whatever the model has learned.
+    assert first["constant"] == last["constant"] == 1.0
+    assert 0.0 <= first["greedy"] <= 1.0
+    plain, _ = build("train.steps=1", f"run_dir={run.directory.path}-plain")
+    plain.run()
+    assert "constant" not in metrics(plain.directory.path)[0]
+    assert "greedy" not in metrics(plain.directory.path)[0]

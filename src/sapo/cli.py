@@ -348,6 +348,10 @@ def _report_end(run: Any, stop: StopSignal) -> None:
     start, final = summary["start"], summary["final"]
     if start and final and "pass@1" in final:
         _say(f"held-out pass@1 {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {summary['steps']} steps")
+        if "greedy" in final:
+            _say(f"         greedy {start['greedy']:.3f} -> {final['greedy']:.3f}")
+        if "constant" in final:
+            _say(f"  best constant answer {final['constant']:.3f}, the same for every problem")
     seconds = {k: v for k, v in summary["seconds"].items() if k != "total"}
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     _say(f"{summary['seconds']['total']:.1f} s: {parts}")

@@ -386,6 +386,10 @@ class EvalConfig(_Section):
     """pass@k to report; none above `samples`."""
     temperature: float | None = Field(None, ge=0)
     """Sampling temperature; null takes the rollout's."""
+    greedy: bool = False
+    """Draw one more completion of each problem at temperature 0."""
+    constant: bool = False
+    """Judge the best constant answer beside the model: what one answer to every problem would get."""
     seed: int = 12345
     """Of the evaluation's draws: the same at every evaluation, so that curves are paired."""
 

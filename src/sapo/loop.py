@@ -24,7 +24,7 @@ from sapo.batch import split_minibatches
 from sapo.config import RunConfig
 from sapo.data import Group, Prompt
 from sapo.diagnostics import rollout_metrics, step_update_metrics, task_panels, task_update_metrics, update_metrics
-from sapo.evaluation import Evaluation, evaluate_policy
+from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
 from sapo.listener import Listener, Silent
 from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
@@ -117,6 +117,7 @@ class TrainingRun:
             panels=task_panels(names) if names[1:] else None,
         )
         self._seconds_before = dict(self.state.seconds)
+        self._constants: dict[str, ConstantAnswer] = {}  # of each task: no matter of the policy, so judged once
 
     def run(self) -> StopReason | None:
         """Train to the last step, or until asked to stop.
@@ -330,7 +331,8 @@ class TrainingRun:
         params = self.sampling_params(seed_for(settings.seed, "evaluation"))
         if settings.temperature is not None:
             params = replace(params, temperature=settings.temperature)
-        return evaluate_policy(
+        known = self._constants.get(task.name)
+        evaluation = evaluate_policy(
             self.policy,
             self.engine,
             task,
@@ -339,8 +341,13 @@ class TrainingRun:
             params=params,
             ks=settings.k,
             prompt_format=self.tasks.formats[task.name],
+            greedy=settings.greedy,
+            constant=settings.constant and known is None,
             should_stop=self.should_stop,
         )
+        if evaluation.constant is not None:
+            self._constants[task.name] = evaluation.constant
+        return replace(evaluation, constant=evaluation.constant or known)
 
     def checkpoint(self) -> Checkpoint:
         """Write a checkpoint of the present state."""

@@ -149,5 +149,10 @@ def _evaluation_line(record: dict[str, Any]) -> str:
     if "pass@1/low" in record:
         line += f" [{record['pass@1/low']:.3f}, {record['pass@1/high']:.3f}]"
     line += f" on {record['task']}, {record['problems']} x {record['samples']}"
+    line += "".join(
+        f", {name} {record[key]:.3f}"
+        for name, key in (("greedy", "greedy"), ("best constant", "constant"))
+        if key in record
+    )
     odd = [s for s in Status if s is not Status.SCORED and record[f"status/{s.value}"]]
     return line + "".join(f", {record[f'status/{s.value}']} {s.value.replace('_', ' ')}" for s in odd)
