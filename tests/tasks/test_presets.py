@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sapo.tasks import PRESETS, VERIFIERS, TaskError, make_task
+from sapo.tasks.code import CodeTests
 from sapo.tasks.presets import ALIASES
 
 BENCHMARKS = Path(__file__).parents[2] / ".." / "shared" / "benchdata"
@@ -140,21 +141,19 @@ def test_a_puzzle_whose_solution_is_blanked_out_is_refused(tmp_path):
 
 @needs_rows
 def test_every_row_of_humaneval_carries_its_tests():
-    code = pytest.importorskip("sapo.tasks.code")
     _, prompts = prompts_of("humaneval", "humaneval")
     rows = {row["task_id"]: row for row in rows_of("humaneval")}
     assert len(prompts) == len(rows) == 164
     for text, prompt in prompts.items():
         row = rows[prompt.metadata["task_id"]]
         assert f"```python\n{row['prompt'].rstrip()}\n```" in text
-        tests = code.CodeTests.from_json(prompt.metadata["tests"])
+        tests = CodeTests.from_json(prompt.metadata["tests"])
         assert (tests.kind, tests.function, tests.prefix) == ("unit", row["entry_point"], row["prompt"])
         assert row["test"] in tests.statements[0]
 
 
 @needs_rows
 def test_every_row_of_livecodebench_carries_its_public_tests():
-    code = pytest.importorskip("sapo.tasks.code")
     _, prompts = prompts_of("livecodebench", "livecodebench_3")
     rows = {row["question_id"]: row for row in rows_of("livecodebench_3")}
     assert len(prompts) == len(rows) == 3
@@ -162,7 +161,7 @@ def test_every_row_of_livecodebench_carries_its_public_tests():
         row = rows[prompt.metadata["question_id"]]
         question = f"{row['question_title']}\n\n{row['question_content'].strip()}"
         assert text.startswith(f"{question}\n\nWrite a Python program that reads the input from stdin")
-        tests = code.CodeTests.from_json(prompt.metadata["tests"])
+        tests = CodeTests.from_json(prompt.metadata["tests"])
         public = json.loads(row["public_test_cases"])
         assert tests.cases == tuple((case["input"], case["output"]) for case in public)
         assert tests.kind == public[0]["testtype"] == "stdin"
@@ -191,12 +190,11 @@ def livecodebench_row(**columns):
 
 
 def test_a_row_of_livecodebench_v6_has_its_private_tests_and_its_starter_code(tmp_path):
-    code = pytest.importorskip("sapo.tasks.code")
     path = tmp_path / "lcb.jsonl"
     path.write_text(json.dumps(livecodebench_row()))
     prompt = make_task("livecodebench", seed=0, path=path).held_out(1)[0]
     assert "Complete this Python code:\n```python\nclass Solution:\n    def add(self, a, b):\n```" in prompt.text
-    tests = code.CodeTests.from_json(json.loads(json.dumps(prompt.metadata["tests"])))
+    tests = CodeTests.from_json(json.loads(json.dumps(prompt.metadata["tests"])))
     assert (tests.kind, tests.function, tests.cases) == ("functional", "add", (("[1]\n2", "3"), ("[1]\n2", "4")))
     path.write_text(json.dumps(livecodebench_row(private_test_cases="AAAA")))
     with pytest.raises(TaskError, match="livecodebench, question 7: "):
@@ -211,14 +209,13 @@ def test_a_row_of_livecodebench_v6_has_its_private_tests_and_its_starter_code(tm
     ],
 )
 def test_both_configurations_of_mbpp_carry_their_assertions_and_show_them(tmp_path, columns):
-    code = pytest.importorskip("sapo.tasks.code")
     path = tmp_path / "mbpp.jsonl"
     row = {"task_id": 11, "code": "def f(): return 1", "test_list": ["assert f() == 1", "assert f() < 2"], **columns}
     path.write_text(json.dumps(row))
     prompt = make_task("mbpp", seed=0, path=path).held_out(1)[0]
     shown = "The code must pass these tests:\nassert f() == 1\nassert f() < 2\n"
     assert prompt.text.startswith(f"Write a function.\n{shown}")
-    tests = code.CodeTests.from_json(prompt.metadata["tests"])
+    tests = CodeTests.from_json(prompt.metadata["tests"])
     assert (tests.kind, tests.statements, tests.setup) == ("unit", tuple(row["test_list"]), "import math")
     assert "test_list" not in prompt.metadata
     path.write_text(json.dumps({**row, "test_list": "assert f()"}))

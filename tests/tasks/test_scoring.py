@@ -73,6 +73,13 @@ def test_an_exception_in_the_verifier_is_an_error_with_its_type_and_message():
     assert score == Score(0.0, Status.VERIFIER_ERROR, "KeyError: 'answer'")
 
 
+def test_a_figure_that_is_no_finite_number_is_an_error():
+    score = score_of(Score(1.0, figures={"cell_accuracy": float("nan")}))
+    assert (score.reward, score.status) == (0.0, Status.VERIFIER_ERROR)
+    assert "figures must be finite numbers; got cell_accuracy=nan" in score.detail
+    assert score_of(Score(1.0, figures={"cell_accuracy": 0.5})).figures == {"cell_accuracy": 0.5}
+
+
 def test_a_long_exception_is_cut():
     assert len(score_of(ValueError("x" * 10_000)).detail) == 500
 

@@ -22,12 +22,13 @@ def judge(spec, text, answer=None, **metadata):
 # ------------------------------------------------------------------------------------------------------- how to write
 
 
-@pytest.mark.parametrize("name", [name for name in VERIFIERS if name != "code"])
+@pytest.mark.parametrize("name", sorted(VERIFIERS))
 def test_every_name_loads_and_needs_at_most_the_options_it_says(name):
     options = {"regex": {"pattern": "a"}, "format": {"pattern": "a"}, "length": {"limit": 9}}.get(name, {})
     verifier = load_verifier({"name": name, **options})
-    assert isinstance(verifier, Isolated) == (name in ("math", "regex", "format", "json_schema"))
-    assert is_pure(build_verifier({"name": name, **options}))
+    assert isinstance(verifier, Isolated) == (name in ("math", "regex", "format", "json_schema", "code"))
+    # A program may do another thing each time it runs.
+    assert is_pure(build_verifier({"name": name, **options})) == (name != "code")
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,13 @@ def checked_score(score: Any) -> Score:
 
     Raises:
         TypeError: it is no Score, or its reward is no real number.
-        ValueError: its reward is not finite, or its status is none.
+        ValueError: its reward or a further figure is not finite, or its status is none.
     """
     if not isinstance(score, Score):
         raise TypeError(f"verify must return a Score; got {type(score).__name__}")
+    for name, figure in score.figures.items():  # a NaN would only be found when the metrics are written
+        if not (isinstance(figure, Real) and math.isfinite(figure)):
+            raise ValueError(f"a verifier's figures must be finite numbers; got {name}={figure!r}; leave it out")
     return replace(score, reward=checked_reward(score.reward), status=Status(score.status))
 
 
