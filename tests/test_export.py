@@ -149,3 +149,24 @@ def test_a_checkpoint_is_found_by_a_relative_path_too(
 ) -> None:
     monkeypatch.chdir(run / "checkpoints")
     assert export_model("step-000002", tmp_path / "out").checkpoint.step == 2
+
+
+def test_an_adapter_is_merged_into_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = write_recipe(tmp_path, model__lora={"rank": 2}, train__learning_rate=1e-2)
+    sapo.train(load_recipe(recipe))
+    export_model(tmp_path / "run", tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert not [n for n, _ in model.named_parameters() if "lora" in n or "base_layer" in n]
+    trained = load_policy(tmp_path / "run" / "checkpoints" / "step-000006")
+    start = load_policy(tmp_path / "model")
+    ids = torch.tensor([trained.encode("1+2=3+4")])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0]
+    for policy, equal in ((trained, True), (start, False)):
+        policy.model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            expected = policy.model(input_ids=ids).logits[0]
+        assert torch.allclose(logits, expected, atol=1e-4) == equal

@@ -23,7 +23,7 @@ from typer.exceptions import TyperException
 from sapo.commands.doctor import doctor
 from sapo.commands.export import export
 from sapo.commands.generate import generate
-from sapo.completion import complete_override, complete_recipe, complete_run
+from sapo.completion import complete_model, complete_override, complete_recipe, complete_run, complete_task
 
 app = typer.Typer(
     name="sapo",
@@ -120,7 +120,13 @@ def coldstart(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model directory, a checkpoint or a run directory.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A run directory, a checkpoint, a model directory, a .gguf file or a hub id.",
+            autocompletion=complete_model,
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -130,7 +136,10 @@ def evaluate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="A task's name, or a .jsonl or .parquet file; repeatable. [default: the run's own tasks]"),
+        typer.Option(
+            help="A task's name, or a .jsonl or .parquet file; repeatable. [default: the run's own tasks]",
+            autocompletion=complete_task,
+        ),
     ] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems. [default: 256, or the run's]")] = None,
     samples: Annotated[
