@@ -62,7 +62,7 @@ def test_every_recipe_of_the_page_makes_tasks_that_ask(rows, text):
 
 
 def test_the_page_has_as_many_recipes_as_sections_with_one():
-    assert len(RECIPES) == 7
+    assert len(RECIPES) == 8
 
 
 def test_the_page_lists_every_preset_with_its_repository_licence_and_verifier():
