@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs import write_model
+from runs import write_model, write_recipe
 from sapo.cli import main
-from sapo.config import ConfigError
-from sapo.generation import generate
+from sapo.config import ConfigError, load_recipe
+from sapo.generation import format_of_run, generate
 from sapo.model.policy import ModelError, load_policy
 from sapo.rollout.sampling import SamplingParams
+from sapo.session import newest_model, train
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0.0)
 TEMPLATE = (
@@ -144,3 +145,18 @@ def test_a_mistake_is_one_line(
     code, _, err = sapo(monkeypatch, capsys, "generate", str(model), "1+1=", "--max-new-tokens", "8", *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert message in err
+
+
+def test_a_run_puts_a_question_as_its_first_task_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = write_recipe(
+        tmp_path,
+        train__steps=1,
+        prompt={"template": "={prompt}*", "shots": [{"prompt": "1", "answer": "2"}], "answer_template": "{answer}-"},
+    )
+    train(load_recipe(recipe))
+    form = format_of_run(tmp_path / "run")
+    assert form is not None
+    result = generate(load_policy(newest_model(tmp_path / "run")), "5", SamplingParams(max_new_tokens=2), form=form)
+    assert result.seen == "=1*2-=5*"
+    assert format_of_run(tmp_path / "model") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from sapo.config import ConfigError
@@ -12,6 +13,8 @@ from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
+from sapo.run_directory import RunDirectory
+from sapo.tasks import make_task
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,19 @@ class Generation:
         }
 
 
+def format_of_run(run: Path) -> PromptFormat | None:
+    """How a run puts the questions of its first task; None for a directory that is not a run.
+
+    Raises:
+        ConfigError, TaskError: its recipe or its task cannot be read.
+    """
+    if not (run / "config.yaml").is_file():
+        return None
+    config = RunDirectory.read_config(run)
+    first = config.tasks[0]
+    return PromptFormat.of(first.prompt or config.prompt, make_task(first.name, seed=config.eval.seed, **first.options))
+
+
 def generate(
     policy: Policy,
     text: str,
@@ -58,6 +74,7 @@ def generate(
     style: Literal["auto", "plain", "chat"] = "auto",
     system: str | None = None,
     stop: tuple[str, ...] = (),
+    form: PromptFormat | None = None,
     shorten: bool = False,
 ) -> Generation:
     """Draw completions of a text.
@@ -66,13 +83,14 @@ def generate(
         text: the question; through the tokenizer's chat template when style is chat, or auto and there is one.
         params: of sampling; the model's own stop tokens are added.
         stop: strings that end a completion.
+        form: how the text is put, in place of style, system and stop.
         shorten: lower max_new_tokens to what the model has room for.
 
     Raises:
         ModelError: a chat with a model that has no template, or text it has no tokens for.
         ConfigError: prompt and completion do not fit the model's positions.
     """
-    form = PromptFormat(style=style, system=system, stop=stop, prefers_chat=True)
+    form = form or PromptFormat(style=style, system=system, stop=stop, prefers_chat=True)
     prompt = form.encode(policy, [Prompt(0, "generate", text)])[0]
     length, limit = params.max_new_tokens, policy.max_length
     if shorten and limit is not None:

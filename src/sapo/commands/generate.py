@@ -40,8 +40,9 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Each token with its log-probability.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Complete a prompt with a model."""
+    """Complete a prompt with a model; a run's own, in the format of its first task unless told otherwise."""
     from sapo.config import ConfigError
+    from sapo.generation import format_of_run
     from sapo.generation import generate as draw
     from sapo.model.policy import load_policy
     from sapo.rollout.sampling import SamplingParams
@@ -56,6 +57,7 @@ def generate(
         params = SamplingParams(max_new_tokens=length, temperature=temperature, top_p=top_p, seed=seed)
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
+    told = chat is not None or system is not None or bool(stop)
     text = sys.stdin.read() if prompt == "-" else prompt
     result = draw(
         load_policy(newest_model(model), dtype, resolve_device(device)),
@@ -65,6 +67,7 @@ def generate(
         style="auto" if chat is None else "chat" if chat else "plain",
         system=system,
         stop=tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ()),
+        form=None if told else format_of_run(model),
         shorten=max_new_tokens is None,
     )
     if as_json:
