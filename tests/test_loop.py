@@ -13,9 +13,12 @@ import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config import ConfigError
 from sapo.data import Status
+from sapo.export import export_model
 from sapo.loop import FAITHFUL_RATIO
+from sapo.model.policy import prepare_policy
+from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.rollout.local import LocalEngine
-from sapo.session import resume
+from sapo.session import load_model, resume
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
 from sapo.training.trainer import NonFiniteError, Trainer
 
@@ -463,3 +466,66 @@ def test_an_adapter_is_checkpointed_alone_and_can_be_trained_further(tmp_path: P
     assert metrics(further)[0]["reward/mean"] == pytest.approx(metrics(first)[-1]["reward/mean"], abs=1e-6)
     with pytest.raises(ConfigError, match="is an adapter already"):
         run_recipe(tmp_path / "twice", model__path=str(checkpoint), model__lora={"rank": 2})
+
+
+def test_a_reference_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    other = character_tokenizer("abc")
+    model = tiny_model("qwen3", len(other), seed=0, eos_token_id=other.eos_token_id, pad_token_id=other.pad_token_id)
+    prepare_policy(model, other).save(tmp_path / "other")
+    kl = {"coefficient": 0.1, "reference": str(tmp_path / "other")}
+    with pytest.raises(
+        ConfigError, match=r"must have the tokens of the trained model; .*/other has 5 and the model 19"
+    ):
+        run_recipe(tmp_path / "x", objective={"name": "sapo", "kl": kl})
+    assert not (tmp_path / "x" / "run").exists()
+
+
+def test_a_step_stopped_in_its_middle_is_saved_whatever_its_rows_hold(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f"{i}+1=", "answer": "7", "asked_on": datetime.date(2026, 1, 1)} for i in range(24)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    task = {
+        "name": "file",
+        "path": str(tmp_path / "rows.parquet"),
+        "verifier": "rewards_of_a_test:share_of_sevens",
+        "score_truncated": True,
+    }
+    whole = run_recipe(tmp_path / "whole", tasks=[task])
+    updates = 0
+    original = Trainer.update
+
+    def count(self, *args, **kwargs):
+        nonlocal updates
+        result = original(self, *args, **kwargs)
+        updates += 1
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "update", count)
+        stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: updates == 3, tasks=[task])
+    assert list_checkpoints(stopped / "checkpoints")[0].label == "step 1, update 1"
+    resume(stopped)
+    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+
+
+def test_a_model_with_code_of_its_own_can_be_resumed_evaluated_and_exported(tmp_path: Path) -> None:
+    recipe_directory = tmp_path / "own"
+    recipe_directory.mkdir()
+    recipe = write_recipe(recipe_directory, model__trust_remote_code=True, train__steps=2, checkpoint__every=1)
+    config_file = recipe_directory / "model" / "config.json"
+    config = json.loads(config_file.read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config_file.write_text(json.dumps(config))
+    (recipe_directory / "model" / "modeling_own.py").write_text(
+        "from transformers import Qwen3ForCausalLM\n\n\nclass OwnForCausalLM(Qwen3ForCausalLM):\n    pass\n"
+    )
+    run = sapo.train(sapo.load_recipe(recipe)).directory
+    assert resume(run, ["train.steps=3"]).summary["steps"] == 3
+    policy, found = load_model(run)
+    assert found == run / "checkpoints" / "step-000003"
+    assert policy.num_parameters > 0
+    export_model(run, tmp_path / "exported")

@@ -113,6 +113,7 @@ def pack(
     tokens_per_microbatch: int,
     max_new_tokens: int,
     device: torch.device | str = "cpu",
+    include_flat: bool = False,
     include_all: bool = False,
 ) -> MiniBatch:
     """Pack the groups of one mini-batch into micro-batches of at most `tokens_per_microbatch` input tokens.
@@ -122,7 +123,8 @@ def pack(
         normalizer: see `objectives.sequence_weights`.
         tokens_per_microbatch: bounds memory only; a single longer sequence gets a micro-batch of its own.
         max_new_tokens: the constant of the `constant_length` normaliser.
-        include_all: pack what teaches nothing too (for measurements over the whole batch).
+        include_flat: pack groups whose rewards are all equal too: a penalty that is not the rewards' pulls on them.
+        include_all: pack whatever there is, masked completions as well (for measurements over the whole batch).
     """
     counted_B = torch.tensor([counts for g in groups for counts in g.counted], dtype=torch.bool)
     lengths = torch.tensor([len(c) for g in groups for c in g.completions], dtype=torch.int64)[counted_B]
@@ -135,7 +137,7 @@ def pack(
         members = [_Member(group, c, sequence + i, group.advantages[i]) for i, c in enumerate(group.completions)]
         sequence += len(members)
         if not include_all:
-            if group.teaches_nothing:
+            if group.teaches_nothing and not include_flat:
                 continue
             members = [m for m, counts in zip(members, group.counted, strict=True) if counts]
         prompt_tokens = len(group.prompt.token_ids)

@@ -15,12 +15,11 @@ from sapo.config import ConfigError, PromptConfig
 from sapo.data import Prompt
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
 from sapo.evaluation.examination import Keeper, Memory
-from sapo.model.policy import Policy, load_policy
+from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
-from sapo.run_directory import RunDirectory
-from sapo.session import newest_model, provenance, resolve_device, run_of
+from sapo.session import load_model, provenance
 from sapo.tasks import Task
 
 CHUNK_SEQUENCES = 256
@@ -75,13 +74,7 @@ class Subject:
         """
         if isinstance(model, Policy):
             return cls(model, "a loaded policy", model.fingerprint())
-        if dtype is None:
-            run = run_of(Path(model))
-            dtype = RunDirectory.read_config(run).model.dtype if run is not None else "float32"
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
-        directory = newest_model(Path(model))
-        policy = load_policy(directory, dtype, resolve_device(device))
+        policy, directory = load_model(model, dtype, device)
         return cls(policy, str(directory), policy.fingerprint())
 
     def about(self) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
 
 def whole_policy(source: Source, config: RunConfig) -> Policy:
     """The model of a checkpoint as one set of weights: what a run keeps apart from them is merged here."""
-    policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu")
+    trusted = config.model.trust_remote_code
+    policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu", trust_remote_code=trusted)
     return policy if policy.adapter is None else Policy(merged(policy), policy.tokenizer, policy.source)
 
 

@@ -303,7 +303,7 @@ class TrainingRun:
         return {name: getattr(objective, name) for name in ("tau_pos", "tau_neg") if hasattr(objective, name)}
 
     def _warn_if_unfaithful(self, result: UpdateResult, figures: dict[str, float]) -> None:
-        if not result.skipped and figures["ratio/abs_dev"] > FAITHFUL_RATIO:
+        if not result.skipped and figures.get("ratio/abs_dev", 0.0) > FAITHFUL_RATIO:
             self._warn(
                 f"step {self.state.step + 1}: mean |r - 1| of the first update is {figures['ratio/abs_dev']:.3g} "
                 f"(above {FAITHFUL_RATIO}): log pi_old is not the policy's that sampled"

@@ -6,7 +6,7 @@ Floats survive exactly: Python writes the shortest decimal that reads back as th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sapo.data import Completion, Group, Prompt, Score, Status
@@ -70,14 +70,15 @@ class RunState:
 
 
 def group_to_json(group: Group) -> dict[str, Any]:
-    """A group as a JSON value.
+    """A group as a JSON value, but for the row's further fields: scored and encoded, it needs them no more, and a row
+    may hold what JSON does not (dates, decimals) or much of it (tests of programs).
 
     >>> completion = Completion((2, 0), (-0.1, -0.2), "stop", "2", Score(1.0))
     >>> group = Group(Prompt(1, "t", "1+1=", (1, 2), "2"), (completion,), (0.0,))
     >>> group_from_json(group_to_json(group)) == group
     True
     """
-    return asdict(group)
+    return asdict(replace(group, prompt=replace(group.prompt, metadata={})))
 
 
 def group_from_json(value: dict[str, Any]) -> Group:

@@ -71,6 +71,7 @@ def train(
     policy = _starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
     reference = _reference_policy(config, should_stop)
+    _check_same_tokens(policy, reference)
     directory = RunDirectory.create(config.model_copy(update={"provenance": provenance()}))
     return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
 
@@ -139,9 +140,15 @@ def _resumed(
         policy = _starting_policy(config, lambda _: None, should_stop)
     else:
         listener.resumed(checkpoint)
-        policy = load_policy(checkpoint.path, config.model.dtype, config.device)
+        policy = load_policy(
+            checkpoint.path,
+            config.model.dtype,
+            config.device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         state = RunState.from_json(checkpoint.state())
     reference = _reference_policy(config, should_stop)
+    _check_same_tokens(policy, reference)
     directory.rewind_metrics(state.metrics_bytes if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
     if checkpoint is not None:
@@ -170,7 +177,7 @@ def newest_model(path: Path) -> Path:
         return path
     checkpoint = newest_whole(path / "checkpoints", on_broken=lambda _: None)
     if checkpoint is None:
-        raise ConfigError(f"the run {path} has no whole checkpoint to evaluate")
+        raise ConfigError(f"the run {path} has no whole checkpoint whose model could be used; resume it first")
     return checkpoint.path
 
 
@@ -178,6 +185,29 @@ def run_of(model: Path) -> Path | None:
     """The run directory that a path is, or is a checkpoint of."""
     checkpoint_of = model.resolve().parent.parent if model.resolve().parent.name == "checkpoints" else None
     return next((d for d in (model, checkpoint_of) if d is not None and (d / "config.yaml").is_file()), None)
+
+
+def load_model(model: str | Path, dtype: str | None = None, device: str = "auto") -> tuple[Policy, Path]:
+    """A model by path or hub id, or the newest whole checkpoint of a run, loaded as the run's own recipe says.
+
+    Args:
+        dtype: that of a run's recipe, else float32, when None.
+
+    Returns:
+        The policy and where it was found.
+
+    Raises:
+        ConfigError, ModelError: it cannot be used.
+    """
+    run = run_of(Path(model))
+    config = None if run is None else RunDirectory.read_config(run).model
+    if dtype is None:
+        dtype = "float32" if config is None else config.dtype
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
+    directory = newest_model(Path(model))
+    trusted = config is not None and config.trust_remote_code
+    return load_policy(directory, dtype, resolve_device(device), trust_remote_code=trusted), directory
 
 
 def resolve_device(device: str) -> str:
@@ -265,12 +295,22 @@ def _reference_policy(config: RunConfig, should_stop: Callable[[], bool]) -> Pol
     if kl is None or (config.model.lora is not None and kl.reference is None):
         return None
     if kl.reference is not None:
-        reference = load_policy(kl.reference, config.model.dtype, config.device)
+        trusted = config.model.trust_remote_code
+        reference = load_policy(kl.reference, config.model.dtype, config.device, trust_remote_code=trusted)
     else:
         reference = _starting_model(config, lambda _: None, should_stop)
     for parameter in reference.model.parameters():
         parameter.requires_grad_(False)
     return reference
+
+
+def _check_same_tokens(policy: Policy, reference: Policy | None) -> None:
+    """Refuse a reference to which the same ids are other text: log pi_ref would be of another completion."""
+    if reference is not None and policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise ConfigError(
+            f"objective.kl.reference must have the tokens of the trained model; {reference.source} has "
+            f"{len(reference.tokenizer)} and the model {len(policy.tokenizer)}, or the same number of others"
+        )
 
 
 def _finish(training: TrainingRun) -> Run:

@@ -11,6 +11,7 @@ import torch
 
 from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, Score
+from sapo.diagnostics import update_metrics
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import NORMALIZERS, OBJECTIVES, KLPenalty, group_advantages, make_objective, policy_loss
@@ -524,3 +525,47 @@ def test_reference_logprobs_are_those_of_the_reference_policy() -> None:
     d -= torch.cat([torch.tensor(p) for per_group in expected for p in per_group])
     assert result.kl_M is not None
     assert result.kl_M.mean().item() == pytest.approx((torch.exp(-d) - 1 + d).mean().item(), rel=1e-4)
+
+
+def masked(group: Group, *which: bool) -> Group:
+    return replace(group, masked=which)
+
+
+def test_the_reference_does_not_pull_on_masked_completions() -> None:
+    policy, groups = make_policy(), with_reference(make_groups())
+    penalty = KLPenalty(coefficient=0.3, estimator="k2")
+    trainer = make_trainer(policy, kl=penalty)
+    some = [masked(groups[0], True, False, False), *groups[1:]]
+    counted = trainer.pack(some).num_targets
+    assert counted == sum(len(c) for g in groups for c in g.completions) - len(groups[0].completions[0])
+    everything = [masked(g, True, True, True) for g in groups]
+    assert trainer.update(trainer.pack(everything), 1.0).skipped  # no step, not even one of momentum
+
+
+def test_figures_of_the_gate_leave_out_what_only_the_penalty_brought_along() -> None:
+    groups = with_reference(make_groups())
+    with_penalty = make_trainer(make_policy(), kl=KLPenalty(coefficient=1e-12))
+    without = make_trainer(make_policy())
+    more = update_metrics(with_penalty.update(with_penalty.pack(groups), 1e-9))
+    less = update_metrics(without.update(without.pack(groups), 1e-9))
+    assert more["tokens/gradient"] > less["tokens/gradient"]
+    for name in less:
+        if name.startswith(("gate/", "ratio/", "theory/")):
+            assert more[name] == pytest.approx(less[name], rel=1e-9), name
+
+
+def test_a_mini_batch_that_only_the_penalty_moves_has_no_figures_of_a_gate() -> None:
+    flat = [g for g in with_reference(make_groups()) if g.teaches_nothing]
+    trainer = make_trainer(make_policy(), kl=KLPenalty(coefficient=0.1))
+    figures = update_metrics(trainer.update(trainer.pack(flat), 1e-9))
+    assert figures["kl"] > 0
+    assert not [name for name in figures if name.startswith(("gate/", "ratio/", "theory/"))]
+
+
+def test_a_reference_that_is_not_finite_is_named() -> None:
+    (first, *rest) = with_reference(make_groups())
+    spoilt = replace(first.completions[0], reference_logprobs=(math.nan,) * len(first.completions[0]))
+    groups = [replace(first, completions=(spoilt, *first.completions[1:])), *rest]
+    trainer = make_trainer(make_policy(), kl=KLPenalty(coefficient=0.1))
+    with pytest.raises(NonFiniteError, match="log pi_ref is not finite"):
+        trainer.update(trainer.pack(groups), 1e-3)

@@ -35,7 +35,7 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat, or first paragraph.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Each token with its log-probability.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -44,12 +44,9 @@ def generate(
     from sapo.config import ConfigError
     from sapo.generation import format_of_run
     from sapo.generation import generate as draw
-    from sapo.model.policy import load_policy
     from sapo.rollout.sampling import SamplingParams
-    from sapo.session import newest_model, resolve_device
+    from sapo.session import load_model
 
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
     if stop and "" in stop:
         raise ConfigError("--stop must not be empty; got ''")
     try:
@@ -60,7 +57,7 @@ def generate(
     told = chat is not None or system is not None or bool(stop)
     text = sys.stdin.read() if prompt == "-" else prompt
     result = draw(
-        load_policy(newest_model(model), dtype, resolve_device(device)),
+        load_model(model, dtype, device)[0],
         text,
         params,
         samples=samples,

@@ -1,11 +1,14 @@
 """Figures of one update: how far the policy has moved and what the gate made of it.
 
-All figures are over the response tokens that carried a gradient (those of groups with some variance), in float64.
+All figures are over the response tokens that carried a gradient, in float64: those of groups with some variance. With a
+KL penalty the tokens of other groups carry one too, the penalty's: `kl`, `entropy` and `tokens/gradient` count them.
+Figures of ratios, gate and theory leave them out, whose advantage of 0 no gate weighs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +40,10 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     if result.skipped:
         return {}
     metrics = {"loss": result.loss, "grad_norm": result.grad_norm}
-    metrics |= gate_metrics(result.log_ratio_M, result.weight_M, result.advantage_M)
-    metrics |= _theory_metrics(result, tau_pos, tau_neg)
+    gated = _gated(result)
+    metrics |= gate_metrics(gated.log_ratio_M, gated.weight_M, gated.advantage_M)
+    if gated.log_ratio_M.numel():
+        metrics |= _theory_metrics(gated, tau_pos, tau_neg)
     if result.entropy_M is not None:
         metrics["entropy"] = result.entropy_M.double().mean().item()
     if result.kl_M is not None:
@@ -46,6 +51,25 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
     return metrics
+
+
+def _gated(result: UpdateResult) -> UpdateResult:
+    """The tokens that the objective's gate weighs: all, but for those that only a KL penalty brought along."""
+    if result.kl_M is None:
+        return result
+    kept_M = result.advantage_M != 0
+    numbers, sequence_M = torch.unique(result.sequence_M[kept_M], return_inverse=True)
+    return replace(
+        result,
+        log_ratio_M=result.log_ratio_M[kept_M],
+        weight_M=result.weight_M[kept_M],
+        slope_M=result.slope_M[kept_M],
+        advantage_M=result.advantage_M[kept_M],
+        sequence_M=sequence_M,
+        sequence_ids=tuple(result.sequence_ids[i] for i in numbers.tolist()),
+        entropy_M=None if result.entropy_M is None else result.entropy_M[kept_M],
+        kl_M=None,
+    )
 
 
 def gate_metrics(log_ratio_M: Tensor, weight_M: Tensor, advantage_M: Tensor) -> dict[str, float]:
@@ -79,6 +103,7 @@ def task_update_metrics(result: UpdateResult, tasks: Sequence[str]) -> dict[str,
     """
     if result.skipped:
         return {}
+    result = _gated(result)
     names = sorted({tasks[i] for i in result.sequence_ids})
     number = torch.tensor([names.index(tasks[i]) for i in result.sequence_ids], device=result.sequence_M.device)
     task_M = number[result.sequence_M]
@@ -109,7 +134,7 @@ def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[st
         values = [u[prefix + name] for u in done if prefix + name in u]
         if values:
             metrics[f"{prefix}update/{name}"] = sum(values) / len(values)
-    if done:  # the first that moved the weights: those before it were skipped
+    if done and "ratio/abs_dev" in done[0]:  # the first that moved the weights: those before it were skipped
         metrics["first_update/ratio/abs_dev"] = done[0]["ratio/abs_dev"]
     metrics["updates/skipped"] = len(updates) - len(done)
     return metrics

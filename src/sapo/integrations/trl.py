@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 
 from sapo.diagnostics import gate_metrics
 from sapo.model.head import policy_head, token_logprobs
-from sapo.objectives import NORMALIZERS, Objective, Surrogate, make_objective, sequence_weights
+from sapo.objectives import LOG_RATIO_LIMIT, NORMALIZERS, Objective, Surrogate, make_objective, sequence_weights
 from sapo.objectives.checks import unknown_option
 
 MULTIMODAL = ("pixel_values", "num_images", "image_sizes", "token_type_ids", "mm_token_type_ids")
@@ -358,8 +358,8 @@ def _inner_model(model: Any) -> Any:
 
 
 def _kl(logprob: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The estimator k3 of KL(pi, ref) at each token, and its derivative in log pi."""
-    gap = reference - logprob
+    """The estimator k3 of KL(pi, ref) at each token and its derivative in log pi, within the bound of all our ratios."""
+    gap = (reference - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return gap.exp() - gap - 1, 1 - gap.detach().exp()
 
 

@@ -102,7 +102,7 @@ class Trainer:
     def pack(self, groups: Sequence[Group], include_all: bool = False) -> MiniBatch:
         """The groups of one mini-batch, packed as this trainer takes them.
 
-        With a KL penalty every group is: where the rewards teach nothing, the reference still pulls.
+        With a KL penalty groups without spread are among them: there the reference still pulls.
         """
         return pack(
             groups,
@@ -110,7 +110,8 @@ class Trainer:
             tokens_per_microbatch=self.tokens_per_microbatch,
             max_new_tokens=self.max_new_tokens,
             device=self.policy.device,
-            include_all=include_all or self.kl is not None,
+            include_flat=self.kl is not None,
+            include_all=include_all,
         )
 
     def update(
@@ -262,6 +263,7 @@ class Trainer:
         causes = (
             ("an advantage", lambda b, h, s: b.advantages_B),
             ("log pi_old", lambda b, h, s: b.old_logprobs_M),
+            ("log pi_ref", lambda b, h, s: h.logprob_M[:0] if self.kl is None else b.reference_logprobs_M),
             ("log pi of the policy", lambda b, h, s: h.logprob_M),
             ("the objective's value", lambda b, h, s: s.value_M),
             ("the objective's slope", lambda b, h, s: s.slope_M),
