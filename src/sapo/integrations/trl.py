@@ -358,7 +358,7 @@ def _inner_model(model: Any) -> Any:
 
 
 def _kl(logprob: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The estimator k3 of KL(pi, ref) at each token and its derivative in log pi, within the bound of all our ratios."""
+    """The estimator k3 of KL(pi, ref) at each token and its derivative in log pi, within the bound of our ratios."""
     gap = (reference - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return gap.exp() - gap - 1, 1 - gap.detach().exp()
 
