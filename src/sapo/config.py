@@ -551,10 +551,18 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
 
 
 def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
-    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its."""
+    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its.
+
+    Nor are a normalizer and an advantage that are those of SAPO's source, which the config.yaml of a run writes down.
+    """
     objective = raw.get("objective")
-    if isinstance(objective, dict) and name is not None and name != objective.get("name", "sapo"):
-        raw["objective"] = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
+    if not isinstance(objective, dict) or name is None or name == (before := objective.get("name", "sapo")):
+        return
+    kept = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
+    if (source := OBJECTIVES.get(str(before))) is not None:
+        of_source = {"normalizer": source.normalizer, "advantage": source.advantage}
+        kept = {k: v for k, v in kept.items() if k not in of_source or v != of_source[k]}
+    raw["objective"] = kept
 
 
 def parse_recipe(settings: dict[str, Any]) -> RunConfig:
