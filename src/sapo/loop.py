@@ -171,12 +171,6 @@ class TrainingRun:
         self._remember(selected)
         return groups
 
-    def next_prompts(self) -> list[Prompt]:
-        """The prompts that the present step asks first: a pure function of the seed and the state."""
-        return encode_by_task(
-            self.policy, self.tasks.formats, self.selector.first_prompts(self.state.step, self.state.position)
-        )
-
     def _sample(self, prompts: list[Prompt]) -> list[Group]:
         """Prompts to scored groups with their advantages."""
         rollout, advantage = self.config.rollout, self.config.objective.advantage
