@@ -107,6 +107,22 @@ def test_a_written_config_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
         (changed(model={}), "give model.path or model.coldstart, exactly one of them; got neither; null takes"),
         (changed(model__coldstart={}), "exactly one of them; got both"),
         (changed(model={"coldstart": {"heads": 3}}), "hidden_size must be an even multiple of heads; got 64 and 3"),
+        (
+            changed(model={"coldstart": {}, "revision": "main"}),
+            "model: revision is for hub repositories; got 'main' with a cold start; leave it out",
+        ),
+        (
+            changed(model={"coldstart": {}, "trust_remote_code": True}),
+            "model: trust_remote_code is for models of directories and hub repositories; got true with a cold start",
+        ),
+        (
+            changed(model={"path": "dir/m.gguf", "revision": "v1"}),
+            "model: revision is for hub repositories; got 'v1' with dir/m.gguf; leave it out",
+        ),
+        (
+            changed(model={"path": "package:a/m.gguf", "trust_remote_code": True}),
+            "got true with package:a/m.gguf; leave it out",
+        ),
         (changed(eval__k=[1, 8]), "every k must lie in 1..samples (4); got [1, 8]"),
         (changed(rollout__samples_per_prompt=1), "rollout.samples_per_prompt"),
         (changed(rollout__zero_variance="skip"), "rollout.zero_variance: input should be 'keep', 'drop' or 'refill'"),

@@ -100,7 +100,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     trust_remote_code: bool = False
-    """Run code that the model brings along."""
+    """Run code that the model brings along: a directory or a hub repository may have some."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimiser."""
     coldstart: ColdStartConfig | None = None
@@ -120,6 +120,16 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
             )
+        is_file = self.path is not None and (self.path.startswith("package:") or self.path.endswith(".gguf"))
+        if is_file or self.coldstart is not None:
+            got = "a cold start" if self.path is None else self.path
+            if self.revision is not None:
+                raise ValueError(f"revision is for hub repositories; got {self.revision!r} with {got}; leave it out")
+            if self.trust_remote_code:
+                raise ValueError(
+                    f"trust_remote_code is for models of directories and hub repositories; got true with {got}; "
+                    "leave it out"
+                )
         return self
 
 
