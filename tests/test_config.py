@@ -65,6 +65,23 @@ def test_an_objective_brings_the_normalizer_and_advantage_of_its_source_unless_o
         assert (config.objective.normalizer, config.objective.advantage) == (normalizer, advantage)
 
 
+def test_another_objective_on_a_runs_own_config_is_that_of_its_source_and_keeps_what_was_chosen(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+
+    def changed_to(name: str, *first: str) -> dict:
+        run = load_recipe("quickstart", ["objective.kl={coefficient: 0.1}", *first])
+        file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+        return load_recipe(file, [f"objective.name={name}"]).objective.model_dump()
+
+    kl = {"coefficient": 0.1, "estimator": "k3", "reference": None}
+    dapo = {"name": "dapo", "normalizer": "token_mean", "advantage": "group_std", "kl": kl}  # DAPO, equation 8
+    assert changed_to("dapo") == dapo
+    rloo = {"name": "rloo", "normalizer": "sequence_sum", "advantage": "leave_one_out", "kl": kl}
+    assert changed_to("rloo") == rloo
+    chosen = ["objective.normalizer=constant_length", "objective.advantage=group_mean"]  # neither is SAPO's
+    assert changed_to("dapo", *chosen) == {**dapo, "normalizer": "constant_length", "advantage": "group_mean"}
+
+
 def test_a_written_config_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     config = load_recipe("quickstart", ["objective.gate=erf"])
     file = tmp_path / "config.yaml"
@@ -90,6 +107,22 @@ def test_a_written_config_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
         (changed(model={}), "give model.path or model.coldstart, exactly one of them; got neither; null takes"),
         (changed(model__coldstart={}), "exactly one of them; got both"),
         (changed(model={"coldstart": {"heads": 3}}), "hidden_size must be an even multiple of heads; got 64 and 3"),
+        (
+            changed(model={"coldstart": {}, "revision": "main"}),
+            "model: revision is for hub repositories; got 'main' with a cold start; leave it out",
+        ),
+        (
+            changed(model={"coldstart": {}, "trust_remote_code": True}),
+            "model: trust_remote_code is for models of directories and hub repositories; got true with a cold start",
+        ),
+        (
+            changed(model={"path": "dir/m.gguf", "revision": "v1"}),
+            "model: revision is for hub repositories; got 'v1' with dir/m.gguf; leave it out",
+        ),
+        (
+            changed(model={"path": "package:a/m.gguf", "trust_remote_code": True}),
+            "got true with package:a/m.gguf; leave it out",
+        ),
         (changed(eval__k=[1, 8]), "every k must lie in 1..samples (4); got [1, 8]"),
         (changed(rollout__samples_per_prompt=1), "rollout.samples_per_prompt"),
         (changed(rollout__zero_variance="skip"), "rollout.zero_variance: input should be 'keep', 'drop' or 'refill'"),

@@ -12,7 +12,9 @@ import pytest
 
 import sapo
 from runs import write_recipe
+from sapo.coldstart import ensure_coldstart
 from sapo.config import ConfigError, load_recipe
+from sapo.dry_run import DryRun
 from sapo.session import dry_run
 
 
@@ -74,6 +76,31 @@ def test_a_cold_start_that_is_not_made_yet_is_not_made(tmp_path: Path, monkeypat
     assert seen.coldstart_missing
     assert "76,544 parameters" in seen.model  # the quick start's model, by its README
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["model.lora={rank: 4}", "objective.kl={coefficient: 0.1}"])
+def test_a_cold_start_that_is_not_made_yet_is_estimated_like_one_that_is(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model made is of the same shape, so that all parts are equal but what this process holds by chance."""
+    monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
+    short = [f"model.coldstart.{key}" for key in ("target=0", "max_updates=1", "examples=8", "eval_problems=8")]
+    config = load_recipe("quickstart", [f"run_dir={tmp_path / 'run'}", "threads=1", *short, change])
+    before = dry_run(config)
+    ensure_coldstart(config.model_copy(update={"threads": 1}))
+    after = dry_run(config)
+    assert (before.coldstart_missing, after.coldstart_missing) == (True, False)
+    assert before.model == after.model
+
+    def parts(seen: DryRun) -> dict:
+        by_chance = ("interpreter and libraries", "held back by the allocator")
+        return {ph: {k: v for k, v in p.items() if k not in by_chance} for ph, p in seen.memory.phases.items()}
+
+    assert parts(before) == parts(after)
+    part = "moments of AdamW" if "lora" in change else "weights of the reference"
+    # two moments of the trained parameters alone, all of which a full fine-tuning trains; or as much as the weights
+    full = parts(before)["checkpoint"]
+    assert 0 < full[part] < 2 * full["weights"] if "lora" in change else full[part] == full["weights"]
 
 
 def test_what_a_run_would_refuse_is_refused(recipe: Path) -> None:

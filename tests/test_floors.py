@@ -20,6 +20,7 @@ FLOORS = (
         "coldstart",
         "memory",
         "listener",
+        "self_check",
         "loop",
         "dry_run",
         "session",

@@ -191,6 +191,23 @@ def test_the_cache_is_counted_as_the_engine_allocates_it(tmp_path: Path, policie
     assert phases["generate"]["cache of keys and values"] == allocated
 
 
+@pytest.mark.parametrize(
+    ("changes", "batches"),
+    [
+        ({}, 1),
+        ({"rollout__zero_variance": "drop"}, 1),
+        ({"rollout__zero_variance": "refill"}, 5),  # four further rounds are the default
+        ({"rollout__zero_variance": "refill", "rollout__max_refills": 2}, 3),
+    ],
+)
+def test_the_rollout_batch_counts_every_round_that_a_step_may_draw(
+    changes: dict, batches: int, tmp_path: Path, policies: Any
+) -> None:
+    phases = estimate_of(policies("qwen3"), tmp_path, **changes)
+    for phase in phases.values():  # by hand: 4 prompts x 4 samples x 12 tokens x 100 bytes are 19,200
+        assert phase["rollout batch"] == batches * 19_200
+
+
 def test_parts_that_do_not_train_have_neither_moments_nor_gradients(tmp_path: Path, new_policy: Any) -> None:
     policy = new_policy("llama")
     head = policy.head_weight

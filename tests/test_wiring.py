@@ -81,9 +81,7 @@ def test_the_advantage_setting_reaches_the_groups(build) -> None:
 
 def test_a_prompt_met_again_draws_anew_and_another_seed_asks_another_order(build, tmp_path: Path) -> None:
     run, _ = build()
-    first = run.next_prompts()
-    run.state.step = 1
-    second = run.next_prompts()
+    first, second = (run.selector.first_prompts(step, run.state.position) for step in (0, 1))
     assert not {p.id for p in first} & {p.id for p in second}
     other = load_tasks(sapo.load_recipe(tmp_path / "recipe.yaml", ["seed=1"]))
     assert [other.train[0].train_prompt(i).text for i in range(8)] != [

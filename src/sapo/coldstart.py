@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from sapo.batch import pack
-from sapo.config import ColdStartConfig, ConfigError, RunConfig
+from sapo.config import ColdStartConfig, ConfigError, PromptConfig, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
@@ -34,7 +34,7 @@ from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
-from sapo.tasks import ALPHABET, Task, WorkedTask, make_task, score_groups
+from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 
 RECIPE_VERSION = 1
@@ -61,13 +61,14 @@ class ColdStartProgress:
 
 
 def coldstart_path(config: RunConfig) -> Path:
-    """The cache entry of a recipe's cold start: a hash of everything that shapes the model."""
+    """The cache entry of a recipe's cold start: a hash of everything that shapes the model, and of nothing else."""
     recipe = {
         "version": RECIPE_VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "coldstart": _section(config).model_dump(mode="json"),
-        "task": config.tasks[0].model_dump(mode="json", exclude={"weight"}),
+        "task": config.tasks[0].model_dump(mode="json", exclude={"weight", "label", "curriculum", "prompt"}),
+        "prompt": _prompt_section(config).model_dump(mode="json"),
         "max_new_tokens": config.rollout.max_new_tokens,
         "threads": torch.get_num_threads(),
     }
@@ -83,7 +84,9 @@ def ensure_coldstart(
     """The model directory of a recipe's cold start, made if the cache has none; and whether it was made now.
 
     Raises:
-        ConfigError: a task without worked examples.
+        ConfigError: a task without worked examples, or a prompt format that it cannot be put in.
+        ModelError: a prompt format of which the cold start's characters lack some, or a chat, which it has no template
+            for.
         ColdStartError: the target was not reached.
     """
     path = coldstart_path(config)
@@ -97,6 +100,7 @@ def ensure_coldstart(
     record = {
         "coldstart": _section(config).model_dump(mode="json"),
         "task": config.tasks[0].model_dump(mode="json"),
+        "prompt": _prompt_section(config).model_dump(mode="json"),
         "parameters": policy.num_parameters,
         "updates": history[-1].update,
         "pass@1": _recorded_pass_at_1(policy, config),
@@ -117,14 +121,9 @@ def train_coldstart(
 ) -> tuple[Policy, list[ColdStartProgress]]:
     """Train a tiny model on worked examples to the target; the policy and its evaluations."""
     settings = _section(config)
-    task = make_task(config.tasks[0].name, seed=settings.seed, **config.tasks[0].options)
-    if not isinstance(task, WorkedTask):
-        raise ConfigError(
-            f"a cold start needs a task that writes worked examples (arithmetic); got {config.tasks[0].name!r}; "
-            "give model.path instead"
-        )
+    task, prompt_format = _taught(config)
     policy = fresh_policy(settings)
-    examples = _encode_examples(policy, task, settings.examples)
+    examples = _encode_examples(policy, task, prompt_format, settings.examples)
     optimizer = PolicyOptimizer(
         list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=1.0
     )
@@ -140,7 +139,8 @@ def train_coldstart(
         batch, queue = queue[: settings.batch_size], queue[settings.batch_size :]
         loss = _supervised_update(policy, optimizer, [examples[i] for i in batch], _rate(settings, update))
         if update % settings.eval_every == 0 or update == settings.max_updates:
-            score = _fresh_pass_at_1(policy, task, settings, config.rollout.max_new_tokens)
+            # The held-out problems stay unseen even by the stopping rule.
+            score = _pass_at_1(policy, config, settings.examples, settings.eval_problems)
             history.append(ColdStartProgress(update, loss, score, time.perf_counter() - started))
             on_progress(history[-1])
             if settings.target > 0 and score >= settings.target:
@@ -157,6 +157,21 @@ def _section(config: RunConfig) -> ColdStartConfig:
     if config.model.coldstart is None:
         raise ConfigError("the recipe has no model.coldstart section: it starts from model.path")
     return config.model.coldstart
+
+
+def _prompt_section(config: RunConfig) -> PromptConfig:
+    return config.tasks[0].prompt or config.prompt
+
+
+def _taught(config: RunConfig) -> tuple[WorkedTask, PromptFormat]:
+    """The task that is taught, and how the run that follows puts its questions."""
+    task = make_task(config.tasks[0].name, seed=_section(config).seed, **config.tasks[0].options)
+    if not isinstance(task, WorkedTask):
+        raise ConfigError(
+            f"a cold start needs a task that writes worked examples (arithmetic); got {config.tasks[0].name!r}; "
+            "give model.path instead"
+        )
+    return task, PromptFormat.of(_prompt_section(config), task)
 
 
 def _rate(settings: ColdStartConfig, update: int) -> float:
@@ -190,11 +205,11 @@ def fresh_policy(settings: ColdStartConfig) -> Policy:
     return prepare_policy(model, tokenizer)
 
 
-def _encode_examples(policy: Policy, task: WorkedTask, count: int) -> list[Group]:
+def _encode_examples(policy: Policy, task: WorkedTask, prompt_format: PromptFormat, count: int) -> list[Group]:
     """Worked examples as groups of one completion, the end token included."""
     prompts, texts = zip(*(task.worked_example(i) for i in range(count)), strict=True)
     groups = []
-    for prompt, text in zip(PromptFormat().encode(policy, prompts), texts, strict=True):
+    for prompt, text in zip(prompt_format.encode(policy, prompts), texts, strict=True):
         ids = (*policy.encode(text), policy.tokenizer.eos_token_id)
         completion = Completion(ids, (0.0,) * len(ids), "stop", text)
         groups.append(Group(prompt, (completion,), advantages=(1.0,)))
@@ -239,20 +254,19 @@ def _negative_log_likelihood(batch: PackedBatch) -> Callable[[Tensor, slice], tu
 def _recorded_pass_at_1(policy: Policy, config: RunConfig) -> float:
     """pass@1 on problems that did not decide when to stop: the first evaluation to reach the target is a lucky one."""
     settings = _section(config)
-    task = make_task(config.tasks[0].name, seed=settings.seed, **config.tasks[0].options)
-    first = settings.examples + settings.eval_problems
-    return _pass_at_1(policy, task, first, RECORDED_PROBLEMS, settings.seed, config.rollout.max_new_tokens)
+    return _pass_at_1(policy, config, settings.examples + settings.eval_problems, RECORDED_PROBLEMS)
 
 
-def _fresh_pass_at_1(policy: Policy, task: Task, settings: ColdStartConfig, max_new_tokens: int) -> float:
-    """pass@1 on training-side problems after the examples: the held-out ones stay unseen even by the stopping rule."""
-    return _pass_at_1(policy, task, settings.examples, settings.eval_problems, settings.seed, max_new_tokens)
-
-
-def _pass_at_1(policy: Policy, task: Task, first: int, count: int, seed: int, max_new_tokens: int) -> float:
+def _pass_at_1(policy: Policy, config: RunConfig, first: int, count: int) -> float:
+    """pass@1 on `count` problems of the training side, put as the run puts them."""
+    task, prompt_format = _taught(config)
     prompts: list[Prompt] = [replace(task.train_prompt(first + i), id=i) for i in range(count)]
-    prompts = PromptFormat().encode(policy, prompts)
-    params = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, stop_token_ids=policy.stop_token_ids)
+    prompts = prompt_format.encode(policy, prompts)
+    params = SamplingParams(
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=_section(config).seed,
+        stop_token_ids=policy.stop_token_ids,
+    )
     drawn = LocalEngine(policy).generate([Request(p, 1) for p in prompts], params)
     scored = score_groups([(task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     return float(np.mean([c.score.reward >= 1.0 for completions in scored for c in completions]))

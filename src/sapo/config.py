@@ -100,7 +100,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     trust_remote_code: bool = False
-    """Run code that the model brings along."""
+    """Run code that the model brings along: a directory or a hub repository may have some."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimiser."""
     coldstart: ColdStartConfig | None = None
@@ -120,6 +120,16 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
             )
+        is_file = self.path is not None and (self.path.startswith("package:") or self.path.endswith(".gguf"))
+        if is_file or self.coldstart is not None:
+            got = "a cold start" if self.path is None else self.path
+            if self.revision is not None:
+                raise ValueError(f"revision is for hub repositories; got {self.revision!r} with {got}; leave it out")
+            if self.trust_remote_code:
+                raise ValueError(
+                    f"trust_remote_code is for models of directories and hub repositories; got true with {got}; "
+                    "leave it out"
+                )
         return self
 
 
@@ -551,10 +561,18 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
 
 
 def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
-    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its."""
+    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its.
+
+    Nor are a normalizer and an advantage that are those of SAPO's source, which the config.yaml of a run writes down.
+    """
     objective = raw.get("objective")
-    if isinstance(objective, dict) and name is not None and name != objective.get("name", "sapo"):
-        raw["objective"] = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
+    if not isinstance(objective, dict) or name is None or name == (before := objective.get("name", "sapo")):
+        return
+    kept = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
+    if (source := OBJECTIVES.get(str(before))) is not None:
+        of_source = {"normalizer": source.normalizer, "advantage": source.advantage}
+        kept = {k: v for k, v in kept.items() if k not in of_source or v != of_source[k]}
+    raw["objective"] = kept
 
 
 def parse_recipe(settings: dict[str, Any]) -> RunConfig:

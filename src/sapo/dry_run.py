@@ -13,10 +13,11 @@ from sapo.coldstart import coldstart_path, fresh_policy
 from sapo.config import RunConfig
 from sapo.data import Prompt
 from sapo.memory import MemoryEstimate, baseline_bytes, estimate_memory
+from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy
-from sapo.preflight import TaskSet, check_prompts, load_tasks
+from sapo.preflight import check_prompts, load_tasks, seed_for
 from sapo.prompting import encode_by_task
-from sapo.tasks import prompts_for_step
+from sapo.selection import Position, Selector
 
 SHOWN_PROMPTS = 2
 
@@ -86,8 +87,9 @@ def rehearse(
     missing = config.model.coldstart is not None and not (coldstart_path(config) / "coldstart.json").is_file()
     policy = _stand_in(config) if missing else load(config)
     check_prompts(config, policy, tasks)
-    prompts = first_prompts(config, policy, tasks)
-    reference = None if missing else load_reference(config)
+    selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
+    prompts = encode_by_task(policy, tasks.formats, selector.first_prompts(0, Position()))
+    reference = _stand_in(config) if missing and _copy_is_kept(config) else load_reference(config)
     baseline = baseline_bytes(*(p for p in (policy, reference) if p is not None))
     return DryRun(
         config=config,
@@ -101,13 +103,6 @@ def rehearse(
         prompts=tuple(_seen(policy, p) for p in _one_of_each_task(prompts)),
         memory=estimate_memory(config, policy, prompts, baseline, reference),
     )
-
-
-def first_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> list[Prompt]:
-    """The prompts of the first step, encoded."""
-    weighted = [(task, t.weight) for task, t in zip(tasks.train, config.tasks, strict=True)]
-    chosen = prompts_for_step(weighted, 0, config.rollout.prompts_per_step)
-    return encode_by_task(policy, tasks.formats, [task.train_prompt(index) for task, index in chosen])
 
 
 def _one_of_each_task(prompts: list[Prompt]) -> list[Prompt]:
@@ -136,4 +131,12 @@ def _stand_in(config: RunConfig) -> Policy:
     if config.model.dtype == "bfloat16":
         policy.model.bfloat16()
     policy.model.to(config.device)
+    if config.model.lora is not None:
+        add_adapter(policy, **config.model.lora.model_dump(), seed=seed_for(config.seed, "adapter"))
     return policy
+
+
+def _copy_is_kept(config: RunConfig) -> bool:
+    """Whether a run keeps a frozen copy of the model it starts from, for a KL penalty."""
+    kl = config.objective.kl
+    return kl is not None and kl.reference is None and config.model.lora is None

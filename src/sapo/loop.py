@@ -13,7 +13,6 @@ same metrics, weights and completions, bit for bit, as one that is not.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState, rollout_records
 from sapo.selection import Selection, Selector
+from sapo.self_check import check_old_logprobs
 from sapo.shaping import shape_group
 from sapo.tasks import Task, score_groups
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
@@ -171,12 +171,6 @@ class TrainingRun:
         self._remember(selected)
         return groups
 
-    def next_prompts(self) -> list[Prompt]:
-        """The prompts that the present step asks first: a pure function of the seed and the state."""
-        return encode_by_task(
-            self.policy, self.tasks.formats, self.selector.first_prompts(self.state.step, self.state.position)
-        )
-
     def _sample(self, prompts: list[Prompt]) -> list[Group]:
         """Prompts to scored groups with their advantages."""
         rollout, advantage = self.config.rollout, self.config.objective.advantage
@@ -223,41 +217,16 @@ class TrainingRun:
         )
 
     def _choose_old_logprobs(self, groups: list[Group]) -> str:
-        """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used."""
-        setting = self.config.train.old_logprobs
-        # A few groups tell as much as all of them.
-        checked = groups[: min(len(groups), 8)]
-        worst, total, count = 0.0, 0.0, 0
-        for group, per_group in zip(checked, self.trainer.logprobs(checked), strict=True):
-            for completion, logprobs in zip(group.completions, per_group, strict=True):
-                for theirs, ours in zip(completion.logprobs, logprobs, strict=True):
-                    if not math.isfinite(ours - theirs):
-                        raise NonFiniteError(
-                            f"step {self.state.step + 1}: a log-probability is not finite in the self-check: "
-                            f"{theirs} by the engine, {ours} by the trainer"
-                        )
-                    worst = max(worst, abs(ours - theirs))
-                    total += abs(math.expm1(min(20.0, ours - theirs)))
-                    count += 1
-        # A cut tail is another distribution than the policy's, however little of it the first step happens to show.
-        cut = not self.sampling_params(0).full_distribution
-        equal = worst <= self.config.train.self_check_tolerance and not cut
-        source = setting if setting != "auto" else "engine" if equal else "trainer"
-        self._append(
-            {
-                "kind": "self_check",
-                "step": self.state.step + 1,
-                "old_logprobs": source,
-                "equal": equal,
-                "log_ratio/max_abs": worst,
-                "ratio/abs_dev": total / count,
-                "tokens": count,
-            }
-        )
-        if not equal and setting == "engine":
-            why = "is of a cut distribution" if cut else f"differs from the trainer's by up to {worst:.3g}"
-            self._warn(f"log pi_old is the engine's although it {why}; train.old_logprobs=auto would recompute it")
-        return source
+        """Which log pi_old this run uses, by the self-check of its first step."""
+        step, full = self.state.step + 1, self.sampling_params(0).full_distribution
+        try:
+            check = check_old_logprobs(self.trainer, groups, self.config.train, full)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {step}: {error}") from error
+        self._append({"kind": "self_check", "step": step, **check.to_json()})
+        if check.warning is not None:
+            self._warn(check.warning)
+        return check.old_logprobs
 
     def update(self, groups: tuple[Group, ...]) -> None:
         """One update from one mini-batch."""

@@ -12,7 +12,8 @@ of them trained:
                         + gradients of earlier micro-batches (4 T), where a mini-batch has more than one
     update, backward    gradients (4 T) + the head's once more (4 V H), where it is tied or already has one + one layer
     checkpoint          nothing of its own: tensors are written from where they are
-    rollout batch       Python's integers and floats, 100 bytes a token, from generation to the last update
+    rollout batch       Python's integers and floats, 100 bytes a token, from generation to the last update; with
+                        refills as if every round drew a whole batch: dropped groups stay until the step is logged
 
 Activations are not derived from an architecture but measured on it: `measure_activations` runs the forward pass of
 training on a few tokens, counts the storages that autograd keeps, and solves for bytes per packed token, per query and
@@ -168,7 +169,7 @@ def estimate_memory(
         "moments of AdamW": sum(2 * max(4, p.element_size()) * p.numel() for p in trained),
     }
     tokens = len(prompts) * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
-    batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens}
+    batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens * (1 + config.rollout.refill_rounds)}
     if policy.device.type != "cpu":
         del always["interpreter and libraries"], batch["rollout batch"]
     update = _Update(config, policy, prompts)

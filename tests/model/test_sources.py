@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -113,9 +114,16 @@ def test_what_cannot_be_had_is_named_in_one_line(source: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is a local directory"):
-        sources.model_directory(tmp_path, "main")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(".", "a local directory"), ("m.gguf", "a GGUF file"), ("package:a/m.gguf", "a file of a package")],
+)
+def test_a_revision_of_anything_but_a_hub_repository_is_refused(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=f"{re.escape(name)} is {kind}; got 'main'; leave it out"):
+        sources.model_directory(name, "main")
 
 
 def test_a_gguf_file_that_is_none_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,13 +43,16 @@ def model_directory(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         ModelError: it is none of the four, or cannot be had.
     """
-    text = str(source)
-    if text.startswith(PACKAGE_PREFIX):
+    text, path = str(source), Path(source)
+    is_package = text.startswith(PACKAGE_PREFIX)
+    if revision is not None and (is_package or path.suffix == ".gguf" or path.is_dir()):
+        kind = "a file of a package" if is_package else "a local directory" if path.is_dir() else "a GGUF file"
+        raise ModelError(
+            f"a revision names a commit of a hub repository, and {text} is {kind}; got {revision!r}; leave it out"
+        )
+    if is_package:
         return _from_file(_package_file(text))
-    path = Path(source)
     if path.is_dir():
-        if revision is not None:
-            raise ModelError(f"model.revision names a commit of a hub repository; {path} is a local directory")
         return path
     if path.suffix == ".gguf":
         if not path.is_file():

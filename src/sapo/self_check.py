@@ -1,0 +1,95 @@
+"""The self-check of a run's first step: are the engine's log-probabilities the trainer's own?
+
+Both are of the same weights, so on policy every ratio r should be 1. Where the engine's are equal to the trainer's they
+serve as log pi_old and a forward pass a step is saved; where not, log pi_old is recomputed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sapo.config import TrainConfig
+from sapo.data import Group
+from sapo.training.trainer import NonFiniteError, Trainer
+
+CHECKED_GROUPS = 8
+"""A few groups tell as much as all of them."""
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Which log pi_old a run uses, and what that was decided by.
+
+    >>> check = SelfCheck("trainer", equal=False, cut=False, log_ratio_max_abs=0.02, ratio_abs_dev=0.001, tokens=512)
+    >>> check.warning is None, check.to_json()["log_ratio/max_abs"]
+    (True, 0.02)
+    """
+
+    old_logprobs: Literal["engine", "trainer"]
+    equal: bool
+    """The engine's may be taken as the trainer's."""
+    cut: bool
+    """Sampling cuts a tail: the engine's are of another distribution than the policy's, however little of it the first
+    step happens to show."""
+    log_ratio_max_abs: float
+    """Largest |log r|, in nats."""
+    ratio_abs_dev: float
+    """Mean |r - 1| over tokens."""
+    tokens: int
+    """Tokens compared."""
+
+    @property
+    def warning(self) -> str | None:
+        """What to say when the recipe insists on log-probabilities that are not the policy's."""
+        if self.equal or self.old_logprobs == "trainer":
+            return None
+        differs = f"differs from the trainer's by up to {self.log_ratio_max_abs:.3g}"
+        why = "is of a cut distribution" if self.cut else differs
+        return f"log pi_old is the engine's although it {why}; train.old_logprobs=auto would recompute it"
+
+    def to_json(self) -> dict[str, Any]:
+        """As metrics.jsonl has it."""
+        return {
+            "old_logprobs": self.old_logprobs,
+            "equal": self.equal,
+            "log_ratio/max_abs": self.log_ratio_max_abs,
+            "ratio/abs_dev": self.ratio_abs_dev,
+            "tokens": self.tokens,
+        }
+
+
+def check_old_logprobs(
+    trainer: Trainer, groups: Sequence[Group], settings: TrainConfig, full_distribution: bool
+) -> SelfCheck:
+    """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used.
+
+    Args:
+        trainer: at the weights that sampled.
+        groups: of a rollout batch.
+        settings: `old_logprobs` and `self_check_tolerance` are used.
+        full_distribution: the engine samples without cutting a tail.
+
+    Raises:
+        NonFiniteError: a log-probability is not finite.
+    """
+    checked = groups[:CHECKED_GROUPS]
+    worst, total, count = 0.0, 0.0, 0
+    for group, per_group in zip(checked, trainer.logprobs(checked), strict=True):
+        for completion, logprobs in zip(group.completions, per_group, strict=True):
+            for theirs, ours in zip(completion.logprobs, logprobs, strict=True):
+                if not math.isfinite(ours - theirs):
+                    raise NonFiniteError(
+                        f"a log-probability is not finite in the self-check: {theirs} by the engine, {ours} by the "
+                        "trainer"
+                    )
+                worst = max(worst, abs(ours - theirs))
+                total += abs(math.expm1(min(20.0, ours - theirs)))
+                count += 1
+    equal = worst <= settings.self_check_tolerance and full_distribution
+    chosen = settings.old_logprobs
+    if chosen == "auto":
+        chosen = "engine" if equal else "trainer"
+    return SelfCheck(chosen, equal, not full_distribution, worst, total / count, count)
