@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.verifiers.base import Verifier, deadline_of, is_pure, prepare
+from sapo.tasks.verifiers.base import Verifier, check_machine, deadline_of, is_pure, prepare
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Combined:
         """Prepare the terms."""
         for term in self.terms:
             prepare(term.verifier)
+
+    def check_machine(self) -> None:
+        """Check it for the terms."""
+        for term in self.terms:
+            check_machine(term.verifier)
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
         scores = [(term, term.verifier(text, prompt)) for term in self.terms]
