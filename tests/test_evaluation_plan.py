@@ -169,7 +169,8 @@ def test_a_checkpoint_of_a_run_brings_the_run_s_tasks(tmp_path: Path) -> None:
     write_model(checkpoint)
     (order,) = orders(checkpoint, [], [])
     assert order.task.name == "prompts"
-    directory, _ = place(checkpoint, Subject.load(checkpoint, device="cpu"), order, None, alone=True)
+    subject = Subject.load(checkpoint, device="cpu")
+    directory, _ = place(checkpoint, subject, order, order.ask(subject.policy), None, alone=True)
     assert directory == Path("evals/run-step-000002-prompts")
 
 
@@ -203,14 +204,15 @@ def test_the_place_is_free_or_holds_the_same_evaluation(tmp_path: Path, monkeypa
     small = {"problems": 2, "max_new_tokens": 4}
     (first,) = orders(model, ["arithmetic"], ["digits=1"], samples=1, **small)
     (other,) = orders(model, ["arithmetic"], ["digits=1"], samples=2, **small)
-    assert place(model, subject, first, None, alone=True) == (Path("evals/model-add1"), None)
+    first_asked, other_asked = first.ask(subject.policy), other.ask(subject.policy)
+    assert place(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
     first.carry_out(subject, out="evals/model-add1")
-    assert place(model, subject, first, None, alone=True) == (Path("evals/model-add1"), None)
-    directory, note = place(model, subject, other, None, alone=True)
+    assert place(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
+    directory, note = place(model, subject, other, other_asked, None, alone=True)
     assert directory == Path("evals/model-add1-2")
     assert note == (
         "evals/model-add1 holds another evaluation, with samples=1 where this one has 2; this one goes to "
         "evals/model-add1-2"
     )
-    assert place(model, subject, other, Path("mine"), alone=True) == (Path("mine"), None)
-    assert place(model, subject, other, Path("mine"), alone=False) == (Path("mine/add1"), None)
+    assert place(model, subject, other, other_asked, Path("mine"), alone=True) == (Path("mine"), None)
+    assert place(model, subject, other, other_asked, Path("mine"), alone=False) == (Path("mine/add1"), None)

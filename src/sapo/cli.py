@@ -182,12 +182,13 @@ def evaluate(
     asked = orders(model, task or [], overrides or [], greedy=greedy, constant=constant, threshold=threshold, **given)
     subject = Subject.load(model, dtype, device)
     for order in asked:
-        directory, note = place(model, subject, order, out, alone=len(asked) == 1)
+        prompts = order.ask(subject.policy)
+        directory, note = place(model, subject, order, prompts, out, alone=len(asked) == 1)
         if note:
             _say(f"note: {note}")
         with Progress(console) as progress, _stop_signals() as stop:
             results = order.carry_out(
-                subject, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
+                subject, prompts, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
             )
         if problems is not None and results.evaluation.problems < problems:
             there = results.evaluation.problems

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import ConfigError, PromptConfig, parse_override, parse_prompt
+from sapo.data import Prompt
 from sapo.evaluation.store import difference
 from sapo.evaluation_order import Order, Settings, Subject
 from sapo.preflight import seed_for
@@ -151,8 +152,10 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str,
     return options, prompt
 
 
-def place(model: Path, subject: Subject, order: Order, out: Path | None, *, alone: bool) -> tuple[Path, str | None]:
-    """The directory of an evaluation, and what to tell of the choice.
+def place(
+    model: Path, subject: Subject, order: Order, prompts: Sequence[Prompt], out: Path | None, *, alone: bool
+) -> tuple[Path, str | None]:
+    """The directory of an evaluation of `prompts`, which `order.ask` made, and what to tell of the choice.
 
     `out` is the user's and taken as it is, with a directory for each task below it where there are several. Without it
     the directory is evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
@@ -165,7 +168,7 @@ def place(model: Path, subject: Subject, order: Order, out: Path | None, *, alon
     if run is not None and run.resolve() != model.resolve():
         name = f"{run.resolve().name}-{name}"
     first = Path("evals") / f"{name}-{task}"
-    asked = order.asked(subject)
+    asked = order.asked(subject, prompts)
     candidate, number, reason = first, 1, None
     while (found := difference(candidate, asked)) is not None:
         reason = reason or f"{first} holds {found}"
