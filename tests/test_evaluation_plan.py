@@ -102,7 +102,9 @@ def test_the_defaults_are_those_that_help_shows() -> None:
     (order,) = orders(Path("nowhere"), ["arithmetic"], [], samples=None, temperature=None)
     params = order.settings.params
     assert (order.settings.problems, order.settings.samples, order.settings.ks) == (256, 4, (1,))
-    assert (params.max_new_tokens, params.temperature, params.top_p, params.seed) == (64, 1.0, 1.0, 12345)
+    assert (params.max_new_tokens, params.temperature, params.top_p) == (64, 1.0, 1.0)
+    assert (params.seed, order.task_about["seed"]) == (seed_for(12345, "evaluation"), 12345)
+    assert (order.settings.greedy, order.settings.constant) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,34 @@ def test_what_is_said_of_a_run_is_changed_and_nothing_else(tmp_path: Path) -> No
     assert (order.prompt_format.template, order.prompt_format.system) == ("Q: {prompt}", "Think.")
     with pytest.raises(ConfigError, match=r"got verifier=...; name the task with --task"):
         orders(run, [], ["verifier=exact"])
+
+
+@pytest.mark.parametrize("own", [{"greedy": True, "constant": True}, {"greedy": False, "constant": False}])
+def test_a_run_s_greedy_completion_and_constant_answer_are_its_own_unless_the_command_says_otherwise(
+    tmp_path: Path, own: dict[str, bool]
+) -> None:
+    run = run_of(tmp_path, eval=own)
+
+    def figures(**given: bool | None) -> tuple[bool, bool]:
+        (order,) = orders(run, [], [], **given)
+        return order.settings.greedy, order.settings.constant
+
+    assert figures(greedy=None, constant=None) == (own["greedy"], own["constant"])
+    assert figures(greedy=not own["greedy"]) == (not own["greedy"], own["constant"])
+    assert figures(constant=not own["constant"]) == (own["greedy"], not own["constant"])
+
+
+def test_a_seed_that_is_given_draws_as_a_run_of_that_seed_does(tmp_path: Path) -> None:
+    run = run_of(tmp_path, eval__seed=7)
+    file = tmp_path / "prompts.jsonl"
+    (own,) = orders(run, [], [])
+    (given,) = orders(run, [], [], seed=7)
+    (named,) = orders(Path("nowhere"), [str(file)], ["verifier=exact"], seed=7)
+    (other,) = orders(run, [], [], seed=8)
+    assert own.settings.params.seed == given.settings.params.seed == named.settings.params.seed
+    assert [p.text for p in own.task.held_out(2)] == [p.text for p in named.task.held_out(2)]
+    assert other.settings.params.seed == seed_for(8, "evaluation")
+    assert (given.task_about["seed"], named.task_about["seed"], other.task_about["seed"]) == (7, 7, 8)
 
 
 def test_each_task_of_a_run_is_put_in_its_own_format(tmp_path: Path) -> None:

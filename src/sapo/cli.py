@@ -148,8 +148,14 @@ def evaluate(
     k: Annotated[
         str | None, typer.Option(help="Which pass@k to estimate, as in 1,4. [default: 1, or the run's]")
     ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Draw one more completion at temperature 0.")] = False,
-    constant: Annotated[bool, typer.Option(help="Judge the best constant answer.")] = True,
+    greedy: Annotated[
+        bool | None,
+        typer.Option("--greedy/--no-greedy", help="Draw one more at temperature 0. [default: no, or the run's]"),
+    ] = None,
+    constant: Annotated[
+        bool | None,
+        typer.Option("--constant/--no-constant", help="Judge the best constant answer. [default: yes, or the run's]"),
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Smallest reward that counts as right.")] = 1.0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest completion. [default: 64, or the run's]")
@@ -177,9 +183,10 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
-        "seed": seed,
+        "greedy": greedy,
+        "constant": constant,
     }
-    asked = orders(model, task or [], overrides or [], greedy=greedy, constant=constant, threshold=threshold, **given)
+    asked = orders(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
     subject = Subject.load(model, dtype, device)
     for order in asked:
         prompts = order.ask(subject.policy)
