@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from sapo.data import Prompt, Score, Status
 from sapo.tasks.base import TaskError
@@ -40,7 +40,8 @@ _TERM = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 @dataclass(frozen=True)
 class ReasoningGymJudge:
-    """A verifier for the items of one dataset; it holds plain values, so that a worker process can have it.
+    """A verifier for the items of one dataset. It holds plain values, so that the worker processes where it is to run,
+    since a scorer may take long on an odd answer, can have it.
 
     An item is generated again from its number, which is all that a prompt carries of it.
 
@@ -56,6 +57,18 @@ class ReasoningGymJudge:
     answer_format: AnswerFormat = "auto"
     partial_credit: bool = True
     """Whether a reward between 0 and 1 of the dataset's stands; otherwise only a full score counts."""
+    deadline: float = 10.0
+    """Seconds for the answer of one completion."""
+    isolated: ClassVar[bool] = True
+    pure: ClassVar[bool] = True
+
+    def prepare(self) -> None:
+        """Load the package and make the dataset."""
+        make_dataset(self.dataset, self.knobs)
+
+    def prepare_prompt(self, prompt: Prompt) -> None:
+        """Generate the item, which takes seconds in a few datasets."""
+        self.entry(int(prompt.metadata["item"]))
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
         answer = extract_answer(text, self.answer_format)

@@ -19,9 +19,9 @@ class Verifier(Protocol):
 
     A verifier that must run outside this process, since it may hang, crash or run the user's code, has an attribute
     `isolated = True` and its `deadline` in seconds; `sapo.tasks.pool` runs it. What it has to load first it may load in
-    a method `prepare()`, which no completion's deadline includes. What it cannot do without, and what is cheap to look
-    for, it may look for in `check_machine()`, called where it is loaded. `pure = True` says that its scores depend on
-    nothing but the text and the prompt.
+    a method `prepare()`, and make what it needs for a prompt in `prepare_prompt(prompt)`; neither is part of a
+    completion's deadline. What it cannot do without, and is cheap to look for, it may look for in `check_machine()`,
+    which is called where it is named. `pure = True` says that its scores depend on nothing but the text and the prompt.
     """
 
     def __call__(self, text: str, prompt: Prompt, /) -> Score: ...
@@ -58,6 +58,12 @@ def prepare(verifier: Verifier) -> None:
     """Let a verifier load what it needs before the first deadline starts."""
     if (load := getattr(verifier, "prepare", None)) is not None:
         load()
+
+
+def prepare_prompt(verifier: Verifier, prompt: Prompt) -> None:
+    """Let a verifier make what it needs for a prompt before the deadline of a completion starts."""
+    if (make := getattr(verifier, "prepare_prompt", None)) is not None:
+        make(prompt)
 
 
 def check_machine(verifier: Verifier) -> None:

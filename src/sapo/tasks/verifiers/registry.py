@@ -78,7 +78,8 @@ class TermSpec:
 class Isolated:
     """A verifier that runs in a worker process of the shared pool; a batch of completions goes through it at once."""
 
-    spec: VerifierSpec
+    spec: VerifierSpec | Verifier
+    """As a recipe writes it; or a verifier of ours that no recipe names, of plain values, which goes there whole."""
     deadline: float
     pure: bool
     """Whether equal (text, prompt) have equal scores by construction: true of ours, not of a user's function."""
