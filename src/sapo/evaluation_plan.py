@@ -18,10 +18,9 @@ from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.session import run_of
 from sapo.tasks import make_task
+from sapo.tasks.rows import EXTENSIONS
 
 DEFAULT_SEED = 12345
-
-FILES = (".jsonl", ".json", ".parquet")
 
 # Settings of a prompt that are text: on a command line they are taken as they stand, which YAML would not do with the
 # colon and braces of "Q: {prompt}".
@@ -72,7 +71,7 @@ def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed:
         ConfigError, TaskError: what is wrong with it.
     """
     options, prompt = split_overrides(overrides)
-    if Path(name).suffix in FILES:
+    if Path(name).suffix in EXTENSIONS:
         name, options = "file", {"path": name, **options}
     return _order(name, options, seed, parse_prompt(prompt), settings)
 
