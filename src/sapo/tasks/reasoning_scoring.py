@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from sapo.data import Prompt, Score, Status
 from sapo.tasks.base import TaskError
+from sapo.tasks.verifiers.extract import last_boxed
 
 AnswerFormat = Literal["auto", "text", "tag", "boxed"]
 ANSWER_FORMATS: tuple[str, ...] = get_args(AnswerFormat)
@@ -111,7 +112,7 @@ def extract_answer(text: str, answer_format: AnswerFormat) -> str | None:
         if tags or answer_format == "tag":
             return tags[-1].strip() if tags else None
     if answer_format in ("auto", "boxed"):
-        boxed = _last_boxed(text)
+        boxed = last_boxed(text)
         if boxed is not None or answer_format == "boxed":
             return boxed
     return text.strip()
@@ -172,25 +173,6 @@ def _global_generators_seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces balance."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth, escaped = 0, False
-        for position in range(start + len("\\boxed"), len(text)):
-            character = text[position]
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character in "{}":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    return text[start + len("\\boxed{") : position].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
 
 
 def _score_countdown(answer: str, metadata: Mapping[str, Any]) -> float:
