@@ -1,4 +1,4 @@
-"""Files that another process or a kill may meet: written whole or not at all, in a directory that one process writes."""
+"""Files that another process or a kill may meet: written whole or not at all, in directories with one writer."""
 
 from __future__ import annotations
 
