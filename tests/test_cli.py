@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import yaml
 
 from runs import fingerprint, write_model, write_recipe
 from sapo.cli import main
+from sapo.data import Prompt
+from sapo.model.policy import Policy
+from sapo.prompting import PromptFormat
 
 
 def sapo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -236,6 +240,23 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert written["results"]["greedy"] is not None
     assert "held-out problems; 256 were asked for" in result.stdout, "fewer than asked for are said aloud"
     assert "wrote evals/run-prompts/results.json" in result.stdout
+
+
+def test_an_evaluation_encodes_its_prompts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "model")
+    encoded: list[int] = []
+    encode = PromptFormat.encode
+
+    def counted(self: PromptFormat, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+        encoded.append(len(prompts))
+        return encode(self, policy, prompts)
+
+    monkeypatch.setattr(PromptFormat, "encode", counted)
+    arguments = ["eval", str(tmp_path / "model"), "--task", "arithmetic", "digits=2", "--problems", "8", "--samples=1"]
+    code, _ = sapo_here(monkeypatch, capsys, tmp_path, *arguments, "--max-new-tokens", "4", "--no-constant")
+    assert (code, encoded) == (0, [8])
 
 
 def test_two_evaluations_are_kept_apart_and_compared(

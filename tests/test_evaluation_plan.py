@@ -102,7 +102,9 @@ def test_the_defaults_are_those_that_help_shows() -> None:
     (order,) = orders(Path("nowhere"), ["arithmetic"], [], samples=None, temperature=None)
     params = order.settings.params
     assert (order.settings.problems, order.settings.samples, order.settings.ks) == (256, 4, (1,))
-    assert (params.max_new_tokens, params.temperature, params.top_p, params.seed) == (64, 1.0, 1.0, 12345)
+    assert (params.max_new_tokens, params.temperature, params.top_p) == (64, 1.0, 1.0)
+    assert (params.seed, order.task_about["seed"]) == (seed_for(12345, "evaluation"), 12345)
+    assert (order.settings.greedy, order.settings.constant) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,34 @@ def test_what_is_said_of_a_run_is_changed_and_nothing_else(tmp_path: Path) -> No
         orders(run, [], ["verifier=exact"])
 
 
+@pytest.mark.parametrize("own", [{"greedy": True, "constant": True}, {"greedy": False, "constant": False}])
+def test_a_run_s_greedy_completion_and_constant_answer_are_its_own_unless_the_command_says_otherwise(
+    tmp_path: Path, own: dict[str, bool]
+) -> None:
+    run = run_of(tmp_path, eval=own)
+
+    def figures(**given: bool | None) -> tuple[bool, bool]:
+        (order,) = orders(run, [], [], **given)
+        return order.settings.greedy, order.settings.constant
+
+    assert figures(greedy=None, constant=None) == (own["greedy"], own["constant"])
+    assert figures(greedy=not own["greedy"]) == (not own["greedy"], own["constant"])
+    assert figures(constant=not own["constant"]) == (own["greedy"], not own["constant"])
+
+
+def test_a_seed_that_is_given_draws_as_a_run_of_that_seed_does(tmp_path: Path) -> None:
+    run = run_of(tmp_path, eval__seed=7)
+    file = tmp_path / "prompts.jsonl"
+    (own,) = orders(run, [], [])
+    (given,) = orders(run, [], [], seed=7)
+    (named,) = orders(Path("nowhere"), [str(file)], ["verifier=exact"], seed=7)
+    (other,) = orders(run, [], [], seed=8)
+    assert own.settings.params.seed == given.settings.params.seed == named.settings.params.seed
+    assert [p.text for p in own.task.held_out(2)] == [p.text for p in named.task.held_out(2)]
+    assert other.settings.params.seed == seed_for(8, "evaluation")
+    assert (given.task_about["seed"], named.task_about["seed"], other.task_about["seed"]) == (7, 7, 8)
+
+
 def test_each_task_of_a_run_is_put_in_its_own_format(tmp_path: Path) -> None:
     tasks = [
         {"name": "arithmetic", "digits": 1},
@@ -169,7 +199,8 @@ def test_a_checkpoint_of_a_run_brings_the_run_s_tasks(tmp_path: Path) -> None:
     write_model(checkpoint)
     (order,) = orders(checkpoint, [], [])
     assert order.task.name == "prompts"
-    directory, _ = place(checkpoint, Subject.load(checkpoint, device="cpu"), order, None, alone=True)
+    subject = Subject.load(checkpoint, device="cpu")
+    directory, _ = place(checkpoint, subject, order, order.ask(subject.policy), None, alone=True)
     assert directory == Path("evals/run-step-000002-prompts")
 
 
@@ -203,14 +234,15 @@ def test_the_place_is_free_or_holds_the_same_evaluation(tmp_path: Path, monkeypa
     small = {"problems": 2, "max_new_tokens": 4}
     (first,) = orders(model, ["arithmetic"], ["digits=1"], samples=1, **small)
     (other,) = orders(model, ["arithmetic"], ["digits=1"], samples=2, **small)
-    assert place(model, subject, first, None, alone=True) == (Path("evals/model-add1"), None)
+    first_asked, other_asked = first.ask(subject.policy), other.ask(subject.policy)
+    assert place(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
     first.carry_out(subject, out="evals/model-add1")
-    assert place(model, subject, first, None, alone=True) == (Path("evals/model-add1"), None)
-    directory, note = place(model, subject, other, None, alone=True)
+    assert place(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
+    directory, note = place(model, subject, other, other_asked, None, alone=True)
     assert directory == Path("evals/model-add1-2")
     assert note == (
         "evals/model-add1 holds another evaluation, with samples=1 where this one has 2; this one goes to "
         "evals/model-add1-2"
     )
-    assert place(model, subject, other, Path("mine"), alone=True) == (Path("mine"), None)
-    assert place(model, subject, other, Path("mine"), alone=False) == (Path("mine/add1"), None)
+    assert place(model, subject, other, other_asked, Path("mine"), alone=True) == (Path("mine"), None)
+    assert place(model, subject, other, other_asked, Path("mine"), alone=False) == (Path("mine/add1"), None)

@@ -36,8 +36,9 @@ def complete_model(incomplete: str) -> list[str]:
 def complete_task(incomplete: str) -> list[str]:
     """Tasks by name, and files of rows."""
     from sapo.tasks import TASKS
+    from sapo.tasks.rows import EXTENSIONS
 
-    files = _paths(incomplete, lambda p: p.suffix in (".jsonl", ".parquet", ".json"))
+    files = _paths(incomplete, lambda p: p.suffix in EXTENSIONS)
     return _starting_with(incomplete, [*sorted(TASKS), *files])
 
 

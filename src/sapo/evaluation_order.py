@@ -100,6 +100,7 @@ class Order:
     def carry_out(
         self,
         subject: Subject,
+        prompts: Sequence[Prompt] | None = None,
         *,
         out: str | Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -109,6 +110,7 @@ class Order:
         """Evaluate, or go on with what `out` keeps, and write what came of it there.
 
         Args:
+            prompts: what `ask` made; it is asked here when None.
             on_progress: told the problems done, and all of them, as they are.
             tell: told in words what `out` held already.
 
@@ -117,7 +119,7 @@ class Order:
             Interrupted: `should_stop` said so.
         """
         policy = subject.policy
-        prompts = self._ask(policy)
+        prompts = self.ask(policy) if prompts is None else prompts
         about = self._about(subject)
         machine = {**provenance(), "threads": torch.get_num_threads()}
         if out is None:
@@ -174,11 +176,16 @@ class Order:
         params = self.settings.params
         return replace(params, stop_token_ids=params.stop_token_ids | policy.stop_token_ids)
 
-    def asked(self, subject: Subject) -> dict[str, Any]:
+    def asked(self, subject: Subject, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """What names this evaluation to its directory."""
-        return self._asked(self._about(subject), self._ask(subject.policy))
+        return self._asked(self._about(subject), prompts)
 
-    def _ask(self, policy: Policy) -> list[Prompt]:
+    def ask(self, policy: Policy) -> list[Prompt]:
+        """The held-out problems as the model will see them.
+
+        Raises:
+            ConfigError: one leaves no room for a completion.
+        """
         prompts = ask(policy, self.task, self.settings.problems, self.prompt_format)
         longest, room = max(prompts, key=lambda p: len(p.token_ids)), self.settings.params.max_new_tokens
         if policy.max_length is not None and len(longest.token_ids) + room > policy.max_length:

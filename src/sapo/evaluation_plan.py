@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import ConfigError, PromptConfig, parse_override, parse_prompt
+from sapo.data import Prompt
 from sapo.evaluation.store import difference
 from sapo.evaluation_order import Order, Settings, Subject
 from sapo.preflight import seed_for
@@ -17,10 +18,9 @@ from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.session import run_of
 from sapo.tasks import make_task
+from sapo.tasks.rows import EXTENSIONS
 
 DEFAULT_SEED = 12345
-
-FILES = (".jsonl", ".json", ".parquet")
 
 # Settings of a prompt that are text: on a command line they are taken as they stand, which YAML would not do with the
 # colon and braces of "Q: {prompt}".
@@ -32,8 +32,7 @@ def orders(
     tasks: Sequence[str],
     overrides: Sequence[str],
     *,
-    greedy: bool = False,
-    constant: bool = False,
+    seed: int | None = None,
     threshold: float = 1.0,
     **given: Any,
 ) -> list[Order]:
@@ -43,23 +42,25 @@ def orders(
         model: the model; a run directory, or a checkpoint in one, brings tasks where none are named.
         tasks: names of TASKS, or files.
         overrides: `key=value`; those of `prompt.` say how questions are put, others are the tasks' own.
-        given: of Settings and SamplingParams; None where nothing was said.
+        seed: of the draws and of the choice of problems; both are then those of a run whose eval.seed it is.
+        given: of Settings and SamplingParams; None where nothing was said. A run's own stand in then; without a run
+            the best constant answer is judged, and no greedy completion drawn.
 
     Raises:
         ConfigError, TaskError: what is wrong with it.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    given.update(greedy=greedy, constant=constant, threshold=threshold)
+    given = {name: value for name, value in given.items() if value is not None} | {"threshold": threshold}
     if tasks:
-        settings = _settings({}, {"seed": DEFAULT_SEED, "max_new_tokens": 64}, given)
-        return [order_of_task(name, overrides, settings) for name in tasks]
+        seed = DEFAULT_SEED if seed is None else seed
+        settings = _settings({"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given)
+        return [order_of_task(name, overrides, settings, seed) for name in tasks]
     run = run_of(model)
     if run is None:
         raise ConfigError(f"{model} is no run that would bring its own tasks; name one with --task")
-    return orders_of_run(run, overrides, given)
+    return orders_of_run(run, overrides, given, seed)
 
 
-def order_of_task(name: str, overrides: Sequence[str], settings: Settings) -> Order:
+def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed: int = DEFAULT_SEED) -> Order:
     """A task by its name, or a file, with its settings and those of its prompts.
 
     >>> order = order_of_task("arithmetic", ["digits=2", "prompt.template=Q: {prompt}\\nA:"], Settings())
@@ -70,12 +71,14 @@ def order_of_task(name: str, overrides: Sequence[str], settings: Settings) -> Or
         ConfigError, TaskError: what is wrong with it.
     """
     options, prompt = split_overrides(overrides)
-    if Path(name).suffix in FILES:
+    if Path(name).suffix in EXTENSIONS:
         name, options = "file", {"path": name, **options}
-    return _order(name, options, settings.params.seed, parse_prompt(prompt), settings)
+    return _order(name, options, seed, parse_prompt(prompt), settings)
 
 
-def orders_of_run(run: Path, overrides: Sequence[str], given: Mapping[str, Any]) -> list[Order]:
+def orders_of_run(
+    run: Path, overrides: Sequence[str], given: Mapping[str, Any], seed: int | None = None
+) -> list[Order]:
     """The tasks of a run as it evaluates them itself, but for what is given.
 
     Raises:
@@ -89,23 +92,25 @@ def orders_of_run(run: Path, overrides: Sequence[str], given: Mapping[str, Any])
             "--task to evaluate it otherwise, or change prompt.* only"
         )
     asked, rollout = config.eval, config.rollout
+    seed = asked.seed if seed is None else seed
     sampling = {
         "max_new_tokens": rollout.max_new_tokens,
         "temperature": rollout.temperature if asked.temperature is None else asked.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k,
         "min_p": rollout.min_p,
-        "seed": seed_for(asked.seed, "evaluation"),
+        "seed": seed_for(seed, "evaluation"),
         "stop_token_ids": frozenset(rollout.stop_token_ids),
     }
     # With fewer samples than the run drew, its own k are taken as far as they go.
     ks = tuple(k for k in asked.k if k <= given.get("samples", asked.samples)) or (1,)
-    settings = _settings({"problems": asked.problems, "samples": asked.samples, "ks": ks}, sampling, given)
+    own = {"problems": asked.problems, "samples": asked.samples, "ks": ks}
+    settings = _settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
     return [
         _order(
             t.name,
             t.options,
-            given.get("seed", asked.seed),
+            seed,
             parse_prompt({**(t.prompt or config.prompt).model_dump(), **prompt}),
             settings,
         )
@@ -151,8 +156,10 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str,
     return options, prompt
 
 
-def place(model: Path, subject: Subject, order: Order, out: Path | None, *, alone: bool) -> tuple[Path, str | None]:
-    """The directory of an evaluation, and what to tell of the choice.
+def place(
+    model: Path, subject: Subject, order: Order, prompts: Sequence[Prompt], out: Path | None, *, alone: bool
+) -> tuple[Path, str | None]:
+    """The directory of an evaluation of `prompts`, which `order.ask` made, and what to tell of the choice.
 
     `out` is the user's and taken as it is, with a directory for each task below it where there are several. Without it
     the directory is evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
@@ -165,7 +172,7 @@ def place(model: Path, subject: Subject, order: Order, out: Path | None, *, alon
     if run is not None and run.resolve() != model.resolve():
         name = f"{run.resolve().name}-{name}"
     first = Path("evals") / f"{name}-{task}"
-    asked = order.asked(subject)
+    asked = order.asked(subject, prompts)
     candidate, number, reason = first, 1, None
     while (found := difference(candidate, asked)) is not None:
         reason = reason or f"{first} holds {found}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 
 from sapo.config import ConfigError, RunConfig
@@ -62,9 +63,10 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
     room = config.rollout.max_new_tokens
     for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
         rows = getattr(train, "num_train", 1)  # a file has an end; a mistake in its last row is found now
-        asked = [train.train_prompt(i) for i in range(max(rows, 1))]  # a benchmark has none, and says so when asked
-        questions = [*asked, *held_out.held_out(config.eval.problems)]
-        for prompt in tasks.formats[train.name].encode(policy, questions):
+        # One at a time: a row may hold megabytes of tests. A benchmark has no row to train on, and says so when asked.
+        asked = (train.train_prompt(i) for i in range(max(rows, 1)))
+        for question in itertools.chain(asked, held_out.held_out(config.eval.problems)):
+            (prompt,) = tasks.formats[train.name].encode(policy, [question])
             if policy.max_length is not None and len(prompt.token_ids) + room > policy.max_length:
                 raise ConfigError(
                     f"rollout.max_new_tokens must leave room for the prompt; got {room} with a prompt of "

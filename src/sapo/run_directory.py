@@ -10,7 +10,6 @@ runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import IO, Any
 import yaml
 
 from sapo.config import ConfigError, RunConfig, parse_recipe
+from sapo.files import lock_directory, write_whole
 
 
 class RunDirectory:
@@ -31,7 +31,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = self._acquire_lock()
+        self._lock = lock_directory(path)
         self._metrics: IO[str] | None = None
 
     @staticmethod
@@ -104,11 +104,11 @@ class RunDirectory:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         header = f"# sapo resume {self.path}                          continues this run\n"
         header += f"# sapo train {self.path}/config.yaml run_dir=NAME   repeats it\n"
-        self._write(self.path / "config.yaml", header + text)
+        write_whole(self.path / "config.yaml", header + text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, aside and renamed."""
-        self._write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -141,7 +141,7 @@ class RunDirectory:
         """Write rollouts/step-NNNNNN.jsonl, one completion a line."""
         file = self.path / "rollouts" / f"step-{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        self._write(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
+        write_whole(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         return file
 
     def close(self) -> None:
@@ -150,18 +150,3 @@ class RunDirectory:
             self._metrics.close()
             self._metrics = None
         self._lock.close()
-
-    def _acquire_lock(self) -> IO[str]:
-        lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back by the kernel, even after a kill -9
-        except OSError:
-            lock.close()
-            raise ConfigError(f"another process is writing {self.path}; wait for it or stop it") from None
-        return lock
-
-    @staticmethod
-    def _write(file: Path, text: str) -> None:
-        aside = file.with_name(f".{file.name}.writing")
-        aside.write_text(text, encoding="utf-8")
-        aside.rename(file)

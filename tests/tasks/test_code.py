@@ -7,8 +7,9 @@ import json
 import pytest
 
 from sapo.data import Completion, Prompt, Score, Status
-from sapo.sandbox import SandboxError, SandboxUnavailable
+from sapo.sandbox import SandboxError, SandboxUnavailable, choice
 from sapo.tasks import code as code_module
+from sapo.tasks import load_verifier
 from sapo.tasks.base import TaskError
 from sapo.tasks.code import Program, code, find_program, same_output
 from sapo.tasks.code_tests import CodeTests
@@ -450,6 +451,18 @@ def test_without_a_sandbox_a_run_is_refused_before_it_begins(monkeypatch):
     monkeypatch.setattr(code_module, "choose_backend", refuses)
     with pytest.raises(TaskError, match="verifier 'code': none works here; apt-get install bubblewrap"):
         code.prepare()
+
+
+@pytest.mark.parametrize("spec", ["code", [{"name": "code", "weight": 0.9}, {"name": "format", "pattern": "a"}]])
+def test_without_a_sandbox_its_name_in_a_recipe_is_refused_in_one_line(monkeypatch, spec):
+    monkeypatch.setattr(choice, "_proven", {})
+    monkeypatch.setattr(choice, "_refused", {"bubblewrap": "no bwrap", "landlock": "the kernel has no Landlock"})
+    with pytest.raises(TaskError) as refusal:
+        load_verifier(spec)
+    message = str(refusal.value)
+    assert message.startswith("verifier 'code': programs run only in a sandbox, and none works here")
+    assert "bubblewrap: no bwrap; landlock: the kernel has no Landlock; pip install 'sapo-rl[sandbox]'" in message
+    assert "\n" not in message
 
 
 def test_a_pool_may_run_it_and_knows_how_long():

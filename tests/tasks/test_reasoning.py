@@ -1,5 +1,6 @@
 """Tasks of reasoning-gym: questions that repeat, sides that do not meet, and scores that can be trusted."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -11,8 +12,9 @@ from fractions import Fraction
 
 import pytest
 
-from sapo.data import Prompt, Status
-from sapo.tasks import ReasoningGymTask, Task, TaskError, make_task
+from sapo.data import Completion, Prompt, Status
+from sapo.tasks import ReasoningGymTask, Task, TaskError, make_task, score_completions
+from sapo.tasks.pool import Home
 from sapo.tasks.reasoning import canonical_sum
 from sapo.tasks.reasoning_audit import REFUSED, SOUND, check_dataset, find_evaluator
 from sapo.tasks.reasoning_scoring import ReasoningGymJudge, evaluate, extract_answer, generate_entry, make_dataset
@@ -165,6 +167,47 @@ def test_countdown_is_scored_as_the_package_scores_it():
             assert judge(answer, prompt).reward == dataset.score_answer(answer, entry), answer
 
 
+def test_a_task_s_answers_are_judged_in_a_worker(monkeypatch):
+    def here(judge, text, prompt):
+        raise AssertionError("judged in the process of the run")
+
+    monkeypatch.setattr(ReasoningGymJudge, "__call__", here)
+    task = make_task("reasoning_gym/chain_sum", seed=0)
+    prompt = task.train_prompt(0)
+    texts = [prompt.answer, "seven", "", prompt.answer]
+    scored = score_completions(task, prompt, [Completion((), (), "stop", text) for text in texts])
+    # By the package: the reference is worth 1, what does not hold it 0.01 or 0; nothing at all is no answer.
+    assert [c.score.status for c in scored] == [Status.SCORED, Status.SCORED, Status.UNPARSEABLE, Status.SCORED]
+    assert [c.score.reward == 1.0 for c in scored] == [True, False, False, True]
+
+
+SLOW_JUDGE = """
+import time
+from sapo.tasks.reasoning_scoring import ReasoningGymJudge
+
+class SlowJudge(ReasoningGymJudge):
+    def __call__(self, text, prompt):
+        if text == "slow":
+            time.sleep(600)
+        return super().__call__(text, prompt)
+"""
+
+
+def test_an_answer_that_keeps_its_scorer_busy_costs_that_completion(tmp_path, monkeypatch):
+    (tmp_path / "slow_judge_of_a_test.py").write_text(SLOW_JUDGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from slow_judge_of_a_test import SlowJudge
+
+    task = make_task("reasoning_gym/chain_sum", seed=0)
+    assert task.verifier.deadline == 10.0
+    judge = SlowJudge("chain_sum", task._judge.knobs)
+    task.verifier = dataclasses.replace(task.verifier, spec=judge, deadline=0.5, home=Home.here())
+    prompt = task.train_prompt(0)
+    scored = score_completions(task, prompt, [Completion((), (), "stop", t) for t in ("slow", prompt.answer)])
+    assert [c.score.status for c in scored] == [Status.VERIFIER_ERROR, Status.SCORED]
+    assert scored[0].score.detail == "TimeoutError: not scored within 0.5 s"
+
+
 def test_an_answer_to_countdown_is_never_evaluated_as_code(tmp_path, monkeypatch):
     from reasoning_gym.games import countdown
 
@@ -174,7 +217,7 @@ def test_an_answer_to_countdown_is_never_evaluated_as_code(tmp_path, monkeypatch
     prompt = task.train_prompt(0)
     target = tmp_path / "owned"
     for answer in (f"__import__('os').system('touch {target}')", f"open('{target}','w')", "9**9**9**9", prompt.answer):
-        task.verify(answer, prompt)
+        task._judge(answer, prompt)
     assert not called
     assert not target.exists()
 
@@ -322,6 +365,7 @@ def test_scorers_that_evaluate_the_answer_are_found():
 
 SCORERS = """
 import sympy as algebra
+import dataclasses
 import json
 
 class Helper:

@@ -1,6 +1,7 @@
 """How a recipe writes a verifier: names, options, weighted sums; and the smaller verifiers of form."""
 
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
@@ -139,6 +140,14 @@ def test_the_same_verifier_twice_in_a_sum_has_two_figures():
     spec = [{"name": "format", "pattern": p, "weight": w} for p, w in [("a", 1), ("b", 2), ("c", 4)]]
     score = judge(spec, "a c")
     assert (score.reward, score.figures) == (5.0, {"format": 1.0, "format_2": 0.0, "format_3": 1.0})
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (0.6, 0.3, 0.1)])
+def test_weights_that_sum_to_1_give_exactly_1_to_what_is_right_in_every_term_in_any_order(weights):
+    # By hand: every term gives 1. In floating point 0.7 + 0.2 + 0.1 and 0.6 + 0.3 + 0.1 are 0.9999999999999999.
+    for order in itertools.permutations(weights):
+        spec = [{"name": "format", "pattern": "a", "weight": weight} for weight in order]
+        assert judge(spec, "a").reward == 1.0, order
 
 
 def test_a_term_that_only_punishes_makes_nothing_unparseable():

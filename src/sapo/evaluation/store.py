@@ -12,7 +12,6 @@ and drawn again. completions.jsonl, results.json and index.html are each written
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import IO, Any
 from sapo.config import ConfigError
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.records import Answered
+from sapo.files import lock_directory, write_whole
 
 
 class EvaluationStore:
@@ -46,11 +46,11 @@ class EvaluationStore:
             raise ConfigError(f"{path} holds {differs}; name another directory with --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire_lock(path)
+            self._lock = lock_directory(path)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
         if not (path / "config.json").exists():
-            _write(path / "config.json", json.dumps({"asked": asked, "machine": machine}, indent=1) + "\n")
+            write_whole(path / "config.json", json.dumps({"asked": asked, "machine": machine}, indent=1) + "\n")
         self.machine: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))["machine"]
         self._recover()
 
@@ -73,9 +73,9 @@ class EvaluationStore:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and completions.jsonl, in this order; the progress is needed no more."""
-        _write(self.path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_whole(self.path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
         if not self.finished:
-            _write(self.path / "completions.jsonl", "".join(_line(p.to_json()) for p in self.answered))
+            write_whole(self.path / "completions.jsonl", "".join(_line(p.to_json()) for p in self.answered))
         if self._progress is not None:
             self._progress.close()
             self._progress = None
@@ -175,22 +175,3 @@ def _brief(value: Any) -> str:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.writing")
-    with aside.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    aside.rename(file)
-
-
-def _acquire_lock(path: Path) -> IO[str]:
-    lock = (path / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back by the kernel, even after a kill -9
-    except OSError:
-        lock.close()
-        raise ConfigError(f"another process is writing {path}; wait for it or stop it") from None
-    return lock

@@ -110,9 +110,11 @@ def require_sandbox() -> None:
         raise TaskError(f"verifier 'code': {error}") from error
 
 
-# For the pool that runs verifiers: a worker process may run it, for so long; and what to call before the run begins.
+# For the pool that runs verifiers: a worker process may run it, for so long; what to call where it is
+# named, and in the worker.
 code.isolated = True  # type: ignore[attr-defined]
 code.deadline = BUDGET_SECONDS + 60.0  # type: ignore[attr-defined]
+code.check_machine = require_sandbox  # type: ignore[attr-defined]
 code.prepare = require_sandbox  # type: ignore[attr-defined]
 
 

@@ -112,17 +112,12 @@ class DatasetTask(RowTask):
             drop=_all_names("drop_fields", drop_fields),
             adapt=adapt,
         )
-        train = _read(source, columns, name)
+        rows = _read(source, columns, name)
         if held_out_split is not None:
-            other = _source(dataset, path, held_out_split, config, revision, ())
-            held_out = _read(other, columns, name)
-            refuse_shared_prompts(source.label, train, other.label, held_out)
-        elif held_out_path is not None:
-            held_out = read_prompts(held_out_path, columns, name)
-            refuse_shared_prompts(source.label, train, held_out_path, held_out)
+            other: Source | str | Path | None = _source(dataset, path, held_out_split, config, revision, ())
         else:
-            fraction = DEFAULT_HELD_OUT_FRACTION if held_out_fraction is None else held_out_fraction
-            train, held_out = split_prompts(source.label, train, fraction)
+            other = held_out_path
+        train, held_out = _two_sides(source, rows, columns, name, other, held_out_fraction)
         super().__init__(
             name=name,
             train=train,
@@ -163,6 +158,25 @@ def _looks_local(dataset: str) -> bool:
 
 def _read(source: Source, columns: Columns, name: str) -> list[Prompt]:
     return refuse_none(source.label, columns.prompts(read_source(source, columns.drop), name))
+
+
+def _two_sides(
+    source: Source,
+    rows: list[Prompt],
+    columns: Columns,
+    name: str,
+    other: Source | str | Path | None,
+    fraction: float | None,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The rows to train on, and those held out: the rows of `other`, a split or a file, or a share of `rows` itself."""
+    if other is None:
+        return split_prompts(source.label, rows, DEFAULT_HELD_OUT_FRACTION if fraction is None else fraction)
+    if isinstance(other, Source):
+        held_out, place = _read(other, columns, name), other.label
+    else:
+        held_out, place = read_prompts(other, columns, name), str(other)
+    refuse_shared_prompts(source.label, rows, place, held_out)
+    return rows, held_out
 
 
 def _all_names(option: str, value: Names) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class Job:
     """
 
     spec: Any
-    """As `sapo.tasks.load_verifier` takes it."""
+    """As `sapo.tasks.load_verifier` takes it, or the verifier itself, made of plain values."""
     text: str | None
     """None: only load the verifier."""
     prompt: Prompt

@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
-from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError, check_index, did_you_mean
+from sapo.data import Prompt
+from sapo.tasks.base import JudgedTask, TaskError, check_index, did_you_mean
 from sapo.tasks.hashing import falls_in_share, hashed_integer
 from sapo.tasks.reasoning_audit import SOUND, check_dataset
 from sapo.tasks.reasoning_scoring import ANSWER_FORMATS, AnswerFormat, ReasoningGymJudge
+from sapo.tasks.verifiers import Isolated
 
 # Items a dataset is taken to have, unless `size` says otherwise. Each is generated when it is asked for; a few datasets
 # make them all at once, and take as long to start.
@@ -36,8 +37,8 @@ MAX_DRAWS = 1000
 PATIENCE = 500
 
 
-class ReasoningGymTask:
-    """Questions of one dataset of reasoning-gym.
+class ReasoningGymTask(JudgedTask):
+    """Questions of one dataset of reasoning-gym, judged in worker processes with a deadline.
 
     Args:
         dataset: its name in the package.
@@ -90,6 +91,7 @@ class ReasoningGymTask:
         self.size = size
         self.seed = seed
         self._judge = ReasoningGymJudge(dataset, settings, answer_format, partial_credit)
+        self.verifier = Isolated(self._judge, self._judge.deadline, self._judge.pure)
         self._held_out: dict[str, int] = {}  # question -> item, in the order of draws
         self._draws = self._barren = 0  # of the held-out side: in all, and since the last that brought a question
         self.train_prompt(0)
@@ -126,10 +128,6 @@ class ReasoningGymTask:
             self._barren = self._barren + 1 if len(self._held_out) == before else 0
         items = list(self._held_out.values())[:count]
         return [self._prompt(item, index) for index, item in enumerate(items)]
-
-    def verify(self, text: str, prompt: Prompt) -> Score:
-        """The dataset's score of the answer in the text."""
-        return self._judge(text, prompt)
 
     def shots(self, count: int) -> list[tuple[str, str]]:
         """`count` distinct training questions with their answers, the same whatever the seed.

@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from sapo.data import Prompt, Score, Status
 from sapo.tasks.base import TaskError
+from sapo.tasks.verifiers.extract import last_boxed
 
 AnswerFormat = Literal["auto", "text", "tag", "boxed"]
 ANSWER_FORMATS: tuple[str, ...] = get_args(AnswerFormat)
@@ -40,7 +41,8 @@ _TERM = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 @dataclass(frozen=True)
 class ReasoningGymJudge:
-    """A verifier for the items of one dataset; it holds plain values, so that a worker process can have it.
+    """A verifier for the items of one dataset. It holds plain values, so that the worker processes where it is to run,
+    since a scorer may take long on an odd answer, can have it.
 
     An item is generated again from its number, which is all that a prompt carries of it.
 
@@ -56,6 +58,18 @@ class ReasoningGymJudge:
     answer_format: AnswerFormat = "auto"
     partial_credit: bool = True
     """Whether a reward between 0 and 1 of the dataset's stands; otherwise only a full score counts."""
+    deadline: float = 10.0
+    """Seconds for the answer of one completion."""
+    isolated: ClassVar[bool] = True
+    pure: ClassVar[bool] = True
+
+    def prepare(self) -> None:
+        """Load the package and make the dataset."""
+        make_dataset(self.dataset, self.knobs)
+
+    def prepare_prompt(self, prompt: Prompt) -> None:
+        """Generate the item, which takes seconds in a few datasets."""
+        self.entry(int(prompt.metadata["item"]))
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
         answer = extract_answer(text, self.answer_format)
@@ -98,7 +112,7 @@ def extract_answer(text: str, answer_format: AnswerFormat) -> str | None:
         if tags or answer_format == "tag":
             return tags[-1].strip() if tags else None
     if answer_format in ("auto", "boxed"):
-        boxed = _last_boxed(text)
+        boxed = last_boxed(text)
         if boxed is not None or answer_format == "boxed":
             return boxed
     return text.strip()
@@ -159,25 +173,6 @@ def _global_generators_seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces balance."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth, escaped = 0, False
-        for position in range(start + len("\\boxed"), len(text)):
-            character = text[position]
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character in "{}":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    return text[start + len("\\boxed{") : position].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
 
 
 def _score_countdown(answer: str, metadata: Mapping[str, Any]) -> float:

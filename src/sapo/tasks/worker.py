@@ -34,7 +34,7 @@ def serve(channel: socket.socket, parent: int) -> None:
     """Judge until the parent closes its end."""
     _die_with(parent, channel)
     from sapo.tasks.base import TaskError
-    from sapo.tasks.verifiers.base import prepare
+    from sapo.tasks.verifiers.base import prepare, prepare_prompt
     from sapo.tasks.verifiers.registry import build_verifier
 
     stream, me = channel.makefile("rb"), os.getpid()
@@ -43,10 +43,13 @@ def serve(channel: socket.socket, parent: int) -> None:
         try:
             key, text, prompt_fields = pickle.loads(frame)
             if key not in loaded:
-                verifier = build_verifier(pickle.loads(key))
+                spec = pickle.loads(key)
+                verifier = spec if callable(spec) else build_verifier(spec)
                 prepare(verifier)
                 loaded[key] = verifier
             prompt = _prompt(prompt_fields)
+            if text is not None:
+                prepare_prompt(loaded[key], prompt)
         except TaskError as error:
             _answer(channel, {"refused": str(error)})
             continue

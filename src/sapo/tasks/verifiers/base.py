@@ -19,8 +19,9 @@ class Verifier(Protocol):
 
     A verifier that must run outside this process, since it may hang, crash or run the user's code, has an attribute
     `isolated = True` and its `deadline` in seconds; `sapo.tasks.pool` runs it. What it has to load first it may load in
-    a method `prepare()`, which no completion's deadline includes. `pure = True` says that its scores depend on nothing
-    but the text and the prompt.
+    a method `prepare()`, and make what it needs for a prompt in `prepare_prompt(prompt)`; neither is part of a
+    completion's deadline. What it cannot do without, and is cheap to look for, it may look for in `check_machine()`,
+    which is called where it is named. `pure = True` says that its scores depend on nothing but the text and the prompt.
     """
 
     def __call__(self, text: str, prompt: Prompt, /) -> Score: ...
@@ -57,6 +58,22 @@ def prepare(verifier: Verifier) -> None:
     """Let a verifier load what it needs before the first deadline starts."""
     if (load := getattr(verifier, "prepare", None)) is not None:
         load()
+
+
+def prepare_prompt(verifier: Verifier, prompt: Prompt) -> None:
+    """Let a verifier make what it needs for a prompt before the deadline of a completion starts."""
+    if (make := getattr(verifier, "prepare_prompt", None)) is not None:
+        make(prompt)
+
+
+def check_machine(verifier: Verifier) -> None:
+    """Let a verifier refuse a machine on which it could judge nothing, before a run begins.
+
+    Raises:
+        TaskError: what is missing here.
+    """
+    if (check := getattr(verifier, "check_machine", None)) is not None:
+        check()
 
 
 def is_pure(verifier: Verifier) -> bool:

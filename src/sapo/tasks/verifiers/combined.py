@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.verifiers.base import Verifier, deadline_of, is_pure, prepare
+from sapo.tasks.base import checked_reward
+from sapo.tasks.verifiers.base import Verifier, check_machine, deadline_of, is_pure, prepare
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Combined:
         for term in self.terms:
             prepare(term.verifier)
 
+    def check_machine(self) -> None:
+        """Check it for the terms."""
+        for term in self.terms:
+            check_machine(term.verifier)
+
     def __call__(self, text: str, prompt: Prompt) -> Score:
         scores = [(term, term.verifier(text, prompt)) for term in self.terms]
         failed = [(t, s) for t, s in scores if s.status is not Status.SCORED and t.weight > 0]
@@ -62,9 +70,21 @@ class Combined:
         for term, score in scores:
             figures |= {term.name: score.reward, **score.figures}
         return Score(
-            reward=sum(term.weight * score.reward for term, score in scores),
+            reward=_weighted_sum((term.weight, score.reward) for term, score in scores),
             status=failed[0][1].status if failed else Status.SCORED,
             detail=f"{failed[0][0].name}: {failed[0][1].detail}" if failed else "",
             answer=next((score.answer for _, score in scores if score.answer is not None), None),
             figures=figures,
         )
+
+
+def _weighted_sum(parts: Iterable[tuple[float, float]]) -> float:
+    """The sum of weight x reward of the decimals as written, rounded once.
+
+    In floating point 0.7 + 0.2 + 0.1 is below 1, and an answer to which every term gave 1 would not count as right.
+    """
+    return float(sum((_decimal(weight) * _decimal(checked_reward(reward)) for weight, reward in parts), Fraction()))
+
+
+def _decimal(number: float) -> Fraction:
+    return Fraction(repr(float(number)))

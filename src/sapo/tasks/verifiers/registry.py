@@ -23,7 +23,7 @@ from typing import Any, cast
 from sapo.data import Prompt, Score
 from sapo.tasks.base import TaskError, did_you_mean
 from sapo.tasks.pool import Home, Job, shared_pool
-from sapo.tasks.verifiers.base import Verifier, check_deadline, deadline_of, is_pure
+from sapo.tasks.verifiers.base import Verifier, check_deadline, check_machine, deadline_of, is_pure
 from sapo.tasks.verifiers.combined import Combined, Term
 from sapo.tasks.verifiers.user import DEFAULT_DEADLINE, UserFunction
 
@@ -78,7 +78,8 @@ class TermSpec:
 class Isolated:
     """A verifier that runs in a worker process of the shared pool; a batch of completions goes through it at once."""
 
-    spec: VerifierSpec
+    spec: VerifierSpec | Verifier
+    """As a recipe writes it; or a verifier of ours that no recipe names, of plain values, which goes there whole."""
     deadline: float
     pure: bool
     """Whether equal (text, prompt) have equal scores by construction: true of ours, not of a user's function."""
@@ -103,7 +104,8 @@ def load_verifier(spec: VerifierSpec) -> Verifier:
     seconds (60 unless set) of wall clock for each completion.
 
     Raises:
-        TaskError: no such name, option, module or function, or a function that cannot be called so.
+        TaskError: no such name, option, module or function, a function that cannot be called so, or a verifier that
+            could judge nothing on this machine.
     """
     terms = parse_spec(spec)
     if any(term.of_the_user for term in terms):
@@ -115,6 +117,7 @@ def load_verifier(spec: VerifierSpec) -> Verifier:
             raise TaskError(problem)
         return Isolated(spec, deadline, pure=False, home=home)
     verifier = build_verifier(spec)
+    check_machine(verifier)
     deadline = deadline_of(verifier)
     return Isolated(spec, deadline, is_pure(verifier)) if deadline else verifier
 

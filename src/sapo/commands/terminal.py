@@ -1,0 +1,52 @@
+"""What the commands share: the two consoles, and a stop that is asked for by a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print a line as it is: what stands in brackets is no markup, and nothing is cut."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class StopSignal:
+    """True once Ctrl-C or a termination signal has come; a second one stops at once."""
+
+    last: int = signal.SIGINT
+    """The signal that came, for the exit code."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def handle(self, number: int, _: Any) -> None:
+        """The handler of both signals."""
+        if self.received is not None:
+            os._exit(128 + number)  # asked twice: the newest checkpoint on disk is what there is
+        self.received = number
+        StopSignal.last = number
+        errors.print("stopping at the next safe point; once more stops at once", markup=False)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Within it Ctrl-C and a termination signal are heard by what is given, and stop nothing by themselves."""
+    stop = StopSignal()
+    previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
