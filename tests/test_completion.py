@@ -72,7 +72,7 @@ def place(tmp_path: Path) -> Path:
     [
         (("sapo", "tr"), ["train"]),
         (("sapo", "train", "quick"), ["quickstart"]),
-        (("sapo", "train", "mi"), ["mine.yaml"]),
+        (("sapo", "train", "min"), ["mine.yaml"]),
         (("sapo", "resume", "runs/s"), ["runs/second"]),
         (("sapo", "generate", "models/m"), ["models/mine"]),
         (("sapo", "train", "quickstart", "train.warm"), ["train.warmup_steps="]),

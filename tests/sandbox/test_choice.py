@@ -253,7 +253,9 @@ def test_a_program_ends_with_the_process_that_started_it(backend, sig):
     environment = {**os.environ, "PYTHONPATH": str(Path(sapo.__file__).parents[1])}
     limits = f"Limits(memory_bytes={mark}, wall_seconds=600)"
     program = repr("import time\ntime.sleep(600)")
-    code = f"from sapo.sandbox import *\nrun_program({program}, limits={limits}, backend={backend!r})"
+    # Tests that a shell runs in the background inherit that Ctrl-C is ignored.
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"from sapo.sandbox import *\nrun_program({program}, limits={limits}, backend={backend!r})"
     # The number is not to be found in this process's own command.
     started = subprocess.Popen(
         [sys.executable, "-"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True

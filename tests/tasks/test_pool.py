@@ -216,11 +216,13 @@ def test_a_large_completion_and_its_prompt_arrive_whole(pool, home):
 
 
 def test_an_interrupt_in_the_middle_leaves_no_stale_answer(act, pool, home):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.7, os.kill, [os.getpid(), signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         act("hang", "hang", deadline=60.0)
     timer.cancel()
+    signal.signal(signal.SIGINT, before)
     assert act("raise a", "fine", "raise b") == [
         error("ValueError: because a"),
         Score(0.5),
@@ -251,8 +253,10 @@ def test_workers_started_by_a_thread_outlive_it(act, pool):
     assert [act("pid")[0].reward] == [float(pid) for pid in workers]
 
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children inherit that.
 PARENT = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from sapo.data import Prompt
 from sapo.tasks.pool import Home, Job, WorkerPool
 pool = WorkerPool(2)
