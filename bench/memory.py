@@ -162,7 +162,7 @@ def _in_a_process(what: str, recipe: Path) -> str:
 
 
 def _child(what: str, recipe: str) -> None:
-    from sapo.config import load_recipe
+    from sapo.recipe import load_recipe
     from sapo.session import dry_run, train
 
     if what == "--estimate":

@@ -13,8 +13,9 @@ import pytest
 import sapo
 from runs import write_recipe
 from sapo.coldstart import ensure_coldstart
-from sapo.config import ConfigError, load_recipe
+from sapo.config import ConfigError
 from sapo.dry_run import DryRun
+from sapo.recipe import load_recipe
 from sapo.session import dry_run
 
 

@@ -10,7 +10,7 @@ import sapo
 SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
-    ("objectives", "data", "config", "files"),
+    ("objectives", "data", "config", "files", "recipe"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers"),
@@ -42,6 +42,7 @@ ALLOWED = {
     "objectives": set(),
     "data": set(),
     "config": {"objectives"},
+    "recipe": {"objectives", "config"},
     "sandbox": set(),
     "tasks": {"data", "sandbox"},
     "model": {"data"},

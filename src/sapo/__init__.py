@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
-    from sapo.config import RunConfig, load_recipe
+    from sapo.config import RunConfig
     from sapo.evaluation import Evaluation
     from sapo.evaluation_order import evaluate
+    from sapo.recipe import load_recipe
     from sapo.session import Run, resume, train
 
 __version__ = "0.1.0"
@@ -34,7 +35,7 @@ _HOMES = {
     "Run": "sapo.session",
     "RunConfig": "sapo.config",
     "evaluate": "sapo.evaluation_order",
-    "load_recipe": "sapo.config",
+    "load_recipe": "sapo.recipe",
     "resume": "sapo.session",
     "train": "sapo.session",
 }

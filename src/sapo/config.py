@@ -1,21 +1,15 @@
 """The recipe: every setting of a run, documented once, checked before anything is loaded.
 
-A recipe is YAML; any key can be overridden as `key=value` on the command line. An unknown key is refused with the
-nearest known name. Settings of an objective or a task are checked by the objective or task itself, which refuses those
-it does not use.
+How a recipe is found, read and overridden is recipe.py. Settings of an objective or a task are checked by the
+objective or task itself, which refuses those it does not use.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sapo.objectives import NORMALIZERS, OBJECTIVES, make_objective
 
@@ -513,200 +507,8 @@ class RunConfig(_Section):
         )
 
 
-def recipe_directories() -> list[Path]:
-    """Where recipes are found by name: inside the installed package, or beside a source checkout."""
-    here = Path(__file__).resolve().parent
-    return [d for d in (here / "recipes", here.parents[1] / "recipes") if d.is_dir()]
-
-
-def known_recipes() -> dict[str, Path]:
-    """Recipe name -> file."""
-    return {f.stem: f for d in reversed(recipe_directories()) for f in sorted(d.glob("*.yaml"))}
-
-
-def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe and apply `key=value` overrides.
-
-    Args:
-        name_or_path: a YAML file, or the name of a recipe that ships with the package (`quickstart`).
-        overrides: dotted, as in `train.steps=10` or `tasks.0.digits=3`; values are YAML.
-
-    Raises:
-        ConfigError: with one line per mistake.
-    """
-    path = _find_recipe(name_or_path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
-    changes = [parse_override(override) for override in overrides or []]
-    _drop_settings_of_another_objective(raw, dict(changes).get("objective.name"))
-    merged = OmegaConf.create(raw)
-    for key, value in changes:
-        try:
-            OmegaConf.update(merged, key, value, merge=True, force_add=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{key} is not a place in {path}: {str(error).splitlines()[0]}") from error
-    try:
-        resolved = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
-    config = parse_recipe({str(k): v for k, v in resolved.items()})
-    if config.run_dir is None:
-        config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
-    return config
-
-
-def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
-    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its.
-
-    Nor are a normalizer and an advantage that are those of SAPO's source, which the config.yaml of a run writes down.
-    """
-    objective = raw.get("objective")
-    if not isinstance(objective, dict) or name is None or name == (before := objective.get("name", "sapo")):
-        return
-    kept = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
-    if (source := OBJECTIVES.get(str(before))) is not None:
-        of_source = {"normalizer": source.normalizer, "advantage": source.advantage}
-        kept = {k: v for k, v in kept.items() if k not in of_source or v != of_source[k]}
-    raw["objective"] = kept
-
-
-def parse_recipe(settings: dict[str, Any]) -> RunConfig:
-    """Check settings and fill in the defaults.
-
-    Raises:
-        ConfigError: with one line per mistake.
-    """
-    try:
-        return RunConfig.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
-
-
-def parse_prompt(settings: dict[str, Any]) -> PromptConfig:
-    """Check the settings of a prompt format that stands by itself.
-
-    Raises:
-        ConfigError: with one line per mistake.
-    """
-    try:
-        return PromptConfig.model_validate(settings)
-    except ValidationError as error:
-        mistakes = [{**e, "loc": ("prompt", *e["loc"])} for e in error.errors()]
-        raise ConfigError("\n".join(_explain(e) for e in mistakes)) from error
-
-
-# What may change in mid-run: how long it goes on, what is written, and the way out of a divergence.
-RESUMABLE_KEYS = (
-    "train.steps",
-    "train.learning_rate",
-    "eval.every",
-    "checkpoint",
-    "log",
-    "train.tokens_per_microbatch",
-)
-
-
-def override_run(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """A run's recipe with the few settings changed that leave it the same run.
-
-    Raises:
-        ConfigError: for any other key.
-    """
-    settings = OmegaConf.create(config.model_dump(mode="json"))
-    for override in overrides:
-        key, value = parse_override(override)
-        if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
-            raise ConfigError(
-                f"{key} cannot change when a run is resumed; {', '.join(RESUMABLE_KEYS)} can; "
-                f"`sapo train {config.run_dir}/config.yaml run_dir=NAME {override}` starts another run"
-            )
-        OmegaConf.update(settings, key, value, force_add=True)
-    resolved = OmegaConf.to_container(settings, resolve=False)
-    assert isinstance(resolved, dict)
-    return parse_recipe({str(k): v for k, v in resolved.items()})
-
-
-def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    recipes = known_recipes()
-    if str(name_or_path) in recipes:
-        return recipes[str(name_or_path)]
-    if path.is_dir() and (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"{path} is a run directory: `sapo resume {path}` continues it, {path}/config.yaml repeats it"
-        )
-    hint = _nearest(str(name_or_path), list(recipes))
-    raise ConfigError(f"no recipe file {str(path)!r} and no shipped recipe of that name{hint}")
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """`key=value` to the key and the value read as YAML.
-
-    >>> parse_override("train.learning_rate=2e-4")
-    ('train.learning_rate', 0.0002)
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"an override is written key=value; got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
-    if isinstance(value, str):
-        value = _as_number(value)
-    return key.strip(), value
-
-
-def _as_number(text: str) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _explain(error: dict[str, Any]) -> str:
-    """One line for one validation error: key, rule, value, way out."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        known = list(section.model_fields) if section is not None else []
-        return f"unknown key {key}{_nearest(location[-1], known, prefix='.'.join(location[:-1]))}"
-    if error["type"] == "missing":
-        return f"{key} is required and has no default"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}; got {error['input']!r}"
-
-
-def _section_at(location: list[str]) -> type[BaseModel] | None:
-    """The model class that the keys of a location belong to."""
-    section: type[BaseModel] = RunConfig
-    for part in location:
-        if part.isdigit() or part not in section.model_fields:
-            return None
-        annotation: Any = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        found = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not found:
-            return None
-        section = found[0]
-    return section
-
-
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """What an error says after an unknown name: the nearest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     dot = prefix + "." if prefix else ""
     if close:
@@ -715,4 +517,4 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 
 def _unknown(what: str, name: str, known: Any) -> str:
-    return f"unknown {what} {name!r}{_nearest(name, list(known))}"
+    return f"unknown {what} {name!r}{nearest(name, list(known))}"

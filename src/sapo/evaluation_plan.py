@@ -8,12 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sapo.config import ConfigError, PromptConfig, parse_override, parse_prompt
+from sapo.config import ConfigError, PromptConfig
 from sapo.data import Prompt
 from sapo.evaluation.store import difference
 from sapo.evaluation_order import Order, Settings, Subject
 from sapo.preflight import seed_for
 from sapo.prompting import PromptFormat
+from sapo.recipe import parse_override, parse_prompt
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.session import run_of
@@ -63,9 +64,9 @@ def orders(
 def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed: int = DEFAULT_SEED) -> Order:
     """A task by its name, or a file, with its settings and those of its prompts.
 
-    >>> order = order_of_task("arithmetic", ["digits=2", "prompt.template=Q: {prompt}\\nA:"], Settings())
+    >>> order = order_of_task("arithmetic", ["digits=2", "prompt.template={prompt} Answer:"], Settings())
     >>> order.task.name, order.prompt_format.template
-    ('add2', 'Q: {prompt}\nA:')
+    ('add2', '{prompt} Answer:')
 
     Raises:
         ConfigError, TaskError: what is wrong with it.

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from sapo.config import ConfigError, RunConfig, parse_recipe
+from sapo.config import ConfigError, RunConfig
 from sapo.model.adapters import merged
 from sapo.model.policy import DTYPES, Policy, load_policy
+from sapo.recipe import parse_recipe
 from sapo.training.checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_whole
 
 CARD = "README.md"

@@ -18,8 +18,9 @@ from typing import IO, Any
 
 import yaml
 
-from sapo.config import ConfigError, RunConfig, parse_recipe
+from sapo.config import ConfigError, RunConfig
 from sapo.files import lock_directory, write_whole
+from sapo.recipe import parse_recipe
 
 
 class RunDirectory:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
-from sapo.config import ConfigError, RunConfig, override_run
+from sapo.config import ConfigError, RunConfig
 from sapo.dry_run import DryRun, rehearse
 from sapo.listener import Listener, Silent
 from sapo.loggers import check_loggers
@@ -25,6 +25,7 @@ from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks, seed_for
+from sapo.recipe import override_run
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.training.checkpoint import newest_whole, set_broken_aside
