@@ -30,6 +30,7 @@ EXTRAS = {
     "smollm2": "a real model without a hub",
     "wandb": "Weights & Biases",
     "trackio": "trackio",
+    "trl": "our objectives in TRL's trainer",
 }
 
 NEEDED_TO_RUN = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "omegaconf")

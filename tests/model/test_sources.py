@@ -141,7 +141,9 @@ def test_code_that_a_model_brings_is_not_run_unless_asked_for(new_policy, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     ran = tmp_path / "ran"
     (tmp_path / "modeling_own.py").write_text(
-        f"open({str(ran)!r}, 'w').close()\nfrom transformers import Qwen3ForCausalLM as OwnForCausalLM\n"
+        # A class of its own: transformers marks it as one that brings its code along wherever it is saved.
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import Qwen3ForCausalLM\n\n\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    pass\n"
     )
     with pytest.raises(ModelError, match="trust_remote_code=true"):
         load_policy(tmp_path)
