@@ -56,7 +56,10 @@ print(made, flush=True)
 import os
 os._exit(0)
 """
-    assert 1 <= int(sandbox.run(source, processes=24, cpu_seconds=3, wall_seconds=10.0).stdout) <= 24
+    made = int(sandbox.run(source, processes=24, cpu_seconds=3, wall_seconds=10.0).stdout)
+    # Without a user namespace the kernel counts all of the user's: the limit is 24 beyond those there were, and a
+    # program of a test beside this one, which has up to 24 itself, may end meanwhile and leave its places.
+    assert 1 <= made <= (24 if sandbox.backend == "bubblewrap" else 48)
 
 
 def test_a_memory_bomb_ends_as_out_of_memory(sandbox):
