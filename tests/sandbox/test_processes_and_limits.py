@@ -56,10 +56,12 @@ print(made, flush=True)
 import os
 os._exit(0)
 """
-    made = int(sandbox.run(source, processes=24, cpu_seconds=3, wall_seconds=10.0).stdout)
-    # Without a user namespace the kernel counts all of the user's: the limit is 24 beyond those there were, and a
-    # program of a test beside this one, which has up to 24 itself, may end meanwhile and leave its places.
-    assert 1 <= made <= (24 if sandbox.backend == "bubblewrap" else 48)
+    # Without a user namespace the kernel counts all of the user's, and a program of a test beside this one that ends
+    # meanwhile leaves it its places. A limit that does not hold is beyond the bound every time.
+    counts = []
+    while not counts or (counts[-1] > 24 and len(counts) < 3):
+        counts.append(int(sandbox.run(source, processes=24, cpu_seconds=3, wall_seconds=10.0).stdout))
+    assert 1 <= counts[-1] <= 24, counts
 
 
 def test_a_memory_bomb_ends_as_out_of_memory(sandbox):
