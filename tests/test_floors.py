@@ -10,10 +10,10 @@ import sapo
 SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
-    ("objectives", "data", "config", "files", "recipe"),
+    ("objectives", "data", "config", "files", "recipe", "spans"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
-    ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers"),
+    ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers", "profiling"),
     ("integrations",),
     (
         "preflight",
@@ -41,6 +41,7 @@ ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, 
 ALLOWED = {
     "objectives": set(),
     "data": set(),
+    "spans": set(),
     "config": {"objectives"},
     "recipe": {"objectives", "config"},
     "sandbox": set(),

@@ -223,15 +223,27 @@ def _report_end(run: Any, stop: StopSignal) -> None:
             say(f"         greedy {start['greedy']:.3f} -> {final['greedy']:.3f}")
         if "constant" in final:
             say(f"  best constant answer {final['constant']:.3f}, the same for every problem")
-    seconds = {k: v for k, v in summary["seconds"].items() if k != "total"}
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    say(f"{summary['seconds']['total']:.1f} s: {parts}")
+    _report_seconds(run)
     model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
     rollouts = ", rollouts/" if run.config.log.rollouts_every else ""
     say(f"wrote {run.directory}/summary.json, metrics.jsonl{rollouts} and the model in {model}")
     say(f"next: sapo eval {run.directory}")
     if run.config.log.tensorboard:
         say(f"      tensorboard --logdir {run.directory}/tensorboard")
+
+
+def _report_seconds(run: Any) -> None:
+    from sapo.profiling import phases
+
+    seconds = run.summary["seconds"]
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in phases(seconds).items() if name != "total")
+    say(f"{seconds['total']:.1f} s: {parts}")
+    if run.config.profile is not None:
+        from sapo.tables import seconds_table
+
+        console.print(seconds_table(seconds))
+        for trace in sorted((run.directory / "profile").glob("*.json.gz")):
+            say(f"trace: {trace}, for chrome://tracing or https://ui.perfetto.dev")
 
 
 def _settings(words: list[str]) -> dict[str, Any]:

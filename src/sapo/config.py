@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sapo.objectives import NORMALIZERS, OBJECTIVES, make_objective
 
@@ -454,6 +454,15 @@ class LogConfig(_Section):
     """Steps between files in rollouts/; 0 writes none."""
 
 
+class ProfileConfig(_Section):
+    """Where the time goes: parts of phases timed, some steps traced operator by operator."""
+
+    first_step: int = Field(2, ge=1)
+    """The first step traced, 1-based; the run's first one also pays for what is done once."""
+    steps: int = Field(1, ge=0)
+    """Steps traced; a traced step is slower, and its file grows with the tokens it generates. 0 only times."""
+
+
 class RunConfig(_Section):
     """A whole recipe."""
 
@@ -476,8 +485,15 @@ class RunConfig(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig | None = None
+    """`true` times the parts of each phase and writes a Chrome trace of a step to profile/; null and `false` do not."""
     provenance: dict[str, Any] | None = None
     """Written by the run (versions, commit, machine), never read by it."""
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile_on_or_off(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> RunConfig:

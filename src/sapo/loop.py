@@ -14,8 +14,7 @@ same metrics, weights and completions, bit for bit, as one that is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
 from sapo.objectives import KLPenalty, make_objective
 from sapo.preflight import TaskSet, seed_for
+from sapo.profiling import Profiler, phases
 from sapo.prompting import encode_by_task
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
@@ -116,6 +116,8 @@ class TrainingRun:
             resumed_at=None if state is None else state.step,
             panels=task_panels(names) if names[1:] else None,
         )
+        self.profiler = Profiler(config, directory.path, lambda: self.state.seconds)
+        self._phase = self.profiler.phase
         self._seconds_before = dict(self.state.seconds)
         self._constants: dict[str, ConstantAnswer] = {}  # of each task: no matter of the policy, so judged once
 
@@ -128,14 +130,16 @@ class TrainingRun:
         self.loggers.open()
         self.listener.started(self.config)
         try:
-            while True:
-                if self._evaluation_due():
-                    self.evaluate()
-                if self._checkpoint_due():
-                    self.checkpoint()
-                if self.state.step >= self.config.train.steps:
-                    break
-                self.step()
+            with self.profiler.run():
+                while True:
+                    if self._evaluation_due():
+                        self.evaluate()
+                    if self._checkpoint_due():
+                        self.checkpoint()
+                    if self.state.step >= self.config.train.steps:
+                        break
+                    with self.profiler.step(self.state.step + 1):
+                        self.step()
         except Interrupted:
             return StopReason(self.checkpoint())
         self.directory.write_summary(self.summary())
@@ -347,7 +351,7 @@ class TrainingRun:
             "start": state.start_evaluation,
             "final": state.last_evaluation,
             "tokens": state.tokens,
-            "seconds": {**state.seconds, "total": sum(state.seconds.values())},
+            "seconds": {**state.seconds, "total": sum(phases(state.seconds).values())},
         }
 
     def _log_step(self, groups: list[Group]) -> None:
@@ -414,14 +418,6 @@ class TrainingRun:
             else "there is no checkpoint yet: start again with a lower train.learning_rate"
         )
         return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}"
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.state.seconds[name] = self.state.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def _kl_penalty(config: RunConfig) -> KLPenalty | None:

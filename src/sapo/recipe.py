@@ -113,6 +113,7 @@ RESUMABLE_KEYS = (
     "eval.every",
     "checkpoint",
     "log",
+    "profile",
     "train.tokens_per_microbatch",
 )
 

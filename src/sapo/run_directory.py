@@ -5,6 +5,7 @@ runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; 
           summary.json      start, end, tokens, seconds by phase
           rollouts/         step-000010.jsonl: one line per completion
           checkpoints/      see training/checkpoint.py
+          profile/          with profile=true: see profiling.py
           tensorboard/      and wandb/: see loggers.py
 """
 

@@ -5,6 +5,7 @@ What came from a model or a file is printed as plain text, never as markup.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -25,6 +26,31 @@ LINES = 10
 
 MOST_SLICES = 40
 """Rows of a table by subject; results.json has them all."""
+
+
+def seconds_table(seconds: Mapping[str, float]) -> Table:
+    """Where a run's time went: each phase, and under it the parts that were timed.
+
+    Args:
+        seconds: of phases ("update") and parts ("update/head"), with the "total" of the phases.
+    """
+    table = Table("where the time went", "seconds", "share", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total = seconds["total"]
+    for name in _by_weight(seconds):
+        depth = name.count("/")
+        share = f"{seconds[name] / total:.1%}" if total else ""
+        table.add_row("  " * depth + name.rsplit("/", 1)[-1], f"{seconds[name]:.2f}", share)
+    return table
+
+
+def _by_weight(seconds: Mapping[str, float], parent: str = "") -> list[str]:
+    """Names in the order of a tree, the heaviest branch first."""
+    depth = parent.count("/") + 1 if parent else 0
+    children = [n for n in seconds if n != "total" and n.count("/") == depth and n.startswith(parent and parent + "/")]
+    ordered = sorted(children, key=lambda n: -seconds[n])
+    return [name for child in ordered for name in (child, *_by_weight(seconds, child))]
 
 
 class Progress:

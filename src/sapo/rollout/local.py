@@ -23,6 +23,7 @@ from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens
 from sapo.rollout.stopping import StopRules
+from sapo.spans import span
 
 PREFILL_TOKENS = 8192
 
@@ -55,7 +56,8 @@ class LocalEngine:
         while decoding.unfinished:
             if should_stop():
                 raise Interrupted
-            decoding.admit()
+            with span("prefill"):
+                decoding.admit()
             decoding.step()
             decoding.retire()
         return decoding.completions()
@@ -160,16 +162,19 @@ class _Decoding:
         if old:
             length = self.length[:old]
             newest = self.tokens[:old].gather(1, self.generated[:old, None] - 1)[:, 0]
-            parts.append(self.policy.hidden(newest, length, DecodeLayout(self.cache, length)))
+            with span("decode"):
+                parts.append(self.policy.hidden(newest, length, DecodeLayout(self.cache, length)))
             self.length[:old] += 1
         if self.hidden is not None:
             parts.append(self.hidden)
         self.hidden, self.fresh = None, 0
         hidden = torch.cat(parts)
-        logits = self.policy.logits(hidden).float()
+        with span("head"):
+            logits = self.policy.logits(hidden).float()
         at = self.generated[: self.active, None]
         uniform = self.uniform[: self.active].gather(1, at)[:, 0]
-        tokens, logprobs = sample_tokens(logits, uniform, self.params)
+        with span("sample"):
+            tokens, logprobs = sample_tokens(logits, uniform, self.params)
         self.tokens[: self.active].scatter_(1, at, tokens[:, None])
         self.logprobs[: self.active].scatter_(1, at, logprobs[:, None])
         self.generated[: self.active] += 1

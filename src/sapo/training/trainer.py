@@ -21,6 +21,7 @@ from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_l
 from sapo.model.policy import Policy
 from sapo.objectives import KLPenalty, Objective, Surrogate
 from sapo.rollout.engine import Interrupted
+from sapo.spans import span
 from sapo.training.optimizer import PolicyOptimizer
 
 
@@ -132,8 +133,9 @@ class Trainer:
                 if should_stop():
                     raise Interrupted
                 head, surrogate = self._forward(batch)
-                head.loss.backward()
-                self.optimizer.collect_gradients()
+                with span("backward"):
+                    head.loss.backward()
+                    self.optimizer.collect_gradients()
                 outputs.append((batch, head, surrogate))
             loss = sum(head.loss.item() for _, head, _ in outputs)
             norm = self.optimizer.gradient_norm()
@@ -143,12 +145,18 @@ class Trainer:
             raise
         finally:
             self.policy.model.eval()
-        self.optimizer.step(learning_rate, norm)
+        with span("optimizer"):
+            self.optimizer.step(learning_rate, norm)
         self.updates += 1
         return _collect(loss, norm.item(), outputs, self.kl)
 
     def _forward(self, batch: PackedBatch) -> tuple[HeadOutput, Surrogate]:
-        hidden_MH = self._hidden(batch)
+        with span("forward"):
+            hidden_MH = self._hidden(batch)
+        with span("head"):
+            return self._surrogate(hidden_MH, batch)
+
+    def _surrogate(self, hidden_MH: Tensor, batch: PackedBatch) -> tuple[HeadOutput, Surrogate]:
         advantage_M = batch.advantages_B[batch.sequence_M]
         weight_M = batch.weights_B[batch.sequence_M]
         parts: list[Surrogate] = []

@@ -1,0 +1,74 @@
+"""Where the time goes: named spans, one inside the other, summed by name.
+
+The loop times its phases always. What the engine and the trainer do inside a phase is timed only while a profile is
+taken, since a span costs about a microsecond and a decode step has several.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+
+class SpanRecorder:
+    """Adds the seconds of spans to a mapping, a span inside another under "outer/inner".
+
+    Args:
+        seconds: gives the mapping to add to.
+        label: puts a name on the span in a trace that is being taken, as `torch.profiler.record_function` does.
+        settle: called before the clock is read; a device that works behind the program's back has to be waited for.
+
+    >>> seconds = {}
+    >>> recorder = SpanRecorder(lambda: seconds)
+    >>> with recorder.measure("update"), recorder.measure("head"):
+    ...     pass
+    >>> sorted(seconds)
+    ['update', 'update/head']
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[], MutableMapping[str, float]],
+        label: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._seconds = seconds
+        self._label = label
+        self._settle = settle
+        self._path: list[str] = []
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """One span; its time counts even when it ends in an exception."""
+        self._path.append(name)
+        path = "/".join(self._path)
+        self._settle()
+        started = time.perf_counter()
+        try:
+            with self._label(path):
+                yield
+        finally:
+            self._settle()
+            seconds = self._seconds()
+            seconds[path] = seconds.get(path, 0.0) + time.perf_counter() - started
+            self._path.pop()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, `span` anywhere in the package is measured here."""
+        global _listener
+        before, _listener = _listener, self
+        try:
+            yield
+        finally:
+            _listener = before
+
+
+_listener: SpanRecorder | None = None
+_NOTHING = nullcontext()
+
+
+def span(name: str) -> AbstractContextManager[None]:
+    """A part of a phase; measured while a profile is taken, free of charge otherwise."""
+    return _NOTHING if _listener is None else _listener.measure(name)
