@@ -41,6 +41,12 @@ def test_a_plain_prompt_is_the_question_as_it_is(policies) -> None:
     assert encoded.stop == ()
 
 
+def test_a_question_that_is_an_example_is_not_shown_its_own_answer(chatty) -> None:
+    form = PromptFormat(template="{prompt}", answer_template="{answer}-", shots=(("1+1=", "2"), ("3+4=", "7")))
+    assert form.text(QUESTION) == "1+1=2-3+4="
+    assert [m["content"] for m in form.messages(QUESTION)] == ["1+1=", "2", "3+4="]
+
+
 def test_examples_and_wording_make_one_plain_text(policies) -> None:
     form = PromptFormat(
         template="={prompt}*", answer_template="{answer}-", shots=(("1", "2"), ("3", "4")), system="99", stop=("-",)

@@ -77,7 +77,7 @@ class PromptFormat:
     def text(self, prompt: Prompt) -> str:
         """The whole of a plain prompt."""
         opening = f"{self.system}\n\n" if self.system else ""
-        shots = [self._question(q) + self.answer_template.replace("{answer}", a) for q, a in self.shots]
+        shots = [self._question(q) + self.answer_template.replace("{answer}", a) for q, a in self._shots_for(prompt)]
         return opening + "".join(shots) + self._question(prompt.text)
 
     def messages(self, prompt: Prompt) -> list[dict[str, str]]:
@@ -89,10 +89,14 @@ class PromptFormat:
             system = [{"role": "system", "content": self.system}]
         shots = [
             {"role": role, "content": content}
-            for question, answer in self.shots
+            for question, answer in self._shots_for(prompt)
             for role, content in (("user", self._question(question)), ("assistant", answer))
         ]
         return [*system, *shots, *turns]
+
+    def _shots_for(self, prompt: Prompt) -> list[tuple[str, str]]:
+        """The examples but for the question itself, whose answer would be given away."""
+        return [(question, answer) for question, answer in self.shots if question != prompt.text]
 
     def _question(self, text: str) -> str:
         return self.template.replace("{prompt}", text)  # not format(): questions hold braces of their own
