@@ -45,7 +45,7 @@ class Routers:
     """
 
     def __init__(self, policy: Policy) -> None:
-        found = [m for m in policy.decoder.modules() if type(m).__name__ in SUPPORTED]
+        found = [m for m in policy.decoder.modules() if _family(m) is not None]
         if not found:
             families = [family for family, _ in SUPPORTED.values()]
             raise ModelError(
@@ -53,6 +53,8 @@ class Routers:
                 f"{families[-1]}; got {type(policy.model).__name__}; set model.routing_replay=false"
             )
         self.modules: list[nn.Module] = found
+        # Asked here and not in a forward, during which peft makes an adapted router a class of its own.
+        self._normalised = [SUPPORTED[str(_family(m))][1](m) for m in found]
         self.per_token = int(found[0].top_k)  # type: ignore[arg-type]
         self.num_experts = int(found[0].num_experts)  # type: ignore[arg-type]
         self.active: Recording | Replay | None = None
@@ -76,7 +78,7 @@ class Routers:
         """
         expected = (len(self.modules), self.per_token)
         assert experts_Nlk.shape[1:] == expected, f"experts of {tuple(experts_Nlk.shape[1:])} for routers {expected}"
-        replay = Replay(experts_Nlk, recomputed)
+        replay = Replay(experts_Nlk, self._normalised, recomputed)
         with self._hooked(replay):
             yield replay
         replay.check_consumed()
@@ -86,7 +88,7 @@ class Routers:
         assert self.active is None, "a forward is recorded or replayed, not both, and once"
         self.active = hook
         handles = [
-            module.register_forward_hook(lambda router, _, output, layer=layer: hook(layer, router, output))
+            module.register_forward_hook(lambda _, __, output, layer=layer: hook(layer, output))
             for layer, module in enumerate(self.modules)
         ]
         try:
@@ -95,6 +97,11 @@ class Routers:
             self.active = None
             for handle in handles:
                 handle.remove()
+
+
+def _family(module: nn.Module) -> str | None:
+    """The supported class that a module is of."""
+    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in SUPPORTED), None)
 
 
 class Recording:
@@ -109,7 +116,7 @@ class Recording:
         self._dtype = torch.uint8 if num_experts <= 256 else torch.int16
         self._chosen: list[Tensor | None] = [None] * layers
 
-    def __call__(self, layer: int, _: nn.Module, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
         assert self._chosen[layer] is None, f"layer {layer} was run again before its record was taken"
         self._chosen[layer] = output[2].to(self._dtype)
 
@@ -130,18 +137,20 @@ class Replay:
 
     Args:
         experts_Nlk: of each token, layer and place.
+        normalised: by layer, whether the weights of a token's experts are made to add up to 1.
         recomputed: see `Routers.replay`.
     """
 
-    def __init__(self, experts_Nlk: Tensor, recomputed: bool) -> None:
+    def __init__(self, experts_Nlk: Tensor, normalised: Sequence[bool], recomputed: bool) -> None:
         self._experts_Nlk = experts_Nlk
+        self._normalised = normalised
         self._recomputed = recomputed
         layers = experts_Nlk.shape[1]
         self._runs = [0] * layers
         self._in_graph = [False] * layers
         self._changed: list[Tensor] = []
 
-    def __call__(self, layer: int, router: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits_NE, live_weights_Nk, live_Nk = output
         experts_Nk = self._experts_Nlk[:, layer].long()
         assert experts_Nk.shape == live_Nk.shape, f"{len(experts_Nk)} tokens recorded, {len(live_Nk)} in the forward"
@@ -154,7 +163,7 @@ class Replay:
         # As transformers computes it, float32 at any dtype, so that unchanged weights give unchanged bits.
         probability_NE = torch.nn.functional.softmax(logits_NE, dtype=torch.float32, dim=-1)
         weights_Nk = probability_NE.gather(1, experts_Nk)
-        if SUPPORTED[type(router).__name__][1](router):
+        if self._normalised[layer]:
             weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
         return logits_NE, weights_Nk.to(live_weights_Nk.dtype), experts_Nk
 
