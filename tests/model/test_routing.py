@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_cases import EXPERTS, FAMILIES, PER_TOKEN, SHAPE, TOKENIZER, ByHand, make_moe, mixture_layers, perturb
 from sapo.data import Segment
+from sapo.model.adapters import add_adapter
 from sapo.model.attention import TreeLayout
 from sapo.model.errors import ModelError
 from sapo.model.policy import Policy
@@ -215,3 +216,22 @@ def test_sequences_with_and_without_a_record_are_not_packed_together() -> None:
         pack_experts([(kept, 0, 2), (None, 0, 1)])
     with pytest.raises(AssertionError, match=r"tokens 0\.\.2 of a record of 2"):
         pack_experts([(kept, 0, 3)])
+
+
+def test_a_router_with_an_adapter_is_replayed_and_its_adapter_learns() -> None:
+    policy = make_moe()
+    add_adapter(policy, rank=2, alpha=4.0, targets="all-linear", seed=0)
+    with torch.no_grad():  # an adapter begins as no change at all
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    free = forward(policy)
+    with Routers(policy).replay(recorded(policy)) as replay:
+        replayed = forward(policy)
+    assert torch.equal(replayed, free)
+    assert replay.changed == 0
+    with Routers(policy).replay(random_experts(policy)) as replay:
+        forward(policy).square().sum().backward()
+    assert replay.changed > 0
+    learned = [n for n, g in gradient(policy).items() if "gate.lora" in n and g.abs().max() > 0]
+    assert len(learned) == 2 * 2, "A and B of both routers"
