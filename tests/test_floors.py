@@ -16,11 +16,13 @@ FLOORS = (
     ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers", "profiling"),
     ("integrations",),
     (
+        "replay_choice",
         "preflight",
         "coldstart",
         "memory",
         "listener",
         "self_check",
+        "routing_replay",
         "loop",
         "dry_run",
         "session",

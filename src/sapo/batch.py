@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sapo.data import Completion, Group, PackedBatch, Segment
+from sapo.model.routing import pack_experts
 from sapo.objectives import sequence_weights
 
 # A common beginning of all prompts shorter than this is not worth a segment of its own.
@@ -216,4 +217,18 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
         reference_logprobs_M=(
             torch.tensor(reference_logprobs, dtype=torch.float32, device=device) if reference_logprobs else None
         ),
+        experts_Nlk=_pack_experts(members, groups, tree, device),
     )
+
+
+def _pack_experts(
+    members: Sequence[_Member], groups: Sequence[Group], tree: PrefixTree, device: torch.device | str
+) -> torch.Tensor | None:
+    """The recorded experts in the order of the packed tokens; what all prompts begin with goes by the first one's."""
+    if all(g.prompt_experts is None for g in groups) and all(m.completion.experts is None for m in members):
+        return None
+    shared = tree.segments[0].length if tree.leaves[0] else 0
+    spans = [(groups[0].prompt_experts, 0, shared)]
+    spans += [(g.prompt_experts, shared, len(g.prompt.token_ids)) for g in groups]
+    spans += [(m.completion.experts, 0, m.num_inputs) for m in members]
+    return pack_experts(spans).to(device)

@@ -101,6 +101,17 @@ class ModelConfig(_Section):
     """Make the model instead of loading one."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights; learning rates want to be some 30 times higher."""
+    routing_replay: bool | Literal["R2", "R3"] = False
+    """Of a mixture of experts: in all updates of a batch, send each token to the experts that it went to at the weights
+    that sampled. R2: in the trainer's forward that computes log pi_old, which the run then makes. R3: in the engine.
+    true: R3 where log pi_old is the engine's, R2 where the trainer computes it."""
+
+    @field_validator("routing_replay", mode="before")
+    @classmethod
+    def _known_replay(cls, value: Any) -> Any:
+        if value not in (False, True, "R2", "R3"):
+            raise ValueError(f"routing_replay must be false, true, R2 or R3; got {value!r}")
+        return bool(value) if isinstance(value, int) else value
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -113,6 +124,11 @@ class ModelConfig(_Section):
             got = "both" if self.path is not None else "neither"
             raise ValueError(
                 f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
+            )
+        if self.routing_replay and self.coldstart is not None and self.coldstart.architecture != "qwen3_moe":
+            raise ValueError(
+                "routing_replay is for mixtures of experts; got a cold start of architecture "
+                f"{self.coldstart.architecture}; qwen3_moe is one, and false leaves replay off"
             )
         is_file = self.path is not None and (self.path.startswith("package:") or self.path.endswith(".gguf"))
         if is_file or self.coldstart is not None:
@@ -503,6 +519,17 @@ class RunConfig(_Section):
                 f"rollout.prompts_per_step must be a multiple of train.minibatches; got {prompts} and {minibatches}; "
                 f"use {-(-prompts // minibatches) * minibatches} prompts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _recorder_of_the_replay(self) -> RunConfig:
+        if self.model.routing_replay == "R2":
+            if self.train.old_logprobs == "engine":
+                raise ValueError(
+                    "model.routing_replay=R2 records in the trainer's forward that computes log pi_old; got "
+                    "train.old_logprobs=engine, which makes none; use train.old_logprobs=trainer or routing_replay=R3"
+                )
+            self.train = self.train.model_copy(update={"old_logprobs": "trainer"})
         return self
 
     def batch_sentence(self) -> str:

@@ -71,6 +71,34 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The experts that some tokens went through in each layer of a mixture, in the order the router chose them.
+
+    Bytes rather than numbers: a long response in a large model has millions of choices.
+
+    Two tokens, two layers, two experts each; the first token went to experts 3 and 1, then to 0 and 2:
+
+    >>> experts = RoutedExperts(bytes([3, 1, 0, 2, 3, 2, 0, 1]), layers=2, per_token=2)
+    >>> experts.num_tokens
+    2
+    """
+
+    indices: bytes
+    """By token, layer and place; one byte each, or two, the lower first, when `wide`."""
+    layers: int
+    """Layers with a router."""
+    per_token: int
+    """Experts a token goes through in a layer."""
+    wide: bool = False
+    """A layer has more than 256 experts."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded."""
+        return len(self.indices) // (self.layers * self.per_token * (1 + self.wide))
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled response: what the engine emitted, token by token, and what the verifier said of it.
 
@@ -91,6 +119,8 @@ class Completion:
     """log pi_old when the trainer recomputed it at the weights that sampled; empty when `logprobs` are log pi_old."""
     reference_logprobs: tuple[float, ...] = ()
     """log pi_ref of each token; empty without a reference policy."""
+    experts: RoutedExperts | None = None
+    """With routing replay, of its tokens but the last, which is no input; None where nothing was recorded."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -115,6 +145,8 @@ class Group:
     """What the advantages are made of where it is not the verifier's reward alone; empty otherwise."""
     masked: tuple[bool, ...] = ()
     """Completions that carry no loss and leave every denominator; empty when that was not asked for."""
+    prompt_experts: RoutedExperts | None = None
+    """With routing replay, of the prompt's tokens, which all completions share; None where nothing was recorded."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -197,6 +229,8 @@ class PackedBatch:
     """Position of each sequence in the mini-batch it came from, so that results find their way back."""
     reference_logprobs_M: torch.Tensor | None = None
     """log pi_ref of each response token, float32; None without a reference policy."""
+    experts_Nlk: torch.Tensor | None = None
+    """The experts to send each input token to, uint8 or int16; None for those the live routers choose."""
 
     @property
     def num_tokens(self) -> int:

@@ -33,6 +33,7 @@ from sapo.prompting import encode_by_task
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
+from sapo.routing_replay import RoutingReplay, attach_experts
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState, rollout_records
 from sapo.selection import Selection, Selector
@@ -89,6 +90,7 @@ class TrainingRun:
         self.reference = reference
         self.engine = LocalEngine(policy, max_rows=config.rollout.max_rows)
         self.selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
+        self.replay = RoutingReplay.of(config, policy)
         train = config.train
         self.trainer = Trainer(
             policy,
@@ -107,6 +109,7 @@ class TrainingRun:
             activation_checkpointing=train.activation_checkpointing,
             entropy=train.entropy,
             kl=_kl_penalty(config),
+            routers=None if self.replay is None else self.replay.routers,
         )
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
         names = [t.name for t in tasks.train]
@@ -168,7 +171,8 @@ class TrainingRun:
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
             if state.old_logprobs == "trainer":
-                groups = self.trainer.with_old_logprobs(groups, sampled_at)
+                record = self.replay is not None and self.replay.trainer_records(state.old_logprobs)
+                groups = self.trainer.with_old_logprobs(groups, sampled_at, record)
         if self.trainer.kl is not None:
             with self._phase("reference"):
                 groups = self.trainer.with_reference_logprobs(groups, self.reference)
@@ -180,15 +184,18 @@ class TrainingRun:
         rollout, advantage = self.config.rollout, self.config.objective.advantage
         with self._phase("generate"):
             prompts = encode_by_task(self.policy, self.tasks.formats, prompts)
+            experts = None if self.replay is None else self.replay.engine_log(self.state.old_logprobs)
             drawn = self.engine.generate(
                 [Request(p, rollout.samples_per_prompt) for p in prompts],
                 self.sampling_params(seed_for(self.config.seed, "rollout")),
                 self.should_stop,
+                experts,
             )
         with self._phase("score"):
             by_task = [self.tasks.by_name(p.task) for p in prompts]
             scored = score_groups(list(zip(by_task, prompts, drawn, strict=True)))
-            return [shape_group(p, c, rollout, advantage) for p, c in zip(prompts, scored, strict=True)]
+            groups = [shape_group(p, c, rollout, advantage) for p, c in zip(prompts, scored, strict=True)]
+            return attach_experts(experts, groups)
 
     def _remember(self, selected: Selection) -> None:
         """Take over what a whole batch has changed: a stop before this leaves the state of the step's start."""
@@ -227,7 +234,8 @@ class TrainingRun:
             check = check_old_logprobs(self.trainer, groups, self.config.train, full)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {step}: {error}") from error
-        self._append({"kind": "self_check", "step": step, **check.to_json()})
+        replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
+        self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
         if check.warning is not None:
             self._warn(check.warning)
         return check.old_logprobs
@@ -348,6 +356,7 @@ class TrainingRun:
             "seed": self.config.seed,
             "steps": state.step,
             "old_logprobs": state.old_logprobs,
+            **({} if self.replay is None else self.replay.figures(state.old_logprobs)),
             "start": state.start_evaluation,
             "final": state.last_evaluation,
             "tokens": state.tokens,

@@ -16,6 +16,7 @@ from rich.text import Text
 from sapo.coldstart import ColdStartProgress
 from sapo.config import RunConfig
 from sapo.data import Status
+from sapo.replay_choice import replay_sentence
 from sapo.training.checkpoint import Checkpoint
 
 COLUMNS = (
@@ -57,6 +58,8 @@ class Display:
         self._end_coldstart()
         self.steps = config.train.steps
         self.say(config.batch_sentence())
+        if (replay := replay_sentence(config)) is not None:
+            self.say(replay)
 
     def say(self, text: str) -> None:
         """Print a line of plain text above the bar."""
@@ -118,6 +121,9 @@ class Display:
             else "recomputed by the trainer at the weights that sampled"
         )
         self.say(f"log pi_old: {source} (largest |log r| {worst:.1e})")
+        if "routing_replay" in record:
+            who = {"R2": "the trainer records, so this is R2", "R3": "the engine records, so this is R3"}
+            self.say(f"routing replay: {who[record['routing_replay']]}")
 
     def _show(self, description: str, completed: int, total: int | None, figures: str) -> None:
         if self._progress is None:

@@ -5,11 +5,12 @@ Floats survive exactly: Python writes the shortest decimal that reads back as th
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sapo.data import Completion, Group, Prompt, Score, Status
+from sapo.data import Completion, Group, Prompt, RoutedExperts, Score, Status
 from sapo.selection import Position
 
 
@@ -78,7 +79,11 @@ def group_to_json(group: Group) -> dict[str, Any]:
     >>> group_from_json(group_to_json(group)) == group
     True
     """
-    return asdict(replace(group, prompt=replace(group.prompt, metadata={})))
+    value = asdict(replace(group, prompt=replace(group.prompt, metadata={})))
+    for place, key in ((value, "prompt_experts"), *((c, "experts") for c in value["completions"])):
+        if place[key] is not None:
+            place[key]["indices"] = base64.b64encode(place[key]["indices"]).decode("ascii")
+    return value
 
 
 def group_from_json(value: dict[str, Any]) -> Group:
@@ -90,6 +95,7 @@ def group_from_json(value: dict[str, Any]) -> Group:
         advantages=tuple(value["advantages"]),
         shaped_rewards=tuple(value["shaped_rewards"]),
         masked=tuple(value["masked"]),
+        prompt_experts=_experts_from_json(value.get("prompt_experts")),
     )
 
 
@@ -103,7 +109,12 @@ def _completion_from_json(value: dict[str, Any]) -> Completion:
         score=Score(**{**score, "status": Status(score["status"])}),
         old_logprobs=tuple(value["old_logprobs"]),
         reference_logprobs=tuple(value["reference_logprobs"]),
+        experts=_experts_from_json(value.get("experts")),
     )
+
+
+def _experts_from_json(value: dict[str, Any] | None) -> RoutedExperts | None:
+    return None if value is None else RoutedExperts(**{**value, "indices": base64.b64decode(value["indices"])})
 
 
 def rollout_records(

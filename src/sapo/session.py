@@ -26,6 +26,7 @@ from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks, seed_for
 from sapo.recipe import override_run
+from sapo.routing_replay import RoutingReplay
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.training.checkpoint import newest_whole, set_broken_aside
@@ -274,6 +275,7 @@ def _starting_policy(
     if (lora := config.model.lora) is not None:
         seed = seed_for(config.seed, "adapter")
         add_adapter(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    RoutingReplay.of(config, policy)  # refused before anything is written
     return policy
 
 

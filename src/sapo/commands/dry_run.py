@@ -7,6 +7,7 @@ from rich.table import Table
 
 from sapo.dry_run import DryRun, SeenPrompt
 from sapo.memory import MemoryEstimate
+from sapo.replay_choice import replay_sentence
 
 MIB = 2**20
 
@@ -18,6 +19,8 @@ def show_dry_run(run: DryRun, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(run.batch_sentence)
+    if (replay := replay_sentence(run.config)) is not None:
+        say(replay)
     say(f"model: {run.model}")
     if run.coldstart_missing:
         say("the starting model is not made yet: an untrained one of its shape stands in for it here")

@@ -48,6 +48,8 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
         metrics["entropy"] = result.entropy_M.double().mean().item()
     if result.kl_M is not None:
         metrics["kl"] = result.kl_M.mean().item()
+    if result.changed_share is not None:
+        metrics["routing/changed_share"] = result.changed_share
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
     return metrics
@@ -125,9 +127,8 @@ def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[st
         tasks: of the run.
     """
     done = [u for u in updates if not u["skipped"]]
-    names = [
-        ("", n) for n in ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev")
-    ]
+    figures = ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev")
+    names = [("", n) for n in (*figures, "routing/changed_share")]
     names += [(f"task/{task}/", n) for task in tasks for n in ("entropy", "gate/eur")]
     metrics: dict[str, float] = {}
     for prefix, name in names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sapo.model.attention import TreeLayout
 from sapo.model.policy import Policy
 from sapo.rollout.cache import DecodeLayout, KVCache
 from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens
 from sapo.rollout.stopping import StopRules
@@ -47,19 +49,21 @@ class LocalEngine:
         requests: Sequence[Request],
         params: SamplingParams,
         should_stop: Callable[[], bool] = lambda: False,
+        experts: ExpertLog | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. `experts`: told which experts every token went through."""
         if not requests:
             return []
         self._check_lengths(requests, params)
-        decoding = _Decoding(self.policy, requests, params, self.max_rows)
-        while decoding.unfinished:
-            if should_stop():
-                raise Interrupted
-            with span("prefill"):
-                decoding.admit()
-            decoding.step()
-            decoding.retire()
+        decoding = _Decoding(self.policy, requests, params, self.max_rows, experts)
+        with nullcontext() if experts is None else experts.recording():
+            while decoding.unfinished:
+                if should_stop():
+                    raise Interrupted
+                with span("prefill"):
+                    decoding.admit()
+                decoding.step()
+                decoding.retire()
         return decoding.completions()
 
     def _check_lengths(self, requests: Sequence[Request], params: SamplingParams) -> None:
@@ -75,8 +79,16 @@ class LocalEngine:
 class _Decoding:
     """One call of generate: rows 0..active-1 of every array are the sequences being decoded."""
 
-    def __init__(self, policy: Policy, requests: Sequence[Request], params: SamplingParams, max_rows: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        max_rows: int,
+        experts: ExpertLog | None = None,
+    ) -> None:
         self.policy = policy
+        self.experts = experts
         self.requests = requests
         self.params = params
         self.waiting = deque(range(len(requests)))
@@ -139,6 +151,8 @@ class _Decoding:
             torch.tensor(tree.position_ids, device=self.policy.device),
             layout,
         )
+        if self.experts is not None:
+            self.experts.prefilled(chosen, [layout.paths[leaf] for leaf in tree.leaves])
         last = []
         for leaf, i in zip(tree.leaves, chosen, strict=True):
             request, row = self.requests[i], self.active
@@ -164,6 +178,8 @@ class _Decoding:
             newest = self.tokens[:old].gather(1, self.generated[:old, None] - 1)[:, 0]
             with span("decode"):
                 parts.append(self.policy.hidden(newest, length, DecodeLayout(self.cache, length)))
+            if self.experts is not None:
+                self.experts.decoded(self.request[:old], self.sample[:old])
             self.length[:old] += 1
         if self.hidden is not None:
             parts.append(self.hidden)

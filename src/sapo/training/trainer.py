@@ -6,8 +6,8 @@ objective's closed-form slope, gradients summed over micro-batches, one clipped 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,11 @@ from sapo.model.adapters import adapter_off
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
+from sapo.model.routing import Replay, Routers
 from sapo.objectives import KLPenalty, Objective, Surrogate
 from sapo.rollout.engine import Interrupted
 from sapo.spans import span
+from sapo.training.experts import RecordedExperts, without_experts
 from sapo.training.optimizer import PolicyOptimizer
 
 
@@ -55,6 +57,9 @@ class UpdateResult:
     skipped: bool = False
     kl_M: Tensor | None = None
     """The penalty's estimate of KL at each token, in nats, before its coefficient; None without one."""
+    changed_share: float | None = None
+    """Share of the replayed choices of an expert (packed token, layer, place) that the live router would not have made;
+    None without routing replay."""
 
 
 class Trainer:
@@ -69,6 +74,8 @@ class Trainer:
         activation_checkpointing: recompute each block in the backward pass.
         entropy: measure the entropy at each token.
         kl: penalty for leaving the reference policy, whose log-probabilities the groups then carry.
+        routers: the policy's, for routing replay: groups that carry recorded experts are run through these. None
+            without it.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Trainer:
         activation_checkpointing: bool = False,
         entropy: bool = True,
         kl: KLPenalty | None = None,
+        routers: Routers | None = None,
     ) -> None:
         self.policy = policy
         self.objective = objective
@@ -94,6 +102,7 @@ class Trainer:
         self.max_new_tokens = max_new_tokens
         self.entropy = entropy
         self.kl = kl
+        self.routers = routers
         self.updates = 0
         """Updates made: the version of the weights."""
         if activation_checkpointing:
@@ -127,16 +136,19 @@ class Trainer:
         if not minibatch.microbatches:
             return _nothing_to_learn()
         outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]] = []
+        replays: list[Replay | None] = []
         self.policy.model.train(self._checkpointing)  # transformers checkpoints only in training mode; dropout is off
         try:
             for batch in minibatch.microbatches:
                 if should_stop():
                     raise Interrupted
-                head, surrogate = self._forward(batch)
-                with span("backward"):
-                    head.loss.backward()
-                    self.optimizer.collect_gradients()
+                with self.replaying(batch) as replay:
+                    head, surrogate = self._forward(batch)
+                    with span("backward"):
+                        head.loss.backward()
+                self.optimizer.collect_gradients()
                 outputs.append((batch, head, surrogate))
+                replays.append(replay)
             loss = sum(head.loss.item() for _, head, _ in outputs)
             norm = self.optimizer.gradient_norm()
             self._check_finite(loss, norm, outputs)
@@ -148,7 +160,18 @@ class Trainer:
         with span("optimizer"):
             self.optimizer.step(learning_rate, norm)
         self.updates += 1
-        return _collect(loss, norm.item(), outputs, self.kl)
+        return replace(_collect(loss, norm.item(), outputs, self.kl), changed_share=_changed_share(replays))
+
+    @contextmanager
+    def replaying(self, batch: PackedBatch) -> Iterator[Replay | None]:
+        """Within it one forward over a batch, and its backward, go through the experts it carries, if it does."""
+        if batch.experts_Nlk is None:
+            yield None
+            return
+        assert self.routers is not None, "the groups carry experts and the trainer was given no routers"
+        recomputed = self._checkpointing and self.policy.model.training
+        with self.routers.replay(batch.experts_Nlk, recomputed) as replay:
+            yield replay
 
     def _forward(self, batch: PackedBatch) -> tuple[HeadOutput, Surrogate]:
         with span("forward"):
@@ -221,46 +244,68 @@ class Trainer:
 
     def _hidden(self, batch: PackedBatch, policy: Policy | None = None) -> Tensor:
         policy = policy or self.policy
+        replayed = self.routers is not None and isinstance(self.routers.active, Replay)
+        assert replayed == (batch.experts_Nlk is not None), "a batch that carries experts is run within `replaying`"
         layout = TreeLayout(batch.segments, policy.device)
         hidden_NH = policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
         return gather_rows(hidden_NH, batch.predictor_M)
 
     @torch.no_grad()
     def logprobs(
-        self, groups: Sequence[Group], include_all: bool = True, policy: Policy | None = None
+        self,
+        groups: Sequence[Group],
+        include_all: bool = True,
+        policy: Policy | None = None,
+        record: RecordedExperts | None = None,
     ) -> list[list[tuple[float, ...]]]:
         """log pi of every completion at the present weights, by the forward pass that training uses.
 
         Groups that teach nothing are left out (empty tuples) unless `include_all`. `policy`: another than the trained.
+        Experts that the groups carry are replayed; `record` collects those of groups that carry none.
         """
         found: dict[int, tuple[float, ...]] = {}
         for batch in self.pack(groups, include_all).microbatches:
-            logprob_M = self._token_logprobs(self._hidden(batch, policy), batch, policy).float()
+            with self.replaying(batch), self._recording(batch, record):
+                hidden_MH = self._hidden(batch, policy)
+            logprob_M = self._token_logprobs(hidden_MH, batch, policy).float()
             lengths = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).tolist()
             for sequence, part in zip(batch.sequence_ids, logprob_M.cpu().split(lengths), strict=True):
                 found[sequence] = tuple(part.tolist())
         flat = iter(range(sum(len(g.completions) for g in groups)))
         return [[found.get(next(flat), ()) for _ in g.completions] for g in groups]
 
-    def with_old_logprobs(self, groups: Sequence[Group], sampled_at: int) -> list[Group]:
+    @contextmanager
+    def _recording(self, batch: PackedBatch, record: RecordedExperts | None) -> Iterator[None]:
+        if record is None:
+            yield
+            return
+        assert self.routers is not None, "a record was asked for and the trainer was given no routers"
+        with self.routers.recording() as recording:
+            yield
+            record.add(batch, recording.take())
+
+    def with_old_logprobs(self, groups: Sequence[Group], sampled_at: int, record: bool = False) -> list[Group]:
         """The groups with log pi_old computed by the trainer, at the weights that sampled them.
 
         Args:
             sampled_at: `updates` when they were sampled.
+            record: keep the experts this forward goes through (R2) in place of any the groups carry.
         """
         # With newer weights r would be 1 by construction, and no trust region would be left.
         assert sampled_at == self.updates, f"sampled at update {sampled_at}, weights are at {self.updates}"
-        found = self.logprobs(groups, include_all=False)
+        experts = RecordedExperts() if record else None
+        found = self.logprobs(without_experts(groups) if record else groups, include_all=False, record=experts)
+        groups = groups if experts is None else experts.attach(groups)
         return _with_logprobs(groups, found, lambda c, logprobs: replace(c, old_logprobs=logprobs))
 
     def with_reference_logprobs(self, groups: Sequence[Group], reference: Policy | None) -> list[Group]:
-        """The groups with log pi_ref of every token.
+        """The groups with log pi_ref of every token, by the reference's own routing.
 
         Args:
             reference: the reference policy; None for the trained one with its adapter switched off.
         """
         with adapter_off(self.policy) if reference is None else nullcontext():
-            found = self.logprobs(groups, policy=reference)
+            found = self.logprobs(without_experts(groups), policy=reference)
         return _with_logprobs(groups, found, lambda c, logprobs: replace(c, reference_logprobs=logprobs))
 
     def _check_finite(
@@ -326,6 +371,11 @@ def _kl_of(outputs: list[tuple[PackedBatch, HeadOutput, Surrogate]], kl: KLPenal
         h.logprob_M.double() - b.reference_logprobs_M for b, h, _ in outputs if b.reference_logprobs_M is not None
     ]
     return kl.value_and_slope(torch.cat(differences))[0]
+
+
+def _changed_share(replays: Sequence[Replay | None]) -> float | None:
+    made = [r for r in replays if r is not None]
+    return sum(r.changed for r in made) / sum(r.choices for r in made) if made else None
 
 
 def _nothing_to_learn() -> UpdateResult:

@@ -1,0 +1,69 @@
+"""The experts that the trainer's own forward chose (routing replay R2), taken from packed batches to their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from sapo.data import Group, PackedBatch, RoutedExperts
+from sapo.model.routing import routed_experts
+
+
+class RecordedExperts:
+    """Collects records batch by batch."""
+
+    def __init__(self) -> None:
+        self._completions: dict[int, RoutedExperts] = {}
+        self._prompts: dict[int, RoutedExperts] = {}
+
+    def add(self, batch: PackedBatch, experts_Nlk: Tensor) -> None:
+        """What a forward over a batch chose."""
+        experts = experts_Nlk.cpu().numpy()
+        predictor_M, sequence_M = batch.predictor_M.cpu().numpy(), batch.sequence_M.cpu().numpy()
+        ends = {segment.stop - 1: place for place, segment in enumerate(batch.segments)}
+        bounds = np.searchsorted(sequence_M, np.arange(batch.num_sequences + 1))
+        for b, sequence in enumerate(batch.sequence_ids):
+            # The first token is predicted from the end of the prompt, the others from the response's own inputs.
+            last_of_prompt, *inputs = predictor_M[bounds[b] : bounds[b + 1]].tolist()
+            assert sequence not in self._completions, f"sequence {sequence} was recorded twice"
+            self._completions[sequence] = routed_experts(experts[inputs])
+            self._prompts[sequence] = routed_experts(experts[_path(batch, ends[last_of_prompt])])
+
+    def attach(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with what was recorded; a sequence that was not packed keeps nothing.
+
+        A group that two batches shared had its prompt computed in both: the record is the first one's.
+        """
+        first, found = 0, []
+        for group in groups:
+            places = range(first, first + len(group.completions))
+            completions = tuple(
+                replace(c, experts=self._completions.pop(i, None))
+                for i, c in zip(places, group.completions, strict=True)
+            )
+            prompts = [self._prompts[i] for i in places if i in self._prompts]
+            found.append(replace(group, completions=completions, prompt_experts=prompts[0] if prompts else None))
+            first = places.stop
+        assert not self._completions, f"{len(self._completions)} records belong to no sequence"
+        return found
+
+
+def without_experts(groups: Sequence[Group]) -> list[Group]:
+    """The groups as if nothing had been recorded: a forward over them goes where the live routers send it."""
+    return [
+        replace(g, prompt_experts=None, completions=tuple(replace(c, experts=None) for c in g.completions))
+        for g in groups
+    ]
+
+
+def _path(batch: PackedBatch, place: int) -> list[int]:
+    """Packed positions of a segment and all it continues, from the root on."""
+    positions: list[int] = []
+    while place >= 0:
+        segment = batch.segments[place]
+        positions = [*range(segment.start, segment.stop), *positions]
+        place = segment.parent
+    return positions
