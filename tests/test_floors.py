@@ -27,6 +27,7 @@ FLOORS = (
         "export",
         "evaluation_order",
         "evaluation_plan",
+        "comparing",
         "generation",
         "doctor",
         "progress",

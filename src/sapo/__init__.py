@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
+    from sapo.comparing import compare, load_comparison
     from sapo.config import RunConfig
     from sapo.evaluation import Evaluation
     from sapo.evaluation_order import evaluate
@@ -28,13 +29,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Evaluation", "Run", "RunConfig", "evaluate", "load_recipe", "resume", "train"]
+__all__ = [
+    "Evaluation",
+    "Run",
+    "RunConfig",
+    "compare",
+    "evaluate",
+    "load_comparison",
+    "load_recipe",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     "Evaluation": "sapo.evaluation",
     "Run": "sapo.session",
     "RunConfig": "sapo.config",
+    "compare": "sapo.comparing",
     "evaluate": "sapo.evaluation_order",
+    "load_comparison": "sapo.comparing",
     "load_recipe": "sapo.recipe",
     "resume": "sapo.session",
     "train": "sapo.session",
