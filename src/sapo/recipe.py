@@ -188,7 +188,7 @@ def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    recipes = known_recipes()
+    recipes = _shipped()
     if str(name_or_path) in recipes:
         return recipes[str(name_or_path)]
     if path.is_dir() and (path / "config.yaml").is_file():
