@@ -47,7 +47,7 @@ def test_each_arm_is_run_at_each_rate_and_seed_on_what_all_share(tmp_path: Path)
         assert (config.train.steps, config.rollout.prompts_per_step, config.threads) == (7, 4, 1)
         assert config.run_dir == str(tmp_path / "runs" / run.name)
         hyper = {"tau_pos": 1.0, "tau_neg": 2.0} if run.arm == "soft" else {"eps_low": 0.1}
-        assert config.objective.hyperparameters == hyper, "an arm of another objective has none of the recipe's settings"
+        assert config.objective.hyperparameters == hyper, "of the recipe's objective an arm of another has nothing"
 
 
 def test_seeds_are_counted_from_the_recipes_own(tmp_path: Path) -> None:
@@ -76,7 +76,12 @@ def test_quick_is_the_recipes_small_form_or_a_default_one(tmp_path: Path) -> Non
     plan = load_comparison(write(tmp_path), quick=True)
     assert (plan.name, plan.base.train.steps, plan.learning_rates, plan.seeds) == ("mine-quick", 2, (3e-4,), (0,))
     plan = load_comparison(write(tmp_path, quick=None, settings={"train.steps": 50}), quick=True)
-    assert (plan.base.train.steps, plan.base.eval.problems, plan.learning_rates, plan.seeds) == (20, 64, (1e-4,), (0, 1))
+    assert (plan.base.train.steps, plan.base.eval.problems, plan.learning_rates, plan.seeds) == (
+        20,
+        64,
+        (1e-4,),
+        (0, 1),
+    )
     plan = load_comparison(write(tmp_path), ["train.steps=4"], learning_rates=[1e-3], quick=True)
     assert (plan.base.train.steps, plan.learning_rates) == (4, (1e-3,)), "what is said aloud goes before the small form"
 
@@ -110,9 +115,15 @@ def test_every_shipped_comparison_is_valid_in_full_and_quick(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": {"a": {"objective": {"nam": "grpo"}}}, "baseline": None}, "arm a: objective: unknown setting"),
-        ({"arms": {"a": {"objectiv.name": "grpo"}}, "baseline": None}, "arm a: unknown key objectiv; did you mean objective?"),
-        ({"arms": {"a": {"objective.name": "gropo"}}, "baseline": None}, "arm a: objective: unknown objective 'gropo'"),
+        (
+            {"arms": {"a": {"objective": {"nam": "grpo"}}}, "baseline": None},
+            "arm a: objective: hyperparameter of",
+        ),
+        (
+            {"arms": {"a": {"objectiv.name": "grpo"}}, "baseline": None},
+            "arm a: unknown key objectiv; did you mean",
+        ),
+        ({"arms": {"a": {"objective.name": "gropo"}}, "baseline": None}, "got 'gropo'; did you mean 'grpo'?"),
         ({"arms": {}}, "a comparison needs arms; got none"),
         ({"arms": {"a/b": {}}}, "letters, digits"),
         ({"arm": {}}, "unknown key arm; did you mean arms?"),
@@ -177,9 +188,10 @@ def test_the_directory_of_another_comparison_is_refused(tmp_path: Path) -> None:
     check_directory(begun, plan)
     with pytest.raises(ConfigError, match=r"with seeds=\[5, 8\] where this one has \[5\]; `sapo compare"):
         check_directory(begun, load_comparison(write(tmp_path, seeds=[5])))
+    arms = {**COMPARISON["arms"], "hard": {"objective.name": "grpo", "objective.eps_low": 0.3}}
+    other = load_comparison(write(tmp_path, arms=arms))
     with pytest.raises(ConfigError, match=r"with arms\.hard\.objective\.eps_low=0\.1 where this one has 0\.3"):
-        arms = {**COMPARISON["arms"], "hard": {"objective.name": "grpo", "objective.eps_low": 0.3}}
-        check_directory(begun, load_comparison(write(tmp_path, arms=arms)))
+        check_directory(begun, other)
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "precious.txt").write_text("mine")
