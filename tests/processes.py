@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE = 120.0  # seconds; a limit for a hung process, not a measurement
+PATIENCE = 300.0  # seconds; a limit for a hung process, not a measurement
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from sapo.completion import complete_model, complete_recipe, complete_run, complete_task
+from sapo.completion import (
+    complete_comparison,
+    complete_model,
+    complete_objective,
+    complete_recipe,
+    complete_run,
+    complete_task,
+)
 
 # How bash cuts a line into words: at blanks, and at the characters of COMP_WORDBREAKS, each a word of its own.
 SCRIPT = r"""
@@ -113,6 +120,11 @@ def test_names_of_files_are_offered_with_the_directories_on_the_way(
     assert complete_model("models/") == ["models/mine"]
     assert complete_task("row") == ["rows.jsonl"]
     assert complete_recipe("no") == []
+    (place / "comparisons" / "mine").mkdir(parents=True)
+    (place / "comparisons" / "mine" / "comparison.yaml").write_text("arms: {}\n")
+    assert complete_comparison("comp") == ["comparisons/mine", "comparisons/"]
+    assert complete_comparison("paper_fig5") == ["paper_fig5"]
+    assert complete_objective("sapo,gsp") == ["sapo,gspo", "sapo,gspo_token"]
     assert {"quickstart", "moe_quickstart", "mine.yaml"} <= set(complete_recipe(""))
 
 

@@ -29,6 +29,7 @@ FLOORS = (
         "export",
         "evaluation_order",
         "evaluation_plan",
+        "comparing",
         "generation",
         "doctor",
         "progress",

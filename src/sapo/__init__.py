@@ -22,6 +22,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 if TYPE_CHECKING:
+    from sapo.comparing import compare, load_comparison
     from sapo.config import RunConfig
     from sapo.evaluation import Evaluation
     from sapo.evaluation_order import evaluate
@@ -30,13 +31,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Evaluation", "Run", "RunConfig", "evaluate", "load_recipe", "resume", "train"]
+__all__ = [
+    "Evaluation",
+    "Run",
+    "RunConfig",
+    "compare",
+    "evaluate",
+    "load_comparison",
+    "load_recipe",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     "Evaluation": "sapo.evaluation",
     "Run": "sapo.session",
     "RunConfig": "sapo.config",
+    "compare": "sapo.comparing",
     "evaluate": "sapo.evaluation_order",
+    "load_comparison": "sapo.comparing",
     "load_recipe": "sapo.recipe",
     "resume": "sapo.session",
     "train": "sapo.session",

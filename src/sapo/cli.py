@@ -16,8 +16,10 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from sapo.commands.compare import compare
 from sapo.commands.doctor import doctor
-from sapo.commands.evaluate import compare, evaluate
+from sapo.commands.evaluate import compare as compare_evaluations
+from sapo.commands.evaluate import evaluate
 from sapo.commands.export import export
 from sapo.commands.generate import generate
 from sapo.commands.terminal import StopSignal, console, errors, say, stop_signals
@@ -158,8 +160,9 @@ def conformance(
         raise typer.Exit(1)
 
 
+app.command()(compare)
 app.command(name="eval")(evaluate)
-app.command(name="eval-compare")(compare)
+app.command(name="eval-compare")(compare_evaluations)
 app.command()(generate)
 app.command()(export)
 app.command()(doctor)
@@ -199,9 +202,10 @@ def _is_users_mistake(error: ValueError) -> bool:
 
 def _is_runs_failure(error: RuntimeError) -> bool:
     from sapo.coldstart import ColdStartError
+    from sapo.comparing.processes import RunProcessError
     from sapo.training.trainer import NonFiniteError
 
-    return isinstance(error, NonFiniteError | ColdStartError)
+    return isinstance(error, NonFiniteError | ColdStartError | RunProcessError)
 
 
 def _fail(message: str, code: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
-MODEL_FILE, RUN_FILE = "config.json", "config.yaml"
+MODEL_FILE, RUN_FILE, COMPARISON_FILE = "config.json", "config.yaml", "comparison.yaml"
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -25,6 +25,21 @@ def complete_recipe(incomplete: str) -> list[str]:
 def complete_run(incomplete: str) -> list[str]:
     """Run directories: those with a config.yaml."""
     return _starting_with(incomplete, [*_runs(), *_paths(incomplete, lambda p: (p / RUN_FILE).is_file())])
+
+
+def complete_comparison(incomplete: str) -> list[str]:
+    """Recipes, and directories of comparisons that were begun."""
+    begun = sorted(str(f.parent) for f in Path("comparisons").glob(f"*/{COMPARISON_FILE}"))
+    elsewhere = _paths(incomplete, lambda p: (p / COMPARISON_FILE).is_file())
+    return _starting_with(incomplete, [*complete_recipe(incomplete), *begun, *elsewhere])
+
+
+def complete_objective(incomplete: str) -> list[str]:
+    """Objectives between commas."""
+    from sapo.objectives import OBJECTIVES
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in OBJECTIVES if name.startswith(last)]
 
 
 def complete_model(incomplete: str) -> list[str]:

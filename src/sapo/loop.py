@@ -297,7 +297,7 @@ class TrainingRun:
             evaluations = [self._evaluate_task(task) for task in self.tasks.held_out]
         for evaluation in evaluations:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
-            self._append({**record, "timing": {"seconds": evaluation.seconds}})
+            self._append({**record, "correct": evaluation.correct, "timing": {"seconds": evaluation.seconds}})
             prefix = "eval/" if len(evaluations) == 1 else f"eval/{evaluation.task}/"
             self.loggers.log(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
         figures = evaluations[0].metrics()

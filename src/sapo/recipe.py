@@ -6,9 +6,12 @@ nearest known name.
 
 from __future__ import annotations
 
+import copy
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -18,6 +21,10 @@ from pydantic import BaseModel, ValidationError
 from sapo.config import ConfigError, ObjectiveConfig, PromptConfig, RunConfig, nearest
 from sapo.objectives import OBJECTIVES
 
+Settings = TypeVar("Settings", bound=BaseModel)
+
+_ARMS = re.compile(r"^arms:", re.MULTILINE)
+
 
 def recipe_directories() -> list[Path]:
     """Where recipes are found by name: inside the installed package, or beside a source checkout."""
@@ -26,7 +33,16 @@ def recipe_directories() -> list[Path]:
 
 
 def known_recipes() -> dict[str, Path]:
-    """Recipe name -> file."""
+    """Name -> file of the recipes of a run."""
+    return {name: file for name, file in _shipped().items() if not _ARMS.search(file.read_text(encoding="utf-8"))}
+
+
+def known_comparisons() -> dict[str, Path]:
+    """Name -> file of the recipes of a comparison: those with arms."""
+    return {name: file for name, file in _shipped().items() if _ARMS.search(file.read_text(encoding="utf-8"))}
+
+
+def _shipped() -> dict[str, Path]:
     return {f.stem: f for d in reversed(recipe_directories()) for f in sorted(d.glob("*.yaml"))}
 
 
@@ -40,6 +56,21 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
     Raises:
         ConfigError: with one line per mistake.
     """
+    path, raw = read_recipe(name_or_path)
+    if "arms" in raw:
+        raise ConfigError(f"{path} is a comparison of runs, not a run; `sapo compare {name_or_path}` makes them")
+    config = resolve_recipe(raw, overrides or [], path)
+    if config.run_dir is None:
+        config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
+    return config
+
+
+def read_recipe(name_or_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, of a run or a comparison, and what it says.
+
+    Raises:
+        ConfigError: no such recipe, or no mapping of settings.
+    """
     path = _find_recipe(name_or_path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -47,23 +78,30 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
-    changes = [parse_override(override) for override in overrides or []]
-    _drop_settings_of_another_objective(raw, dict(changes).get("objective.name"))
-    merged = OmegaConf.create(raw)
+    return path, raw
+
+
+def resolve_recipe(raw: Mapping[str, Any], overrides: list[str], where: str | os.PathLike[str]) -> RunConfig:
+    """What a recipe's file says, overridden and checked; errors name it by `where`.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    settings = copy.deepcopy(dict(raw))
+    changes = [parse_override(override) for override in overrides]
+    _drop_settings_of_another_objective(settings, dict(changes).get("objective.name"))
+    merged = OmegaConf.create(settings)
     for key, value in changes:
         try:
             OmegaConf.update(merged, key, value, merge=True, force_add=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{key} is not a place in {path}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{key} is not a place in {where}: {str(error).splitlines()[0]}") from error
     try:
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
-    config = parse_recipe({str(k): v for k, v in resolved.items()})
-    if config.run_dir is None:
-        config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
-    return config
+    return parse_recipe({str(k): v for k, v in resolved.items()})
 
 
 def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
@@ -87,10 +125,19 @@ def parse_recipe(settings: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: with one line per mistake.
     """
+    return parse_settings(RunConfig, settings)
+
+
+def parse_settings(model: type[Settings], settings: Mapping[str, Any]) -> Settings:
+    """The same for settings of any kind.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
     try:
-        return RunConfig.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from error
 
 
 def parse_prompt(settings: dict[str, Any]) -> PromptConfig:
@@ -103,7 +150,7 @@ def parse_prompt(settings: dict[str, Any]) -> PromptConfig:
         return PromptConfig.model_validate(settings)
     except ValidationError as error:
         mistakes = [{**e, "loc": ("prompt", *e["loc"])} for e in error.errors()]
-        raise ConfigError("\n".join(_explain(e) for e in mistakes)) from error
+        raise ConfigError("\n".join(_explain(e, RunConfig) for e in mistakes)) from error
 
 
 # What may change in mid-run: how long it goes on, what is written, and the way out of a divergence.
@@ -142,7 +189,7 @@ def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    recipes = known_recipes()
+    recipes = _shipped()
     if str(name_or_path) in recipes:
         return recipes[str(name_or_path)]
     if path.is_dir() and (path / "config.yaml").is_file():
@@ -182,12 +229,12 @@ def _as_number(text: str) -> Any:
         return text
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     """One line for one validation error: key, rule, value, way out."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
+        section = _section_at(location[:-1], root)
         known = list(section.model_fields) if section is not None else []
         return f"unknown key {key}{nearest(location[-1], known, prefix='.'.join(location[:-1]))}"
     if error["type"] == "missing":
@@ -198,9 +245,9 @@ def _explain(error: dict[str, Any]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}; got {error['input']!r}"
 
 
-def _section_at(location: list[str]) -> type[BaseModel] | None:
+def _section_at(location: list[str], root: type[BaseModel]) -> type[BaseModel] | None:
     """The model class that the keys of a location belong to."""
-    section: type[BaseModel] = RunConfig
+    section = root
     for part in location:
         if part.isdigit() or part not in section.model_fields:
             return None

@@ -172,6 +172,11 @@ class Evaluation:
         )
 
     @property
+    def correct(self) -> list[int]:
+        """(P,) c of each problem, in order: what comparisons of runs are paired by."""
+        return [count_right(problem, self.threshold) for problem in self.answered]
+
+    @property
     def seconds(self) -> float:
         """Of generation and scoring together."""
         return self.clock.seconds

@@ -138,7 +138,7 @@ def difference(path: Path, asked: Mapping[str, Any]) -> str | None:
     except (ValueError, KeyError, TypeError):
         return "a config.json that is not of an evaluation"
     here = json.loads(json.dumps(asked))
-    for key, (a, b) in _differing(there, here):
+    for key, (a, b) in differing(there, here):
         return f"another evaluation, with {key}={a} where this one has {b}"
     return None
 
@@ -158,12 +158,17 @@ def read_completions(directory: Path) -> list[Answered]:
         raise ConfigError(f"{file} is not what an evaluation writes: {error}") from error
 
 
-def _differing(there: Any, here: Any, prefix: str = "") -> list[tuple[str, tuple[str, str]]]:
+def differing(there: Any, here: Any, prefix: str = "") -> list[tuple[str, tuple[str, str]]]:
+    """Where two JSON values differ: dotted key, and both values in brief.
+
+    >>> differing({"task": {"name": "add4"}}, {"task": {"name": "add2"}})
+    [('task.name', ('"add4"', '"add2"'))]
+    """
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             found
             for key in dict.fromkeys((*here, *there))
-            for found in _differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
+            for found in differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
         ]
     return [] if there == here else [(prefix, (_brief(there), _brief(here)))]
 

@@ -1,0 +1,111 @@
+"""The directory of a comparison: what it leaves behind, and what it needs to be taken up again.
+
+comparisons/NAME/comparison.yaml   what is compared, resolved: `sapo compare comparisons/NAME` goes on with it
+                 runs/             ARM-lrRATE-seedK/: ordinary run directories; failure.json in one that broke
+                 logs/             ARM-lrRATE-seedK.txt: what the process of a run wrote to standard error
+                 results.json      every run and every figure; the clock only in "timing"
+                 table.md          the same to be read
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from sapo.comparing.plan import ComparisonPlan
+from sapo.comparing.recipe import load_comparison
+from sapo.config import ConfigError
+from sapo.evaluation.store import differing
+from sapo.files import lock_directory, write_whole
+from sapo.rollout.engine import Interrupted
+
+COMPARISON_FILE = "comparison.yaml"
+
+
+class ComparisonDirectory:
+    """The files of one comparison. Made by `open`; holds a lock, so that no two processes run one comparison.
+
+    Args:
+        path: an existing directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = lock_directory(path)
+        self.runs_lock: IO[str] | None = None
+        """Inherited by the processes of the runs: as long as one of them lives it cannot be had again."""
+
+    @classmethod
+    def open(cls, path: Path, plan: ComparisonPlan) -> ComparisonDirectory:
+        """Make the directory of a comparison, or open that of the same one.
+
+        Raises:
+            ConfigError: it holds something else, or another process is at it.
+        """
+        check_directory(path, plan)
+        path.mkdir(parents=True, exist_ok=True)
+        directory = cls(path)
+        for part in ("runs", "logs"):
+            (path / part).mkdir(exist_ok=True)
+        if not (path / COMPARISON_FILE).exists():
+            header = f"# sapo compare {path}   goes on with this comparison, or shows its table\n"
+            settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
+            write_whole(path / COMPARISON_FILE, header + settings)
+        return directory
+
+    def wait_for_runs(self, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> None:
+        """Wait until the processes that a killed comparison left behind have saved their runs.
+
+        Raises:
+            Interrupted: when `should_stop` says so.
+        """
+        told = False
+        while self.runs_lock is None:
+            try:
+                self.runs_lock = lock_directory(self.path / "runs")
+            except ConfigError:
+                if not told:
+                    tell("waiting for runs of an earlier process, which was killed, to save themselves")
+                told = True
+                if should_stop():
+                    raise Interrupted from None
+                time.sleep(0.1)
+
+    def write_results(self, results: Mapping[str, Any], table: str) -> None:
+        """Write results.json and table.md, each whole."""
+        write_whole(self.path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_whole(self.path / "table.md", table)
+
+    def close(self) -> None:
+        """Give the locks back."""
+        if self.runs_lock is not None:
+            self.runs_lock.close()
+        self._lock.close()
+
+
+def check_directory(path: Path, plan: ComparisonPlan) -> None:
+    """Refuse a directory that holds anything but this comparison.
+
+    Raises:
+        ConfigError: naming what it holds.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file; name a directory with --out")
+    if not (path / COMPARISON_FILE).is_file():
+        strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", "runs", "logs"))
+        if strangers or any(p.name != ".lock" for p in (path / "runs").glob("*")):
+            raise ConfigError(f"{path} holds no comparison but {(strangers or ['runs'])[0]}; name another with --out")
+        return
+    there, here = load_comparison(path).to_json(), json.loads(json.dumps(plan.to_json()))
+    for key, (a, b) in differing(there, here):
+        raise ConfigError(
+            f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` goes on "
+            "with it, --out DIR begins another"
+        )

@@ -1,0 +1,215 @@
+"""What one run of a comparison came to, read from its directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sapo.comparing.plan import PlannedRun
+from sapo.config import ConfigError
+from sapo.evaluation.estimates import bootstrap
+
+FAILURE_FILE = "failure.json"
+"""In the directory of a run that stopped itself: why."""
+
+COLLAPSED_BELOW = 0.5
+"""Share of a run's best pass@1 below which its last one is a collapse."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One evaluation of a run on one task.
+
+    >>> Look(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
+    0.5
+    """
+
+    step: int
+    samples: int
+    correct: tuple[int, ...]
+    """Right samples of each held-out problem, in order."""
+
+    @property
+    def rates_P(self) -> np.ndarray:
+        """(P,) pass rate of each problem."""
+        return np.array(self.correct) / self.samples
+
+    @property
+    def pass_at_1(self) -> float:
+        """mean@n."""
+        return float(self.rates_P.mean())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The evaluations of a run on one task, from its start on.
+
+    >>> curve = Curve((Look(0, 1, (1, 0, 0, 0)), Look(10, 1, (1, 1, 1, 0)), Look(20, 1, (1, 0, 0, 0))))
+    >>> curve.best.step, curve.collapsed
+    (10, True)
+    """
+
+    looks: tuple[Look, ...]
+
+    @property
+    def start(self) -> Look:
+        """Before the first step."""
+        return self.looks[0]
+
+    @property
+    def final(self) -> Look:
+        """The last one made."""
+        return self.looks[-1]
+
+    @property
+    def best(self) -> Look:
+        """The highest pass@1, the first of equals: a maximum over the evaluations, and flattering."""
+        return max(self.looks, key=lambda look: look.pass_at_1)
+
+    @property
+    def collapsed(self) -> bool:
+        """The last pass@1 is below half of the best, or below the start by more than its problems explain.
+
+        The latter: the 95% interval of the mean of final less start over problems lies below 0.
+        """
+        if self.final.pass_at_1 < COLLAPSED_BELOW * self.best.pass_at_1:
+            return True
+        return bootstrap(self.final.rates_P - self.start.rates_P).high < 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: how it ended, and its curve on each task.
+
+    `Outcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
+    """
+
+    name: str
+    arm: str
+    learning_rate: float
+    seed: int
+    state: Literal["finished", "failed", "unfinished"]
+    """failed: it stopped itself, as for a loss that is not finite."""
+    reason: str | None
+    """Why it failed."""
+    steps: int
+    """Whole steps done."""
+    curves: Mapping[str, Curve]
+    """By task; none before the first evaluation."""
+    tokens: Mapping[str, int]
+    """generated and trained; those of a run that failed are not counted, and missing."""
+    warnings: tuple[Mapping[str, Any], ...] | None
+    """Step, cause and whether it is a collapse, of each early warning; None where there are no rules for them."""
+    seconds: Mapping[str, float] = field(compare=False)
+    """By phase; of a finished run."""
+
+    @classmethod
+    def of(cls, run: PlannedRun) -> Outcome:
+        """Read a run, as far as it has come.
+
+        Raises:
+            ConfigError: its files are not those of a run.
+        """
+        records = read_metrics(run.directory)
+        summary, failure = (_json(run.directory / name) for name in ("summary.json", FAILURE_FILE))
+        finished = summary is not None and summary["steps"] >= run.config.train.steps
+        state: Any = "finished" if finished else "failed" if failure is not None else "unfinished"
+        return cls(
+            name=run.name,
+            arm=run.arm,
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            state=state,
+            reason=failure["reason"] if failure is not None and state == "failed" else None,
+            steps=max((r["step"] for r in records if r["kind"] == "step"), default=0),
+            curves=_curves(records),
+            tokens=summary["tokens"] if summary is not None and finished else {},
+            warnings=early_warnings(records),
+            seconds=summary["seconds"] if summary is not None and finished else {},
+        )
+
+    @property
+    def ended(self) -> bool:
+        """There is nothing left to do for it."""
+        return self.state != "unfinished"
+
+    def collapsed(self, task: str) -> bool:
+        """Its curve collapsed, or it failed."""
+        return self.state == "failed" or self.curves[task].collapsed
+
+    def final_rates_P(self, task: str) -> np.ndarray:
+        """(P,) pass rate of each problem in the end: 0 of a run that failed, which has no model at its last step."""
+        rates = self.curves[task].final.rates_P
+        return np.zeros_like(rates) if self.state == "failed" else rates
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json has it; the clock only in "timing"."""
+        return {
+            "name": self.name,
+            "arm": self.arm,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "state": self.state,
+            **({"reason": self.reason} if self.reason is not None else {}),
+            "steps": self.steps,
+            "tasks": {
+                task: {
+                    "start": curve.start.pass_at_1,
+                    "final": curve.final.pass_at_1 if self.state == "finished" else None,
+                    "best": curve.best.pass_at_1,
+                    "best_step": curve.best.step,
+                    "collapsed": self.collapsed(task) if self.ended else None,
+                    "pass@1": [[look.step, look.pass_at_1] for look in curve.looks],
+                }
+                for task, curve in self.curves.items()
+            },
+            "tokens": dict(self.tokens),
+            "warnings": None if self.warnings is None else [dict(w) for w in self.warnings],
+            "timing": {"seconds": dict(self.seconds)},
+        }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl; none of a run that has not begun.
+
+    Raises:
+        ConfigError: a line that no run wrote.
+    """
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last one
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"{file} is not what a run writes: {error}; move {run} away to make it again") from error
+
+
+def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...] | None:
+    """What the rules of early warning find in a run's metrics; None in a build without them."""
+    try:
+        from sapo.diagnostics.warnings import replay_warnings
+    except ImportError:
+        return None
+    return tuple({"step": w.step, "cause": w.cause, "collapse": w.collapse} for w in replay_warnings(records))
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    looks: dict[str, list[Look]] = {}
+    for record in records:
+        if record["kind"] == "eval" and "correct" in record:
+            look = Look(record["step"], record["samples"], tuple(record["correct"]))
+            looks.setdefault(record["task"], []).append(look)
+    return {task: Curve(tuple(of_task)) for task, of_task in looks.items()}
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,78 @@
+"""What a person sees of a comparison: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sapo.commands.comparison_display import ComparisonDisplay
+from sapo.comparing.comparison import find_places
+from sapo.comparing.outcomes import Outcome
+from sapo.comparing.plan import ComparisonPlan
+from sapo.comparing.processes import Event, Places
+from sapo.config import ConfigError, RunConfig
+
+BASE = {"model": {"path": "m"}, "tasks": [{"name": "arithmetic"}], "train": {"steps": 40}}
+
+
+def told(console: Console, directory: Path) -> None:
+    """Two runs: one ends well, one breaks."""
+    arms = {"soft": {"objective.name": "sapo"}, "hard": {"objective.name": "grpo"}}
+    plan = ComparisonPlan.of("mine", BASE, arms, learning_rates=[2e-4], seeds=[3])
+    soft, hard = plan.runs(directory)
+    with ComparisonDisplay(console, plan) as display:
+        display.runs([Outcome.of(soft), Outcome.of(hard)], Places(2))
+        for run in (soft, hard):
+            display.event(Event(run.name, "began"))
+            display.event(Event(run.name, "eval", {"step": 0, "task": "add4", "pass_at_1": 0.25}))
+            display.event(Event(run.name, "eval", {"step": 0, "task": "other", "pass_at_1": 0.9}))
+            display.event(Event(run.name, "step", {"step": 7, "reward": 0.5}))
+        display.event(Event(soft.name, "eval", {"step": 40, "task": "add4", "pass_at_1": 0.75}))
+        display.event(Event(soft.name, "finished"))
+        display.event(Event(hard.name, "failed", {"reason": "step 8: [red]the loss[/red] is nan"}))
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path: Path) -> None:
+    out = io.StringIO()
+    told(Console(file=out, width=100), tmp_path)
+    first, well, broken = out.getvalue().splitlines()
+    assert first == "2 runs of 40 steps, 2 at a time"
+    assert well.startswith("soft-lr2e-4-seed3: pass@1 0.250 -> 0.750 (1 of 2, ")
+    assert broken.startswith("hard-lr2e-4-seed3: failed: step 8: [red]the loss[/red] is nan (2 of 2, ")
+
+
+def test_on_a_terminal_a_table_shows_every_run_as_it_is(tmp_path: Path) -> None:
+    out = io.StringIO()
+    told(Console(file=out, width=100, force_terminal=True, color_system=None), tmp_path)
+    shown = out.getvalue()
+    for text in ("seed 3", "0 of 2 runs", ".250 7/40", "waiting", "2 of 2 runs", ".750", ".250 failed"):
+        assert text in shown, text
+    assert ".900" not in shown, "the first task is shown"
+
+
+def places(threads: int, cores: int, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Places:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    return find_places(RunConfig.model_validate({**BASE, "threads": threads, **settings}))
+
+
+def test_as_many_runs_go_side_by_side_as_the_cores_bear(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert places(1, 6, monkeypatch, device="cpu") == Places(6)
+    assert places(4, 6, monkeypatch, device="cpu") == Places(1)
+    assert places(8, 6, monkeypatch, device="cpu") == Places(1)
+    with pytest.raises(ConfigError, match="--jobs must be 1 or more; got 0"):
+        find_places(RunConfig.model_validate(BASE), 0)
+
+
+def test_each_gpu_gets_a_run_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    by_default = find_places(RunConfig.model_validate(BASE))
+    assert by_default == Places(2, ("0", "1"))
+    assert [by_default.environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert find_places(RunConfig.model_validate(BASE), 4) == Places(4, ("5", "7"))
+    assert find_places(RunConfig.model_validate({**BASE, "device": "cuda:1"})) == Places(1)

@@ -1,0 +1,179 @@
+"""The figures of a comparison from the records of its runs; expected numbers are counted by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sapo.comparing.outcomes import FAILURE_FILE, Curve, Look, Outcome
+from sapo.comparing.plan import ComparisonPlan
+from sapo.comparing.results import ComparisonResults
+from sapo.comparing.table import as_markdown
+from sapo.evaluation.estimates import bootstrap, bootstrap_crossed
+
+BASE = {
+    "model": {"path": "m"},
+    "tasks": [{"name": "arithmetic"}],
+    "train": {"steps": 2},
+    "eval": {"problems": 4, "samples": 2},
+}
+
+
+def a_plan(rates: Sequence[float] = (1e-4,), seeds: Sequence[int] = (0, 1)) -> ComparisonPlan:
+    arms = {"a": {"objective.name": "sapo"}, "b": {"objective.name": "grpo"}}
+    return ComparisonPlan.of("mine", BASE, arms, learning_rates=list(rates), seeds=list(seeds))
+
+
+def write_run(run: Path, looks: Sequence[Sequence[int]], end: str = "finished") -> None:
+    """A run of one evaluation per step, of problems with two samples each."""
+    run.mkdir(parents=True)
+    lines = []
+    for step, correct in enumerate(looks):
+        lines.append({"kind": "eval", "step": step, "task": "add4", "samples": 2, "correct": list(correct)})
+        lines.append({"kind": "step", "step": step + 1})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if end == "finished":
+        summary = {"steps": 2, "tokens": {"generated": 100}, "seconds": {"total": 3.0}}
+        (run / "summary.json").write_text(json.dumps(summary))
+    elif end == "failed":
+        (run / FAILURE_FILE).write_text(json.dumps({"reason": "step 2: the loss is nan"}))
+
+
+def results_of(directory: Path, plan: ComparisonPlan, runs: dict[str, tuple]) -> ComparisonResults:
+    for name, (looks, *end) in runs.items():
+        write_run(directory / "runs" / name, looks, *end)
+    return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(directory)])
+
+
+def test_means_differences_and_bests_are_those_counted_by_hand(tmp_path: Path) -> None:
+    results = results_of(
+        tmp_path,
+        a_plan(),
+        {
+            "a-lr1e-4-seed0": ([[1, 0, 0, 0], [2, 2, 2, 0], [2, 2, 0, 0]],),
+            "a-lr1e-4-seed1": ([[1, 0, 0, 0], [1, 0, 0, 0], [2, 2, 2, 2]],),
+            "b-lr1e-4-seed0": ([[1, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0]],),
+            "b-lr1e-4-seed1": ([[1, 0, 0, 0], [1, 0, 0, 0], [2, 2, 1, 1]],),
+        },
+    )
+    a, b = results.cells
+    assert (a.arm, a.seeds, a.failed, a.collapsed) == ("a", (0, 1), (), 0)
+    assert a.start.value == 1 / 8
+    assert a.final.value == (4 + 8) / 16
+    assert a.best.value == (6 + 8) / 16, "the best of seed 0 is its middle evaluation"
+    assert a.difference is None
+    assert b.final.value == (2 + 6) / 16
+    assert b.difference.value == pytest.approx((8 - 12) / 16)
+    assert a.tokens == {"generated": 100.0}
+    assert a.seconds == {"total": 3.0}
+
+
+def test_the_interval_of_a_difference_is_that_of_pairs(tmp_path: Path) -> None:
+    # Problems differ as much as they can; on each of them, after each seed, b is right once less in two.
+    results = results_of(
+        tmp_path,
+        a_plan(),
+        {
+            "a-lr1e-4-seed0": ([[0] * 4, [0] * 4, [2, 2, 1, 1]],),
+            "a-lr1e-4-seed1": ([[0] * 4, [0] * 4, [1, 1, 2, 2]],),
+            "b-lr1e-4-seed0": ([[0] * 4, [0] * 4, [1, 1, 0, 0]],),
+            "b-lr1e-4-seed1": ([[0] * 4, [0] * 4, [0, 0, 1, 1]],),
+        },
+    )
+    difference = results.cells[1].difference
+    assert (difference.value, difference.low, difference.high) == (-0.5, -0.5, -0.5)
+    assert results.cells[1].final.low < results.cells[1].final.high
+
+
+def test_a_run_that_failed_is_a_collapse_counts_as_0_and_says_why(tmp_path: Path) -> None:
+    results = results_of(
+        tmp_path,
+        a_plan(),
+        {
+            "a-lr1e-4-seed0": ([[1, 1, 1, 1], [2, 2, 2, 2]], "failed"),
+            "a-lr1e-4-seed1": ([[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]],),
+            "b-lr1e-4-seed0": ([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],),
+        },
+    )
+    a, b = results.cells
+    assert (a.failed, a.collapsed, a.final.value, a.best.value) == ((0,), 1, 0.5, 1.0)
+    assert (b.seeds, b.difference.value) == ((0,), 0.5), "b's seed 1 has not ended: seed 0 alone is compared"
+    record = results.to_json()
+    failed = record["runs"][0]
+    assert (failed["state"], failed["reason"]) == ("failed", "step 2: the loss is nan")
+    assert failed["tasks"]["add4"]["final"] is None, "what was not measured is not written as 0"
+    table = as_markdown(results)
+    assert "a-lr1e-4-seed0 failed: step 2: the loss is nan" in table
+    assert "not ended, and in no figure: b-lr1e-4-seed1" in table
+    assert "| x 1.000 |" in table
+
+
+def test_each_arm_is_also_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
+    none, half, all_right = [0] * 4, [1] * 4, [2] * 4
+    results = results_of(
+        tmp_path,
+        a_plan(rates=(1e-4, 2e-4), seeds=(0,)),
+        {
+            "a-lr1e-4-seed0": ([none, none, all_right],),
+            "a-lr2e-4-seed0": ([none, none, none],),
+            "b-lr1e-4-seed0": ([none, none, none],),
+            "b-lr2e-4-seed0": ([none, none, half],),
+        },
+    )
+    a, b = results.tuned
+    assert (a.learning_rate, a.final.value, a.difference) == (1e-4, 1.0, None)
+    assert (b.learning_rate, b.final.value, b.difference.value) == (2e-4, 0.5, -0.5)
+    assert [c.difference.value for c in results.cells if c.arm == "b"] == [-1.0, 0.5], "same rate against same rate"
+
+
+def test_every_run_is_in_the_table(tmp_path: Path) -> None:
+    plan = a_plan()
+    table = as_markdown(results_of(tmp_path, plan, {"a-lr1e-4-seed0": ([[2, 0, 0, 0]] * 3,)}))
+    for run in plan.runs(tmp_path):
+        assert f"| {run.name} |" in table
+    assert "| a-lr1e-4-seed0 | finished | 0.250 | 0.250 (0) | 0.250 | no | 100 | 3 |" in table
+
+
+@pytest.mark.parametrize(
+    ("looks", "collapsed"),
+    [
+        ([[1, 1, 1, 1], [2, 2, 2, 2], [1, 1, 1, 1]], False),  # half of the best, no less
+        ([[1, 1, 1, 1], [2, 2, 2, 2], [1, 1, 1, 0]], True),
+        ([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], False),
+        ([[2, 1, 2, 1], [1, 2, 1, 1]], False),  # below the start by less than problems differ
+        ([[2] * 40, [2] * 30 + [1] * 10], True),  # below it on a quarter of the problems, above it on none
+    ],
+)
+def test_a_collapse_is_a_fall_below_half_of_the_best_or_below_the_start(looks: list, collapsed: bool) -> None:
+    curve = Curve(tuple(Look(step, 2, tuple(correct)) for step, correct in enumerate(looks)))
+    assert curve.collapsed == collapsed
+
+
+def test_a_metrics_file_cut_in_a_line_is_read_up_to_it(tmp_path: Path) -> None:
+    plan = a_plan()
+    run = plan.runs(tmp_path)[0]
+    write_run(run.directory, [[2, 2, 2, 2]], end="unfinished")
+    with (run.directory / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "eval", "st')
+    outcome = Outcome.of(run)
+    assert (outcome.state, outcome.ended, len(outcome.curves["add4"].looks)) == ("unfinished", False, 1)
+
+
+def test_seeds_widen_an_interval_that_is_over_problems_alone_otherwise() -> None:
+    generator = np.random.Generator(np.random.PCG64(0))
+    problems = generator.random(200)
+    same, apart = np.stack([problems] * 3), np.stack([problems, problems + 0.3, problems - 0.3])
+    alone = bootstrap(problems)
+    over_one, over_same, over_apart = map(bootstrap_crossed, (problems[None], same, apart))
+    width = lambda e: e.high - e.low  # noqa: E731
+    # Resampling equal seeds changes nothing, so all three are the bootstrap over problems, up to other draws.
+    assert width(over_one) == pytest.approx(width(alone), rel=0.1)
+    assert width(over_same) == pytest.approx(width(alone), rel=0.1)
+    # Means of three draws with replacement of (0, .3, -.3) have a deviation of sqrt(.06 / 3) = .141, so the interval is
+    # far wider than the .08 of the problems; its ends are those of a discrete distribution, hence a bound.
+    assert 0.4 < width(over_apart) < 0.8
+    assert over_apart.value == pytest.approx(problems.mean())
