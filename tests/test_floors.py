@@ -21,6 +21,7 @@ FLOORS = (
         "memory",
         "listener",
         "self_check",
+        "sampler",
         "loop",
         "dry_run",
         "session",

@@ -216,4 +216,13 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
         reference_logprobs_M=(
             torch.tensor(reference_logprobs, dtype=torch.float32, device=device) if reference_logprobs else None
         ),
+        sampler_logprobs_M=_sampler_logprobs(members, device),
     )
+
+
+def _sampler_logprobs(members: Sequence[_Member], device: torch.device | str) -> torch.Tensor | None:
+    """log mu of the members' tokens, where log pi_old is not the same."""
+    completions = [m.completion for m in members]
+    if not all(c.old_logprobs for c in completions):
+        return None
+    return torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32, device=device)

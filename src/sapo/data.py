@@ -197,6 +197,8 @@ class PackedBatch:
     """Position of each sequence in the mini-batch it came from, so that results find their way back."""
     reference_logprobs_M: torch.Tensor | None = None
     """log pi_ref of each response token, float32; None without a reference policy."""
+    sampler_logprobs_M: torch.Tensor | None = None
+    """log mu of each response token, float32, under the distribution it was drawn from; None where it is log pi_old."""
 
     @property
     def num_tokens(self) -> int:

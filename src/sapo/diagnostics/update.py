@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapo.diagnostics.mismatch import MISMATCH_METRICS, mismatch_metrics
 from sapo.objectives import (
     LOG_RATIO_LIMIT,
     discrepancy_bound,
@@ -48,6 +49,7 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
         metrics["entropy"] = result.entropy_M.double().mean().item()
     if result.kl_M is not None:
         metrics["kl"] = result.kl_M.mean().item()
+    metrics |= mismatch_metrics(result)
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
     return metrics
@@ -128,6 +130,7 @@ def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[st
     names = [
         ("", n) for n in ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev")
     ]
+    names += [("", n) for n in MISMATCH_METRICS]
     names += [(f"task/{task}/", n) for task in tasks for n in ("entropy", "gate/eur")]
     metrics: dict[str, float] = {}
     for prefix, name in names:
