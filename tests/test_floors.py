@@ -28,6 +28,7 @@ FLOORS = (
         "export",
         "evaluation_order",
         "evaluation_plan",
+        "diagnose",
         "generation",
         "doctor",
         "progress",

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from sapo.commands.diagnose import diagnose
 from sapo.commands.doctor import doctor
 from sapo.commands.evaluate import compare, evaluate
 from sapo.commands.export import export
@@ -160,6 +161,7 @@ def conformance(
 
 app.command(name="eval")(evaluate)
 app.command(name="eval-compare")(compare)
+app.command()(diagnose)
 app.command()(generate)
 app.command()(export)
 app.command()(doctor)
