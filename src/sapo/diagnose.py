@@ -289,7 +289,7 @@ class _Measured:
                 hidden_MH,
                 self.policy.head_weight,
                 batch.target_M,
-                _fixed(-weight_M * coefficient_M),
+                _fixed(weight_M * coefficient_M),
                 bias_V=self.policy.head_bias,
                 temperature=self.temperature,
                 softcap=self.policy.logit_softcap,
@@ -355,7 +355,7 @@ class _Measured:
 
 
 def _fixed(coefficient_M: Tensor) -> LossAndCoefficient:
-    """The loss that is linear in log pi."""
+    """The value that is linear in log pi; its gradient is the direction of ascent."""
     return lambda logprob, at: ((coefficient_M[at] * logprob).sum(), coefficient_M[at])
 
 
