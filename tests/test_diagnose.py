@@ -50,7 +50,7 @@ def test_without_a_right_answer_there_is_no_gradient_to_compare_with(tmp_path: P
 )
 def test_the_verdict_is_by_the_doses_that_were_tried(dose: float, verdict: str) -> None:
     forces = (Force("sapo", 1.0, 0.0, 0.01), Force("grpo", 0.99, 0.01, 1.4), Force(SYMMETRIC, 0.9, 0.1, 0.0))
-    found = Diagnosis("m", "float8_e4m3fn", "none", ("t",), 8, 100, dose, 10 * dose, 0.5, 1.0, forces)
+    found = Diagnosis("m", "float8_e4m3fn", "none", False, ("t",), 8, 100, dose, 10 * dose, 0.5, 1.0, forces)
     assert found.verdict == verdict
     assert ("sapo would not chase the mismatch" in found.recommendation) == (dose > 0.006)
     assert ("grpo would" in found.recommendation) == (dose > 0.006)

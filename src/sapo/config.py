@@ -339,6 +339,8 @@ class RolloutConfig(_Section):
     sampler_scaling: Literal["none", "tensor", "channel"] = "tensor"
     """What 8-bit weights are scaled by before rounding: by the largest of each matrix, by that of each of its rows, or
     not at all (a plain cast)."""
+    sampler_vectors: bool = False
+    """Round norms and biases as well: no engine does, and it is what makes a small model's mismatch large."""
     sampler_switch: SamplerSwitchConfig | None = None
     """Change `sampler_dtype` in mid-run; null does not."""
     staleness: int = Field(0, ge=0)

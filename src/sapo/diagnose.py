@@ -104,13 +104,14 @@ class Force:
 class Diagnosis:
     """The mismatch of a sampler and what follows from it.
 
-    >>> Diagnosis("m", "float8_e4m3fn", "tensor", ("add4",), 64, 2000, 0.02, 0.3, 0.25, 0.1).verdict
+    >>> Diagnosis("m", "float8_e4m3fn", "tensor", False, ("add4",), 64, 2000, 0.02, 0.3, 0.25, 0.1).verdict
     'harmful to sharp clips'
     """
 
     model: str
     sampler_dtype: str
     sampler_scaling: str
+    sampler_vectors: bool
     tasks: tuple[str, ...]
     completions: int
     tokens: int
@@ -213,6 +214,7 @@ def diagnose(
         model=name or policy.source,
         sampler_dtype=rounding.dtype,
         sampler_scaling=rounding.scaling if rounding.dtype != "bfloat16" else "none",
+        sampler_vectors=rounding.vectors,
         tasks=tuple(o.task.name for o in orders),
         completions=len(rewards),
         tokens=len(deviation_M),

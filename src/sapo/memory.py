@@ -329,7 +329,7 @@ def _generate_parts(
     cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
     logits = rows * vocabulary * 4 * (SAMPLER_LOGITS_CUT if cut else SAMPLER_LOGITS)
     prefill = min(PREFILL_TOKENS, len(prefix_tree([p.token_ids for p in prompts]).token_ids))
-    matrices = [p for p in policy.model.parameters() if p.dim() > 1]
+    matrices = [p for p in policy.model.parameters() if p.dim() > 1 or rollout.sampler_vectors]
     return {
         "rounded weights": 0 if rollout.sampler_is_policy else _bytes_of(matrices),
         "cache of keys and values": rows * length * _cache_bytes_per_token(policy),

@@ -26,7 +26,9 @@ from sapo.model.rounding import Rounding, rounded_weights
 def sampler_weights(policy: Policy, rollout: RolloutConfig, step: int) -> AbstractContextManager[None]:
     """Within it the policy has the weights that the sampler of step 0, 1, ... reads."""
     dtype = rollout.sampler_dtype_at(step)
-    return rounded_weights(policy, None if dtype is None else Rounding(dtype, rollout.sampler_scaling))
+    return rounded_weights(
+        policy, None if dtype is None else Rounding(dtype, rollout.sampler_scaling, rollout.sampler_vectors)
+    )
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,19 @@ def test_matrices_are_rounded_and_come_back_to_the_bit(new_policy, architecture:
         assert torch.equal(parameter, own)
 
 
+def test_vectors_are_rounded_where_asked(new_policy) -> None:
+    policy = new_policy("qwen3")
+    own = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    rounding = Rounding("float8_e4m3fn", "none", vectors=True)
+    with torch.no_grad():
+        policy.model.model.norm.weight.mul_(1.03)  # a norm of 1 is its own rounding
+        own["model.norm.weight"] *= 1.03
+    with rounded_weights(policy, rounding):
+        assert all(torch.equal(p, rounding.round(own[n])) for n, p in policy.model.named_parameters())
+        assert policy.model.model.norm.weight[0] == 1.0, "by hand: e4m3 has 1 and 1.125"
+    assert all(torch.equal(p, own[n]) for n, p in policy.model.named_parameters())
+
+
 def test_tied_weights_are_rounded_as_one(new_policy) -> None:
     policy = new_policy("qwen3")
     embedding = policy.model.get_input_embeddings().weight

@@ -39,6 +39,9 @@ def diagnose(
         str, typer.Option(help="Precision of the sampler: bfloat16, float8_e4m3fn or float8_e5m2.")
     ] = "float8_e4m3fn",
     sampler_scaling: Annotated[str, typer.Option(help="Scales of 8-bit weights: none, tensor or channel.")] = "tensor",
+    sampler_vectors: Annotated[
+        bool, typer.Option("--sampler-vectors", help="Round norms and biases as well, which no engine does.")
+    ] = False,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +78,7 @@ def diagnose(
     from sapo.tables import Progress
 
     try:
-        rounding = Rounding(sampler_dtype, sampler_scaling)
+        rounding = Rounding(sampler_dtype, sampler_scaling, sampler_vectors)
     except ValueError as error:
         raise ConfigError(f"--sampler-{error}") from error
     chosen = _objectives(model, objectives)
@@ -146,9 +149,10 @@ def lines(found: Diagnosis) -> list[str]:
     scaling = {"none": "without scales", "tensor": "a scale a matrix", "channel": "a scale a row"}
     how = "" if found.sampler_dtype == "bfloat16" else f", {scaling[found.sampler_scaling]}"
     no_gradient = found.gradient_norm is None
+    what = "weights, norms and biases too," if found.sampler_vectors else "weights"
     return [
         f"{found.completions} completions of {', '.join(found.tasks)}, {found.tokens} tokens, mean reward "
-        f"{found.reward:.3f}; weights in {found.sampler_dtype}{how}",
+        f"{found.reward:.3f}; {what} in {found.sampler_dtype}{how}",
         f"mean |r - 1| {found.dose:.4f} (99% below {found.dose_p99:.3f}): {found.verdict}",
         *(["no group has rewards that differ, so there is no policy gradient to measure a force by"] * no_gradient),
         f"recommendation: {found.recommendation}",

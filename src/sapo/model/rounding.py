@@ -4,8 +4,8 @@ A weight goes to the narrow dtype and back, so that everything is still computed
 the rounding of the weights alone, not of activations or of the cache, which an engine may round as well.
 
 Matrices are rounded, and stacks of them (the experts of a mixture): the linear layers, router, embedding and head.
-Vectors, the norms and biases, are not: no engine has its norms in 8 bits. Departure from common engines: these keep
-embedding, head and router in 16 bits; here one rule holds for all matrices.
+Vectors, the norms and biases, are not unless asked for: no engine has its norms in 8 bits. Departure from common
+engines: these keep embedding, head and router in 16 bits; here one rule holds for all matrices.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Rounding:
     """What a weight is divided by before it is rounded, and multiplied with after: nothing, or what brings the largest
     of the matrix (tensor), or of each of its rows (channel: one output), to the largest number of the dtype. For 8 bits
     only: the range of bfloat16 is that of float32."""
+    vectors: bool = False
+    """Round norms and biases as well."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ROUNDED_DTYPES:
@@ -74,7 +76,7 @@ class Rounding:
 
 @contextmanager
 def rounded_weights(policy: Policy, rounding: Rounding | None) -> Iterator[None]:
-    """Within it the policy's matrices are their rounded selves; after it they are the tensors they were before.
+    """Within it the policy's matrices, or all its weights, are their rounded selves; after it the tensors they were.
 
     The originals are set aside, not overwritten: they come back to the bit, and whoever reads the policy's parameters
     in between (the engine) reads the rounded ones, tied weights included. Costs a second copy of the weights.
@@ -85,7 +87,7 @@ def rounded_weights(policy: Policy, rounding: Rounding | None) -> Iterator[None]
     if rounding is None:
         yield
         return
-    parameters = [p for p in policy.model.parameters() if p.dim() > 1]
+    parameters = [p for p in policy.model.parameters() if p.dim() > 1 or rounding.vectors]
     kept = [p.data for p in parameters]
     try:
         for parameter in parameters:
