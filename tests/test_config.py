@@ -75,9 +75,15 @@ def test_another_objective_on_a_runs_own_config_is_that_of_its_source_and_keeps_
         return load_recipe(file, [f"objective.name={name}"]).objective.model_dump()
 
     kl = {"coefficient": 0.1, "estimator": "k3", "reference": None}
-    dapo = {"name": "dapo", "normalizer": "token_mean", "advantage": "group_std", "kl": kl}  # DAPO, equation 8
+    dapo = {
+        "name": "dapo",
+        "normalizer": "token_mean",
+        "advantage": "group_std",
+        "kl": kl,
+        "tis": None,
+    }  # DAPO, equation 8
     assert changed_to("dapo") == dapo
-    rloo = {"name": "rloo", "normalizer": "sequence_sum", "advantage": "leave_one_out", "kl": kl}
+    rloo = {"name": "rloo", "normalizer": "sequence_sum", "advantage": "leave_one_out", "kl": kl, "tis": None}
     assert changed_to("rloo") == rloo
     chosen = ["objective.normalizer=constant_length", "objective.advantage=group_mean"]  # neither is SAPO's
     assert changed_to("dapo", *chosen) == {**dapo, "normalizer": "constant_length", "advantage": "group_mean"}

@@ -74,7 +74,7 @@ def test_the_learning_rates_of_a_run_are_those_of_its_schedule(tmp_path: Path, m
 
 def test_the_advantage_setting_reaches_the_groups(build) -> None:
     run, _ = build("objective.advantage=group_mean")
-    for group in run.rollout():
+    for group in run.rollout().groups:
         mean = sum(group.rewards) / len(group.rewards)
         assert group.advantages == pytest.approx([r - mean for r in group.rewards])
 

@@ -218,6 +218,7 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
             torch.tensor(reference_logprobs, dtype=torch.float32, device=device) if reference_logprobs else None
         ),
         experts_Nlk=_pack_experts(members, groups, tree, device),
+        sampler_logprobs_M=_sampler_logprobs(members, device),
     )
 
 
@@ -232,3 +233,11 @@ def _pack_experts(
     spans += [(g.prompt_experts, shared, len(g.prompt.token_ids)) for g in groups]
     spans += [(m.completion.experts, 0, m.num_inputs) for m in members]
     return pack_experts(spans).to(device)
+
+
+def _sampler_logprobs(members: Sequence[_Member], device: torch.device | str) -> torch.Tensor | None:
+    """log mu of the members' tokens, where log pi_old is not the same."""
+    completions = [m.completion for m in members]
+    if not all(c.old_logprobs for c in completions):
+        return None
+    return torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32, device=device)

@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from sapo.commands.compare import compare
+from sapo.commands.diagnose import diagnose
 from sapo.commands.doctor import doctor
 from sapo.commands.evaluate import compare as compare_evaluations
 from sapo.commands.evaluate import evaluate
@@ -163,6 +164,7 @@ def conformance(
 app.command()(compare)
 app.command(name="eval")(evaluate)
 app.command(name="eval-compare")(compare_evaluations)
+app.command()(diagnose)
 app.command()(generate)
 app.command()(export)
 app.command()(doctor)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sapo.objectives import NORMALIZERS, OBJECTIVES, make_objective
+from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, make_objective
 
 
 class ConfigError(ValueError):
@@ -155,6 +155,29 @@ class KLConfig(_Section):
     copy."""
 
 
+class TISConfig(_Section):
+    """A weight on each token for a sampler that is not the policy: w = pi_old / mu, apart from the gate's ratio. It
+    needs log pi_old from the trainer, and train.old_logprobs=auto takes it from there."""
+
+    mode: Literal["token", "sequence", "icepop", "sequence_mask"] = "token"
+    """token: min(w, cap). sequence: min(prod w, cap) for every token of a response. icepop: w within floor..cap, else
+    0. sequence_mask: prod w, or 0 where it exceeds cap. See objectives/mismatch.py."""
+    cap: float | None = None
+    """Largest weight; null is 2 for token and sequence, 5 for icepop, 3 for sequence_mask."""
+    floor: float | None = None
+    """Smallest weight of icepop; 0.5 when null."""
+
+    @property
+    def weights(self) -> TIS:
+        """What the trainer takes."""
+        return TIS(mode=self.mode, cap=self.cap, floor=self.floor)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> TISConfig:
+        _ = self.weights
+        return self
+
+
 class ObjectiveConfig(BaseModel):
     """What is maximised. Hyperparameters beside these are the objective's own, checked by it."""
 
@@ -170,6 +193,8 @@ class ObjectiveConfig(BaseModel):
 
     kl: KLConfig | None = None
     """Penalty for leaving a reference policy; null for none."""
+    tis: TISConfig | None = None
+    """Correction for a sampler that is not the policy (truncated importance sampling); null for none."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -274,6 +299,18 @@ class TaskConfig(BaseModel):
         return options if self.label is None else {**options, "name": self.label}
 
 
+SamplerDtype = Literal["bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+class SamplerSwitchConfig(_Section):
+    """Another precision of the sampler from some step on: an intervention, for experiments."""
+
+    step: int = Field(ge=1)
+    """The first step, counted from 1, that samples with it."""
+    dtype: SamplerDtype | None
+    """What `sampler_dtype` is from then on."""
+
+
 class RolloutConfig(_Section):
     """How completions are drawn."""
 
@@ -311,6 +348,30 @@ class RolloutConfig(_Section):
     soft overlong punishment)."""
     overlong_buffer: int | None = Field(None, ge=1)
     """For penalty: over how many tokens before max_new_tokens it grows from 0 to 1."""
+    sampler_dtype: SamplerDtype | None = None
+    """Sample from the policy's weights rounded to this dtype, as an engine of that precision would: matrices only, and
+    the computation stays in model.dtype (model/rounding.py). The trainer and evaluation keep the policy's own weights.
+    null samples from these too."""
+    sampler_scaling: Literal["none", "tensor", "channel"] = "tensor"
+    """What 8-bit weights are scaled by before rounding: by the largest of each matrix, by that of each of its rows, or
+    not at all (a plain cast)."""
+    sampler_vectors: bool = False
+    """Round norms and biases as well: no engine does, and it is what makes a small model's mismatch large."""
+    sampler_switch: SamplerSwitchConfig | None = None
+    """Change `sampler_dtype` in mid-run; null does not."""
+    staleness: int = Field(0, ge=0)
+    """Updates between the sampling of a batch and its first update, as in an asynchronous system: batches are sampled
+    ahead and wait their turn. The run's first batches are younger. log pi_old is of the weights that sampled."""
+
+    def sampler_dtype_at(self, step: int) -> str | None:
+        """`sampler_dtype` of step 0, 1, ..."""
+        switch = self.sampler_switch
+        return self.sampler_dtype if switch is None or step + 1 < switch.step else switch.dtype
+
+    @property
+    def sampler_is_policy(self) -> bool:
+        """Whether all samples are drawn with the policy's own weights."""
+        return self.sampler_dtype is None and (self.sampler_switch is None or self.sampler_switch.dtype is None)
 
     @property
     def refill_rounds(self) -> int:
@@ -510,6 +571,15 @@ class RunConfig(_Section):
     @classmethod
     def _profile_on_or_off(cls, value: Any) -> Any:
         return {} if value is True else None if value is False else value
+
+    @model_validator(mode="after")
+    def _tis_has_both(self) -> RunConfig:
+        if self.objective.tis is not None and self.train.old_logprobs == "engine":
+            raise ValueError(
+                "objective.tis weighs a token by pi_old / mu, so log pi_old must be the trainer's; got "
+                "train.old_logprobs=engine, which takes mu for pi_old; leave it at auto, or set trainer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> RunConfig:

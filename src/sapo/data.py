@@ -231,6 +231,8 @@ class PackedBatch:
     """log pi_ref of each response token, float32; None without a reference policy."""
     experts_Nlk: torch.Tensor | None = None
     """The experts to send each input token to, uint8 or int16; None for those the live routers choose."""
+    sampler_logprobs_M: torch.Tensor | None = None
+    """log mu of each response token, float32, under the distribution it was drawn from; None where it is log pi_old."""
 
     @property
     def num_tokens(self) -> int:

@@ -35,7 +35,8 @@ from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.routing_replay import RoutingReplay, attach_experts
 from sapo.run_directory import RunDirectory
-from sapo.run_state import RunState, rollout_records
+from sapo.run_state import RolloutBatch, RunState, rollout_records
+from sapo.sampler import Staleness, sampler_weights
 from sapo.selection import Selection, Selector
 from sapo.self_check import check_old_logprobs
 from sapo.shaping import shape_group
@@ -110,7 +111,9 @@ class TrainingRun:
             entropy=train.entropy,
             kl=_kl_penalty(config),
             routers=None if self.replay is None else self.replay.routers,
+            tis=None if config.objective.tis is None else config.objective.tis.weights,
         )
+        self._staleness = Staleness(config.rollout.staleness, train.minibatches)
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
         names = [t.name for t in tasks.train]
         self.loggers = LoggerSet(
@@ -152,20 +155,29 @@ class TrainingRun:
         """One rollout batch and its updates."""
         state = self.state
         if state.groups is None:
-            state.groups = self.rollout()
+            self._sample_due()
+            state.take_next(self.config.train.minibatches)
+        assert state.groups is not None
         uneven = self.config.rollout.zero_variance == "drop"
         minibatches = split_minibatches(state.groups, self.config.train.minibatches, uneven)
         while state.update < len(minibatches):
+            self._sample_due()
             self.update(minibatches[state.update])
         self._log_step(state.groups)
         state.step, state.update = state.step + 1, 0
         state.groups, state.dropped, state.step_updates, state.gates = None, [], [], {}
 
-    def rollout(self) -> list[Group]:
+    def _sample_due(self) -> None:
+        """The step's own batch, or under staleness a later step's, when its time has come."""
+        state = self.state
+        while state.num_sampled < self._staleness.num_due(state.step, state.update):
+            state.ahead.append(self.rollout())
+
+    def rollout(self) -> RolloutBatch:
         """Sample, score, advantages, choose, log pi_old: all at the present weights."""
         state = self.state
         sampled_at = self.trainer.updates
-        selected = self.selector.select(state.step, state.position, self._sample)
+        selected = self.selector.select(state.num_sampled, state.position, self._sample)
         groups = selected.groups
         with self._phase("old_logprobs"):
             if state.old_logprobs is None:
@@ -177,7 +189,8 @@ class TrainingRun:
             with self._phase("reference"):
                 groups = self.trainer.with_reference_logprobs(groups, self.reference)
         self._remember(selected)
-        return groups
+        made = state.step * self.config.train.minibatches + state.update
+        return RolloutBatch(groups, selected.dropped, self.selector.figures(selected), made)
 
     def _sample(self, prompts: list[Prompt]) -> list[Group]:
         """Prompts to scored groups with their advantages."""
@@ -185,12 +198,13 @@ class TrainingRun:
         with self._phase("generate"):
             prompts = encode_by_task(self.policy, self.tasks.formats, prompts)
             experts = None if self.replay is None else self.replay.engine_log(self.state.old_logprobs)
-            drawn = self.engine.generate(
-                [Request(p, rollout.samples_per_prompt) for p in prompts],
-                self.sampling_params(seed_for(self.config.seed, "rollout")),
-                self.should_stop,
-                experts,
-            )
+            with sampler_weights(self.policy, rollout, self.state.step):
+                drawn = self.engine.generate(
+                    [Request(p, rollout.samples_per_prompt) for p in prompts],
+                    self.sampling_params(seed_for(self.config.seed, "rollout")),
+                    self.should_stop,
+                    experts,
+                )
         with self._phase("score"):
             by_task = [self.tasks.by_name(p.task) for p in prompts]
             scored = score_groups(list(zip(by_task, prompts, drawn, strict=True)))
@@ -200,8 +214,7 @@ class TrainingRun:
     def _remember(self, selected: Selection) -> None:
         """Take over what a whole batch has changed: a stop before this leaves the state of the step's start."""
         state = self.state
-        state.position, state.dropped = selected.position, selected.dropped
-        state.selection = self.selector.figures(selected)
+        state.position = selected.position
         tokens = [sum(len(c) for g in groups for c in g.completions) for groups in (selected.groups, selected.dropped)]
         state.tokens["generated"] += sum(tokens)
         if self.config.rollout.zero_variance != "keep":
@@ -230,8 +243,9 @@ class TrainingRun:
     def _choose_old_logprobs(self, groups: list[Group]) -> str:
         """Which log pi_old this run uses, by the self-check of its first step."""
         step, full = self.state.step + 1, self.sampling_params(0).full_distribution
+        rounded, both = not self.config.rollout.sampler_is_policy, self.config.objective.tis is not None
         try:
-            check = check_old_logprobs(self.trainer, groups, self.config.train, full)
+            check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {step}: {error}") from error
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
@@ -284,6 +298,8 @@ class TrainingRun:
         return {name: getattr(objective, name) for name in ("tau_pos", "tau_neg") if hasattr(objective, name)}
 
     def _warn_if_unfaithful(self, result: UpdateResult, figures: dict[str, float]) -> None:
+        if self.config.rollout.staleness:  # a batch that waited its turn is off policy by then, and rightly so
+            return
         if not result.skipped and figures.get("ratio/abs_dev", 0.0) > FAITHFUL_RATIO:
             self._warn(
                 f"step {self.state.step + 1}: mean |r - 1| of the first update is {figures['ratio/abs_dev']:.3g} "

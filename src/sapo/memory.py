@@ -6,14 +6,15 @@ of them trained:
     always              baseline + P e + 8 T (the moments of AdamW) + 4 T (float32 masters, of a 16-bit model only)
     generate            cache: rows x (prompt + max_new_tokens) x 2 x layers x kv heads x head size x e,
                         + 24 bytes a token of the rows' own tables + one step's logits in the sampler
-                        + one layer of the prefill
+                        + one layer of the prefill + a copy of the matrices, where the sampler's are rounded
     update, forward     activations of the largest micro-batch + last hidden states and their gradient
                         + one chunk of logits + the head's own gradient (4 V H)
                         + gradients of earlier micro-batches (4 T), where a mini-batch has more than one
     update, backward    gradients (4 T) + the head's once more (4 V H), where it is tied or already has one + one layer
     checkpoint          nothing of its own: tensors are written from where they are
     rollout batch       Python's integers and floats, 100 bytes a token, from generation to the last update; with
-                        refills as if every round drew a whole batch: dropped groups stay until the step is logged
+                        refills as if every round drew a whole batch: dropped groups stay until the step is logged;
+                        one more for each batch sampled ahead
 
 Activations are not derived from an architecture but measured on it: `measure_activations` runs the forward pass of
 training on a few tokens, counts the storages that autograd keeps, and solves for bytes per packed token, per query and
@@ -169,7 +170,9 @@ def estimate_memory(
         "moments of AdamW": sum(2 * max(4, p.element_size()) * p.numel() for p in trained),
     }
     tokens = len(prompts) * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
-    batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens * (1 + config.rollout.refill_rounds)}
+    ahead = -(-config.rollout.staleness // config.train.minibatches)
+    drawn = (1 + config.rollout.refill_rounds) * (1 + ahead)
+    batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens * drawn}
     if policy.device.type != "cpu":
         del always["interpreter and libraries"], batch["rollout batch"]
     update = _Update(config, policy, prompts)
@@ -326,7 +329,9 @@ def _generate_parts(
     cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
     logits = rows * vocabulary * 4 * (SAMPLER_LOGITS_CUT if cut else SAMPLER_LOGITS)
     prefill = min(PREFILL_TOKENS, len(prefix_tree([p.token_ids for p in prompts]).token_ids))
+    matrices = [p for p in policy.model.parameters() if p.dim() > 1 or rollout.sampler_vectors]
     return {
+        "rounded weights": 0 if rollout.sampler_is_policy else _bytes_of(matrices),
         "cache of keys and values": rows * length * _cache_bytes_per_token(policy),
         "tables of the rows": rows * rollout.max_new_tokens * ROW_BYTES_PER_TOKEN,
         "logits of a step in the sampler": int(logits),

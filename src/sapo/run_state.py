@@ -14,6 +14,28 @@ from sapo.data import Completion, Group, Prompt, RoutedExperts, Score, Status
 from sapo.selection import Position
 
 
+@dataclass(frozen=True)
+class RolloutBatch:
+    """A rollout batch, from its sampling to the step that trains on it.
+
+    >>> RolloutBatch(groups=[], dropped=[], figures={"groups/refill_rounds": 1}, sampled_at=8).age(12)
+    4
+    """
+
+    groups: list[Group]
+    """Scored, with advantages and log pi_old."""
+    dropped: list[Group]
+    """Sampled with them and not trained on."""
+    figures: dict[str, float]
+    """How the batch was chosen."""
+    sampled_at: int
+    """Updates of the run before it was sampled, skipped ones counted."""
+
+    def age(self, updates: int) -> int:
+        """How many updates old it is after so many of the run."""
+        return updates - self.sampled_at
+
+
 @dataclass
 class RunState:
     """Where a run is. Everything that is not weights or optimiser, and survives a kill."""
@@ -26,8 +48,10 @@ class RunState:
     """The present step's rollout batch, scored, with advantages and log pi_old; None before it is sampled."""
     dropped: list[Group] = field(default_factory=list)
     """Groups of the present step that were sampled and are not trained on."""
+    ahead: list[RolloutBatch] = field(default_factory=list)
+    """Batches sampled for later steps, the next one first: under staleness the run keeps these, and not old weights."""
     position: Position = field(default_factory=Position)
-    """Where the next step's prompts begin."""
+    """Where the next batch's prompts begin."""
     selection: dict[str, float] = field(default_factory=dict)
     """Figures of how the present step's batch was chosen, for the step's own line."""
     unfilled: int = 0
@@ -47,11 +71,27 @@ class RunState:
     """Seconds by phase, over all the run's processes."""
     metrics_bytes: int = 0
 
+    @property
+    def num_sampled(self) -> int:
+        """Rollout batches sampled so far: those of the steps done, the present one, those ahead."""
+        return self.step + (self.groups is not None) + len(self.ahead)
+
+    def take_next(self, minibatches: int) -> None:
+        """Make the first of the batches ahead the present step's."""
+        batch = self.ahead.pop(0)
+        self.groups, self.dropped, self.selection = batch.groups, batch.dropped, dict(batch.figures)
+        if age := batch.age(self.step * minibatches + self.update):
+            self.selection["rollout/age"] = age
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal state; floats survive exactly."""
         fields = dict(self.__dict__)
         fields["groups"] = None if self.groups is None else [group_to_json(g) for g in self.groups]
         fields["dropped"] = [group_to_json(g) for g in self.dropped]
+        fields["ahead"] = [
+            {**b.__dict__, "groups": [*map(group_to_json, b.groups)], "dropped": [*map(group_to_json, b.dropped)]}
+            for b in self.ahead
+        ]
         fields["position"] = asdict(self.position)
         return fields
 
@@ -65,6 +105,7 @@ class RunState:
                 **fields,
                 "groups": None if groups is None else [group_from_json(g) for g in groups],
                 "dropped": [group_from_json(g) for g in fields["dropped"]],
+                "ahead": [_batch_from_json(b) for b in fields.get("ahead", [])],
                 "position": Position(position["offsets"], rates),
             }
         )
@@ -97,6 +138,11 @@ def group_from_json(value: dict[str, Any]) -> Group:
         masked=tuple(value["masked"]),
         prompt_experts=_experts_from_json(value.get("prompt_experts")),
     )
+
+
+def _batch_from_json(value: dict[str, Any]) -> RolloutBatch:
+    groups = {k: [group_from_json(g) for g in value[k]] for k in ("groups", "dropped")}
+    return RolloutBatch(**{**value, **groups})
 
 
 def _completion_from_json(value: dict[str, Any]) -> Completion:

@@ -40,6 +40,8 @@ class SelfCheck:
     """Mean |r - 1| over tokens."""
     tokens: int
     """Tokens compared."""
+    rounded: bool = False
+    """Sampling is, or will be, from rounded weights: the engine's are of another policy than the trainer's."""
 
     @property
     def warning(self) -> str | None:
@@ -47,7 +49,7 @@ class SelfCheck:
         if self.equal or self.old_logprobs == "trainer":
             return None
         differs = f"differs from the trainer's by up to {self.log_ratio_max_abs:.3g}"
-        why = "is of a cut distribution" if self.cut else differs
+        why = "is of a cut distribution" if self.cut else "is of rounded weights" if self.rounded else differs
         return f"log pi_old is the engine's although it {why}; train.old_logprobs=auto would recompute it"
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +64,13 @@ class SelfCheck:
 
 
 def check_old_logprobs(
-    trainer: Trainer, groups: Sequence[Group], settings: TrainConfig, full_distribution: bool
+    trainer: Trainer,
+    groups: Sequence[Group],
+    settings: TrainConfig,
+    full_distribution: bool,
+    *,
+    rounded: bool = False,
+    both: bool = False,
 ) -> SelfCheck:
     """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used.
 
@@ -71,6 +79,8 @@ def check_old_logprobs(
         groups: of a rollout batch.
         settings: `old_logprobs` and `self_check_tolerance` are used.
         full_distribution: the engine samples without cutting a tail.
+        rounded: it samples from rounded weights at some step of the run.
+        both: the run needs the trainer's beside the engine's, equal or not.
 
     Raises:
         NonFiniteError: a log-probability is not finite.
@@ -88,8 +98,8 @@ def check_old_logprobs(
                 worst = max(worst, abs(ours - theirs))
                 total += abs(math.expm1(min(20.0, ours - theirs)))
                 count += 1
-    equal = worst <= settings.self_check_tolerance and full_distribution
+    equal = worst <= settings.self_check_tolerance and full_distribution and not rounded
     chosen = settings.old_logprobs
     if chosen == "auto":
-        chosen = "engine" if equal else "trainer"
-    return SelfCheck(chosen, equal, not full_distribution, worst, total / count, count)
+        chosen = "engine" if equal and not both else "trainer"
+    return SelfCheck(chosen, equal, not full_distribution, worst, total / count, count, rounded)

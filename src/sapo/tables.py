@@ -58,10 +58,12 @@ class Progress:
 
     Args:
         console: where to print.
+        what: is counted.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, what: str = "problems") -> None:
         self.console = console
+        self.what = what
         self._bar: Bar | None = None
         self._task: Any = None
         self._told = 0
@@ -79,7 +81,7 @@ class Progress:
             self._show(done, total)
         elif done < total and done * LINES // total > self._told:
             self._told = done * LINES // total
-            self.console.print(f"{done} of {total} problems", markup=False, highlight=False)
+            self.console.print(f"{done} of {total} {self.what}", markup=False, highlight=False)
 
     def note(self, text: str) -> None:
         """Something the user should know."""
@@ -87,7 +89,7 @@ class Progress:
 
     def _show(self, done: int, total: int) -> None:
         if self._bar is None:
-            columns = (TextColumn("problems"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (TextColumn(self.what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("", total=total)
             self._bar.start()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapo.diagnostics.mismatch import MISMATCH_METRICS, mismatch_metrics
 from sapo.objectives import (
     LOG_RATIO_LIMIT,
     discrepancy_bound,
@@ -50,6 +51,7 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
         metrics["kl"] = result.kl_M.mean().item()
     if result.changed_share is not None:
         metrics["routing/changed_share"] = result.changed_share
+    metrics |= mismatch_metrics(result)
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
     return metrics
@@ -128,7 +130,7 @@ def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[st
     """
     done = [u for u in updates if not u["skipped"]]
     figures = ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev")
-    names = [("", n) for n in (*figures, "routing/changed_share")]
+    names = [("", n) for n in (*figures, "routing/changed_share", *MISMATCH_METRICS)]
     names += [(f"task/{task}/", n) for task in tasks for n in ("entropy", "gate/eur")]
     metrics: dict[str, float] = {}
     for prefix, name in names:

@@ -9,6 +9,7 @@ name.
 from sapo.objectives.advantages import ADVANTAGES, group_advantages
 from sapo.objectives.gates import GATES, Gate
 from sapo.objectives.kl import KL_ESTIMATORS, KLPenalty
+from sapo.objectives.mismatch import TIS, TIS_CAPS, MismatchWeights
 from sapo.objectives.normalizers import NORMALIZERS, sequence_weights
 from sapo.objectives.probability import DPPO, MASPO
 from sapo.objectives.registry import OBJECTIVES, gate_weight, make_objective, policy_loss
@@ -42,12 +43,15 @@ __all__ = [
     "OBJECTIVES",
     "RLOO",
     "SAPO",
+    "TIS",
+    "TIS_CAPS",
     "VESPO",
     "DrGRPO",
     "GSPOToken",
     "Gate",
     "KLPenalty",
     "MiniRL",
+    "MismatchWeights",
     "Objective",
     "Reinforce",
     "SAPOSequence",

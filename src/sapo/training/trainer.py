@@ -20,10 +20,11 @@ from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.model.routing import Replay, Routers
-from sapo.objectives import KLPenalty, Objective, Surrogate
+from sapo.objectives import TIS, KLPenalty, MismatchWeights, Objective, Surrogate
 from sapo.rollout.engine import Interrupted
 from sapo.spans import span
 from sapo.training.experts import RecordedExperts, without_experts
+from sapo.training.mismatch import correct, join_mismatch, mismatch_weights
 from sapo.training.optimizer import PolicyOptimizer
 
 
@@ -60,6 +61,10 @@ class UpdateResult:
     changed_share: float | None = None
     """Share of the replayed choices of an expert (packed token, layer, place) that the live router would not have made;
     None without routing replay."""
+    log_mismatch_M: Tensor | None = None
+    """log pi_old - log mu of each token, float64; None where log pi_old is the sampler's."""
+    tis: MismatchWeights | None = None
+    """The correction for the mismatch; None without one."""
 
 
 class Trainer:
@@ -76,6 +81,8 @@ class Trainer:
         kl: penalty for leaving the reference policy, whose log-probabilities the groups then carry.
         routers: the policy's, for routing replay: groups that carry recorded experts are run through these. None
             without it.
+        tis: correction of the policy term for a sampler that is not the policy; the groups then carry log pi_old
+            beside the sampler's own. A KL penalty is not weighted by it.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Trainer:
         entropy: bool = True,
         kl: KLPenalty | None = None,
         routers: Routers | None = None,
+        tis: TIS | None = None,
     ) -> None:
         self.policy = policy
         self.objective = objective
@@ -103,6 +111,7 @@ class Trainer:
         self.entropy = entropy
         self.kl = kl
         self.routers = routers
+        self.tis = tis
         self.updates = 0
         """Updates made: the version of the weights."""
         if activation_checkpointing:
@@ -160,7 +169,9 @@ class Trainer:
         with span("optimizer"):
             self.optimizer.step(learning_rate, norm)
         self.updates += 1
-        return replace(_collect(loss, norm.item(), outputs, self.kl), changed_share=_changed_share(replays))
+        log_mismatch_M, tis = join_mismatch(self.tis, [batch for batch, _, _ in outputs])
+        result = _collect(loss, norm.item(), outputs, self.kl)
+        return replace(result, log_mismatch_M=log_mismatch_M, tis=tis, changed_share=_changed_share(replays))
 
     @contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[Replay | None]:
@@ -182,6 +193,7 @@ class Trainer:
     def _surrogate(self, hidden_MH: Tensor, batch: PackedBatch) -> tuple[HeadOutput, Surrogate]:
         advantage_M = batch.advantages_B[batch.sequence_M]
         weight_M = batch.weights_B[batch.sequence_M]
+        tis_M = None if self.tis is None else mismatch_weights(self.tis, batch).weight_M
         parts: list[Surrogate] = []
 
         def loss_of(logprob: Tensor, at: slice, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,19 +208,16 @@ class Trainer:
                 log_ratio, advantage_M[at], batch.sequence_M[at], batch.num_sequences, batch.old_logprobs_M[at]
             )
             parts.append(surrogate)
+            if tis_M is not None:
+                return loss_of(logprob, at, tis_M[at] * surrogate.value_M, tis_M[at] * surrogate.slope_M)
             return loss_of(logprob, at, surrogate.value_M, surrogate.slope_M)
 
         if self.objective.coupled:  # a token's slope needs the whole sequence: a first pass for log pi
             logprob_M = self._token_logprobs(hidden_MH.detach(), batch)
-            whole = self.objective.surrogate(
-                logprob_M.double() - batch.old_logprobs_M,
-                advantage_M,
-                batch.sequence_M,
-                batch.num_sequences,
-                batch.old_logprobs_M,
-            )
+            log_ratio_M = logprob_M.double() - batch.old_logprobs_M
+            whole, value_M, slope_M = correct(self.objective, log_ratio_M, advantage_M, batch, tis_M)
             return self._head(
-                hidden_MH, batch, lambda logprob, at: loss_of(logprob, at, whole.value_M[at], whole.slope_M[at])
+                hidden_MH, batch, lambda logprob, at: loss_of(logprob, at, value_M[at], slope_M[at])
             ), whole
         head = self._head(hidden_MH, batch, per_token)
         joined = Surrogate(*(torch.cat([getattr(p, f) for p in parts]) for f in ("value_M", "slope_M", "weight_M")))
@@ -316,6 +325,7 @@ class Trainer:
         causes = (
             ("an advantage", lambda b, h, s: b.advantages_B),
             ("log pi_old", lambda b, h, s: b.old_logprobs_M),
+            ("log mu", lambda b, h, s: b.old_logprobs_M if self.tis is None else b.sampler_logprobs_M),
             ("log pi_ref", lambda b, h, s: h.logprob_M[:0] if self.kl is None else b.reference_logprobs_M),
             ("log pi of the policy", lambda b, h, s: h.logprob_M),
             ("the objective's value", lambda b, h, s: s.value_M),
