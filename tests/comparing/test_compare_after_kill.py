@@ -128,7 +128,8 @@ def test_a_run_that_breaks_is_a_result_and_is_not_tried_again(tmp_path: Path) ->
 
 
 def test_a_run_that_is_refused_stops_the_comparison_in_one_line(tmp_path: Path) -> None:
-    arguments = command(tmp_path, "train.steps=2", "rollout.max_new_tokens=64")  # no room is left for the prompt
+    # No room is left for the prompt.
+    arguments = command(tmp_path, "train.steps=2", "rollout.max_new_tokens=64", "--jobs", "1")
     output = finish(start(*arguments, cwd=tmp_path), code=2)
     assert output.splitlines()[-1].startswith("sapo: sapo-lr1e-3-seed0: rollout.max_new_tokens must leave room")
     assert "Traceback" not in output
