@@ -31,7 +31,7 @@ def complete_comparison(incomplete: str) -> list[str]:
     """Recipes, and directories of comparisons that were begun."""
     begun = sorted(str(f.parent) for f in Path("comparisons").glob(f"*/{COMPARISON_FILE}"))
     elsewhere = _paths(incomplete, lambda p: (p / COMPARISON_FILE).is_file())
-    return _starting_with(incomplete, [*complete_recipe(incomplete), *begun, *elsewhere])
+    return _starting_with(incomplete, [*begun, *complete_recipe(incomplete), *elsewhere])
 
 
 def complete_objective(incomplete: str) -> list[str]:
