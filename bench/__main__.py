@@ -6,11 +6,12 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from bench.contest import Machine, run_contest
+from bench.contest import Contest, Machine, run_contest
 from bench.contests import contests
 from bench.machine import describe_machine
 from bench.report import RESULTS, print_table, write_document
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: a GPU if any)"
     )
     parser.add_argument("--rounds", type=int, help="instead of each measurement's own number")
+    parser.add_argument("--sides", help="only the sides whose names hold one of these words, as in sapo,vllm")
     parser.add_argument("--quick", action="store_true", help="everything in small: shows that it works, not how fast")
     parser.add_argument("--vllm", type=Path, help="vLLM's environment (default: $SAPO_VLLM or ~/.cache/sapo/vllm-cpu)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"where figures go (default {RESULTS})")
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"no measurement is called {unknown[0]!r}; known: {', '.join(known)}")
+    if options.sides:
+        known = {name: with_sides(contest, options.sides.lower().split(",")) for name, contest in known.items()}
     machine = Machine(options.threads, _device(options.device))
     options.results.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -56,6 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(options.results, console)
     if not (options.no_document or options.quick):
         console.print(f"wrote {write_document(options.results)}")
+
+
+def with_sides(contest: Contest, words: list[str]) -> Contest:
+    """A contest of only the sides whose names hold one of the words."""
+    return replace(contest, sides=tuple(s for s in contest.sides if any(w in s.name.lower() for w in words)))
 
 
 def _device(asked: str) -> str:
