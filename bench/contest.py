@@ -198,7 +198,7 @@ def run_contest(
             if name in record:
                 record[name] |= {k: v for k, v in side.about.items() if k != "ready"}
     check_same_work(contest.name, record)
-    shown = ("prompts", "limits", "minibatches", "tokens", "hidden", "vocabulary", "model", "rows")
+    shown = ("shape", "prompt_lengths", "limits", "minibatches", "tokens", "hidden", "vocabulary")
     return {
         "name": contest.name,
         "title": contest.title,

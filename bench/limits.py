@@ -9,10 +9,8 @@ of multiplying in the dtype, and its reading bandwidth.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -84,9 +82,7 @@ def least_seconds(result: dict[str, Any], dtype: str) -> float | None:
     rates = rates_of(result, dtype)
     if kind == "head":
         return 6.0 * settings["tokens"] * settings["hidden"] * settings["vocabulary"] / rates.flops
-    shape = Shape.of(json.loads((Path(settings["model"]) / "config.json").read_text()))
-    prompts = [len(ids) for ids in settings["prompts"]]
-    limits = settings["limits"]
+    shape, prompts, limits = Shape(**settings["shape"]), settings["prompt_lengths"], settings["limits"]
     seconds = 0.0
     if kind in ("decode", "step"):
         seconds += decode_seconds(shape, prompts, limits, rates, BYTES[dtype])

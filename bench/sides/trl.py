@@ -33,6 +33,7 @@ def main(commands: Commands) -> None:
     from trl import GRPOTrainer
     from trl.trainer import grpo_trainer
 
+    commands.imported()
     fixed = settings["role"] == "update"
     if fixed:
         grpo_trainer.shuffle_sequence_dict = lambda batch: batch
