@@ -97,7 +97,9 @@ def measure(machine: Machine, *, quick: bool = False, say: Callable[[str], None]
     """Every axis, rollout and update: microseconds per token of completions."""
     torch.set_num_threads(machine.threads)
     device = torch.device(machine.device)
-    axes = {}
+    axes: dict[str, Any] = {}
+    for role in ROLES:  # the first work of a process is slower, whatever its size
+        seconds_of(role, Size(), device, 1)
     for axis, (title, sizes) in AXES.items():
         if quick:
             sizes = sizes[:2]
