@@ -18,7 +18,6 @@ import torch
 from bench.rewards import of_place
 from bench.sides.clock import gemm_backends, timed, use_machine
 from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
-from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.loop import TrainingRun
 from sapo.model.policy import Policy, load_policy
@@ -92,7 +91,9 @@ def update_of(policy: Policy, settings: dict[str, Any], device: torch.device) ->
         groups = trainer.with_old_logprobs(groups, trainer.updates)  # what the engine would have brought along
 
         def updates() -> list[Any]:
-            minibatches = split_minibatches(groups, settings["minibatches"])
+            # Groups that follow one another, as in TRL's unshuffled batch; a run deals them out like cards.
+            size = len(groups) // settings["minibatches"]
+            minibatches = [groups[at : at + size] for at in range(0, len(groups), size)]
             return [trainer.update(trainer.pack(m), learning_rate=LEARNING_RATE) for m in minibatches]
 
         seconds, results = timed(updates, device)

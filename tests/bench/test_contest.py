@@ -28,9 +28,8 @@ def side_facts(result: dict) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
-def test_every_rollout_side_draws_each_sequence_at_its_length(tmp_path, architecture):
-    workload = Workload(architecture, 3, 4, (5, 9), (3, 12))
+def test_every_rollout_side_draws_each_sequence_at_its_length(tmp_path):
+    workload = Workload("qwen3_moe", 3, 4, (5, 9), (3, 12))
     sides = (
         contests._ours("rollout", "float32"),
         contests._hf("generate", "float32"),
