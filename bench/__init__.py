@@ -1,1 +1,1 @@
-"""Measurements beside peers, in the same process and the same minute. `python -m bench` runs them all."""
+"""Measurements beside peers, in turn and in the same minutes. `python -m bench` runs them all; see bench/README.md."""

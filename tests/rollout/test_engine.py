@@ -1,5 +1,7 @@
 """The local engine against transformers: greedy text, log-probabilities, and what may not depend on the batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -326,3 +328,28 @@ def test_a_bfloat16_policy_samples_with_logprobs_near_a_plain_forward(policies, 
         for c in group
     ]
     assert torch.stack(off).mean() < 0.03
+
+
+@pytest.mark.parametrize("max_rows", [256, 5])
+def test_each_sample_is_held_to_its_own_limit(policies, max_rows):
+    policy = policies("qwen3")
+    settings = params(stop_token_ids=frozenset())
+    free = LocalEngine(policy).generate(ragged_requests(), settings)
+    generator = np.random.default_rng(0)
+    requests = [replace(r, limits=tuple(generator.integers(1, 17, r.samples).tolist())) for r in ragged_requests()]
+    for asked, group, whole in zip(
+        requests, LocalEngine(policy, max_rows).generate(requests, settings), free, strict=True
+    ):
+        for limit, short, long in zip(asked.limits, group, whole, strict=True):
+            assert short.token_ids == long.token_ids[:limit]
+            assert short.finish_reason == "length"
+            assert len(short) == limit
+
+
+def test_limits_that_do_not_fit_the_request_are_refused(policies):
+    asked = request(random_ids(5, seed=0), samples=2)
+    for limits in ((3,), (3, 0)):
+        with pytest.raises(ValueError, match=r"each of the 2 samples one token or more; got \(3"):
+            replace(asked, limits=limits)
+    with pytest.raises(ValueError, match="must not exceed max_new_tokens; got 17 and 16"):
+        LocalEngine(policies("qwen3")).generate([replace(asked, limits=(3, 17))], params())

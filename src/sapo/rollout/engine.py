@@ -20,6 +20,15 @@ class Request:
 
     prompt: Prompt
     samples: int
+    limits: tuple[int, ...] | None = None
+    """Most new tokens of each sample, none above `SamplingParams.max_new_tokens`, which holds for all when None."""
+
+    def __post_init__(self) -> None:
+        if self.limits is not None and (len(self.limits) != self.samples or min(self.limits) < 1):
+            raise ValueError(
+                f"limits must give each of the {self.samples} samples one token or more; got {self.limits}; "
+                "leave them out to hold all to max_new_tokens"
+            )
 
 
 class Interrupted(Exception):  # noqa: N818 (a request to stop, not an error)

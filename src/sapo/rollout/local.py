@@ -74,6 +74,11 @@ class LocalEngine:
                 f"prompt and completion must fit the model's {limit} positions; got a prompt of {longest} tokens and "
                 f"max_new_tokens {params.max_new_tokens}; shorten one of them"
             )
+        most = max((max(r.limits) for r in requests if r.limits), default=0)
+        if most > params.max_new_tokens:
+            raise ValueError(
+                f"a sample's limit must not exceed max_new_tokens; got {most} and {params.max_new_tokens}; raise that"
+            )
 
 
 class _Decoding:
@@ -103,6 +108,7 @@ class _Decoding:
         self.tokens = torch.zeros(rows, params.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, params.max_new_tokens, dtype=torch.float32, device=device)
         self.generated = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.limit = torch.zeros(rows, dtype=torch.int64, device=device)  # most tokens to generate
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens in the cache
         self.hidden: Tensor | None = None  # (fresh rows, H): last hidden states not sampled from yet
         self.fresh = 0
@@ -162,6 +168,8 @@ class _Decoding:
             uniforms = token_uniforms(self.params.seed, request.prompt.id, samples, self.params.max_new_tokens)
             self.uniform[row : row + count] = torch.from_numpy(uniforms).to(self.uniform.device)
             self.stop_set[row : row + count] = self.stop_set_of[i]
+            limits = request.limits or (self.params.max_new_tokens,) * count
+            self.limit[row : row + count] = torch.tensor(limits, device=self.limit.device)
             self.length[row : row + count] = len(request.prompt.token_ids)
             self.generated[row : row + count] = 0
             last += [tree.segments[leaf].stop - 1] * count
@@ -198,7 +206,7 @@ class _Decoding:
             self.stop_set[: self.active], tokens, self.tokens[: self.active], self.generated[: self.active]
         )
         self.stopped[: self.active] = stopped
-        self.finished[: self.active] = stopped | (self.generated[: self.active] >= self.params.max_new_tokens)
+        self.finished[: self.active] = stopped | (self.generated[: self.active] >= self.limit[: self.active])
 
     def retire(self) -> None:
         """Take finished rows out and close the gaps with the last rows in use."""
@@ -220,6 +228,7 @@ class _Decoding:
                 self.tokens,
                 self.logprobs,
                 self.generated,
+                self.limit,
                 self.length,
                 self.stop_set,
             ):

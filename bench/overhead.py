@@ -1,0 +1,155 @@
+"""What looking costs: the share of a step that diagnostics and logs take. `python -m bench.overhead [--model 135m]`.
+
+Every function of sapo.diagnostics that the loop calls, the records it keeps of rollouts, and what it writes (metrics,
+TensorBoard, rollouts of every step rather than every tenth) are timed in place. What is left out is the entropy, which
+the policy head computes in its own pass: it is measured by turning it off, update by update in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import sapo.loop
+from bench.contest import Machine
+from bench.contests import REAL_STEP, TINY
+from bench.machine import describe_machine
+from bench.sides import ours
+from bench.workloads import settings_of
+
+FILE = Path(__file__).parent / "results" / "overhead.json"
+GOAL = 0.02
+
+
+class Meter:
+    """Seconds spent in the functions it was put around; calls within calls count once."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.names: list[str] = []
+        self._depth = 0
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def around(self, owner: Any, name: str) -> None:
+        """Replace a function by one that does the same and is timed."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def metered(*args: Any, **options: Any) -> Any:
+            self._depth += 1
+            started = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += time.perf_counter() - started
+
+        setattr(owner, name, metered)
+        self.names.append(name)
+        self._replaced.append((owner, name, function))
+
+    def remove(self) -> None:
+        """Put the functions back."""
+        while self._replaced:
+            setattr(*self._replaced.pop())
+
+
+def put_meter(run: Any) -> Meter:
+    """Around all that a run does for its observer alone."""
+    meter = Meter()
+    for name, value in list(vars(sapo.loop).items()):
+        observes = getattr(value, "__module__", "").startswith(("sapo.diagnostics", "sapo.run_state"))
+        if observes and callable(value) and not isinstance(value, type):
+            meter.around(sapo.loop, name)
+    for owner, names in ((run.loggers, ("log",)), (run.directory, ("append_metrics", "write_rollouts"))):
+        for name in names:
+            meter.around(owner, name)
+    return meter
+
+
+def measure(workload: Any, machine: Machine, steps: int) -> dict[str, Any]:
+    """Share of a step, and of an update by the entropy."""
+    torch.set_num_threads(machine.threads)
+    device = torch.device(machine.device)
+    with tempfile.TemporaryDirectory(prefix="overhead-") as scratch:
+        settings = settings_of(workload, Path(scratch)) | {
+            "threads": machine.threads,
+            "dtype": "float32",
+            "scratch": scratch,
+            "recipe": {"log": {"rollouts_every": 1}},
+        }
+        work, run = ours.step_of(settings, device)
+        work(settings["limits"])
+        meter = put_meter(run)
+        shares, entropy = [], []
+        try:
+            for _ in range(steps):
+                meter.seconds = 0.0
+                run.trainer.entropy = True
+                seconds, _ = work(settings["limits"])
+                shares.append(meter.seconds / seconds)
+                entropy += _entropy_shares(run)
+        finally:
+            meter.remove()
+            run.loggers.close()
+            run.directory.close()
+    return {
+        "about": describe_machine(machine),
+        "metered": meter.names,
+        "share_of_step": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
+        "entropy_share_of_update": {"median": statistics.median(entropy), "min": min(entropy), "max": max(entropy)},
+    }
+
+
+def _entropy_shares(run: Any, pairs: int = 4) -> list[float]:
+    """How much longer an update takes with the entropy than without, one after the other on the same batch."""
+    groups = run.rollout()
+    minibatch = run.trainer.pack(groups[: max(1, len(groups) // run.config.train.minibatches)])
+    shares = []
+    for number in range(pairs):
+        took = {}
+        for entropy in (True, False) if number % 2 else (False, True):
+            run.trainer.entropy = entropy
+            started = time.perf_counter()
+            run.trainer.update(minibatch, ours.LEARNING_RATE)
+            took[entropy] = time.perf_counter() - started
+        shares.append(took[True] / took[False] - 1)
+    return shares
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description="What diagnostics cost.")
+    parser.add_argument("--model", choices=("tiny", "135m"), default="tiny")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results", type=Path, default=FILE)
+    options = parser.parse_args(arguments)
+    workload = TINY if options.model == "tiny" else REAL_STEP
+    workload = workload.shrunk() if options.quick else workload
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = measure(workload, Machine(options.threads, device), options.steps)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(options.results.read_text()) if options.results.is_file() else {}
+    options.results.write_text(json.dumps({**known, options.model: result}, indent=1) + "\n")
+    share, entropy = result["share_of_step"], result["entropy_share_of_update"]
+    mark = "met" if share["median"] < GOAL else "missed"
+    Console().print(
+        f"diagnostics and logs take {share['median']:.2%} of a step ({share['min']:.2%} .. {share['max']:.2%}); "
+        f"goal below {GOAL:.0%}: {mark}. The entropy adds {entropy['median']:.2%} to an update "
+        f"({entropy['min']:.2%} .. {entropy['max']:.2%})."
+    )
+
+
+if __name__ == "__main__":
+    main()

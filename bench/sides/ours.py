@@ -1,0 +1,223 @@
+"""sapo's side: the local engine, the trainer, or a whole step of the loop.
+
+rollout: LocalEngine.generate. update: pack and update for each mini-batch, log pi_old having come with the rollout, as
+it does in a run. step: TrainingRun.step, everything a run does and logs between two steps.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.rewards import of_place
+from bench.sides.clock import gemm_backends, timed, use_machine
+from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
+from sapo.data import Completion, Group, Prompt, Score
+from sapo.loop import TrainingRun
+from sapo.model.policy import Policy, load_policy
+from sapo.objectives import group_advantages, make_objective
+from sapo.preflight import load_tasks
+from sapo.recipe import parse_recipe
+from sapo.rollout.engine import Engine, Request
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+from sapo.run_directory import RunDirectory
+from sapo.session import resolve_machine
+from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.trainer import Trainer
+
+Limits = list[list[int]]
+Facts = dict[str, Any]
+Work = Callable[[Limits], tuple[float, Facts]]
+"""Limits of each sample to seconds and facts."""
+
+
+class FixedLengths:
+    """An engine that gives every sample the length it is told to have, whatever ends it might draw."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self.limits = limits
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[tuple[Completion, ...]]:
+        """See `Engine.generate`."""
+        held = [replace(r, limits=tuple(limits)) for r, limits in zip(requests, self.limits, strict=True)]
+        return self.engine.generate(held, replace(params, stop_token_ids=frozenset()), should_stop)
+
+
+def rollout(settings: dict[str, Any], device: torch.device) -> Work:
+    """Draw completions of all prompts."""
+    return rollout_of(load_policy(settings["model"], settings["dtype"], device), settings, device)
+
+
+def rollout_of(policy: Policy, settings: dict[str, Any], device: torch.device) -> Work:
+    """The same with a policy at hand."""
+    prompts = [Prompt(i, "bench", "", tuple(ids)) for i, ids in enumerate(settings["prompts"])]
+    sequences = sum(map(len, settings["limits"]))
+    engine = FixedLengths(LocalEngine(policy, max_rows=max(256, sequences)), settings["limits"])
+    params = SamplingParams(max_new_tokens=max(map(max, settings["limits"])))
+
+    def work(limits: Limits) -> tuple[float, Facts]:
+        engine.limits = limits
+        requests = [Request(p, settings["samples"]) for p in prompts]
+        seconds, drawn = timed(lambda: engine.generate(requests, params), device)
+        return seconds, {"tokens": sum(len(c) for group in drawn for c in group)}
+
+    return work
+
+
+def update(settings: dict[str, Any], device: torch.device) -> Work:
+    """Train on given completions: a pass of mini-batches, one step of the optimiser each."""
+    return update_of(load_policy(settings["model"], settings["dtype"], device), settings, device)
+
+
+def update_of(policy: Policy, settings: dict[str, Any], device: torch.device) -> Work:
+    """The same with a policy at hand."""
+    trainer = _trainer(policy, max(map(max, settings["limits"])))
+
+    def work(limits: Limits) -> tuple[float, Facts]:
+        groups = _groups(settings["prompts"], completions_of(limits))
+        groups = trainer.with_old_logprobs(groups, trainer.updates)  # what the engine would have brought along
+
+        def updates() -> list[Any]:
+            # Groups that follow one another, as in TRL's unshuffled batch; a run deals them out like cards.
+            size = len(groups) // settings["minibatches"]
+            minibatches = [groups[at : at + size] for at in range(0, len(groups), size)]
+            return [trainer.update(trainer.pack(m), learning_rate=LEARNING_RATE) for m in minibatches]
+
+        seconds, results = timed(updates, device)
+        return seconds, {
+            "tokens": sum(map(sum, limits)),
+            "losses": [r.loss for r in results],
+            "norms": [r.grad_norm for r in results],
+        }
+
+    return work
+
+
+def _groups(prompts: list[list[int]], completions: list[list[list[int]]]) -> list[Group]:
+    groups: list[Group] = []
+    place = 0
+    for i, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
+        rewards = [of_place(place + j) for j in range(len(samples))]
+        place += len(samples)
+        scored = tuple(
+            Completion(tuple(ids), (0.0,) * len(ids), "length", score=Score(reward))
+            for ids, reward in zip(samples, rewards, strict=True)
+        )
+        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), "group_std")
+        groups.append(Group(Prompt(i, "bench", "", tuple(prompt)), scored, tuple(advantages.tolist())))
+    return groups
+
+
+def _trainer(policy: Policy, longest: int) -> Trainer:
+    optimizer = PolicyOptimizer(
+        [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        grad_clip=1.0,
+    )
+    return Trainer(
+        policy,
+        make_objective("sapo"),
+        optimizer,
+        temperature=1.0,
+        normalizer="sequence_mean",
+        tokens_per_microbatch=8192,
+        max_new_tokens=longest,
+    )
+
+
+def step(settings: dict[str, Any], device: torch.device) -> Work:
+    """One step of a run: sample, score, update, log."""
+    return step_of(settings, device)[0]
+
+
+def step_of(settings: dict[str, Any], device: torch.device) -> tuple[Work, TrainingRun]:
+    """The same, and the run."""
+    run = _training_run(settings, device)
+    run.loggers.open()
+    engine = FixedLengths(run.engine, settings["limits"])
+    run.engine = engine  # type: ignore[assignment]
+
+    def work(limits: Limits) -> tuple[float, Facts]:
+        engine.limits = limits
+        before = dict(run.state.tokens)
+        seconds, _ = timed(run.step, device)
+        return seconds, {
+            "tokens": run.state.tokens["generated"] - before["generated"],
+            "old_logprobs": run.state.old_logprobs,
+        }
+
+    return work, run
+
+
+def _training_run(settings: dict[str, Any], device: torch.device) -> TrainingRun:
+    directory = Path(tempfile.mkdtemp(prefix="step-", dir=settings["scratch"]))
+    asked, held = directory / "prompts.jsonl", directory / "held_out.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in settings["texts"]))
+    held.write_text(json.dumps({"prompt": settings["texts"][0][::-1], "answer": ""}) + "\n")
+    config = resolve_machine(
+        parse_recipe(
+            {
+                "run_dir": str(directory / "run"),
+                "threads": settings["threads"],
+                "device": str(device),
+                "model": {"path": settings["model"], "dtype": settings["dtype"]},
+                "tasks": [
+                    {
+                        "name": "file",
+                        "path": str(asked),
+                        "held_out_path": str(held),
+                        "verifier": "bench.rewards:of_text",
+                        "score_truncated": True,
+                    }
+                ],
+                "prompt": {"style": "plain"},
+                "rollout": {
+                    "prompts_per_step": len(settings["texts"]),
+                    "samples_per_prompt": settings["samples"],
+                    "max_new_tokens": max(map(max, settings["limits"])),
+                },
+                "train": {
+                    "steps": 10_000,
+                    "minibatches": settings["minibatches"],
+                    "learning_rate": LEARNING_RATE,
+                },
+                **settings.get("recipe", {}),
+            }
+        )
+    )
+    policy = load_policy(settings["model"], settings["dtype"], device)
+    return TrainingRun(config, RunDirectory.create(config), policy, load_tasks(config))
+
+
+ROLES = {"rollout": rollout, "update": update, "step": step}
+
+
+def main(commands: Commands) -> None:
+    """Serve rounds until the parent hangs up."""
+    settings = commands.settings
+    device = use_machine(settings)
+    commands.imported()
+    work = ROLES[settings["role"]](settings, device)
+    warm = limits_of(settings, "warm")
+    work(warm)
+    backends = gemm_backends(lambda: work(warm), device)
+    commands.ready(backends=backends)
+    for do in commands:
+        limits = limits_of(settings, do)
+        seconds, facts = work(limits)
+        commands.reply(seconds, sum(map(sum, limits)), **facts)
