@@ -103,8 +103,6 @@ def test_shipped_comparisons_are_told_from_recipes_of_one_run() -> None:
 
 @pytest.mark.parametrize("name", known_comparisons())
 def test_every_shipped_comparison_is_valid_in_full_and_quick(name: str) -> None:
-    if name == "paper_fig4" and "routing_replay" not in ModelConfig.model_fields:
-        pytest.skip("this build has no routing replay")
     plan = load_comparison(name)
     assert len(plan.seeds) >= 3, "fewer show no more than luck"
     assert len(plan.runs(Path())) == len(plan.arms) * len(plan.learning_rates) * len(plan.seeds)
