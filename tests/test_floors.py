@@ -10,7 +10,7 @@ import sapo
 SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
-    ("objectives", "data", "config", "files", "recipe"),
+    ("objectives", "data", "config", "files", "recipe", "untrusted"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers"),
@@ -31,6 +31,7 @@ FLOORS = (
         "doctor",
         "progress",
         "tables",
+        "report",
     ),
     ("completion", "commands", "cli"),
 )
@@ -43,6 +44,7 @@ ALLOWED = {
     "data": set(),
     "config": {"objectives"},
     "recipe": {"objectives", "config"},
+    "untrusted": set(),
     "sandbox": set(),
     "tasks": {"data", "sandbox"},
     "model": {"data"},

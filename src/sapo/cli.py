@@ -20,6 +20,7 @@ from sapo.commands.doctor import doctor
 from sapo.commands.evaluate import compare, evaluate
 from sapo.commands.export import export
 from sapo.commands.generate import generate
+from sapo.commands.report import report
 from sapo.commands.terminal import StopSignal, console, errors, say, stop_signals
 from sapo.completion import complete_override, complete_recipe, complete_run
 
@@ -162,6 +163,7 @@ app.command(name="eval")(evaluate)
 app.command(name="eval-compare")(compare)
 app.command()(generate)
 app.command()(export)
+app.command()(report)
 app.command()(doctor)
 
 
