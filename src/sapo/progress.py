@@ -17,6 +17,7 @@ from sapo.coldstart import ColdStartProgress
 from sapo.config import RunConfig
 from sapo.data import Status
 from sapo.training.checkpoint import Checkpoint
+from sapo.untrusted import visible
 
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -59,8 +60,8 @@ class Display:
         self.say(config.batch_sentence())
 
     def say(self, text: str) -> None:
-        """Print a line of plain text above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line of plain text above the bar, what would steer the terminal spelled out."""
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def coldstart(self, progress: ColdStartProgress) -> None:
         """An evaluation of the cold start."""
@@ -99,7 +100,7 @@ class Display:
 
     def warning(self, text: str) -> None:
         """Something the user should know."""
-        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(f"[yellow]warning:[/yellow] {escape(visible(text))}", highlight=False, soft_wrap=True)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was written: nothing to show, the last one is named at the end."""

@@ -9,7 +9,6 @@ import typer
 
 from sapo.commands.terminal import say, stop_signals
 from sapo.completion import complete_run
-from sapo.untrusted import visible
 
 
 def report(
@@ -51,7 +50,7 @@ def report(
         made = make_report(runs, tokens=budget)
         write_page(made, out)
     for line in made.headlines:
-        say(visible(line))
+        say(line)
     missing = [f for f in (*made.story, *made.paper) if f.missing]
     if missing:
         say(f"not measured: {', '.join(f.title for f in missing)}; the page says how to have them")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from sapo.report.arms import Arm
 from sapo.report.figure import Dash, Figure, Panel, Trace
@@ -152,7 +153,37 @@ def gate_figures(arms: Sequence[Arm]) -> list[Figure]:
         figures = [Figure("eur", "Effective update ratio by sign", caption, (eur,))]
     else:
         figures = [Figure("eur", "Effective update ratio by sign", missing="Not measured: no update is done yet.")]
-    return [*figures, _low_weights(arms)]
+    return [*figures, _low_weights(arms), _counterfactuals(arms)]
+
+
+NO_COUNTERFACTUALS = (
+    "Not measured: no update was asked what other gates would have weighed its tokens; "
+    "diagnostics.counterfactuals_every=N asks every N steps."
+)
+
+
+def _counterfactuals(arms: Sequence[Arm]) -> Figure:
+    """EUR that other gates would have had on the same tokens: a line for each gate, for the first arm that asked."""
+    title, prefix, ending = "What other gates would have kept", "counterfactual/", "/eur"
+    for arm in arms:
+        logged = dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix))
+        names = [k.removeprefix(prefix).removesuffix(ending) for k in logged if k.endswith(ending)]
+        traces: list[Trace] = []
+        for color, name in enumerate(names):
+            read = partial(_of_last_updates, metric=f"{prefix}{name}{ending}")
+            traces += arm_traces(arm, read, color=color, name=name)
+        if traces:
+            whose = f" Of {arm.label}." if len(arms) > 1 else ""
+            caption = (
+                "EUR of other gates on the tokens and ratios of this run's updates: what each would have left of them."
+                f"{whose} {LAST_UPDATE}"
+            )
+            return Figure("counterfactual", title, caption, (Panel("step", "EUR", tuple(traces)),))
+    return Figure("counterfactual", title, missing=NO_COUNTERFACTUALS)
+
+
+def _of_last_updates(run: Run, metric: str) -> Series:
+    return thinned([(r["step"], r[metric]) for r in run.last_updates if metric in r])
 
 
 def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str = "EUR") -> Panel | None:
@@ -162,11 +193,8 @@ def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str = "EUR") -> Pane
         for side, metric in names.items():
             words = "A > 0" if side == "pos" else "A ≤ 0"
             name = arm.label if len(arms) > 1 else words
-
-            def read(run: Run, metric: str = metric) -> Series:
-                return thinned([(r["step"], r[metric]) for r in run.last_updates if metric in r])
-
             color = i if len(arms) > 1 else (0 if side == "pos" else 1)
+            read = partial(_of_last_updates, metric=metric)
             traces += arm_traces(arm, read, color=color, name=name, dash=dashes[side])
     return Panel("step", y, tuple(traces)) if traces else None
 
@@ -185,11 +213,7 @@ def _low_weights(arms: Sequence[Arm]) -> Figure:
             return Figure("low_weights", title, caption, (panel,))
     traces: list[Trace] = []
     for i, arm in enumerate(arms):
-
-        def read(run: Run) -> Series:
-            return thinned([(r["step"], r["gate/min"]) for r in run.last_updates if "gate/min" in r])
-
-        traces += arm_traces(arm, read, color=i)
+        traces += arm_traces(arm, partial(_of_last_updates, metric="gate/min"), color=i)
     if not traces:
         return Figure("low_weights", title, missing="Not measured: no update is done yet.")
     panel = Panel("step", "smallest gate weight", tuple(traces))

@@ -170,9 +170,15 @@ def read_run(path: Path, name: str) -> Run:
         raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("objective"), dict):
         raise ConfigError(f"{path / 'config.yaml'} must hold a run's settings with an objective; it does not")
-    summary = path / "summary.json"
-    whole = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
-    return Run(name, path, settings, read_lines(path / "metrics.jsonl"), whole)
+    return Run(name, path, settings, read_lines(path / "metrics.jsonl"), _read_summary(path / "summary.json"))
+
+
+def _read_summary(file: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads(file.read_bytes()) if file.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}; the file was changed or cut") from error
+    return summary if isinstance(summary, dict) else None
 
 
 def read_lines(file: Path) -> tuple[dict[str, Any], ...]:

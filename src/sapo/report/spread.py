@@ -7,7 +7,6 @@ update r = 1 but for rounding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,7 +18,7 @@ import numpy as np
 from sapo.report.arms import Arm
 from sapo.report.figure import Dash, Figure, Mark, Panel, Trace
 from sapo.report.gates import gate_curve, objective_of
-from sapo.report.runs import Run
+from sapo.report.runs import Run, read_lines
 
 _STEPS = np.logspace(-4, 1, 41)
 LOG_RATIO_EDGES = np.concatenate([-_STEPS[::-1], _STEPS])
@@ -73,8 +72,8 @@ def spread_of(arm: Arm) -> Spread | None:
 
 
 def is_off_policy(record: dict[str, Any]) -> bool:
-    """Whether an update came after another of its step."""
-    return bool(record.get("off_policy", record.get("update", 0) > 0))
+    """Whether an update was made of samples of other weights: as its record says, or because another came before it."""
+    return not record["on_policy"] if "on_policy" in record else record.get("update", 0) > 0
 
 
 def _add_records(total: Spread, records: Iterable[dict[str, Any]]) -> None:
@@ -98,11 +97,15 @@ def _add_records(total: Spread, records: Iterable[dict[str, Any]]) -> None:
 @lru_cache(maxsize=64)
 def read_rollouts(path: Path, changed_at: int) -> tuple[dict[str, Any], ...]:
     """Completions of a logged step. `changed_at` is its time of change: a file that is written anew is read anew."""
-    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return read_lines(path)
 
 
 def rollouts_of(path: Path) -> tuple[dict[str, Any], ...]:
-    """Completions of a logged step."""
+    """Completions of a logged step.
+
+    Raises:
+        ConfigError: a line of the file is no record.
+    """
     return read_rollouts(path, path.stat().st_mtime_ns)
 
 
@@ -174,8 +177,8 @@ def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> lis
         Figure(
             "ratios",
             titles["ratios"],
-            "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log axes; over "
-            f"it the gate weight (right axis). {where}{_beyond([s for _, _, s in own])}",
+            "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log axes; "
+            f"over it the gate weight (right axis). {where}{_beyond([s for _, _, s in own])}",
             (ratios,),
         ),
         Figure(
@@ -225,8 +228,7 @@ def spread_panels(own: Sequence[tuple[int, Arm, Spread]]) -> tuple[Panel, Panel,
             ratio_traces += [_density(spread, (side,), words, c) for side, words, c in sides]
         else:
             ratio_traces.append(_density(spread, ("pos", "neg"), arm.label, color))
-        edges, inner = spread.variance_edges, spread.variance[1:-1]
-        share = inner / spread.variance.sum()
+        edges, share = _used(spread.variance_edges, spread.variance[1:-1] / spread.variance.sum())
         name = "responses" if single else arm.label
         variance_traces.append(Trace("steps", tuple(edges.tolist()), _gaps(share), name=name, color=color))
         points += _points(arm, spread, color, single)
@@ -246,10 +248,15 @@ def spread_panels(own: Sequence[tuple[int, Arm, Spread]]) -> tuple[Panel, Panel,
 def _density(spread: Spread, sides: tuple[str, ...], name: str, color: int) -> Trace:
     counts = sum((spread.log_ratio[s] for s in sides), start=np.zeros(len(spread.log_ratio_edges) + 1))
     density = counts[1:-1] / max(counts.sum(), 1) / np.diff(spread.log_ratio_edges)
-    used = np.flatnonzero(density)
+    edges, density = _used(spread.log_ratio_edges, density)
+    return Trace("steps", tuple(np.exp(edges).tolist()), _gaps(density), name=name, color=color)
+
+
+def _used(edges: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From the first bin that holds something to the last."""
+    used = np.flatnonzero(values)
     first, last = (int(used[0]), int(used[-1])) if len(used) else (0, -1)
-    edges = np.exp(spread.log_ratio_edges[first : last + 2])
-    return Trace("steps", tuple(edges.tolist()), _gaps(density[first : last + 1]), name=name, color=color)
+    return edges[first : last + 2], values[first : last + 1]
 
 
 def _gaps(values: np.ndarray) -> tuple[float | None, ...]:

@@ -216,7 +216,7 @@
       if (data.warnings.length > most) place.append(element("p", { class: "note" }, `The first ${most} of ${data.warnings.length}; metrics.jsonl has them all.`));
       place.append(table([
         { name: "run", words: true, of: (w) => w.run }, { name: "step", of: (w) => String(w.step ?? "-") },
-        { name: "cause", words: true, of: (w) => w.cause ?? "-" }, { name: "warning", words: true, long: true, of: (w) => w.text },
+        { name: "cause", words: true, of: (w) => (w.cause == null ? "-" : w.cause.replaceAll("_", " ")) }, { name: "warning", words: true, long: true, of: (w) => w.text },
       ], data.warnings.slice(0, most)));
     }
   }

@@ -85,7 +85,7 @@ function showTokens(root, data, memory) {
   const count = element("div", { class: "count", role: "status" });
   const about = element("div", { class: "about" });
   const scale = element("div", { class: "scale", "aria-label": "legend" });
-  const text = element("div", { class: "text", tabindex: "0", role: "group", "aria-label": "tokens; the arrow keys go from one to the next", onkeydown: tokenKey, onmouseover: hovered, onclick: hovered });
+  const text = element("div", { class: "reading", tabindex: "0", role: "group", "aria-label": "tokens; the arrow keys go from one to the next", onkeydown: tokenKey, onmouseover: hovered, onclick: hovered });
   const numbers = element("div", { class: "numbers", role: "status", "aria-label": "numbers of the token" });
   root.append(
     note(),
