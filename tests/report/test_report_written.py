@@ -102,7 +102,7 @@ def test_no_text_of_a_run_ends_the_element_it_stands_in(tmp_path: Path) -> None:
         (["empty"], "neither a run nor a directory of runs"),
         (["a", "--out", "empty"], "--out must be a file; got the directory empty"),
         (["a", "--out", "a/config.yaml/report.html"], "cannot be written"),
-        (["a", "--tokens", "-1"], "-1 is not in the range"),
+        (["a", "--tokens", "-1"], "Invalid value for '--tokens'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -10,6 +10,7 @@ import numpy as np
 
 from sapo.config import ConfigError
 from sapo.report.figure import Figure, Panel, Trace
+from sapo.untrusted import visible
 
 PALETTE = ("#0b62b0", "#c9550a", "#0a7d5c", "#8a3f9e", "#9a7400", "#2f87b3", "#b5305c", "#5b6470", "#5c771c", "#7a4b2a")
 """The page's, in the light."""
@@ -162,7 +163,7 @@ def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: P
 
 def _plain(text: str) -> str:
     """A name that somebody gave, without meaning to matplotlib: $ begins a formula, and a leading _ hides a legend."""
-    return text.replace("$", r"\$").lstrip("_") or "-"
+    return visible(text).replace("$", r"\$").lstrip("_") or "-"
 
 
 def _math(text: str) -> str:
