@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from browser import CHROMIUM, MISSING
 from report_cases import ATTACKS, default_rows, rollout_row, settings, step_records, write_run
@@ -84,6 +85,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(directory / "<img src=x onerror=hacked>", rollouts={2: rows, 4: rows}, records=records)
     write_run(directory / "b", config=settings(0, tau_neg=2.0))
     return write_page(make_report([directory]), directory / "report.html")
+
+
+def wait(page: Page, expression: str) -> None:
+    """Until an expression is true; a page that reloads meanwhile has no answer. (Playwright's own waiting needs eval.)"""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while True:
+        try:
+            if page.evaluate(expression):
+                return
+        except Error:
+            pass
+        assert time.monotonic() < deadline, f"never true: {expression}"
+        page.wait_for_timeout(50)
 
 
 def texts(page: Page, selector: str) -> list[str]:
@@ -270,7 +284,7 @@ def test_twenty_runs_hold_no_more_than_the_budget_and_say_what_is_left_out(visit
     assert "Of 160 logged steps 20 are in this page." in texts(page, ".note")[0]
     assert "`sapo report --tokens 0` takes in all." in texts(page, ".note")[0]
     page.select_option("#token-run", "r19")
-    page.wait_for_function("document.querySelectorAll('.tok').length === 50")
+    wait(page, "document.querySelectorAll('.tok').length === 50")
     page.evaluate("sapoReport.drawAll()")
     assert page.locator("#run-table tbody tr").count() == 20
     assert page.evaluate("document.querySelector('#figure-reward .plot').data.length") == 22  # seeds, mean and band
@@ -341,7 +355,7 @@ def test_text_stands_out_from_its_ground_in_light_and_dark_on_every_shade(browse
 def test_a_page_that_is_watched_reloads_and_comes_back_to_where_it_was(visit: Visit, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False)
     file = write_page(make_report([run]), tmp_path / "report.html", reload_every=0.3)
-    page = visit.open(file, "#run=a&step=2&sample=2.1&color=w")
+    page = visit.open(file, "#run=a&step=2&sample=2.1&color=w&paused=1")
     page.evaluate("document.getElementById('tokens').scrollIntoView()")
     place = page.evaluate("scrollY")
     assert place > 500
@@ -350,9 +364,11 @@ def test_a_page_that_is_watched_reloads_and_comes_back_to_where_it_was(visit: Vi
     with (run / "metrics.jsonl").open("a") as lines:
         lines.write(json.dumps(more) + "\n")
     write_page(make_report([run]), file)  # the last one: it reloads no more
-    page.wait_for_function("window.sapoReport?.data.story[0].panels[0].traces[0].x.length === 5")
+    page.wait_for_timeout(1000)
+    assert page.evaluate("sapoReport.data.story[0].panels[0].traces[0].x.length") == 4, "it is paused"
+    page.evaluate("document.getElementById('pause').click()")  # by no pointer, for which it would wait
+    wait(page, "window.sapoReport?.data.story[0].panels[0].traces[0].x.length === 5")
     page.evaluate("sapoReport.tokens.ready")
-    page.wait_for_function("document.querySelector('.tok') !== null")
     assert abs(page.evaluate("scrollY") - place) < 50
     assert page.evaluate("document.getElementById('token-color').value") == "w"
     assert "prompt 2, sample 1" in texts(page, ".about .facts")[0]
