@@ -224,6 +224,14 @@ def test_warnings_and_their_causes_are_kept(tmp_path: Path) -> None:
     assert report.lines[0].warnings == 1
 
 
+def test_a_run_that_broke_says_so_and_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", records=[r for r in step_records(4) if r["step"] <= 2], finished=False)
+    (run / "failure.json").write_text(json.dumps({"reason": "step 3: the loss is not finite"}))
+    report = make_report([run])
+    assert report.lines[0].state == "failed"
+    assert report.warnings == ({"run": "a", "step": 2, "cause": "failed", "text": "step 3: the loss is not finite"},)
+
+
 def test_a_rollout_row_of_the_cases_is_consistent() -> None:
     row = rollout_row(0, 1, [1, 2, 3], update=1)
     assert row["gate_weight"][0] == pytest.approx(1 / math.cosh(1.05 * (math.exp(-0.4) - 1) / 2) ** 2)

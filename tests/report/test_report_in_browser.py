@@ -88,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait(page: Page, expression: str) -> None:
-    """Until an expression is true; a page that reloads meanwhile has no answer. (Playwright's own waiting needs eval.)"""
+    """Until it is true; a page that reloads meanwhile has no answer. (Playwright's own way needs eval.)"""
     deadline = time.monotonic() + PATIENCE / 1000
     while True:
         try:

@@ -72,12 +72,12 @@ def generate(
     if as_json:
         print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
         return
-    shown = shown_to(terminal=sys.stdout.isatty())
+    spelled = shown_to(terminal=sys.stdout.isatty())
     for number, (completion, texts) in enumerate(zip(result.completions, result.token_texts, strict=True), 1):
         if samples > 1:
             print(f"--- {number} of {samples}, {len(completion)} tokens, {completion.finish_reason}")
         if not logprobs:
-            print(shown(completion.text))
+            print(spelled(completion.text))
             continue
         for token, shown, logprob in zip(completion.token_ids, texts, completion.logprobs, strict=True):
             print(f"{logprob:9.4f}  {token:7d}  {shown!r}")

@@ -78,6 +78,17 @@ class Run:
         """Whether it has made all its steps and said so."""
         return self.summary is not None and self.summary.get("steps") == self.planned_steps
 
+    @property
+    def failure(self) -> str | None:
+        """Why a run of a comparison broke, by its failure.json; None where it did not, or has ended since."""
+        if self.finished:
+            return None
+        try:
+            told = json.loads((self.path / "failure.json").read_bytes())
+            return str(told["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def setting(self, key: str) -> Any:
         """A dotted key of config.yaml; None where there is none."""
         value: Any = self.settings

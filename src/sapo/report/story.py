@@ -73,7 +73,7 @@ def run_line(run: Run, arm: Arm) -> RunLine:
         name=run.name,
         arm=arm.label,
         seed=run.setting("seed"),
-        state="done" if run.finished else "not finished",
+        state="done" if run.finished else "failed" if run.failure is not None else "not finished",
         steps=run.steps,
         planned=run.planned_steps,
         start=tuple(e[0] for e in evaluations.values()),
@@ -136,8 +136,11 @@ def _pass_words(lines: Sequence[RunLine], task: str) -> str:
 
 
 def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every warning with its run, step and, where it has a name, its cause."""
-    return [
+    """Every warning with its run, step and, where it has a name, its cause; first, the runs of a comparison that broke."""
+    broken = [
+        {"run": run.name, "step": run.steps, "cause": "failed", "text": run.failure} for run in runs if run.failure
+    ]
+    return broken + [
         {"run": run.name, "step": r.get("step"), "cause": r.get("cause"), "text": str(r.get("text", ""))}
         for run in runs
         for r in run.of_kind("warning")

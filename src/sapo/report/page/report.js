@@ -204,7 +204,7 @@
     document.getElementById("run-table").append(table([
       { name: "run", words: true, of: (r) => r.name }, { name: "arm", words: true, of: (r) => r.arm }, { name: "seed", of: (r) => String(r.seed ?? "-") },
       { name: "model", words: true, of: (r) => r.models },
-      { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}`) },
+      { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}${r.state === "failed" ? ", failed" : ""}`) },
       { name: "pass@1, start", of: (r) => passes(r.start) }, { name: "pass@1, last", of: (r) => passes(r.final) },
       { name: "last step's reward", of: (r) => number(r.reward) }, { name: "tokens sampled", of: (r) => number(r.tokens, 0) },
       { name: "seconds", of: (r) => number(r.seconds, 1) }, { name: "warnings", of: (r) => String(r.warnings) },
