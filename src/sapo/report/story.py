@@ -136,7 +136,7 @@ def _pass_words(lines: Sequence[RunLine], task: str) -> str:
 
 
 def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every warning with its run, step and, where it has a name, its cause; first, the runs of a comparison that broke."""
+    """Every warning with its run, step and, where it has a name, its cause; first the runs that broke."""
     broken = [
         {"run": run.name, "step": run.steps, "cause": "failed", "text": run.failure} for run in runs if run.failure
     ]
