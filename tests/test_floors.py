@@ -10,7 +10,7 @@ import sapo
 SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
-    ("objectives", "data", "config", "files", "recipe", "spans"),
+    ("objectives", "data", "config", "files", "recipe", "spans", "untrusted"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers", "profiling"),
@@ -36,6 +36,7 @@ FLOORS = (
         "doctor",
         "progress",
         "tables",
+        "report",
     ),
     ("completion", "commands", "cli"),
 )
@@ -49,6 +50,7 @@ ALLOWED = {
     "spans": set(),
     "config": {"objectives"},
     "recipe": {"objectives", "config"},
+    "untrusted": set(),
     "sandbox": set(),
     "tasks": {"data", "sandbox"},
     "model": {"data"},

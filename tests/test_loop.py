@@ -391,6 +391,9 @@ def test_logged_rollouts_tell_each_token_and_leave_out_what_was_not_measured(tmp
             torch.testing.assert_close(gates, 1 / torch.cosh(tau * drift / 2) ** 2)
         weights = [w for r in own for w in r["gate_weight"]]
         assert sum(weights) / len(weights) == pytest.approx(update["gate/eur"])
+        entropies = [e for r in own for e in r["entropy"]]
+        assert len(entropies) == len(weights)
+        assert sum(entropies) / len(entropies) == pytest.approx(update["entropy"])
     for row in rows:
         assert len(row["token_ids"]) == len(row["logprobs"]) == len(row["old_logprobs"])
         assert row["reward"] == pytest.approx(row["text"].count("7") / 8)

@@ -23,6 +23,7 @@ from sapo.commands.evaluate import compare as compare_evaluations
 from sapo.commands.evaluate import evaluate
 from sapo.commands.export import export
 from sapo.commands.generate import generate
+from sapo.commands.report import report
 from sapo.commands.terminal import StopSignal, console, errors, say, stop_signals
 from sapo.completion import complete_override, complete_recipe, complete_run
 
@@ -167,6 +168,7 @@ app.command(name="eval-compare")(compare_evaluations)
 app.command()(diagnose)
 app.command()(generate)
 app.command()(export)
+app.command()(report)
 app.command()(doctor)
 
 

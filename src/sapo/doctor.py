@@ -30,6 +30,7 @@ EXTRAS = {
     "smollm2": "a real model without a hub",
     "wandb": "Weights & Biases",
     "trackio": "trackio",
+    "report": "pages and images of runs",
     "trl": "our objectives in TRL's trainer",
 }
 

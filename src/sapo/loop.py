@@ -409,12 +409,13 @@ class TrainingRun:
         update, stride = self.state.update, self.config.train.minibatches
         samples = self.config.rollout.samples_per_prompt
         lengths = result.sequence_M.bincount().tolist()
-        parts = zip(result.sequence_ids, result.log_ratio_M.split(lengths), result.weight_M.split(lengths), strict=True)
-        gates = {}
-        for sequence, log_ratio, weight in parts:
+        measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
+        by_name = {name: values.split(lengths) for name, values in measured.items() if values is not None}
+        gates: dict[str, dict[str, Any]] = {}
+        for number, sequence in enumerate(result.sequence_ids):
             group, sample = divmod(sequence, samples)
             place = (update + group * stride) * samples + sample  # the inverse of split_minibatches
-            gates[str(place)] = {"update": update, "log_ratio": log_ratio.tolist(), "gate_weight": weight.tolist()}
+            gates[str(place)] = {"update": update, **{n: parts[number].tolist() for n, parts in by_name.items()}}
         return gates
 
     def _warn(self, text: str) -> None:

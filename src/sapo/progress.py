@@ -18,6 +18,7 @@ from sapo.config import RunConfig
 from sapo.data import Status
 from sapo.replay_choice import replay_sentence
 from sapo.training.checkpoint import Checkpoint
+from sapo.untrusted import visible
 
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -62,8 +63,8 @@ class Display:
             self.say(replay)
 
     def say(self, text: str) -> None:
-        """Print a line of plain text above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line of plain text above the bar, what would steer the terminal spelled out."""
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def coldstart(self, progress: ColdStartProgress) -> None:
         """An evaluation of the cold start."""
@@ -102,7 +103,7 @@ class Display:
 
     def warning(self, text: str) -> None:
         """Something the user should know."""
-        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(f"[yellow]warning:[/yellow] {escape(visible(text))}", highlight=False, soft_wrap=True)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was written: nothing to show, the last one is named at the end."""

@@ -20,6 +20,7 @@ from sapo.conformance.report import Report
 from sapo.evaluation.comparison import Comparison, Discordance
 from sapo.evaluation.estimates import Estimate
 from sapo.evaluation.figures import Evaluation, Slice
+from sapo.untrusted import visible
 
 LINES = 10
 """Lines of progress where there is no terminal to draw a bar on, at most."""
@@ -114,7 +115,7 @@ def evaluation_table(result: Evaluation) -> RenderableType:
         if estimate is not None:
             table.add_row(name, *_columns(estimate))
     if result.constant is not None:
-        answer = result.constant.answer.splitlines()[0][:24]
+        answer = visible(result.constant.answer.splitlines()[0][:24])
         table.add_row("best constant", f"{result.constant.share:.3f}", escape(f"always {answer}"))
     table.add_section()
     total = result.problems * n
@@ -139,7 +140,7 @@ def _slice_table(name: str, rows: list[Slice], samples: int) -> Table:
         table.add_column(heading, justify="right")
     for row in rows[:MOST_SLICES]:
         passes = (f"{row.pass_at[k].value:.3f}" for k in ks)
-        table.add_row(escape(row.value), str(row.problems), *_columns(row.mean), *passes)
+        table.add_row(escape(visible(row.value)), str(row.problems), *_columns(row.mean), *passes)
     return table
 
 

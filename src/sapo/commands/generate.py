@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sapo.completion import complete_model
+from sapo.untrusted import visible
 
 LONGEST = 256
 
@@ -70,12 +72,18 @@ def generate(
     if as_json:
         print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
         return
+    spelled = shown_to(terminal=sys.stdout.isatty())
     for number, (completion, texts) in enumerate(zip(result.completions, result.token_texts, strict=True), 1):
         if samples > 1:
             print(f"--- {number} of {samples}, {len(completion)} tokens, {completion.finish_reason}")
         if not logprobs:
-            print(completion.text)
+            print(spelled(completion.text))
             continue
         for token, shown, logprob in zip(completion.token_ids, texts, completion.logprobs, strict=True):
             print(f"{logprob:9.4f}  {token:7d}  {shown!r}")
         print(f"{sum(completion.logprobs):9.4f}  of {len(completion)} tokens, {completion.finish_reason}")
+
+
+def shown_to(*, terminal: bool) -> Callable[[str], str]:
+    """How a completion is printed: a terminal would obey what a file only holds, which gets it as it was written."""
+    return visible if terminal else str

@@ -10,13 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
+from sapo.untrusted import visible
+
 console = Console()
 errors = Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print a line as it is: what stands in brackets is no markup, and nothing is cut."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line as it is: what stands in brackets is no markup, nothing is cut, and what steers is spelled out."""
+    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class StopSignal:

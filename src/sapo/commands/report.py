@@ -1,0 +1,61 @@
+"""`sapo report`: runs as one page to look at, and as images for a paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sapo.commands.terminal import say, stop_signals
+from sapo.completion import complete_run
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run directories, a comparison's directory, or a directory of runs.",
+            autocompletion=complete_run,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it anew while runs go on, until they end or Ctrl-C.")
+    ] = False,
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the figures there, as PNG and PDF for a paper.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Response tokens that the token view may hold; 0 for all. [default: 200000]"),
+    ] = None,
+) -> None:
+    """Make a page of runs: their story in figures, the paper's figures, and every token that was logged."""
+    from sapo.config import ConfigError
+    from sapo.report import make_report, write_page
+    from sapo.report.images import write_images
+    from sapo.report.tokens import DEFAULT_TOKENS
+    from sapo.report.watch import watch as keep_writing
+
+    if out.is_dir():
+        raise ConfigError(f"--out must be a file; got the directory {out}; try {out / 'report.html'}")
+    budget = DEFAULT_TOKENS if tokens is None else tokens or None
+    if watch:
+        with stop_signals() as stop:
+            say(f"writing {out} as the runs go on; open it in a browser, it reloads itself; Ctrl-C ends this")
+            made = keep_writing(runs, out, tokens=budget, should_stop=stop)
+    else:
+        made = make_report(runs, tokens=budget)
+        write_page(made, out)
+    for line in made.headlines:
+        say(line)
+    missing = [f for f in (*made.story, *made.paper) if f.missing]
+    if missing:
+        say(f"not measured: {', '.join(f.title for f in missing)}; the page says how to have them")
+    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {len(made.tokens.chunks)} steps token by token)")
+    if png is not None:
+        files = write_images((*made.story, *made.paper), png)
+        say(f"wrote {len(files) // 2} figures as PNG and PDF to {png}")
+    say(f"next: open {out} in a browser")

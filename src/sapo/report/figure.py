@@ -1,0 +1,131 @@
+"""What a figure is before anyone draws it: numbers, names and axes.
+
+The page hands these to Plotly and `images` hands them to matplotlib, so that both show the same numbers. Numbers that
+stand in metrics.jsonl arrive here as they are there, never rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+Kind = Literal["line", "band", "steps", "points", "bars"]
+Dash = Literal["solid", "dash", "dot"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line, band, outline of a histogram, cloud of points or row of bars.
+
+    >>> Trace("line", (1, 2), (0.5, 0.75), name="sapo").to_json()
+    {'kind': 'line', 'x': [1, 2], 'y': [0.5, 0.75], 'name': 'sapo'}
+    """
+
+    kind: Kind
+    x: tuple[Any, ...]
+    """Steps, ratios, or names where bars stand beside each other. For a band: where its edges are."""
+    y: tuple[float | None, ...] = ()
+    """None leaves a gap. A band has `low` and `high` instead."""
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    """With a line or points: ends of an interval at each point."""
+    name: str = ""
+    """Traces of one name are shown and hidden together; the legend has each name once."""
+    color: int = 0
+    """Which of the palette; -1 is the colour of text."""
+    dash: Dash = "solid"
+    faint: bool = False
+    """A line in the background: one seed of several."""
+    markers: bool = False
+    second: bool = False
+    """On the axis at the right."""
+    hover: str = ""
+    """What a point says beside its numbers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value; what has its default is left out."""
+        return _compact(self)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A line through a whole panel: an edge, a threshold.
+
+    >>> Mark("x", 0.02, "A2: Var < 0.02").to_json()
+    {'axis': 'x', 'at': 0.02, 'text': 'A2: Var < 0.02'}
+    """
+
+    axis: Literal["x", "y"]
+    at: float
+    text: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return _compact(self)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A pair of axes and what is drawn on them.
+
+    >>> Panel("step", "reward", (Trace("line", (1,), (0.5,)),)).to_json()["x"]
+    'step'
+    """
+
+    x: str
+    y: str
+    traces: tuple[Trace, ...]
+    title: str = ""
+    second: str = ""
+    """Name of the axis at the right, where there is one: it goes from 0 to a little above its largest value."""
+    x_log: bool = False
+    y_log: bool = False
+    y_range: tuple[float, float] | None = None
+    marks: tuple[Mark, ...] = ()
+    stacked: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        own = _compact(self)
+        own["traces"] = [t.to_json() for t in self.traces]
+        if self.marks:
+            own["marks"] = [m.to_json() for m in self.marks]
+        return own
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels with a title and what is to be known of them; or why there are none.
+
+    >>> Figure("entropy", "Entropy", missing="not measured: train.entropy=true logs it").to_json()["missing"]
+    'not measured: train.entropy=true logs it'
+    """
+
+    key: str
+    title: str
+    caption: str = ""
+    panels: tuple[Panel, ...] = ()
+    missing: str = ""
+    """Why there is nothing to show, and how to have it measured; empty where there are panels."""
+    wide: bool = False
+    """Whether it takes the whole width of the page."""
+
+    def __post_init__(self) -> None:
+        assert bool(self.panels) != bool(self.missing), f"{self.key} has panels or says why not"
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        own = _compact(self)
+        if self.panels:
+            own["panels"] = [p.to_json() for p in self.panels]
+        return own
+
+
+def _compact(value: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults; the panels' and figures' parts are put in by their owners."""
+    found: dict[str, Any] = {}
+    for field in fields(value):
+        own = getattr(value, field.name)
+        if own != field.default:
+            found[field.name] = list(own) if isinstance(own, tuple) else own
+    return found

@@ -1,0 +1,174 @@
+"""The figures as PNG and PDF in a style fit for a paper: the same data as on the page, drawn by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from sapo.config import ConfigError
+from sapo.report.figure import Figure, Panel, Trace
+from sapo.untrusted import visible
+
+PALETTE = ("#0b62b0", "#c9550a", "#0a7d5c", "#8a3f9e", "#9a7400", "#2f87b3", "#b5305c", "#5b6470", "#5c771c", "#7a4b2a")
+"""The page's, in the light."""
+
+STYLE: dict[str, Any] = {
+    "font.family": "serif",
+    "font.serif": ["STIXGeneral", "Times New Roman", "DejaVu Serif"],
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 7.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.35,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType: conferences refuse type 3
+    "savefig.dpi": 200,
+}
+
+PANEL = (3.25, 2.2)
+"""Width and height in inches: one column of a paper in two."""
+
+MOST_IN_LEGEND = 10
+
+
+def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
+    """KEY.png and KEY.pdf for every figure that was measured.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the directory cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("--png needs matplotlib, which is not installed; pip install 'sapo-rl[report]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    written = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(cast(Any, STYLE)):
+            for figure in figures:
+                if figure.missing:
+                    continue
+                drawn = draw(figure)
+                for ending in ("png", "pdf"):
+                    file = directory / f"{figure.key}.{ending}"
+                    # Without a date the same figure is the same file.
+                    drawn.savefig(file, metadata={"CreationDate": None} if ending == "pdf" else None)
+                    written.append(file)
+                plt.close(drawn)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another --png") from error
+    return written
+
+
+def draw(figure: Figure) -> Any:
+    """A matplotlib figure: its panels in one row, four of them in two."""
+    import matplotlib.pyplot as plt
+
+    columns = 2 if len(figure.panels) == 4 else min(len(figure.panels), 3)
+    rows = -(-len(figure.panels) // columns)
+    drawn, axes = plt.subplots(
+        rows, columns, figsize=(PANEL[0] * columns, PANEL[1] * rows), squeeze=False, layout="constrained"
+    )
+    for panel, place in zip(figure.panels, axes.flat, strict=False):
+        _draw_panel(panel, place)
+    for place in list(axes.flat)[len(figure.panels) :]:
+        place.set_axis_off()
+    handles = _legend(figure, axes)
+    if len(handles) > 1:
+        per_row = max(1, min(len(handles), 2 * columns))
+        drawn.legend(
+            list(handles.values()), [_plain(n) for n in handles], loc="outside upper center", ncols=per_row,
+            handlelength=1.6, columnspacing=1.2,
+        )  # fmt: skip
+    return drawn
+
+
+def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
+    """Name -> what stands for it: the first strong line, or whatever has the name."""
+    handles: dict[str, Any] = {}
+    strong: set[str] = set()
+    for panel, place in zip(figure.panels, axes.flat, strict=False):
+        drawn = getattr(place, "sapo_traces", [])
+        for trace, artist in zip(panel.traces, drawn, strict=True):
+            weak = trace.faint or trace.kind == "band"
+            if trace.name and (trace.name not in handles or (trace.name not in strong and not weak)):
+                handles[trace.name] = artist
+                if not weak:
+                    strong.add(trace.name)
+    return dict(list(handles.items())[:MOST_IN_LEGEND])
+
+
+def _draw_panel(panel: Panel, axes: Any) -> None:
+    right = axes.twinx() if panel.second else None
+    floors: dict[Any, np.ndarray] = {}
+    axes.sapo_traces = [
+        _draw_trace(t, right if t.second and right is not None else axes, floors, panel) for t in panel.traces
+    ]
+    axes.set_xlabel(_math(panel.x))
+    axes.set_ylabel(_math(panel.y))
+    axes.set_title(_math(panel.title), loc="left")
+    if panel.x_log:
+        axes.set_xscale("log")
+    if panel.y_log:
+        axes.set_yscale("log")
+    if panel.y_range:
+        axes.set_ylim(*panel.y_range)
+    if right is not None:
+        right.set_ylabel(_math(panel.second))
+        right.set_ylim(0, right.get_ylim()[1] * 1.02)
+        right.grid(False)
+        right.spines["right"].set_visible(True)
+    for mark in panel.marks:
+        line = axes.axvline if mark.axis == "x" else axes.axhline
+        line(mark.at, color="0.4", linewidth=0.7, linestyle=":")
+    if panel.stacked and len({x for t in panel.traces for x in t.x}) > 3:
+        axes.tick_params(axis="x", rotation=40)
+
+
+def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: Panel) -> Any:
+    color = "0.35" if trace.color < 0 else PALETTE[trace.color % len(PALETTE)]
+    style = {"solid": "-", "dash": "--", "dot": ":"}[trace.dash]
+    y = np.array([np.nan if v is None else v for v in trace.y], dtype=float)
+    if trace.kind == "band":
+        return axes.fill_between(trace.x, trace.low, trace.high, color=color, alpha=0.18, linewidth=0)
+    if trace.kind == "bars":
+        floor = floors.setdefault("bars", np.zeros(len(y))) if panel.stacked else np.zeros(len(y))
+        bars = axes.bar([_plain(str(x)) for x in trace.x], np.nan_to_num(y), bottom=floor, color=color, width=0.6)
+        floor += np.nan_to_num(y)
+        return bars
+    if trace.kind == "steps":
+        return axes.plot(trace.x, [*y, y[-1]], color=color, linestyle=style, linewidth=1.0, drawstyle="steps-post")[0]
+    if trace.kind == "points":
+        return axes.plot(trace.x, y, ".", color=color, markersize=2.5, alpha=0.6, rasterized=True)[0]
+    width, alpha = (0.5, 0.5) if trace.faint else (1.2, 1.0)
+    marker = "o" if trace.markers else None
+    return axes.plot(
+        trace.x, y, color=color, linestyle=style, linewidth=width, alpha=alpha, marker=marker, markersize=2.5
+    )[0]
+
+
+def _plain(text: str) -> str:
+    """A name that somebody gave, without meaning to matplotlib: $ begins a formula, and a leading _ hides a legend."""
+    return visible(text).replace("$", r"\$").lstrip("_") or "-"
+
+
+def _math(text: str) -> str:
+    """An axis of ours as a formula where it is one; else as text."""
+    known = {"Var_i": r"$\mathrm{Var}_i$", "D_i": "$D_i$", "r": "$r$", "value f(r)": "value $f(r)$"}
+    known["weight f'(r)"] = "weight $f'(r)$"
+    known["A > 0"], known["A ≤ 0"] = "$A > 0$", r"$A \leq 0$"
+    return known.get(text, _plain(text) if text else "")

@@ -1,0 +1,80 @@
+"""The report as one HTML file that needs nothing else: no server, no network; Plotly's script is in it.
+
+What runs named and models wrote is only ever data: the figures and tables stand in the page as JSON, the token view as
+compressed chunks that are unpacked when they are asked for. The page's content security policy admits its own three
+scripts by their hashes and no connection, so that markup could do nothing even if it became markup. (Styles are not
+held to hashes: Plotly makes its own.)
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from importlib import resources
+from pathlib import Path
+
+from sapo.config import ConfigError
+from sapo.evaluation.page import content_security_policy, embedded
+from sapo.files import write_whole
+from sapo.report.assemble import Report
+
+
+def write_page(report: Report, path: Path, *, reload_every: float | None = None) -> Path:
+    """Write the page, aside and renamed.
+
+    Args:
+        reload_every: seconds between the page's reloads of itself, while it is written anew; None for never.
+
+    Raises:
+        ConfigError: Plotly is not installed, or the file cannot be written.
+    """
+    scripts = {"plotly": plotly_script(), "tokens": part("tokens.js"), "script": part("report.js")}
+    style = part("report.css") + part("tokens.css")
+    data = report.to_json()
+    if reload_every is not None:
+        data["watch"] = reload_every
+    fields = {
+        **scripts,
+        "title": html.escape(f"sapo report: {report.title}"),
+        "policy": html.escape(policy(list(scripts.values()))),
+        "style": style,
+        "data": embedded(data),
+        "chunks": "\n".join(_chunk(i, chunk.data) for i, chunk in enumerate(report.tokens.chunks)),
+    }
+    # One pass, so that a field's contents are never searched for the marks of another.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: fields[mark[1]], part("report.html"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, page)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+    return path
+
+
+def plotly_script() -> str:
+    """Plotly's script, from its package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ConfigError("a report needs Plotly, which is not installed; pip install 'sapo-rl[report]'") from error
+    script: str = get_plotlyjs()
+    return script
+
+
+def policy(scripts: list[str]) -> str:
+    """The content security policy: these scripts, styles of the page and of Plotly, images made in the page."""
+    strict = content_security_policy(scripts, [])
+    return strict.replace("style-src ", "style-src 'unsafe-inline'") + "; img-src data: blob:"
+
+
+def part(name: str) -> str:
+    """A file of the page as it is in the package."""
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _chunk(place: int, data: str) -> str:
+    return f'<script type="application/octet-stream" id="chunk-{place}">{data}</script>'

@@ -1,0 +1,144 @@
+"""Figures 2 to 6 of the paper from the runs at hand; each that they cannot give says which runs would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from sapo.report.arms import Arm, flatten
+from sapo.report.curves import SEEDS, Series, arm_traces, pass_at_1, pass_panel, step_panel
+from sapo.report.figure import Figure, Panel, Trace
+from sapo.report.gates import gates_figure
+from sapo.report.runs import Run
+from sapo.report.spread import MISSING, Spread, source_of, spread_panels
+
+
+def paper_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
+    """Figures 1 to 6."""
+    return [
+        gates_figure(),
+        *_spread_figures(arms, spreads),
+        _learning("fig4", "Fig. 4: objectives", arms, _objectives(arms), NO_OBJECTIVES),
+        _learning("fig5", "Fig. 5: the temperature of negative advantages", arms, _temperatures(arms), NO_TEMPERATURES),
+        _tasks(arms),
+    ]
+
+
+def _spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
+    figures = []
+    own = [(i, arm, s) for i, (arm, s) in enumerate(zip(arms, spreads, strict=True))]
+    for key, title, experts in (("fig2", "Fig. 2: mixture of experts", True), ("fig3", "Fig. 3: dense", False)):
+        of_kind = [(i, arm, s) for i, arm, s in own if arm.runs[0].is_mixture_of_experts == experts]
+        measured = [(i, arm, s) for i, arm, s in of_kind if s is not None]
+        if not of_kind:
+            lacking = (
+                "no run of a mixture of experts; `sapo train moe_quickstart` makes one."
+                if experts
+                else "no run of a dense model; `sapo train quickstart` makes one."
+            )
+            figures.append(Figure(key, title, missing=f"Not measured: among these runs is {lacking}", wide=True))
+        elif not measured:
+            figures.append(Figure(key, title, missing=MISSING, wide=True))
+        else:
+            caption = "Ratios of off-policy tokens, Var_i of responses, and D_i with its bound. " + source_of(
+                [s for _, _, s in measured]
+            )
+            figures.append(Figure(key, title, caption, spread_panels(measured), wide=True))
+    return figures
+
+
+NO_OBJECTIVES = (
+    "Not measured: these runs train by one objective. `sapo compare RECIPE --objectives sapo,gspo,grpo`, or runs with "
+    "objective.name=... beside this one, give the curves."
+)
+NO_TEMPERATURES = (
+    "Not measured: no two of these runs are SAPO at different objective.tau_neg; runs with objective.tau_neg=0.95 and "
+    "objective.tau_neg=1.0 beside this one give the curves."
+)
+NO_TASKS = (
+    "Not measured: these runs have one task each. A recipe with several, as `sapo train mixture`, gives the curves."
+)
+
+
+def _objectives(arms: Sequence[Arm]) -> list[int]:
+    """Places of arms that train the same model on the same tasks by several objectives: the largest such family."""
+    families: dict[Any, list[int]] = {}
+    for place, arm in enumerate(arms):
+        flat = flatten(arm.runs[0].settings)
+        # Routing replay goes with an objective: GRPO-R2 is GRPO with it.
+        same = {k: v for k, v in flat.items() if k.startswith(("model.", "tasks.")) and k != "model.routing_replay"}
+        families.setdefault(repr(sorted(same.items())), []).append(place)
+    return _largest(families, lambda place: arms[place].objective.get("name"))
+
+
+def _temperatures(arms: Sequence[Arm]) -> list[int]:
+    """Places of arms that are SAPO and share everything but tau_neg: the largest such family."""
+    families: dict[Any, list[int]] = {}
+    for place, arm in enumerate(arms):
+        if arm.objective.get("name") == "sapo" and "tau_neg" in arm.objective:
+            flat = flatten(arm.runs[0].settings)
+            same = {k: v for k, v in flat.items() if k != "objective.tau_neg"}
+            families.setdefault(repr(sorted(same.items())), []).append(place)
+    return _largest(families, lambda place: arms[place].objective["tau_neg"])
+
+
+def _largest(families: dict[Any, list[int]], value: Callable[[int], Any]) -> list[int]:
+    """The largest family in which a value is not everywhere the same; none where there is none."""
+    several = [f for f in families.values() if len({value(place) for place in f}) > 1]
+    return max(several, key=len, default=[])
+
+
+def _learning(key: str, title: str, arms: Sequence[Arm], places: Sequence[int], missing: str) -> Figure:
+    """Training reward and held-out pass@1 of some arms, in the colours they have elsewhere."""
+    if not places:
+        return Figure(key, title, missing=missing, wide=True)
+    panels = []
+    for panel in (step_panel(arms, "reward/mean", "training reward"), pass_panel(arms)):
+        if panel is not None:
+            kept = tuple(t for t in panel.traces if t.color in places)
+            panels.append(Panel(panel.x, panel.y, kept))
+    if not panels:
+        return Figure(key, title, missing="Not measured: no step is done yet.", wide=True)
+    return Figure(key, title, f"Training reward and held-out pass@1. {SEEDS}", tuple(panels), wide=True)
+
+
+def _tasks(arms: Sequence[Arm]) -> Figure:
+    """Reward and pass@1 by task, a panel for each arm."""
+    title, panels = "Fig. 6: by task", []
+    for arm in arms:
+        names = task_names(arm)
+        if len(names) < 2:
+            continue
+        for y, read in (("training reward", reward_of), ("pass@1", pass_at_1)):
+            traces: list[Trace] = []
+            for color, name in enumerate(names):
+                traces += arm_traces(arm, partial(read, task=name), color=color, name=name)
+            if traces:
+                panels.append(Panel("step", y, tuple(traces), title=arm.label))
+    if not panels:
+        return Figure("fig6", title, missing=NO_TASKS, wide=True)
+    return Figure(
+        "fig6",
+        title,
+        f"Training reward and held-out pass@1 of each task of a mixture. {SEEDS}",
+        tuple(panels),
+        wide=True,
+    )
+
+
+def reward_of(run: Run, task: str) -> Series:
+    """Training reward of one task."""
+    return run.series(f"task/{task}/reward/mean")
+
+
+def task_names(arm: Arm) -> list[str]:
+    """Tasks that were evaluated or trained on, in the order in which they were first logged."""
+    names: dict[str, None] = {}
+    for run in arm.runs:
+        names |= dict.fromkeys(r["task"] for r in run.of_kind("eval"))
+        for record in run.of_kind("step")[:1]:
+            ending = "/reward/mean"
+            found = [k for k in record if k.startswith("task/") and k.endswith(ending)]
+            names |= dict.fromkeys(k.removeprefix("task/").removesuffix(ending) for k in found)
+    return list(names)

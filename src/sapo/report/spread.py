@@ -1,0 +1,312 @@
+"""How ratios spread: histogram of r under the gate, Var_i, and D_i against its bound; Figures 2 and 3 of the paper.
+
+A run's own records of kind "distribution" are taken where it wrote them. Otherwise the figures are made from the
+completions in rollouts/, with the same bins. Only off-policy updates are counted, as in the paper: in a step's first
+update r = 1 but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sapo.report.arms import Arm
+from sapo.report.figure import Dash, Figure, Mark, Panel, Trace
+from sapo.report.gates import gate_curve, objective_of
+from sapo.report.runs import Run, read_lines
+
+_STEPS = np.logspace(-4, 1, 41)
+LOG_RATIO_EDGES = np.concatenate([-_STEPS[::-1], _STEPS])
+"""Of log r, in nats: eight bins to a decade on both sides of a bin that holds |log r| < 1e-4."""
+
+VARIANCE_EDGES = np.logspace(-8, 2, 41)
+"""Of Var_i, in nats squared, four bins to a decade."""
+
+LOW_VARIANCE = 0.02
+"""Where the paper's Figures 2 and 3 find most sequences: assumption A2."""
+
+MOST_FILES = 6
+"""Files of rollouts/ that are read of a run that wrote no distributions, evenly spaced."""
+
+MOST_PAIRS = 500
+"""Points of an arm's scatter, evenly spaced in the order of Var_i."""
+
+
+@dataclass
+class Spread:
+    """Counts of one arm; lists of counts have what lies beyond the edges at either end."""
+
+    log_ratio: dict[str, np.ndarray] = field(
+        default_factory=lambda: {s: np.zeros(len(LOG_RATIO_EDGES) + 1) for s in ("pos", "neg")}
+    )
+    log_ratio_edges: np.ndarray = field(default_factory=lambda: LOG_RATIO_EDGES)
+    variance: np.ndarray = field(default_factory=lambda: np.zeros(len(VARIANCE_EDGES) + 1))
+    variance_edges: np.ndarray = field(default_factory=lambda: VARIANCE_EDGES)
+    pairs: list[tuple[float, float, bool]] = field(default_factory=list)
+    """(Var_i, D_i, whether A_i > 0)."""
+    updates: int = 0
+    from_rollouts: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Counted in the histogram of ratios."""
+        return int(sum(c.sum() for c in self.log_ratio.values()))
+
+
+def spread_of(arm: Arm) -> Spread | None:
+    """All off-policy updates of an arm's runs; None where none was logged."""
+    total = Spread()
+    for run in arm.runs:
+        records = [r for r in run.of_kind("distribution") if is_off_policy(r)]
+        if records:
+            _add_records(total, records)
+        elif not run.of_kind("distribution"):
+            _add_rollouts(total, run)
+    total.pairs.sort()
+    return total if total.tokens else None
+
+
+def is_off_policy(record: dict[str, Any]) -> bool:
+    """Whether an update was made of samples of other weights: as its record says, or because another came before it."""
+    return not record["on_policy"] if "on_policy" in record else record.get("update", 0) > 0
+
+
+def _add_records(total: Spread, records: Iterable[dict[str, Any]]) -> None:
+    for record in records:
+        ratios, variance, scatter = record["log_ratio"], record["variance"], record["scatter"]
+        edges = np.array(ratios["edges"])
+        if total.tokens and (len(edges) != len(total.log_ratio_edges) or not np.allclose(edges, total.log_ratio_edges)):
+            continue  # of another version: bins of two kinds do not add up
+        if not total.tokens:
+            total.log_ratio_edges, total.variance_edges = edges, np.array(variance["edges"])
+            total.log_ratio = {s: np.zeros(len(edges) + 1) for s in ("pos", "neg")}
+            total.variance = np.zeros(len(variance["edges"]) + 1)
+        for side in ("pos", "neg"):
+            if side in ratios:
+                total.log_ratio[side] += np.array(ratios[side])
+        total.variance += np.array(variance["count"])
+        total.pairs += zip(scatter["variance"], scatter["discrepancy"], scatter["positive"], strict=True)
+        total.updates += 1
+
+
+@lru_cache(maxsize=64)
+def read_rollouts(path: Path, changed_at: int) -> tuple[dict[str, Any], ...]:
+    """Completions of a logged step. `changed_at` is its time of change: a file that is written anew is read anew."""
+    return read_lines(path)
+
+
+def rollouts_of(path: Path) -> tuple[dict[str, Any], ...]:
+    """Completions of a logged step.
+
+    Raises:
+        ConfigError: a line of the file is no record.
+    """
+    return read_rollouts(path, path.stat().st_mtime_ns)
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many items, evenly spaced, the first and the last among them; the last alone where one is asked for.
+
+    >>> evenly([1, 2, 3, 4, 5], 3), evenly([1, 2, 3], 1)
+    ([1, 3, 5], [3])
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)] if most > 1 else list(items[-1:])
+
+
+def _add_rollouts(total: Spread, run: Run) -> None:
+    import torch
+
+    from sapo.objectives import gate_discrepancy, variance
+
+    total.from_rollouts = True
+    for file in evenly(list(run.rollouts.values()), MOST_FILES):
+        rows = [r for r in rollouts_of(file) if is_off_policy(r) and r.get("log_ratio")]
+        if not rows:
+            continue
+        lengths = [len(r["log_ratio"]) for r in rows]
+        log_ratio_M = torch.tensor([z for r in rows for z in r["log_ratio"]], dtype=torch.float64)
+        sequence_M = torch.repeat_interleave(torch.tensor(lengths))
+        positive_B = torch.tensor([r["advantage"] > 0 for r in rows])
+        pos, neg = temperatures(run)
+        tau_B = torch.where(positive_B, pos, neg).double()
+        variance_B = variance(log_ratio_M, sequence_M, len(rows))
+        discrepancy_B = gate_discrepancy(log_ratio_M, sequence_M, len(rows), tau=tau_B)
+        for side, own_M in (("pos", positive_B[sequence_M]), ("neg", ~positive_B[sequence_M])):
+            total.log_ratio[side] += _counts(log_ratio_M[own_M].numpy(), LOG_RATIO_EDGES)
+        total.variance += _counts(variance_B.numpy(), VARIANCE_EDGES)
+        total.pairs += zip(variance_B.tolist(), discrepancy_B.tolist(), positive_B.tolist(), strict=True)
+        total.updates += len({r["update"] for r in rows})
+
+
+def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
+
+
+def temperatures(run: Run) -> tuple[float, float]:
+    """tau_pos and tau_neg of the run's objective; the paper's where it has none."""
+    objective = run.settings["objective"]
+    return float(objective.get("tau_pos", 1.0)), float(objective.get("tau_neg", 1.05))
+
+
+MISSING = (
+    "Not measured: no off-policy update was logged. diagnostics.distributions_every=N or log.rollouts_every=N log "
+    "them; a run of train.minibatches=1 has none."
+)
+
+
+def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
+    """The three figures of all arms that measured their ratios."""
+    own = [(i, arm, s) for i, (arm, s) in enumerate(zip(arms, spreads, strict=True)) if s is not None]
+    titles = {
+        "ratios": "Ratios under the gate",
+        "variance": "Var of a response",
+        "bound": "D against its bound",
+    }
+    if not own:
+        return [Figure(key, title, missing=MISSING) for key, title in titles.items()]
+    ratios, variances, bound = spread_panels(own)
+    where = source_of([s for _, _, s in own])
+    return [
+        Figure(
+            "ratios",
+            titles["ratios"],
+            "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log axes; "
+            f"over it the gate weight (right axis). {where}{_beyond([s for _, _, s in own])}",
+            (ratios,),
+        ),
+        Figure(
+            "variance",
+            titles["variance"],
+            f"Var_i, the variance of log r over the tokens of a response; assumption A2 asks it to be small. {where}",
+            (variances,),
+        ),
+        Figure(
+            "bound",
+            titles["bound"],
+            "D_i, how far the mean token gate of a response is from the gate of its sequence ratio, against Var_i; the "
+            f"lines are the bound (τ²/4) Var_i of equation (21). {where}{_at_zero([s for _, _, s in own])}",
+            (bound,),
+        ),
+    ]
+
+
+def source_of(spreads: Sequence[Spread]) -> str:
+    """Where the counts come from, as a sentence."""
+    tokens, updates = sum(s.tokens for s in spreads), sum(s.updates for s in spreads)
+    words = f"{tokens:,} tokens of {updates} off-policy updates that were logged"
+    if any(s.from_rollouts for s in spreads):
+        words += f", from rollouts/ where no distributions were logged (at most {MOST_FILES} steps of a run)"
+    return words + "."
+
+
+def _beyond(spreads: Sequence[Spread]) -> str:
+    count = int(sum(c[0] + c[-1] for s in spreads for c in s.log_ratio.values()))
+    return f" {count:,} tokens lie beyond e^-10 .. e^10." if count else ""
+
+
+def _at_zero(spreads: Sequence[Spread]) -> str:
+    count = sum(1 for s in spreads for v, d, _ in s.pairs if not (v > 0 and d > 0))
+    return f" {count} sequences at 0, which a log axis cannot show." if count else ""
+
+
+def spread_panels(own: Sequence[tuple[int, Arm, Spread]]) -> tuple[Panel, Panel, Panel]:
+    """Ratios, variances and scatter of some arms, each with its colour."""
+    single = len(own) == 1
+    ratio_traces: list[Trace] = []
+    variance_traces: list[Trace] = []
+    points: list[Trace] = []
+    for color, arm, spread in own:
+        if single:
+            sides = (("pos", "A > 0", 0), ("neg", "A ≤ 0", 1))
+            ratio_traces += [_density(spread, (side,), words, c) for side, words, c in sides]
+        else:
+            ratio_traces.append(_density(spread, ("pos", "neg"), arm.label, color))
+        edges, share = _used(spread.variance_edges, spread.variance[1:-1] / spread.variance.sum())
+        name = "responses" if single else arm.label
+        variance_traces.append(Trace("steps", tuple(edges.tolist()), _gaps(share), name=name, color=color))
+        points += _points(arm, spread, color, single)
+    ratio_traces += _curves(own)
+    bounds = _bounds(own)
+    mark = Mark("x", LOW_VARIANCE, f"{LOW_VARIANCE}")
+    return (
+        Panel(
+            "r", "density (log)", tuple(ratio_traces), x_log=True, y_log=True, second="gate weight",
+            marks=(Mark("x", 1.0, ""),),
+        ),
+        Panel("Var_i", "share of responses", tuple(variance_traces), x_log=True, marks=(mark,)),
+        Panel("Var_i", "D_i", (*points, *bounds), x_log=True, y_log=True),
+    )  # fmt: skip
+
+
+def _density(spread: Spread, sides: tuple[str, ...], name: str, color: int) -> Trace:
+    counts = sum((spread.log_ratio[s] for s in sides), start=np.zeros(len(spread.log_ratio_edges) + 1))
+    density = counts[1:-1] / max(counts.sum(), 1) / np.diff(spread.log_ratio_edges)
+    edges, density = _used(spread.log_ratio_edges, density)
+    return Trace("steps", tuple(np.exp(edges).tolist()), _gaps(density), name=name, color=color)
+
+
+def _used(edges: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From the first bin that holds something to the last."""
+    used = np.flatnonzero(values)
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, -1)
+    return edges[first : last + 2], values[first : last + 1]
+
+
+def _gaps(values: np.ndarray) -> tuple[float | None, ...]:
+    """Values with a gap where nothing was counted: a log axis has no 0."""
+    return tuple(float(v) if v > 0 else None for v in values)
+
+
+def _curves(own: Sequence[tuple[int, Arm, Spread]]) -> list[Trace]:
+    """The gate of each objective over the range of the ratios; of those that gate a token by its own ratio alone."""
+    logs = [s.log_ratio_edges[np.flatnonzero(c[1:-1])] for _, _, s in own for c in s.log_ratio.values() if c.sum()]
+    low, high = min(float(e[0]) for e in logs if len(e)), max(float(e[-1]) for e in logs if len(e))
+    ratios = np.exp(np.linspace(min(low, -0.05), max(high, 0.05) * 1.05, 200))
+    traces = []
+    for color, arm, _ in own:
+        objective = objective_of(arm.objective)
+        if objective is None or objective.coupled or objective.needs_old_logprob:
+            continue
+        for sign in (1, -1):
+            weight = gate_curve(objective, ratios, sign)[1]
+            side = "A > 0" if sign > 0 else "A ≤ 0"
+            name, shade = (f"gate, {side}", (0 if sign > 0 else 1)) if len(own) == 1 else (arm.label, color)
+            x, y = tuple(ratios.tolist()), tuple(weight.tolist())
+            dash: Dash = "dash" if sign > 0 else "dot"
+            hover = f"weight of {arm.label}, {side}"
+            traces.append(Trace("line", x, y, name=name, color=shade, dash=dash, second=True, hover=hover))
+    return traces
+
+
+def _points(arm: Arm, spread: Spread, color: int, single: bool) -> list[Trace]:
+    shown = evenly([p for p in spread.pairs if p[0] > 0 and p[1] > 0], MOST_PAIRS)
+    if not single:
+        return [
+            Trace("points", tuple(v for v, _, _ in shown), tuple(d for _, d, _ in shown), name=arm.label, color=color)
+        ]
+    traces = []
+    for positive, name, shade in ((True, "A > 0", 0), (False, "A ≤ 0", 1)):
+        side = [p for p in shown if p[2] == positive]
+        if side:
+            traces.append(Trace("points", tuple(p[0] for p in side), tuple(p[1] for p in side), name=name, color=shade))
+    return traces
+
+
+def _bounds(own: Sequence[tuple[int, Arm, Spread]]) -> list[Trace]:
+    values = [v for _, _, s in own for v, d, _ in s.pairs if v > 0 and d > 0]
+    if not values:
+        return []
+    taus = sorted({tau for _, arm, _ in own for tau in temperatures(arm.runs[0])})
+    ends = (min(values), max(values))
+    dashes: list[Dash] = ["solid", "dash", *["dot"] * len(taus)]  # type: ignore[list-item]
+    return [
+        Trace("line", ends, tuple(tau**2 / 4 * v for v in ends), name=f"bound, τ {tau:g}", color=-1, dash=dash)
+        for tau, dash in zip(taus, dashes, strict=False)
+    ]

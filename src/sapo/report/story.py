@@ -1,0 +1,147 @@
+"""The story in words: what each arm did from start to end, every run in a table, and what was warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sapo.report.arms import Arm
+from sapo.report.costs import phase_seconds
+from sapo.report.runs import Run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A pass@1 with its interval, at a step.
+
+    >>> Measured("add4", 0, 0.25, 0.2, 0.3).words
+    '0.250 [0.200, 0.300]'
+    """
+
+    task: str
+    step: int
+    value: float
+    low: float | None
+    high: float | None
+
+    @property
+    def words(self) -> str:
+        """The value and, where it was logged, its interval."""
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A row of the table of runs. None and an empty list: not measured.
+
+    >>> line = RunLine("q", "SAPO", 0, "done", 20, 20, (), (), 51200, 19.6, None, 0, "")
+    >>> line.to_json()["tokens"]
+    51200
+    """
+
+    name: str
+    arm: str
+    seed: int | None
+    state: str
+    steps: int
+    planned: int | None
+    start: tuple[Measured, ...]
+    final: tuple[Measured, ...]
+    tokens: int | None
+    seconds: float | None
+    reward: float | None
+    """Mean reward of the last step."""
+    warnings: int
+    models: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return asdict(self)
+
+
+def run_line(run: Run, arm: Arm) -> RunLine:
+    """The row of a run."""
+    steps = run.of_kind("step")
+    tokens = (run.summary or {}).get("tokens", {}).get("generated")
+    if tokens is None and steps:
+        tokens = sum(r["tokens/generated"] for r in steps if "tokens/generated" in r)
+    seconds = sum(phase_seconds(run).values())
+    evaluations = _evaluations(run)
+    return RunLine(
+        name=run.name,
+        arm=arm.label,
+        seed=run.setting("seed"),
+        state="done" if run.finished else "failed" if run.failure is not None else "not finished",
+        steps=run.steps,
+        planned=run.planned_steps,
+        start=tuple(e[0] for e in evaluations.values()),
+        final=tuple(e[-1] for e in evaluations.values() if len(e) > 1),
+        tokens=tokens,
+        seconds=seconds or None,
+        reward=steps[-1].get("reward/mean") if steps else None,
+        warnings=len(run.of_kind("warning")),
+        models="mixture of experts" if run.is_mixture_of_experts else "dense",
+    )
+
+
+def _evaluations(run: Run) -> dict[str, list[Measured]]:
+    by_task: dict[str, list[Measured]] = {}
+    for record in run.of_kind("eval"):
+        names = ["pass@1", *(k for k in record if k.startswith("mean@"))]
+        name = next((n for n in names if n in record), None)
+        if name is not None:
+            low, high = record.get(f"{name}/low"), record.get(f"{name}/high")
+            measured = Measured(record["task"], record["step"], record[name], low, high)
+            by_task.setdefault(record["task"], []).append(measured)
+    return by_task
+
+
+def headline(arm: Arm, lines: Sequence[RunLine]) -> str:
+    """What an arm did, in one sentence with the numbers of metrics.jsonl and summary.json."""
+    single = len(lines) == 1
+    steps = sorted({line.steps for line in lines})
+    count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+    unfinished = sum(line.state != "done" for line in lines)
+    words = f"{arm.label}" + ("" if single else f", {len(lines)} seeds")
+    words += f": {count} steps"
+    if unfinished:
+        planned = lines[0].planned
+        words += f" so far{f' of {planned:,}' if planned else ''}" + ("" if single else f" ({unfinished} not finished)")
+    passes = [_pass_words(lines, task) for task in dict.fromkeys(e.task for line in lines for e in line.start)]
+    words += "; held-out pass@1 " + ", ".join(passes) if passes else "; pass@1 not measured"
+    tokens = [line.tokens for line in lines if line.tokens is not None]
+    seconds = [line.seconds for line in lines if line.seconds is not None]
+    each = "" if single else " each"
+    if tokens:
+        words += f"; {sum(tokens) / len(tokens):,.0f} tokens sampled{each}"
+    if seconds:
+        words += f"; {sum(seconds) / len(seconds):,.1f} s{each}"
+    return words + "."
+
+
+def _pass_words(lines: Sequence[RunLine], task: str) -> str:
+    starts = [e for line in lines for e in line.start if e.task == task]
+    finals = [e for line in lines for e in line.final if e.task == task]
+    if len(lines) == 1:
+        end = f" → {finals[0].words} at step {finals[0].step}" if finals else " at the start"
+        return f"{starts[0].words}{end} on {task}"
+    start = sum(e.value for e in starts) / len(starts)
+    if not finals:
+        return f"{start:.3f} at the start on {task}"
+    values = [e.value for e in finals]
+    spread = f" (seeds {min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{start:.3f} → {sum(values) / len(values):.3f}{spread} on {task}"
+
+
+def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every warning with its run, step and, where it has a name, its cause; first the runs that broke."""
+    broken = [
+        {"run": run.name, "step": run.steps, "cause": "failed", "text": run.failure} for run in runs if run.failure
+    ]
+    return broken + [
+        {"run": run.name, "step": r.get("step"), "cause": r.get("cause"), "text": str(r.get("text", ""))}
+        for run in runs
+        for r in run.of_kind("warning")
+    ]

@@ -1,0 +1,53 @@
+"""The text of each token of a completion, by the tokenizer that lies in the run's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sapo.report.runs import Run
+
+
+class TokenTexts:
+    """Token ids to texts that join to what the model wrote, special tokens by their names.
+
+    Args:
+        run: whose newest checkpoint, or model directory, has a tokenizer.json. Where neither has, a token is shown by
+            its number.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._tokenizer: Any = None
+        self.numbers_only = True
+        file = tokenizer_file(run)
+        if file is not None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_file(str(file))
+            self.numbers_only = False
+            added = self._tokenizer.get_added_tokens_decoder()
+            self._special = {i: t.content for i, t in added.items() if t.special}
+
+    def of(self, token_ids: Sequence[int]) -> list[str]:
+        """One text per token. A token that ends in the middle of a character has none: the next has it whole."""
+        if self._tokenizer is None:
+            return [f"[{i}]" for i in token_ids]
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        texts = []
+        for i in token_ids:
+            if i in self._special:
+                texts.append(self._special[i])
+            else:
+                texts.append(stream.step(self._tokenizer, i) or "")
+        return texts
+
+
+def tokenizer_file(run: Run) -> Path | None:
+    """tokenizer.json of the newest checkpoint, or of the model the run began with where that is a directory."""
+    directories = [*reversed(run.checkpoints)]
+    if run.setting("model.path"):
+        directories.append(Path(str(run.setting("model.path"))))
+    return next((d / "tokenizer.json" for d in directories if (d / "tokenizer.json").is_file()), None)

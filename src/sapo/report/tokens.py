@@ -1,0 +1,213 @@
+"""The token view's data: what each update measured of each token, and what GRPO and GSPO would have done to it.
+
+A sequence belongs to one mini-batch, so all numbers of a sample are of one update, which the view names. The data of
+a logged step are one chunk, compressed, that the page unpacks when it is asked for. Numbers of tokens are rounded to
+five significant digits; the files in rollouts/ have them whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sapo.report.gates import objective_of
+from sapo.report.runs import Run
+from sapo.report.spread import evenly, is_off_policy, rollouts_of
+from sapo.report.texts import TokenTexts
+
+DEFAULT_TOKENS = 200_000
+"""Response tokens that a page holds when nothing else is asked for: about three megabytes."""
+
+CLIPS: dict[str, tuple[str, str]] = {"grpo": ("GRPO", "0.2 / 0.27"), "gspo": ("GSPO", "3e-4 / 4e-4")}
+"""What is compared with, at the papers' settings, which are the objectives' defaults."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One logged step of one run, compressed.
+
+    >>> chunk = Chunk(run=0, step=5, samples=256, tokens=10_752, left_out=0, data="H4sI...")
+    >>> chunk.to_json()["step"]
+    5
+    """
+
+    run: int
+    """Place of the run in the report."""
+    step: int
+    samples: int
+    tokens: int
+    left_out: int
+    """Samples of the step that are not in the page."""
+    data: str
+    """gzip of JSON in base64: see `step_value`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the page says of the chunk; the data stand in an element of their own."""
+        fields = asdict(self)
+        del fields["data"]
+        return fields
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Chunks, and how much was left out.
+
+    >>> TokenView((), logged_steps=26, numbers_only=()).to_json()
+    {'chunks': [], 'logged_steps': 26, 'numbers_only': []}
+    """
+
+    chunks: tuple[Chunk, ...]
+    logged_steps: int
+    """Files of rollouts/ there are, over all runs."""
+    numbers_only: tuple[int, ...]
+    """Runs without a tokenizer: their tokens are shown by number."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return {**asdict(self), "chunks": [c.to_json() for c in self.chunks], "numbers_only": list(self.numbers_only)}
+
+
+def token_view(runs: Sequence[Run], budget: int | None = DEFAULT_TOKENS) -> TokenView:
+    """Logged steps of all runs: all of them, or as many, evenly spaced and the last first, as a page may hold.
+
+    Args:
+        budget: response tokens in all; every run has the same share of it. None for no limit.
+    """
+    logged = {place: run.rollouts for place, run in enumerate(runs) if run.rollouts}
+    share = None if budget is None else budget // max(len(logged), 1)
+    chunks: list[Chunk] = []
+    numbers_only = []
+    for place, files in logged.items():
+        texts = TokenTexts(runs[place])
+        if texts.numbers_only:
+            numbers_only.append(place)
+        chunks += _chunks(runs[place], place, files, texts, share)
+    return TokenView(tuple(chunks), sum(map(len, logged.values())), tuple(numbers_only))
+
+
+def _chunks(run: Run, place: int, files: dict[int, Any], texts: TokenTexts, share: int | None) -> list[Chunk]:
+    steps = list(files)
+    if share is not None:
+        last = _tokens_of(rollouts_of(files[steps[-1]]))
+        steps = evenly(steps, max(1, share // max(last, 1)))
+    chunks: list[Chunk] = []
+    for number, step in enumerate(steps):
+        rows = list(rollouts_of(files[step]))
+        room = None if share is None else (share - sum(c.tokens for c in chunks)) // (len(steps) - number)
+        kept = _within(rows, room)
+        if kept:
+            value = step_value(run, kept, texts)
+            chunks.append(Chunk(place, step, len(kept), _tokens_of(kept), len(rows) - len(kept), pack(value)))
+    return chunks
+
+
+def _tokens_of(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(len(r["token_ids"]) for r in rows)
+
+
+def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]]:
+    """Whole prompts from the first on, as many as there is room for; of a single longer one as many samples, one at
+    least."""
+    if room is None or _tokens_of(rows) <= room:
+        return rows
+    kept: list[dict[str, Any]] = []
+    total = whole = 0
+    for place, row in enumerate(rows):
+        total += len(row["token_ids"])
+        if total > room:
+            break
+        kept.append(row)
+        following = rows[place + 1] if place + 1 < len(rows) else None
+        if following is None or following["prompt_id"] != row["prompt_id"]:
+            whole = len(kept)
+    return kept[:whole] or kept or rows[:1]
+
+
+def pack(value: Any) -> str:
+    """gzip of JSON in base64; the same value gives the same text."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 6, mtime=0)).decode("ascii")
+
+
+def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> dict[str, Any]:
+    """A step as the page reads it: texts of tokens once each, and prompts with their samples.
+
+    A sample's lists have an entry for each token: `t` place in `texts`, `p` log pi_old, and where its update measured
+    them `z` log r, `w` gate weight, `a` slope, `e` entropy; `grpo` is a string of 1 (kept) and 0 (clipped), `gspo` one
+    such figure for all.
+    """
+    known: dict[str, int] = {}
+    prompts: dict[Any, dict[str, Any]] = {}
+    judged = _judge(run, rows)
+    for row, verdicts in zip(rows, judged, strict=True):
+        prompt = prompts.setdefault(
+            row["prompt_id"],
+            {"task": row["task"], "text": row["prompt"], "answer": row.get("answer"), "samples": []},
+        )
+        sample: dict[str, Any] = {
+            "sample": row["sample"],
+            "text": row["text"],
+            "reward": row["reward"],
+            "status": row["status"],
+            "detail": row.get("detail") or "",
+            "advantage": row["advantage"],
+            "finish": row["finish_reason"],
+            "t": [known.setdefault(text, len(known)) for text in texts.of(row["token_ids"])],
+            "p": _rounded(row.get("old_logprobs") or row["logprobs"]),
+            **verdicts,
+        }
+        if row.get("dropped"):
+            sample["dropped"] = True
+        prompt["samples"].append(sample)
+    return {"texts": list(known), "prompts": list(prompts.values())}
+
+
+def _judge(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured of each row's tokens, the slope of the run's own objective, and the verdicts of the others."""
+    import torch
+
+    from sapo.objectives import make_objective
+
+    measured = [r for r in rows if r.get("log_ratio")]
+    judged: dict[int, dict[str, Any]] = {}
+    if measured:
+        lengths = [len(r["log_ratio"]) for r in measured]
+        log_ratio_M = torch.tensor([z for r in measured for z in r["log_ratio"]], dtype=torch.float64)
+        sequence_M = torch.repeat_interleave(torch.tensor(lengths))
+        advantage_M = torch.tensor([r["advantage"] for r in measured], dtype=torch.float64)[sequence_M]
+        old = [p for r in measured for p in r.get("old_logprobs") or r["logprobs"]]
+        old_M = torch.tensor(old, dtype=torch.float64)
+        own, slopes = objective_of(run.settings["objective"]), None
+        if own is not None:
+            slope_M = own.surrogate(log_ratio_M, advantage_M, sequence_M, len(measured), old_M).slope_M
+            slopes = slope_M.split(lengths)
+        others = {
+            name: make_objective(name).surrogate(log_ratio_M, advantage_M, sequence_M, len(measured)).weight_M
+            for name in CLIPS
+        }
+        kept = {name: (weight_M > 0).split(lengths) for name, weight_M in others.items()}
+        for place, row in enumerate(measured):
+            found: dict[str, Any] = {
+                "update": row["update"],
+                "off": is_off_policy(row),
+                "z": _rounded(row["log_ratio"]),
+                "w": _rounded(row["gate_weight"]),
+                "low": min(row["gate_weight"]),
+                "grpo": "".join("1" if k else "0" for k in kept["grpo"][place].tolist()),
+                "gspo": int(bool(kept["gspo"][place].all())),
+            }
+            if slopes is not None:
+                found["a"] = _rounded(slopes[place].tolist())
+            if "entropy" in row:
+                found["e"] = _rounded(row["entropy"])
+            judged[id(row)] = found
+    return [judged.get(id(row), {}) for row in rows]
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    """To five significant digits."""
+    return [float(f"{v:.5g}") for v in values]

@@ -1,0 +1,82 @@
+"""A report that is written anew while its runs go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sapo.report.assemble import Report, make_report
+from sapo.report.page import write_page
+from sapo.report.runs import find_runs
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at the runs' files."""
+
+RELOAD_EVERY = 10.0
+"""Seconds between the page's own reloads."""
+
+REST = 4.0
+"""Of the time since the last writing: a report takes at most a fifth of a core, however many runs it has."""
+
+
+def watch(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    tokens: int | None,
+    should_stop: Callable[[], bool],
+    told: Callable[[Report], None] = lambda _: None,
+    wait: Callable[[float], None] = time.sleep,
+    reload_every: float = RELOAD_EVERY,
+) -> Report:
+    """Write the page when there is something new, until every run has ended or it is asked to stop.
+
+    The last page that is written reloads itself no more: an open one that meets it comes to rest.
+
+    Args:
+        told: of every report that was written.
+        wait: sleeps for so many seconds.
+
+    Raises:
+        ConfigError: as `make_report` and `write_page`.
+    """
+    seen = None
+    while True:
+        now = fingerprint(paths)
+        took = 0.0
+        if now != seen:
+            started = time.monotonic()
+            report = make_report(paths, tokens=tokens)
+            over = report.finished or should_stop()
+            write_page(report, out, reload_every=None if over else reload_every)
+            told(report)
+            if over:
+                return report
+            seen, took = now, time.monotonic() - started
+        rest = max(LOOK_EVERY, REST * took)
+        while rest > 0 and not should_stop():
+            wait(min(LOOK_EVERY, rest))
+            rest -= LOOK_EVERY
+        if should_stop():
+            report = make_report(paths, tokens=tokens)
+            write_page(report, out)
+            told(report)
+            return report
+
+
+def fingerprint(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a run writes: size and time of its metrics and summary, and how many steps are logged.
+
+    Raises:
+        ConfigError: as `find_runs`.
+    """
+    found = []
+    for run in find_runs(paths):
+        for file in (run / "metrics.jsonl", run / "summary.json", run / "rollouts"):
+            try:
+                status = file.stat()
+            except OSError:
+                continue
+            found.append((str(file), status.st_size, status.st_mtime_ns))
+    return tuple(found)

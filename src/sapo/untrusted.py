@@ -1,0 +1,31 @@
+"""Text that a model or a file wrote, made safe to look at: what would steer a terminal or reorder a line is spelled
+out.
+
+A terminal obeys escape sequences, a carriage return overwrites a line, and marks of direction show text in another
+order than it stands in (https://trojansource.codes). Markup is no matter of this module: pages put text into text
+nodes.
+"""
+
+from __future__ import annotations
+
+import re
+
+# C0 but tab and newline, DEL and C1; soft hyphen; marks, embeddings, overrides and isolates of direction; zero widths,
+# separators of lines and paragraphs; fillers; the byte order mark; halves of surrogate pairs; tags.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    r"""The text with every character that steers and does not show as its escape; tab and newline stay.
+
+    >>> visible("a\x1b[2Jb\u202ec\r\n")
+    'a\\x1b[2Jb\\u202ec\\x0d\n'
+    """
+    return _HIDDEN.sub(lambda found: _escape(ord(found[0])), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

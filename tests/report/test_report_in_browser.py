@@ -1,0 +1,376 @@
+"""The report in a real browser, opened as a file: what it shows, what one can do, and that no text can act in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Error, Page, sync_playwright
+
+from browser import CHROMIUM, MISSING
+from report_cases import ATTACKS, default_rows, rollout_row, settings, step_records, write_run
+from runs import write_recipe
+from sapo.recipe import load_recipe
+from sapo.report import make_report, write_page
+from sapo.session import train
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+
+PATIENCE = 120_000
+"""Milliseconds; a limit for a hung browser on a busy machine, not a measurement."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    assert shutil.which(CHROMIUM) or Path(CHROMIUM).exists()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page with what it complained of and asked for."""
+
+    def __init__(self, browser: Browser, scheme: str = "light") -> None:
+        self.page: Page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+        self.page.set_default_timeout(PATIENCE)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("request", lambda r: self.requests.append(r.url))
+
+    def open(self, file: Path, fragment: str = "") -> Page:
+        self.page.goto("about:blank")
+        self.complaints.clear()
+        self.requests.clear()
+        self.page.goto(file.as_uri() + fragment)
+        self.page.evaluate("sapoReport.tokens.ready")
+        return self.page
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    made = Visit(browser)
+    yield made
+    made.page.close()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small run that was really made, and its report."""
+    directory = tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(directory))
+        run = train(load_recipe(write_recipe(directory))).directory
+    return run, write_page(make_report([run]), directory / "report.html")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of two arms; names, questions and completions are attacks."""
+    directory = tmp_path_factory.mktemp("made")
+    rows = default_rows()
+    for row, attack in zip(rows, ATTACKS, strict=False):
+        row |= {"prompt": attack, "answer": attack, "detail": attack, "text": attack}
+    records = step_records(4, extra={f"task/{a}/reward/mean": 0.5 for a in ATTACKS[:2]})
+    records += [{**r, "task": ATTACKS[0]} for r in records if r["kind"] == "eval"]
+    records.append({"kind": "warning", "step": 2, "cause": ATTACKS[1], "text": ATTACKS[0]})
+    write_run(directory / "<img src=x onerror=hacked>", rollouts={2: rows, 4: rows}, records=records)
+    write_run(directory / "b", config=settings(0, tau_neg=2.0))
+    return write_page(make_report([directory]), directory / "report.html")
+
+
+def wait(page: Page, expression: str) -> None:
+    """Until it is true; a page that reloads meanwhile has no answer. (Playwright's own way needs eval.)"""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while True:
+        try:
+            if page.evaluate(expression):
+                return
+        except Error:
+            pass
+        assert time.monotonic() < deadline, f"never true: {expression}"
+        page.wait_for_timeout(50)
+
+
+def texts(page: Page, selector: str) -> list[str]:
+    return page.eval_on_selector_all(selector, "found => found.map((e) => e.textContent)")
+
+
+def test_it_opens_from_a_file_without_complaint_or_request_and_every_figure_has_data(visit: Visit, real) -> None:
+    _, file = real
+    page = visit.open(file)
+    page.evaluate("sapoReport.drawAll()")
+    drawn = page.evaluate(
+        "sapoReport.figures.filter((f) => f.panels).map((f) => [f.key, [...document.querySelectorAll("
+        "`#figure-${f.key} .plot`)].map((p) => p.data.map((t) => [t.x.length, t.y.filter((v) => v != null).length]))])"
+    )
+    assert {key for key, _ in drawn} >= {
+        "reward",
+        "pass1",
+        "entropy",
+        "zero_variance",
+        "eur",
+        "ratios",
+        "variance",
+        "bound",
+        "timings",
+        "fig1",
+        "fig3",
+    }
+    for key, plots in drawn:
+        assert plots
+        for traces in plots:
+            assert traces, key
+            assert all(x > 0 and y > 0 for x, y in traces), (key, traces)
+    assert visit.complaints == []
+    assert visit.requests == [file.as_uri()]
+
+
+def test_the_numbers_in_the_page_are_those_of_metrics_jsonl(visit: Visit, real) -> None:
+    run, file = real
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    page = visit.open(file)
+    page.evaluate("sapoReport.drawAll()")
+
+    def plotted(key: str, line: int = 0) -> tuple[list, list]:
+        lines = page.evaluate(
+            f"document.querySelector('#figure-{key} .plot').data"
+            ".filter((t) => t.fill !== 'toself').map((t) => [t.x, t.y])"
+        )
+        return tuple(lines[line])
+
+    steps = [r for r in records if r["kind"] == "step"]
+    for key, metric in (
+        ("reward", "reward/mean"),
+        ("entropy", "update/entropy"),
+        ("zero_variance", "groups/zero_variance"),
+    ):
+        own = [r for r in steps if metric in r]
+        assert plotted(key) == ([r["step"] for r in own], [r[metric] for r in own])
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    assert plotted("pass1") == ([r["step"] for r in evaluations], [r["pass@1"] for r in evaluations])
+    last = {r["step"]: r for r in records if r["kind"] == "update" and not r["skipped"]}
+    for line, metric in enumerate(("gate/eur_pos", "gate/eur_neg")):
+        own = [r for r in last.values() if metric in r]
+        assert plotted("eur", line) == ([r["step"] for r in own], [r[metric] for r in own])
+    ends = [evaluations[0], evaluations[-1]]
+    words = [f"{r['pass@1']:.3f} [{r['pass@1/low']:.3f}, {r['pass@1/high']:.3f}]" for r in ends]
+    assert f"held-out pass@1 {words[0]} → {words[1]}" in texts(page, "#headlines li")[0]
+    assert f"{sum(r['tokens/generated'] for r in steps):,} tokens" in texts(page, "#headlines li")[0]
+
+
+def test_no_text_runs_as_markup_and_what_steers_is_spelled_out(visit: Visit, made: Path) -> None:
+    page = visit.open(made)
+    page.evaluate("sapoReport.drawAll()")
+    shown = set()
+    for number in range(1, 5):
+        for sample in range(1, 3):
+            page.goto("about:blank")
+            page.goto(f"{made.as_uri()}#run=%3Cimg+src%3Dx+onerror%3Dhacked%3E&sample={number}.{sample}")
+            page.evaluate("sapoReport.tokens.ready")
+            shown |= {*texts(page, ".tok"), *texts(page, ".question"), *texts(page, ".facts .value")}
+            assert page.evaluate("window.hacked ?? null") is None
+    for attack in ATTACKS[:5]:
+        assert attack in shown
+    assert "\\u202egnorw" in shown
+    assert "\\x1b[2J\\x07bell" in shown
+    assert not any(c in text for text in shown for c in "\u202e\x1b\x07")
+    page.evaluate("sapoReport.drawAll()")
+    assert page.evaluate("document.querySelectorAll('img, iframe, #token-view script, #token-view svg').length") == 0
+    assert ATTACKS[0] in texts(page, "#warning-table td")
+    assert "<img src=x onerror=hacked>" in texts(page, "#run-table td")
+    assert visit.complaints == []
+
+
+def test_markup_in_the_page_itself_could_do_nothing_either(visit: Visit, made: Path) -> None:
+    page = visit.open(made)
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked=1\">')")
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked=1'}))"
+    )
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.hacked ?? null") is None
+    assert page.evaluate("fetch('https://example.org/').then(() => 'sent', () => 'refused')") == "refused"
+
+
+def test_a_click_chooses_a_sample_and_colours_say_what_was_measured(visit: Visit, real) -> None:
+    _, file = real
+    page = visit.open(file)
+    before = texts(page, ".about .facts")
+    page.locator(".row[aria-selected=false]").first.click()
+    assert texts(page, ".about .facts") != before
+    assert "sample=" in page.evaluate("location.hash")
+    classes = {}
+    for color in ("z", "w", "e", "a"):
+        page.select_option("#token-color", color)
+        classes[color] = page.eval_on_selector_all(".tok", "found => found.map((e) => e.className).join()")
+    assert len(set(classes.values())) >= 3
+    assert "entropy" in classes["e"], "the run logged it token by token"
+    assert "up" in classes["a"] or "down" in classes["a"]
+
+
+def test_samples_are_sorted_by_reward_and_by_the_lowest_gate_weight(visit: Visit, made: Path) -> None:
+    page = visit.open(made, "#run=b&step=4")
+    names = "#token-view .row b"
+    assert texts(page, names) == ["1.1", "1.2", "2.1", "2.2", "3.1", "3.2", "4.1", "4.2"]
+    page.select_option("#token-order", "-reward")
+    assert texts(page, names) == ["1.1", "2.1", "3.1", "4.1", "1.2", "2.2", "3.2", "4.2"]
+    page.select_option("#token-order", "low")
+    # Only prompt 2 was off policy; at tau 1 e^.4 is gated lower than e^-.4 at 1.05: its better sample comes first.
+    assert texts(page, names)[:2] in (["2.1", "2.2"], ["2.2", "2.1"])
+    assert texts(page, names)[-2:] == ["4.1", "4.2"], "those without a gate are last"
+    page.select_option("#token-prompt", "3")
+    assert texts(page, names) == ["3.1", "3.2"]
+
+
+def test_hover_and_arrow_keys_give_a_token_s_numbers(visit: Visit, made: Path) -> None:
+    page = visit.open(made, "#run=b&step=4&sample=2.2")
+    page.locator("#tok-0").hover()
+    said = texts(page, ".numbers")[0]
+    row = rollout_row(1, 1, list(range(11)), update=1)
+    assert "token 1 of 11" in said
+    assert f"log r {row['log_ratio'][0]:g}" in said
+    assert f"gate weight f' {row['gate_weight'][0]:.5g}" in said
+    assert "GRPO clipped" in said, "e^-.4 is below .8"
+    assert "GSPO clipped" in said
+    page.locator(".reading").focus()
+    page.keyboard.press("ArrowRight")
+    assert "token 2 of 11" in texts(page, ".numbers")[0]
+    page.keyboard.press("End")
+    assert 'text "<end>"' in texts(page, ".numbers")[0]
+    page.locator(".list").focus()
+    page.keyboard.press("ArrowDown")
+    assert "prompt 3, sample 1" in texts(page, ".about .facts")[0]
+
+
+def test_a_sample_that_was_not_measured_says_so_and_shows_no_zero(visit: Visit, made: Path) -> None:
+    page = visit.open(made, "#run=b&step=4&sample=4.1")
+    assert "not measured" in texts(page, ".about .facts")[0]
+    assert "log r not measured" in texts(page, ".numbers")[0]
+    assert page.locator(".tok.shade").count() == 0
+
+
+def test_four_thousand_tokens_show_within_a_second(visit: Visit, tmp_path: Path) -> None:
+    """The second is the requirement; the time is the page's own, from the choice of the sample to its layout."""
+    ids = [i % 12 for i in range(4000)]
+    rows = [rollout_row(0, s, ids, update=1) for s in range(2)]
+    file = write_page(make_report([write_run(tmp_path / "long", rollouts={4: rows})]), tmp_path / "report.html")
+    page = visit.open(file)
+    page.locator(".row").nth(1).click()
+    assert page.locator(".tok").count() == 4000
+    fastest = float("inf")
+    for sample in (0, 1, 0, 1):  # other programs on the machine may have a core of ours for a while
+        page.locator(".row").nth(sample).click()
+        fastest = min(fastest, float(page.get_attribute("#token-view", "data-milliseconds") or "inf"))
+    assert fastest < 1000
+    assert visit.complaints == []
+
+
+def test_twenty_runs_hold_no_more_than_the_budget_and_say_what_is_left_out(visit: Visit, tmp_path: Path) -> None:
+    for seed in range(20):
+        rollouts = {step: [rollout_row(p, s, [1] * 50) for p in range(20) for s in range(2)] for step in range(1, 9)}
+        write_run(tmp_path / "runs" / f"r{seed:02d}", config=settings(seed, 8), rollouts=rollouts)
+    report = make_report([tmp_path / "runs"], tokens=40_000)
+    assert sum(c.tokens for c in report.tokens.chunks) <= 40_000
+    page = visit.open(write_page(report, tmp_path / "report.html"))
+    assert "Of 160 logged steps 20 are in this page." in texts(page, ".note")[0]
+    assert "`sapo report --tokens 0` takes in all." in texts(page, ".note")[0]
+    page.select_option("#token-run", "r19")
+    wait(page, "document.querySelectorAll('.tok').length === 50")
+    page.evaluate("sapoReport.drawAll()")
+    assert page.locator("#run-table tbody tr").count() == 20
+    assert page.evaluate("document.querySelector('#figure-reward .plot').data.length") == 22  # seeds, mean and band
+    assert visit.complaints == []
+
+
+def test_light_and_dark_follow_the_system_and_the_button(browser: Browser, made: Path) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    line = "document.querySelector('#figure-reward .plot').data[0].line.color"
+    seen = {}
+    for scheme in ("light", "dark"):
+        visit = Visit(browser, scheme)
+        page = visit.open(made)
+        page.evaluate("sapoReport.drawAll()")
+        seen[scheme] = (page.evaluate(ground), page.evaluate(line))
+        page.click("#theme")
+        page.wait_for_timeout(50)
+        seen[f"{scheme} switched"] = (page.evaluate(ground), page.evaluate(line))
+        assert "theme=" in page.evaluate("location.hash")
+        page.close()
+    assert len(set(seen["light"]) & set(seen["dark"])) == 0
+    assert seen["light switched"] == seen["dark"]
+    assert seen["dark switched"] == seen["light"]
+
+
+# The ratio of https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio, colours as a canvas paints them one on another.
+CONTRAST = """(selector) => {
+  const pixel = (...colors) => {
+    const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const luminance = (rgb) => {
+    const [r, g, b] = rgb.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  return Math.min(...[...document.querySelectorAll(selector)].map((element) => {
+    const grounds = [];
+    for (let e = element; e; e = e.parentElement) grounds.unshift(getComputedStyle(e).backgroundColor);
+    const [a, b] = [pixel(getComputedStyle(element).color), pixel(...grounds)].map(luminance);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }));
+}"""
+
+
+def test_text_stands_out_from_its_ground_in_light_and_dark_on_every_shade(browser: Browser, made: Path) -> None:
+    """WCAG 2: the contrast of text is 4.5 at least; the legend has every shade."""
+    for scheme in ("light", "dark"):
+        page = Visit(browser, scheme).open(made, "#run=b")
+        for color in ("z", "w", "e", "a"):
+            page.select_option("#token-color", color)
+            assert page.evaluate(CONTRAST, ".scale i") >= 4.5, (scheme, color)
+        for selector in (
+            "#headlines li",
+            ".card p",
+            ".legend button",
+            ".note",
+            ".row .second",
+            ".facts b",
+            "th",
+            ".numbers b",
+        ):
+            assert page.evaluate(CONTRAST, selector) >= 4.5, (scheme, selector)
+        page.close()
+
+
+def test_a_page_that_is_watched_reloads_and_comes_back_to_where_it_was(visit: Visit, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", finished=False)
+    file = write_page(make_report([run]), tmp_path / "report.html", reload_every=0.3)
+    page = visit.open(file, "#run=a&step=2&sample=2.1&color=w&paused=1")
+    page.evaluate("document.getElementById('tokens').scrollIntoView()")
+    place = page.evaluate("scrollY")
+    assert place > 500
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    more = {**next(r for r in records if r["kind"] == "step"), "step": 5}
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps(more) + "\n")
+    write_page(make_report([run]), file)  # the last one: it reloads no more
+    page.wait_for_timeout(1000)
+    assert page.evaluate("sapoReport.data.story[0].panels[0].traces[0].x.length") == 4, "it is paused"
+    page.evaluate("document.getElementById('pause').click()")  # by no pointer, for which it would wait
+    wait(page, "window.sapoReport?.data.story[0].panels[0].traces[0].x.length === 5")
+    page.evaluate("sapoReport.tokens.ready")
+    assert abs(page.evaluate("scrollY") - place) < 50
+    assert page.evaluate("document.getElementById('token-color').value") == "w"
+    assert "prompt 2, sample 1" in texts(page, ".about .facts")[0]
+    assert page.evaluate("sapoReport.data.watch ?? null") is None
+    assert page.locator("#pause").count() == 0
