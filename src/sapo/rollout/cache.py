@@ -1,71 +1,193 @@
-"""The key-value cache of the local engine: allocated once per call, one row per sequence, no padding, no concatenation.
+"""The key-value cache of the local engine: what a prompt's samples share is kept once, and each row keeps only its own.
 
-Rows in use are always the first ones, so that a decode step works on plain slices; when a row finishes, the last row in
-use moves into its place.
+    preamble    what all prompts of the call begin with: once
+    prompt      the rest of each prompt: once for its group, in a pool of prompts of similar length
+    suffix      the tokens a row has drawn: one row per sequence, no padding, no concatenation
+
+A decode step multiplies the queries of a whole group with its prompt at once, those of all rows with the preamble, and
+each row's with its suffix; one softmax joins the three. Rows and slots in use are always the first ones, so that a step
+works on plain slices: when one is freed, the last in use moves into its place.
+
+Keys lie transposed, (heads, D, tokens): both products of a step then read memory in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from sapo.model.attention import attention
 
+# Prompts share a pool when the shorter would be padded to no more than twice its length; short ones always do, since a
+# call of a kernel costs more than the padding.
+POOL_RATIO = 0.5
+POOL_SLACK = 32
 
-class KVCache:
-    """Keys and values of up to `rows` sequences of up to `length` tokens, per layer.
 
-    A layer's tensors are allocated when its first keys arrive, since only they tell its heads and dtype.
+@dataclass
+class Pool:
+    """Prompts of similar length, one slot each, padded to the longest of the pool.
+
+    The first `len(groups)` slots are in use; `groups` says by which group. A layer's tensors, keys (slots, kv heads, D,
+    length) and values (slots, kv heads, length, D), are allocated when its first keys arrive, since only they tell its
+    heads and dtype.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
+    slots: int
+    length: int
+    groups: list[int] = field(default_factory=list)
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def write(self, layer: int, slots: Tensor, key_bKhD: Tensor, value_bKhD: Tensor) -> None:
+        """Store the keys and values of whole prompts, one slot each."""
+        if layer not in self.layers:
+            self.layers[layer] = _allocate(self.slots, self.length, key_bKhD[0, 0], value_bKhD[0, 0])
+        keys, values = self.layers[layer]
+        stop = key_bKhD.shape[1]
+        keys[slots, :, :, :stop] = key_bKhD.permute(0, 2, 3, 1).to(keys.dtype)
+        values[slots, :, :stop] = value_bKhD.transpose(1, 2).to(values.dtype)
+
+    def release(self, group: int) -> None:
+        """Free the slot of a group; the last slot in use takes its place."""
+        slot, last = self.groups.index(group), len(self.groups) - 1
+        if slot != last:
+            for keys, values in self.layers.values():
+                keys[slot], values[slot] = keys[last], values[last]
+            self.groups[slot] = self.groups[last]
+        self.groups.pop()
+
+
+class KVCache:
+    """Keys and values of up to `rows` sequences of some groups that share their prompts, per layer.
+
+    Args:
+        rows: sequences decoded together.
+        new_tokens: most tokens a row draws.
+        prompt_lengths: tokens of each group's prompt, the preamble left out.
+        samples: rows of each group, at most `rows`.
+        preamble: tokens that all prompts begin with.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        new_tokens: int,
+        prompt_lengths: Sequence[int],
+        samples: Sequence[int],
+        preamble: int = 0,
+    ) -> None:
         self.rows = rows
-        self.length = length
+        self.length = max(1, new_tokens - 1)  # the last token drawn is never looked at
+        self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
+        self.preamble = Pool(1, preamble)
+        self.pools: list[Pool] = []
+        self.pool_of: dict[int, Pool] = {}
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        for members in _similar(self.prompt_length):
+            slots = min(len(members), rows // min(samples[i] for i in members))
+            pool = Pool(slots, int(self.prompt_length[members].max()))
+            self.pools.append(pool)
+            self.pool_of.update(dict.fromkeys(members, pool))
 
-    def write_prefix(self, layer: int, row: int, count: int, key_KhD: Tensor, value_KhD: Tensor) -> None:
-        """Give `count` rows from `row` on the same prefix: keys and values (K, kv heads, D)."""
-        keys, values = self._layer(layer, key_KhD, value_KhD)
-        stop = key_KhD.shape[0]
-        keys[row : row + count, :, :stop] = key_KhD.transpose(0, 1)
-        values[row : row + count, :, :stop] = value_KhD.transpose(0, 1)
+    def admit(self, group: int) -> None:
+        """Give a group a slot for its prompt."""
+        pool = self.pool_of[group]
+        assert len(pool.groups) < pool.slots, f"no slot is free for group {group}"
+        pool.groups.append(group)
 
-    def append(self, layer: int, length_R: Tensor, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token per row at its length; return the layer's (rows, kv heads, length, D) tensors."""
-        keys, values = self._layer(layer, key_RhD, value_RhD)
-        row_R = torch.arange(length_R.shape[0], device=length_R.device)
-        keys[row_R, :, length_R] = key_RhD
-        values[row_R, :, length_R] = value_RhD
+    def release(self, group: int) -> None:
+        """Free the slot of a group whose rows have all finished."""
+        self.pool_of[group].release(group)
+
+    def append(self, layer: int, length_R: Tensor | int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token for each of the first R rows behind what it holds; return the layer's keys and values.
+
+        Args:
+            length_R: tokens each row holds; a number where it is the same for all, which is several times cheaper.
+        """
+        if layer not in self.layers:
+            self.layers[layer] = _allocate(self.rows, self.length, key_RhD[0], value_RhD[0])
+        keys, values = self.layers[layer]
+        rows = key_RhD.shape[0]
+        if isinstance(length_R, int):
+            keys[:rows, :, :, length_R].copy_(key_RhD)
+            values[:rows, :, length_R].copy_(value_RhD)
+        else:
+            row_R = torch.arange(rows, device=length_R.device)
+            keys[row_R, :, :, length_R] = key_RhD.to(keys.dtype)
+            values[row_R, :, length_R] = value_RhD.to(values.dtype)
         return keys, values
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy rows `source` over rows `target`, their first `length` tokens."""
         for keys, values in self.layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
+            keys[target, :, :, :length] = keys[source, :, :, :length]
             values[target, :, :length] = values[source, :, :length]
 
-    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer not in self.layers:
-            self.layers[layer] = (
-                key.new_zeros(self.rows, key.shape[1], self.length, key.shape[2]),
-                value.new_zeros(self.rows, value.shape[1], self.length, value.shape[2]),
-            )
-        return self.layers[layer]
+
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are kept in.
+
+    On a CPU products of bfloat16 round their results to bfloat16, scores too, where the attention kernels of training
+    keep them in float32. The values stay those of the model.
+    """
+    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-class DecodeLayout:
-    """One new token for each of the first R rows of a cache.
+def _allocate(count: int, length: int, key_hD: Tensor, value_hD: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = cache_dtype(key_hD.dtype, key_hD.device)
+    return (
+        key_hD.new_zeros(count, *key_hD.shape, length, dtype=dtype),
+        value_hD.new_zeros(count, value_hD.shape[0], length, value_hD.shape[1], dtype=dtype),
+    )
+
+
+def _similar(lengths: np.ndarray) -> list[list[int]]:
+    """Indices of similar lengths together, the longest first."""
+    members: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[members[-1][0]] if members else 0
+        if members and (lengths[i] >= POOL_RATIO * longest or longest - lengths[i] <= POOL_SLACK):
+            members[-1].append(i)
+        else:
+            members.append([i])
+    return members
+
+
+class PrefillLayout:
+    """Whole prompts, packed one after the other, behind a preamble computed before.
 
     Args:
-        cache: where the new keys and values are written.
-        length_R: tokens each row holds before this one: the position the new token is written to.
+        cache: where their keys and values are stored.
+        groups: whose prompts, in packed order; None for the preamble itself.
     """
 
-    def __init__(self, cache: KVCache, length_R: Tensor) -> None:
-        self.cache = cache
-        self.length_R = length_R
-        self.num_keys = int(length_R.max()) + 1
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+    def __init__(self, cache: KVCache, groups: Sequence[int] | None, device: torch.device) -> None:
+        self.preamble = cache.preamble if groups is not None and cache.preamble.length else None
+        lengths = [cache.preamble.length] if groups is None else [int(cache.prompt_length[g]) for g in groups]
+        starts = np.cumsum([0, *lengths])
+        self.parts: list[tuple[Pool, Tensor, Tensor, tuple[int, int]]] = []
+        output = np.empty(starts[-1], dtype=np.int64)
+        offset = 0
+        for pool in [cache.preamble] if groups is None else cache.pools:
+            inside = [0] if groups is None else [i for i, g in enumerate(groups) if cache.pool_of[g] is pool]
+            if not inside:
+                continue
+            longest = max(lengths[i] for i in inside)
+            # Padded with the last token: what padding computes is looked at by nobody, for it comes after all else.
+            index = np.stack([starts[i] + np.minimum(np.arange(longest), lengths[i] - 1) for i in inside])
+            for row, i in enumerate(inside):
+                output[starts[i] : starts[i + 1]] = offset + row * longest + np.arange(lengths[i])
+            offset += index.size
+            slots = [0] if groups is None else [pool.groups.index(groups[i]) for i in inside]
+            place = torch.from_numpy(index.ravel()).to(device)
+            self.parts.append((pool, torch.tensor(slots, device=device), place, (len(inside), longest)))
+        self.output = torch.from_numpy(output).to(device)
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
 
     def attend(
         self,
@@ -77,24 +199,202 @@ class DecodeLayout:
         sliding_window: int | None,
         softcap: float | None = None,
     ) -> Tensor:
-        keys, values = self.cache.append(layer, self.length_R, key, value)
-        rows = query.shape[0]
-        output_RH1D = attention(
-            query[:, :, None],
-            keys[:rows, :, : self.num_keys],
-            values[:rows, :, : self.num_keys],
-            self._mask(sliding_window, query.dtype),
-            scaling,
-            softcap,
-        )
-        return output_RH1D[:, :, 0]
+        """Causal attention of each prompt to the preamble and to itself; see `Layout.attend`."""
+        outputs = []
+        for pool, slots, place, size in self.parts:
+            query_bQHD, key_bKhD, value_bKhD = (t.index_select(0, place).unflatten(0, size) for t in (query, key, value))
+            pool.write(layer, slots, key_bKhD, value_bKhD)
+            if self.preamble is not None:
+                before_K, before_V = self.preamble.layers[layer]
+                before_bKhD = before_K[0].permute(2, 0, 1).to(key.dtype).expand(size[0], -1, -1, -1)
+                key_bKhD = torch.cat([before_bKhD, key_bKhD], dim=1)
+                before_bKhD = before_V[0].transpose(0, 1).to(value.dtype).expand(size[0], -1, -1, -1)
+                value_bKhD = torch.cat([before_bKhD, value_bKhD], dim=1)
+            output_bHQD = attention(
+                query_bQHD.transpose(1, 2),
+                key_bKhD.transpose(1, 2),
+                value_bKhD.transpose(1, 2),
+                self._mask(size[1], sliding_window, query),
+                scaling,
+                softcap,
+            )
+            outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.output)
 
-    def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        if (sliding_window, dtype) not in self._masks:
-            position_K = torch.arange(self.num_keys, device=self.length_R.device)
-            hidden_RK = position_K > self.length_R[:, None]
+    def _mask(self, length: int, sliding_window: int | None, like: Tensor) -> Tensor:
+        if (length, sliding_window, like.dtype) not in self._masks:  # one per layout, not one per layer
+            before = 0 if self.preamble is None else self.preamble.length
+            at_Q1 = before + torch.arange(length, device=like.device)[:, None]
+            at_K = torch.arange(before + length, device=like.device)
+            hidden_QK = at_K > at_Q1
             if sliding_window is not None:
-                hidden_RK |= position_K <= self.length_R[:, None] - sliding_window
-            mask_RK = torch.zeros(hidden_RK.shape, dtype=dtype, device=hidden_RK.device)
-            self._masks[sliding_window, dtype] = mask_RK.masked_fill_(hidden_RK, float("-inf"))[:, None, None]
+                hidden_QK |= at_K <= at_Q1 - sliding_window
+            mask_QK = torch.zeros(hidden_QK.shape, dtype=like.dtype, device=like.device)
+            self._masks[length, sliding_window, like.dtype] = mask_QK.masked_fill_(hidden_QK, float("-inf"))[None, None]
+        return self._masks[length, sliding_window, like.dtype]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one pool, gathered by group.
+
+    Two groups of two rows and one: slots 0 and 1, gathered as rows 0, 1 and 2, 2, the last of them padding.
+    """
+
+    pool: Pool
+    gather: Tensor
+    """(groups * G,) rows of each group, padded with one of its own."""
+    groups: int
+    num_keys: int
+    """Tokens of the longest prompt in use."""
+
+
+class Arrangement:
+    """Which rows belong to which prompts: made anew when rows come or go, not at every step.
+
+    Args:
+        cache: whose slots are meant.
+        group_R: the group of each row in use.
+    """
+
+    def __init__(self, cache: KVCache, group_R: np.ndarray, device: torch.device) -> None:
+        self.cache = cache
+        self.prompt_R = cache.prompt_length[group_R]
+        self.parts: list[Part] = []
+        inverse = np.empty(len(group_R), dtype=np.int64)
+        order = np.argsort(group_R, kind="stable")
+        groups, first, count = np.unique(group_R[order], return_index=True, return_counts=True)
+        rows_of = {int(g): order[f : f + c] for g, f, c in zip(groups, first, count, strict=True)}
+        offset = 0
+        for pool in cache.pools:
+            # Groups just prefilled have the last slots, and no row that decodes yet.
+            present = [g for g in pool.groups if g in rows_of]
+            if not present:
+                continue
+            assert present == pool.groups[: len(present)], "slots in use are the first ones"
+            widest = max(len(rows_of[g]) for g in present)
+            gather = np.empty((len(present), widest), dtype=np.int64)
+            for slot, g in enumerate(present):
+                rows = rows_of[g]
+                gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, rows[0]
+                inverse[rows] = offset + slot * widest + np.arange(len(rows))
+            offset += gather.size
+            num_keys = int(cache.prompt_length[present].max())
+            self.parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(device), len(present), num_keys))
+        self.inverse = torch.from_numpy(inverse).to(device)
+        self.num_keys = max(part.num_keys for part in self.parts)
+        self.even = bool((self.prompt_R == self.num_keys).all())
+        """Whether every row's prompt has the same length, so that none is padded."""
+
+
+class DecodeLayout:
+    """One new token for each of the first R rows of a cache.
+
+    Args:
+        arrangement: of those rows.
+        length_R: tokens each row has drawn and stored before this one, on the host.
+    """
+
+    def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
+        self.arrangement = arrangement
+        self.cache = arrangement.cache
+        self.length_R = length_R
+        self.num_own = int(length_R.max()) + 1
+        self.uniform = bool((length_R == length_R[0]).all())
+        device = arrangement.inverse.device
+        self.place = int(length_R[0]) if self.uniform else torch.from_numpy(length_R).to(device)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of each row to preamble, prompt and suffix, joined by one softmax; see `Layout.attend`."""
+        keys, values = self.cache.append(layer, self.place, key, value)
+        rows, heads, size = query.shape
+        kv_heads = key.shape[1]
+        query_RhrD = (query.to(keys.dtype) * scaling).view(rows, kv_heads, heads // kv_heads, size)
+        own_RhrK = torch.matmul(query_RhrD, keys[:rows, :, :, : self.num_own])
+        scores_RhrK = torch.cat([*self._prefix_scores(layer, query_RhrD), own_RhrK], dim=-1)
+        if softcap is not None:
+            scores_RhrK = scores_RhrK.div_(softcap).tanh_().mul_(softcap)
+        mask = self._mask(sliding_window, scores_RhrK.dtype)
+        if mask is not None:
+            scores_RhrK += mask
+        weight_RhrK = torch.softmax(scores_RhrK, dim=-1)
+        output_RhrD = torch.matmul(weight_RhrK[..., -self.num_own :], values[:rows, :, : self.num_own])
+        self._add_prefix(layer, weight_RhrK, output_RhrD)
+        return output_RhrD.reshape(rows, heads, value.shape[2]).to(query.dtype)
+
+    def _prefix_scores(self, layer: int, query_RhrD: Tensor) -> list[Tensor]:
+        """Scores of the preamble, if there is one, and of the prompts, (R, kv heads, heads of each, K)."""
+        rows, kv_heads, repeats, size = query_RhrD.shape
+        found = []
+        if self.cache.preamble.length:
+            keys_hDK = self.cache.preamble.layers[layer][0][0]
+            scores_hRrK = query_RhrD.transpose(0, 1).reshape(kv_heads, rows * repeats, size) @ keys_hDK
+            found.append(scores_hRrK.unflatten(1, (rows, repeats)).transpose(0, 1))
+        parts = []
+        for part in self.arrangement.parts:
+            keys_ghDK = part.pool.layers[layer][0][: part.groups, :, :, : part.num_keys]
+            query_ghXD = _by_group(query_RhrD, part)
+            scores = (query_ghXD @ keys_ghDK).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
+            missing = self.arrangement.num_keys - part.num_keys
+            parts.append(torch.nn.functional.pad(scores, (0, missing)) if missing else scores)
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found.append(together.index_select(0, self.arrangement.inverse))
+        return found
+
+    def _add_prefix(self, layer: int, weight_RhrK: Tensor, output_RhrD: Tensor) -> None:
+        """Add what the preamble and the prompts give, in place."""
+        rows, kv_heads, repeats, _ = weight_RhrK.shape
+        before = self.cache.preamble.length
+        if before:
+            values_hKD = self.cache.preamble.layers[layer][1][0]
+            weight_hXK = weight_RhrK[..., :before].transpose(0, 1).reshape(kv_heads, rows * repeats, before)
+            output_RhrD += (weight_hXK @ values_hKD).unflatten(1, (rows, repeats)).transpose(0, 1)
+        parts = []
+        for part in self.arrangement.parts:
+            values_ghKD = part.pool.layers[layer][1][: part.groups, :, : part.num_keys]
+            weight_ghXK = _by_group(weight_RhrK[..., before : before + part.num_keys], part)
+            parts.append((weight_ghXK @ values_ghKD).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        output_RhrD += together.index_select(0, self.arrangement.inverse)
+
+    def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(R, 1, 1, K) additive; None where every row sees every key."""
+        if (sliding_window, dtype) not in self._masks:
+            mask = None
+            if sliding_window is not None or not (self.uniform and self.arrangement.even):
+                hidden_RK = torch.from_numpy(self._hidden(sliding_window))
+                mask = torch.zeros(hidden_RK.shape, dtype=dtype).masked_fill_(hidden_RK, float("-inf"))[:, None, None]
+                mask = mask.to(self.arrangement.inverse.device)
+            self._masks[sliding_window, dtype] = mask
         return self._masks[sliding_window, dtype]
+
+    def _hidden(self, sliding_window: int | None) -> np.ndarray:
+        """(R, K) bool: keys beyond a row's prompt or suffix, or further back than the window."""
+        before, prompt_R1 = self.cache.preamble.length, self.arrangement.prompt_R[:, None]
+        prompt_K, own_K = np.arange(self.arrangement.num_keys), np.arange(self.num_own)
+        hidden_RK = np.zeros((len(self.length_R), before + len(prompt_K) + len(own_K)), dtype=bool)
+        hidden_RK[:, before : -len(own_K)] = prompt_K >= prompt_R1
+        hidden_RK[:, -len(own_K) :] = own_K > self.length_R[:, None]
+        if sliding_window is not None:
+            at_R1 = before + prompt_R1 + self.length_R[:, None]
+            at_RK = np.empty(hidden_RK.shape, dtype=np.int64)
+            at_RK[:, : before + len(prompt_K)] = np.arange(before + len(prompt_K))
+            at_RK[:, -len(own_K) :] = before + prompt_R1 + own_K
+            hidden_RK |= at_RK <= at_R1 - sliding_window
+        return hidden_RK
+
+
+def _by_group(source_RhrX: Tensor, part: Part) -> Tensor:
+    """(groups, kv heads, rows of a group * heads of each, X): a group's rows side by side."""
+    by_row = source_RhrX.index_select(0, part.gather).unflatten(0, (part.groups, -1))
+    return by_row.transpose(1, 2).flatten(2, 3)
