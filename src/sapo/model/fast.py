@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sapo.model.attention import Layout
+from sapo.model.native import Kernels, kernels
 from sapo.model.policy import Policy
 
 OnExperts = Callable[[int, Tensor], None]
@@ -98,6 +99,25 @@ def refusal(policy: Policy) -> str | None:
     return None
 
 
+def copied_bytes(policy: Policy, calls: int) -> int:
+    """Bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
+    if refusal(policy) is not None:
+        return 0
+    pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
+    decoder: Any = policy.decoder
+    joined, single = [], [policy.head_weight]
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        single.append(attention.o_proj.weight)
+        if not hasattr(mlp, "experts"):
+            joined.append((mlp.gate_proj.weight, mlp.up_proj.weight))
+            single.append(mlp.down_proj.weight)
+    copied = [w for weights in joined for w in weights]
+    copied += [w for w in single if pack and w.numel() >= PACKED_ELEMENTS]
+    return sum(w.numel() * w.element_size() for w in copied)
+
+
 _PARTS = (
     *("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding"),
     *("SparseMoeBlock", "Experts", "TopKRouter"),
@@ -125,13 +145,13 @@ class FastDecoder:
     def __init__(self, policy: Policy, calls: int, on_experts: OnExperts | None = None) -> None:
         decoder: Any = policy.decoder
         pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
+        native = kernels(policy.device, policy.dtype)
         self.embedding = decoder.embed_tokens.weight.detach()
         self.scale = policy.logit_scale
-        self.layers = [_Layer(layer, number, pack, on_experts) for number, layer in enumerate(decoder.layers)]
-        self.norm = _Norm(decoder.norm)
+        self.layers = [_Layer(layer, pack, native, on_experts) for layer in decoder.layers]
+        self.norm = _Norm(decoder.norm, native)
         self.head = Linear(policy.head_weight, policy.head_bias, pack)
         self.rotary = decoder.rotary_emb
-        self._angles: tuple[Tensor, Tensor] | None = None
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
         """See `Decoder.hidden`."""
@@ -147,42 +167,42 @@ class FastDecoder:
         return self.head(hidden_NH).float()
 
     def _rotation(self, position_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        """cos (N, 1, D) and, with the sign of the half it multiplies, sin (N, 1, D), as the model computes them."""
+        """cos (N, D) and, with the sign of the half it multiplies, sin (N, D), as the model computes them."""
         cos_1ND, sin_1ND = self.rotary(self.embedding, position_ids_N[None])
         half = sin_1ND.shape[-1] // 2
         sin_1ND[..., :half].neg_()
-        return cos_1ND[0, :, None], sin_1ND[0, :, None]
+        return cos_1ND[0], sin_1ND[0]
 
 
 class _Layer:
     """One block; `add` adds what attention and MLP give to the residual stream in place."""
 
-    def __init__(self, layer: Any, number: int, pack: bool, on_experts: OnExperts | None) -> None:
+    def __init__(self, layer: Any, pack: bool, native: Kernels | None, on_experts: OnExperts | None) -> None:
         attention = layer.self_attn
         self.number = int(attention.layer_idx)
         self.size: int = attention.head_dim
         self.scaling: float = attention.scaling
         config = attention.config
-        by_layer = type(attention).__name__ in ("Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention")
-        self.window = attention.sliding_window if by_layer else getattr(config, "sliding_window", None)
-        if type(attention).__name__ == "LlamaAttention":
-            self.window = None
+        # Qwen's layers have their own, Mistral's take it from the config, Llama's know of none.
+        windowed = config if type(attention).__name__ == "MistralAttention" else attention
+        self.window: int | None = getattr(windowed, "sliding_window", None)
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
-        self.input_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self.input_norm, self.mlp_norm = (
+            _Norm(norm, native) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
         self.qkv = Linear.joined([attention.q_proj, attention.k_proj, attention.v_proj], pack)
         self.out = Linear.of(attention.o_proj, pack)
-        self.head_norm = _HeadNorm(attention, self.heads, self.kv_heads) if hasattr(attention, "q_norm") else None
+        self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = _Experts(layer.mlp, number, on_experts) if experts else _MLP(layer.mlp, pack)
+        self.mlp: Any = (
+            _Experts(layer.mlp, self.number, native, on_experts) if experts else _MLP(layer.mlp, pack, native)
+        )
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout) -> None:
         turned = self.heads + self.kv_heads
         qkv_NHD = self.qkv(self.input_norm(hidden_NH)).view(len(hidden_NH), -1, self.size)
-        both_NHD = qkv_NHD[:, :turned]
-        if self.head_norm is not None:
-            both_NHD = self.head_norm(both_NHD)
-        both_NHD = _rotate(both_NHD, *angles)
+        both_NHD = self.turn(qkv_NHD[:, :turned], *angles)
         mixed_NHD = layout.attend(
             self.number,
             both_NHD[:, : self.heads],
@@ -198,48 +218,61 @@ class _Layer:
 class _Norm:
     """RMSNorm, in float32 and rounded before the weight multiplies, as in transformers."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, native: Kernels | None) -> None:
         self.weight = norm.weight.detach()
         self.epsilon: float = norm.variance_epsilon
+        self.native = native
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native.norm(hidden_NH, self.weight, self.epsilon)
         return F.rms_norm(hidden_NH, self.weight.shape, None, self.epsilon).mul_(self.weight)
 
 
-class _HeadNorm:
-    """Qwen3's norms of queries and keys, both in one go."""
+class _Turn:
+    """Rotary embedding of queries and keys, in Qwen3 after a norm of each head."""
 
-    def __init__(self, attention: Any, heads: int, kv_heads: int) -> None:
-        query, key = attention.q_norm, attention.k_norm
-        assert query.variance_epsilon == key.variance_epsilon, "queries and keys are normed alike"
-        self.weight = torch.cat([query.weight.expand(heads, -1), key.weight.expand(kv_heads, -1)]).detach()
-        self.epsilon: float = query.variance_epsilon
+    def __init__(self, attention: Any, heads: int, kv_heads: int, native: Kernels | None) -> None:
+        self.weight: Tensor | None = None
+        self.epsilon = 0.0
+        self.native = native
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm, attention.k_norm
+            assert query.variance_epsilon == key.variance_epsilon, "queries and keys are normed alike"
+            self.weight = torch.cat([query.weight.expand(heads, -1), key.weight.expand(kv_heads, -1)]).detach()
+            self.epsilon = query.variance_epsilon
 
-    def __call__(self, both_NHD: Tensor) -> Tensor:
-        return F.rms_norm(both_NHD, both_NHD.shape[-1:], None, self.epsilon).mul_(self.weight)
+    def __call__(self, both_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+        if self.native is not None:
+            self.native.rotate(both_NHD, cos_ND, sin_ND, self.weight, self.epsilon)
+            return both_NHD
+        if self.weight is not None:
+            both_NHD = F.rms_norm(both_NHD, both_NHD.shape[-1:], None, self.epsilon).mul_(self.weight)
+        return _rotate(both_NHD, cos_ND[:, None], sin_ND[:, None])
 
 
 class _MLP:
     """down(silu(gate) * up), gate and up in one product."""
 
-    def __init__(self, mlp: Any, pack: bool) -> None:
+    def __init__(self, mlp: Any, pack: bool, native: Kernels | None) -> None:
+        self.native = native
         self.gate_up = Linear.joined([mlp.gate_proj, mlp.up_proj], pack)
         self.down = Linear.of(mlp.down_proj, pack)
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
-        return self.down(_gated(self.gate_up(hidden_NH)))
+        return self.down(_gated(self.gate_up(hidden_NH), self.native))
 
 
 class _Experts:
     """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any."""
 
-    def __init__(self, mlp: Any, number: int, on_experts: OnExperts | None) -> None:
+    def __init__(self, mlp: Any, number: int, native: Kernels | None, on_experts: OnExperts | None) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
         self.top: int = mlp.gate.top_k
         self.renormalise: bool = mlp.gate.norm_topk_prob
         self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
         self.down: Tensor = mlp.experts.down_proj.detach()
-        self.number, self.on_experts = number, on_experts
+        self.number, self.native, self.on_experts = number, native, on_experts
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         share_NE = torch.softmax(F.linear(hidden_NH, self.router), dim=-1, dtype=torch.float32)
@@ -252,7 +285,7 @@ class _Experts:
         rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
         hidden = hidden_NH.index_select(0, order // self.top)
         results = [
-            F.linear(_gated(F.linear(part, self.gate_up[i])), self.down[i])
+            F.linear(_gated(F.linear(part, self.gate_up[i]), self.native), self.down[i])
             for i, part in enumerate(hidden.split(rows))
             if len(part)
         ]
@@ -299,7 +332,10 @@ def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
-def _gated(gate_up_NI: Tensor) -> Tensor:
+def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:
+    """silu(gate) * up."""
+    if native is not None:
+        return native.gate(gate_up_NI)
     gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
     return F.silu(gate_NI).mul_(up_NI)
 

@@ -8,7 +8,9 @@ A decode step multiplies the queries of a whole group with its prompt at once, t
 each row's with its suffix; one softmax joins the three. Rows and slots in use are always the first ones, so that a step
 works on plain slices: when one is freed, the last in use moves into its place.
 
-Keys lie transposed, (heads, D, tokens): both products of a step then read memory in order.
+Keys lie transposed, (heads, D, tokens), tokens padded to whole vector registers: both products of a step then read
+memory in order. On a CPU one kernel does a layer's step (model/native.py), where there is a compiler; otherwise, on a
+GPU and for capped scores, torch's operations do.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sapo.model.attention import attention
+from sapo.model.native import LANES, kernels
 
 # Prompts share a pool when the shorter would be padded to no more than twice its length; short ones always do, since a
 # call of a kernel costs more than the padding.
@@ -50,6 +53,11 @@ class Pool:
         stop = key_bKhD.shape[1]
         keys[slots, :, :, :stop] = key_bKhD.permute(0, 2, 3, 1).to(keys.dtype)
         values[slots, :, :stop] = value_bKhD.transpose(1, 2).to(values.dtype)
+
+    def read(self, layer: int, slot: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys (kv heads, D, length) and values (kv heads, length, D) of one slot, without the padding."""
+        keys, values = self.layers[layer]
+        return keys[slot, :, :, : self.length], values[slot, :, : self.length]
 
     def release(self, group: int) -> None:
         """Free the slot of a group; the last slot in use takes its place."""
@@ -81,7 +89,7 @@ class KVCache:
         preamble: int = 0,
     ) -> None:
         self.rows = rows
-        self.length = max(1, new_tokens - 1)  # the last token drawn is never looked at
+        self.length = _padded(max(1, new_tokens - 1))  # the last token drawn is never looked at
         self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
         self.preamble = Pool(1, preamble)
         self.pools: list[Pool] = []
@@ -92,6 +100,12 @@ class KVCache:
             pool = Pool(slots, int(self.prompt_length[members].max()))
             self.pools.append(pool)
             self.pool_of.update(dict.fromkeys(members, pool))
+
+    @property
+    def num_places(self) -> int:
+        """Tokens that a layer has room for."""
+        pools = [self.preamble, *self.pools]
+        return sum(p.slots * _padded(p.length) for p in pools) + self.rows * self.length
 
     def admit(self, group: int) -> None:
         """Give a group a slot for its prompt."""
@@ -109,9 +123,7 @@ class KVCache:
         Args:
             length_R: tokens each row holds; a number where it is the same for all, which is several times cheaper.
         """
-        if layer not in self.layers:
-            self.layers[layer] = _allocate(self.rows, self.length, key_RhD[0], value_RhD[0])
-        keys, values = self.layers[layer]
+        keys, values = self.own(layer, key_RhD, value_RhD)
         rows = key_RhD.shape[0]
         if isinstance(length_R, int):
             keys[:rows, :, :, length_R].copy_(key_RhD)
@@ -121,6 +133,12 @@ class KVCache:
             keys[row_R, :, :, length_R] = key_RhD.to(keys.dtype)
             values[row_R, :, length_R] = value_RhD.to(values.dtype)
         return keys, values
+
+    def own(self, layer: int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's suffixes: keys (rows, kv heads, D, length) and values (rows, kv heads, length, D)."""
+        if layer not in self.layers:
+            self.layers[layer] = _allocate(self.rows, self.length, key_RhD[0], value_RhD[0])
+        return self.layers[layer]
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy rows `source` over rows `target`, their first `length` tokens."""
@@ -138,8 +156,13 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _padded(length: int) -> int:
+    return -(-length // LANES) * LANES
+
+
 def _allocate(count: int, length: int, key_hD: Tensor, value_hD: Tensor) -> tuple[Tensor, Tensor]:
     dtype = cache_dtype(key_hD.dtype, key_hD.device)
+    length = _padded(length)
     return (
         key_hD.new_zeros(count, *key_hD.shape, length, dtype=dtype),
         value_hD.new_zeros(count, value_hD.shape[0], length, value_hD.shape[1], dtype=dtype),
@@ -205,11 +228,10 @@ class PrefillLayout:
             query_bQHD, key_bKhD, value_bKhD = (t.index_select(0, place).unflatten(0, size) for t in (query, key, value))
             pool.write(layer, slots, key_bKhD, value_bKhD)
             if self.preamble is not None:
-                before_K, before_V = self.preamble.layers[layer]
-                before_bKhD = before_K[0].permute(2, 0, 1).to(key.dtype).expand(size[0], -1, -1, -1)
-                key_bKhD = torch.cat([before_bKhD, key_bKhD], dim=1)
-                before_bKhD = before_V[0].transpose(0, 1).to(value.dtype).expand(size[0], -1, -1, -1)
-                value_bKhD = torch.cat([before_bKhD, value_bKhD], dim=1)
+                keys_hDK, values_hKD = self.preamble.read(layer)
+                keys, values = keys_hDK.permute(2, 0, 1).to(key.dtype), values_hKD.transpose(0, 1).to(value.dtype)
+                key_bKhD = torch.cat([keys.expand(size[0], -1, -1, -1), key_bKhD], dim=1)
+                value_bKhD = torch.cat([values.expand(size[0], -1, -1, -1), value_bKhD], dim=1)
             output_bHQD = attention(
                 query_bQHD.transpose(1, 2),
                 key_bKhD.transpose(1, 2),
@@ -282,6 +304,7 @@ class Arrangement:
             num_keys = int(cache.prompt_length[present].max())
             self.parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(device), len(present), num_keys))
         self.inverse = torch.from_numpy(inverse).to(device)
+        self.native = _NativeStep(cache, group_R, order) if kernels(device, torch.float32) is not None else None
         self.num_keys = max(part.num_keys for part in self.parts)
         self.even = bool((self.prompt_R == self.num_keys).all())
         """Whether every row's prompt has the same length, so that none is padded."""
@@ -316,6 +339,9 @@ class DecodeLayout:
         softcap: float | None = None,
     ) -> Tensor:
         """Attention of each row to preamble, prompt and suffix, joined by one softmax; see `Layout.attend`."""
+        native = self.arrangement.native
+        if native is not None and softcap is None and query.shape[2] == value.shape[2] and not query.shape[2] % LANES:
+            return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
         keys, values = self.cache.append(layer, self.place, key, value)
         rows, heads, size = query.shape
         kv_heads = key.shape[1]
@@ -337,7 +363,7 @@ class DecodeLayout:
         rows, kv_heads, repeats, size = query_RhrD.shape
         found = []
         if self.cache.preamble.length:
-            keys_hDK = self.cache.preamble.layers[layer][0][0]
+            keys_hDK, _ = self.cache.preamble.read(layer)
             scores_hRrK = query_RhrD.transpose(0, 1).reshape(kv_heads, rows * repeats, size) @ keys_hDK
             found.append(scores_hRrK.unflatten(1, (rows, repeats)).transpose(0, 1))
         parts = []
@@ -356,7 +382,7 @@ class DecodeLayout:
         rows, kv_heads, repeats, _ = weight_RhrK.shape
         before = self.cache.preamble.length
         if before:
-            values_hKD = self.cache.preamble.layers[layer][1][0]
+            _, values_hKD = self.cache.preamble.read(layer)
             weight_hXK = weight_RhrK[..., :before].transpose(0, 1).reshape(kv_heads, rows * repeats, before)
             output_RhrD += (weight_hXK @ values_hKD).unflatten(1, (rows, repeats)).transpose(0, 1)
         parts = []
@@ -392,6 +418,77 @@ class DecodeLayout:
             at_RK[:, -len(own_K) :] = before + prompt_R1 + own_K
             hidden_RK |= at_RK <= at_R1 - sliding_window
         return hidden_RK
+
+
+class _NativeStep:
+    """An arrangement as the kernel `attend` of kernels.c reads it.
+
+    Args:
+        order: rows in the order of their groups, whose prompts then stay in the processor's cache.
+    """
+
+    def __init__(self, cache: KVCache, group_R: np.ndarray, order: np.ndarray) -> None:
+        self.cache = cache
+        pools = [pool for pool in cache.pools if pool.groups]
+        place = {g: (p, slot) for p, pool in enumerate(pools) for slot, g in enumerate(pool.groups)}
+        self.pools = pools
+        self.order = np.ascontiguousarray(order)
+        self.pool_R = np.array([place[int(g)][0] for g in group_R])
+        self.slot_R = np.array([place[int(g)][1] for g in group_R])
+        self.prompt_R = cache.prompt_length[group_R]
+        self.longest = cache.preamble.length + int(self.prompt_R.max()) + cache.length
+        self.bases: dict[int, np.ndarray] = {}
+
+    def attend(
+        self,
+        layer: int,
+        length_R: np.ndarray,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        query_RHD, key_RhD, value_RhD = (_rows_of_float(t) for t in (query, key, value))
+        keys, values = self.cache.own(layer, key_RhD, value_RhD)
+        rows, heads, size = query_RHD.shape
+        kv_heads = key_RhD.shape[1]
+        output_RHD = torch.empty(rows, heads, size)
+        before = self.cache.preamble
+        before_keys, before_values = before.layers[layer] if before.length else (keys, values)
+        factor = np.array([scaling], dtype=np.float32)
+        length_R = np.ascontiguousarray(length_R, dtype=np.int64)
+        # In the order of the enumeration in kernels.c.
+        numbers = np.array(
+            [
+                *(t.data_ptr() for t in (query_RHD, key_RhD, value_RhD, output_RHD)),
+                *(t.stride(0) for t in (query_RHD, key_RhD, value_RhD)),
+                *(rows, kv_heads, heads // kv_heads, size, factor.ctypes.data, sliding_window or 0),
+                *(torch.get_num_threads(), keys.data_ptr(), values.data_ptr(), keys.shape[3]),
+                *(a.ctypes.data for a in (length_R, self.order, self.pool_R, self.slot_R, self.prompt_R)),
+                *(self._bases(layer).ctypes.data, before_keys.data_ptr(), before_values.data_ptr()),
+                *(before_keys.shape[3], before.length, self.longest),
+            ],
+            dtype=np.int64,
+        )
+        native = kernels(output_RHD.device, torch.float32)
+        assert native is not None
+        native.attend(numbers)
+        return output_RHD.to(query.dtype)
+
+    def _bases(self, layer: int) -> np.ndarray:
+        """Addresses of each pool's keys and values, and the tokens they have room for."""
+        if layer not in self.bases:
+            layers = [pool.layers[layer] for pool in self.pools]
+            self.bases[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
+        return self.bases[layer]
+
+
+def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
+    """In float32, each row's heads one after the other."""
+    tensor_RHD = tensor_RHD.float()
+    _, _, size = tensor_RHD.shape
+    return tensor_RHD if tensor_RHD.stride()[1:] == (size, 1) else tensor_RHD.contiguous()
 
 
 def _by_group(source_RhrX: Tensor, part: Part) -> Tensor:
