@@ -325,7 +325,11 @@ class Linear:
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this machine's oneDNN takes packed weights of that precision."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+    if (
+        device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or platform.machine() not in ("x86_64", "AMD64")
+    ):
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -101,40 +101,56 @@ static inline float same(float x) { return x; }
 KERNELS(float32, float, same, same)
 KERNELS(bfloat16, uint16_t, from_bfloat16, to_bfloat16)
 
-/* Scores of one query with `count` keys, a multiple of LANES, that lie transposed with `stride` between dimensions. */
-static inline void scores_of(const float *query, const float *keys, int64_t stride, int64_t size, int64_t count,
-                             float *scores) {
+/* Tokens taken at a time, so that their keys and values stay in the first-level cache for all heads that share them. */
+#define TOKENS 64
+
+#define SCORE(WIDTH)                                                                                                   \
+    for (int64_t r = 0; r < repeats; r++) {                                                                            \
+        const float *q = query + r * size;                                                                             \
+        float sum[WIDTH] = {0};                                                                                        \
+        for (int64_t d = 0; d < size; d++)                                                                             \
+            for (int j = 0; j < WIDTH; j++) sum[j] += q[d] * keys[d * stride + t + j];                                 \
+        memcpy(scores + r * room + t, sum, sizeof sum);                                                                \
+    }
+
+/* Scores of some queries with `count` keys, a multiple of LANES, that lie transposed. */
+static inline void scores_of(const float *query, int64_t repeats, const float *keys, int64_t stride, int64_t size,
+                             int64_t count, float *scores, int64_t room) {
     int64_t t = 0;
-    for (; t + 4 * LANES <= count; t += 4 * LANES) {
-        float sum[4 * LANES] = {0};
-        for (int64_t d = 0; d < size; d++)
-            for (int j = 0; j < 4 * LANES; j++) sum[j] += query[d] * keys[d * stride + t + j];
-        memcpy(scores + t, sum, sizeof sum);
-    }
-    for (; t < count; t += LANES) {
-        float sum[LANES] = {0};
-        for (int64_t d = 0; d < size; d++)
-            for (int j = 0; j < LANES; j++) sum[j] += query[d] * keys[d * stride + t + j];
-        memcpy(scores + t, sum, sizeof sum);
-    }
+    for (; t + TOKENS <= count; t += TOKENS) SCORE(TOKENS)
+    for (; t + 2 * LANES <= count; t += 2 * LANES) SCORE(2 * LANES)
+    for (; t < count; t += LANES) SCORE(LANES)
 }
 
-/* out += sum of weight[t] value[t], `size` a multiple of LANES. */
-static inline void mix(const float *weight, const float *values, int64_t size, int64_t count, float *out) {
-    int64_t d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES) {
-        float sum[4 * LANES];
-        memcpy(sum, out + d, sizeof sum);
-        for (int64_t t = 0; t < count; t++)
-            for (int j = 0; j < 4 * LANES; j++) sum[j] += weight[t] * values[t * size + d + j];
-        memcpy(out + d, sum, sizeof sum);
-    }
-    for (; d < size; d += LANES) {
-        float sum[LANES];
-        memcpy(sum, out + d, sizeof sum);
-        for (int64_t t = 0; t < count; t++)
-            for (int j = 0; j < LANES; j++) sum[j] += weight[t] * values[t * size + d + j];
-        memcpy(out + d, sum, sizeof sum);
+/* out += sum of weight[t] value[t] for some rows of weights, `size` a multiple of LANES. */
+static inline void mix(const float *weights, int64_t room, int64_t repeats, const float *values, int64_t size,
+                       int64_t count, float *out) {
+    for (int64_t start = 0; start < count; start += TOKENS) {
+        const int64_t stop = start + TOKENS < count ? start + TOKENS : count;
+        for (int64_t r = 0; r < repeats; r++) {
+            const float *weight = weights + r * room;
+            int64_t d = 0;
+            for (; d + 4 * LANES <= size; d += 4 * LANES) {
+                float sum[4 * LANES], *to = out + r * size + d;
+                memcpy(sum, to, sizeof sum);
+                for (int64_t t = start; t < stop; t++)
+                    for (int j = 0; j < 4 * LANES; j++) sum[j] += weight[t] * values[t * size + d + j];
+                memcpy(to, sum, sizeof sum);
+            }
+            for (; d < size; d += LANES) {
+                float even[LANES], odd[LANES] = {0}, *to = out + r * size + d; /* two sums: one would wait for itself */
+                memcpy(even, to, sizeof even);
+                int64_t t = start;
+                for (; t + 2 <= stop; t += 2)
+                    for (int j = 0; j < LANES; j++) {
+                        even[j] += weight[t] * values[t * size + d + j];
+                        odd[j] += weight[t + 1] * values[(t + 1) * size + d + j];
+                    }
+                if (t < stop)
+                    for (int j = 0; j < LANES; j++) even[j] += weight[t] * values[t * size + d + j];
+                for (int j = 0; j < LANES; j++) to[j] = even[j] + odd[j];
+            }
+        }
     }
 }
 
@@ -158,8 +174,8 @@ void attend(const int64_t *a) {
     const float scaling = *(const float *)a[SCALING];
 #pragma omp parallel num_threads((int)a[THREADS]) if (a[THREADS] > 1)
     {
-        float *scores = malloc(sizeof(float) * (size_t)(room + size));
-        float *query = scores + room;
+        float *scores = malloc(sizeof(float) * (size_t)(repeats * (room + size)));
+        float *query = scores + repeats * room;
 #pragma omp for schedule(static)
         for (int64_t place = 0; place < a[ROWS]; place++) {
             const int64_t row = ((const int64_t *)a[ORDER])[place], own = ((const int64_t *)a[OWN])[row];
@@ -181,39 +197,43 @@ void attend(const int64_t *a) {
                      oldest > before ? oldest - before : 0, prompt},
                     {keys, values, length, oldest > before + prompt ? oldest - before - prompt : 0, own + 1},
                 };
-                for (int64_t r = 0; r < repeats; r++) {
-                    const int64_t head = h * repeats + r;
-                    const float *given = (const float *)a[QUERY] + row * a[QUERY_STRIDE] + head * size;
-                    float *out = (float *)a[OUT] + (row * heads * repeats + head) * size;
-                    for (int64_t d = 0; d < size; d++) query[d] = given[d] * scaling;
-                    float *end = scores;
-                    for (int i = 0; i < 3; i++) {
-                        const struct stretch *c = context + i;
-                        if (c->first >= c->last) continue;
-                        const int64_t start = c->first / LANES * LANES;
-                        const int64_t count = (c->last - start + LANES - 1) / LANES * LANES;
-                        scores_of(query, c->keys + start, c->stride, size, count, end);
-                        for (int64_t t = 0; t < c->first - start; t++) end[t] = -1e30f;
-                        for (int64_t t = c->last - start; t < count; t++) end[t] = -1e30f;
-                        end += count;
+                const float *given = (const float *)a[QUERY] + row * a[QUERY_STRIDE] + h * repeats * size;
+                float *out = (float *)a[OUT] + (row * heads + h) * repeats * size;
+                for (int64_t d = 0; d < repeats * size; d++) query[d] = given[d] * scaling;
+                int64_t total = 0;
+                for (int i = 0; i < 3; i++) {
+                    const struct stretch *c = context + i;
+                    if (c->first >= c->last) continue;
+                    const int64_t start = c->first / LANES * LANES;
+                    const int64_t count = (c->last - start + LANES - 1) / LANES * LANES;
+                    scores_of(query, repeats, c->keys + start, c->stride, size, count, scores + total, room);
+                    for (int64_t r = 0; r < repeats; r++) {
+                        float *hidden = scores + r * room + total;
+                        for (int64_t t = 0; t < c->first - start; t++) hidden[t] = -1e30f;
+                        for (int64_t t = c->last - start; t < count; t++) hidden[t] = -1e30f;
                     }
-                    const int64_t total = end - scores;
-                    float top = -1e30f, sum = 0.0f;
-#pragma omp simd reduction(max : top)
-                    for (int64_t t = 0; t < total; t++) top = scores[t] > top ? scores[t] : top;
-#pragma omp simd reduction(+ : sum)
-                    for (int64_t t = 0; t < total; t++) sum += scores[t] = exponential(scores[t] - top);
-                    memset(out, 0, sizeof(float) * (size_t)size);
-                    end = scores;
-                    for (int i = 0; i < 3; i++) {
-                        const struct stretch *c = context + i;
-                        if (c->first >= c->last) continue;
-                        const int64_t start = c->first / LANES * LANES;
-                        mix(end + c->first - start, c->values + c->first * size, size, c->last - c->first, out);
-                        end += (c->last - start + LANES - 1) / LANES * LANES;
-                    }
-                    for (int64_t d = 0; d < size; d++) out[d] /= sum;
+                    total += count;
                 }
+                for (int64_t r = 0; r < repeats; r++) {
+                    float *score = scores + r * room, top = -1e30f, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+                    for (int64_t t = 0; t < total; t++) top = score[t] > top ? score[t] : top;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t t = 0; t < total; t++) sum += score[t] = exponential(score[t] - top);
+                    query[r] = sum; /* the queries are not needed again */
+                }
+                memset(out, 0, sizeof(float) * (size_t)(repeats * size));
+                total = 0;
+                for (int i = 0; i < 3; i++) {
+                    const struct stretch *c = context + i;
+                    if (c->first >= c->last) continue;
+                    const int64_t start = c->first / LANES * LANES;
+                    mix(scores + total + c->first - start, room, repeats, c->values + c->first * size, size,
+                        c->last - c->first, out);
+                    total += (c->last - start + LANES - 1) / LANES * LANES;
+                }
+                for (int64_t r = 0; r < repeats; r++)
+                    for (int64_t d = 0; d < size; d++) out[r * size + d] /= query[r];
             }
         }
         free(scores);

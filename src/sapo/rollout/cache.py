@@ -89,7 +89,7 @@ class KVCache:
         preamble: int = 0,
     ) -> None:
         self.rows = rows
-        self.length = _padded(max(1, new_tokens - 1))  # the last token drawn is never looked at
+        self.length = max(1, new_tokens - 1)  # the last token drawn is never looked at
         self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
         self.preamble = Pool(1, preamble)
         self.pools: list[Pool] = []
@@ -105,7 +105,7 @@ class KVCache:
     def num_places(self) -> int:
         """Tokens that a layer has room for."""
         pools = [self.preamble, *self.pools]
-        return sum(p.slots * _padded(p.length) for p in pools) + self.rows * self.length
+        return sum(p.slots * _padded(p.length) for p in pools if p.length) + self.rows * _padded(self.length)
 
     def admit(self, group: int) -> None:
         """Give a group a slot for its prompt."""
@@ -157,7 +157,9 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _padded(length: int) -> int:
-    return -(-length // LANES) * LANES
+    """A length in whole vector registers, an odd number of them: at a distance of a power of two, the dimensions of a
+    key would compete for the same few places of the processor's cache."""
+    return (-(-length // LANES) | 1) * LANES
 
 
 def _allocate(count: int, length: int, key_hD: Tensor, value_hD: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +227,9 @@ class PrefillLayout:
         """Causal attention of each prompt to the preamble and to itself; see `Layout.attend`."""
         outputs = []
         for pool, slots, place, size in self.parts:
-            query_bQHD, key_bKhD, value_bKhD = (t.index_select(0, place).unflatten(0, size) for t in (query, key, value))
+            query_bQHD, key_bKhD, value_bKhD = (
+                t.index_select(0, place).unflatten(0, size) for t in (query, key, value)
+            )
             pool.write(layer, slots, key_bKhD, value_bKhD)
             if self.preamble is not None:
                 keys_hDK, values_hKD = self.preamble.read(layer)
