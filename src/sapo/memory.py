@@ -4,8 +4,10 @@ The phases of a step follow each other, and the run's peak is that of the larges
 of them trained:
 
     always              baseline + P e + 8 T (the moments of AdamW) + 4 T (float32 masters, of a 16-bit model only)
-    generate            cache: (each prompt once + rows x (max_new_tokens - 1)) x 2 x layers x kv heads x head size x e
-                        + weights joined or packed for decoding + 24 bytes a token of the rows' own tables + one step's logits in the sampler
+    generate            cache: (each prompt once + rows x (max_new_tokens - 1))
+                        x 2 x layers x kv heads x head size x e (4 on a CPU)
+                        + weights joined or packed for decoding
+                        + 24 bytes a token of the rows' own tables + one step's logits in the sampler
                         + one layer of the prefill
     update, forward     activations of the largest micro-batch + last hidden states and their gradient
                         + one chunk of logits + the head's own gradient (4 V H)
@@ -323,9 +325,8 @@ def _generate_parts(
     samples = rollout.samples_per_prompt
     rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
     tree = prefix_tree([p.token_ids for p in prompts])
-    preamble = len(tree.token_ids) - sum(tree.segments[leaf].length for leaf in tree.leaves)
     lengths = [tree.segments[leaf].length for leaf in tree.leaves]
-    cache = KVCache(rows, rollout.max_new_tokens, lengths, [samples] * len(prompts), preamble)
+    cache = KVCache(rows, rollout.max_new_tokens, lengths, [samples] * len(prompts), tree.preamble)
     vocabulary = policy.head_weight.shape[0]
     cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
     # Logits of 16 bits are there beside their float32 copy.

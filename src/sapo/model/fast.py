@@ -71,6 +71,7 @@ def decoder_of(policy: Policy, calls: int, on_experts: OnExperts | None = None) 
 def refusal(policy: Policy) -> str | None:
     """Why a policy cannot take the fast path; None when it can."""
     model, decoder = policy.model, policy.decoder
+    rotary: Any = getattr(decoder, "rotary_emb", None)
     family = type(decoder).__name__.removesuffix("Model")
     module = type(decoder).__module__
     if family not in FAMILIES or not module.startswith("transformers.models."):
@@ -82,8 +83,8 @@ def refusal(policy: Policy) -> str | None:
     config: Any = decoder.config
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
-    if decoder.rotary_emb.rope_type not in FIXED_ROPE:
-        return f"its rotary embedding is {decoder.rotary_emb.rope_type}"
+    if rotary.rope_type not in FIXED_ROPE:
+        return f"its rotary embedding is {rotary.rope_type}"
     if policy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weights are {policy.dtype}"
     known = {f"{family}{part}" for part in _PARTS}
@@ -105,7 +106,8 @@ def copied_bytes(policy: Policy, calls: int) -> int:
         return 0
     pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
     decoder: Any = policy.decoder
-    joined, single = [], [policy.head_weight]
+    joined: list[tuple[Tensor, ...]] = []
+    single = [policy.head_weight]
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         joined.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
@@ -312,7 +314,7 @@ class Linear:
     @classmethod
     def joined(cls, modules: list[nn.Linear], pack: bool) -> Linear:
         """Of linear layers with the same input: their outputs, one behind the other."""
-        biases = [m.bias for m in modules if m.bias is not None]
+        biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
         assert len(biases) in (0, len(modules)), "joined layers have all a bias or none"
         weight = torch.cat([m.weight for m in modules])
         return cls(weight, torch.cat(biases) if biases else None, pack)

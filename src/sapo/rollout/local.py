@@ -1,8 +1,8 @@
 """The local engine: continuous decoding with the trainer's own weights.
 
-Each prompt is prefilled once and kept once for all its samples, and what all prompts begin with once for all (cache.py);
-rows that finish leave the batch and waiting prompts take their place; one uniform per token comes from a counter
-(rng.py). The weights are the trainer's, arranged anew for each call where the model allows a faster forward
+Each prompt is prefilled once and kept once for all its samples, and what all prompts begin with once for all
+(cache.py); rows that finish leave the batch and waiting prompts take their place; one uniform per token comes from a
+counter (rng.py). The weights are the trainer's, arranged anew for each call where the model allows a faster forward
 (model/fast.py), so that there is nothing to synchronise, and the log-probabilities of the draws are log pi_old.
 """
 
@@ -84,7 +84,7 @@ class _Decoding:
         rows = min(sum(samples), max(max_rows, *samples))
         device = policy.device
         tree = prefix_tree([r.prompt.token_ids for r in requests])
-        self.preamble = max(0, tree.segments[tree.leaves[0]].parent + 1) and tree.segments[0].length
+        self.preamble = tree.preamble
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
         self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble)
         self.arrangement: Arrangement | None = None

@@ -158,7 +158,7 @@ def truncate(logits_RV: Tensor, params: SamplingParams) -> Tensor:
 
 def _nucleus(logits_RV: Tensor, top_p: float) -> Tensor:
     """Top-p. Only rows whose likeliest NUCLEUS_TOKENS tokens do not reach it are sorted whole."""
-    rows, vocabulary = logits_RV.shape
+    vocabulary = logits_RV.shape[1]
     if vocabulary <= 4 * NUCLEUS_TOKENS:
         return _nucleus_by_sorting(logits_RV, top_p)
     top_RK, index_RK = torch.topk(logits_RV, NUCLEUS_TOKENS, dim=-1)
