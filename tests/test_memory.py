@@ -22,7 +22,8 @@ from sapo.model.attention import TreeLayout
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer
 from sapo.recipe import load_recipe
-from sapo.rollout.cache import KVCache, PrefillLayout
+from sapo.rollout.cache import KVCache
+from sapo.rollout.layouts import PrefillLayout
 
 ESTIMATE = """
 import json, sys

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sapo.model import native
-from sapo.rollout.cache import Arrangement, DecodeLayout, KVCache, PrefillLayout
+from sapo.rollout.cache import KVCache
+from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
 
 CPU = torch.device("cpu")
 LENGTHS, SAMPLES, NEW = (3, 100, 7, 1, 90, 40), (2, 3, 1, 2, 1, 4), 40

@@ -7,8 +7,8 @@ import torch
 from sapo.data import Completion, Prompt
 from sapo.model.fast import decoder_of
 from sapo.rollout import local
-from sapo.rollout.cache import DecodeLayout, PrefillLayout
 from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.layouts import DecodeLayout, PrefillLayout
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 

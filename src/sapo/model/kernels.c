@@ -2,7 +2,7 @@
    attention of one new token per row to [preamble | prompt | suffix] (rollout/cache.py says how those lie).
 
    model/native.py compiles this file for the machine it runs on. Every function does what a few lines of torch in
-   model/fast.py and rollout/cache.py do, which run where there is no compiler; tests hold the two together. Rows are
+   model/fast.py and rollout/layouts.py do, which run where there is no compiler; tests hold the two together. Rows are
    independent of each other, so that the number of threads changes no bit. Each takes one array of 64-bit numbers:
    addresses, sizes and strides, in elements. */
 

@@ -72,7 +72,7 @@ class Kernels:
         return output_NI
 
     def attend(self, numbers: np.ndarray) -> None:
-        """One decode step's attention of one layer; rollout/cache.py fills in the numbers."""
+        """One decode step's attention of one layer; rollout/layouts.py fills in the numbers."""
         self._attend(numbers.ctypes.data)
 
     def _call(self, name: str, like: Tensor, *numbers: int) -> None:

@@ -19,8 +19,9 @@ from sapo.batch import prefix_tree
 from sapo.data import Completion
 from sapo.model.fast import Decoder, decoder_of
 from sapo.model.policy import Policy
-from sapo.rollout.cache import Arrangement, DecodeLayout, KVCache, PrefillLayout
+from sapo.rollout.cache import KVCache
 from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens
 from sapo.rollout.stopping import StopRules
