@@ -1,7 +1,7 @@
-"""How the engine's tokens find their keys in the cache: whole prompts in prefill, one new token per row in a decode step.
+"""How the engine's tokens find their keys in the cache: whole prompts in prefill, one new token a row in a decode step.
 
 A decode step multiplies the queries of a whole group with its prompt at once, those of all rows with the preamble, and
-each row's with its suffix; one softmax joins the three. On a CPU one kernel does a layer's step (model/native.py), where
+each row's with its suffix; one softmax joins the three. On a CPU one kernel does a layer's step (model/native.py) where
 there is a compiler; otherwise, on a GPU and for capped scores, torch's operations do.
 """
 
