@@ -23,6 +23,7 @@ from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer
 from sapo.recipe import load_recipe
 from sapo.rollout.cache import KVCache
+from sapo.rollout.layouts import PrefillLayout
 
 ESTIMATE = """
 import json, sys
@@ -181,13 +182,19 @@ def test_weights_moments_masters_and_gradients_are_counted_by_their_bytes(tmp_pa
 def test_the_cache_is_counted_as_the_engine_allocates_it(tmp_path: Path, policies: Any) -> None:
     policy = policies("qwen3")
     phases = estimate_of(policy, tmp_path)
-    rows, length = 4 * 4, 6 + 12  # prompts x samples of the recipe; a prompt's tokens and max_new_tokens
-    cache = KVCache(rows, length)
     config = policy.model.config
-    one = torch.zeros(1, config.num_key_value_heads, config.head_dim)
+    # The recipe's 4 prompts of 6 tokens x 4 samples x 12 tokens; a row's last token is not kept.
+    cache = KVCache(16, 12, [6] * 4, [4] * 4)
+    for group in range(4):
+        cache.admit(group)
+    prefill = PrefillLayout(cache, range(4), torch.device("cpu"))
+    heads = torch.zeros(24, config.num_attention_heads, config.head_dim)
+    keys = torch.zeros(24, config.num_key_value_heads, config.head_dim)
     for layer in range(config.num_hidden_layers):
-        cache.write_prefix(layer, 0, 1, one, one)
-    allocated = sum(t.numel() * t.element_size() for pair in cache.layers.values() for t in pair)
+        prefill.attend(layer, heads, keys, keys, 1.0, None)
+        cache.append(layer, 0, keys[:16], keys[:16])
+    layers = [*cache.layers.values(), *(pair for pool in cache.pools for pair in pool.layers.values())]
+    allocated = sum(t.numel() * t.element_size() for pair in layers for t in pair)
     assert phases["generate"]["cache of keys and values"] == allocated
 
 

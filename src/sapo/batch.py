@@ -36,6 +36,11 @@ class PrefixTree:
     leaves: list[int]
     """Which segment ends each prompt."""
 
+    @property
+    def preamble(self) -> int:
+        """Tokens that all prompts begin with and that are there once."""
+        return self.segments[self.leaves[0]].start
+
 
 def prefix_tree(prompts: Sequence[tuple[int, ...]], min_preamble: int = MIN_PREAMBLE) -> PrefixTree:
     """Pack prompts, what they all begin with (a system prompt, few-shot examples) only once.

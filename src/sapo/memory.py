@@ -4,7 +4,9 @@ The phases of a step follow each other, and the run's peak is that of the larges
 of them trained:
 
     always              baseline + P e + 8 T (the moments of AdamW) + 4 T (float32 masters, of a 16-bit model only)
-    generate            cache: rows x (prompt + max_new_tokens) x 2 x layers x kv heads x head size x e,
+    generate            cache: (each prompt once + rows x (max_new_tokens - 1))
+                        x 2 x layers x kv heads x head size x e (4 on a CPU)
+                        + weights joined or packed for decoding
                         + 24 bytes a token of the rows' own tables + one step's logits in the sampler
                         + one layer of the prefill + a copy of the matrices, where the sampler's are rounded
     update, forward     activations of the largest micro-batch + last hidden states and their gradient
@@ -43,8 +45,10 @@ from sapo.batch import MiniBatch, pack, prefix_tree, split_minibatches
 from sapo.config import RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.model.attention import TreeLayout, gather_rows
+from sapo.model.fast import copied_bytes
 from sapo.model.head import chunk_tokens
 from sapo.model.policy import Policy
+from sapo.rollout.cache import KVCache, cache_dtype
 from sapo.rollout.local import PREFILL_TOKENS
 
 PYTHON_BYTES_PER_TOKEN = 100
@@ -54,9 +58,9 @@ measured of them."""
 ROW_BYTES_PER_TOKEN = 24
 """The engine's tables: a uniform (8), a token (8), a log-probability (4) and what they are padded to."""
 
-# Tensors of the size of a step's logits that are alive together in sample_tokens, in units of float32 logits: logits,
-# log-probabilities, probabilities, and their running sum in float64; a cut tail sorts a copy with 64-bit indices first.
-SAMPLER_LOGITS = 5.0
+# Tensors of the size of a step's logits that are alive together in sample_tokens, in units of float32 logits: the
+# logits, which become weights in place; a cut tail may sort a copy with 64-bit indices first.
+SAMPLER_LOGITS = 1.0
 SAMPLER_LOGITS_CUT = 6.5
 
 ALLOCATOR_SHARE = 0.125
@@ -323,16 +327,19 @@ def _generate_parts(
     rollout = config.rollout
     samples = rollout.samples_per_prompt
     rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
-    longest = max(len(p.token_ids) for p in prompts)
-    length = longest + rollout.max_new_tokens
+    tree = prefix_tree([p.token_ids for p in prompts])
+    lengths = [tree.segments[leaf].length for leaf in tree.leaves]
+    cache = KVCache(rows, rollout.max_new_tokens, lengths, [samples] * len(prompts), tree.preamble)
     vocabulary = policy.head_weight.shape[0]
     cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
-    logits = rows * vocabulary * 4 * (SAMPLER_LOGITS_CUT if cut else SAMPLER_LOGITS)
-    prefill = min(PREFILL_TOKENS, len(prefix_tree([p.token_ids for p in prompts]).token_ids))
+    # Logits of 16 bits are there beside their float32 copy.
+    logits = rows * vocabulary * (4 * (SAMPLER_LOGITS_CUT if cut else SAMPLER_LOGITS) + policy.dtype.itemsize % 4)
+    prefill = min(PREFILL_TOKENS, len(tree.token_ids))
     matrices = [p for p in policy.model.parameters() if p.dim() > 1 or rollout.sampler_vectors]
     return {
         "rounded weights": 0 if rollout.sampler_is_policy else _bytes_of(matrices),
-        "cache of keys and values": rows * length * _cache_bytes_per_token(policy),
+        "cache of keys and values": cache.num_places * _cache_bytes_per_token(policy),
+        "weights arranged for decoding": copied_bytes(policy, rollout.max_new_tokens),
         "tables of the rows": rows * rollout.max_new_tokens * ROW_BYTES_PER_TOKEN,
         "logits of a step in the sampler": int(logits),
         "one layer of the prefill": int(cost.per_token * prefill / cost.layers),
@@ -363,11 +370,12 @@ def _chunk_bytes(policy: Policy, targets: int) -> int:
 
 
 def _cache_bytes_per_token(policy: Policy) -> int:
-    """Bytes of keys and values of one token, over all layers, as the model hands them over."""
+    """Bytes of keys and values of one token, over all layers, as the engine keeps them."""
     sizes: list[int] = []
 
     def measure(_: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        sizes.append((key.numel() + value.numel()) * key.element_size() // key.shape[0])
+        itemsize = cache_dtype(key.dtype, key.device).itemsize
+        sizes.append((key.numel() + value.numel()) * itemsize // key.shape[0])
 
     batch = _probe(1, 2, 2, 2)
     with torch.no_grad():

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sapo.data import Completion, Prompt
-from sapo.model.attention import TreeLayout
+from sapo.model.fast import decoder_of
 from sapo.rollout import local
-from sapo.rollout.cache import DecodeLayout
 from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.layouts import DecodeLayout, PrefillLayout
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 
@@ -44,18 +44,24 @@ def flat(results):
 
 
 class Calls:
-    """What the engine asked of the policy: tokens of each prefill, rows of each decode step."""
+    """What the engine asked of the decoder: tokens of each prefill, rows of each decode step."""
 
-    def __init__(self, policy, monkeypatch):
+    def __init__(self, monkeypatch):
         self.prefills, self.decodes = [], []
-        hidden = policy.hidden
+        self.decoder = None
+        monkeypatch.setattr(local, "decoder_of", self.watch)
 
-        def record(token_ids_N, position_ids_N, layout):
-            kinds = {TreeLayout: self.prefills, DecodeLayout: self.decodes}
-            kinds[type(layout)].append(len(token_ids_N))
-            return hidden(token_ids_N, position_ids_N, layout)
+    def watch(self, policy, calls):
+        self.decoder = decoder_of(policy, calls)
+        return self
 
-        monkeypatch.setattr(policy, "hidden", record)
+    def hidden(self, token_ids_N, position_ids_N, layout):
+        kinds = {PrefillLayout: self.prefills, DecodeLayout: self.decodes}
+        kinds[type(layout)].append(len(token_ids_N))
+        return self.decoder.hidden(token_ids_N, position_ids_N, layout)
+
+    def logits(self, hidden_NH):
+        return self.decoder.logits(hidden_NH)
 
 
 def generate_by_transformers(model, token_ids, stops, max_new_tokens):
@@ -122,7 +128,7 @@ def test_greedy_logprobs_are_those_of_the_untempered_policy(policies, plain):
 @pytest.mark.parametrize("max_rows", [256, 5])
 def test_each_prompt_is_prefilled_once_for_all_its_samples(policies, monkeypatch, max_rows):
     policy = policies("qwen3")
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     LocalEngine(policy, max_rows).generate(ragged_requests(), params())
     assert sum(calls.prefills) == sum(PROMPT_LENGTHS)
     assert (len(calls.prefills) > 1) == (max_rows == 5)
@@ -134,7 +140,7 @@ def test_a_beginning_of_sixteen_tokens_that_all_share_is_prefilled_once(policies
     # Four prompts that differ right after what they share.
     prompts = [(*random_ids(common, 1), i, *random_ids(i, 2)) for i in range(4)]
     requests = [request(p, 2, prompt_id=i) for i, p in enumerate(prompts)]
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     results = LocalEngine(policy).generate(requests, params())
     assert sum(calls.prefills) == sum(map(len, prompts)) - saved
     for asked, group in zip(requests, results, strict=True):
@@ -147,7 +153,7 @@ def test_long_prompts_are_prefilled_in_several_calls(policies, monkeypatch):
     policy = policies("qwen3")
     whole = LocalEngine(policy).generate(ragged_requests(), params())
     monkeypatch.setattr(local, "PREFILL_TOKENS", 20)
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     parts = LocalEngine(policy).generate(ragged_requests(), params())
     # By hand from the lengths 5, 1, 23, 9, 5, 14: a prompt too long for the limit goes alone.
     assert calls.prefills == [6, 23, 14, 14]
@@ -189,7 +195,7 @@ def test_a_completion_is_the_same_whatever_else_is_in_the_batch(policy):
 def test_the_number_of_rows_changes_no_completion(policies, monkeypatch, max_rows):
     policy, requests = policies("qwen3"), ragged_requests()
     together = LocalEngine(policy).generate(requests, params())
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     results = LocalEngine(policy, max_rows).generate(requests, params())
     for ours, theirs in zip(flat(results), flat(together), strict=True):
         assert_same(ours, theirs)
@@ -211,7 +217,7 @@ def test_samples_and_seeds_differ_and_repeat(policies):
 
 def test_finished_rows_leave_the_batch(policies, monkeypatch):
     policy = policies("qwen3")
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     completions = flat(LocalEngine(policy).generate(ragged_requests(), params()))
     # The first token comes from the prefill; decode step t makes token t + 1 of those that go on.
     expected = [sum(len(c) > t for c in completions) for t in range(1, max(map(len, completions)))]
@@ -221,7 +227,7 @@ def test_finished_rows_leave_the_batch(policies, monkeypatch):
 
 def test_waiting_prompts_take_the_places_of_finished_rows(policies, monkeypatch):
     policy, requests = policies("qwen3"), [request(random_ids(4, i), 1, prompt_id=i) for i in range(12)]
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     completions = flat(LocalEngine(policy, max_rows=3).generate(requests, params()))
     assert sum(calls.decodes) == sum(len(c) - 1 for c in completions)
     # By hand, one line of three seats: whoever is next sits down as soon as a seat is free.
@@ -258,7 +264,7 @@ def test_a_stop_token_in_the_last_place_counts_as_a_stop(policies):
 
 def test_one_new_token_needs_no_decode_step(policies, monkeypatch):
     policy = policies("llama")
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     results = LocalEngine(policy).generate(ragged_requests(), params(max_new_tokens=1))
     assert [len(group) for group in results] == list(SAMPLES)
     assert all(len(c) == 1 for c in flat(results))
@@ -296,7 +302,7 @@ def test_what_does_not_fit_the_positions_of_the_model_is_refused(new_policy):
 
 def test_generation_can_be_interrupted_between_two_tokens(policies, monkeypatch):
     policy = policies("qwen3")
-    calls = Calls(policy, monkeypatch)
+    calls = Calls(monkeypatch)
     answers = iter([False, False, False, True])
     with pytest.raises(Interrupted):
         LocalEngine(policy).generate(ragged_requests(), params(), lambda: next(answers))

@@ -207,3 +207,15 @@ def test_parameters_out_of_range_are_refused_with_the_rule(options, message):
 )
 def test_the_distribution_is_full_unless_a_token_is_cut_off(options, full):
     assert params(**options).full_distribution is full
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+def test_top_p_of_a_large_vocabulary_keeps_what_sorting_all_of_it_keeps(top_p):
+    # Rows from sharp, where a few tokens hold top_p, to nearly flat, where the first 256 do not and all are sorted.
+    scale_R1 = torch.tensor([12.0, 6.0, 4.0, 2.0, 0.5])[:, None]
+    logits_RV = random_logits(5, 5000, seed=8, scale=1.0) * scale_R1
+    kept_RV = torch.isfinite(truncate(logits_RV.clone(), params(top_p=top_p)))
+    expected_RV = torch.isfinite(processed(logits_RV, top_p=top_p))
+    # transformers sums 5000 float32 probabilities from the smallest up: its border may be a token off in the tail.
+    assert bool(((kept_RV ^ expected_RV).sum(-1) <= 1 + expected_RV.sum(-1) // 500).all())
+    assert int(expected_RV[0].sum()) < 256 < int(expected_RV[-1].sum())

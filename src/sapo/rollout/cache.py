@@ -1,100 +1,180 @@
-"""The key-value cache of the local engine: allocated once per call, one row per sequence, no padding, no concatenation.
+"""The key-value cache of the local engine: what a prompt's samples share is kept once, and each row keeps only its own.
 
-Rows in use are always the first ones, so that a decode step works on plain slices; when a row finishes, the last row in
+    preamble    what all prompts of the call begin with: once
+    prompt      the rest of each prompt: once for its group, in a pool of prompts of similar length
+    suffix      the tokens a row has drawn: one row per sequence, no padding, no concatenation
+
+Rows and slots in use are always the first ones, so that a step works on plain slices: when one is freed, the last in
 use moves into its place.
+
+Keys lie transposed, (heads, D, tokens), tokens padded to whole vector registers: both products of a step (layouts.py)
+then read memory in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.model.attention import attention
+from sapo.model.native import LANES
+
+# Prompts share a pool when the shorter would be padded to no more than twice its length; short ones always do, since a
+# call of a kernel costs more than the padding.
+POOL_RATIO = 0.5
+POOL_SLACK = 32
+
+
+@dataclass
+class Pool:
+    """Prompts of similar length, one slot each, padded to the longest of the pool.
+
+    The first `len(groups)` slots are in use; `groups` says by which group. A layer's tensors, keys (slots, kv heads, D,
+    length) and values (slots, kv heads, length, D), are allocated when its first keys arrive, since only they tell its
+    heads and dtype.
+    """
+
+    slots: int
+    length: int
+    groups: list[int] = field(default_factory=list)
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def write(self, layer: int, slots: Tensor, key_bKhD: Tensor, value_bKhD: Tensor) -> None:
+        """Store the keys and values of whole prompts, one slot each."""
+        if layer not in self.layers:
+            self.layers[layer] = _allocate(self.slots, self.length, key_bKhD[0, 0], value_bKhD[0, 0])
+        keys, values = self.layers[layer]
+        stop = key_bKhD.shape[1]
+        keys[slots, :, :, :stop] = key_bKhD.permute(0, 2, 3, 1).to(keys.dtype)
+        values[slots, :, :stop] = value_bKhD.transpose(1, 2).to(values.dtype)
+
+    def read(self, layer: int, slot: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys (kv heads, D, length) and values (kv heads, length, D) of one slot, without the padding."""
+        keys, values = self.layers[layer]
+        return keys[slot, :, :, : self.length], values[slot, :, : self.length]
+
+    def release(self, group: int) -> None:
+        """Free the slot of a group; the last slot in use takes its place."""
+        slot, last = self.groups.index(group), len(self.groups) - 1
+        if slot != last:
+            for keys, values in self.layers.values():
+                keys[slot], values[slot] = keys[last], values[last]
+            self.groups[slot] = self.groups[last]
+        self.groups.pop()
 
 
 class KVCache:
-    """Keys and values of up to `rows` sequences of up to `length` tokens, per layer.
+    """Keys and values of up to `rows` sequences of some groups that share their prompts, per layer.
 
-    A layer's tensors are allocated when its first keys arrive, since only they tell its heads and dtype.
+    Args:
+        rows: sequences decoded together.
+        new_tokens: most tokens a row draws.
+        prompt_lengths: tokens of each group's prompt, the preamble left out.
+        samples: rows of each group, at most `rows`.
+        preamble: tokens that all prompts begin with.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
+    def __init__(
+        self,
+        rows: int,
+        new_tokens: int,
+        prompt_lengths: Sequence[int],
+        samples: Sequence[int],
+        preamble: int = 0,
+    ) -> None:
         self.rows = rows
-        self.length = length
+        self.length = max(1, new_tokens - 1)  # the last token drawn is never looked at
+        self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
+        self.preamble = Pool(1, preamble)
+        self.pools: list[Pool] = []
+        self.pool_of: dict[int, Pool] = {}
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        for members in _similar(self.prompt_length):
+            slots = min(len(members), rows // min(samples[i] for i in members))
+            pool = Pool(slots, int(self.prompt_length[members].max()))
+            self.pools.append(pool)
+            self.pool_of.update(dict.fromkeys(members, pool))
 
-    def write_prefix(self, layer: int, row: int, count: int, key_KhD: Tensor, value_KhD: Tensor) -> None:
-        """Give `count` rows from `row` on the same prefix: keys and values (K, kv heads, D)."""
-        keys, values = self._layer(layer, key_KhD, value_KhD)
-        stop = key_KhD.shape[0]
-        keys[row : row + count, :, :stop] = key_KhD.transpose(0, 1)
-        values[row : row + count, :, :stop] = value_KhD.transpose(0, 1)
+    @property
+    def num_places(self) -> int:
+        """Tokens that a layer has room for."""
+        pools = [self.preamble, *self.pools]
+        return sum(p.slots * _padded(p.length) for p in pools if p.length) + self.rows * _padded(self.length)
 
-    def append(self, layer: int, length_R: Tensor, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token per row at its length; return the layer's (rows, kv heads, length, D) tensors."""
-        keys, values = self._layer(layer, key_RhD, value_RhD)
-        row_R = torch.arange(length_R.shape[0], device=length_R.device)
-        keys[row_R, :, length_R] = key_RhD
-        values[row_R, :, length_R] = value_RhD
+    def admit(self, group: int) -> None:
+        """Give a group a slot for its prompt."""
+        pool = self.pool_of[group]
+        assert len(pool.groups) < pool.slots, f"no slot is free for group {group}"
+        pool.groups.append(group)
+
+    def release(self, group: int) -> None:
+        """Free the slot of a group whose rows have all finished."""
+        self.pool_of[group].release(group)
+
+    def append(self, layer: int, length_R: Tensor | int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token for each of the first R rows behind what it holds; return the layer's keys and values.
+
+        Args:
+            length_R: tokens each row holds; a number where it is the same for all, which is several times cheaper.
+        """
+        keys, values = self.own(layer, key_RhD, value_RhD)
+        rows = key_RhD.shape[0]
+        if isinstance(length_R, int):
+            keys[:rows, :, :, length_R].copy_(key_RhD)
+            values[:rows, :, length_R].copy_(value_RhD)
+        else:
+            row_R = torch.arange(rows, device=length_R.device)
+            keys[row_R, :, :, length_R] = key_RhD.to(keys.dtype)
+            values[row_R, :, length_R] = value_RhD.to(values.dtype)
         return keys, values
+
+    def own(self, layer: int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's suffixes: keys (rows, kv heads, D, length) and values (rows, kv heads, length, D)."""
+        if layer not in self.layers:
+            self.layers[layer] = _allocate(self.rows, self.length, key_RhD[0], value_RhD[0])
+        return self.layers[layer]
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy rows `source` over rows `target`, their first `length` tokens."""
         for keys, values in self.layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
+            keys[target, :, :, :length] = keys[source, :, :, :length]
             values[target, :, :length] = values[source, :, :length]
 
-    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer not in self.layers:
-            self.layers[layer] = (
-                key.new_zeros(self.rows, key.shape[1], self.length, key.shape[2]),
-                value.new_zeros(self.rows, value.shape[1], self.length, value.shape[2]),
-            )
-        return self.layers[layer]
 
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are kept in.
 
-class DecodeLayout:
-    """One new token for each of the first R rows of a cache.
-
-    Args:
-        cache: where the new keys and values are written.
-        length_R: tokens each row holds before this one: the position the new token is written to.
+    On a CPU products of bfloat16 round their results to bfloat16, scores too, where the attention kernels of training
+    keep them in float32. The values stay those of the model.
     """
+    return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
 
-    def __init__(self, cache: KVCache, length_R: Tensor) -> None:
-        self.cache = cache
-        self.length_R = length_R
-        self.num_keys = int(length_R.max()) + 1
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        keys, values = self.cache.append(layer, self.length_R, key, value)
-        rows = query.shape[0]
-        output_RH1D = attention(
-            query[:, :, None],
-            keys[:rows, :, : self.num_keys],
-            values[:rows, :, : self.num_keys],
-            self._mask(sliding_window, query.dtype),
-            scaling,
-            softcap,
-        )
-        return output_RH1D[:, :, 0]
+def _padded(length: int) -> int:
+    """A length in whole vector registers, an odd number of them: at a distance of a power of two, the dimensions of a
+    key would compete for the same few places of the processor's cache."""
+    return (-(-length // LANES) | 1) * LANES
 
-    def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        if (sliding_window, dtype) not in self._masks:
-            position_K = torch.arange(self.num_keys, device=self.length_R.device)
-            hidden_RK = position_K > self.length_R[:, None]
-            if sliding_window is not None:
-                hidden_RK |= position_K <= self.length_R[:, None] - sliding_window
-            mask_RK = torch.zeros(hidden_RK.shape, dtype=dtype, device=hidden_RK.device)
-            self._masks[sliding_window, dtype] = mask_RK.masked_fill_(hidden_RK, float("-inf"))[:, None, None]
-        return self._masks[sliding_window, dtype]
+
+def _allocate(count: int, length: int, key_hD: Tensor, value_hD: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = cache_dtype(key_hD.dtype, key_hD.device)
+    length = _padded(length)
+    return (
+        key_hD.new_zeros(count, *key_hD.shape, length, dtype=dtype),
+        value_hD.new_zeros(count, value_hD.shape[0], length, value_hD.shape[1], dtype=dtype),
+    )
+
+
+def _similar(lengths: np.ndarray) -> list[list[int]]:
+    """Indices of similar lengths together, the longest first."""
+    members: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[members[-1][0]] if members else 0
+        if members and (lengths[i] >= POOL_RATIO * longest or longest - lengths[i] <= POOL_SLACK):
+            members[-1].append(i)
+        else:
+            members.append([i])
+    return members

@@ -1,8 +1,9 @@
 """The local engine: continuous decoding with the trainer's own weights.
 
-Each prompt is prefilled once for all its samples; rows that finish leave the batch and waiting prompts take their
-place; one uniform per token comes from a counter (rng.py). There is nothing to synchronise with the trainer, and the
-log-probabilities of the draws are log pi_old.
+Each prompt is prefilled once and kept once for all its samples, and what all prompts begin with once for all
+(cache.py); rows that finish leave the batch and waiting prompts take their place; one uniform per token comes from a
+counter (rng.py). The weights are the trainer's, arranged anew for each call where the model allows a faster forward
+(model/fast.py), so that there is nothing to synchronise, and the log-probabilities of the draws are log pi_old.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from sapo.batch import prefix_tree
 from sapo.data import Completion
-from sapo.model.attention import TreeLayout
+from sapo.model.fast import Decoder, decoder_of
 from sapo.model.policy import Policy
-from sapo.rollout.cache import DecodeLayout, KVCache
+from sapo.rollout.cache import KVCache
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.experts import ExpertLog
+from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens
 from sapo.rollout.stopping import StopRules
@@ -94,22 +96,29 @@ class _Decoding:
     ) -> None:
         self.policy = policy
         self.experts = experts
+        # Experts are recorded in the modules of the model, which the fast forward goes past.
+        self.decoder: Decoder = policy if experts is not None else decoder_of(policy, params.max_new_tokens)
         self.requests = requests
         self.params = params
         self.waiting = deque(range(len(requests)))
-        rows = min(sum(r.samples for r in requests), max(max_rows, max(r.samples for r in requests)))
-        longest = max(len(r.prompt.token_ids) for r in requests)
+        samples = [r.samples for r in requests]
+        rows = min(sum(samples), max(max_rows, *samples))
         device = policy.device
-        self.cache = KVCache(rows, longest + params.max_new_tokens)
+        # Experts are recorded prompt by prompt, so each prompt is then computed whole.
+        self.preamble = 0 if experts is not None else prefix_tree([r.prompt.token_ids for r in requests]).preamble
+        lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
+        self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble)
+        self.arrangement: Arrangement | None = None
         self.active = 0
         self.request = np.zeros(rows, dtype=np.int64)
         self.sample = np.zeros(rows, dtype=np.int64)
+        self.generated = np.zeros(rows, dtype=np.int64)
+        self.limit = np.zeros(rows, dtype=np.int64)  # most tokens to generate
+        self.left = np.array(samples)  # rows of each request that have not finished
         self.uniform = torch.zeros(rows, params.max_new_tokens, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, params.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, params.max_new_tokens, dtype=torch.float32, device=device)
-        self.generated = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.limit = torch.zeros(rows, dtype=torch.int64, device=device)  # most tokens to generate
-        self.length = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens in the cache
+        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # of the token decoded next
         self.hidden: Tensor | None = None  # (fresh rows, H): last hidden states not sampled from yet
         self.fresh = 0
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -119,6 +128,15 @@ class _Decoding:
         self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
+        if self.preamble:
+            layout = PrefillLayout(self.cache, None, device)
+            self._run(requests[0].prompt.token_ids[: self.preamble], range(self.preamble), layout)
+
+    def _run(self, token_ids: Sequence[int], position_ids: Sequence[int], layout: PrefillLayout) -> Tensor:
+        device = self.policy.device
+        return self.decoder.hidden(
+            torch.tensor(token_ids, device=device), torch.tensor(position_ids, device=device), layout
+        )
 
     @property
     def unfinished(self) -> bool:
@@ -130,7 +148,7 @@ class _Decoding:
         rows = self.active
         tokens = 0
         while self.waiting and rows + self.requests[self.waiting[0]].samples <= self.cache.rows:
-            prompt_tokens = len(self.requests[self.waiting[0]].prompt.token_ids)
+            prompt_tokens = int(self.cache.prompt_length[self.waiting[0]])
             if chosen and tokens + prompt_tokens > PREFILL_TOKENS:
                 break
             tokens += prompt_tokens
@@ -140,73 +158,71 @@ class _Decoding:
             self._prefill(chosen)
 
     def _prefill(self, chosen: list[int]) -> None:
-        tree = prefix_tree([self.requests[i].prompt.token_ids for i in chosen])
+        token_ids: list[int] = []
+        position_ids: list[int] = []
+        last: list[int] = []
+        paths: list[np.ndarray] = []
         first_row = self.active
-        row_of = [first_row]
         for i in chosen:
-            row_of.append(row_of[-1] + self.requests[i].samples)
-
-        def store(layer: int, key: Tensor, value: Tensor) -> None:
-            for leaf, row, i in zip(tree.leaves, row_of, chosen, strict=False):
-                path = torch.from_numpy(layout.paths[leaf]).to(key.device)
-                self.cache.write_prefix(layer, row, self.requests[i].samples, key[path], value[path])
-
-        layout = TreeLayout(tree.segments, self.policy.device, on_keys=store)
-        hidden = self.policy.hidden(
-            torch.tensor(tree.token_ids, device=self.policy.device),
-            torch.tensor(tree.position_ids, device=self.policy.device),
-            layout,
-        )
-        if self.experts is not None:
-            self.experts.prefilled(chosen, [layout.paths[leaf] for leaf in tree.leaves])
-        last = []
-        for leaf, i in zip(tree.leaves, chosen, strict=True):
+            self.cache.admit(i)
             request, row = self.requests[i], self.active
-            count = request.samples
+            count, length = request.samples, len(request.prompt.token_ids)
+            paths.append(np.arange(len(token_ids), len(token_ids) + length - self.preamble))
+            token_ids += request.prompt.token_ids[self.preamble :]
+            position_ids += range(self.preamble, length)
             samples = np.arange(count)
             self.request[row : row + count], self.sample[row : row + count] = i, samples
             uniforms = token_uniforms(self.params.seed, request.prompt.id, samples, self.params.max_new_tokens)
             self.uniform[row : row + count] = torch.from_numpy(uniforms).to(self.uniform.device)
             self.stop_set[row : row + count] = self.stop_set_of[i]
-            limits = request.limits or (self.params.max_new_tokens,) * count
-            self.limit[row : row + count] = torch.tensor(limits, device=self.limit.device)
-            self.length[row : row + count] = len(request.prompt.token_ids)
+            self.position[row : row + count] = length
+            self.limit[row : row + count] = request.limits or self.params.max_new_tokens
             self.generated[row : row + count] = 0
-            last += [tree.segments[leaf].stop - 1] * count
+            last += [len(token_ids) - 1] * count
             self.active += count
+        hidden = self._run(token_ids, position_ids, PrefillLayout(self.cache, chosen, self.policy.device))
+        if self.experts is not None:
+            self.experts.prefilled(chosen, paths)
         self.hidden = hidden[torch.tensor(last, device=hidden.device)]
         self.fresh = self.active - first_row
+        self.arrangement = None
 
     def step(self) -> None:
         """Decode the rows in flight, join the rows just prefilled, and draw one token for each."""
         old = self.active - self.fresh
         parts = []
         if old:
-            length = self.length[:old]
-            newest = self.tokens[:old].gather(1, self.generated[:old, None] - 1)[:, 0]
             with span("decode"):
-                parts.append(self.policy.hidden(newest, length, DecodeLayout(self.cache, length)))
+                parts.append(self._decode(old))
             if self.experts is not None:
                 self.experts.decoded(self.request[:old], self.sample[:old])
-            self.length[:old] += 1
         if self.hidden is not None:
             parts.append(self.hidden)
         self.hidden, self.fresh = None, 0
-        hidden = torch.cat(parts)
         with span("head"):
-            logits = self.policy.logits(hidden).float()
-        at = self.generated[: self.active, None]
-        uniform = self.uniform[: self.active].gather(1, at)[:, 0]
+            logits = self.decoder.logits(parts[0] if len(parts) == 1 else torch.cat(parts))
+        rows = self.active
+        at = torch.from_numpy(self.generated[:rows, None]).to(logits.device)
+        uniform = self.uniform[:rows].gather(1, at)[:, 0]
         with span("sample"):
             tokens, logprobs = sample_tokens(logits, uniform, self.params)
-        self.tokens[: self.active].scatter_(1, at, tokens[:, None])
-        self.logprobs[: self.active].scatter_(1, at, logprobs[:, None])
-        self.generated[: self.active] += 1
-        stopped = self.rules.stopped(
-            self.stop_set[: self.active], tokens, self.tokens[: self.active], self.generated[: self.active]
-        )
-        self.stopped[: self.active] = stopped
-        self.finished[: self.active] = stopped | (self.generated[: self.active] >= self.limit[: self.active])
+        self.tokens[:rows].scatter_(1, at, tokens[:, None])
+        self.logprobs[:rows].scatter_(1, at, logprobs[:, None])
+        self.generated[:rows] += 1
+        generated = torch.from_numpy(self.generated[:rows]).to(logits.device)
+        stopped = self.rules.stopped(self.stop_set[:rows], tokens, self.tokens[:rows], generated)
+        self.stopped[:rows] = stopped
+        self.finished[:rows] = stopped | torch.from_numpy(self.generated[:rows] >= self.limit[:rows]).to(stopped.device)
+
+    def _decode(self, rows: int) -> Tensor:
+        """The hidden states of the first rows after the token each has drawn last."""
+        if self.arrangement is None or len(self.arrangement.prompt_R) != rows:
+            self.arrangement = Arrangement(self.cache, self.request[:rows], self.policy.device)
+        drawn = self.generated[:rows] - 1
+        newest = self.tokens[:rows].gather(1, torch.from_numpy(drawn[:, None]).to(self.tokens.device))[:, 0]
+        hidden = self.decoder.hidden(newest, self.position[:rows], DecodeLayout(self.arrangement, drawn))
+        self.position[:rows] += 1
+        return hidden
 
     def retire(self) -> None:
         """Take finished rows out and close the gaps with the last rows in use."""
@@ -215,27 +231,24 @@ class _Decoding:
             return
         for row in done:
             self.results[self.request[row]][self.sample[row]] = self._completion(row)
+            self.left[self.request[row]] -= 1
+            if not self.left[self.request[row]]:
+                self.cache.release(int(self.request[row]))
         remaining = self.active - len(done)
         holes = [row for row in done if row < remaining]
         leaving = set(done)
         movers = [row for row in range(remaining, self.active) if row not in leaving]
         if holes:
-            source = torch.tensor(movers, device=self.length.device)
-            target = torch.tensor(holes, device=self.length.device)
-            self.cache.move(source, target, int(self.length[source].max()))
-            for array in (
-                self.uniform,
-                self.tokens,
-                self.logprobs,
-                self.generated,
-                self.limit,
-                self.length,
-                self.stop_set,
-            ):
+            source = torch.tensor(movers, device=self.position.device)
+            target = torch.tensor(holes, device=self.position.device)
+            self.cache.move(source, target, int(self.generated[movers].max()))
+            for array in (self.uniform, self.tokens, self.logprobs, self.position, self.stop_set):
                 array[target] = array[source]
-            self.request[holes], self.sample[holes] = self.request[movers], self.sample[movers]
+            for numbers in (self.request, self.sample, self.generated, self.limit):
+                numbers[holes] = numbers[movers]
         self.finished[: self.active] = False
         self.active = remaining
+        self.arrangement = None
 
     def _completion(self, row: int) -> Completion:
         count = int(self.generated[row])

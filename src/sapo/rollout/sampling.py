@@ -8,10 +8,15 @@ log-probability are of that distribution. The draw inverts the cumulative distri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Of a large vocabulary top-p looks at so many tokens first: they hold .95 of nearly every distribution of a language
+# model, and finding them is twenty times cheaper than sorting 49,152.
+NUCLEUS_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +69,78 @@ def sample_tokens(logits_RV: Tensor, uniform_R: Tensor, params: SamplingParams) 
     if params.temperature == 0.0:
         tokens_R = logits_RV.argmax(dim=-1)
         return tokens_R, torch.log_softmax(logits_RV, dim=-1).gather(1, tokens_R[:, None])[:, 0]
-    logits_RV = truncate(logits_RV if params.temperature == 1.0 else logits_RV / params.temperature, params)
-    logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
-    # float64: with 150,000 tokens the rounding of a float32 running sum would be visible in the tail.
-    cumulative_RV = torch.cumsum(logprobs_RV.exp(), dim=-1, dtype=torch.float64)
-    threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
-    # The first token whose cumulative probability exceeds the threshold: it has a probability above 0.
-    tokens_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp_(max=logits_RV.shape[1] - 1)
-    return tokens_R, logprobs_RV.gather(1, tokens_R[:, None])[:, 0]
+    if params.temperature != 1.0:
+        logits_RV = logits_RV.div_(params.temperature)
+    logits_RV = truncate(logits_RV, params)
+    blocks = _Blocks(logits_RV.shape[1])
+    top_R1, likeliest_R1 = blocks.reduce(torch.amax, logits_RV).max(dim=-1, keepdim=True)
+    # From here on probabilities relative to the likeliest token's, in place of the logits.
+    weight_RV = logits_RV.sub_(top_R1).exp_()
+    tokens_R1, total_R1 = blocks.invert(weight_RV, likeliest_R1, uniform_R[:, None])
+    drawn_R1 = weight_RV.gather(1, tokens_R1)
+    return tokens_R1[:, 0], (drawn_R1.double().log_() - total_R1.log_())[:, 0].float()
+
+
+class _Blocks:
+    """The vocabulary in blocks of about its square root, for draws that never look at all of it in float64.
+
+    A running sum over the vocabulary has to be float64, since with 150,000 tokens the rounding of a float32 one shows
+    in the tail, and takes ten times as long as all else. Here the weights are summed in blocks, the running sum goes
+    over blocks, and then over the tokens of the one block that a draw falls into.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.size = 1 << max(4, round(math.log2(vocabulary) / 2))
+        self.whole = vocabulary // self.size
+
+    def reduce(self, reduction: Callable[..., Tensor], source_RV: Tensor) -> Tensor:
+        """(R, blocks): the reduction of each block, the last of which may be shorter."""
+        covered = self.whole * self.size
+        parts = []
+        if covered:
+            parts.append(reduction(source_RV[:, :covered].unflatten(1, (self.whole, self.size)), dim=-1))
+        if covered < self.vocabulary:
+            parts.append(reduction(source_RV[:, covered:], dim=-1, keepdim=True))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def invert(self, weight_RV: Tensor, likeliest_R1: Tensor, uniform_R1: Tensor) -> tuple[Tensor, Tensor]:
+        """The first token of each row whose cumulative weight exceeds uniform x total, and the total, (R, 1) each.
+
+        Args:
+            weight_RV: float32, at most 1.
+            likeliest_R1: the block that holds a weight of 1.
+        """
+        sums_RB = self.reduce(torch.sum, weight_RV).double()
+        # Beside a weight of 1 a float32 sum loses those of many unlikely tokens, so this block is summed in float64.
+        sums_RB.scatter_(1, likeliest_R1, self._tokens(weight_RV, likeliest_R1).sum(dim=-1, keepdim=True))
+        cumulative_RB = sums_RB.cumsum(dim=-1)
+        total_R1 = cumulative_RB[:, -1:].contiguous()
+        block_R1, rest_R1 = _cross(sums_RB, cumulative_RB, uniform_R1 * total_R1)
+        inside_RS = self._tokens(weight_RV, block_R1)
+        token_R1, _ = _cross(inside_RS, inside_RS.cumsum(dim=-1), rest_R1)
+        return (block_R1 * self.size + token_R1).clamp_(max=self.vocabulary - 1), total_R1
+
+    def _tokens(self, weight_RV: Tensor, block_R1: Tensor) -> Tensor:
+        """(R, size) float64 weights of one block of each row; places beyond the vocabulary weigh nothing."""
+        place_RS = block_R1 * self.size + torch.arange(self.size, device=weight_RV.device)
+        if self.whole * self.size == self.vocabulary:
+            return weight_RV.gather(1, place_RS).double()
+        beyond_RS = place_RS >= self.vocabulary
+        return weight_RV.gather(1, place_RS.clamp_(max=self.vocabulary - 1)).double().masked_fill_(beyond_RS, 0.0)
+
+
+def _cross(weight_RK: Tensor, cumulative_RK: Tensor, threshold_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative weight first exceeds the threshold, and what of the threshold lies within that place.
+
+    A threshold that rounding put outside of what the row holds is moved inside, so that the place found always has a
+    weight above 0.
+    """
+    total_R1 = cumulative_RK[:, -1:]
+    threshold_R1 = threshold_R1.clamp_(min=0.0).minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
+    # Not a number anywhere gives a place beyond the last; its log-probability will say so.
+    place_R1 = torch.searchsorted(cumulative_RK, threshold_R1, right=True).clamp_(max=weight_RK.shape[1] - 1)
+    return place_R1, threshold_R1 - (cumulative_RK.gather(1, place_R1) - weight_RK.gather(1, place_R1))
 
 
 def truncate(logits_RV: Tensor, params: SamplingParams) -> Tensor:
@@ -80,11 +149,32 @@ def truncate(logits_RV: Tensor, params: SamplingParams) -> Tensor:
         kth_R1 = torch.topk(logits_RV, params.top_k, dim=-1).values[:, -1:]
         logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, float("-inf"))
     if params.top_p < 1.0:
-        ascending_RV, order_RV = torch.sort(logits_RV, dim=-1)
-        tail_RV = torch.softmax(ascending_RV, dim=-1).cumsum(dim=-1) <= 1.0 - params.top_p
-        tail_RV[:, -1] = False  # the most likely token always stays
-        logits_RV = logits_RV.masked_fill(tail_RV.scatter(1, order_RV, tail_RV), float("-inf"))
+        logits_RV = _nucleus(logits_RV, params.top_p)
     if params.min_p > 0.0:
         floor_R1 = logits_RV.max(dim=-1, keepdim=True).values + math.log(params.min_p)
         logits_RV = logits_RV.masked_fill(logits_RV < floor_R1, float("-inf"))
     return logits_RV
+
+
+def _nucleus(logits_RV: Tensor, top_p: float) -> Tensor:
+    """Top-p. Only rows whose likeliest NUCLEUS_TOKENS tokens do not reach it are sorted whole."""
+    vocabulary = logits_RV.shape[1]
+    if vocabulary <= 4 * NUCLEUS_TOKENS:
+        return _nucleus_by_sorting(logits_RV, top_p)
+    top_RK, index_RK = torch.topk(logits_RV, NUCLEUS_TOKENS, dim=-1)
+    share_RK = (top_RK - torch.logsumexp(logits_RV, dim=-1, keepdim=True)).exp_().double()
+    reached_RK = share_RK.cumsum(dim=-1)
+    # What comes before a token that is kept has not reached top_p yet; the most likely one is always kept.
+    kept_RK = top_RK.masked_fill(reached_RK - share_RK >= top_p, float("-inf"))
+    kept_RV = torch.full_like(logits_RV, float("-inf")).scatter_(1, index_RK, kept_RK)
+    flat = (reached_RK[:, -1] < top_p).nonzero()[:, 0]
+    if len(flat):
+        kept_RV[flat] = _nucleus_by_sorting(logits_RV[flat], top_p)
+    return kept_RV
+
+
+def _nucleus_by_sorting(logits_RV: Tensor, top_p: float) -> Tensor:
+    ascending_RV, order_RV = torch.sort(logits_RV, dim=-1)
+    tail_RV = torch.softmax(ascending_RV, dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+    tail_RV[:, -1] = False  # the most likely token always stays
+    return logits_RV.masked_fill(tail_RV.scatter(1, order_RV, tail_RV), float("-inf"))

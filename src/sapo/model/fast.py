@@ -1,0 +1,355 @@
+"""The forward of common decoders, without gradient, as few and as large operations as there can be.
+
+Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
+joined, both packed for oneDNN where that pays, sums into the residual in place. `fast_decoder` says of a policy whether
+it is exactly one of the blocks below; any other runs through transformers (`GeneralDecoder`), and so does one with
+adapters, hooks or replaced forwards, which would be passed by here.
+
+    x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
+
+for Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE of transformers. Rounding differs from transformers' by the order of sums
+in matrix products, nothing else; `tests/model/test_fast.py` holds the two together.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sapo.model.attention import Layout
+from sapo.model.native import Kernels, kernels
+from sapo.model.policy import Policy
+
+OnExperts = Callable[[int, Tensor], None]
+"""Called with a layer and the experts its router chose, (N, experts per token)."""
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
+
+# Rotary embeddings whose frequencies do not depend on the length of the sequence.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+# Smaller weights stay in the cache whatever their order, and a packed product costs some microseconds more to call.
+PACKED_ELEMENTS = 2**18
+
+# Packing reads and writes the weights once; a product of a few dozen rows gains a fifth of its time by it.
+PACKED_CALLS = 6
+
+PACKED_ROWS = 64
+"""The rows that oneDNN chooses the packed order for. What it chooses serves 1 to 300 rows as well (docs/log.md)."""
+
+
+class Decoder(Protocol):
+    """What the rollout engine needs of a model."""
+
+    def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
+        """(N, H) last hidden states of packed tokens; see `Policy.hidden`."""
+        ...
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """(N, V) logits in float32 of last hidden states; the caller may overwrite them."""
+        ...
+
+
+def decoder_of(policy: Policy, calls: int, on_experts: OnExperts | None = None) -> Decoder:
+    """The fastest forward of a policy at its present weights, for about so many calls; the policy itself at worst.
+
+    Raises:
+        ValueError: `on_experts` was given for a model that has no experts here.
+    """
+    if refusal(policy) is None:
+        return FastDecoder(policy, calls, on_experts)
+    if on_experts is not None:
+        raise ValueError(f"on_experts needs a model of the fast path; this one is not: {refusal(policy)}")
+    return policy
+
+
+def refusal(policy: Policy) -> str | None:
+    """Why a policy cannot take the fast path; None when it can."""
+    model, decoder = policy.model, policy.decoder
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    family = type(decoder).__name__.removesuffix("Model")
+    module = type(decoder).__module__
+    if family not in FAMILIES or not module.startswith("transformers.models."):
+        return f"{type(decoder).__name__} is none of {', '.join(FAMILIES)}"
+    if policy.adapter is not None:
+        return "it has an adapter"
+    if policy.logit_softcap is not None:
+        return "its logits are capped"
+    config: Any = decoder.config
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    if rotary.rope_type not in FIXED_ROPE:
+        return f"its rotary embedding is {rotary.rope_type}"
+    if policy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weights are {policy.dtype}"
+    known = {f"{family}{part}" for part in _PARTS}
+    for name, part in model.named_modules():
+        kind = type(part)
+        ours = kind.__module__ == module and (kind.__name__ in known or kind is type(model))
+        if not (ours or kind in (nn.Linear, nn.Embedding, nn.ModuleList) or isinstance(part, type(_SILU))):
+            return f"{name} is a {kind.__name__}"
+        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
+            return f"{name or 'the model'} has a hook or a forward of its own"
+    if any(p.dtype != policy.dtype or p.device != policy.device for p in model.parameters()):
+        return "its weights differ in precision or device"
+    return None
+
+
+def copied_bytes(policy: Policy, calls: int) -> int:
+    """Bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
+    if refusal(policy) is not None:
+        return 0
+    pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
+    decoder: Any = policy.decoder
+    joined: list[tuple[Tensor, ...]] = []
+    single = [policy.head_weight]
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        single.append(attention.o_proj.weight)
+        if not hasattr(mlp, "experts"):
+            joined.append((mlp.gate_proj.weight, mlp.up_proj.weight))
+            single.append(mlp.down_proj.weight)
+    copied = [w for weights in joined for w in weights]
+    copied += [w for w in single if pack and w.numel() >= PACKED_ELEMENTS]
+    return sum(w.numel() * w.element_size() for w in copied)
+
+
+_PARTS = (
+    *("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding"),
+    *("SparseMoeBlock", "Experts", "TopKRouter"),
+)
+
+
+def _silu() -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN["silu"]
+
+
+_SILU = _silu()
+
+
+class FastDecoder:
+    """A decoder of one of FAMILIES at the weights it had when this was made.
+
+    Args:
+        policy: one that `refusal` finds nothing against.
+        calls: how often it will be called, about; packing pays from PACKED_CALLS on.
+        on_experts: told which experts each token goes to.
+    """
+
+    def __init__(self, policy: Policy, calls: int, on_experts: OnExperts | None = None) -> None:
+        decoder: Any = policy.decoder
+        pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
+        native = kernels(policy.device, policy.dtype)
+        self.embedding = decoder.embed_tokens.weight.detach()
+        self.scale = policy.logit_scale
+        self.layers = [_Layer(layer, pack, native, on_experts) for layer in decoder.layers]
+        self.norm = _Norm(decoder.norm, native)
+        self.head = Linear(policy.head_weight, policy.head_bias, pack)
+        self.rotary = decoder.rotary_emb
+
+    def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
+        """See `Decoder.hidden`."""
+        hidden_NH = F.embedding(token_ids_N, self.embedding)
+        angles = self._rotation(position_ids_N)
+        for layer in self.layers:
+            layer.add(hidden_NH, angles, layout)
+        hidden_NH = self.norm(hidden_NH)
+        return hidden_NH if self.scale == 1.0 else hidden_NH.mul_(self.scale)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return self.head(hidden_NH).float()
+
+    def _rotation(self, position_ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        """cos (N, D) and, with the sign of the half it multiplies, sin (N, D), as the model computes them."""
+        cos_1ND, sin_1ND = self.rotary(self.embedding, position_ids_N[None])
+        half = sin_1ND.shape[-1] // 2
+        sin_1ND[..., :half].neg_()
+        return cos_1ND[0], sin_1ND[0]
+
+
+class _Layer:
+    """One block; `add` adds what attention and MLP give to the residual stream in place."""
+
+    def __init__(self, layer: Any, pack: bool, native: Kernels | None, on_experts: OnExperts | None) -> None:
+        attention = layer.self_attn
+        self.number = int(attention.layer_idx)
+        self.size: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        config = attention.config
+        # Qwen's layers have their own, Mistral's take it from the config, Llama's know of none.
+        windowed = config if type(attention).__name__ == "MistralAttention" else attention
+        self.window: int | None = getattr(windowed, "sliding_window", None)
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.input_norm, self.mlp_norm = (
+            _Norm(norm, native) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        self.qkv = Linear.joined([attention.q_proj, attention.k_proj, attention.v_proj], pack)
+        self.out = Linear.of(attention.o_proj, pack)
+        self.turn = _Turn(attention, self.heads, self.kv_heads, native)
+        experts = hasattr(layer.mlp, "experts")
+        self.mlp: Any = (
+            _Experts(layer.mlp, self.number, native, on_experts) if experts else _MLP(layer.mlp, pack, native)
+        )
+
+    def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout) -> None:
+        turned = self.heads + self.kv_heads
+        qkv_NHD = self.qkv(self.input_norm(hidden_NH)).view(len(hidden_NH), -1, self.size)
+        both_NHD = self.turn(qkv_NHD[:, :turned], *angles)
+        mixed_NHD = layout.attend(
+            self.number,
+            both_NHD[:, : self.heads],
+            both_NHD[:, self.heads :],
+            qkv_NHD[:, turned:],
+            self.scaling,
+            self.window,
+        )
+        hidden_NH += self.out(mixed_NHD.reshape(len(hidden_NH), -1))
+        hidden_NH += self.mlp(self.mlp_norm(hidden_NH))
+
+
+class _Norm:
+    """RMSNorm, in float32 and rounded before the weight multiplies, as in transformers."""
+
+    def __init__(self, norm: Any, native: Kernels | None) -> None:
+        self.weight = norm.weight.detach()
+        self.epsilon: float = norm.variance_epsilon
+        self.native = native
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native.norm(hidden_NH, self.weight, self.epsilon)
+        return F.rms_norm(hidden_NH, self.weight.shape, None, self.epsilon).mul_(self.weight)
+
+
+class _Turn:
+    """Rotary embedding of queries and keys, in Qwen3 after a norm of each head."""
+
+    def __init__(self, attention: Any, heads: int, kv_heads: int, native: Kernels | None) -> None:
+        self.weight: Tensor | None = None
+        self.epsilon = 0.0
+        self.native = native
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm, attention.k_norm
+            assert query.variance_epsilon == key.variance_epsilon, "queries and keys are normed alike"
+            self.weight = torch.cat([query.weight.expand(heads, -1), key.weight.expand(kv_heads, -1)]).detach()
+            self.epsilon = query.variance_epsilon
+
+    def __call__(self, both_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+        if self.native is not None:
+            self.native.rotate(both_NHD, cos_ND, sin_ND, self.weight, self.epsilon)
+            return both_NHD
+        if self.weight is not None:
+            both_NHD = F.rms_norm(both_NHD, both_NHD.shape[-1:], None, self.epsilon).mul_(self.weight)
+        return _rotate(both_NHD, cos_ND[:, None], sin_ND[:, None])
+
+
+class _MLP:
+    """down(silu(gate) * up), gate and up in one product."""
+
+    def __init__(self, mlp: Any, pack: bool, native: Kernels | None) -> None:
+        self.native = native
+        self.gate_up = Linear.joined([mlp.gate_proj, mlp.up_proj], pack)
+        self.down = Linear.of(mlp.down_proj, pack)
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        return self.down(_gated(self.gate_up(hidden_NH), self.native))
+
+
+class _Experts:
+    """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any."""
+
+    def __init__(self, mlp: Any, number: int, native: Kernels | None, on_experts: OnExperts | None) -> None:
+        self.router: Tensor = mlp.gate.weight.detach()
+        self.top: int = mlp.gate.top_k
+        self.renormalise: bool = mlp.gate.norm_topk_prob
+        self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
+        self.down: Tensor = mlp.experts.down_proj.detach()
+        self.number, self.native, self.on_experts = number, native, on_experts
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        share_NE = torch.softmax(F.linear(hidden_NH, self.router), dim=-1, dtype=torch.float32)
+        share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
+        if self.renormalise:
+            share_NX /= share_NX.sum(dim=-1, keepdim=True)
+        if self.on_experts is not None:
+            self.on_experts(self.number, expert_NX)
+        expert, order = expert_NX.flatten().sort(stable=True)
+        rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
+        hidden = hidden_NH.index_select(0, order // self.top)
+        results = [
+            F.linear(_gated(F.linear(part, self.gate_up[i]), self.native), self.down[i])
+            for i, part in enumerate(hidden.split(rows))
+            if len(part)
+        ]
+        mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
+        mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
+        return mixed_NXH.sum(dim=1)
+
+
+class Linear:
+    """x W' + b of one weight or of several joined, packed for oneDNN where that was asked for and pays."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.packed = pack and weight.numel() >= PACKED_ELEMENTS
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_ROWS)
+
+    @classmethod
+    def of(cls, module: nn.Linear, pack: bool) -> Linear:
+        """A linear layer's."""
+        return cls(module.weight, module.bias, pack)
+
+    @classmethod
+    def joined(cls, modules: list[nn.Linear], pack: bool) -> Linear:
+        """Of linear layers with the same input: their outputs, one behind the other."""
+        biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
+        assert len(biases) in (0, len(modules)), "joined layers have all a bias or none"
+        weight = torch.cat([m.weight for m in modules])
+        return cls(weight, torch.cat(biases) if biases else None, pack)
+
+    def __call__(self, input_NI: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(input_NI, self.weight, self.bias, "none", [], "")
+        return F.linear(input_NI, self.weight, self.bias)
+
+
+def _packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine's oneDNN takes packed weights of that precision."""
+    if (
+        device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or platform.machine() not in ("x86_64", "AMD64")
+    ):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:
+    """silu(gate) * up."""
+    if native is not None:
+        return native.gate(gate_up_NI)
+    gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
+    return F.silu(gate_NI).mul_(up_NI)
+
+
+def _rotate(both_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
+    """x cos + (-x2, x1) sin; the sign of the first half is in `sin_N1D`."""
+    turned = both_NHD * cos_N1D
+    half = both_NHD.shape[-1] // 2
+    turned[..., :half].addcmul_(both_NHD[..., half:], sin_N1D[..., :half])
+    turned[..., half:].addcmul_(both_NHD[..., :half], sin_N1D[..., half:])
+    return turned

@@ -1,0 +1,337 @@
+"""How the engine's tokens find their keys in the cache: whole prompts in prefill, one new token a row in a decode step.
+
+A decode step multiplies the queries of a whole group with its prompt at once, those of all rows with the preamble, and
+each row's with its suffix; one softmax joins the three. On a CPU one kernel does a layer's step (model/native.py) where
+there is a compiler; otherwise, on a GPU and for capped scores, torch's operations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sapo.model.attention import attention
+from sapo.model.native import LANES, kernels
+from sapo.rollout.cache import KVCache, Pool
+
+
+class PrefillLayout:
+    """Whole prompts, packed one after the other, behind a preamble computed before.
+
+    Args:
+        cache: where their keys and values are stored.
+        groups: whose prompts, in packed order; None for the preamble itself.
+    """
+
+    def __init__(self, cache: KVCache, groups: Sequence[int] | None, device: torch.device) -> None:
+        self.preamble = cache.preamble if groups is not None and cache.preamble.length else None
+        lengths = [cache.preamble.length] if groups is None else [int(cache.prompt_length[g]) for g in groups]
+        starts = np.cumsum([0, *lengths])
+        self.parts: list[tuple[Pool, Tensor, Tensor, tuple[int, int]]] = []
+        output = np.empty(starts[-1], dtype=np.int64)
+        offset = 0
+        for pool in [cache.preamble] if groups is None else cache.pools:
+            inside = [0] if groups is None else [i for i, g in enumerate(groups) if cache.pool_of[g] is pool]
+            if not inside:
+                continue
+            longest = max(lengths[i] for i in inside)
+            # Padded with the last token: what padding computes is looked at by nobody, for it comes after all else.
+            index = np.stack([starts[i] + np.minimum(np.arange(longest), lengths[i] - 1) for i in inside])
+            for row, i in enumerate(inside):
+                output[starts[i] : starts[i + 1]] = offset + row * longest + np.arange(lengths[i])
+            offset += index.size
+            slots = [0] if groups is None else [pool.groups.index(groups[i]) for i in inside]
+            place = torch.from_numpy(index.ravel()).to(device)
+            self.parts.append((pool, torch.tensor(slots, device=device), place, (len(inside), longest)))
+        self.output = torch.from_numpy(output).to(device)
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Causal attention of each prompt to the preamble and to itself; see `Layout.attend`."""
+        outputs = []
+        for pool, slots, place, size in self.parts:
+            query_bQHD, key_bKhD, value_bKhD = (
+                t.index_select(0, place).unflatten(0, size) for t in (query, key, value)
+            )
+            pool.write(layer, slots, key_bKhD, value_bKhD)
+            if self.preamble is not None:
+                keys_hDK, values_hKD = self.preamble.read(layer)
+                keys, values = keys_hDK.permute(2, 0, 1).to(key.dtype), values_hKD.transpose(0, 1).to(value.dtype)
+                key_bKhD = torch.cat([keys.expand(size[0], -1, -1, -1), key_bKhD], dim=1)
+                value_bKhD = torch.cat([values.expand(size[0], -1, -1, -1), value_bKhD], dim=1)
+            output_bHQD = attention(
+                query_bQHD.transpose(1, 2),
+                key_bKhD.transpose(1, 2),
+                value_bKhD.transpose(1, 2),
+                self._mask(size[1], sliding_window, query),
+                scaling,
+                softcap,
+            )
+            outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.output)
+
+    def _mask(self, length: int, sliding_window: int | None, like: Tensor) -> Tensor:
+        if (length, sliding_window, like.dtype) not in self._masks:  # one per layout, not one per layer
+            before = 0 if self.preamble is None else self.preamble.length
+            at_Q1 = before + torch.arange(length, device=like.device)[:, None]
+            at_K = torch.arange(before + length, device=like.device)
+            hidden_QK = at_K > at_Q1
+            if sliding_window is not None:
+                hidden_QK |= at_K <= at_Q1 - sliding_window
+            mask_QK = torch.zeros(hidden_QK.shape, dtype=like.dtype, device=like.device)
+            self._masks[length, sliding_window, like.dtype] = mask_QK.masked_fill_(hidden_QK, float("-inf"))[None, None]
+        return self._masks[length, sliding_window, like.dtype]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one pool, gathered by group.
+
+    Two groups of two rows and one: slots 0 and 1, gathered as rows 0, 1 and 2, 2, the last of them padding.
+    """
+
+    pool: Pool
+    gather: Tensor
+    """(groups * G,) rows of each group, padded with one of its own."""
+    groups: int
+    num_keys: int
+    """Tokens of the longest prompt in use."""
+
+
+class Arrangement:
+    """Which rows belong to which prompts: made anew when rows come or go, not at every step.
+
+    Args:
+        cache: whose slots are meant.
+        group_R: the group of each row in use.
+    """
+
+    def __init__(self, cache: KVCache, group_R: np.ndarray, device: torch.device) -> None:
+        self.cache = cache
+        self.prompt_R = cache.prompt_length[group_R]
+        self.parts: list[Part] = []
+        inverse = np.empty(len(group_R), dtype=np.int64)
+        order = np.argsort(group_R, kind="stable")
+        groups, first, count = np.unique(group_R[order], return_index=True, return_counts=True)
+        rows_of = {int(g): order[f : f + c] for g, f, c in zip(groups, first, count, strict=True)}
+        offset = 0
+        for pool in cache.pools:
+            # Groups just prefilled have the last slots, and no row that decodes yet.
+            present = [g for g in pool.groups if g in rows_of]
+            if not present:
+                continue
+            assert present == pool.groups[: len(present)], "slots in use are the first ones"
+            widest = max(len(rows_of[g]) for g in present)
+            gather = np.empty((len(present), widest), dtype=np.int64)
+            for slot, g in enumerate(present):
+                rows = rows_of[g]
+                gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, rows[0]
+                inverse[rows] = offset + slot * widest + np.arange(len(rows))
+            offset += gather.size
+            num_keys = int(cache.prompt_length[present].max())
+            self.parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(device), len(present), num_keys))
+        self.inverse = torch.from_numpy(inverse).to(device)
+        self.native = _NativeStep(cache, group_R, order) if kernels(device, torch.float32) is not None else None
+        self.num_keys = max(part.num_keys for part in self.parts)
+        self.even = bool((self.prompt_R == self.num_keys).all())
+        """Whether every row's prompt has the same length, so that none is padded."""
+
+
+class DecodeLayout:
+    """One new token for each of the first R rows of a cache.
+
+    Args:
+        arrangement: of those rows.
+        length_R: tokens each row has drawn and stored before this one, on the host.
+    """
+
+    def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
+        self.arrangement = arrangement
+        self.cache = arrangement.cache
+        self.length_R = length_R
+        self.num_own = int(length_R.max()) + 1
+        self.uniform = bool((length_R == length_R[0]).all())
+        device = arrangement.inverse.device
+        self.place = int(length_R[0]) if self.uniform else torch.from_numpy(length_R).to(device)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of each row to preamble, prompt and suffix, joined by one softmax; see `Layout.attend`."""
+        native = self.arrangement.native
+        if native is not None and softcap is None and query.shape[2] == value.shape[2] and not query.shape[2] % LANES:
+            return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
+        keys, values = self.cache.append(layer, self.place, key, value)
+        rows, heads, size = query.shape
+        kv_heads = key.shape[1]
+        query_RhrD = (query.to(keys.dtype) * scaling).view(rows, kv_heads, heads // kv_heads, size)
+        own_RhrK = torch.matmul(query_RhrD, keys[:rows, :, :, : self.num_own])
+        scores_RhrK = torch.cat([*self._prefix_scores(layer, query_RhrD), own_RhrK], dim=-1)
+        if softcap is not None:
+            scores_RhrK = scores_RhrK.div_(softcap).tanh_().mul_(softcap)
+        mask = self._mask(sliding_window, scores_RhrK.dtype)
+        if mask is not None:
+            scores_RhrK += mask
+        weight_RhrK = torch.softmax(scores_RhrK, dim=-1)
+        output_RhrD = torch.matmul(weight_RhrK[..., -self.num_own :], values[:rows, :, : self.num_own])
+        self._add_prefix(layer, weight_RhrK, output_RhrD)
+        return output_RhrD.reshape(rows, heads, value.shape[2]).to(query.dtype)
+
+    def _prefix_scores(self, layer: int, query_RhrD: Tensor) -> list[Tensor]:
+        """Scores of the preamble, if there is one, and of the prompts, (R, kv heads, heads of each, K)."""
+        rows, kv_heads, repeats, size = query_RhrD.shape
+        found = []
+        if self.cache.preamble.length:
+            keys_hDK, _ = self.cache.preamble.read(layer)
+            scores_hRrK = query_RhrD.transpose(0, 1).reshape(kv_heads, rows * repeats, size) @ keys_hDK
+            found.append(scores_hRrK.unflatten(1, (rows, repeats)).transpose(0, 1))
+        parts = []
+        for part in self.arrangement.parts:
+            keys_ghDK = part.pool.layers[layer][0][: part.groups, :, :, : part.num_keys]
+            query_ghXD = _by_group(query_RhrD, part)
+            scores = (query_ghXD @ keys_ghDK).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
+            missing = self.arrangement.num_keys - part.num_keys
+            parts.append(torch.nn.functional.pad(scores, (0, missing)) if missing else scores)
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found.append(together.index_select(0, self.arrangement.inverse))
+        return found
+
+    def _add_prefix(self, layer: int, weight_RhrK: Tensor, output_RhrD: Tensor) -> None:
+        """Add what the preamble and the prompts give, in place."""
+        rows, kv_heads, repeats, _ = weight_RhrK.shape
+        before = self.cache.preamble.length
+        if before:
+            _, values_hKD = self.cache.preamble.read(layer)
+            weight_hXK = weight_RhrK[..., :before].transpose(0, 1).reshape(kv_heads, rows * repeats, before)
+            output_RhrD += (weight_hXK @ values_hKD).unflatten(1, (rows, repeats)).transpose(0, 1)
+        parts = []
+        for part in self.arrangement.parts:
+            values_ghKD = part.pool.layers[layer][1][: part.groups, :, : part.num_keys]
+            weight_ghXK = _by_group(weight_RhrK[..., before : before + part.num_keys], part)
+            parts.append((weight_ghXK @ values_ghKD).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        output_RhrD += together.index_select(0, self.arrangement.inverse)
+
+    def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(R, 1, 1, K) additive; None where every row sees every key."""
+        if (sliding_window, dtype) not in self._masks:
+            mask = None
+            if sliding_window is not None or not (self.uniform and self.arrangement.even):
+                hidden_RK = torch.from_numpy(self._hidden(sliding_window))
+                mask = torch.zeros(hidden_RK.shape, dtype=dtype).masked_fill_(hidden_RK, float("-inf"))[:, None, None]
+                mask = mask.to(self.arrangement.inverse.device)
+            self._masks[sliding_window, dtype] = mask
+        return self._masks[sliding_window, dtype]
+
+    def _hidden(self, sliding_window: int | None) -> np.ndarray:
+        """(R, K) bool: keys beyond a row's prompt or suffix, or further back than the window."""
+        before, prompt_R1 = self.cache.preamble.length, self.arrangement.prompt_R[:, None]
+        prompt_K, own_K = np.arange(self.arrangement.num_keys), np.arange(self.num_own)
+        hidden_RK = np.zeros((len(self.length_R), before + len(prompt_K) + len(own_K)), dtype=bool)
+        hidden_RK[:, before : -len(own_K)] = prompt_K >= prompt_R1
+        hidden_RK[:, -len(own_K) :] = own_K > self.length_R[:, None]
+        if sliding_window is not None:
+            at_R1 = before + prompt_R1 + self.length_R[:, None]
+            at_RK = np.empty(hidden_RK.shape, dtype=np.int64)
+            at_RK[:, : before + len(prompt_K)] = np.arange(before + len(prompt_K))
+            at_RK[:, -len(own_K) :] = before + prompt_R1 + own_K
+            hidden_RK |= at_RK <= at_R1 - sliding_window
+        return hidden_RK
+
+
+class _NativeStep:
+    """An arrangement as the kernel `attend` of kernels.c reads it.
+
+    Args:
+        order: rows in the order of their groups, whose prompts then stay in the processor's cache.
+    """
+
+    def __init__(self, cache: KVCache, group_R: np.ndarray, order: np.ndarray) -> None:
+        self.cache = cache
+        pools = [pool for pool in cache.pools if pool.groups]
+        place = {g: (p, slot) for p, pool in enumerate(pools) for slot, g in enumerate(pool.groups)}
+        self.pools = pools
+        self.order = np.ascontiguousarray(order)
+        self.pool_R = np.array([place[int(g)][0] for g in group_R])
+        self.slot_R = np.array([place[int(g)][1] for g in group_R])
+        self.prompt_R = cache.prompt_length[group_R]
+        self.longest = cache.preamble.length + int(self.prompt_R.max()) + cache.length
+        self.bases: dict[int, np.ndarray] = {}
+
+    def attend(
+        self,
+        layer: int,
+        length_R: np.ndarray,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        query_RHD, key_RhD, value_RhD = (_rows_of_float(t) for t in (query, key, value))
+        keys, values = self.cache.own(layer, key_RhD, value_RhD)
+        rows, heads, size = query_RHD.shape
+        kv_heads = key_RhD.shape[1]
+        output_RHD = torch.empty(rows, heads, size)
+        before = self.cache.preamble
+        before_keys, before_values = before.layers[layer] if before.length else (keys, values)
+        factor = np.array([scaling], dtype=np.float32)
+        length_R = np.ascontiguousarray(length_R, dtype=np.int64)
+        # In the order of the enumeration in kernels.c.
+        numbers = np.array(
+            [
+                *(t.data_ptr() for t in (query_RHD, key_RhD, value_RhD, output_RHD)),
+                *(t.stride(0) for t in (query_RHD, key_RhD, value_RhD)),
+                *(rows, kv_heads, heads // kv_heads, size, factor.ctypes.data, sliding_window or 0),
+                *(torch.get_num_threads(), keys.data_ptr(), values.data_ptr(), keys.shape[3]),
+                *(a.ctypes.data for a in (length_R, self.order, self.pool_R, self.slot_R, self.prompt_R)),
+                *(self._bases(layer).ctypes.data, before_keys.data_ptr(), before_values.data_ptr()),
+                *(before_keys.shape[3], before.length, self.longest),
+            ],
+            dtype=np.int64,
+        )
+        native = kernels(output_RHD.device, torch.float32)
+        assert native is not None
+        native.attend(numbers)
+        return output_RHD.to(query.dtype)
+
+    def _bases(self, layer: int) -> np.ndarray:
+        """Addresses of each pool's keys and values, and the tokens they have room for."""
+        if layer not in self.bases:
+            layers = [pool.layers[layer] for pool in self.pools]
+            self.bases[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
+        return self.bases[layer]
+
+
+def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
+    """In float32, each row's heads one after the other."""
+    tensor_RHD = tensor_RHD.float()
+    _, _, size = tensor_RHD.shape
+    return tensor_RHD if tensor_RHD.stride()[1:] == (size, 1) else tensor_RHD.contiguous()
+
+
+def _by_group(source_RhrX: Tensor, part: Part) -> Tensor:
+    """(groups, kv heads, rows of a group * heads of each, X): a group's rows side by side."""
+    by_row = source_RhrX.index_select(0, part.gather).unflatten(0, (part.groups, -1))
+    return by_row.transpose(1, 2).flatten(2, 3)

@@ -1,0 +1,239 @@
+"""The fast forward against transformers' own blocks, and what it refuses."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from sapo.batch import prefix_tree
+from sapo.model import fast, native
+from sapo.model.attention import TreeLayout
+from sapo.model.fast import FastDecoder, copied_bytes, decoder_of, refusal
+from sapo.model.policy import prepare_policy
+from sapo.model.tiny import character_tokenizer
+
+SHAPE = {
+    "vocab_size": 21,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "eos_token_id": 19,
+    "pad_token_id": 20,
+    "bos_token_id": None,
+}
+MOE = {"moe_intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+MODELS = {
+    "llama": (LlamaConfig, {}),
+    "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama, biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama, one key-value head": (LlamaConfig, {"num_key_value_heads": 1}),
+    "llama, no sharing of heads": (LlamaConfig, {"num_key_value_heads": 4}),
+    "llama, linear rope": (LlamaConfig, {"rope_scaling": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama, llama3 rope": (LlamaConfig, {"rope_scaling": LLAMA3}),
+    "llama, yarn": (LlamaConfig, {"rope_scaling": YARN}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral, window": (MistralConfig, {"sliding_window": 4}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2, windows": (Qwen2Config, WINDOWED),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "qwen3, wide heads": (Qwen3Config, {"head_dim": 32}),
+    "qwen3, windows": (Qwen3Config, {"head_dim": 16, **WINDOWED}),
+    "qwen3_moe": (Qwen3MoeConfig, {**MOE, "norm_topk_prob": True}),
+    "qwen3_moe, shares left": (Qwen3MoeConfig, {**MOE, "norm_topk_prob": False}),
+    "qwen3_moe, one dense layer": (Qwen3MoeConfig, {**MOE, "mlp_only_layers": [1]}),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name, dtype=torch.float32, **options):
+    """A model whose every weight and bias matters: norms and biases are not 1 and 0, attention is not even."""
+    kind, own = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**{**SHAPE, **own, **options}), attn_implementation="sdpa")
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                elif "embed" not in parameter_name or model.config.tie_word_embeddings:
+                    parameter.mul_(5.0)
+    return prepare_policy(model.to(dtype), character_tokenizer("0123456789+-*=?abcd"))
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    """With the kernels of kernels.c, and without."""
+    if request.param == "torch":
+        monkeypatch.setenv("SAPO_NATIVE", "0")
+    elif native.kernels(torch.device("cpu"), torch.float32) is None:
+        pytest.skip("there is no C compiler")
+
+
+@pytest.fixture(params=["packed", "plain"])
+def packing(request, monkeypatch):
+    """With weights packed for oneDNN however small, and without."""
+    if request.param == "packed":
+        if not fast._packs(torch.float32, torch.device("cpu")):
+            pytest.skip("oneDNN packs no weights here")
+        monkeypatch.setattr(fast, "PACKED_ELEMENTS", 0)
+    return fast.PACKED_CALLS if request.param == "packed" else 1
+
+
+def batch():
+    rng = np.random.default_rng(3)
+    tree = prefix_tree([tuple(rng.integers(0, 19, n).tolist()) for n in (9, 23, 1, 14)])
+    return torch.tensor(tree.token_ids), torch.tensor(tree.position_ids), TreeLayout(tree.segments)
+
+
+@torch.no_grad()
+def both(policy, calls):
+    """Log-probabilities of a batch by transformers and by the fast path."""
+    logprobs = []
+    for decoder in (policy, FastDecoder(policy, calls)):
+        logits = decoder.logits(decoder.hidden(*batch()))
+        assert logits.dtype == torch.float32
+        logprobs.append(torch.log_softmax(logits, dim=-1))
+    return logprobs
+
+
+@every_model
+def test_log_probabilities_equal_those_of_transformers_blocks(name, kernels, packing):
+    policy = make(name)
+    assert refusal(policy) is None
+    theirs, ours = both(policy, packing)
+    assert theirs.std() > 0.5  # the logits are far from flat, so that a wrong key or weight shows
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2", "qwen3", "qwen3_moe"])
+def test_in_bfloat16_they_are_as_near_to_float32_as_transformers_are(name, kernels):
+    policy = make(name, torch.bfloat16)
+    theirs, ours = both(policy, 1)
+    exact, _ = both(prepare_policy(policy.model.float(), policy.tokenizer), 1)
+    if name == "qwen3_moe":  # a token whose router is undecided may go to another expert: most may not
+        near = (ours - exact).abs().mean(dim=-1), (theirs - exact).abs().mean(dim=-1)
+        assert near[0].median() <= 1.5 * near[1].median() + 1e-3
+        return
+    assert (ours - exact).abs().mean() <= 1.5 * (theirs - exact).abs().mean() + 1e-3
+
+
+def test_weights_are_those_of_the_moment_it_was_made():
+    policy = make("llama")
+    before = FastDecoder(policy, 100).hidden(*batch())
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
+    theirs, ours = both(policy, 100)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    assert not torch.allclose(before, FastDecoder(policy, 100).hidden(*batch()), atol=1e-2)
+
+
+def test_the_experts_of_each_layer_are_told(kernels):
+    policy = make("qwen3_moe, one dense layer")
+    expected: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda m, i, output, n=n: expected.update({n: output[2]}))
+        for n, layer in enumerate(policy.decoder.layers)
+        if n != 1
+    ]
+    policy.hidden(*batch())
+    for hook in hooks:
+        hook.remove()
+    told: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        FastDecoder(policy, 1, on_experts=lambda layer, chosen: told.update({layer: chosen})).hidden(*batch())
+    assert sorted(told) == sorted(expected) == [0, 2]
+    for layer, chosen in told.items():
+        assert torch.equal(chosen, expected[layer])
+
+
+def replace_forward(policy):
+    module = policy.decoder.layers[0].mlp
+    module.forward = types.MethodType(type(module).forward, module)
+
+
+def add_hook(policy):
+    policy.decoder.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None)
+
+
+def add_layer(policy):
+    policy.decoder.layers[0].mlp.down_proj = nn.Sequential(policy.decoder.layers[0].mlp.down_proj)
+
+
+def parametrize(policy):
+    nn.utils.parametrizations.weight_norm(policy.decoder.layers[0].mlp.down_proj)
+
+
+def mix_precision(policy):
+    policy.decoder.norm.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replace_forward, "a forward of its own"),
+        (add_hook, "has a hook"),
+        (add_layer, "is a Sequential"),
+        (parametrize, "is a Parametrized"),
+        (mix_precision, "differ in precision"),
+    ],
+)
+def test_a_changed_model_runs_through_transformers(change, reason):
+    policy = make("llama")
+    change(policy)
+    assert reason in refusal(policy)
+    assert decoder_of(policy, 100) is policy
+    with pytest.raises(ValueError, match="on_experts needs a model of the fast path"):
+        decoder_of(policy, 100, on_experts=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "activation is gelu"),
+        ({"rope_scaling": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "embedding is dynamic"),
+    ],
+)
+def test_a_block_of_another_kind_runs_through_transformers(options, reason):
+    assert reason in refusal(make("llama", **options))
+
+
+def test_adapters_run_through_transformers():
+    pytest.importorskip("peft")
+    from sapo.model.adapters import add_adapter
+
+    policy = make("llama")
+    add_adapter(policy, rank=2, alpha=4.0, targets="all-linear", seed=0)
+    assert refusal(policy) == "it has an adapter"
+
+
+def test_the_bytes_that_are_held_twice_are_counted(packing):
+    policy = make("qwen3")
+    decoder = FastDecoder(policy, packing)
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    linears = [decoder.head]
+    for layer in decoder.layers:
+        linears += [layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down]
+    copies = [
+        linear.weight for linear in linears if linear.packed or linear.weight.untyped_storage().data_ptr() not in own
+    ]
+    assert copied_bytes(policy, packing) == sum(4 * weight.numel() for weight in copies)
