@@ -10,7 +10,7 @@ import sapo
 SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
-    ("objectives", "data", "config", "files", "recipe"),
+    ("objectives", "data", "diagnostics_config", "config", "files", "recipe"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers"),
@@ -21,6 +21,8 @@ FLOORS = (
         "memory",
         "listener",
         "self_check",
+        "diagnosis",
+        "watch",
         "loop",
         "dry_run",
         "session",
@@ -41,7 +43,8 @@ ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, 
 ALLOWED = {
     "objectives": set(),
     "data": set(),
-    "config": {"objectives"},
+    "diagnostics_config": {"objectives"},
+    "config": {"objectives", "diagnostics_config"},
     "recipe": {"objectives", "config"},
     "sandbox": set(),
     "tasks": {"data", "sandbox"},

@@ -113,6 +113,8 @@ RESUMABLE_KEYS = (
     "eval.every",
     "checkpoint",
     "log",
+    "diagnostics",
+    "warnings",
     "train.tokens_per_microbatch",
 )
 
