@@ -200,8 +200,9 @@ def _is_users_mistake(error: ValueError) -> bool:
 def _is_runs_failure(error: RuntimeError) -> bool:
     from sapo.coldstart import ColdStartError
     from sapo.training.trainer import NonFiniteError
+    from sapo.watch import CollapseError
 
-    return isinstance(error, NonFiniteError | ColdStartError)
+    return isinstance(error, NonFiniteError | ColdStartError | CollapseError)
 
 
 def _fail(message: str, code: int) -> None:

@@ -12,12 +12,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sapo.diagnostics_config import DiagnosticsConfig, WarningsConfig
-from sapo.diagnostics_config import Section as _Section
 from sapo.objectives import NORMALIZERS, OBJECTIVES, make_objective
 
 
 class ConfigError(ValueError):
     """A recipe that cannot be run as it is; the message names the key, the rule and the way out."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ColdStartConfig(_Section):

@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sapo.objectives import make_objective
 
 
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, and each field is documented beside it."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -59,7 +57,7 @@ def default_counterfactuals() -> list[CounterfactualConfig]:
     return [CounterfactualConfig(**s) for s in settings]
 
 
-class DiagnosticsConfig(Section):
+class DiagnosticsConfig(_Section):
     """Figures that are not taken of every update, for what they cost. Figures of every update need no setting."""
 
     distributions_every: int = Field(10, ge=0)
@@ -81,12 +79,12 @@ class DiagnosticsConfig(Section):
         return self
 
 
-class WarningsConfig(Section):
+class WarningsConfig(_Section):
     """Early warning: when a figure of the run counts as bad, and what is done about it.
 
     A rule that compares with the run's own beginning takes the mean of the first `reference_steps` steps. Rules of a
-    step must hold for `patience` steps on end. docs/metrics.md has the rules in full, docs/log.md what the defaults were
-    held against.
+    step must hold for `patience` steps on end. docs/metrics.md has the rules in full, docs/log.md what the defaults
+    were held against.
     """
 
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sapo.data import Completion, Group, Prompt, Score, Status
+from sapo.diagnostics.warnings import Health
 from sapo.selection import Position
 
 
@@ -45,6 +46,18 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase, over all the run's processes."""
     metrics_bytes: int = 0
+    health: Health = field(default_factory=Health)
+    """What the rules of early warning remember."""
+    collapse: dict[str, Any] | None = None
+    """A collapse found in the present step, until the step's end answers it."""
+    healthy_step: int | None = None
+    """The step of the last checkpoint that was written by schedule while no rule was broken."""
+    kept_steps: list[int] = field(default_factory=list)
+    """Steps whose checkpoints are kept for good: the last healthy ones before a warning."""
+    rollbacks: int = 0
+    """How often the run went back to a healthy checkpoint."""
+    learning_rate_scale: float = 1.0
+    """Factor of the learning rate that the rollbacks have left."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal state; floats survive exactly."""
@@ -52,6 +65,7 @@ class RunState:
         fields["groups"] = None if self.groups is None else [group_to_json(g) for g in self.groups]
         fields["dropped"] = [group_to_json(g) for g in self.dropped]
         fields["position"] = asdict(self.position)
+        fields["health"] = asdict(self.health)
         return fields
 
     @classmethod
@@ -65,6 +79,7 @@ class RunState:
                 "groups": None if groups is None else [group_from_json(g) for g in groups],
                 "dropped": [group_from_json(g) for g in fields["dropped"]],
                 "position": Position(position["offsets"], rates),
+                "health": Health.from_json(fields.get("health", {})),
             }
         )
 

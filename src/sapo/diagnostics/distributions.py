@@ -1,5 +1,5 @@
-"""Compact histograms and a scatter of one update, from which a page draws figures without the tokens: Figures 2 and 3 of
-https://arxiv.org/abs/2511.20347.
+"""Compact histograms and a scatter of one update, from which a page draws figures without the tokens: Figures 2 and 3
+of https://arxiv.org/abs/2511.20347.
 
 Edges are the same in every run, so that histograms of updates, steps and runs add up; the record repeats them, so that
 it can be read alone.

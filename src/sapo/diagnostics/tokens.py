@@ -1,7 +1,7 @@
 """The tokens of one update as the diagnostics read them: float64 arrays on the CPU, fetched and exponentiated once.
 
-numpy and not torch: there are some hundred small reductions for each update, and what torch adds to each of them would be
-a share of a tiny model's step.
+numpy and not torch: there are some hundred small reductions for each update, and what torch adds to each of them would
+be a share of a tiny model's step.
 """
 
 from __future__ import annotations

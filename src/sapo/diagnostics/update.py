@@ -58,9 +58,7 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     return figures_of_update(result, tokens, sequences)
 
 
-def figures_of_update(
-    result: UpdateResult, tokens: GatedTokens, sequences: SequenceFigures | None
-) -> dict[str, float]:
+def figures_of_update(result: UpdateResult, tokens: GatedTokens, sequences: SequenceFigures | None) -> dict[str, float]:
     """`update_metrics` of what has been fetched and measured already."""
     metrics = {"loss": result.loss, "grad_norm": result.grad_norm}
     if sequences is not None:
@@ -147,9 +145,7 @@ def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[st
     return metrics
 
 
-def _means(
-    updates: Sequence[Mapping[str, Any]], to: str, names: Sequence[str], prefix: str = ""
-) -> dict[str, float]:
+def _means(updates: Sequence[Mapping[str, Any]], to: str, names: Sequence[str], prefix: str = "") -> dict[str, float]:
     """Means under `to` of the figures that some update has."""
     metrics: dict[str, float] = {}
     for name in names:
@@ -157,4 +153,3 @@ def _means(
         if values:
             metrics[to + name] = sum(values) / len(values)
     return metrics
-

@@ -94,7 +94,8 @@ class Health:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Health:
         """The inverse of dataclasses.asdict, also after a trip through text."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,16 @@ def observe(health: Health, record: Record, settings: WarningsConfig) -> tuple[H
 def replay_warnings(records: Iterable[Record], settings: WarningsConfig | None = None) -> list[Warning]:
     """All that a run would be warned of, from the lines of its metrics.jsonl.
 
-    A run that was rolled back keeps what it took back in rolled-back/; its metrics.jsonl has the warnings of it as lines
-    of kind "warning".
+    A run that was rolled back keeps what it took back in rolled-back/; its metrics.jsonl has the warning of it, as a
+    line of kind "warning".
 
     Args:
         records: in their order.
         settings: the thresholds; the defaults when None.
     """
     settings = settings or WarningsConfig()
-    health, found = Health(), []
+    health = Health()
+    found: list[Warning] = []
     for record in records:
         health, warnings = observe(health, record, settings)
         found += warnings
@@ -198,7 +200,9 @@ def update_findings(health: Health, record: Record, settings: WarningsConfig) ->
     findings = []
     if "ratio/p99" in record:
         factor = max(record["ratio/p99"], 1 / max(record["ratio/p01"], 1e-300))
-        text = f"one token in a hundred of an update has moved by a factor of {factor:.3g} (above {settings.ratio_tail:g})"
+        text = (
+            f"one token in a hundred of an update has moved by a factor of {factor:.3g} (above {settings.ratio_tail:g})"
+        )
         findings.append(Finding("ratio_tail", factor > settings.ratio_tail, factor, settings.ratio_tail, text))
     if "grad_norm" in record and len(health.gradient_norms) >= settings.gradient_updates // 5:
         limit = settings.gradient_spike * statistics.median(health.gradient_norms)
@@ -238,7 +242,9 @@ def _entropy_findings(health: Health, record: Record, settings: WarningsConfig) 
             low,
             f"entropy is {entropy:.3g} {of} (below {low:.3g}) at mean reward {record['reward/mean']:.3g}",
         ),
-        Finding("entropy_explosion", entropy > high, entropy, high, f"entropy is {entropy:.3g} {of} (above {high:.3g})"),
+        Finding(
+            "entropy_explosion", entropy > high, entropy, high, f"entropy is {entropy:.3g} {of} (above {high:.3g})"
+        ),
     ]
 
 
@@ -277,7 +283,9 @@ def _status_findings(record: Record, settings: WarningsConfig) -> list[Finding]:
     unread = (counts.get("unparseable", 0) + counts.get("truncated", 0)) / total
     limit = settings.verifier_errors
     if broken > limit:
-        return [Finding("reward_status", True, broken, limit, f"the verifier failed on {broken:.0%} of the completions")]
+        return [
+            Finding("reward_status", True, broken, limit, f"the verifier failed on {broken:.0%} of the completions")
+        ]
     most = settings.unparseable
     text = f"{unread:.0%} of the completions were unparseable or truncated (above {most:.0%})"
     return [Finding("reward_status", unread > most, unread, most, text)]

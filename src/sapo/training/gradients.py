@@ -47,7 +47,8 @@ def true_gradient_figures(
             norm = _norm(other)
             product = used_norm * norm
             if product > 0 and product < float("inf"):
-                inner = sum(float(torch.sum(used[i] * other[i], dtype=torch.float64)) for i in used.keys() & other.keys())
+                shared = [(used[i], other[i]) for i in used if i in other]
+                inner = sum(torch.sum(a * b, dtype=torch.float64).item() for a, b in shared)
                 figures[f"true_gradient/{label}/cosine"] = inner / product
                 figures[f"true_gradient/{label}/norm_ratio"] = norm / used_norm
     return figures
