@@ -89,7 +89,8 @@ class WarningsConfig(_Section):
 
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
     """When a cause that counts as a collapse is found. warn: say so and go on. stop: end the run, its newest checkpoint
-    the last healthy one. rollback: go on from there with a learning rate times `rollback_learning_rate`."""
+    the last healthy one. rollback: go on from there with a learning rate times `rollback_learning_rate`; from an
+    earlier one if that collapses too."""
     collapse_causes: list[
         Literal[
             "entropy_collapse",

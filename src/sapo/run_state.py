@@ -50,8 +50,10 @@ class RunState:
     """What the rules of early warning remember."""
     collapse: dict[str, Any] | None = None
     """A collapse found in the present step, until the step's end answers it."""
-    healthy_step: int | None = None
-    """The step of the last checkpoint that was written by schedule while no rule was broken."""
+    healthy_steps: list[int] = field(default_factory=list)
+    """Steps of the last checkpoints that were written by schedule while no rule was broken."""
+    tried_steps: list[int] = field(default_factory=list)
+    """Those of them that the run has gone back to."""
     kept_steps: list[int] = field(default_factory=list)
     """Steps whose checkpoints are kept for good: the last healthy ones before a warning."""
     rollbacks: int = 0

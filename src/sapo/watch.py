@@ -8,6 +8,7 @@ diagnostics/warnings.py.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,6 +23,9 @@ from sapo.run_state import RunState
 from sapo.training.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
 
+KEPT_FOR_ROLLBACKS = 3
+"""Healthy checkpoints that are kept where a run may have to go back further than to the last."""
+
 
 class CollapseError(RuntimeError):
     """A run that stopped itself because it has collapsed; the message names step, cause and checkpoint."""
@@ -32,8 +36,8 @@ def note_warning(state: RunState, warning: Warning) -> None:
 
     Kept for good are the one before the first warning and the one before the last: a run may be warned of often.
     """
-    if warning.cause not in OF_THE_SET_UP and state.healthy_step is not None:
-        state.kept_steps = list(dict.fromkeys([*state.kept_steps[:1], state.healthy_step]))
+    if warning.cause not in OF_THE_SET_UP and state.healthy_steps:
+        state.kept_steps = list(dict.fromkeys([*state.kept_steps[:1], state.healthy_steps[-1]]))
     if warning.collapse and state.collapse is None:
         state.collapse = asdict(warning)
 
@@ -43,12 +47,13 @@ def note_checkpoint(state: RunState, config: RunConfig) -> None:
     every = config.checkpoint.every
     scheduled = state.step == 0 or (every > 0 and state.step % every == 0)
     if scheduled and state.update == 0 and state.groups is None and state.health.healthy:
-        state.healthy_step = state.step
+        most = KEPT_FOR_ROLLBACKS if config.warnings.on_collapse == "rollback" else 1
+        state.healthy_steps = [*(s for s in state.healthy_steps if s != state.step), state.step][-most:]
 
 
 def kept_checkpoints(state: RunState) -> set[int]:
     """Steps whose checkpoints are not pruned."""
-    return {*state.kept_steps, *(() if state.healthy_step is None else (state.healthy_step,))}
+    return {*state.kept_steps, *state.healthy_steps}
 
 
 def answer_collapse(
@@ -88,7 +93,9 @@ def answer_collapse(
         learning_rate_scale=state.learning_rate_scale * config.warnings.rollback_learning_rate,
         tokens=state.tokens,
         seconds=state.seconds,
-        kept_steps=state.kept_steps,
+        healthy_steps=[s for s in state.healthy_steps if s <= restored.step],
+        tried_steps=[*state.tried_steps, restored.step],
+        kept_steps=[s for s in state.kept_steps if s <= restored.step],
     )
     directory.take_metrics_back(restored.metrics_bytes, f"metrics-{restored.rollbacks}.jsonl")
     directory.append_metrics(warning.to_json())
@@ -133,12 +140,15 @@ def set_collapsed_aside(directory: RunDirectory, healthy: Checkpoint) -> None:
 
 
 def _healthy_checkpoint(directory: RunDirectory, state: RunState) -> Checkpoint | None:
-    """The last healthy one, proven whole."""
+    """The last healthy one that was not gone back to yet, else the first that is left; proven whole.
+
+    A run that collapses again has found its checkpoint, healthy by every rule, to be past help already.
+    """
+    whole = {}
     for checkpoint in list_checkpoints(directory.checkpoints):
-        if (checkpoint.step, checkpoint.update) == (state.healthy_step, 0):
-            try:
+        if checkpoint.step in state.healthy_steps and not checkpoint.update:
+            with suppress(CheckpointError):
                 checkpoint.verify()
-            except CheckpointError:
-                return None
-            return checkpoint
-    return None
+                whole[checkpoint.step] = checkpoint
+    untried = [step for step in whole if step not in state.tried_steps]
+    return whole[max(untried)] if untried else whole[min(whole)] if whole else None
