@@ -1,0 +1,157 @@
+"""Runs that do collapse: what they say, where they stop, how they go back, all to the bit when interrupted.
+
+The untrained model of these tests collapses at a learning rate of 0.1: from the second step on every completion is
+wrong. At 0.03 it learns.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sapo
+from runs import REWARD, fingerprint, metrics, write_recipe
+from sapo.diagnostics import replay_warnings
+from sapo.diagnostics_config import WarningsConfig
+from sapo.session import resume
+from sapo.training.checkpoint import list_checkpoints
+from sapo.watch import CollapseError
+
+COLLAPSING = {
+    "train__steps": 8,
+    "train__learning_rate": 0.1,
+    "train__warmup_steps": 0,
+    "eval__every": 4,
+    "checkpoint__every": 1,
+    "checkpoint__keep": 1,
+}
+ROLLBACK = {**COLLAPSING, "warnings": {"on_collapse": "rollback", "rollback_learning_rate": 0.3}}
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_of_a_test.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
+
+
+def run_recipe(directory: Path, should_stop=lambda: False, **changes) -> Path:
+    directory.mkdir(exist_ok=True)
+    return sapo.train(sapo.load_recipe(write_recipe(directory, **changes)), should_stop=should_stop).directory
+
+
+def warnings_of(run: Path) -> list[dict]:
+    return [m for m in metrics(run) if m["kind"] == "warning"]
+
+
+def test_a_collapse_is_named_and_the_checkpoint_before_it_outlives_pruning(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, **COLLAPSING)
+    (warning,) = warnings_of(run)
+    # The rewards of steps 2, 3 and 4 are all 0: three steps on end.
+    assert (warning["step"], warning["cause"], warning["value"], warning["collapse"]) == (
+        4,
+        "zero_variance_flood",
+        1.0,
+        True,
+    )
+    # keep is 1, and only the checkpoint of step 1 was written before the rule was broken.
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [8, 1]
+
+
+def test_a_run_that_learns_is_not_warned(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, **{**COLLAPSING, "train__learning_rate": 0.03})
+    rewards = [m["reward/mean"] for m in metrics(run) if m["kind"] == "step"]
+    assert rewards[-1] > 10 * rewards[0]
+    assert warnings_of(run) == []
+    assert len(list_checkpoints(run / "checkpoints")) == 1, "of a healthy run nothing more is kept than was asked for"
+
+
+def test_the_warnings_of_a_run_are_found_again_in_its_metrics(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, **COLLAPSING)
+    records = metrics(run)
+    assert [w.to_json() for w in replay_warnings(records)] == warnings_of(run)
+    sooner = replay_warnings(records, WarningsConfig(patience=1))
+    assert [(w.step, w.cause) for w in sooner] == [(2, "zero_variance_flood")]
+
+
+def test_stop_ends_the_run_at_its_last_healthy_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CollapseError, match=r"step 4: zero_variance_flood: .*goes on from the last healthy .*, step 1"):
+        run_recipe(tmp_path, **COLLAPSING, warnings={"on_collapse": "stop"})
+    run = tmp_path / "run"
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [1]
+    assert (run / "checkpoints" / "collapsed-step-000003").is_dir()
+    resume(run, ["train.learning_rate=0.03"])
+    steps = [m["step"] for m in metrics(run) if m["kind"] == "step"]
+    assert steps == list(range(1, 9))
+    assert warnings_of(run) == []
+
+
+def test_a_collapse_without_a_healthy_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CollapseError, match="no healthy checkpoint yet: start again with a lower"):
+        run_recipe(tmp_path, **{**COLLAPSING, "checkpoint__every": 0}, warnings={"on_collapse": "stop"})
+
+
+def test_a_rollback_halves_the_learning_rate_and_the_run_learns_after_all(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, **ROLLBACK)
+    records = metrics(run)
+    backs = [m for m in records if m["kind"] == "rollback"]
+    assert [(m["step"], m["to"], m["learning_rate_scale"]) for m in backs][0] == (4, 1, 0.3)
+    steps = [m for m in records if m["kind"] == "step"]
+    assert [m["step"] for m in steps] == list(range(1, 9)), "each step once: what was taken back is elsewhere"
+    rates = {m["step"]: m["learning_rate"] for m in records if m["kind"] == "update"}
+    assert rates[8] == pytest.approx(0.1 * backs[-1]["learning_rate_scale"])
+    assert steps[-1]["reward/mean"] > 0.3
+    taken_back = [json.loads(line) for line in (run / "rolled-back" / "metrics-1.jsonl").read_text().splitlines()]
+    assert {m["step"] for m in taken_back if m["kind"] == "step"} == {2, 3, 4}
+    spent = sum(m["tokens/generated"] for m in [*steps, *taken_back] if m["kind"] == "step")
+    more = [f for f in (run / "rolled-back").iterdir() if f.name != "metrics-1.jsonl"]
+    spent += sum(
+        m["tokens/generated"] for f in more for m in map(json.loads, f.read_text().splitlines()) if m["kind"] == "step"
+    )
+    assert json.loads((run / "summary.json").read_text())["tokens"]["generated"] == spent, "nothing spent is hidden"
+
+
+@pytest.mark.parametrize("asked", [25, 45, 60, 75, 90, 120])
+def test_a_rolled_back_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) -> None:
+    whole = run_recipe(tmp_path / "whole", **ROLLBACK)
+    count = iter(range(100_000))
+    stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **ROLLBACK)
+    assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
+    resume(stopped)
+    assert fingerprint(stopped, 8) == fingerprint(whole, 8)
+
+
+@pytest.mark.parametrize("cut", ["take_metrics_back", "append_metrics", "checkpoint"])
+def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkeypatch, cut: str) -> None:
+    from sapo.loop import TrainingRun
+    from sapo.run_directory import RunDirectory
+
+    whole = run_recipe(tmp_path / "whole", **ROLLBACK)
+    owner = TrainingRun if cut == "checkpoint" else RunDirectory
+    original = getattr(owner, cut)
+
+    def killed(self, *args):
+        going_back = (tmp_path / "cut" / "run" / "checkpoints" / "collapsed-step-000003").exists()
+        if going_back:
+            raise RuntimeError("power cut")
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, cut, killed)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_recipe(tmp_path / "cut", **ROLLBACK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    resume(tmp_path / "cut" / "run")
+    assert fingerprint(tmp_path / "cut" / "run", 8) == fingerprint(whole, 8)
+
+
+def test_a_run_that_collapses_again_goes_further_back_and_then_stops(tmp_path: Path) -> None:
+    settings = {"on_collapse": "rollback", "rollback_learning_rate": 1.0, "max_rollbacks": 2}
+    with pytest.raises(CollapseError, match="stopped after 2 rollbacks"):
+        run_recipe(tmp_path, **COLLAPSING, warnings=settings)
+    lines = [json.loads(line) for f in (tmp_path / "run" / "rolled-back").iterdir() for line in f.open()]
+    backs = [m for m in [*lines, *metrics(tmp_path / "run")] if m["kind"] == "rollback"]
+    # With the same learning rate the same collapse: from step 1, then from the start.
+    assert sorted((m["rollbacks"], m["to"]) for m in backs) == [(1, 1), (2, 0)]
