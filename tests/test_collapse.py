@@ -1,7 +1,7 @@
 """Runs that do collapse: what they say, where they stop, how they go back, all to the bit when interrupted.
 
-The untrained model of these tests collapses at a learning rate of 0.1: from the second step on every completion is
-wrong. At 0.03 it learns.
+The untrained model of these tests learns at a learning rate of 0.02. From the fourth step on it is 0.5: that step's
+updates ruin the policy, and from the fifth on every completion is wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sapo
+import sapo.loop
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.diagnostics import replay_warnings
 from sapo.diagnostics_config import WarningsConfig
@@ -19,15 +20,16 @@ from sapo.session import resume
 from sapo.training.checkpoint import list_checkpoints
 from sapo.watch import CollapseError
 
+STEPS = 10
 COLLAPSING = {
-    "train__steps": 8,
-    "train__learning_rate": 0.1,
+    "train__steps": STEPS,
+    "train__learning_rate": 0.5,
     "train__warmup_steps": 0,
-    "eval__every": 4,
+    "eval__every": 5,
     "checkpoint__every": 1,
     "checkpoint__keep": 1,
 }
-ROLLBACK = {**COLLAPSING, "warnings": {"on_collapse": "rollback", "rollback_learning_rate": 0.3}}
+ROLLBACK = {**COLLAPSING, "warnings": {"on_collapse": "rollback", "rollback_learning_rate": 0.04}}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,7 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rewards_of_a_test.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sapo.loop, "learning_rate_at", lambda step, peak, **_: min(peak, 0.02) if step < 3 else peak)
 
 
 def run_recipe(directory: Path, should_stop=lambda: False, **changes) -> Path:
@@ -48,24 +51,19 @@ def warnings_of(run: Path) -> list[dict]:
 
 def test_a_collapse_is_named_and_the_checkpoint_before_it_outlives_pruning(tmp_path: Path) -> None:
     run = run_recipe(tmp_path, **COLLAPSING)
-    (warning,) = warnings_of(run)
-    # The rewards of steps 2, 3 and 4 are all 0: three steps on end.
-    assert (warning["step"], warning["cause"], warning["value"], warning["collapse"]) == (
-        4,
-        "zero_variance_flood",
-        1.0,
-        True,
-    )
-    # keep is 1, and only the checkpoint of step 1 was written before the rule was broken.
-    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [8, 1]
+    flood = next(w for w in warnings_of(run) if w["cause"] == "zero_variance_flood")
+    # No completion of steps 5, 6 and 7 is right: three steps on end.
+    assert (flood["step"], flood["value"], flood["collapse"]) == (7, 1.0, True)
+    # keep is 1. Step 4's completions were the last good ones, and they are of the weights of the checkpoint of step 3.
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [STEPS, 3]
 
 
 def test_a_run_that_learns_is_not_warned(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path, **{**COLLAPSING, "train__learning_rate": 0.03})
+    run = run_recipe(tmp_path, **{**COLLAPSING, "train__learning_rate": 0.02})
     rewards = [m["reward/mean"] for m in metrics(run) if m["kind"] == "step"]
-    assert rewards[-1] > 10 * rewards[0]
+    assert rewards[-1] > 5 * rewards[0]
     assert warnings_of(run) == []
-    assert len(list_checkpoints(run / "checkpoints")) == 1, "of a healthy run nothing more is kept than was asked for"
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [STEPS, STEPS - 1], "the newest, and the proven"
 
 
 def test_the_warnings_of_a_run_are_found_again_in_its_metrics(tmp_path: Path) -> None:
@@ -73,18 +71,18 @@ def test_the_warnings_of_a_run_are_found_again_in_its_metrics(tmp_path: Path) ->
     records = metrics(run)
     assert [w.to_json() for w in replay_warnings(records)] == warnings_of(run)
     sooner = replay_warnings(records, WarningsConfig(patience=1))
-    assert [(w.step, w.cause) for w in sooner] == [(2, "zero_variance_flood")]
+    assert next(w.step for w in sooner if w.cause == "zero_variance_flood") == 5
 
 
 def test_stop_ends_the_run_at_its_last_healthy_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CollapseError, match=r"step 4: zero_variance_flood: .*goes on from the last healthy .*, step 1"):
+    with pytest.raises(CollapseError, match=r"step 7: zero_variance_flood: .*goes on from the last healthy .*, step 3"):
         run_recipe(tmp_path, **COLLAPSING, warnings={"on_collapse": "stop"})
     run = tmp_path / "run"
-    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [1]
-    assert (run / "checkpoints" / "collapsed-step-000003").is_dir()
-    resume(run, ["train.learning_rate=0.03"])
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [3]
+    assert (run / "checkpoints" / "collapsed-step-000006").is_dir()
+    resume(run, ["train.learning_rate=0.02"])
     steps = [m["step"] for m in metrics(run) if m["kind"] == "step"]
-    assert steps == list(range(1, 9))
+    assert steps == list(range(1, STEPS + 1))
     assert warnings_of(run) == []
 
 
@@ -93,34 +91,30 @@ def test_a_collapse_without_a_healthy_checkpoint_says_so(tmp_path: Path) -> None
         run_recipe(tmp_path, **{**COLLAPSING, "checkpoint__every": 0}, warnings={"on_collapse": "stop"})
 
 
-def test_a_rollback_halves_the_learning_rate_and_the_run_learns_after_all(tmp_path: Path) -> None:
+def test_a_rollback_scales_the_learning_rate_and_the_run_learns_after_all(tmp_path: Path) -> None:
     run = run_recipe(tmp_path, **ROLLBACK)
     records = metrics(run)
     backs = [m for m in records if m["kind"] == "rollback"]
-    assert [(m["step"], m["to"], m["learning_rate_scale"]) for m in backs][0] == (4, 1, 0.3)
+    assert [(m["step"], m["to"], m["learning_rate_scale"]) for m in backs] == [(7, 3, 0.04)]
     steps = [m for m in records if m["kind"] == "step"]
-    assert [m["step"] for m in steps] == list(range(1, 9)), "each step once: what was taken back is elsewhere"
+    assert [m["step"] for m in steps] == list(range(1, STEPS + 1)), "each step once: what was taken back is elsewhere"
     rates = {m["step"]: m["learning_rate"] for m in records if m["kind"] == "update"}
-    assert rates[8] == pytest.approx(0.1 * backs[-1]["learning_rate_scale"])
-    assert steps[-1]["reward/mean"] > 0.3
+    assert rates[STEPS] == pytest.approx(0.04 * 0.5)
+    assert steps[-1]["reward/mean"] > 2 * steps[3]["reward/mean"]
     taken_back = [json.loads(line) for line in (run / "rolled-back" / "metrics-1.jsonl").read_text().splitlines()]
-    assert {m["step"] for m in taken_back if m["kind"] == "step"} == {2, 3, 4}
+    assert {m["step"] for m in taken_back if m["kind"] == "step"} == {4, 5, 6, 7}
     spent = sum(m["tokens/generated"] for m in [*steps, *taken_back] if m["kind"] == "step")
-    more = [f for f in (run / "rolled-back").iterdir() if f.name != "metrics-1.jsonl"]
-    spent += sum(
-        m["tokens/generated"] for f in more for m in map(json.loads, f.read_text().splitlines()) if m["kind"] == "step"
-    )
     assert json.loads((run / "summary.json").read_text())["tokens"]["generated"] == spent, "nothing spent is hidden"
 
 
-@pytest.mark.parametrize("asked", [25, 45, 60, 75, 90, 120])
+@pytest.mark.parametrize("asked", [20, 75, 110, 150])
 def test_a_rolled_back_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) -> None:
     whole = run_recipe(tmp_path / "whole", **ROLLBACK)
     count = iter(range(100_000))
     stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **ROLLBACK)
     assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
     resume(stopped)
-    assert fingerprint(stopped, 8) == fingerprint(whole, 8)
+    assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
 
 
 @pytest.mark.parametrize("cut", ["take_metrics_back", "append_metrics", "checkpoint"])
@@ -133,7 +127,7 @@ def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkey
     original = getattr(owner, cut)
 
     def killed(self, *args):
-        going_back = (tmp_path / "cut" / "run" / "checkpoints" / "collapsed-step-000003").exists()
+        going_back = (tmp_path / "cut" / "run" / "checkpoints" / "collapsed-step-000006").exists()
         if going_back:
             raise RuntimeError("power cut")
         return original(self, *args)
@@ -144,7 +138,7 @@ def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkey
             run_recipe(tmp_path / "cut", **ROLLBACK)
     monkeypatch.syspath_prepend(str(tmp_path))
     resume(tmp_path / "cut" / "run")
-    assert fingerprint(tmp_path / "cut" / "run", 8) == fingerprint(whole, 8)
+    assert fingerprint(tmp_path / "cut" / "run", STEPS) == fingerprint(whole, STEPS)
 
 
 def test_a_run_that_collapses_again_goes_further_back_and_then_stops(tmp_path: Path) -> None:
@@ -153,5 +147,5 @@ def test_a_run_that_collapses_again_goes_further_back_and_then_stops(tmp_path: P
         run_recipe(tmp_path, **COLLAPSING, warnings=settings)
     lines = [json.loads(line) for f in (tmp_path / "run" / "rolled-back").iterdir() for line in f.open()]
     backs = [m for m in [*lines, *metrics(tmp_path / "run")] if m["kind"] == "rollback"]
-    # With the same learning rate the same collapse: from step 1, then from the start.
-    assert sorted((m["rollbacks"], m["to"]) for m in backs) == [(1, 1), (2, 0)]
+    # With the same learning rate the same collapse: from step 3, then from step 2.
+    assert sorted((m["rollbacks"], m["to"]) for m in backs) == [(1, 3), (2, 2)]

@@ -411,7 +411,7 @@ class CheckpointConfig(_Section):
     every: int = Field(50, ge=0)
     """Steps between checkpoints; 0 writes only the last one."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; beside them the last that early warning has found healthy."""
 
 
 class WandbConfig(_Section):

@@ -43,7 +43,7 @@ from sapo.tasks import Task, score_groups
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
-from sapo.watch import answer_collapse, kept_checkpoints, note_checkpoint, note_warning, rollback_record
+from sapo.watch import answer_collapse, kept_checkpoints, note_checkpoint, note_step, note_warning, rollback_record
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class TrainingRun:
         self._log_step(state.groups)
         state.step, state.update = state.step + 1, 0
         state.groups, state.dropped, state.step_updates, state.gates = None, [], [], {}
+        note_step(state, self.config)
         if state.collapse is not None:
             self._answer_collapse()
 

@@ -51,7 +51,9 @@ class RunState:
     collapse: dict[str, Any] | None = None
     """A collapse found in the present step, until the step's end answers it."""
     healthy_steps: list[int] = field(default_factory=list)
-    """Steps of the last checkpoints that were written by schedule while no rule was broken."""
+    """Steps of the last checkpoints that were written by schedule and have been proven by the step after them."""
+    candidate_step: int | None = None
+    """The step of a checkpoint that the present step will prove healthy, or not."""
     tried_steps: list[int] = field(default_factory=list)
     """Those of them that the run has gone back to."""
     kept_steps: list[int] = field(default_factory=list)

@@ -1,8 +1,9 @@
 """What a run does when its figures turn bad: it keeps the last healthy checkpoint, and stops or goes back there.
 
 A checkpoint is healthy when it was written by schedule (not on being stopped, so that a run that is interrupted and
-resumed goes back to where one that is not does) while no rule about the policy was broken. The rules are
-diagnostics/warnings.py.
+resumed goes back to where one that is not does) and no rule about the policy was broken when it was written, nor in the
+step after it: what the last updates before it have done is seen in that step's completions and not before. The rules
+are diagnostics/warnings.py.
 """
 
 from __future__ import annotations
@@ -43,17 +44,28 @@ def note_warning(state: RunState, warning: Warning) -> None:
 
 
 def note_checkpoint(state: RunState, config: RunConfig) -> None:
-    """Before a checkpoint is written: whether it is a healthy one by schedule."""
+    """Before a checkpoint is written: whether it may turn out to be a healthy one."""
     every = config.checkpoint.every
     scheduled = state.step == 0 or (every > 0 and state.step % every == 0)
-    if scheduled and state.update == 0 and state.groups is None and state.health.healthy:
+    if not scheduled or state.update or state.groups is not None or state.step in state.healthy_steps:
+        return
+    if state.step == 0:
+        state.healthy_steps = [0]  # nothing has been updated yet
+    elif state.health.healthy:
+        state.candidate_step = state.step
+
+
+def note_step(state: RunState, config: RunConfig) -> None:
+    """After a step: the checkpoint before it is healthy if the step has broken no rule."""
+    if state.candidate_step is not None and state.health.healthy:
         most = KEPT_FOR_ROLLBACKS if config.warnings.on_collapse == "rollback" else 1
-        state.healthy_steps = [*(s for s in state.healthy_steps if s != state.step), state.step][-most:]
+        state.healthy_steps = [*state.healthy_steps, state.candidate_step][-most:]
+    state.candidate_step = None
 
 
 def kept_checkpoints(state: RunState) -> set[int]:
     """Steps whose checkpoints are not pruned."""
-    return {*state.kept_steps, *state.healthy_steps}
+    return {*state.kept_steps, *state.healthy_steps, *(() if state.candidate_step is None else (state.candidate_step,))}
 
 
 def answer_collapse(
@@ -94,6 +106,7 @@ def answer_collapse(
         tokens=state.tokens,
         seconds=state.seconds,
         healthy_steps=[s for s in state.healthy_steps if s <= restored.step],
+        candidate_step=None,
         tried_steps=[*state.tried_steps, restored.step],
         kept_steps=[s for s in state.kept_steps if s <= restored.step],
     )
