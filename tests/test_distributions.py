@@ -14,7 +14,6 @@ from sapo.diagnostics.distributions import LOG_RATIO_EDGES, SCATTER_POINTS, hist
 def tokens_of(log_ratios: list[list[float]], advantages: list[float]) -> GatedTokens:
     z_M = np.array([z for sequence in log_ratios for z in sequence])
     sequence_M = np.array([i for i, sequence in enumerate(log_ratios) for _ in sequence])
-    sequences = len(advantages)
     return GatedTokens(
         z_M,
         np.ones(len(z_M)),
