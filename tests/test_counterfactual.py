@@ -35,7 +35,7 @@ def tokens_of(name: str = "sapo") -> GatedTokens:
 
 def test_what_a_hard_clip_would_have_made_of_the_tokens_is_the_sum_done_by_hand() -> None:
     figures = counterfactual_figures(tokens_of(), {"grpo": make_objective("grpo")})
-    # 1.5 > 1.27 with A > 0 and 0.5 < 0.8 with A < 0 are clipped; what is left of grad log pi is that of the first token.
+    # 1.5 > 1.27 with A > 0 and 0.5 < 0.8 with A < 0 are clipped; what is left is grad log pi of the first token.
     assert figures["counterfactual/grpo/eur"] == pytest.approx(1 / 3)
     assert figures["counterfactual/grpo/silenced"] == pytest.approx(2 / 3)
     assert figures["counterfactual/grpo/below_tenth"] == pytest.approx(2 / 3)
@@ -138,7 +138,5 @@ def test_on_policy_every_gate_weighs_everything_and_the_gradients_are_one(recipe
 def test_two_counterfactuals_of_one_name_need_labels_and_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="counterfactuals must differ in their label; got 'sapo' twice; give one a la"):
         DiagnosticsConfig(counterfactuals=[{"name": "sapo"}, {"name": "sapo", "tau_pos": 2.0}])
-    with pytest.raises(
-        ConfigError, match=r"diagnostics.counterfactuals.0: tau_pos must be positive and finite; got -1"
-    ):
+    with pytest.raises(ConfigError, match=r"counterfactuals.0: tau_pos must be positive and finite; got -1"):
         sapo.load_recipe("quickstart", ["diagnostics.counterfactuals=[{name: sapo, tau_pos: -1}]"])
