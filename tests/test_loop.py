@@ -201,7 +201,7 @@ def test_a_checkpoint_kept_alone_outlives_a_broken_one_that_was_newer(tmp_path: 
     run = run_recipe(tmp_path, checkpoint__keep=1)
     (run / "checkpoints" / "step-000006" / "state.json").unlink()
     asked = iter(range(10_000))
-    resume(run, should_stop=lambda: next(asked) > 30)  # goes on from the one kept as healthy, and is stopped on its way
+    resume(run, should_stop=lambda: next(asked) > 10)  # goes on from the one kept as healthy, and is stopped on its way
     kept = list_checkpoints(run / "checkpoints")
     assert max(c.step for c in kept) < 6
     for checkpoint in kept:
