@@ -125,7 +125,8 @@ class WarningsConfig(_Section):
     length_low: float = Field(0.5, gt=0, lt=1)
     """length_collapse: mean length below this share of the reference, at a reward no better than the reference's."""
     reward_low: float = Field(0.5, gt=0, lt=1)
-    """reward_collapse: mean reward of `reward_steps` steps below this share of the best such mean so far."""
+    """reward_collapse: mean reward of `reward_steps` steps below this share of the best such mean so far, or of the
+    reference."""
     reward_steps: int = Field(10, ge=1)
     """See `reward_low`."""
     unparseable: float = Field(0.5, gt=0, le=1)

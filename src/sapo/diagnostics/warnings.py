@@ -81,7 +81,7 @@ class Health:
     rewards: tuple[float, ...] = ()
     """Mean rewards of the last steps."""
     best_reward: float | None = None
-    """Best mean of `reward_steps` steps so far, and its standard error."""
+    """Best mean of `reward_steps` steps so far, or that of the first `reference_steps`; and its standard error."""
     best_error: float = 0.0
     gradient_norms: tuple[float, ...] = ()
     """Of the last updates."""
@@ -190,6 +190,9 @@ def _remember(health: Health, record: Record, settings: WarningsConfig) -> Healt
             reference[name] = [*known, record[name]]
     rewards = (*health.rewards, record["reward/mean"])[-settings.reward_steps :]
     best, error = health.best_reward, health.best_error
+    start = reference.get("reward/mean", [])
+    if best is None and len(start) >= settings.reference_steps:  # a run may fall before it has a mean of so many steps
+        best, error = statistics.fmean(start), _standard_error(start)
     if len(rewards) == settings.reward_steps and (best is None or statistics.fmean(rewards) > best):
         best, error = statistics.fmean(rewards), _standard_error(rewards)
     return replace(health, reference=reference, rewards=rewards, best_reward=best, best_error=error)
@@ -265,7 +268,7 @@ def _batch_findings(health: Health, record: Record, settings: WarningsConfig) ->
 
 def _reward_findings(health: Health, settings: WarningsConfig) -> list[Finding]:
     """Fallen by more than the spread of the steps explains: few completions a step make a noisy mean."""
-    if health.best_reward is None or health.best_reward <= 0:
+    if health.best_reward is None or health.best_reward <= 0 or len(health.rewards) < settings.reward_steps:
         return []
     now, best = statistics.fmean(health.rewards), health.best_reward
     doubt = 3 * math.hypot(_standard_error(health.rewards), health.best_error)
