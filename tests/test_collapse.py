@@ -10,15 +10,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import sapo
 import sapo.loop
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.diagnostics import replay_warnings
 from sapo.diagnostics_config import WarningsConfig
+from sapo.model.policy import load_policy
 from sapo.session import resume
 from sapo.training.checkpoint import list_checkpoints
-from sapo.watch import CollapseError
+from sapo.training.optimizer import PolicyOptimizer
+from sapo.watch import CollapseError, restore
 
 STEPS = 10
 COLLAPSING = {
@@ -151,3 +154,26 @@ def test_a_run_that_collapses_again_goes_further_back_and_then_stops(tmp_path: P
     backs = [m for m in [*lines, *metrics(tmp_path / "run")] if m["kind"] == "rollback"]
     # With the same learning rate the same collapse: from step 2, then from step 1.
     assert sorted((m["rollbacks"], m["to"]) for m in backs) == [(1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_going_back_leaves_what_the_checkpoint_holds_and_nothing_else(tmp_path: Path, dtype: str) -> None:
+    """As a process that resumes from it would have: weights, moments, masters; of a run's start no moments at all."""
+    changes = {**COLLAPSING, "train__steps": 2, "checkpoint__keep": 3, "warnings": {"on_collapse": "rollback"}}
+    run = run_recipe(tmp_path, **changes, model__dtype=dtype)
+    config = sapo.load_recipe(run / "config.yaml")
+    newest, _, start = list_checkpoints(run / "checkpoints")
+    policy = load_policy(newest.path, dtype)
+    optimizer = PolicyOptimizer(
+        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=None
+    )
+    optimizer.load_state_tensors(newest.optimizer_tensors())
+    assert optimizer.adam.state
+    state = restore(start, config.model_copy(update={"device": "cpu"}), policy, optimizer)
+    assert state.step == 0
+    kept = load_policy(start.path, dtype).model.named_parameters()
+    assert all(torch.equal(p, dict(policy.model.named_parameters())[name]) for name, p in kept)
+    tensors, expected = optimizer.state_tensors(), start.optimizer_tensors()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert not any(name.startswith("exp_avg") for name in tensors)

@@ -14,7 +14,7 @@ from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config import ConfigError
 from sapo.diagnostics import GatedTokens, counterfactual_figures
 from sapo.diagnostics_config import DiagnosticsConfig
-from sapo.objectives import make_objective
+from sapo.objectives import KLPenalty, make_objective
 from sapo.training.gradients import true_gradient_figures
 from training.test_trainer import make_groups, make_policy, make_trainer
 
@@ -83,6 +83,18 @@ def test_true_gradients_are_those_of_autograd() -> None:
         assert figures[f"true_gradient/{label}/cosine"] < 1 - 1e-6, "the ratios of these groups tell the gates apart"
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
     assert all(p.grad is None for p in trainer.policy.model.parameters())
+
+
+def test_a_penalty_is_no_part_of_the_true_gradients() -> None:
+    objectives = {"grpo": make_objective("grpo")}
+    plain, penalised = (
+        make_trainer(make_policy()),
+        make_trainer(make_policy(), kl=KLPenalty(coefficient=10.0, estimator="k2")),
+    )
+    groups = penalised.with_reference_logprobs(make_groups(), make_policy(seed=2))
+    with_penalty = true_gradient_figures(penalised, penalised.pack(groups), objectives)
+    assert with_penalty == pytest.approx(true_gradient_figures(plain, plain.pack(groups), objectives), abs=1e-12)
+    assert penalised.kl is not None
 
 
 @pytest.fixture
