@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from sapo.data import Completion, Group, Prompt, Score, Status
-from sapo.diagnostics import rollout_metrics, step_update_metrics, task_update_metrics, update_metrics
-from sapo.objectives import make_objective
+from sapo.diagnostics import (
+    gated_tokens,
+    minibatch_metrics,
+    rollout_metrics,
+    sequence_figures,
+    step_update_metrics,
+    task_update_metrics,
+    update_metrics,
+)
+from sapo.objectives import discrepancy_bound, gate_discrepancy, make_objective, variance
 from sapo.training.trainer import UpdateResult
 
 
@@ -167,3 +175,80 @@ def test_a_steps_means_are_over_the_updates_that_measured_them() -> None:
         "first_update/ratio/abs_dev": 0.1,
         "updates/skipped": 1,
     }
+
+
+def test_figures_by_sign_are_those_of_the_tokens_of_that_sign() -> None:
+    figures = update_metrics(result_of([[1.0, 1.5], [0.5], [2.0]], [1.0, -1.0, 3.0], entropy=[0.1, 0.2, 0.6, 0.4]))
+    moved = [figures[f"log_ratio/{q}_pos"] for q in ("min", "p50", "max")]
+    assert moved == pytest.approx([0, math.log(1.5), math.log(2)])
+    assert figures["log_ratio/p001_neg"] == figures["log_ratio/p999_neg"] == pytest.approx(math.log(0.5))
+    # r f'(r), whatever the advantage: at r = 2 it is 2 sech^2(1/2), above the 1 of r = 1.
+    assert figures["slope/max_pos"] == pytest.approx(2 * sech2(0.5))
+    assert figures["slope/max_neg"] == pytest.approx(0.5 * sech2(1.05 * 0.25))
+    assert figures["gate/p01_pos"] == figures["gate/min_pos"] == pytest.approx(sech2(0.5))
+    assert figures["gate/max_pos"] == 1.0
+    assert (figures["entropy_pos"], figures["entropy_neg"]) == (pytest.approx(0.7 / 3), pytest.approx(0.6))
+    assert "slope/p50_neg" not in update_metrics(result_of([[1.0]], [1.0])), "no token of that sign"
+
+
+def test_what_the_sequence_gate_leaves_out_is_the_sum_done_by_hand() -> None:
+    figures = update_metrics(result_of([[1.0, 1.5], [1.05, 1.0]], [1.0, 1.0]))
+    assert (figures["theory/near_one_share"], figures["theory/mostly_near_one_share"]) == (0.5, 0.5)
+    errors, logs = [], []
+    for ratios in ([1.0, 1.5], [1.05, 1.0]):
+        gate = sech2(sum(math.log(r) for r in ratios) / 2 / 2)
+        errors.append(abs(sum(r * sech2((r - 1) / 2) for r in ratios) / 2 - gate))
+        logs.append(abs(sum(sech2((r - 1) / 2) - sech2(math.log(r) / 2) for r in ratios) / 2))
+    assert figures["theory/gate_error_mean"] == pytest.approx(sum(errors) / 2)
+    assert figures["theory/gate_error_max"] == pytest.approx(max(errors))
+    assert figures["theory/log_gate_error_mean"] == pytest.approx(sum(logs) / 2)
+    calm = update_metrics(result_of([[1.0, 1.0], [1.0]], [1.0, -1.0]))
+    assert (calm["theory/slope_error"], calm["theory/gate_error_max"], calm["theory/near_one_share"]) == (0.0, 0.0, 1.0)
+
+
+def test_the_figures_of_sequences_are_those_of_the_theory() -> None:
+    """The same quantities by sapo.objectives.theory, in torch."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 5, 17, 40]
+    ratios = [(0.4 * torch.randn(n, generator=generator, dtype=torch.float64)).exp().tolist() for n in lengths]
+    result = result_of(ratios, [1.0, -1.0, 0.5, -2.0])
+    found = sequence_figures(gated_tokens(result), tau_pos=2.0, tau_neg=3.0)
+    arguments = (result.log_ratio_M, result.sequence_M, len(lengths))
+    tau_B = torch.tensor([2.0, 3.0, 2.0, 3.0])
+    expected = {
+        "variance_B": variance(*arguments),
+        "discrepancy_B": gate_discrepancy(*arguments, tau=tau_B),
+        "bound_B": discrepancy_bound(*arguments, tau=tau_B.double()),
+    }
+    for name, values in expected.items():
+        assert getattr(found, name) == pytest.approx(values.numpy(), rel=1e-12, abs=1e-15), name
+
+
+def test_the_slope_error_is_the_distance_to_the_sequence_gates_slopes() -> None:
+    """By sapo's own objectives: v of `sapo`, u of `sapo_seq`, weighed alike."""
+    result = result_of([[1.0, 1.5, 0.7], [0.5, 1.1]], [1.0, -1.0])
+    other = make_objective("sapo_seq").surrogate(result.log_ratio_M, result.advantage_M, result.sequence_M, 2).slope_M
+    expected = (result.slope_M - other).norm() / result.slope_M.norm()
+    assert update_metrics(result)["theory/slope_error"] == pytest.approx(expected.item())
+
+
+def test_updates_at_the_weights_that_sampled_are_told_from_later_ones() -> None:
+    updates = [
+        {"skipped": False, "on_policy": True, "gate/eur": 1.0},
+        {"skipped": False, "on_policy": False, "gate/eur": 0.5},
+        {"skipped": False, "on_policy": False, "gate/eur": 0.7},
+    ]
+    figures = step_update_metrics(updates, [])
+    assert figures["on_policy/gate/eur"] == 1.0
+    assert figures["off_policy/gate/eur"] == pytest.approx(0.6)
+
+
+def test_groups_that_are_all_right_teach_nothing_and_are_no_flood() -> None:
+    right = Group(Prompt(0, "a", ""), (completion_of(1.0, 2), completion_of(1.0, 4)), (0, 0))
+    wrong = Group(Prompt(1, "a", ""), (completion_of(0.0, 2), completion_of(0.0, 4)), (0, 0))
+    mixed = Group(Prompt(2, "a", ""), (completion_of(0.0, 2), completion_of(1.0, 4)), (-0.7, 0.7))
+    figures = rollout_metrics([right, wrong, mixed, right])
+    assert (figures["groups/zero_variance"], figures["groups/none_right"]) == (0.75, 0.25)
+    batch = minibatch_metrics([wrong, mixed])
+    assert (batch["batch/zero_variance"], batch["batch/reward_mean"], batch["batch/length_mean"]) == (0.5, 0.25, 3.0)
+    assert batch["batch/status/scored"] == 4

@@ -10,7 +10,7 @@ import sapo
 SOURCE = Path(sapo.__file__).parent
 
 FLOORS = (
-    ("objectives", "data", "config", "files", "recipe", "spans", "untrusted"),
+    ("objectives", "data", "diagnostics_config", "config", "files", "recipe", "spans", "untrusted"),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
     ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers", "profiling"),
@@ -24,6 +24,8 @@ FLOORS = (
         "self_check",
         "routing_replay",
         "sampler",
+        "diagnosis",
+        "watch",
         "loop",
         "dry_run",
         "session",
@@ -48,7 +50,8 @@ ALLOWED = {
     "objectives": set(),
     "data": set(),
     "spans": set(),
-    "config": {"objectives"},
+    "diagnostics_config": {"objectives"},
+    "config": {"objectives", "diagnostics_config"},
     "recipe": {"objectives", "config"},
     "untrusted": set(),
     "sandbox": set(),

@@ -208,8 +208,9 @@ def _is_runs_failure(error: RuntimeError) -> bool:
     from sapo.coldstart import ColdStartError
     from sapo.comparing.processes import RunProcessError
     from sapo.training.trainer import NonFiniteError
+    from sapo.watch import CollapseError
 
-    return isinstance(error, NonFiniteError | ColdStartError | RunProcessError)
+    return isinstance(error, NonFiniteError | ColdStartError | RunProcessError | CollapseError)
 
 
 def _fail(message: str, code: int) -> None:

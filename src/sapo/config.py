@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sapo.diagnostics_config import DiagnosticsConfig, WarningsConfig
 from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, make_objective
 
 
@@ -487,7 +488,7 @@ class CheckpointConfig(_Section):
     every: int = Field(50, ge=0)
     """Steps between checkpoints; 0 writes only the last one."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; beside them the last that early warning has found healthy."""
 
 
 class WandbConfig(_Section):
@@ -564,6 +565,8 @@ class RunConfig(_Section):
     log: LogConfig = LogConfig()
     profile: ProfileConfig | None = None
     """`true` times the parts of each phase and writes a Chrome trace of a step to profile/; null and `false` do not."""
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    warnings: WarningsConfig = WarningsConfig()
     provenance: dict[str, Any] | None = None
     """Written by the run (versions, commit, machine), never read by it."""
 

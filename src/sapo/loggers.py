@@ -95,6 +95,12 @@ class LoggerSet:
             if log.trackio is not None:
                 loggers.append(Trackio(log.trackio, self.directory.name, identity, settings))
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: what was logged after it is logged anew."""
+        self.close()
+        self.resumed_at = step
+        self.open()
+
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Hand figures to every logger."""
         for logger in self._loggers:

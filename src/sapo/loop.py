@@ -21,7 +21,8 @@ from typing import Any
 from sapo.batch import split_minibatches
 from sapo.config import RunConfig
 from sapo.data import Group, Prompt
-from sapo.diagnostics import rollout_metrics, step_update_metrics, task_panels, task_update_metrics, update_metrics
+from sapo.diagnosis import Diagnosis
+from sapo.diagnostics import observe, rollout_metrics, step_update_metrics, task_panels
 from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
 from sapo.listener import Listener, Silent
 from sapo.loggers import LoggerSet
@@ -35,7 +36,7 @@ from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.routing_replay import RoutingReplay, attach_experts
 from sapo.run_directory import RunDirectory
-from sapo.run_state import RolloutBatch, RunState, rollout_records
+from sapo.run_state import RolloutBatch, RunState, rollout_records, token_gates
 from sapo.sampler import Staleness, sampler_weights
 from sapo.selection import Selection, Selector
 from sapo.self_check import check_old_logprobs
@@ -43,11 +44,8 @@ from sapo.shaping import shape_group
 from sapo.tasks import Task, score_groups
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
-from sapo.training.trainer import NonFiniteError, Trainer, UpdateResult
-
-# Above this mean |r - 1| of a step's first update the policy is not the one that sampled, and a gate takes the
-# difference between the two for a move of the policy.
-FAITHFUL_RATIO = 0.01
+from sapo.training.trainer import NonFiniteError, Trainer
+from sapo.watch import answer_collapse, kept_checkpoints, note_checkpoint, note_step, note_warning, rollback_record
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,7 @@ class TrainingRun:
             tis=None if config.objective.tis is None else config.objective.tis.weights,
         )
         self._staleness = Staleness(config.rollout.staleness, train.minibatches)
+        self.diagnosis = Diagnosis(config, self.trainer.objective)
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
         names = [t.name for t in tasks.train]
         self.loggers = LoggerSet(
@@ -131,7 +130,7 @@ class TrainingRun:
         """Train to the last step, or until asked to stop.
 
         Raises:
-            NonFiniteError: with step, cause and the checkpoint to resume from.
+            NonFiniteError, CollapseError: with step, cause and the checkpoint to resume from.
         """
         self.loggers.open()
         self.listener.started(self.config)
@@ -166,6 +165,9 @@ class TrainingRun:
         self._log_step(state.groups)
         state.step, state.update = state.step + 1, 0
         state.groups, state.dropped, state.step_updates, state.gates = None, [], [], {}
+        note_step(state, self.config)
+        if state.collapse is not None:
+            self._answer_collapse()
 
     def _sample_due(self) -> None:
         """The step's own batch, or under staleness a later step's, when its time has come."""
@@ -221,9 +223,10 @@ class TrainingRun:
             state.tokens["dropped"] = state.tokens.get("dropped", 0) + tokens[1]
         if selected.unfilled and not state.unfilled:
             self._warn(
+                "unfilled_groups",
                 f"step {state.step + 1}: {selected.unfilled} of {len(selected.groups)} groups of the batch "
                 f"teach nothing after {selected.refill_rounds} refills (rollout.max_refills); said once, counted in "
-                "groups/unfilled"
+                "groups/unfilled",
             )
         state.unfilled += selected.unfilled
 
@@ -251,13 +254,13 @@ class TrainingRun:
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
         self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
         if check.warning is not None:
-            self._warn(check.warning)
+            self._warn("unequal_old_logprobs", check.warning)
         return check.old_logprobs
 
     def update(self, groups: tuple[Group, ...]) -> None:
         """One update from one mini-batch."""
         state, train = self.state, self.config.train
-        learning_rate = learning_rate_at(
+        learning_rate = state.learning_rate_scale * learning_rate_at(
             state.step,
             peak=train.learning_rate,
             warmup_steps=train.warmup_steps,
@@ -266,45 +269,49 @@ class TrainingRun:
             minimum=train.min_learning_rate,
         )
         started = time.perf_counter()
+        minibatch = self.trainer.pack(groups)
+        with self._phase("diagnose"):
+            before = self.diagnosis.before(state.step + 1, self.trainer, minibatch, self.should_stop)
         with self._phase("update"):
             try:
-                result = self.trainer.update(self.trainer.pack(groups), learning_rate, self.should_stop)
+                result = self.trainer.update(minibatch, learning_rate, self.should_stop)
             except NonFiniteError as error:
                 raise NonFiniteError(self._describe_failure(error)) from error
-        figures = update_metrics(result, **self._temperatures())
-        if len(self.tasks.train) > 1:
-            figures |= task_update_metrics(result, [g.prompt.task for g in groups for _ in g.completions])
+        with self._phase("diagnose"):
+            measured = self.diagnosis.after(state.step + 1, result, groups)
+        figures = measured.figures | before
+        # Nothing has moved the weights yet since the batch was sampled.
+        on_policy = "rollout/age" not in state.selection and all(u["skipped"] for u in state.step_updates)
         record = {
             "kind": "update",
             "step": state.step + 1,
             "update": state.update,
             "learning_rate": learning_rate,
+            "on_policy": on_policy,
             "skipped": result.skipped,
             **figures,
             "timing": {"seconds": time.perf_counter() - started},
         }
         self._append(record)
-        if all(u["skipped"] for u in state.step_updates):  # nothing has moved the weights yet in this step
-            self._warn_if_unfaithful(result, figures)
+        if measured.distribution is not None:
+            place = {k: record[k] for k in ("step", "update", "on_policy")}
+            self._append({"kind": "distribution", **place, **measured.distribution})
         state.tokens["trained"] += result.log_ratio_M.numel()
         if self._rollouts_logged():
-            state.gates |= self._gates(result)
-        state.step_updates.append({"skipped": result.skipped, **figures})
+            rollout = self.config.rollout
+            state.gates |= token_gates(result, state.update, train.minibatches, rollout.samples_per_prompt)
+        state.step_updates.append({"skipped": result.skipped, "on_policy": on_policy, **figures})
         state.update += 1
 
-    def _temperatures(self) -> dict[str, float]:
-        """The objective's temperatures where it has them; the paper's otherwise."""
-        objective = self.trainer.objective
-        return {name: getattr(objective, name) for name in ("tau_pos", "tau_neg") if hasattr(objective, name)}
-
-    def _warn_if_unfaithful(self, result: UpdateResult, figures: dict[str, float]) -> None:
-        if self.config.rollout.staleness:  # a batch that waited its turn is off policy by then, and rightly so
-            return
-        if not result.skipped and figures.get("ratio/abs_dev", 0.0) > FAITHFUL_RATIO:
-            self._warn(
-                f"step {self.state.step + 1}: mean |r - 1| of the first update is {figures['ratio/abs_dev']:.3g} "
-                f"(above {FAITHFUL_RATIO}): log pi_old is not the policy's that sampled"
-            )
+    def _answer_collapse(self) -> None:
+        """Go on, stop, or go back to the last healthy checkpoint, as the recipe says."""
+        collapsed = self.state
+        self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer.optimizer, collapsed)
+        if self.state is not collapsed:
+            self._append(rollback_record(collapsed, self.state))
+            self._seconds_before = dict(self.state.seconds)
+            self.loggers.go_back(self.state.step)
+            self.checkpoint()
 
     def evaluate(self) -> None:
         """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
@@ -350,6 +357,7 @@ class TrainingRun:
         """Write a checkpoint of the present state."""
         state = self.state
         with self._phase("checkpoint"):
+            note_checkpoint(state, self.config)
             state.metrics_bytes = self.directory.metrics_bytes()
             written = save_checkpoint(
                 self.directory.checkpoints,
@@ -359,7 +367,7 @@ class TrainingRun:
                 optimizer_tensors=self.trainer.optimizer.state_tensors(),
                 state=state.to_json(),
             )
-            prune(self.directory.checkpoints, self.config.checkpoint.keep)
+            prune(self.directory.checkpoints, self.config.checkpoint.keep, kept_checkpoints(state))
         self._saved_at = -1 if state.update else state.step
         self.listener.checkpoint(written)
         return written
@@ -388,7 +396,9 @@ class TrainingRun:
         figures |= step_update_metrics(state.step_updates, names)
         seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
         self._seconds_before = dict(state.seconds)
-        work = sum(seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "reference", "update"))
+        work = sum(
+            seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "reference", "update", "diagnose")
+        )
         timing = {"seconds": work, **seconds}
         if work > 0:
             timing["tokens_per_second"] = figures["tokens/generated"] / work
@@ -404,27 +414,19 @@ class TrainingRun:
         step, every = self.state.step + 1, self.config.log.rollouts_every
         return every > 0 and (step == 1 or step % every == 0)
 
-    def _gates(self, result: UpdateResult) -> dict[str, dict[str, Any]]:
-        """What the update measured token by token, by sequence of the step."""
-        update, stride = self.state.update, self.config.train.minibatches
-        samples = self.config.rollout.samples_per_prompt
-        lengths = result.sequence_M.bincount().tolist()
-        measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
-        by_name = {name: values.split(lengths) for name, values in measured.items() if values is not None}
-        gates: dict[str, dict[str, Any]] = {}
-        for number, sequence in enumerate(result.sequence_ids):
-            group, sample = divmod(sequence, samples)
-            place = (update + group * stride) * samples + sample  # the inverse of split_minibatches
-            gates[str(place)] = {"update": update, **{n: parts[number].tolist() for n, parts in by_name.items()}}
-        return gates
-
-    def _warn(self, text: str) -> None:
-        self.directory.append_metrics({"kind": "warning", "step": self.state.step + 1, "text": text})
+    def _warn(self, cause: str, text: str) -> None:
+        self.directory.append_metrics({"kind": "warning", "step": self.state.step + 1, "cause": cause, "text": text})
         self.listener.warning(text)
 
     def _append(self, record: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, and hold the rules of early warning against it."""
         self.directory.append_metrics(record)
         self.listener.record(record)
+        self.state.health, warnings = observe(self.state.health, record, self.config.warnings)
+        for warning in warnings:
+            note_warning(self.state, warning)
+            self.directory.append_metrics(warning.to_json())
+            self.listener.warning(warning.line)
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every
@@ -434,6 +436,7 @@ class TrainingRun:
     def _checkpoint_due(self) -> bool:
         step, every = self.state.step, self.config.checkpoint.every
         due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
+        due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # else nothing could be gone back to
         return due and self._saved_at != step
 
     def _describe_failure(self, error: NonFiniteError) -> str:

@@ -95,6 +95,11 @@ class Display:
             self._self_check(record)
         elif kind == "eval":
             self.say(_evaluation_line(record))
+        elif kind == "rollback":
+            self.say(
+                f"step {record['step']}: back to the weights of step {record['to']}, learning rate from here on times "
+                f"{record['learning_rate_scale']:g} (rollback {record['rollbacks']})"
+            )
         elif kind == "step" and self.console.is_terminal:
             figures = [f"{name} {text.format(record[key])}" for name, key, text in COLUMNS if key in record]
             if "tokens_per_second" in record["timing"]:

@@ -161,6 +161,8 @@ RESUMABLE_KEYS = (
     "checkpoint",
     "log",
     "profile",
+    "diagnostics",
+    "warnings",
     "train.tokens_per_microbatch",
 )
 

@@ -1,9 +1,10 @@
 """The run directory: what a run leaves behind, and what it needs to be taken up again.
 
 runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; it can be run again as it is
-          metrics.jsonl     one line per update, step, evaluation, self-check and warning; the clock only in "timing"
+          metrics.jsonl     one line per update, step, evaluation, self-check, warning ...; the clock only in "timing"
           summary.json      start, end, tokens, seconds by phase
           rollouts/         step-000010.jsonl: one line per completion
+          rolled-back/      what a rollback took out of metrics.jsonl
           checkpoints/      see training/checkpoint.py
           profile/          with profile=true: see profiling.py
           tensorboard/      and wandb/: see loggers.py
@@ -139,6 +140,15 @@ class RunDirectory:
         if file.exists():
             os.truncate(file, size)
 
+    def take_metrics_back(self, size: int, name: str) -> None:
+        """Cut metrics.jsonl to `size` bytes; what came after goes to rolled-back/`name`."""
+        self.close_metrics()
+        file = self.path / "metrics.jsonl"
+        after = file.read_bytes()[size:].decode("utf-8")
+        (self.path / "rolled-back").mkdir(exist_ok=True)
+        write_whole(self.path / "rolled-back" / name, after)
+        self.rewind_metrics(size)
+
     def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> Path:
         """Write rollouts/step-NNNNNN.jsonl, one completion a line."""
         file = self.path / "rollouts" / f"step-{step:06d}.jsonl"
@@ -146,9 +156,13 @@ class RunDirectory:
         write_whole(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         return file
 
-    def close(self) -> None:
-        """Close the files and give the lock back."""
+    def close_metrics(self) -> None:
+        """Close metrics.jsonl; the next line opens it again."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        self.close_metrics()
         self._lock.close()

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sapo.data import Completion, Group, Prompt, RoutedExperts, Score, Status
+from sapo.diagnostics.warnings import Health
 from sapo.selection import Position
+from sapo.training.trainer import UpdateResult
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase, over all the run's processes."""
     metrics_bytes: int = 0
+    health: Health = field(default_factory=Health)
+    """What the rules of early warning remember."""
+    collapse: dict[str, Any] | None = None
+    """A collapse found in the present step, until the step's end answers it."""
+    healthy_steps: list[int] = field(default_factory=list)
+    """Steps of the last checkpoints that were written by schedule and have been proven by the step after them."""
+    candidate_step: int | None = None
+    """The step of a checkpoint that the present step will prove healthy, or not."""
+    tried_steps: list[int] = field(default_factory=list)
+    """Those of them that the run has gone back to."""
+    kept_steps: list[int] = field(default_factory=list)
+    """Steps whose checkpoints are kept for good: the last healthy ones before a warning."""
+    rollbacks: int = 0
+    """How often the run went back to a healthy checkpoint."""
+    learning_rate_scale: float = 1.0
+    """Factor of the learning rate that the rollbacks have left."""
 
     @property
     def num_sampled(self) -> int:
@@ -93,6 +111,7 @@ class RunState:
             for b in self.ahead
         ]
         fields["position"] = asdict(self.position)
+        fields["health"] = asdict(self.health)
         return fields
 
     @classmethod
@@ -107,6 +126,7 @@ class RunState:
                 "dropped": [group_from_json(g) for g in fields["dropped"]],
                 "ahead": [_batch_from_json(b) for b in fields.get("ahead", [])],
                 "position": Position(position["offsets"], rates),
+                "health": Health.from_json(fields.get("health", {})),
             }
         )
 
@@ -161,6 +181,24 @@ def _completion_from_json(value: dict[str, Any]) -> Completion:
 
 def _experts_from_json(value: dict[str, Any] | None) -> RoutedExperts | None:
     return None if value is None else RoutedExperts(**{**value, "indices": base64.b64decode(value["indices"])})
+
+
+def token_gates(result: UpdateResult, update: int, minibatches: int, samples: int) -> dict[str, dict[str, Any]]:
+    """What an update measured token by token, by sequence of the step.
+
+    Args:
+        update: which of the step's `minibatches`.
+        samples: per prompt.
+    """
+    lengths = result.sequence_M.bincount().tolist()
+    measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
+    by_name = {name: values.split(lengths) for name, values in measured.items() if values is not None}
+    gates: dict[str, dict[str, Any]] = {}
+    for number, sequence in enumerate(result.sequence_ids):
+        group, sample = divmod(sequence, samples)
+        place = (update + group * minibatches) * samples + sample  # the inverse of split_minibatches
+        gates[str(place)] = {"update": update, **{n: parts[number].tolist() for n, parts in by_name.items()}}
+    return gates
 
 
 def rollout_records(

@@ -47,10 +47,12 @@ def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None) -> dict[str
         "pass@1": float((rewards >= 1.0).mean()),
         "groups": len(groups),
         "groups/zero_variance": float(np.mean([g.teaches_nothing for g in groups])),
+        "groups/none_right": float(np.mean([g.teaches_nothing and max(g.rewards) < 1.0 for g in groups])),
         "length/mean": float(lengths.mean()),
         "length/max": int(lengths.max()),
+        "length/at_limit": sum(c.finish_reason == "length" for c in completions) / len(completions),
         "tokens/generated": int(lengths.sum()),
-        "logprob/sampled_mean": float(np.mean([p for c in completions for p in c.logprobs])),
+        "logprob/sampled_mean": sum(sum(c.logprobs) for c in completions) / int(lengths.sum()),
     }
     for status in Status:
         metrics[f"status/{status.value}"] = sum(c.score.status is status for c in completions)
@@ -63,6 +65,21 @@ def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None) -> dict[str
             np.mean([c.score.figures[name] for c in completions if name in c.score.figures])
         )
     return metrics | _overlong(groups)
+
+
+def minibatch_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What an update was made of, as `batch/...`, whether or not it carried a gradient; nothing without groups."""
+    completions = [c for g in groups for c in g.completions]
+    if not completions:
+        return {}
+    metrics: dict[str, float] = {
+        "batch/groups": len(groups),
+        "batch/zero_variance": sum(g.teaches_nothing for g in groups) / len(groups),
+        "batch/reward_mean": sum(c.score.reward for c in completions) / len(completions),
+        "batch/length_mean": sum(len(c) for c in completions) / len(completions),
+        "batch/at_limit": sum(c.finish_reason == "length" for c in completions) / len(completions),
+    }
+    return metrics | {f"batch/status/{s.value}": sum(c.score.status is s for c in completions) for s in Status}
 
 
 def _overlong(groups: Sequence[Group]) -> dict[str, float]:

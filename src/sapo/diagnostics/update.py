@@ -1,34 +1,50 @@
-"""Figures of one update: how far the policy has moved and what the gate made of it.
+"""Figures of one update: how far the policy has moved and what the gate made of it. docs/metrics.md defines each.
 
 All figures are over the response tokens that carried a gradient, in float64: those of groups with some variance. With a
 KL penalty the tokens of other groups carry one too, the penalty's: `kl`, `entropy` and `tokens/gradient` count them.
-Figures of ratios, gate and theory leave them out, whose advantage of 0 no gate weighs.
+Figures of ratios, gate and theory, and those by the sign of the advantage, leave them out, whose advantage of 0 no gate
+weighs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from sapo.diagnostics.mismatch import MISMATCH_METRICS, mismatch_metrics
-from sapo.objectives import (
-    LOG_RATIO_LIMIT,
-    discrepancy_bound,
-    effective_tokens,
-    effective_update_ratio,
-    gate_discrepancy,
-    variance,
-)
+from sapo.diagnostics.ratios import gate_figures, ratio_figures, tail_figures
+from sapo.diagnostics.sequences import SequenceFigures, sequence_figures, theory_figures
+from sapo.diagnostics.tokens import GatedTokens, gated_tokens
 from sapo.training.trainer import UpdateResult
 
-RATIO_QUANTILES = {"p001": 0.001, "p01": 0.01, "p50": 0.5, "p99": 0.99, "p999": 0.999}
+# Means over the updates of a step, as update/NAME.
+OF_A_STEP = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "entropy_pos",
+    "entropy_neg",
+    "kl",
+    "gate/eur",
+    "gate/eur_pos",
+    "gate/eur_neg",
+    "gate/effective_tokens",
+    "gate/below_half",
+    "gate/below_tenth",
+    "ratio/abs_dev",
+    "theory/variance_mean",
+    "theory/low_variance_share",
+    "routing/changed_share",
+    *MISMATCH_METRICS,
+)
 
-# Within this variance of the log-ratios the paper's assumption A2 holds for a sequence (its Figures 2 and 3).
-LOW_VARIANCE = 0.02
+# The same apart for updates at the weights that sampled and for the later ones, as on_policy/NAME and off_policy/NAME.
+BY_POLICY = ("grad_norm", "gate/eur", "gate/below_half", "ratio/abs_dev", "theory/variance_mean")
+
+OF_A_TASK = ("entropy", "gate/eur", "gate/below_half", "ratio/abs_dev", "theory/variance_mean")
 
 
 def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> dict[str, float]:
@@ -40,13 +56,21 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     """
     if result.skipped:
         return {}
+    tokens = gated_tokens(result)
+    sequences = sequence_figures(tokens, tau_pos=tau_pos, tau_neg=tau_neg) if len(tokens) else None
+    return figures_of_update(result, tokens, sequences)
+
+
+def figures_of_update(result: UpdateResult, tokens: GatedTokens, sequences: SequenceFigures | None) -> dict[str, float]:
+    """`update_metrics` of what has been fetched and measured already."""
     metrics = {"loss": result.loss, "grad_norm": result.grad_norm}
-    gated = _gated(result)
-    metrics |= gate_metrics(gated.log_ratio_M, gated.weight_M, gated.advantage_M)
-    if gated.log_ratio_M.numel():
-        metrics |= _theory_metrics(gated, tau_pos, tau_neg)
+    if sequences is not None:
+        metrics |= ratio_figures(tokens) | gate_figures(tokens.weight_M, tokens.sides) | tail_figures(tokens)
+        metrics |= theory_figures(sequences)
     if result.entropy_M is not None:
         metrics["entropy"] = result.entropy_M.double().mean().item()
+    if tokens.entropy_M is not None:
+        metrics |= {f"entropy_{side}": tokens.entropy_M[own_M].mean().item() for side, own_M in tokens.sides.items()}
     if result.kl_M is not None:
         metrics["kl"] = result.kl_M.mean().item()
     if result.changed_share is not None:
@@ -55,25 +79,6 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
     metrics["tokens/gradient"] = result.log_ratio_M.numel()
     metrics["tokens/packed"] = result.num_packed_tokens
     return metrics
-
-
-def _gated(result: UpdateResult) -> UpdateResult:
-    """The tokens that the objective's gate weighs: all, but for those that only a KL penalty brought along."""
-    if result.kl_M is None:
-        return result
-    kept_M = result.advantage_M != 0
-    numbers, sequence_M = torch.unique(result.sequence_M[kept_M], return_inverse=True)
-    return replace(
-        result,
-        log_ratio_M=result.log_ratio_M[kept_M],
-        weight_M=result.weight_M[kept_M],
-        slope_M=result.slope_M[kept_M],
-        advantage_M=result.advantage_M[kept_M],
-        sequence_M=sequence_M,
-        sequence_ids=tuple(result.sequence_ids[i] for i in numbers.tolist()),
-        entropy_M=None if result.entropy_M is None else result.entropy_M[kept_M],
-        kl_M=None,
-    )
 
 
 def gate_metrics(log_ratio_M: Tensor, weight_M: Tensor, advantage_M: Tensor) -> dict[str, float]:
@@ -86,17 +91,9 @@ def gate_metrics(log_ratio_M: Tensor, weight_M: Tensor, advantage_M: Tensor) -> 
     """
     if not log_ratio_M.numel():
         return {}
-    metrics = _ratio_metrics(log_ratio_M)
-    metrics |= {
-        "gate/eur": effective_update_ratio(weight_M).item(),
-        "gate/effective_tokens": effective_tokens(weight_M).item(),
-        "gate/below_half": (weight_M < 0.5).double().mean().item(),
-        "gate/min": weight_M.min().item(),
-    }
-    for name, side_M in (("pos", advantage_M > 0), ("neg", advantage_M <= 0)):
-        if side_M.any():
-            metrics[f"gate/eur_{name}"] = effective_update_ratio(weight_M[side_M]).item()
-    return metrics
+    z_M, w_M, a_M = (t.detach().double().cpu().numpy() for t in (log_ratio_M, weight_M, advantage_M))
+    tokens = GatedTokens(z_M, w_M, w_M, a_M, sequence_M=np.zeros(len(z_M), dtype=np.int64), sequence_ids=(0,))
+    return ratio_figures(tokens) | gate_figures(tokens.weight_M, tokens.sides)
 
 
 def task_update_metrics(result: UpdateResult, tasks: Sequence[str]) -> dict[str, float]:
@@ -107,67 +104,58 @@ def task_update_metrics(result: UpdateResult, tasks: Sequence[str]) -> dict[str,
     """
     if result.skipped:
         return {}
-    result = _gated(result)
-    names = sorted({tasks[i] for i in result.sequence_ids})
-    number = torch.tensor([names.index(tasks[i]) for i in result.sequence_ids], device=result.sequence_M.device)
-    task_M = number[result.sequence_M]
+    return task_figures(gated_tokens(result), tasks)
+
+
+def task_figures(
+    tokens: GatedTokens, tasks: Sequence[str], sequences: SequenceFigures | None = None
+) -> dict[str, float]:
+    """`task_update_metrics` of what has been fetched already; with Var_i where it has been measured."""
+    of_sequence = np.array([tasks[i] for i in tokens.sequence_ids])
     metrics: dict[str, float] = {}
-    for i, name in enumerate(names):
-        own_M = task_M == i
-        metrics[f"task/{name}/gate/eur"] = effective_update_ratio(result.weight_M[own_M]).item()
-        metrics[f"task/{name}/tokens/gradient"] = int(own_M.sum())
-        if result.entropy_M is not None:
-            metrics[f"task/{name}/entropy"] = result.entropy_M[own_M].double().mean().item()
+    for name in sorted(set(of_sequence.tolist())):
+        own_B = of_sequence == name
+        own_M = np.repeat(own_B, tokens.lengths_B)
+        weight_M = tokens.weight_M[own_M]
+        figures: dict[str, float] = {
+            "gate/eur": weight_M.mean().item(),
+            "gate/below_half": np.count_nonzero(weight_M < 0.5) / len(weight_M),
+            "ratio/abs_dev": np.abs(tokens.ratio_M[own_M] - 1).mean().item(),
+            "tokens/gradient": int(own_M.sum()),
+        }
+        if sequences is not None:
+            figures["theory/variance_mean"] = sequences.variance_B[own_B].mean().item()
+        if tokens.entropy_M is not None:
+            figures["entropy"] = tokens.entropy_M[own_M].mean().item()
+        metrics |= {f"task/{name}/{key}": value for key, value in figures.items()}
     return metrics
 
 
 def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """Means over the updates of a step that moved the weights, as `update/...` and `task/<name>/update/...`.
+    """Means over the updates of a step that moved the weights, as `update/...` and `task/<name>/update/...`; those at
+    the weights that sampled and those after them apart, as `on_policy/...` and `off_policy/...`.
 
     Args:
-        updates: figures of each update, with `skipped`.
+        updates: figures of each update, with `skipped` and, for the two apart, `on_policy`.
         tasks: of the run.
     """
     done = [u for u in updates if not u["skipped"]]
-    figures = ("loss", "grad_norm", "entropy", "kl", "gate/eur", "gate/effective_tokens", "ratio/abs_dev")
-    names = [("", n) for n in (*figures, "routing/changed_share", *MISMATCH_METRICS)]
-    names += [(f"task/{task}/", n) for task in tasks for n in ("entropy", "gate/eur")]
-    metrics: dict[str, float] = {}
-    for prefix, name in names:
-        values = [u[prefix + name] for u in done if prefix + name in u]
-        if values:
-            metrics[f"{prefix}update/{name}"] = sum(values) / len(values)
+    metrics = _means(done, "update/", OF_A_STEP)
+    for task in tasks:
+        metrics |= _means(done, f"task/{task}/update/", OF_A_TASK, prefix=f"task/{task}/")
+    for name, on_policy in (("on_policy/", True), ("off_policy/", False)):
+        metrics |= _means([u for u in done if u.get("on_policy") is on_policy], name, BY_POLICY)
     if done and "ratio/abs_dev" in done[0]:  # the first that moved the weights: those before it were skipped
         metrics["first_update/ratio/abs_dev"] = done[0]["ratio/abs_dev"]
     metrics["updates/skipped"] = len(updates) - len(done)
     return metrics
 
 
-def _ratio_metrics(log_ratio_M: Tensor) -> dict[str, float]:
-    ratio_M = log_ratio_M.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    metrics = {"ratio/abs_dev": (ratio_M - 1).abs().mean().item()}
-    ordered = ratio_M.sort().values
-    for name, quantile in RATIO_QUANTILES.items():  # torch.quantile refuses more than 16 million elements
-        metrics[f"ratio/{name}"] = ordered[min(len(ordered) - 1, int(quantile * len(ordered)))].item()
-    metrics |= {"ratio/min": ordered[0].item(), "ratio/max": ordered[-1].item()}
+def _means(updates: Sequence[Mapping[str, Any]], to: str, names: Sequence[str], prefix: str = "") -> dict[str, float]:
+    """Means under `to` of the figures that some update has."""
+    metrics: dict[str, float] = {}
+    for name in names:
+        values = [u[prefix + name] for u in updates if prefix + name in u]
+        if values:
+            metrics[to + name] = sum(values) / len(values)
     return metrics
-
-
-def _theory_metrics(result: UpdateResult, tau_pos: float, tau_neg: float) -> dict[str, float]:
-    """Var_i, D_i and how much of the bound (21) it uses."""
-    sequence_M = result.sequence_M
-    count = int(sequence_M[-1]) + 1
-    variance_B = variance(result.log_ratio_M, sequence_M, count)
-    advantage_B = torch.zeros(count, dtype=torch.float64, device=sequence_M.device)
-    advantage_B[sequence_M] = result.advantage_M.double()
-    tau_B = torch.where(advantage_B > 0, tau_pos, tau_neg).double()
-    discrepancy_B = gate_discrepancy(result.log_ratio_M, sequence_M, count, tau=tau_B)
-    bound_B = discrepancy_bound(result.log_ratio_M, sequence_M, count, tau=tau_B)
-    return {
-        "theory/variance_mean": variance_B.mean().item(),
-        "theory/variance_max": variance_B.max().item(),
-        "theory/low_variance_share": (variance_B < LOW_VARIANCE).double().mean().item(),
-        "theory/discrepancy_mean": discrepancy_B.mean().item(),
-        "theory/discrepancy_max": discrepancy_B.max().item(),
-        "theory/bound_violations": int((discrepancy_B > bound_B + 1e-12).sum()),
-    }

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,11 @@ def newest_whole(directory: Path, on_broken: Callable[[CheckpointError], None]) 
     return None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints, and what an interrupted write left behind."""
+def prune(directory: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
+    """Delete all but the newest checkpoints and those of the steps named, and what an interrupted write left behind."""
     for checkpoint in list_checkpoints(directory)[keep:]:
-        shutil.rmtree(checkpoint.path)
+        if checkpoint.update or checkpoint.step not in kept_steps:
+            shutil.rmtree(checkpoint.path)
     for pattern in (".writing-*", ".replaced-*"):
         for leftover in directory.glob(pattern):
             shutil.rmtree(leftover)

@@ -65,6 +65,10 @@ class UpdateResult:
     """log pi_old - log mu of each token, float64; None where log pi_old is the sampler's."""
     tis: MismatchWeights | None = None
     """The correction for the mismatch; None without one."""
+    loss_weight_M: Tensor | None = None
+    """Weight of each token in the loss, the normaliser of the mini-batch included; None where it was not kept."""
+    old_logprob_M: Tensor | None = None
+    """log pi_old of each token; likewise."""
 
 
 class Trainer:
@@ -370,6 +374,8 @@ def _collect(
         sequence_ids=tuple(i for b, _, _ in outputs for i in b.sequence_ids),
         entropy_M=torch.cat(entropies) if entropies else None,
         kl_M=_kl_of(outputs, kl),
+        loss_weight_M=torch.cat([b.weights_B[b.sequence_M] for b, _, _ in outputs]),
+        old_logprob_M=torch.cat([b.old_logprobs_M for b, _, _ in outputs]),
         num_packed_tokens=sum(b.num_tokens for b, _, _ in outputs),
     )
 

@@ -1,0 +1,142 @@
+"""Settings of what a run measures beside its loss, and of what it does when the measurements turn bad.
+
+They are a part of the recipe (config.py) in a file of their own. None of them changes a healthy run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sapo.objectives import make_objective
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class CounterfactualConfig(BaseModel):
+    """An objective that is asked what it would have made of a batch. Further settings are its own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """One of sapo.objectives.OBJECTIVES."""
+    label: str | None = None
+    """What its figures are called, as in counterfactual/LABEL/eur; the objective's name when null."""
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The objective's own settings, as `make_objective` takes them."""
+        return dict(self.model_extra or {})
+
+    @property
+    def key(self) -> str:
+        """The label in force."""
+        return self.name if self.label is None else self.label
+
+    @model_validator(mode="after")
+    def _known(self) -> CounterfactualConfig:
+        make_objective(self.name, **self.hyperparameters)
+        if not self.key or "/" in self.key:
+            raise ValueError(f"a label must be a word without /, for it is part of a figure's name; got {self.key!r}")
+        return self
+
+
+def default_counterfactuals() -> list[CounterfactualConfig]:
+    """The paper's three objectives, SAPO at other temperatures (tau_neg 1.05 tau_pos, as in the paper), and SAPO on the
+    side of drift alone."""
+    settings: list[dict[str, Any]] = [
+        {"name": "sapo"},
+        {"name": "grpo"},
+        {"name": "gspo"},
+        *({"name": "sapo", "label": f"sapo_tau_{t}", "tau_pos": t, "tau_neg": 1.05 * t} for t in (0.5, 2.0, 10.0)),
+        {"name": "sapo", "label": "sapo_one_sided", "side": "drift"},
+    ]
+    return [CounterfactualConfig(**s) for s in settings]
+
+
+class DiagnosticsConfig(_Section):
+    """Figures that are not taken of every update, for what they cost. Figures of every update need no setting."""
+
+    distributions_every: int = Field(10, ge=0)
+    """Steps between lines of kind "distribution": histograms and a scatter that a figure can be drawn from. The first
+    step has them too; 0 writes none."""
+    counterfactuals_every: int = Field(10, ge=0)
+    """Steps between figures of the counterfactual gates. The first step has them too; 0 takes none."""
+    counterfactuals: list[CounterfactualConfig] = Field(default_factory=default_counterfactuals)
+    """Objectives asked what they would have weighed each token of the same batch; [] asks none."""
+    true_gradient_every: int = Field(0, ge=0)
+    """Steps between comparisons of the parameters' gradients under the counterfactual objectives; each of these costs
+    one more backward pass. 0 makes none."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> DiagnosticsConfig:
+        keys = [c.key for c in self.counterfactuals]
+        if twice := sorted({k for k in keys if keys.count(k) > 1}):
+            raise ValueError(f"counterfactuals must differ in their label; got {twice[0]!r} twice; give one a label")
+        return self
+
+
+class WarningsConfig(_Section):
+    """Early warning: when a figure of the run counts as bad, and what is done about it.
+
+    A rule that compares with the run's own beginning takes the mean of the first `reference_steps` steps. Rules of a
+    step must hold for `patience` steps on end. docs/metrics.md has the rules in full, docs/log.md what the defaults
+    were held against.
+    """
+
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
+    """When a cause that counts as a collapse is found. warn: say so and go on. stop: end the run, its newest checkpoint
+    the last healthy one. rollback: go on from there with a learning rate times `rollback_learning_rate`; from an
+    earlier one if that collapses too."""
+    collapse_causes: list[
+        Literal[
+            "entropy_collapse",
+            "entropy_explosion",
+            "ratio_tail",
+            "zero_variance_flood",
+            "length_collapse",
+            "reward_collapse",
+            "gradient_spike",
+        ]
+    ] = ["entropy_collapse", "entropy_explosion", "zero_variance_flood", "length_collapse", "reward_collapse"]
+    """Causes that count as a collapse. A heavy tail or a spike foretells one, and may pass."""
+    rollback_learning_rate: float = Field(0.5, gt=0, le=1)
+    """Factor of the learning rate at each rollback, on top of the schedule and of earlier rollbacks."""
+    max_rollbacks: int = Field(3, ge=1)
+    """The next collapse after so many rollbacks stops the run."""
+    reference_steps: int = Field(5, ge=1)
+    """First steps whose mean is what entropy and length are held against."""
+    patience: int = Field(3, ge=1)
+    """Steps on end for which a rule of a step must hold."""
+    entropy_low: float = Field(0.1, ge=0, lt=1)
+    """entropy_collapse: entropy below this share of the reference."""
+    entropy_solved: float = 0.8
+    """entropy_collapse: not at a mean reward from here on, where little is left to be unsure of."""
+    entropy_high: float = Field(3.0, gt=1)
+    """entropy_explosion: entropy above this multiple of the reference."""
+    ratio_tail: float = Field(20.0, gt=1)
+    """ratio_tail: more than one token in a hundred of an update beyond this factor, up or down."""
+    zero_variance: float = Field(0.7, gt=0, le=1)
+    """zero_variance_flood: share of groups without spread in which no completion is right. Groups that are all right
+    teach nothing either, but are what was wanted."""
+    length_low: float = Field(0.5, gt=0, lt=1)
+    """length_collapse: mean length below this share of the reference, at a reward no better than the reference's."""
+    reward_low: float = Field(0.5, gt=0, lt=1)
+    """reward_collapse: mean reward of `reward_steps` steps below this share of the best such mean so far, or of the
+    reference."""
+    reward_steps: int = Field(10, ge=1)
+    """See `reward_low`."""
+    unparseable: float = Field(0.5, gt=0, le=1)
+    """reward_status: share of a step's completions that were unparseable, or truncated where that is no answer."""
+    verifier_errors: float = Field(0.05, gt=0, le=1)
+    """reward_status: share of a step's completions on which the verifier failed."""
+    gradient_spike: float = Field(10.0, gt=1)
+    """gradient_spike: gradient norm of an update above this multiple of the median of the last `gradient_updates`."""
+    gradient_updates: int = Field(50, ge=5)
+    """See `gradient_spike`; nothing is said before a fifth of so many are known."""
+    unfaithful: float = Field(0.01, gt=0)
+    """unfaithful_old_logprobs: mean |r - 1| of a step's first update. On policy it is 0; from .011 on, prototype runs
+    saw sharp clips chase the difference."""
