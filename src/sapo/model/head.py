@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sapo.model.gemm import add_outer_sum, linear, product
 
-# Logits of one chunk in elements: 6 Mi of float32 are 24 MiB. Each chunk reads and writes the gradient of the output
+# Logits of one chunk: 24 MiB, in the model's own precision. Each chunk reads and writes the gradient of the output
 # embedding once, so a chunk below MIN_CHUNK tokens would wait for memory; above it, more tokens gain little (docs/log.md).
-CHUNK_ELEMENTS = 6 * 2**20
+CHUNK_BYTES = 24 * 2**20
 MIN_CHUNK = 96
 
 # Logits that are made into probabilities together, twice over in float32 beside the chunk: 1 MiB is in the cache.
@@ -34,13 +34,16 @@ LossAndCoefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(log pi of a chunk, which tokens they are) -> (the chunk's part of the loss, d loss / d log pi of each token)."""
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens per chunk: so that its logits stay within CHUNK_ELEMENTS, but MIN_CHUNK at least.
+def chunk_tokens(vocabulary: int, itemsize: int = 4) -> int:
+    """Tokens per chunk: so that its logits stay within CHUNK_BYTES, but MIN_CHUNK at least.
 
-    >>> chunk_tokens(49152), chunk_tokens(151936), chunk_tokens(19)
-    (128, 96, 65536)
+    Args:
+        itemsize: bytes of an element of the model's precision.
+
+    >>> chunk_tokens(49152), chunk_tokens(49152, itemsize=2), chunk_tokens(151936), chunk_tokens(19)
+    (128, 256, 96, 65536)
     """
-    return max(MIN_CHUNK, min(65536, CHUNK_ELEMENTS // vocabulary))
+    return max(MIN_CHUNK, min(65536, CHUNK_BYTES // (vocabulary * itemsize)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def policy_head(
         entropy: also return the entropy of each token's distribution.
         chunk: tokens per chunk; chosen from the vocabulary when None.
     """
-    size = chunk or chunk_tokens(weight_VH.shape[0])
+    size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
     loss, logprob_M, entropy_M = _PolicyHead.apply(
         hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, softcap, entropy, size
     )
@@ -98,7 +101,7 @@ def token_logprobs(
     chunk: int | None = None,
 ) -> Tensor:
     """(M,) log pi of the targets, one chunk of logits at a time, without gradient."""
-    size = chunk or chunk_tokens(weight_VH.shape[0])
+    size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
     shape = _Shape(temperature, softcap, entropy=False, gradient=False)
     logprob_M = hidden_MH.new_empty(target_M.shape, dtype=_wide(hidden_MH.dtype))
     for at in _chunks(target_M.shape[0], size):
