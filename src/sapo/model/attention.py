@@ -190,7 +190,7 @@ class TreeLayout:
         if self.on_keys is not None:
             self.on_keys(layer, key, value)
         if softcap is None and _has_kernel(query, value):
-            masks = [self._mask(i, sliding_window, _kernel_dtype(query)) for i in range(len(self.buckets))]
+            masks = [self._mask(i, sliding_window, query.dtype) for i in range(len(self.buckets))]
             return _TreeAttention.apply(query, key, value, self.buckets, self.output_index, scaling, *masks)
         outputs = []
         for i, bucket in enumerate(self.buckets):
@@ -219,17 +219,12 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def _kernel_dtype(query: Tensor) -> torch.dtype:
-    """float32 for bfloat16, whose backward kernel takes three times as long on an AVX-512 processor."""
-    return torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
-
-
 class _TreeAttention(torch.autograd.Function):
     """A layer's attention on a processor, all buckets: what is kept for the backward pass is packed.
 
-    Autograd would keep each response's copy of the keys and values of its prompt, and bring their gradients back copy by
-    copy. Kept are queries, keys, values and outputs of N tokens and the log-normalisers of the softmax, and the copies are
-    made again.
+    Autograd would keep each response's copy of the keys and values of its prompt, and bring their gradients back copy
+    by copy. Kept are queries, keys, values and outputs of N tokens and the log-normalisers of the softmax, and the
+    copies are made again.
     """
 
     @staticmethod
@@ -243,15 +238,14 @@ class _TreeAttention(torch.autograd.Function):
         scaling: float,
         *masks: Tensor,
     ) -> Tensor:
-        wide = [x.to(_kernel_dtype(query)) for x in (query, key, value)]
         outputs, normalizers = [], []
         for bucket, mask in zip(buckets, masks, strict=True):
             output_bHQD, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *_padded(bucket, *wide), 0.0, False, attn_mask=mask, scale=scaling
+                *_padded(bucket, query, key, value), 0.0, False, attn_mask=mask, scale=scaling
             )
             outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
             normalizers.append(normalizer)
-        output = _join(outputs).index_select(0, output_index).to(query.dtype)
+        output = _join(outputs).index_select(0, output_index)
         ctx.save_for_backward(query, key, value, output, *masks, *normalizers)
         ctx.buckets, ctx.output_index, ctx.scaling = buckets, output_index, scaling
         return output
@@ -261,7 +255,9 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *rest = ctx.saved_tensors
         masks, normalizers = rest[: len(ctx.buckets)], rest[len(ctx.buckets) :]
-        dtype = _kernel_dtype(query)
+        # The kernel for bfloat16 takes three times as long as float32's on a processor with AVX-512.
+        given = query.dtype
+        dtype = torch.float32 if given in (torch.bfloat16, torch.float16) else given
         query, key, value, output, grad = (x.to(dtype) for x in (query, key, value, output, grad))
         grads_query: list[Tensor] = []
         grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype) for x in (key, value))
@@ -275,7 +271,7 @@ class _TreeAttention(torch.autograd.Function):
                 normalizer,
                 0.0,
                 False,
-                attn_mask=mask,
+                attn_mask=mask.to(dtype),
                 scale=ctx.scaling,
             )
             grads_query.append(of_query.transpose(1, 2).flatten(0, 1))
@@ -283,7 +279,7 @@ class _TreeAttention(torch.autograd.Function):
                 _add_rows(total, bucket.key_index, part.transpose(1, 2).flatten(0, 1))
         grad_query = _join(grads_query).index_select(0, ctx.output_index)
         nothing = (None,) * (3 + len(masks))
-        return (*(x.to(ctx.saved_tensors[0].dtype) for x in (grad_query, grad_key, grad_value)), *nothing)
+        return (*(x.to(given) for x in (grad_query, grad_key, grad_value)), *nothing)
 
 
 def _padded(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

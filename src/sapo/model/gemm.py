@@ -1,10 +1,11 @@
 """Matrix products of the update: forward, d input and d weight on the best kernel the processor has.
 
-In float32 on an x86 processor torch multiplies with MKL. oneDNN, which is in every build of torch, is a tenth faster on the
-shapes of a decoder where both are good, half as fast again where the output is as wide as a vocabulary, and twice as fast
-on AMD's Zen 5, for which MKL has kernels of 256 bits only. `linear` and `product` take oneDNN there, the right operand as it
-lies. The gradient of a weight has its left operand transposed, which oneDNN copies first: there it is taken on Zen 5 alone.
-bfloat16 goes to oneDNN by torch's own hand; float64 (tests), CUDA and other processors are left to torch.
+In float32 on an x86 processor torch multiplies with MKL. oneDNN, which is in every build of torch, is up to a tenth
+faster on the shapes of a decoder where both are good, by a half where the output is as wide as a vocabulary and the
+rows are few, and by more on AMD's Zen 5, for which MKL has kernels of 256 bits only. `linear` and `product` take oneDNN
+there, the right operand as it lies. The gradient of a weight has its left operand transposed, which oneDNN copies
+first: there it is taken on Zen 5 alone. bfloat16 goes to oneDNN by torch's own hand; float64 (tests), CUDA and other
+processors are left to torch.
 
 Which kernel is taken depends on dtype, device, processor and shape, never on a timing: a run that is resumed computes
 the same bits.
@@ -50,11 +51,11 @@ def _mkl_runs_at_half() -> bool:
 def takes_onednn(left: Tensor, right: Tensor, multiplications: int) -> bool:
     """Whether a product of two matrices goes to oneDNN by our hand."""
     return (
-        multiplications >= MIN_MULTIPLICATIONS
+        multiplications >= max(1, MIN_MULTIPLICATIONS)
         and left.dtype == torch.float32 == right.dtype
         and left.device.type == "cpu" == right.device.type
         and _processor_has_onednn()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -66,7 +67,7 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 
 def outer_sum(left_NM: Tensor, right_NK: Tensor) -> Tensor:
-    """(M, K) left^T @ right, the gradient of a weight: the sum over tokens of their outer products, without autograd."""
+    """(M, K) left^T @ right, the gradient of a weight: a sum over tokens of outer products; without autograd."""
     if _mkl_runs_at_half() and takes_onednn(left_NM, right_NK, left_NM.numel() * right_NK.shape[1]):
         return torch.ops.mkldnn._linear_pointwise(left_NM.t(), right_NK.t(), None, "none", [], "")
     return left_NM.t() @ right_NK
@@ -75,8 +76,8 @@ def outer_sum(left_NM: Tensor, right_NK: Tensor) -> Tensor:
 def add_outer_sum(total_MK: Tensor, left_NM: Tensor, right_NK: Tensor, *, fresh: bool) -> None:
     """total += left^T @ right, or total = ... where it is `fresh`; the total may be wider than the product's dtype.
 
-    For totals far larger than the caches: one block of rows at a time, so that a product is added while it is in them and
-    never takes memory of the size of the total.
+    For totals far larger than the caches: one block of rows at a time, so that a product is added while it is in them
+    and never takes memory of the size of the total.
     """
     if left_NM.dtype == total_MK.dtype and not _mkl_runs_at_half():
         torch.addmm(total_MK, left_NM.t(), right_NK, beta=0 if fresh else 1, out=total_MK)
@@ -127,8 +128,8 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
 def use_best_products(model: nn.Module) -> None:
     """Let every linear layer of a model compute through `linear`.
 
-    The layers keep their class, parameters and names, so that peft, saving and export see the model they know; layers of
-    another class (quantised ones, say) keep their own forward.
+    The layers keep their class, parameters and names, so that peft, saving and export see the model they know; layers
+    of another class (quantised ones, say) keep their own forward.
     """
     for module in model.modules():
         if type(module) is nn.Linear:

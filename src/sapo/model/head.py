@@ -6,9 +6,9 @@ d logits = c (onehot(y) - p) / temperature,
 
     d hidden = c / temperature (W_y - p W)        d W = sum over tokens of c / temperature (onehot(y) - p) hidden^T
 
-so that c scales rows of hidden states and never the logits, and onehot(y) is a row of W looked up or added to. Never more
-than one chunk of logits exists; a few rows of it at a time, as many as a cache holds, are made into probabilities in
-place. `tests/model/test_head.py` holds value and gradient against autograd in float64.
+so that c scales rows of hidden states and never the logits, and onehot(y) is a row of W looked up or added to. Never
+more than one chunk of logits exists; a few rows of it at a time, as many as a cache holds, are made into probabilities
+in place. `tests/model/test_head.py` holds value and gradient against autograd in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from sapo.model.gemm import add_outer_sum, linear, product
 
 # Logits of one chunk: 24 MiB, in the model's own precision. Each chunk reads and writes the gradient of the output
-# embedding once, so a chunk below MIN_CHUNK tokens would wait for memory; above it, more tokens gain little (docs/log.md).
+# embedding once, so that a chunk below MIN_CHUNK tokens would wait for memory; above it, more gain little.
 CHUNK_BYTES = 24 * 2**20
 MIN_CHUNK = 96
 
