@@ -154,6 +154,7 @@ def test_a_policy_computes_through_these_products(new_policy, monkeypatch) -> No
     policy = new_policy("qwen3")
     policy.model.set_attn_implementation("sdpa")
     calls.clear()
-    policy.model(input_ids=torch.tensor([[1, 2, 3]]))
+    with torch.no_grad():
+        policy.model(input_ids=torch.tensor([[1, 2, 3]]))
     # Seven layers of each of two blocks, and the head.
     assert len(calls) == 2 * 7 + 1
