@@ -46,7 +46,7 @@ from sapo.config import RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.fast import copied_bytes
-from sapo.model.head import chunk_tokens
+from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
 from sapo.rollout.cache import KVCache, cache_dtype
 from sapo.rollout.local import PREFILL_TOKENS
@@ -66,9 +66,6 @@ SAMPLER_LOGITS_CUT = 6.5
 ALLOCATOR_SHARE = 0.125
 """What glibc holds back of all that is allocated and freed in a step: on SmolLM2-135M .12 to .14 of what lies beyond
 the baseline, with one micro-batch and with activation checkpointing, .20 with several (docs/memory.md)."""
-
-# The same in the policy head: the chunk's logits, and the temporary of logsumexp or of the entropy.
-HEAD_LOGITS = 2.0
 
 
 @dataclass(frozen=True)
@@ -364,9 +361,11 @@ def _pack(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: i
 
 def _chunk_bytes(policy: Policy, targets: int) -> int:
     vocabulary = policy.head_weight.shape[0]
-    tokens = min(chunk_tokens(vocabulary), targets)
-    narrow = 2 * policy.dtype.itemsize if policy.dtype.itemsize < 4 else 0  # as computed, and as handed to the products
-    return int(tokens * vocabulary * (4 * HEAD_LOGITS + narrow))
+    itemsize = policy.dtype.itemsize
+    tokens = min(chunk_tokens(vocabulary, itemsize), targets)
+    block = max(vocabulary, min(BLOCK_ELEMENTS, tokens * vocabulary))
+    # The block of rows that is made into probabilities, and its wider copy where the model computes in 16 bits.
+    return tokens * vocabulary * itemsize + block * max(4, itemsize) * (1 if itemsize >= 4 else 2)
 
 
 def _cache_bytes_per_token(policy: Policy) -> int:

@@ -203,12 +203,43 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits_but_the_weight(dtype):
     assert max(size for shape, size in sizes.items() if shape not in weight_shapes) == chunk * vocabulary
 
 
-def test_chunks_of_logits_stay_within_32_mebibytes_of_float32():
-    # By hand: 2^23 elements; but never fewer than 16 tokens, nor more than 65,536.
-    assert chunk_tokens(2**13) == 2**10
-    assert chunk_tokens(151_936) == 55
-    assert chunk_tokens(10**9) == 16
+def test_chunks_of_logits_stay_within_24_mebibytes():
+    # By hand: 24 * 2^20 bytes; but never fewer than 96 tokens, nor more than 65,536.
+    assert chunk_tokens(2**13) == 768
+    assert chunk_tokens(2**13, itemsize=2) == 1536
+    assert chunk_tokens(151_936) == 96
+    assert chunk_tokens(10**9) == 96
     assert chunk_tokens(2) == 65_536
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_blocks_within_a_chunk_change_nothing(rows, monkeypatch):
+    hidden_MH, weight_VH, bias_V, target_M = inputs()
+    options = {"bias_V": bias_V, "temperature": 0.7, "softcap": 3.0, "entropy": True}
+    whole = policy_head(hidden_MH, weight_VH, target_M, objective, **options)
+    wanted = torch.autograd.grad(whole.loss, (hidden_MH, weight_VH, bias_V))
+    monkeypatch.setattr("sapo.model.head.BLOCK_ELEMENTS", rows * V)
+    cut = policy_head(hidden_MH, weight_VH, target_M, objective, **options)
+    assert torch.equal(cut.logprob_M, whole.logprob_M)
+    assert torch.equal(cut.entropy_M, whole.entropy_M)
+    got = torch.autograd.grad(cut.loss, (hidden_MH, weight_VH, bias_V))
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_token_that_its_bias_forbids_leaves_entropy_and_gradient_finite():
+    # By definition: with a bias of -inf its probability is 0, and 0 log 0 counts as 0.
+    hidden_MH, weight_VH, bias_V, target_M = inputs()
+    forbidden = bias_V.detach().clone()
+    forbidden[4] = -torch.inf
+    target_M = target_M.masked_fill(target_M == 4, 3)
+    head = policy_head(hidden_MH, weight_VH, target_M, objective, bias_V=forbidden, entropy=True)
+    kept = [v for v in range(V) if v != 4]
+    logp = torch.log_softmax(hidden_MH @ weight_VH[kept].T + bias_V[kept], -1)
+    torch.testing.assert_close(head.entropy_M, -(logp.exp() * logp).sum(-1).detach(), rtol=0, atol=1e-12)
+    head.loss.backward()
+    assert bool(hidden_MH.grad.isfinite().all())
+    assert bool((weight_VH.grad[4] == 0).all())
 
 
 def test_no_tokens_give_a_loss_of_zero_and_zero_gradients():

@@ -275,7 +275,8 @@ def test_an_update_is_one_step_of_plain_adamw() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_chunks_of_the_head_leave_gradient_unchanged(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, groups = make_policy(), make_groups()
-    monkeypatch.setattr("sapo.model.head.CHUNK_ELEMENTS", 1)  # 16 tokens a chunk
+    monkeypatch.setattr("sapo.model.head.CHUNK_BYTES", 1)
+    monkeypatch.setattr("sapo.model.head.MIN_CHUNK", 16)  # tokens a chunk
     trainer = make_trainer(policy, objective)
     assert trainer.pack(groups).num_targets > 3 * 16
     assert_same(packed_gradient(trainer, groups), plain_gradient(policy, groups, objective, "sequence_mean"))

@@ -135,6 +135,8 @@ class Bucket:
     """Length of each segment."""
     size: tuple[int, int, int]
     """(b, Q, K)."""
+    padding: Tensor
+    """Rows among the b * Q queries that pad."""
 
     def mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
         """(b, 1, Q, K) additive: query j of a segment sees path positions up to prefix + j, no further back than the
@@ -187,6 +189,9 @@ class TreeLayout:
     ) -> Tensor:
         if self.on_keys is not None:
             self.on_keys(layer, key, value)
+        if softcap is None and _has_kernel(query, value):
+            masks = [self._mask(i, sliding_window, query.dtype) for i in range(len(self.buckets))]
+            return _TreeAttention.apply(query, key, value, self.buckets, self.output_index, scaling, *masks)
         outputs = []
         for i, bucket in enumerate(self.buckets):
             num_rows, num_queries, num_keys = bucket.size
@@ -203,6 +208,102 @@ class TreeLayout:
         if key not in self._masks:  # one per layout, not one per layer
             self._masks[key] = self.buckets[bucket].mask(sliding_window, dtype)
         return self._masks[key]
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's attention kernel for processors can be called by its two halves."""
+    return (
+        query.device.type == "cpu"
+        and query.shape[-1] == value.shape[-1]
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+    )
+
+
+class _TreeAttention(torch.autograd.Function):
+    """A layer's attention on a processor, all buckets: what is kept for the backward pass is packed.
+
+    Autograd would keep each response's copy of the keys and values of its prompt, and bring their gradients back copy
+    by copy. Kept are queries, keys, values and outputs of N tokens and the log-normalisers of the softmax, and the
+    copies are made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        buckets: list[Bucket],
+        output_index: Tensor,
+        scaling: float,
+        *masks: Tensor,
+    ) -> Tensor:
+        outputs, normalizers = [], []
+        for bucket, mask in zip(buckets, masks, strict=True):
+            output_bHQD, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_padded(bucket, query, key, value), 0.0, False, attn_mask=mask, scale=scaling
+            )
+            outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
+            normalizers.append(normalizer)
+        output = _join(outputs).index_select(0, output_index)
+        ctx.save_for_backward(query, key, value, output, *masks, *normalizers)
+        ctx.buckets, ctx.output_index, ctx.scaling = buckets, output_index, scaling
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *rest = ctx.saved_tensors
+        masks, normalizers = rest[: len(ctx.buckets)], rest[len(ctx.buckets) :]
+        # The kernel for bfloat16 takes three times as long as float32's on a processor with AVX-512.
+        given = query.dtype
+        dtype = torch.float32 if given in (torch.bfloat16, torch.float16) else given
+        query, key, value, output, grad = (x.to(dtype) for x in (query, key, value, output, grad))
+        grads_query: list[Tensor] = []
+        grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype) for x in (key, value))
+        for bucket, mask, normalizer in zip(ctx.buckets, masks, normalizers, strict=True):
+            grad_bHQD, output_bHQD = (_padded_queries(bucket, x) for x in (grad, output))
+            grad_bHQD.transpose(1, 2).flatten(0, 1).index_fill_(0, bucket.padding, 0.0)
+            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_bHQD,
+                *_padded(bucket, query, key, value),
+                output_bHQD,
+                normalizer,
+                0.0,
+                False,
+                attn_mask=mask.to(dtype),
+                scale=ctx.scaling,
+            )
+            grads_query.append(of_query.transpose(1, 2).flatten(0, 1))
+            for total, part in ((grad_key, of_key), (grad_value, of_value)):
+                _add_rows(total, bucket.key_index, part.transpose(1, 2).flatten(0, 1))
+        grad_query = _join(grads_query).index_select(0, ctx.output_index)
+        nothing = (None,) * (3 + len(masks))
+        return (*(x.to(given) for x in (grad_query, grad_key, grad_value)), *nothing)
+
+
+def _padded(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, H, Q, D) queries, (b, h, K, D) keys and values of a bucket, copied out of the packed ones."""
+    num_rows, _, num_keys = bucket.size
+    keys, values = (
+        x.index_select(0, bucket.key_index).unflatten(0, (num_rows, num_keys)).transpose(1, 2) for x in (key, value)
+    )
+    return _padded_queries(bucket, query), keys, values
+
+
+def _padded_queries(bucket: Bucket, packed: Tensor) -> Tensor:
+    num_rows, num_queries, _ = bucket.size
+    return packed.index_select(0, bucket.query_index).unflatten(0, (num_rows, num_queries)).transpose(1, 2)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """total[index] += rows, by the backward of an embedding, which on a CPU is several times faster than index_add_."""
+    flat = rows.reshape(rows.shape[0], -1)
+    total += torch.ops.aten.embedding_dense_backward(flat, index, total.shape[0], -1, False).view_as(total)
 
 
 def _paths(segments: tuple[Segment, ...]) -> list[np.ndarray]:
@@ -254,6 +355,7 @@ def _buckets(
                 prefix_b=torch.from_numpy(prefix).to(device),
                 length_b=torch.from_numpy(length).to(device),
                 size=(len(bucket), num_queries, num_keys),
+                padding=torch.from_numpy(np.flatnonzero(np.arange(num_queries) >= length[:, None])).to(device),
             )
         )
     return buckets, torch.from_numpy(output_index).to(device)

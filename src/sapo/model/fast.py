@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sapo.model.attention import Layout
+from sapo.model.blocks import computes_as_its_class
 from sapo.model.native import Kernels, kernels
 from sapo.model.policy import Policy
 
@@ -93,7 +94,7 @@ def refusal(policy: Policy) -> str | None:
         ours = kind.__module__ == module and (kind.__name__ in known or kind is type(model))
         if not (ours or kind in (nn.Linear, nn.Embedding, nn.ModuleList) or isinstance(part, type(_SILU))):
             return f"{name} is a {kind.__name__}"
-        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
+        if not computes_as_its_class(part) or part._forward_hooks or part._forward_pre_hooks:
             return f"{name or 'the model'} has a hook or a forward of its own"
     if any(p.dtype != policy.dtype or p.device != policy.device for p in model.parameters()):
         return "its weights differ in precision or device"

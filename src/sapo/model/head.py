@@ -1,34 +1,49 @@
 """The policy head: from hidden states to log pi and, in the same pass, to the gradient of the loss.
 
 An objective knows d loss / d log pi of each token in closed form, so no autograd graph runs through the vocabulary.
-For one chunk of tokens at a time: logits, log pi, the coefficient c = d loss / d log pi, then
-d logits = c (onehot(y) - p) / temperature, d hidden and d weight by two matrix products. Never more than one chunk of
-logits exists. `tests/model/test_head.py` holds value and gradient against autograd in float64.
+For one chunk of tokens at a time: logits, log pi, the coefficient c = d loss / d log pi, then, of
+d logits = c (onehot(y) - p) / temperature,
+
+    d hidden = c / temperature (W_y - p W)        d W = sum over tokens of c / temperature (onehot(y) - p) hidden^T
+
+so that c scales rows of hidden states and never the logits, and onehot(y) is a row of W looked up or added to. Never
+more than one chunk of logits exists; a few rows of it at a time, as many as a cache holds, are made into probabilities
+in place. `tests/model/test_head.py` holds value and gradient against autograd in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Logits of one chunk in elements: 8 Mi of float32 are 32 MiB.
-CHUNK_ELEMENTS = 8 * 2**20
+from sapo.model.gemm import add_outer_sum, linear, product
+
+# Logits of one chunk: 24 MiB, in the model's own precision. Each chunk reads and writes the gradient of the output
+# embedding once, so that a chunk below MIN_CHUNK tokens would wait for memory; above it, more gain little.
+CHUNK_BYTES = 24 * 2**20
+MIN_CHUNK = 96
+
+# Logits that are made into probabilities together, twice over in float32 beside the chunk: 1 MiB is in the cache.
+BLOCK_ELEMENTS = 2**18
 
 LossAndCoefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(log pi of a chunk, which tokens they are) -> (the chunk's part of the loss, d loss / d log pi of each token)."""
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens per chunk so that its logits stay within CHUNK_ELEMENTS.
+def chunk_tokens(vocabulary: int, itemsize: int = 4) -> int:
+    """Tokens per chunk: so that its logits stay within CHUNK_BYTES, but MIN_CHUNK at least.
 
-    >>> chunk_tokens(49152), chunk_tokens(19)
-    (170, 65536)
+    Args:
+        itemsize: bytes of an element of the model's precision.
+
+    >>> chunk_tokens(49152), chunk_tokens(49152, itemsize=2), chunk_tokens(151936), chunk_tokens(19)
+    (128, 256, 96, 65536)
     """
-    return max(16, min(65536, CHUNK_ELEMENTS // vocabulary))
+    return max(MIN_CHUNK, min(65536, CHUNK_BYTES // (vocabulary * itemsize)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ def policy_head(
         entropy: also return the entropy of each token's distribution.
         chunk: tokens per chunk; chosen from the vocabulary when None.
     """
-    size = chunk or chunk_tokens(weight_VH.shape[0])
+    size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
     loss, logprob_M, entropy_M = _PolicyHead.apply(
         hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, softcap, entropy, size
     )
@@ -86,12 +101,13 @@ def token_logprobs(
     chunk: int | None = None,
 ) -> Tensor:
     """(M,) log pi of the targets, one chunk of logits at a time, without gradient."""
-    size = chunk or chunk_tokens(weight_VH.shape[0])
-    parts = []
+    size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
+    shape = _Shape(temperature, softcap, entropy=False, gradient=False)
+    logprob_M = hidden_MH.new_empty(target_M.shape, dtype=_wide(hidden_MH.dtype))
     for at in _chunks(target_M.shape[0], size):
-        logits = head_logits(hidden_MH[at], weight_VH, bias_V, softcap).div_(temperature)
-        parts.append(_pick(logits, target_M[at]) - torch.logsumexp(logits, dim=-1))
-    return torch.cat(parts) if parts else hidden_MH.new_zeros(0, dtype=_wide(hidden_MH.dtype))
+        logits = linear(hidden_MH[at], weight_VH)
+        logprob_M[at] = _normalize(logits, target_M[at], bias_V, shape).logprob
+    return logprob_M
 
 
 class _PolicyHead(torch.autograd.Function):
@@ -109,45 +125,23 @@ class _PolicyHead(torch.autograd.Function):
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = _wide(hidden_MH.dtype)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden_MH) if needs_hidden else None
-        # Accumulated over chunks, hence in float32 even where the model computes in bfloat16.
-        grad_weight = torch.zeros_like(weight_VH, dtype=wide) if needs_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs_bias and bias_V is not None else None
+        gradients = _Gradients(ctx.needs_input_grad[:3], hidden_MH, weight_VH, bias_V)
+        shape = _Shape(temperature, softcap, entropy, any(ctx.needs_input_grad[:3]))
         loss = hidden_MH.new_zeros((), dtype=wide)
         logprob_M = hidden_MH.new_empty(target_M.shape, dtype=wide)
         entropy_M = torch.empty_like(logprob_M) if entropy else logprob_M.new_empty(0)
         for at in _chunks(target_M.shape[0], size):
-            target = target_M[at]
-            logits = head_logits(hidden_MH[at], weight_VH, bias_V, softcap)
-            # d capped / d raw = 1 - (capped / c)^2
-            steepness = None if softcap is None else 1 - (logits / softcap).square_()
-            logits.div_(temperature)
-            log_normalizer = torch.logsumexp(logits, dim=-1)
-            logprob_M[at] = _pick(logits, target) - log_normalizer
+            logits = linear(hidden_MH[at], weight_VH)
+            chunk = _normalize(logits, target_M[at], bias_V, shape)
+            logprob_M[at] = chunk.logprob
+            if entropy:
+                entropy_M[at] = chunk.entropy
             part, coefficient = loss_and_coefficient(logprob_M[at], at)
             loss += part.to(wide)
-            probability = logits.sub_(log_normalizer[:, None]).exp_()  # the logits are not needed again
-            if entropy:
-                # -sum p log p, with 0 log 0 = 0
-                entropy_M[at] = -torch.special.xlogy(probability, probability).sum(-1)
-            if needs_hidden or needs_weight or needs_bias:
-                scaled = (coefficient.to(wide) / temperature)[:, None]
-                grad_logits = probability.mul_(-scaled)
-                grad_logits.scatter_add_(1, target[:, None], scaled)
-                if steepness is not None:
-                    grad_logits.mul_(steepness)
-                if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
-                narrow = grad_logits.to(weight_VH.dtype)
-                if grad_hidden is not None:
-                    torch.mm(narrow, weight_VH, out=grad_hidden[at])
-                if grad_weight is not None:
-                    if narrow.dtype == wide:
-                        grad_weight.addmm_(narrow.t(), hidden_MH[at])
-                    else:
-                        grad_weight += (narrow.t() @ hidden_MH[at]).to(wide)
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+            if shape.gradient:
+                gradients.add(at, logits, target_M[at], coefficient.to(wide) / temperature, chunk.steepness)
+            del logits  # or the next chunk's would stand beside them
+        ctx.grads = gradients.finished()
         ctx.dtypes = (weight_VH.dtype, bias_V.dtype if bias_V is not None else None)
         ctx.mark_non_differentiable(logprob_M, entropy_M)
         return loss, logprob_M, entropy_M
@@ -169,13 +163,116 @@ class _PolicyHead(torch.autograd.Function):
         )
 
 
+class _Gradients:
+    """What the chunks add up to: d loss / d hidden states, weight and bias, those that are needed."""
+
+    def __init__(self, needs: Sequence[bool], hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+        needs_hidden, needs_weight, needs_bias = needs
+        wide = _wide(hidden_MH.dtype)
+        self.inputs = (hidden_MH, weight_VH)
+        self.hidden = torch.empty_like(hidden_MH) if needs_hidden else None
+        # Accumulated over chunks, hence in float32 even where the model computes in bfloat16.
+        self.weight = torch.empty_like(weight_VH, dtype=wide) if needs_weight else None
+        self.bias = torch.zeros_like(bias_V, dtype=wide) if needs_bias and bias_V is not None else None
+        self.fresh = True
+
+    def add(
+        self, at: slice, probability: Tensor, target: Tensor, coefficient: Tensor, steepness: Tensor | None
+    ) -> None:
+        """Add a chunk's share.
+
+        Args:
+            probability: (m, V) p, times the steepness of each logit where logits are capped; in the model's dtype.
+            coefficient: (m,) c / temperature.
+            steepness: (m,) of the target's logit.
+        """
+        hidden_MH, weight_VH = self.inputs
+        at_target = coefficient if steepness is None else coefficient * steepness
+        if self.hidden is not None:
+            expected = product(probability, weight_VH).to(coefficient.dtype).mul_(-coefficient[:, None])
+            self.hidden[at] = expected.addcmul_(weight_VH[target].to(coefficient.dtype), at_target[:, None])
+        if self.weight is not None:
+            scaled = hidden_MH[at] * -coefficient[:, None]
+            add_outer_sum(self.weight, probability, scaled.to(probability.dtype), fresh=self.fresh)
+            self.weight.index_add_(0, target, hidden_MH[at] * at_target[:, None])
+        if self.bias is not None:
+            self.bias -= (probability.to(coefficient.dtype).t() @ coefficient[:, None])[:, 0]
+            self.bias.index_add_(0, target, at_target)
+        self.fresh = False
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three gradients."""
+        if self.fresh and self.weight is not None:  # there was no token
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What becomes of raw logits, and what is wanted of them."""
+
+    temperature: float
+    softcap: float | None
+    entropy: bool
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class _Normalized:
+    """Of each token of a chunk."""
+
+    logprob: Tensor
+    entropy: Tensor
+    """Empty unless asked for."""
+    steepness: Tensor | None
+    """d capped / d raw of the target's logit."""
+
+
+def _normalize(logits_MV: Tensor, target_M: Tensor, bias_V: Tensor | None, shape: _Shape) -> _Normalized:
+    """log pi and entropy of a chunk of raw logits, which become probabilities in place where a gradient is wanted.
+
+    A block of rows at a time, so that all passes but the first and the last are over what a cache holds.
+    """
+    wide = _wide(logits_MV.dtype)
+    num_tokens, vocabulary = logits_MV.shape
+    on_cpu = logits_MV.device.type == "cpu"
+    rows = max(1, min(num_tokens, BLOCK_ELEMENTS // vocabulary if on_cpu else num_tokens))
+    work = logits_MV.new_empty(rows, vocabulary, dtype=wide)
+    logprob, entropy, steepness = (logits_MV.new_empty(num_tokens, dtype=wide) for _ in range(3))
+    for at in _chunks(num_tokens, rows):
+        block, target = logits_MV[at].to(wide), target_M[at]  # itself where it is wide already: changed in place
+        if bias_V is not None:
+            block.add_(bias_V)
+        slope = None
+        if shape.softcap is not None:
+            block.div_(shape.softcap).tanh_()
+            slope = 1 - block.square()  # d capped / d raw
+            steepness[at] = _pick(slope, target)
+            block.mul_(shape.softcap)
+        if shape.temperature != 1.0:
+            block.div_(shape.temperature)
+        block.sub_(block.amax(-1, keepdim=True))
+        if bias_V is not None:  # of -inf, 0 times it would make the entropy NaN
+            block.clamp_(min=torch.finfo(wide).min)
+        probability = torch.softmax(block, -1, out=work[: block.shape[0]])
+        # The greatest logit is 0 now, so its probability is 1 over the sum of exponentials.
+        log_sum = -probability.amax(-1).log()
+        logprob[at] = _pick(block, target) - log_sum
+        if shape.entropy:
+            # -sum p log p = log sum - sum p logit
+            entropy[at] = log_sum - torch.linalg.vecdot(probability, block)
+        if shape.gradient:
+            logits_MV[at] = probability if slope is None else probability.mul_(slope)
+    return _Normalized(logprob, entropy if shape.entropy else entropy[:0], steepness if shape.softcap else None)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def head_logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
     """(M, V) logits in float32 (float64 for a float64 model), at temperature 1; the caller may overwrite them."""
-    logits = torch.nn.functional.linear(hidden_MH, weight_VH, bias_V).to(_wide(hidden_MH.dtype))
+    logits = linear(hidden_MH, weight_VH, bias_V).to(_wide(hidden_MH.dtype))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 

@@ -24,7 +24,9 @@ from transformers.utils import logging as transformers_logging
 from sapo.data import Segment
 from sapo.model.adapters import ADAPTER_FILE, adapter_base, load_adapter
 from sapo.model.attention import ATTENTION_NAME, Layout, TreeLayout
+from sapo.model.blocks import use_closed_forms
 from sapo.model.errors import ModelError, first_line
+from sapo.model.gemm import use_best_products
 from sapo.model.head import head_logits
 from sapo.model.sources import model_directory
 
@@ -60,6 +62,8 @@ class Policy:
                 module.p = 0.0
             if getattr(module, "attention_dropout", 0.0):
                 module.attention_dropout = 0.0
+        use_best_products(self.model)
+        use_closed_forms(self.model)
         self.model.eval()
 
     @property

@@ -1,0 +1,136 @@
+"""Matrix products of the update: forward, d input and d weight on the best kernel the processor has.
+
+In float32 on an x86 processor torch multiplies with MKL. oneDNN, which is in every build of torch, is up to a tenth
+faster on the shapes of a decoder where both are good, by a half where the output is as wide as a vocabulary and the
+rows are few, and by more on AMD's Zen 5, for which MKL has kernels of 256 bits only. `linear` and `product` take oneDNN
+there, the right operand as it lies. The gradient of a weight has its left operand transposed, which oneDNN copies
+first: there it is taken on Zen 5 alone. bfloat16 goes to oneDNN by torch's own hand; float64 (tests), CUDA and other
+processors are left to torch.
+
+Which kernel is taken depends on dtype, device, processor and shape, never on a timing: a run that is resumed computes
+the same bits.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Setting up a oneDNN product costs 10 to 15 us, as long as MKL takes for the whole of a product of half this size.
+MIN_MULTIPLICATIONS = 2**21
+
+# Of a product that is added to a total: 4 MiB of float32, which the second-level cache or the third holds.
+BLOCK_ELEMENTS = 2**20
+
+
+@cache
+def _processor_has_onednn() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+@cache
+def _mkl_runs_at_half() -> bool:
+    """Whether this is an AMD processor that multiplies 512 bits at once: Zen 5, family 26, or a later one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
+    return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
+
+
+def takes_onednn(left: Tensor, right: Tensor, multiplications: int) -> bool:
+    """Whether a product of two matrices goes to oneDNN by our hand."""
+    return (
+        multiplications >= max(1, MIN_MULTIPLICATIONS)
+        and left.dtype == torch.float32 == right.dtype
+        and left.device.type == "cpu" == right.device.type
+        and _processor_has_onednn()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """(M, N) left @ right without autograd; either may be the transposed view of a contiguous matrix."""
+    if takes_onednn(left_MK, right_KN, left_MK.numel() * right_KN.shape[1]):
+        return torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.t(), None, "none", [], "")
+    return left_MK @ right_KN
+
+
+def outer_sum(left_NM: Tensor, right_NK: Tensor) -> Tensor:
+    """(M, K) left^T @ right, the gradient of a weight: a sum over tokens of outer products; without autograd."""
+    if _mkl_runs_at_half() and takes_onednn(left_NM, right_NK, left_NM.numel() * right_NK.shape[1]):
+        return torch.ops.mkldnn._linear_pointwise(left_NM.t(), right_NK.t(), None, "none", [], "")
+    return left_NM.t() @ right_NK
+
+
+def add_outer_sum(total_MK: Tensor, left_NM: Tensor, right_NK: Tensor, *, fresh: bool) -> None:
+    """total += left^T @ right, or total = ... where it is `fresh`; the total may be wider than the product's dtype.
+
+    For totals far larger than the caches: one block of rows at a time, so that a product is added while it is in them
+    and never takes memory of the size of the total.
+    """
+    if left_NM.dtype == total_MK.dtype and not _mkl_runs_at_half():
+        torch.addmm(total_MK, left_NM.t(), right_NK, beta=0 if fresh else 1, out=total_MK)
+        return
+    rows = max(1, BLOCK_ELEMENTS // right_NK.shape[1])
+    for start in range(0, total_MK.shape[0], rows):
+        part = outer_sum(left_NM[:, start : start + rows], right_NK)
+        block = total_MK[start : start + rows]
+        if fresh:
+            block.copy_(part)
+        else:
+            block.add_(part)
+
+
+def linear(input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: (..., K) inputs and (M, K) weights -> (..., M), differentiable once."""
+    if not takes_onednn(input_NK, weight_MK, input_NK.numel() * weight_MK.shape[0]):
+        return F.linear(input_NK, weight_MK, bias_M)
+    if torch.is_grad_enabled():
+        return _Linear.apply(input_NK, weight_MK, bias_M)
+    return torch.ops.mkldnn._linear_pointwise(input_NK, weight_MK, bias_M, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        grad_NM = grad.reshape(-1, weight.shape[0]).contiguous()  # of a sum it is one number, expanded
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad_NM, weight).view_as(inputs) if needs_input else None,
+            outer_sum(grad_NM, inputs.reshape(-1, weight.shape[1])) if needs_weight else None,
+            grad_NM.sum(0) if needs_bias else None,
+        )
+
+
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """What `nn.Linear` computes, through `linear`."""
+    return linear(input, self.weight, self.bias)
+
+
+def use_best_products(model: nn.Module) -> None:
+    """Let every linear layer of a model compute through `linear`.
+
+    The layers keep their class, parameters and names, so that peft, saving and export see the model they know; layers
+    of another class (quantised ones, say) keep their own forward.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
