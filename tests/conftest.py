@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from plain_models import plain_copy
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import ARCHITECTURES, character_tokenizer, tiny_model
 
@@ -63,13 +63,6 @@ def compute_in_double(model: nn.Module) -> None:
             module.forward = types.MethodType(route, module)
 
 
-def plain_copy(policy: Policy) -> nn.Module:
-    """The same model with transformers' own attention: the independent implementation."""
-    model = copy.deepcopy(policy.model)
-    model.set_attn_implementation("sdpa")
-    return model
-
-
 @pytest.fixture(scope="session")
 def policies() -> Callable[..., Policy]:
     """policies(architecture, **options): `make_policy`, each built once; not to be changed by a test."""
@@ -97,7 +90,7 @@ def plain() -> Callable[[Policy], nn.Module]:
 
     def get(policy: Policy) -> nn.Module:
         if id(policy) not in made:
-            made[id(policy)] = plain_copy(policy)
+            made[id(policy)] = plain_copy(policy.model)
         return made[id(policy)]
 
     return get

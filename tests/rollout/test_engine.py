@@ -352,6 +352,16 @@ def test_each_sample_is_held_to_its_own_limit(policies, max_rows):
             assert len(short) == limit
 
 
+def test_groups_whose_last_rows_linger_keep_their_prompts_and_lose_no_completion(policies):
+    policy = policies("qwen3")
+    settings = params(stop_token_ids=frozenset())
+    requests = [Request(Prompt(i, "t", "", tuple(random_ids(5, seed=i))), 4, limits=(16, 1, 1, 1)) for i in range(12)]
+    together = LocalEngine(policy).generate(requests, settings)
+    # Nine rows hold two groups whole, and the last rows of many more.
+    in_turns = LocalEngine(policy, max_rows=9).generate(requests, settings)
+    assert [[c.token_ids for c in group] for group in in_turns] == [[c.token_ids for c in group] for group in together]
+
+
 def test_limits_that_do_not_fit_the_request_are_refused(policies):
     asked = request(random_ids(5, seed=0), samples=2)
     for limits in ((3,), (3, 0)):

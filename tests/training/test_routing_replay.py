@@ -273,9 +273,9 @@ def test_recording_changes_no_token_and_evaluation_records_nothing() -> None:
     plain = LocalEngine(policy).generate(requests, params)
     assert all(c.experts is None for completions in plain for c in completions)
     for group, completions in zip(groups, plain, strict=True):
-        assert [(c.token_ids, c.logprobs) for c in group.completions] == [
-            (c.token_ids, c.logprobs) for c in completions
-        ]
+        assert [c.token_ids for c in group.completions] == [c.token_ids for c in completions]
+        for recorded, unrecorded in zip(group.completions, completions, strict=True):  # by the fast forward: it rounds
+            assert recorded.logprobs == pytest.approx(unrecorded.logprobs, abs=1e-5)
 
 
 def test_an_engines_record_is_replayed_in_every_update() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from plain_models import plain_copy
 from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.diagnostics import update_metrics
@@ -100,8 +101,7 @@ def plain_gradient(
     policy: Policy, groups: list[Group], objective: str, normalizer: str, temperature: float = 1.0
 ) -> dict[str, torch.Tensor]:
     """The same by the plainest means: transformers' own forward, one padded row a sequence, autograd throughout."""
-    model = copy.deepcopy(policy.model)
-    model.set_attn_implementation("sdpa")
+    model = plain_copy(policy.model)
     rows = [(g.prompt, c, a) for g in groups for c, a in zip(g.completions, g.advantages, strict=True)]
     longest = max(len(c) for _, c, _ in rows)
     logps, olds, masks = [], [], []
@@ -475,8 +475,7 @@ def with_reference(groups: list[Group], seed: int = 5) -> list[Group]:
 
 def plain_kl_gradient(policy: Policy, groups: list[Group], estimator: str, coefficient: float) -> dict:
     """coefficient x mean over sequences of token means of k2 or k3, by autograd through transformers' own forward."""
-    model = copy.deepcopy(policy.model)
-    model.set_attn_implementation("sdpa")
+    model = plain_copy(policy.model)
     rows = [(g.prompt, c) for g in groups for c in g.completions]
     total = torch.zeros((), dtype=torch.float64)
     for prompt, completion in rows:

@@ -129,8 +129,8 @@ def use_best_products(model: nn.Module) -> None:
     """Let every linear layer of a model compute through `linear`.
 
     The layers keep their class, parameters and names, so that peft, saving and export see the model they know; layers
-    of another class (quantised ones, say) keep their own forward.
+    of another class (quantised ones, say), and those to which someone else gave a forward, keep what they have.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -27,6 +27,10 @@ from sapo.model.native import LANES
 POOL_RATIO = 0.5
 POOL_SLACK = 32
 
+# Slots for each group that the rows would hold whole: a group keeps its slot until its last row has finished, and the
+# rows that its others left are given to further groups meanwhile.
+SLOTS_PER_GROUP = 2
+
 
 @dataclass
 class Pool:
@@ -93,7 +97,7 @@ class KVCache:
         self.pool_of: dict[int, Pool] = {}
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         for members in _similar(self.prompt_length):
-            slots = min(len(members), rows // min(samples[i] for i in members))
+            slots = min(len(members), SLOTS_PER_GROUP * (rows // min(samples[i] for i in members)))
             pool = Pool(slots, int(self.prompt_length[members].max()))
             self.pools.append(pool)
             self.pool_of.update(dict.fromkeys(members, pool))
@@ -104,10 +108,15 @@ class KVCache:
         pools = [self.preamble, *self.pools]
         return sum(p.slots * _padded(p.length) for p in pools if p.length) + self.rows * _padded(self.length)
 
+    def has_slot(self, group: int) -> bool:
+        """Whether a slot is free for a group's prompt."""
+        pool = self.pool_of[group]
+        return len(pool.groups) < pool.slots
+
     def admit(self, group: int) -> None:
         """Give a group a slot for its prompt."""
         pool = self.pool_of[group]
-        assert len(pool.groups) < pool.slots, f"no slot is free for group {group}"
+        assert self.has_slot(group), f"no slot is free for group {group}"
         pool.groups.append(group)
 
     def release(self, group: int) -> None:

@@ -149,8 +149,9 @@ class _Decoding:
         tokens = 0
         while self.waiting and rows + self.requests[self.waiting[0]].samples <= self.cache.rows:
             prompt_tokens = int(self.cache.prompt_length[self.waiting[0]])
-            if chosen and tokens + prompt_tokens > PREFILL_TOKENS:
+            if not self.cache.has_slot(self.waiting[0]) or (chosen and tokens + prompt_tokens > PREFILL_TOKENS):
                 break
+            self.cache.admit(self.waiting[0])
             tokens += prompt_tokens
             rows += self.requests[self.waiting[0]].samples
             chosen.append(self.waiting.popleft())
@@ -164,7 +165,6 @@ class _Decoding:
         paths: list[np.ndarray] = []
         first_row = self.active
         for i in chosen:
-            self.cache.admit(i)
             request, row = self.requests[i], self.active
             count, length = request.samples, len(request.prompt.token_ids)
             paths.append(np.arange(len(token_ids), len(token_ids) + length - self.preamble))
