@@ -71,7 +71,7 @@ class _GatedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
-        grad_NH = grad.reshape(-1, weight.shape[0]).contiguous()
+        grad_NH = grad.reshape(-1, weight.shape[0])
         gate_NI, up_NI = (x.reshape(-1, weight.shape[1]) for x in (gate, up))
         needs_gate, needs_up, needs_weight = ctx.needs_input_grad
         active = F.silu(gate_NI)

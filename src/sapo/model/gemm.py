@@ -111,7 +111,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        grad_NM = grad.reshape(-1, weight.shape[0]).contiguous()  # of a sum it is one number, expanded
+        grad_NM = grad.reshape(-1, weight.shape[0])
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             product(grad_NM, weight).view_as(inputs) if needs_input else None,
