@@ -24,7 +24,8 @@ from sapo.model.policy import Policy, load_policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.preflight import load_tasks
 from sapo.recipe import parse_recipe
-from sapo.rollout.engine import Engine, Request
+from sapo.rollout.engine import Request
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
@@ -41,7 +42,7 @@ Work = Callable[[Limits], tuple[float, Facts]]
 class FixedLengths:
     """An engine that gives every sample the length it is told to have, whatever ends it might draw."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: LocalEngine, limits: Limits) -> None:
         self.engine = engine
         self.limits = limits
 
@@ -50,10 +51,11 @@ class FixedLengths:
         requests: Sequence[Request],
         params: SamplingParams,
         should_stop: Callable[[], bool] = lambda: False,
+        experts: ExpertLog | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """See `Engine.generate`."""
+        """See `LocalEngine.generate`."""
         held = [replace(r, limits=tuple(limits)) for r, limits in zip(requests, self.limits, strict=True)]
-        return self.engine.generate(held, replace(params, stop_token_ids=frozenset()), should_stop)
+        return self.engine.generate(held, replace(params, stop_token_ids=frozenset()), should_stop, experts)
 
 
 def rollout(settings: dict[str, Any], device: torch.device) -> Work:

@@ -114,8 +114,8 @@ def test_the_meter_leaves_the_loop_as_it_was():
 
     import sapo.loop
 
-    before, meter = sapo.loop.update_metrics, Meter()
-    meter.around(sapo.loop, "update_metrics")
-    assert sapo.loop.update_metrics is not before
+    before, meter = sapo.loop.rollout_metrics, Meter()
+    meter.around(sapo.loop, "rollout_metrics")
+    assert sapo.loop.rollout_metrics is not before
     meter.remove()
-    assert sapo.loop.update_metrics is before
+    assert sapo.loop.rollout_metrics is before
