@@ -299,7 +299,8 @@ class TrainingRun:
         state.tokens["trained"] += result.log_ratio_M.numel()
         if self._rollouts_logged():
             rollout = self.config.rollout
-            state.gates |= token_gates(result, state.update, train.minibatches, rollout.samples_per_prompt)
+            samples = rollout.samples_per_prompt
+            state.gates |= token_gates(result, state.update, train.minibatches, samples, on_policy)
         state.step_updates.append({"skipped": result.skipped, "on_policy": on_policy, **figures})
         state.update += 1
 

@@ -90,6 +90,7 @@ def _report_end(compared: ComparedRuns, stop: StopSignal) -> None:
         say(f"stopped with {len(compared.unfinished)} runs not ended; those at work are saved")
         say(f"next: sapo compare {compared.directory}")
         raise typer.Exit(128 + (stop.received or signal.SIGINT))
+    say(f"next: sapo report {compared.directory}")
 
 
 def _words(text: str | None) -> list[str] | None:
