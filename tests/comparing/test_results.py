@@ -122,7 +122,14 @@ def test_warnings_are_those_the_run_gave_of_a_rollback_too(tmp_path: Path) -> No
         },
     )
     assert results.alarms("add4") == {"collapsed": 1, "detected": 0, "healthy": 1, "false_alarms": 0}
-    flood = {"kind": "warning", "step": 2, "cause": "zero_variance_flood", "collapse": True, "value": 1, "threshold": 0.7}
+    flood = {
+        "kind": "warning",
+        "step": 2,
+        "cause": "zero_variance_flood",
+        "collapse": True,
+        "value": 1,
+        "threshold": 0.7,
+    }
     plain = {"kind": "warning", "step": 1, "cause": "unequal_old_logprobs", "text": "of the set-up, by no rule"}
     for run, lines in (("a", [flood, {"kind": "rollback", "step": 2, "to": 1}]), ("b", [plain])):
         with (tmp_path / "runs" / f"{run}-lr1e-4-seed0" / "metrics.jsonl").open("a") as file:

@@ -224,11 +224,50 @@ def test_warnings_and_their_causes_are_kept(tmp_path: Path) -> None:
     assert report.lines[0].warnings == 1
 
 
+def test_a_run_that_went_back_says_so_after_the_warning_that_made_it(tmp_path: Path) -> None:
+    warning = {"kind": "warning", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40"}
+    back = {"kind": "rollback", "step": 3, "to": 1, "cause": "ratio_tail", "rollbacks": 1, "learning_rate_scale": 0.5}
+    report = make_report([write_run(tmp_path / "a", records=[*step_records(4), warning, back])])
+    assert [(w["cause"], w["step"]) for w in report.warnings] == [("ratio_tail", 3), ("rollback", 3)]
+    assert "went back to step 1 and goes on at 0.5 times the learning rate" in report.warnings[1]["text"]
+    assert report.lines[0].warnings == 1
+
+
+def test_parts_of_phases_are_not_counted_twice_and_a_profile_makes_no_arm(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain")
+    profiled = write_run(tmp_path / "profiled", config={**settings(1), "profile": {"first_step": 2, "steps": 1}})
+    seconds = {"generate": 4.0, "update": 2.5, "update/backward": 1.5, "total": 6.5}
+    (profiled / "summary.json").write_text(json.dumps({"steps": 4, "tokens": {"generated": 410}, "seconds": seconds}))
+    report = make_report([plain, profiled])
+    assert [line.seconds for line in report.lines] == [6.5, 6.5]
+    assert len(report.headlines) == 1, "two seeds of one arm"
+    (profiled / "summary.json").unlink()  # the run goes on: from its steps
+    records = step_records(4)
+    for record in records:
+        if record["kind"] == "step":
+            record["timing"]["update/backward"] = 0.25
+    (profiled / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert make_report([profiled]).lines[0].seconds == 4 * 1.5
+
+
+def test_the_first_update_of_a_stale_batch_is_off_policy(tmp_path: Path) -> None:
+    def tokens(**changes: object) -> str:
+        rows = [rollout_row(0, 0, [1, 2, 3], update=0, **changes), rollout_row(0, 1, [1, 2, 3], update=1)]
+        run = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), rollouts={4: rows})
+        (figure,) = [f for f in make_report([run]).story if f.key == "variance"]
+        return figure.caption
+
+    assert "3 tokens of 1 off-policy updates" in tokens(), "by its number, where a run did not say"
+    assert "3 tokens of 1 off-policy updates" in tokens(on_policy=True)
+    assert "6 tokens of 2 off-policy updates" in tokens(on_policy=False)
+
+
 def test_a_run_that_broke_says_so_and_why(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", records=[r for r in step_records(4) if r["step"] <= 2], finished=False)
     (run / "failure.json").write_text(json.dumps({"reason": "step 3: the loss is not finite"}))
     report = make_report([run])
     assert report.lines[0].state == "failed"
+    assert report.headlines[0].startswith("SAPO: 2 steps of 4, then it failed; held-out")
     assert report.warnings == ({"run": "a", "step": 2, "cause": "failed", "text": "step 3: the loss is not finite"},)
 
 

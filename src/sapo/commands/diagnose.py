@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sapo.commands.terminal import console, say
-from sapo.completion import complete_model, complete_task
+from sapo.completion import complete_model, complete_objective, complete_rounded, complete_task
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,10 @@ def diagnose(
         ),
     ] = None,
     sampler_dtype: Annotated[
-        str, typer.Option(help="Precision of the sampler: bfloat16, float8_e4m3fn or float8_e5m2.")
+        str,
+        typer.Option(
+            help="Precision of the sampler: bfloat16, float8_e4m3fn or float8_e5m2.", autocompletion=complete_rounded
+        ),
     ] = "float8_e4m3fn",
     sampler_scaling: Annotated[str, typer.Option(help="Scales of 8-bit weights: none, tensor or channel.")] = "tensor",
     sampler_vectors: Annotated[
@@ -50,7 +53,10 @@ def diagnose(
         ),
     ] = None,
     objectives: Annotated[
-        str, typer.Option(help="Names of objectives, between commas, at their own defaults.")
+        str,
+        typer.Option(
+            help="Names of objectives, between commas, at their own defaults.", autocompletion=complete_objective
+        ),
     ] = DEFAULT_OBJECTIVES,
     problems: Annotated[int, typer.Option(min=2, help="Held-out problems of each task.")] = 64,
     samples: Annotated[int, typer.Option(min=2, help="Completions of each problem.")] = 8,

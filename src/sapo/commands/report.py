@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sapo.commands.terminal import say, stop_signals
-from sapo.completion import complete_run
+from sapo.completion import complete_reported
 
 
 def report(
@@ -17,7 +17,7 @@ def report(
         typer.Argument(
             metavar="RUN...",
             help="Run directories, a comparison's directory, or a directory of runs.",
-            autocompletion=complete_run,
+            autocompletion=complete_reported,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
