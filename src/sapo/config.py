@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sapo.config_section import Section
 from sapo.diagnostics_config import DiagnosticsConfig, WarningsConfig
 from sapo.model_config import ColdStartConfig, LoraConfig, ModelConfig
-from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, make_objective
+from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, KLPenalty, make_objective
 from sapo.rollout_config import RolloutConfig, SamplerDtype, SamplerSwitchConfig
 
 __all__ = [
@@ -61,6 +61,11 @@ class KLConfig(Section):
     reference: str | None = None
     """Model to stay close to; null is the one the run starts from: with LoRA the adapter switched off, else a frozen
     copy."""
+
+    @property
+    def penalty(self) -> KLPenalty:
+        """What the trainer takes."""
+        return KLPenalty(coefficient=self.coefficient, estimator=self.estimator)
 
 
 class TISConfig(Section):

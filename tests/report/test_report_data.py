@@ -11,13 +11,14 @@ import pytest
 
 from report_cases import default_rows, rollout_row, settings, step_records, write_run
 from sapo.config import ConfigError
+from sapo.diagnostics import distributions
 from sapo.report import make_report
 from sapo.report.arms import group_runs
 from sapo.report.curves import MOST_POINTS
 from sapo.report.figure import Figure
 from sapo.report.gates import gate_curve, objective_of
 from sapo.report.runs import find_runs, read_runs, thinned
-from sapo.report.spread import LOG_RATIO_EDGES, spread_of
+from sapo.report.spread import LOG_RATIO_EDGES, VARIANCE_EDGES, spread_of
 
 
 def figures_of(report) -> dict[str, Figure]:
@@ -96,6 +97,22 @@ def test_runs_that_differ_in_more_than_their_seed_are_arms_named_by_the_differen
     figures = figures_of(make_report([tmp_path]))
     assert [t.name for t in strong(figures["fig4"])] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2", "GRPO"]
     assert [t.name for t in strong(figures["fig5"])] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2"]
+
+
+def test_another_sampler_is_another_experiment_and_not_in_the_figure_of_objectives(tmp_path: Path) -> None:
+    for number, (name, sampler) in enumerate(
+        (("sapo", None), ("grpo", None), ("gspo", "float8_e4m3fn"), ("grpo", "float8_e4m3fn"), ("cispo", None))
+    ):
+        config = settings() | {"rollout": {"sampler_dtype": sampler}}
+        config["objective"]["name"] = name
+        write_run(tmp_path / str(number), config=config)
+    (figure,) = [f for f in make_report([tmp_path]).paper if f.key == "fig4"]
+    assert sorted(t.name.split(",")[0] for t in strong(figure)) == ["CISPO", "GRPO", "SAPO"], "the larger of the two"
+
+
+def test_bins_made_of_rollouts_are_those_of_a_run_s_own_distributions() -> None:
+    np.testing.assert_array_equal(LOG_RATIO_EDGES, distributions.LOG_RATIO_EDGES)
+    np.testing.assert_array_equal(VARIANCE_EDGES, distributions.VARIANCE_EDGES)
 
 
 def test_a_comparison_s_directory_gives_its_runs_by_arm_and_rate(tmp_path: Path) -> None:
@@ -218,9 +235,9 @@ def test_nothing_at_a_path_is_refused(tmp_path: Path) -> None:
 
 
 def test_warnings_and_their_causes_are_kept(tmp_path: Path) -> None:
-    warning = {"kind": "warning", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40"}
+    warning = {"kind": "warning", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40\u202e"}
     report = make_report([write_run(tmp_path / "a", records=[*step_records(4), warning])])
-    assert report.warnings == ({"run": "a", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40"},)
+    assert report.warnings == ({"run": "a", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40\\u202e"},)
     assert report.lines[0].warnings == 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sapo.report.arms import Arm
 from sapo.report.costs import phase_seconds
 from sapo.report.runs import Run
+from sapo.untrusted import visible
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,12 @@ def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every warning with its run, step and, where it has a name, its cause; first the runs that broke. A run that went
     back to a checkpoint says so after the warning that made it."""
     broken = [
-        {"run": run.name, "step": run.steps, "cause": "failed", "text": run.failure} for run in runs if run.failure
+        {"run": run.name, "step": run.steps, "cause": "failed", "text": visible(run.failure)}
+        for run in runs
+        if run.failure
     ]
     return broken + [
-        {"run": run.name, "step": r.get("step"), "cause": r.get("cause"), "text": str(r.get("text", ""))}
+        {"run": run.name, "step": r.get("step"), "cause": r.get("cause"), "text": visible(str(r.get("text", "")))}
         if r["kind"] == "warning"
         else {"run": run.name, "step": r["step"], "cause": "rollback", "text": _rollback_words(r)}
         for run in runs
