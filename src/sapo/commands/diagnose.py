@@ -48,7 +48,8 @@ def diagnose(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="A task's name, or a .jsonl or .parquet file; repeatable. [default: the run's own tasks]",
+            help="A task's name, or a .jsonl or .parquet file; repeatable.",
+            show_default="the run's own tasks",
             autocompletion=complete_task,
         ),
     ] = None,
@@ -61,13 +62,17 @@ def diagnose(
     problems: Annotated[int, typer.Option(min=2, help="Held-out problems of each task.")] = 64,
     samples: Annotated[int, typer.Option(min=2, help="Completions of each problem.")] = 8,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion. [default: 64, or the run's]")
+        int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="[default: 1, or the run's]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the sampler.", show_default="1, or the run's")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the draws and the choice of problems. [default: 12345, or the run's]")
+        int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

@@ -29,7 +29,7 @@ def report(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="Response tokens that the token view may hold; 0 for all. [default: 200000]"),
+        typer.Option(min=0, help="Response tokens that the token view may hold; 0 for all.", show_default="200000"),
     ] = None,
 ) -> None:
     """Make a page of runs: their story in figures, the paper's figures, and every token that was logged."""
