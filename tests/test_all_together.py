@@ -66,6 +66,7 @@ def run_everything(directory: Path, should_stop: Callable[[], bool] = lambda: Fa
     return sapo.train(sapo.load_recipe(recipe), should_stop=should_stop).directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", ["R2", "R3"])
 def test_a_run_of_everything_measures_it_goes_back_and_resumes_bit_for_bit(tmp_path: Path, replay: str) -> None:
     asked = 0
@@ -94,7 +95,7 @@ def test_a_run_of_everything_measures_it_goes_back_and_resumes_bit_for_bit(tmp_p
     rows = [json.loads(line) for f in sorted((whole / "rollouts").iterdir()) for line in f.open()]
     measured = {(r["update"], r["on_policy"]) for r in rows if "log_ratio" in r}
     assert measured == {(0, True), (0, False), (1, False)}
-    for share in (0.25, 0.65, 0.8):
+    for share in (0.25, 0.7):  # before it goes back and after
         calls = iter(range(10**6))
         stop_at = int(share * asked)
         stopped = run_everything(
