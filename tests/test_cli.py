@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from runs import fingerprint, write_model, write_recipe
-from sapo.cli import main
+from sapo.cli import app, main
 from sapo.data import Prompt
 from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat
@@ -317,6 +318,19 @@ def test_a_cold_start_that_misses_its_target_fails_and_says_so(tmp_path: Path) -
     assert len(result.stderr.strip().splitlines()) == 1
     assert "the cold start reached pass@1 0.000 of 0.3 in 2 updates" in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_help_says_what_an_option_is_that_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        app(["compare", "--help"], prog_name="sapo")
+    assert "[default: (these three)]" in capsys.readouterr().out
+    for name, command in get_command(app).commands.items():
+        for parameter in command.params:
+            # Help is markup: a word in brackets would be taken for a style and not be shown.
+            assert "[" not in (getattr(parameter, "help", None) or ""), f"{name}: {parameter.name}"
 
 
 def test_completions_are_shown_as_text_never_as_markup(capsys: pytest.CaptureFixture[str]) -> None:

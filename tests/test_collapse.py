@@ -109,7 +109,9 @@ def test_a_rollback_scales_the_learning_rate_and_the_run_learns_after_all(tmp_pa
     taken_back = [json.loads(line) for line in (run / "rolled-back" / "metrics-1.jsonl").read_text().splitlines()]
     assert {m["step"] for m in taken_back if m["kind"] == "step"} == {3, 4, 5, 6, 7}
     spent = sum(m["tokens/generated"] for m in [*steps, *taken_back] if m["kind"] == "step")
-    assert json.loads((run / "summary.json").read_text())["tokens"]["generated"] == spent, "nothing spent is hidden"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["tokens"]["generated"] == spent, "nothing spent is hidden"
+    assert summary["rollbacks"] == 1
 
 
 @pytest.mark.parametrize("asked", [20, 75, 110, 150])

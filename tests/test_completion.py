@@ -15,6 +15,8 @@ from sapo.completion import (
     complete_model,
     complete_objective,
     complete_recipe,
+    complete_reported,
+    complete_rounded,
     complete_run,
     complete_task,
 )
@@ -124,6 +126,9 @@ def test_names_of_files_are_offered_with_the_directories_on_the_way(
     (place / "comparisons" / "mine" / "comparison.yaml").write_text("arms: {}\n")
     assert complete_comparison("comp") == ["comparisons/mine", "comparisons/"]
     assert complete_comparison("paper_fig5") == ["paper_fig5"]
+    assert complete_reported("comp") == ["comparisons/mine", "comparisons/"]
+    assert complete_reported("runs/s") == ["runs/second"]
+    assert complete_rounded("float8_e4") == ["float8_e4m3fn"]
     assert complete_objective("sapo,gsp") == ["sapo,gspo", "sapo,gspo_token"]
     assert {"quickstart", "moe_quickstart", "mine.yaml"} <= set(complete_recipe(""))
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from moe_cases import make_moe
 from runs import write_recipe
 from sapo.batch import pack
 from sapo.data import Prompt
@@ -213,6 +214,18 @@ def test_the_rollout_batch_counts_every_round_that_a_step_may_draw(
     phases = estimate_of(policies("qwen3"), tmp_path, **changes)
     for phase in phases.values():  # by hand: 4 prompts x 4 samples x 12 tokens x 100 bytes are 19,200
         assert phase["rollout batch"] == batches * 19_200
+
+
+def test_recorded_experts_and_a_gradient_to_compare_with_are_counted_where_there_are_some(tmp_path: Path) -> None:
+    policy = make_moe()
+    settings = {"rollout__staleness": 1, "model__routing_replay": True, "diagnostics": {"true_gradient_every": 2}}
+    phases = estimate_of(policy, tmp_path, **settings)
+    # By hand: 4 prompts of 6 tokens and 16 completions of 12, in 2 layers to 2 experts each, one byte; one batch ahead.
+    assert phases["update, forward"]["recorded experts"] == 2 * (4 * 6 + 16 * 12) * 2 * 2
+    for update in ("update, forward", "update, backward"):
+        assert phases[update]["gradient to compare with"] == 4 * policy.num_parameters
+    plain = estimate_of(policy, tmp_path)
+    assert not any({"recorded experts", "gradient to compare with"} & parts.keys() for parts in plain.values())
 
 
 def test_parts_that_do_not_train_have_neither_moments_nor_gradients(tmp_path: Path, new_policy: Any) -> None:

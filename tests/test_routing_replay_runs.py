@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import sapo
@@ -59,7 +60,9 @@ def test_the_replay_in_force_is_the_one_that_goes_with_log_pi_old_and_is_said(tm
     (check,) = lines(run, "self_check")
     assert check["routing_replay"] == kind[:2]
     assert check["old_logprobs"] == ("engine" if kind == "R3" else "trainer")
-    assert yaml.safe_load((run / "config.yaml").read_text())["provenance"]["routing_replay"] == kind[:2]
+    provenance = yaml.safe_load((run / "config.yaml").read_text())["provenance"]
+    assert provenance["routing_replay"] == kind[:2]
+    assert provenance["versions"]["torch"] == torch.__version__, "beside what was there already"
     assert json.loads((run / "summary.json").read_text())["routing_replay"] == kind[:2]
     updates = [u for u in lines(run, "update") if not u["skipped"]]
     first = [u["routing/changed_share"] for u in updates if u["update"] == 0]

@@ -34,6 +34,20 @@ def complete_comparison(incomplete: str) -> list[str]:
     return _starting_with(incomplete, [*begun, *complete_recipe(incomplete), *elsewhere])
 
 
+def complete_reported(incomplete: str) -> list[str]:
+    """What a report can be made of: runs, and comparisons that were begun."""
+    begun = sorted(str(f.parent) for f in Path("comparisons").glob(f"*/{COMPARISON_FILE}"))
+    elsewhere = _paths(incomplete, lambda p: any((p / file).is_file() for file in (RUN_FILE, COMPARISON_FILE)))
+    return _starting_with(incomplete, [*_runs(), *begun, *elsewhere])
+
+
+def complete_rounded(incomplete: str) -> list[str]:
+    """Precisions of a sampler."""
+    from sapo.config import SamplerDtype
+
+    return _starting_with(incomplete, list(get_args(SamplerDtype)))
+
+
 def complete_objective(incomplete: str) -> list[str]:
     """Objectives between commas."""
     from sapo.objectives import OBJECTIVES

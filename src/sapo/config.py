@@ -1,7 +1,8 @@
 """The recipe: every setting of a run, documented once, checked before anything is loaded.
 
-How a recipe is found, read and overridden is recipe.py. Settings of an objective or a task are checked by the
-objective or task itself, which refuses those it does not use.
+Sections of the model, the rollout and the diagnostics are in files of their own (model_config.py, rollout_config.py,
+diagnostics_config.py); all are imported from here. How a recipe is found, read and overridden is recipe.py. Settings of
+an objective or a task are checked by the objective or task itself, which refuses those it does not use.
 """
 
 from __future__ import annotations
@@ -11,140 +12,46 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sapo.config_section import Section
 from sapo.diagnostics_config import DiagnosticsConfig, WarningsConfig
-from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, make_objective
+from sapo.model_config import ColdStartConfig, LoraConfig, ModelConfig
+from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, KLPenalty, make_objective
+from sapo.rollout_config import RolloutConfig, SamplerDtype, SamplerSwitchConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ColdStartConfig",
+    "ConfigError",
+    "CurriculumConfig",
+    "DiagnosticsConfig",
+    "EvalConfig",
+    "KLConfig",
+    "LogConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ProfileConfig",
+    "PromptConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplerDtype",
+    "SamplerSwitchConfig",
+    "ShotConfig",
+    "TISConfig",
+    "TaskConfig",
+    "TrackioConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WarningsConfig",
+    "nearest",
+]
 
 
 class ConfigError(ValueError):
     """A recipe that cannot be run as it is; the message names the key, the rule and the way out."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class ColdStartConfig(_Section):
-    """A tiny model made from scratch by supervised training on worked examples, cached by the hash of this section."""
-
-    architecture: Literal["qwen3", "qwen3_moe", "llama", "mistral"] = "qwen3"
-    """Decoder of transformers to build."""
-    hidden_size: int = Field(64, ge=8)
-    """Width of the residual stream."""
-    layers: int = Field(2, ge=1)
-    """Decoder blocks."""
-    heads: int = Field(4, ge=1)
-    """Attention heads."""
-    kv_heads: int = Field(2, ge=1)
-    """Key-value heads; divides `heads`."""
-    intermediate_size: int = Field(128, ge=8)
-    """Width of the MLP, or of one expert."""
-    experts: int = Field(8, ge=1)
-    """Experts of a mixture (qwen3_moe)."""
-    experts_per_token: int = Field(2, ge=1)
-    """Experts each token goes through (qwen3_moe)."""
-    max_length: int = Field(512, ge=16)
-    """Longest sequence of the model."""
-    target: float = Field(0.3, ge=0.0, le=1.0)
-    """Stop as soon as pass@1 on fresh problems reaches this; 0 trains for `max_updates`."""
-    examples: int = Field(2000, ge=1)
-    """Worked examples to train on; a small space of problems repeats some."""
-    batch_size: int = Field(64, ge=1)
-    """Examples per update."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Peak learning rate of AdamW."""
-    warmup_updates: int = Field(20, ge=0)
-    """Linear warm-up."""
-    max_updates: int = Field(2000, ge=1)
-    """Give up here: a run that has not reached the target by then fails and says so."""
-    eval_every: int = Field(5, ge=1)
-    """Updates between evaluations; pass@1 jumps steeply, so few."""
-    eval_problems: int = Field(128, ge=8)
-    """Problems of an evaluation, one sample each: the training side's next ones after the examples."""
-    seed: int = 0
-    """Of the initial weights and the order of examples. Not the run's seed: runs of all seeds share a cold start."""
-
-    @model_validator(mode="after")
-    def _shape(self) -> ColdStartConfig:
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(f"hidden_size must be an even multiple of heads; got {self.hidden_size} and {self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}")
-        if self.experts_per_token > self.experts:
-            raise ValueError(
-                f"experts_per_token must not exceed experts; got {self.experts_per_token} of {self.experts}"
-            )
-        return self
-
-
-class LoraConfig(_Section):
-    """Train an adapter of low rank beside frozen weights, through peft."""
-
-    rank: int = Field(16, ge=1)
-    """Rows of A and columns of B."""
-    alpha: float = Field(32.0, gt=0)
-    """The update is alpha / rank x B A."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the layers that get one; all-linear is every linear layer but the output embedding."""
-
-
-class ModelConfig(_Section):
-    """The policy to start from: a Hugging Face model, or a cold start."""
-
-    path: str | None = None
-    """A local Hugging Face directory, a .gguf file, package:NAME/FILE.gguf, or a hub id (owner/name)."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub repository."""
-    trust_remote_code: bool = False
-    """Run code that the model brings along: a directory or a hub repository may have some."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimiser."""
-    coldstart: ColdStartConfig | None = None
-    """Make the model instead of loading one."""
-    lora: LoraConfig | None = None
-    """Train an adapter instead of all weights; learning rates want to be some 30 times higher."""
-    routing_replay: bool | Literal["R2", "R3"] = False
-    """Of a mixture of experts: in all updates of a batch, send each token to the experts that it went to at the weights
-    that sampled. R2: in the trainer's forward that computes log pi_old, which the run then makes. R3: in the engine.
-    true: R3 where log pi_old is the engine's, R2 where the trainer computes it."""
-
-    @field_validator("routing_replay", mode="before")
-    @classmethod
-    def _known_replay(cls, value: Any) -> Any:
-        if value not in (False, True, "R2", "R3"):
-            raise ValueError(f"routing_replay must be false, true, R2 or R3; got {value!r}")
-        return bool(value) if isinstance(value, int) else value
-
-    @property
-    def load_options(self) -> dict[str, Any]:
-        """What `load_policy` takes beside path, dtype and device."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
-        if (self.path is None) == (self.coldstart is None):
-            got = "both" if self.path is not None else "neither"
-            raise ValueError(
-                f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
-            )
-        if self.routing_replay and self.coldstart is not None and self.coldstart.architecture != "qwen3_moe":
-            raise ValueError(
-                "routing_replay is for mixtures of experts; got a cold start of architecture "
-                f"{self.coldstart.architecture}; qwen3_moe is one, and false leaves replay off"
-            )
-        is_file = self.path is not None and (self.path.startswith("package:") or self.path.endswith(".gguf"))
-        if is_file or self.coldstart is not None:
-            got = "a cold start" if self.path is None else self.path
-            if self.revision is not None:
-                raise ValueError(f"revision is for hub repositories; got {self.revision!r} with {got}; leave it out")
-            if self.trust_remote_code:
-                raise ValueError(
-                    f"trust_remote_code is for models of directories and hub repositories; got true with {got}; "
-                    "leave it out"
-                )
-        return self
-
-
-class KLConfig(_Section):
+class KLConfig(Section):
     """A penalty for leaving a reference policy; the paper has none."""
 
     coefficient: float = Field(gt=0)
@@ -155,8 +62,13 @@ class KLConfig(_Section):
     """Model to stay close to; null is the one the run starts from: with LoRA the adapter switched off, else a frozen
     copy."""
 
+    @property
+    def penalty(self) -> KLPenalty:
+        """What the trainer takes."""
+        return KLPenalty(coefficient=self.coefficient, estimator=self.estimator)
 
-class TISConfig(_Section):
+
+class TISConfig(Section):
     """A weight on each token for a sampler that is not the policy: w = pi_old / mu, apart from the gate's ratio. It
     needs log pi_old from the trainer, and train.old_logprobs=auto takes it from there."""
 
@@ -217,7 +129,7 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
-class ShotConfig(_Section):
+class ShotConfig(Section):
     """A worked example shown before the question."""
 
     prompt: str
@@ -226,7 +138,7 @@ class ShotConfig(_Section):
     """What a good completion of it says."""
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     """How a task's question becomes what the model sees, and where a completion ends."""
 
     style: Literal["auto", "plain", "chat"] = "auto"
@@ -243,7 +155,7 @@ class PromptConfig(_Section):
     shots: int | list[ShotConfig] = 0
     """Examples before the question: written here, or a number of them, which the task then chooses from its training
     side."""
-    stop: list[str] = []
+    stop: list[str] = Field([])
     """Strings that end a completion; every token that completes one stops, is kept and carries loss."""
 
     @model_validator(mode="after")
@@ -258,7 +170,7 @@ class PromptConfig(_Section):
         return self
 
 
-class CurriculumConfig(_Section):
+class CurriculumConfig(Section):
     """Rows that are too easy or too hard are asked less often. For tasks with a finite number of rows."""
 
     low: float = Field(0.1, ge=0, le=1)
@@ -300,108 +212,7 @@ class TaskConfig(BaseModel):
         return options if self.label is None else {**options, "name": self.label}
 
 
-SamplerDtype = Literal["bfloat16", "float8_e4m3fn", "float8_e5m2"]
-
-
-class SamplerSwitchConfig(_Section):
-    """Another precision of the sampler from some step on: an intervention, for experiments."""
-
-    step: int = Field(ge=1)
-    """The first step, counted from 1, that samples with it."""
-    dtype: SamplerDtype | None
-    """What `sampler_dtype` is from then on."""
-
-
-class RolloutConfig(_Section):
-    """How completions are drawn."""
-
-    engine: Literal["local"] = "local"
-    """The engine: `local` samples with the trainer's own weights."""
-    prompts_per_step: int = Field(32, ge=1)
-    """Prompts of one rollout batch."""
-    samples_per_prompt: int = Field(8, ge=2)
-    """Completions of each prompt (G): the group an advantage is relative to."""
-    max_new_tokens: int = Field(64, ge=1)
-    """A completion that has not stopped by then is truncated: reward 0 (unless the task judges it), counted apart."""
-    temperature: float = Field(1.0, gt=0)
-    """Of sampling and of the policy in the loss alike."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling. When any tail is cut, log pi_old is recomputed: the sampler's is of another distribution."""
-    top_k: int = Field(0, ge=0)
-    """Keep the k most likely tokens; 0 keeps all."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    """Drop tokens less likely than this share of the most likely one."""
-    max_rows: int = Field(256, ge=1)
-    """Sequences decoded together; bounds memory only."""
-    stop_token_ids: list[int] = []
-    """Stop tokens beside the model's own end of sequence."""
-    zero_variance: Literal["keep", "drop", "refill"] = "keep"
-    """Groups that teach nothing, all rewards being equal. keep: they cost no update and stay in the denominators. drop:
-    they leave the batch and its denominators (DAPO's filter). refill: their places are taken by groups of further
-    prompts of the same task (DAPO's dynamic sampling), so that the batch has its full size and exact mixture."""
-    max_refills: int | None = Field(None, ge=1)
-    """For refill: further rounds of sampling in a step, each of as many prompts as places are free; 4 when null. When
-    they are spent, groups that teach nothing take the places that are left."""
-    overlong: Literal["zero", "mask", "penalty"] = "zero"
-    """Completions that reach max_new_tokens. zero: they are judged as truncated, nothing more. mask: they carry no loss
-    and leave the denominators; the group's mean and deviation keep their rewards (DAPO's overlong filtering). penalty:
-    the reward that advantages are made of falls over the last `overlong_buffer` tokens, to 1 less at the limit (DAPO's
-    soft overlong punishment)."""
-    overlong_buffer: int | None = Field(None, ge=1)
-    """For penalty: over how many tokens before max_new_tokens it grows from 0 to 1."""
-    sampler_dtype: SamplerDtype | None = None
-    """Sample from the policy's weights rounded to this dtype, as an engine of that precision would: matrices only, and
-    the computation stays in model.dtype (model/rounding.py). The trainer and evaluation keep the policy's own weights.
-    null samples from these too."""
-    sampler_scaling: Literal["none", "tensor", "channel"] = "tensor"
-    """What 8-bit weights are scaled by before rounding: by the largest of each matrix, by that of each of its rows, or
-    not at all (a plain cast)."""
-    sampler_vectors: bool = False
-    """Round norms and biases as well: no engine does, and it is what makes a small model's mismatch large."""
-    sampler_switch: SamplerSwitchConfig | None = None
-    """Change `sampler_dtype` in mid-run; null does not."""
-    staleness: int = Field(0, ge=0)
-    """Updates between the sampling of a batch and its first update, as in an asynchronous system: batches are sampled
-    ahead and wait their turn. The run's first batches are younger. log pi_old is of the weights that sampled."""
-
-    def sampler_dtype_at(self, step: int) -> str | None:
-        """`sampler_dtype` of step 0, 1, ..."""
-        switch = self.sampler_switch
-        return self.sampler_dtype if switch is None or step + 1 < switch.step else switch.dtype
-
-    @property
-    def sampler_is_policy(self) -> bool:
-        """Whether all samples are drawn with the policy's own weights."""
-        return self.sampler_dtype is None and (self.sampler_switch is None or self.sampler_switch.dtype is None)
-
-    @property
-    def refill_rounds(self) -> int:
-        """Further rounds of sampling a step may take."""
-        if self.zero_variance != "refill":
-            return 0
-        return 4 if self.max_refills is None else self.max_refills
-
-    @model_validator(mode="after")
-    def _options_of_their_choice(self) -> RolloutConfig:
-        if self.max_refills is not None and self.zero_variance != "refill":
-            raise ValueError(
-                f"max_refills is for zero_variance=refill; got {self.max_refills} with {self.zero_variance}; "
-                "leave it out"
-            )
-        buffer, limit = self.overlong_buffer, self.max_new_tokens
-        if buffer is not None and self.overlong != "penalty":
-            raise ValueError(
-                f"overlong_buffer is for overlong=penalty; got {buffer} with {self.overlong}; leave it out"
-            )
-        if self.overlong == "penalty" and (buffer is None or buffer >= limit):
-            raise ValueError(
-                f"overlong=penalty needs an overlong_buffer of 1..{limit - 1} tokens, less than max_new_tokens; got "
-                f"{buffer}; DAPO takes a fifth of the limit, here {max(1, limit // 5)}"
-            )
-        return self
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How the policy is updated."""
 
     steps: int = Field(ge=1)
@@ -455,7 +266,7 @@ class TrainConfig(_Section):
         return self
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Evaluation on held-out problems during training."""
 
     every: int = Field(50, ge=0)
@@ -464,7 +275,7 @@ class EvalConfig(_Section):
     """Held-out problems per task."""
     samples: int = Field(4, ge=1)
     """Completions of each problem (n of mean@n)."""
-    k: list[int] = [1]
+    k: list[int] = Field([1])
     """pass@k to report; none above `samples`."""
     temperature: float | None = Field(None, ge=0)
     """Sampling temperature; null takes the rollout's."""
@@ -482,7 +293,7 @@ class EvalConfig(_Section):
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the run can be taken up again."""
 
     every: int = Field(50, ge=0)
@@ -491,7 +302,7 @@ class CheckpointConfig(_Section):
     """Newest checkpoints to keep; beside them the last that early warning has found healthy."""
 
 
-class WandbConfig(_Section):
+class WandbConfig(Section):
     """A run of Weights & Biases (extra `wandb`)."""
 
     project: str = "sapo"
@@ -502,13 +313,13 @@ class WandbConfig(_Section):
     """User or team; the one logged in when null."""
     group: str | None = None
     """Runs shown together, several seeds for instance."""
-    tags: list[str] = []
+    tags: list[str] = Field([])
     """Labels of the run."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """offline writes wandb/ in the run directory, for `wandb sync` later; null takes WANDB_MODE, else online."""
 
 
-class TrackioConfig(_Section):
+class TrackioConfig(Section):
     """A run of trackio (extra `trackio`)."""
 
     project: str = "sapo"
@@ -519,7 +330,7 @@ class TrackioConfig(_Section):
     """A Space of the hub to log to; null keeps everything on this machine, in $TRACKIO_DIR."""
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """What is written beside metrics.jsonl."""
 
     tensorboard: bool = True
@@ -532,7 +343,7 @@ class LogConfig(_Section):
     """Steps between files in rollouts/; 0 writes none."""
 
 
-class ProfileConfig(_Section):
+class ProfileConfig(Section):
     """Where the time goes: parts of phases timed, some steps traced operator by operator."""
 
     first_step: int = Field(2, ge=1)
@@ -541,7 +352,7 @@ class ProfileConfig(_Section):
     """Steps traced; a traced step is slower, and its file grows with the tokens it generates. 0 only times."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole recipe."""
 
     run_dir: str | None = None

@@ -9,11 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sapo.config_section import Section
 from sapo.objectives import make_objective
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class CounterfactualConfig(BaseModel):
@@ -57,7 +54,7 @@ def default_counterfactuals() -> list[CounterfactualConfig]:
     return [CounterfactualConfig(**s) for s in settings]
 
 
-class DiagnosticsConfig(_Section):
+class DiagnosticsConfig(Section):
     """Figures that are not taken of every update, for what they cost. Figures of every update need no setting."""
 
     distributions_every: int = Field(10, ge=0)
@@ -79,7 +76,7 @@ class DiagnosticsConfig(_Section):
         return self
 
 
-class WarningsConfig(_Section):
+class WarningsConfig(Section):
     """Early warning: when a figure of the run counts as bad, and what is done about it.
 
     A rule that compares with the run's own beginning takes the mean of the first `reference_steps` steps. Rules of a
@@ -101,7 +98,7 @@ class WarningsConfig(_Section):
             "reward_collapse",
             "gradient_spike",
         ]
-    ] = ["entropy_collapse", "entropy_explosion", "zero_variance_flood", "length_collapse", "reward_collapse"]
+    ] = Field(["entropy_collapse", "entropy_explosion", "zero_variance_flood", "length_collapse", "reward_collapse"])
     """Causes that count as a collapse. A heavy tail or a spike foretells one, and may pass."""
     rollback_learning_rate: float = Field(0.5, gt=0, le=1)
     """Factor of the learning rate at each rollback, on top of the schedule and of earlier rollbacks."""

@@ -27,7 +27,7 @@ from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
 from sapo.listener import Listener, Silent
 from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
-from sapo.objectives import KLPenalty, make_objective
+from sapo.objectives import make_objective
 from sapo.preflight import TaskSet, seed_for
 from sapo.profiling import Profiler, phases
 from sapo.prompting import encode_by_task
@@ -107,7 +107,7 @@ class TrainingRun:
             max_new_tokens=config.rollout.max_new_tokens,
             activation_checkpointing=train.activation_checkpointing,
             entropy=train.entropy,
-            kl=_kl_penalty(config),
+            kl=None if config.objective.kl is None else config.objective.kl.penalty,
             routers=None if self.replay is None else self.replay.routers,
             tis=None if config.objective.tis is None else config.objective.tis.weights,
         )
@@ -283,9 +283,7 @@ class TrainingRun:
         # Nothing has moved the weights yet since the batch was sampled.
         on_policy = "rollout/age" not in state.selection and all(u["skipped"] for u in state.step_updates)
         record = {
-            "kind": "update",
-            "step": state.step + 1,
-            "update": state.update,
+            **{"kind": "update", "step": state.step + 1, "update": state.update},
             "learning_rate": learning_rate,
             "on_policy": on_policy,
             "skipped": result.skipped,
@@ -299,7 +297,8 @@ class TrainingRun:
         state.tokens["trained"] += result.log_ratio_M.numel()
         if self._rollouts_logged():
             rollout = self.config.rollout
-            state.gates |= token_gates(result, state.update, train.minibatches, rollout.samples_per_prompt)
+            samples = rollout.samples_per_prompt
+            state.gates |= token_gates(result, state.update, train.minibatches, samples, on_policy)
         state.step_updates.append({"skipped": result.skipped, "on_policy": on_policy, **figures})
         state.update += 1
 
@@ -383,6 +382,7 @@ class TrainingRun:
             **({} if self.replay is None else self.replay.figures(state.old_logprobs)),
             "start": state.start_evaluation,
             "final": state.last_evaluation,
+            **({"rollbacks": state.rollbacks} if state.rollbacks else {}),
             "tokens": state.tokens,
             "seconds": {**state.seconds, "total": sum(phases(state.seconds).values())},
         }
@@ -447,8 +447,3 @@ class TrainingRun:
             else "there is no checkpoint yet: start again with a lower train.learning_rate"
         )
         return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}"
-
-
-def _kl_penalty(config: RunConfig) -> KLPenalty | None:
-    kl = config.objective.kl
-    return None if kl is None else KLPenalty(coefficient=kl.coefficient, estimator=kl.estimator)

@@ -12,11 +12,13 @@ of them trained:
     update, forward     activations of the largest micro-batch + last hidden states and their gradient
                         + one chunk of logits + the head's own gradient (4 V H)
                         + gradients of earlier micro-batches (4 T), where a mini-batch has more than one
+    update, both        one gradient more (4 T), where true gradients are compared
     update, backward    gradients (4 T) + the head's once more (4 V H), where it is tied or already has one + one layer
     checkpoint          nothing of its own: tensors are written from where they are
     rollout batch       Python's integers and floats, 100 bytes a token, from generation to the last update; with
                         refills as if every round drew a whole batch: dropped groups stay until the step is logged;
-                        one more for each batch sampled ahead
+                        one more for each batch sampled ahead; with routing replay one byte (two above 256 experts)
+                        for each expert of a token
 
 Activations are not derived from an architecture but measured on it: `measure_activations` runs the forward pass of
 training on a few tokens, counts the storages that autograd keeps, and solves for bytes per packed token, per query and
@@ -48,6 +50,7 @@ from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.fast import copied_bytes
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
+from sapo.model.routing import Routers
 from sapo.rollout.cache import KVCache, cache_dtype
 from sapo.rollout.local import PREFILL_TOKENS
 
@@ -174,13 +177,17 @@ def estimate_memory(
     ahead = -(-config.rollout.staleness // config.train.minibatches)
     drawn = (1 + config.rollout.refill_rounds) * (1 + ahead)
     batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens * drawn}
+    if config.model.routing_replay:
+        routed = tokens + sum(len(p.token_ids) for p in prompts)
+        batch["recorded experts"] = Routers(policy).bytes_per_token * routed * drawn
     if policy.device.type != "cpu":
-        del always["interpreter and libraries"], batch["rollout batch"]
+        del always["interpreter and libraries"]
+        batch = {}
     update = _Update(config, policy, prompts)
     phases = {
         "generate": always | batch | _generate_parts(config, policy, prompts, update.layer),
-        "update, forward": always | batch | update.forward_parts(),
-        "update, backward": always | batch | update.backward_parts(),
+        "update, forward": always | batch | update.forward_parts() | update.compared(),
+        "update, backward": always | batch | update.backward_parts() | update.compared(),
         "checkpoint": always | batch,
     }
     return MemoryEstimate({p: _with_allocator(parts, policy) for p, parts in phases.items()}, str(policy.device))
@@ -280,9 +287,15 @@ class _Update:
         self.cost = measure_activations(policy, checkpointing=True) if train.activation_checkpointing else kept
         batches = [(batch, len(m.microbatches)) for m in minibatches for batch in m.microbatches]
         self.batch, self.num_microbatches = max(batches, key=lambda b: self.cost.bytes(Counts.of(b[0])))
+        self.diagnostics = config.diagnostics
         self.policy = policy
         self.trained = [p for p in policy.model.parameters() if p.requires_grad]
         self.checkpointing = train.activation_checkpointing
+
+    def compared(self) -> dict[str, int]:
+        """The gradient that those of counterfactual objectives are held against, one after the other."""
+        asked = self.diagnostics.true_gradient_every > 0 and self.diagnostics.counterfactuals
+        return {"gradient to compare with": self._gradients()} if asked else {}
 
     def forward_parts(self) -> dict[str, int]:
         """The end of a micro-batch's forward: all its activations, and the head at work."""

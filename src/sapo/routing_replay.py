@@ -51,9 +51,8 @@ class RoutingReplay:
     def settle(self, old_logprobs: str, directory: RunDirectory) -> dict[str, Any]:
         """The self-check has decided: config.yaml says from now on, under provenance, which replay is in force."""
         figures = self.figures(old_logprobs)
-        directory.write_config(
-            self._config.model_copy(update={"provenance": {**(self._config.provenance or {}), **figures}})
-        )
+        written = RunDirectory.read_config(directory.path)  # a new run's own recipe knows no versions and no commit
+        directory.write_config(written.model_copy(update={"provenance": {**(written.provenance or {}), **figures}}))
         return figures
 
     def figures(self, old_logprobs: str | None) -> dict[str, Any]:

@@ -183,12 +183,15 @@ def _experts_from_json(value: dict[str, Any] | None) -> RoutedExperts | None:
     return None if value is None else RoutedExperts(**{**value, "indices": base64.b64decode(value["indices"])})
 
 
-def token_gates(result: UpdateResult, update: int, minibatches: int, samples: int) -> dict[str, dict[str, Any]]:
+def token_gates(
+    result: UpdateResult, update: int, minibatches: int, samples: int, on_policy: bool
+) -> dict[str, dict[str, Any]]:
     """What an update measured token by token, by sequence of the step.
 
     Args:
         update: which of the step's `minibatches`.
         samples: per prompt.
+        on_policy: the update was made at the weights that sampled; the first of a stale batch is not.
     """
     lengths = result.sequence_M.bincount().tolist()
     measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
@@ -197,7 +200,8 @@ def token_gates(result: UpdateResult, update: int, minibatches: int, samples: in
     for number, sequence in enumerate(result.sequence_ids):
         group, sample = divmod(sequence, samples)
         place = (update + group * minibatches) * samples + sample  # the inverse of split_minibatches
-        gates[str(place)] = {"update": update, **{n: parts[number].tolist() for n, parts in by_name.items()}}
+        own = {name: parts[number].tolist() for name, parts in by_name.items()}
+        gates[str(place)] = {"update": update, "on_policy": on_policy, **own}
     return gates
 
 

@@ -127,6 +127,22 @@ def test_a_run_that_breaks_is_a_result_and_is_not_tried_again(tmp_path: Path) ->
     assert results(comparison)["runs"] == [healthy, broken]
 
 
+def test_a_run_that_stops_for_a_collapse_counts_as_collapsed_and_warned(tmp_path: Path) -> None:
+    # Any gradient above the median so far is called a collapse.
+    rule = ["warnings.on_collapse=stop", "warnings.collapse_causes=[gradient_spike]", "warnings.gradient_spike=1.0001"]
+    rule += ["warnings.gradient_updates=5", "checkpoint.every=1"]
+    arguments = command(tmp_path, *rule, "--objectives", "sapo", "--seeds", "0,", "--jobs", "1")
+    output = finish(start(*arguments, cwd=tmp_path))
+    assert "sapo-lr1e-3-seed0: failed: step " in output
+    assert output.splitlines()[-1] == "next: sapo report comparisons/recipe"
+    found = results(tmp_path / "comparisons" / "recipe")
+    [run] = found["runs"]
+    assert (run["state"], run["tasks"]["prompts"]["final"]) == ("failed", None)
+    assert "gradient_spike" in run["reason"]
+    assert found["warnings"] == {"prompts": {"collapsed": 1, "detected": 1, "healthy": 0, "false_alarms": 0}}
+    assert "1 of them already there" in finish(start(*arguments, cwd=tmp_path)), "it is not tried again"
+
+
 def test_a_run_that_is_refused_stops_the_comparison_in_one_line(tmp_path: Path) -> None:
     # No room is left for the prompt.
     arguments = command(tmp_path, "train.steps=2", "rollout.max_new_tokens=64", "--jobs", "1")

@@ -153,6 +153,15 @@ def test_an_arm_cannot_change_what_all_runs_share(tmp_path: Path, key: str) -> N
         load_comparison(write(tmp_path, arms={"a": {key: 1}}, baseline="a"))
 
 
+def test_an_arm_may_sample_at_another_temperature_where_all_are_evaluated_at_one(tmp_path: Path) -> None:
+    arms = {"a": {"rollout.temperature": 0.8}}
+    with pytest.raises(ConfigError, match=r"arm a must not set rollout\.temperature while evaluations take theirs"):
+        load_comparison(write(tmp_path, arms=arms, baseline="a"))
+    plan = load_comparison(write(tmp_path, arms=arms, baseline="a"), ["eval.temperature=1.0"])
+    [*_, run] = plan.runs(tmp_path)
+    assert (run.config.rollout.temperature, run.config.eval.temperature) == (0.8, 1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

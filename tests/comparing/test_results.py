@@ -112,6 +112,35 @@ def test_a_run_that_failed_is_a_collapse_counts_as_0_and_says_why(tmp_path: Path
     assert "| x 1.000 |" in table
 
 
+def test_warnings_are_those_the_run_gave_of_a_rollback_too(tmp_path: Path) -> None:
+    results = results_of(
+        tmp_path,
+        a_plan(seeds=(0,)),
+        {
+            "a-lr1e-4-seed0": ([[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]],),
+            "b-lr1e-4-seed0": ([[1, 1, 1, 1], [2, 2, 2, 2], [0, 0, 0, 0]],),
+        },
+    )
+    assert results.alarms("add4") == {"collapsed": 1, "detected": 0, "healthy": 1, "false_alarms": 0}
+    flood = {
+        "kind": "warning",
+        "step": 2,
+        "cause": "zero_variance_flood",
+        "collapse": True,
+        "value": 1,
+        "threshold": 0.7,
+    }
+    plain = {"kind": "warning", "step": 1, "cause": "unequal_old_logprobs", "text": "of the set-up, by no rule"}
+    for run, lines in (("a", [flood, {"kind": "rollback", "step": 2, "to": 1}]), ("b", [plain])):
+        with (tmp_path / "runs" / f"{run}-lr1e-4-seed0" / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    results = ComparisonResults.of(results.plan, [Outcome.of(run) for run in results.plan.runs(tmp_path)])
+    # The warned run went back and is well; what was said of the other's set-up is no early warning.
+    assert results.alarms("add4") == {"collapsed": 1, "detected": 0, "healthy": 1, "false_alarms": 1}
+    assert results.outcomes[0].warnings == ({"step": 2, "cause": "zero_variance_flood", "collapse": True},)
+    assert "0 of 1 collapsed runs were warned, and 1 of 1 healthy ones" in as_markdown(results)
+
+
 def test_each_arm_is_also_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
     none, half, all_right = [0] * 4, [1] * 4, [2] * 4
     results = results_of(

@@ -11,13 +11,14 @@ import pytest
 
 from report_cases import default_rows, rollout_row, settings, step_records, write_run
 from sapo.config import ConfigError
+from sapo.diagnostics import distributions
 from sapo.report import make_report
 from sapo.report.arms import group_runs
 from sapo.report.curves import MOST_POINTS
 from sapo.report.figure import Figure
 from sapo.report.gates import gate_curve, objective_of
 from sapo.report.runs import find_runs, read_runs, thinned
-from sapo.report.spread import LOG_RATIO_EDGES, spread_of
+from sapo.report.spread import LOG_RATIO_EDGES, VARIANCE_EDGES, spread_of
 
 
 def figures_of(report) -> dict[str, Figure]:
@@ -96,6 +97,22 @@ def test_runs_that_differ_in_more_than_their_seed_are_arms_named_by_the_differen
     figures = figures_of(make_report([tmp_path]))
     assert [t.name for t in strong(figures["fig4"])] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2", "GRPO"]
     assert [t.name for t in strong(figures["fig5"])] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2"]
+
+
+def test_another_sampler_is_another_experiment_and_not_in_the_figure_of_objectives(tmp_path: Path) -> None:
+    for number, (name, sampler) in enumerate(
+        (("sapo", None), ("grpo", None), ("gspo", "float8_e4m3fn"), ("grpo", "float8_e4m3fn"), ("cispo", None))
+    ):
+        config = settings() | {"rollout": {"sampler_dtype": sampler}}
+        config["objective"]["name"] = name
+        write_run(tmp_path / str(number), config=config)
+    (figure,) = [f for f in make_report([tmp_path]).paper if f.key == "fig4"]
+    assert sorted(t.name.split(",")[0] for t in strong(figure)) == ["CISPO", "GRPO", "SAPO"], "the larger of the two"
+
+
+def test_bins_made_of_rollouts_are_those_of_a_run_s_own_distributions() -> None:
+    np.testing.assert_array_equal(LOG_RATIO_EDGES, distributions.LOG_RATIO_EDGES)
+    np.testing.assert_array_equal(VARIANCE_EDGES, distributions.VARIANCE_EDGES)
 
 
 def test_a_comparison_s_directory_gives_its_runs_by_arm_and_rate(tmp_path: Path) -> None:
@@ -218,10 +235,48 @@ def test_nothing_at_a_path_is_refused(tmp_path: Path) -> None:
 
 
 def test_warnings_and_their_causes_are_kept(tmp_path: Path) -> None:
-    warning = {"kind": "warning", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40"}
+    warning = {"kind": "warning", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40\u202e"}
     report = make_report([write_run(tmp_path / "a", records=[*step_records(4), warning])])
-    assert report.warnings == ({"run": "a", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40"},)
+    assert report.warnings == ({"run": "a", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40\\u202e"},)
     assert report.lines[0].warnings == 1
+
+
+def test_a_run_that_went_back_says_so_after_the_warning_that_made_it(tmp_path: Path) -> None:
+    warning = {"kind": "warning", "step": 3, "cause": "ratio_tail", "text": "ratios reach 40"}
+    back = {"kind": "rollback", "step": 3, "to": 1, "cause": "ratio_tail", "rollbacks": 1, "learning_rate_scale": 0.5}
+    report = make_report([write_run(tmp_path / "a", records=[*step_records(4), warning, back])])
+    assert [(w["cause"], w["step"]) for w in report.warnings] == [("ratio_tail", 3), ("rollback", 3)]
+    assert "went back to step 1 and goes on at 0.5 times the learning rate" in report.warnings[1]["text"]
+    assert report.lines[0].warnings == 1
+
+
+def test_parts_of_phases_are_not_counted_twice_and_a_profile_makes_no_arm(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain")
+    profiled = write_run(tmp_path / "profiled", config={**settings(1), "profile": {"first_step": 2, "steps": 1}})
+    seconds = {"generate": 4.0, "update": 2.5, "update/backward": 1.5, "total": 6.5}
+    (profiled / "summary.json").write_text(json.dumps({"steps": 4, "tokens": {"generated": 410}, "seconds": seconds}))
+    report = make_report([plain, profiled])
+    assert [line.seconds for line in report.lines] == [6.5, 6.5]
+    assert len(report.headlines) == 1, "two seeds of one arm"
+    (profiled / "summary.json").unlink()  # the run goes on: from its steps
+    records = step_records(4)
+    for record in records:
+        if record["kind"] == "step":
+            record["timing"]["update/backward"] = 0.25
+    (profiled / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert make_report([profiled]).lines[0].seconds == 4 * 1.5
+
+
+def test_the_first_update_of_a_stale_batch_is_off_policy(tmp_path: Path) -> None:
+    def tokens(**changes: object) -> str:
+        rows = [rollout_row(0, 0, [1, 2, 3], update=0, **changes), rollout_row(0, 1, [1, 2, 3], update=1)]
+        run = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), rollouts={4: rows})
+        (figure,) = [f for f in make_report([run]).story if f.key == "variance"]
+        return figure.caption
+
+    assert "3 tokens of 1 off-policy updates" in tokens(), "by its number, where a run did not say"
+    assert "3 tokens of 1 off-policy updates" in tokens(on_policy=True)
+    assert "6 tokens of 2 off-policy updates" in tokens(on_policy=False)
 
 
 def test_a_run_that_broke_says_so_and_why(tmp_path: Path) -> None:
@@ -229,6 +284,7 @@ def test_a_run_that_broke_says_so_and_why(tmp_path: Path) -> None:
     (run / "failure.json").write_text(json.dumps({"reason": "step 3: the loss is not finite"}))
     report = make_report([run])
     assert report.lines[0].state == "failed"
+    assert report.headlines[0].startswith("SAPO: 2 steps of 4, then it failed; held-out")
     assert report.warnings == ({"run": "a", "step": 2, "cause": "failed", "text": "step 3: the loss is not finite"},)
 
 

@@ -59,6 +59,19 @@ def test_asked_to_stop_it_writes_a_last_page_that_rests(tmp_path: Path) -> None:
     assert not watched(page)
 
 
+def test_a_comparison_is_over_when_its_last_run_has_ended_a_broken_one_too(tmp_path: Path) -> None:
+    plan = {"arms": {"a": {}, "b": {}}, "learning_rates": [1e-4], "seeds": [0]}
+    (tmp_path / "comparison.yaml").write_text(json.dumps(plan))
+    write_run(tmp_path / "runs" / "a-lr1e-4-seed0")
+    assert not make_report([tmp_path]).finished, "the second run has not begun"
+    begun = write_run(tmp_path / "runs" / "b-lr1e-4-seed0", finished=False)
+    assert not make_report([tmp_path]).finished
+    before = fingerprint([tmp_path])
+    (begun / "failure.json").write_text(json.dumps({"reason": "step 2: the loss is nan"}))
+    assert fingerprint([tmp_path]) != before
+    assert make_report([tmp_path]).finished
+
+
 def test_a_run_that_appears_in_a_watched_directory_is_something_new(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     before = fingerprint([tmp_path])

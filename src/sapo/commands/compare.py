@@ -37,26 +37,28 @@ def compare(
     objectives: Annotated[
         str | None,
         typer.Option(
-            help="Arms of a recipe of one run, as in sapo,gspo,grpo. [default: these three]",
+            help="Arms of a recipe of one run, as in sapo,gspo,grpo.",
+            show_default="these three",
             autocompletion=complete_objective,
         ),
     ] = None,
-    arms: Annotated[str | None, typer.Option(help="Some arms of a comparison recipe. [default: all]")] = None,
+    arms: Annotated[str | None, typer.Option(help="Some arms of a comparison recipe.", show_default="all")] = None,
     learning_rates: Annotated[
-        str | None, typer.Option(help="As in 1e-4,2e-4: every arm at each. [default: the recipe's]")
+        str | None, typer.Option(help="As in 1e-4,2e-4: every arm at each.", show_default="the recipe's")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="How many, as in 3, or which, as in 0,1,2. [default: the recipe's, or 3]")
+        str | None, typer.Option(help="How many, as in 3, or which, as in 0,1,2.", show_default="the recipe's, or 3")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The arm that the others are set against. [default: the recipe's, or the first]")
+        str | None,
+        typer.Option(help="The arm that the others are set against.", show_default="the recipe's, or the first"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The small form: to see that it works.")] = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", help="Runs at a time. [default: a run for each core or GPU]")
+        int | None, typer.Option("--jobs", "-j", help="Runs at a time.", show_default="a run for each core or GPU")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The directory to write to. [default: comparisons/RECIPE]")
+        Path | None, typer.Option("--out", "-o", help="The directory to write to.", show_default="comparisons/RECIPE")
     ] = None,
 ) -> None:
     """Compare objectives over learning rates and seeds; the same command goes on with a killed one."""
@@ -90,6 +92,7 @@ def _report_end(compared: ComparedRuns, stop: StopSignal) -> None:
         say(f"stopped with {len(compared.unfinished)} runs not ended; those at work are saved")
         say(f"next: sapo compare {compared.directory}")
         raise typer.Exit(128 + (stop.received or signal.SIGINT))
+    say(f"next: sapo report {compared.directory}")
 
 
 def _words(text: str | None) -> list[str] | None:

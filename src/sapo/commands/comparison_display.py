@@ -174,6 +174,6 @@ def show_results(results: ComparisonResults, console: Console) -> None:
             for row in tuned_rows(results, task):
                 best.add_row(*map(Text, row))
             wide.print(best)
-        lines += [sentence for sentence in [alarm_sentence(results, task)] if sentence is not None]
+        lines.append(alarm_sentence(results, task))
     for line in [*lines, *notes(results)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

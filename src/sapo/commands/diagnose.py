@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sapo.commands.terminal import console, say
-from sapo.completion import complete_model, complete_task
+from sapo.completion import complete_model, complete_objective, complete_rounded, complete_task
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,10 @@ def diagnose(
         ),
     ] = None,
     sampler_dtype: Annotated[
-        str, typer.Option(help="Precision of the sampler: bfloat16, float8_e4m3fn or float8_e5m2.")
+        str,
+        typer.Option(
+            help="Precision of the sampler: bfloat16, float8_e4m3fn or float8_e5m2.", autocompletion=complete_rounded
+        ),
     ] = "float8_e4m3fn",
     sampler_scaling: Annotated[str, typer.Option(help="Scales of 8-bit weights: none, tensor or channel.")] = "tensor",
     sampler_vectors: Annotated[
@@ -45,23 +48,31 @@ def diagnose(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="A task's name, or a .jsonl or .parquet file; repeatable. [default: the run's own tasks]",
+            help="A task's name, or a .jsonl or .parquet file; repeatable.",
+            show_default="the run's own tasks",
             autocompletion=complete_task,
         ),
     ] = None,
     objectives: Annotated[
-        str, typer.Option(help="Names of objectives, between commas, at their own defaults.")
+        str,
+        typer.Option(
+            help="Names of objectives, between commas, at their own defaults.", autocompletion=complete_objective
+        ),
     ] = DEFAULT_OBJECTIVES,
     problems: Annotated[int, typer.Option(min=2, help="Held-out problems of each task.")] = 64,
     samples: Annotated[int, typer.Option(min=2, help="Completions of each problem.")] = 8,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion. [default: 64, or the run's]")
+        int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="[default: 1, or the run's]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the sampler.", show_default="1, or the run's")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the draws and the choice of problems. [default: 12345, or the run's]")
+        int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

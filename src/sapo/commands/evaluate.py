@@ -33,38 +33,47 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="A task's name, or a .jsonl or .parquet file; repeatable. [default: the run's own tasks]",
+            help="A task's name, or a .jsonl or .parquet file; repeatable.",
+            show_default="the run's own tasks",
             autocompletion=complete_task,
         ),
     ] = None,
-    problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems. [default: 256, or the run's]")] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Held-out problems.", show_default="256, or the run's")
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Completions of each problem (n). [default: 4, or the run's]")
+        int | None, typer.Option(min=1, help="Completions of each problem (n).", show_default="4, or the run's")
     ] = None,
     k: Annotated[
-        str | None, typer.Option(help="Which pass@k to estimate, as in 1,4. [default: 1, or the run's]")
+        str | None, typer.Option(help="Which pass@k to estimate, as in 1,4.", show_default="1, or the run's")
     ] = None,
     greedy: Annotated[
         bool | None,
-        typer.Option("--greedy/--no-greedy", help="Draw one more at temperature 0. [default: no, or the run's]"),
+        typer.Option("--greedy/--no-greedy", help="Draw one more at temperature 0.", show_default="no, or the run's"),
     ] = None,
     constant: Annotated[
         bool | None,
-        typer.Option("--constant/--no-constant", help="Judge the best constant answer. [default: yes, or the run's]"),
+        typer.Option(
+            "--constant/--no-constant", help="Judge the best constant answer.", show_default="yes, or the run's"
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Smallest reward that counts as right.")] = 1.0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion. [default: 64, or the run's]")
+        int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy. [default: 1, or the run's]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling. [default: 1, or the run's]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="1, or the run's")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", show_default="1, or the run's")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the draws and the choice of problems. [default: 12345, or the run's]")
+        int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The directory to write to. [default: evals/MODEL-TASK]")
+        Path | None, typer.Option("--out", "-o", help="The directory to write to.", show_default="evals/MODEL-TASK")
     ] = None,
 ) -> None:
     """Evaluate a model on a task's held-out problems; the same command goes on with a killed one."""

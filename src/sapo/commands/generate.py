@@ -26,7 +26,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
     samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion. [default: 256, or what the model has room for]")
+        int | None, typer.Option(min=1, help="Longest completion.", show_default="256, or what the model has room for")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -37,7 +37,9 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat, or first paragraph.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32, or the run's]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Each token with its log-probability.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sapo.commands.terminal import say, stop_signals
-from sapo.completion import complete_run
+from sapo.completion import complete_reported
 
 
 def report(
@@ -17,7 +17,7 @@ def report(
         typer.Argument(
             metavar="RUN...",
             help="Run directories, a comparison's directory, or a directory of runs.",
-            autocompletion=complete_run,
+            autocompletion=complete_reported,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
@@ -29,7 +29,7 @@ def report(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="Response tokens that the token view may hold; 0 for all. [default: 200000]"),
+        typer.Option(min=0, help="Response tokens that the token view may hold; 0 for all.", show_default="200000"),
     ] = None,
 ) -> None:
     """Make a page of runs: their story in figures, the paper's figures, and every token that was logged."""

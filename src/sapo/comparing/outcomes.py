@@ -94,7 +94,7 @@ class Outcome:
     learning_rate: float
     seed: int
     state: Literal["finished", "failed", "unfinished"]
-    """failed: it stopped itself, as for a loss that is not finite."""
+    """failed: it stopped itself, as for a loss that is not finite or for a collapse (`warnings.on_collapse: stop`)."""
     reason: str | None
     """Why it failed."""
     steps: int
@@ -103,8 +103,8 @@ class Outcome:
     """By task; none before the first evaluation."""
     tokens: Mapping[str, int]
     """generated and trained; those of a run that failed are not counted, and missing."""
-    warnings: tuple[Mapping[str, Any], ...] | None
-    """Step, cause and whether it is a collapse, of each early warning; None where there are no rules for them."""
+    warnings: tuple[Mapping[str, Any], ...]
+    """Step, cause and whether it is a collapse, of each early warning."""
     seconds: Mapping[str, float] = field(compare=False)
     """By phase; of a finished run."""
 
@@ -169,7 +169,7 @@ class Outcome:
                 for task, curve in self.curves.items()
             },
             "tokens": dict(self.tokens),
-            "warnings": None if self.warnings is None else [dict(w) for w in self.warnings],
+            "warnings": [dict(w) for w in self.warnings],
             "timing": {"seconds": dict(self.seconds)},
         }
 
@@ -190,13 +190,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{file} is not what a run writes: {error}; move {run} away to make it again") from error
 
 
-def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...] | None:
-    """What the rules of early warning find in a run's metrics; None in a build without them."""
-    try:
-        from sapo.diagnostics.warnings import replay_warnings
-    except ImportError:
-        return None
-    return tuple({"step": w.step, "cause": w.cause, "collapse": w.collapse} for w in replay_warnings(records))
+def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Early warnings as the run gave them, under its own thresholds; those of a collapse that it went back from too."""
+    return tuple(
+        {key: record[key] for key in ("step", "cause", "collapse")}
+        for record in records
+        if record["kind"] == "warning" and "threshold" in record  # others are of the set-up and follow no rule
+    )
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:

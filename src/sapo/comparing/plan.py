@@ -22,6 +22,12 @@ SHARED_KEYS = {
     "rollout.prompts_per_step": "the budget is that of settings",
     "rollout.samples_per_prompt": "the budget is that of settings",
     "tasks": "all arms are asked the same prompts, those of settings",
+    "prompt": "all arms are asked the same prompts, those of settings",
+    "rollout.max_new_tokens": "evaluations have it too, and all arms are evaluated alike",
+    "rollout.stop_token_ids": "evaluations have it too, and all arms are evaluated alike",
+    "rollout.top_p": "evaluations have it too, and all arms are evaluated alike",
+    "rollout.top_k": "evaluations have it too, and all arms are evaluated alike",
+    "rollout.min_p": "evaluations have it too, and all arms are evaluated alike",
     "eval": "all arms are evaluated alike, as settings say",
     "threads": "another count is another rounding; settings have it for all",
     "device": "another device is another rounding; settings have it for all",
@@ -135,6 +141,11 @@ class ComparisonPlan:
                 raise ConfigError(f"an arm's name becomes a directory's: letters, digits and ._+=- ; got {arm!r}")
             for key in settings:
                 _refuse_shared(arm, key)
+            if "rollout.temperature" in settings and self.base.eval.temperature is None:
+                raise ConfigError(
+                    f"arm {arm} must not set rollout.temperature while evaluations take theirs from it "
+                    "(eval.temperature is null); settings: {eval.temperature: 1.0} evaluates all arms alike"
+                )
         if self.baseline not in self.arms:
             raise ConfigError(f"baseline must be one of the arms ({', '.join(self.arms)}); got {self.baseline!r}")
         for what, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):

@@ -127,14 +127,12 @@ class ComparisonResults:
         """Those that anything is known of."""
         return list(dict.fromkeys(cell.task for cell in self.cells))
 
-    def alarms(self, task: str) -> dict[str, int] | None:
-        """How early warnings agree with collapses on a task; None where there are no rules for them.
+    def alarms(self, task: str) -> dict[str, int]:
+        """How early warnings agree with collapses on a task.
 
         A run is warned if any rule found something. detected: warned among the collapsed; false alarms: among the rest.
         """
         ended = [o for o in self.outcomes if o.ended and task in o.curves]
-        if any(o.warnings is None for o in ended):
-            return None
         collapsed = [o for o in ended if o.collapsed(task)]
         healthy = [o for o in ended if not o.collapsed(task)]
         return {

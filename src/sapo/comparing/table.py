@@ -24,8 +24,7 @@ def as_markdown(results: ComparisonResults) -> str:
         if len(plan.learning_rates) > 1:
             lines += ["Each arm at the learning rate of its best mean, chosen on the problems it is judged by:", ""]
             lines += [*_markdown(("arm", "lr", "final pass@1", f"less {plan.baseline}"), tuned_rows(results, task)), ""]
-        if (alarms := alarm_sentence(results, task)) is not None:
-            lines += [alarms, ""]
+        lines += [alarm_sentence(results, task), ""]
         lines += ["Every run:", "", *_markdown(RUN_HEADINGS, run_rows(results.outcomes, task)), ""]
     lines += [f"- {note}" for note in notes(results)]
     return "\n".join(lines).rstrip() + "\n"
@@ -51,8 +50,8 @@ def legend(results: ComparisonResults) -> list[str]:
     over = "problems" if len(results.plan.seeds) == 1 else "seeds and problems"
     return [
         f"Means with 95% bootstrap intervals over {over}; differences are paired by seed and problem. best is a "
-        "maximum over a run's evaluations. collapsed: last pass@1 below half of the run's best, or below its start; or "
-        "the run failed, and its last pass@1 counts as 0 (marked x).",
+        "maximum over a run's evaluations. collapsed: last pass@1 below half of the run's best, or below its start by "
+        "more than its problems explain; or the run failed, and its last pass@1 counts as 0 (marked x).",
     ]
 
 
@@ -107,11 +106,9 @@ def run_rows(outcomes: Sequence[Outcome], task: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def alarm_sentence(results: ComparisonResults, task: str) -> str | None:
+def alarm_sentence(results: ComparisonResults, task: str) -> str:
     """How early warnings agree with collapses."""
     alarms = results.alarms(task)
-    if alarms is None:
-        return None
     return (
         f"Early warnings: {alarms['detected']} of {alarms['collapsed']} collapsed runs were warned, and "
         f"{alarms['false_alarms']} of {alarms['healthy']} healthy ones."

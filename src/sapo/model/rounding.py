@@ -5,7 +5,8 @@ the rounding of the weights alone, not of activations or of the cache, which an 
 
 Matrices are rounded, and stacks of them (the experts of a mixture): the linear layers, router, embedding and head.
 Vectors, the norms and biases, are not unless asked for: no engine has its norms in 8 bits. Departure from common
-engines: these keep embedding, head and router in 16 bits; here one rule holds for all matrices.
+engines: these keep embedding, head and router in 16 bits, and so an adapter; here one rule holds for all matrices, and
+those of an adapter are rounded each by itself.
 """
 
 from __future__ import annotations

@@ -60,6 +60,11 @@ class Routers:
         self.active: Recording | Replay | None = None
         """What the present forward is recorded by or replayed from."""
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a record: one for each layer and expert, two where an expert's number needs them."""
+        return len(self.modules) * self.per_token * _record_dtype(self.num_experts).itemsize
+
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """Within it every forward is recorded; `Recording.take` after each."""
@@ -104,6 +109,10 @@ def _family(module: nn.Module) -> str | None:
     return next((c.__name__ for c in type(module).__mro__ if c.__name__ in SUPPORTED), None)
 
 
+def _record_dtype(num_experts: int) -> torch.dtype:
+    return torch.uint8 if num_experts <= 256 else torch.int16
+
+
 class Recording:
     """What the routers choose, forward after forward.
 
@@ -113,7 +122,7 @@ class Recording:
     """
 
     def __init__(self, layers: int, num_experts: int) -> None:
-        self._dtype = torch.uint8 if num_experts <= 256 else torch.int16
+        self._dtype = _record_dtype(num_experts)
         self._chosen: list[Tensor | None] = [None] * layers
 
     def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -12,7 +12,10 @@ from typing import Any
 from sapo.report.runs import Run
 
 # Where and how a run was made, not what it is.
-BESIDE_THE_POINT = ("seed", "run_dir", "threads", "device", "provenance", "log", "checkpoint", "eval", "diagnostics")
+BESIDE_THE_POINT = (
+    *("seed", "run_dir", "threads", "device", "provenance"),
+    *("log", "checkpoint", "eval", "diagnostics", "profile"),
+)
 
 _OF_A_COMPARISON = re.compile(r"(?P<arm>.+)-lr(?P<rate>[^-]+(?:-\d+)?)-seed(?P<seed>\d+)")
 

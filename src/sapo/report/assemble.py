@@ -12,7 +12,7 @@ from sapo.report.costs import timing_figure
 from sapo.report.curves import gate_figures, learning_figures
 from sapo.report.figure import Figure
 from sapo.report.paper import paper_figures
-from sapo.report.runs import Run, find_runs, read_runs
+from sapo.report.runs import Run, find_runs, read_runs, to_come
 from sapo.report.spread import spread_figures, spread_of
 from sapo.report.story import RunLine, headline, run_line, warnings_of
 from sapo.report.tokens import DEFAULT_TOKENS, TokenView, token_view
@@ -34,7 +34,7 @@ class Report:
     warnings: tuple[dict[str, Any], ...]
     tokens: TokenView
     finished: bool
-    """Whether every run has made its last step."""
+    """Whether nothing more is to come: every run has ended, and no run of a comparison is still to begin."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON value; the token view's chunks are not in it, only what they are."""
@@ -77,7 +77,7 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
         lines=tuple(by_run[run.name] for run in runs),
         warnings=tuple(warnings_of(runs)),
         tokens=token_view(runs, tokens),
-        finished=all(run.finished for run in runs),
+        finished=all(run.ended for run in runs) and not to_come(paths),
     )
 
 

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.runs import Run
 
-PHASES = ("generate", "score", "old_logprobs", "reference", "update", "evaluate", "checkpoint")
+PHASES = ("generate", "score", "old_logprobs", "reference", "update", "diagnose", "evaluate", "checkpoint")
 
 
 def phase_seconds(run: Run) -> dict[str, float]:
-    """Seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far."""
+    """Seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
+
+    Parts of a phase, which a profile has beside it as "update/backward", are in it already.
+    """
     if run.summary is not None and isinstance(run.summary.get("seconds"), dict):
-        return {k: v for k, v in run.summary["seconds"].items() if k != "total"}
+        return {k: v for k, v in run.summary["seconds"].items() if k != "total" and "/" not in k}
     seconds: dict[str, float] = {}
     for record in run.of_kind("step"):
         for phase, value in record.get("timing", {}).items():
-            if phase not in ("seconds", "tokens_per_second"):
+            if phase not in ("seconds", "tokens_per_second") and "/" not in phase:
                 seconds[phase] = seconds.get(phase, 0.0) + value
     # What a step's line does not know yet: the evaluations since.
     logged = sum(r.get("timing", {}).get("seconds", 0.0) for r in run.of_kind("eval"))

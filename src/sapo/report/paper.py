@@ -61,13 +61,18 @@ NO_TASKS = (
 )
 
 
+SHARED = ("model.", "tasks.", "rollout.sampler_", "rollout.staleness", "objective.tis")
+"""What arms of one figure have in common: another sampler, or a correction for it, is another experiment."""
+
+
 def _objectives(arms: Sequence[Arm]) -> list[int]:
-    """Places of arms that train the same model on the same tasks by several objectives: the largest such family."""
+    """Places of arms that train the same model on the same tasks, by the same sampler, by several objectives: the
+    largest such family."""
     families: dict[Any, list[int]] = {}
     for place, arm in enumerate(arms):
         flat = flatten(arm.runs[0].settings)
         # Routing replay goes with an objective: GRPO-R2 is GRPO with it.
-        same = {k: v for k, v in flat.items() if k.startswith(("model.", "tasks.")) and k != "model.routing_replay"}
+        same = {k: v for k, v in flat.items() if k.startswith(SHARED) and k != "model.routing_replay"}
         families.setdefault(repr(sorted(same.items())), []).append(place)
     return _largest(families, lambda place: arms[place].objective.get("name"))
 

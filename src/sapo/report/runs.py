@@ -79,6 +79,11 @@ class Run:
         return self.summary is not None and self.summary.get("steps") == self.planned_steps
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it: it is finished, or broke in a comparison, which does not try again."""
+        return self.finished or self.failure is not None
+
+    @property
     def failure(self) -> str | None:
         """Why a run of a comparison broke, by its failure.json; None where it did not, or has ended since."""
         if self.finished:
@@ -151,6 +156,19 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             )
         found += inside
     return list({p.resolve(): p for p in found}.values())
+
+
+def to_come(paths: Sequence[Path]) -> int:
+    """Runs of comparisons among these paths that have not begun: their directories are not there yet."""
+    missing = 0
+    for path in paths:
+        try:
+            plan = yaml.safe_load((path / "comparison.yaml").read_text(encoding="utf-8"))
+            planned = len(plan["arms"]) * len(plan["learning_rates"]) * len(plan["seeds"])
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+            continue  # no comparison, or none that says what it consists of
+        missing += max(0, planned - sum(is_run(p) for p in (path / "runs").glob("*")))
+    return missing
 
 
 def is_run(path: Path) -> bool:

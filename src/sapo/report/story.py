@@ -9,6 +9,7 @@ from typing import Any
 from sapo.report.arms import Arm
 from sapo.report.costs import phase_seconds
 from sapo.report.runs import Run
+from sapo.untrusted import visible
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,8 @@ def headline(arm: Arm, lines: Sequence[RunLine]) -> str:
     single = len(lines) == 1
     steps = sorted({line.steps for line in lines})
     count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
-    unfinished = sum(line.state != "done" for line in lines)
     words = f"{arm.label}" + ("" if single else f", {len(lines)} seeds")
-    words += f": {count} steps"
-    if unfinished:
-        planned = lines[0].planned
-        words += f" so far{f' of {planned:,}' if planned else ''}" + ("" if single else f" ({unfinished} not finished)")
+    words += f": {count} steps" + _ending(lines)
     passes = [_pass_words(lines, task) for task in dict.fromkeys(e.task for line in lines for e in line.start)]
     words += "; held-out pass@1 " + ", ".join(passes) if passes else "; pass@1 not measured"
     tokens = [line.tokens for line in lines if line.tokens is not None]
@@ -119,6 +116,19 @@ def headline(arm: Arm, lines: Sequence[RunLine]) -> str:
     if seconds:
         words += f"; {sum(seconds) / len(seconds):,.1f} s{each}"
     return words + "."
+
+
+def _ending(lines: Sequence[RunLine]) -> str:
+    """After the number of steps: how many were planned and what became of the runs that did not make them."""
+    states = [line.state for line in lines]
+    short = [f"{states.count(state)} {state}" for state in ("failed", "not finished") if state in states]
+    if not short:
+        return ""
+    so_far, planned = " so far" * ("not finished" in states), lines[0].planned
+    words = so_far + (f" of {planned:,}" if planned else "")
+    if len(lines) > 1:
+        return f"{words} ({', '.join(short)})"
+    return words + ", then it failed" * ("failed" in states)
 
 
 def _pass_words(lines: Sequence[RunLine], task: str) -> str:
@@ -136,12 +146,23 @@ def _pass_words(lines: Sequence[RunLine], task: str) -> str:
 
 
 def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every warning with its run, step and, where it has a name, its cause; first the runs that broke."""
+    """Every warning with its run, step and, where it has a name, its cause; first the runs that broke. A run that went
+    back to a checkpoint says so after the warning that made it."""
     broken = [
-        {"run": run.name, "step": run.steps, "cause": "failed", "text": run.failure} for run in runs if run.failure
+        {"run": run.name, "step": run.steps, "cause": "failed", "text": visible(run.failure)}
+        for run in runs
+        if run.failure
     ]
     return broken + [
-        {"run": run.name, "step": r.get("step"), "cause": r.get("cause"), "text": str(r.get("text", ""))}
+        {"run": run.name, "step": r.get("step"), "cause": r.get("cause"), "text": visible(str(r.get("text", "")))}
+        if r["kind"] == "warning"
+        else {"run": run.name, "step": r["step"], "cause": "rollback", "text": _rollback_words(r)}
         for run in runs
-        for r in run.of_kind("warning")
+        for r in run.records
+        if r.get("kind") in ("warning", "rollback")
     ]
+
+
+def _rollback_words(record: dict[str, Any]) -> str:
+    scale = f"{record['learning_rate_scale']:g} times the learning rate"
+    return f"step {record['step']}: went back to step {record['to']} and goes on at {scale}; see rolled-back/"

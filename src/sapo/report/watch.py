@@ -66,14 +66,14 @@ def watch(
 
 
 def fingerprint(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a run writes: size and time of its metrics and summary, and how many steps are logged.
+    """What changes when a run writes: size and time of its metrics and of how it ended, and how many steps are logged.
 
     Raises:
         ConfigError: as `find_runs`.
     """
     found = []
     for run in find_runs(paths):
-        for file in (run / "metrics.jsonl", run / "summary.json", run / "rollouts"):
+        for file in (run / "metrics.jsonl", run / "summary.json", run / "failure.json", run / "rollouts"):
             try:
                 status = file.stat()
             except OSError:

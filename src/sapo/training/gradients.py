@@ -41,16 +41,10 @@ def true_gradient_figures(
     figures: dict[str, float] = {}
     with _undisturbed(trainer):
         used = _gradient(trainer, minibatch, trainer.objective, should_stop)
-        used_norm = _norm(used)
         for label, objective in objectives.items():
-            other = _gradient(trainer, minibatch, objective, should_stop)
-            norm = _norm(other)
-            product = used_norm * norm
-            if product > 0 and product < float("inf"):
-                shared = [(used[i], other[i]) for i in used if i in other]
-                inner = sum(torch.sum(a * b, dtype=torch.float64).item() for a, b in shared)
-                figures[f"true_gradient/{label}/cosine"] = inner / product
-                figures[f"true_gradient/{label}/norm_ratio"] = norm / used_norm
+            # Handed on and not named here: the last one is gone before the next is made.
+            compared = _compared(used, _gradient(trainer, minibatch, objective, should_stop))
+            figures |= {f"true_gradient/{label}/{name}": value for name, value in compared.items()}
     return figures
 
 
@@ -81,6 +75,16 @@ def _gradient(
             trainer._forward(batch)[0].loss.backward()
         trainer.optimizer.collect_gradients()
     return {i: m.grad for i, m in enumerate(trainer.optimizer.masters) if m.grad is not None}
+
+
+def _compared(used: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> dict[str, float]:
+    """Cosine of two gradients and the second's norm over the first's; nothing where one is 0 or not finite."""
+    used_norm, norm = _norm(used), _norm(other)
+    product = used_norm * norm
+    if not 0 < product < float("inf"):
+        return {}
+    inner = sum(torch.sum(used[i] * other[i], dtype=torch.float64).item() for i in used if i in other)
+    return {"cosine": inner / product, "norm_ratio": norm / used_norm}
 
 
 def _norm(gradient: Mapping[int, Tensor]) -> float:
