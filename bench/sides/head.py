@@ -149,9 +149,9 @@ def beyond_the_weight_gradient(run: Callable[[], object], x: Inputs) -> int:
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-        before = peak_bytes()
+        before = peak_bytes("cpu")
     run()
-    return peak_bytes() - before - own
+    return peak_bytes(x.weight_VH.device.type) - before - own
 
 
 def main(commands: Commands) -> None:
