@@ -51,6 +51,12 @@ def test_they_are_compiled_once_and_kept(cache, monkeypatch):
 
 
 @needs_compiler
+def test_trying_the_compiler_out_keeps_nothing(cache):
+    assert native.compiles_here()
+    assert not cache.exists()
+
+
+@needs_compiler
 def test_processes_that_start_at_once_leave_one_library(cache):
     name = native._name(["cc"])
     with ThreadPoolExecutor(4) as pool:
@@ -115,6 +121,7 @@ def test_a_library_that_cannot_be_loaded_is_made_again(cache):
 def test_without_a_working_compiler_torch_computes(cache, monkeypatch, compiler):
     monkeypatch.setenv("CC", compiler)
     assert loaded() is None
+    assert not native.compiles_here()
     assert native.kernels_in_use() == "torch"
     assert not list(cache.rglob("*.so"))
 

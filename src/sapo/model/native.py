@@ -113,11 +113,26 @@ def _float(value: float) -> int:
 _floats: list[np.ndarray] = []
 
 
+def compiles_here() -> bool:
+    """Whether there is a compiler whose kernels can be loaded; tried out, and nothing of it is kept."""
+    try:
+        compiler = _compiler()
+        return compiler is not None and _own(compiler, "trial") is not None
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
+
+
+def _compiler() -> list[str] | None:
+    """The command of $CC or cc, if there is such a program."""
+    command = shlex.split(os.environ.get("CC", "cc"))
+    return command if command and shutil.which(command[0]) is not None else None
+
+
 @functools.cache
 def _load() -> Kernels | None:
     try:
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        if not compiler or shutil.which(compiler[0]) is None:
+        compiler = _compiler()
+        if compiler is None:
             return None
         name = _name(compiler)
         try:
