@@ -112,7 +112,7 @@ def _trl_loss(logp_BT: Tensor, x: Inputs) -> Tensor:
 
 
 def liger(x: Inputs) -> Head:
-    """Liger's fused linear GRPO loss, not compiled: on a CPU its compiled form is no other."""
+    """Liger's fused linear GRPO loss, not compiled: its compiler is given the loss of known log-probabilities alone."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     fused = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="sapo")
