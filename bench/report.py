@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- written by python -m bench: begin -->", "<!-- written by python -m bench: end -->"
 MIB = 2**20
+
+
+def quick_or(place: Path, *, quick: bool) -> Path:
+    """Where figures go: those of a quick run must not stand among the measured ones."""
+    return Path(tempfile.gettempdir()) / "sapo-bench-quick" / place.name if quick else place
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,8 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
 def _ratios(result: dict[str, Any], ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, list[float]]:
     if result["name"].endswith("-memory"):
         beyond = peer.get("beyond")
-        return {"memory": [] if beyond is None else [beyond / max(ours["beyond"], 1)]}
+        # Nothing beyond what was there before would mean that the mark of the peak failed, not that we need no memory.
+        return {"memory": [] if beyond is None or ours["beyond"] <= 0 else [beyond / ours["beyond"]]}
     ratios = {"time": [p / o for o, p in zip(ours["seconds"], peer["seconds"], strict=False)]}
     if result["name"].startswith("step") and "peak" in peer:
         ratios["memory"] = [peer["peak"] / ours["peak"]]
@@ -158,12 +165,20 @@ def markdown(results: list[dict[str, Any]]) -> str:
     judged = [line for line in lines if line.mark or (line.goal is not None and line.error)]
     met = sum(line.mark == "met" for line in judged)
     parts = [f"## Goals: {met} of {len(judged)} met\n", _rows(HEADINGS, [_bold(line) for line in judged])]
+    if left := unmeasured(results):
+        parts.append("\nNot measured: " + "; ".join(f"{g.contest}, {g.ours} against {g.peer}" for g in left) + ".")
     for result in results:
         parts += [f"\n### {result['title']}\n", _where(result), "", _figures(result)]
         others = [line.cells()[1:5] for line in lines_of(result) if not line.mark]
         if others:
             parts += ["", _rows(HEADINGS[1:5], others)]
     return "\n".join(parts)
+
+
+def unmeasured(results: list[dict[str, Any]]) -> list[Goal]:
+    """Goals of which no figure and no failure is at hand, since a measurement or a side was left out."""
+    had = {(r["name"], ours, peer) for r in results for ours in r["sides"] for peer in (*r["sides"], "limit")}
+    return [g for g in GOALS if (g.contest, g.ours, g.peer) not in had]
 
 
 def _bold(line: Line) -> tuple[str, ...]:
@@ -222,5 +237,6 @@ def write_document(directory: Path, document: Path = DOCUMENT) -> Path:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{document} must hold the lines {BEGIN!r} and {END!r}; got neither or one; put them back")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    document.write_text(f"{before}{BEGIN}\n\n{markdown(load_results(directory))}\n\n{END}{after}")
+    results = [r for r in load_results(directory) if not r["about"].get("quick")]
+    document.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}")
     return document

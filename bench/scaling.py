@@ -21,6 +21,7 @@ import torch
 
 from bench.contest import Machine
 from bench.machine import describe_machine
+from bench.report import quick_or
 from bench.sides import ours
 from bench.workloads import TINY_VOCABULARY
 from sapo.model.policy import Policy, prepare_policy
@@ -88,7 +89,7 @@ def slope(sizes: list[float], costs: list[float]) -> float:
     >>> round(slope([1, 2, 4, 8], [9.0, 5.0, 10.0, 20.0]), 3)
     1.0
     """
-    half = len(sizes) // 2
+    half = min(len(sizes) // 2, len(sizes) - 2)
     x, y = [math.log(s) for s in sizes[half:]], [math.log(c) for c in costs[half:]]
     return statistics.linear_regression(x, y).slope
 
@@ -149,15 +150,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description="Cost per token as sizes grow.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="two sizes of each axis, and no document")
-    parser.add_argument("--results", type=Path, default=FILE)
-    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--quick", action="store_true", help="two sizes of each axis, written elsewhere")
+    parser.add_argument("--results", type=Path, help=f"default {FILE}")
+    parser.add_argument("--plot", type=Path, help=f"default {PLOT}")
     options = parser.parse_args(arguments)
+    results = options.results or quick_or(FILE, quick=options.quick)
+    picture = options.plot or quick_or(PLOT, quick=options.quick)
     result = measure(Machine(options.threads, options.device), quick=options.quick)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, options.plot)
-    print(f"wrote {options.results} and {options.plot}")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, picture)
+    print(f"wrote {results} and {picture}")
 
 
 if __name__ == "__main__":

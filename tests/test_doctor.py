@@ -109,6 +109,19 @@ def test_a_cache_that_cannot_be_written_is_broken(monkeypatch: pytest.MonkeyPatc
     assert "SAPO_CACHE" in finding.way_out
 
 
+def test_kernels_that_cannot_be_compiled_are_missing_and_no_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SAPO_NATIVE", raising=False)
+    monkeypatch.setenv("CC", "false")
+    finding = by_name(examine(tmp_path))["kernels"]
+    assert (finding.state, "C compiler" in finding.value, "CC" in finding.way_out) == ("missing", True, True)
+    assert not is_broken([finding])
+    monkeypatch.setenv("SAPO_NATIVE", "0")
+    assert by_name(examine(tmp_path))["kernels"].value == "switched off by SAPO_NATIVE=0"
+
+
 def test_the_command_prints_a_report_and_json(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -15,6 +15,7 @@ from sapo.config import ConfigError
 from sapo.data import Status
 from sapo.diagnostics_config import WarningsConfig
 from sapo.export import export_model
+from sapo.model.native import kernels_in_use
 from sapo.model.policy import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.rollout.local import LocalEngine
@@ -309,6 +310,22 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
     listener = Intruder()
     run_recipe(tmp_path, listener=listener)
     assert "another process is writing" in listener.message
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAPO_NATIVE", raising=False)
+    had = kernels_in_use()
+    if had == "torch":
+        pytest.skip("there is no C compiler")
+    run = run_recipe(tmp_path)
+    for switch, expected in (
+        ("1", []),
+        ("0", [f"kernels were {had} and are torch: the run goes on, but not bit for bit"]),
+    ):
+        monkeypatch.setenv("SAPO_NATIVE", switch)
+        listener = Recorder()
+        resume(run, listener=listener)
+        assert [w for w in listener.warnings if "bit for bit" in w] == expected
 
 
 def test_metrics_changed_by_hand_are_not_resumed_over(tmp_path: Path) -> None:

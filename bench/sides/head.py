@@ -112,7 +112,7 @@ def _trl_loss(logp_BT: Tensor, x: Inputs) -> Tensor:
 
 
 def liger(x: Inputs) -> Head:
-    """Liger's fused linear GRPO loss, not compiled: on a CPU its compiled form is no other."""
+    """Liger's fused linear GRPO loss, not compiled: its compiler is given the loss of known log-probabilities alone."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     fused = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="sapo")
@@ -149,9 +149,9 @@ def beyond_the_weight_gradient(run: Callable[[], object], x: Inputs) -> int:
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-        before = peak_bytes()
+        before = peak_bytes("cpu")
     run()
-    return peak_bytes() - before - own
+    return peak_bytes(x.weight_VH.device.type) - before - own
 
 
 def main(commands: Commands) -> None:

@@ -1,8 +1,8 @@
 """A side's end of the wire: JSON lines in, JSON lines out.
 
-The parent writes {"do": "warm"} or {"do": "run"}; the side answers with its seconds, its units of work and facts by
-which the parent sees that both sides did the same work. Only the standard library is imported, since vLLM's side runs
-in an environment without sapo.
+A side warms up by itself and says that it is ready. Then the parent writes {"do": "run"} for each round; the side
+answers with its seconds, its units of work and facts by which the parent sees that both sides did the same work. Only
+the standard library is imported, since vLLM's side runs in an environment without sapo.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Commands:
 
     def imported(self) -> None:
         """Everything is imported and nothing loaded yet: what is resident now is no matter of the work."""
-        self.imports = peak_bytes()
+        self.imports = self.peak_bytes()
 
     def ready(self, **about: Any) -> None:
         """Loaded and waiting."""
@@ -54,18 +54,21 @@ class Commands:
 
     def reply(self, seconds: float, work: float, **facts: Any) -> None:
         """One round: how long it took and how many units of work it was."""
-        self._send({"seconds": seconds, "work": work, "peak": peak_bytes(), "facts": facts})
+        self._send({"seconds": seconds, "work": work, "peak": self.peak_bytes(), "facts": facts})
+
+    def peak_bytes(self) -> int:
+        """See `peak_bytes`; of the device that the settings name."""
+        return peak_bytes(self.settings["device"])
 
     def _send(self, message: dict[str, Any]) -> None:
         self._wire.write(json.dumps(message) + "\n")
         self._wire.flush()
 
 
-def peak_bytes() -> int:
+def peak_bytes(device: str) -> int:
     """Most that this process ever had resident, the device's memory instead where the work is on one."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if device.startswith("cuda"):
+        return int(sys.modules["torch"].cuda.max_memory_allocated())
     [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 

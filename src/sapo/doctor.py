@@ -157,6 +157,7 @@ def _torch(torch: Any) -> Iterator[Finding]:
         "note",
         f"{torch.backends.cpu.get_cpu_capability()}, {library}, {torch.get_num_threads()} threads",
     )
+    yield _kernels()
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = f"built for {built} but no device was found" if built else "this torch is built for CPUs"
@@ -166,6 +167,18 @@ def _torch(torch: Any) -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(index)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         yield Finding("machine", f"cuda:{index}", "note", f"{properties.name}, {_gib(properties.total_memory)}, {bf16}")
+
+
+def _kernels() -> Finding:
+    """Whether decoding on a CPU can run through kernels compiled for this machine."""
+    from sapo.model.native import compiles_here
+
+    if os.environ.get("SAPO_NATIVE") == "0":
+        return Finding("machine", "kernels", "note", "switched off by SAPO_NATIVE=0")
+    if compiles_here():
+        return Finding("machine", "kernels", "ok", "the C compiler makes those for decoding on a CPU")
+    value = "no C compiler that works: decoding on a CPU takes longer"
+    return Finding("machine", "kernels", "missing", value, "install gcc or clang, or name one in CC")
 
 
 def _disks(run_directory: Path) -> Iterator[Finding]:

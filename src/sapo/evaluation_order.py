@@ -19,7 +19,7 @@ from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
-from sapo.session import load_model, provenance
+from sapo.session import DECIDING_BITS, load_model, provenance
 from sapo.tasks import Task
 
 CHUNK_SEQUENCES = 256
@@ -288,6 +288,6 @@ def _tell_of_what_is_there(
         tell(f"{store.path} is finished already; its completions are counted again")
     elif store.answered:
         tell(f"{store.path} has {len(store.answered)} of {problems} problems already; going on")
-    for key in ("versions", "cpu_capability", "mkl_cbwr"):
-        if not store.finished and store.machine.get(key) != machine[key]:
-            tell(f"{key} were {store.machine.get(key)} and are {machine[key]}: it goes on, but not bit for bit")
+    for key in DECIDING_BITS:
+        if not store.finished and key in store.machine and store.machine[key] != machine[key]:
+            tell(f"{key} were {store.machine[key]} and are {machine[key]}: it goes on, but not bit for bit")

@@ -23,6 +23,7 @@ from sapo.listener import Listener, Silent
 from sapo.loggers import check_loggers
 from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
+from sapo.model.native import kernels_in_use
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks, seed_for
 from sapo.recipe import override_run
@@ -32,6 +33,9 @@ from sapo.run_state import RunState
 from sapo.training.checkpoint import newest_whole, set_broken_aside
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+DECIDING_BITS = ("versions", "cpu_capability", "mkl_cbwr", "kernels")
+"""What of `provenance` has to be the same for the same bits."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def _resumed(
 def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
     """Bit for bit holds on one machine with one set of versions: say when these are others."""
     before, now = config.provenance or {}, provenance()
-    for key in ("versions", "cpu_capability", "mkl_cbwr"):
+    for key in DECIDING_BITS:
         if key in before and before[key] != now[key]:
             listener.warning(f"{key} were {before[key]} and are {now[key]}: the run goes on, but not bit for bit")
 
@@ -244,6 +248,7 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
+        "kernels": kernels_in_use(),
         "git_commit": _git_commit(),
     }
 

@@ -78,18 +78,32 @@ def test_a_goal_is_judged_by_the_median_of_the_ratios():
 def test_the_document_keeps_what_is_written_around_the_marks(tmp_path, monkeypatch):
     document = tmp_path / "benchmarks.md"
     document.write_text(f"by hand, above\n{report.BEGIN}\nold\n{report.END}\nby hand, below\n")
-    monkeypatch.setattr(report, "load_results", lambda _: [result([1.0], [4.0])])
+    quick = result([1.0], [9.0])
+    quick["about"]["quick"] = True
+    monkeypatch.setattr(report, "load_results", lambda _: [quick, result([1.0], [4.0])])
     report.write_document(tmp_path, document)
     text = document.read_text()
     assert text.startswith("by hand, above\n")
     assert text.endswith("\nby hand, below\n")
     assert "old" not in text
     assert "Goals: 0 of 1 met" in text
+    assert "Not measured: rollout-135m, sapo float32 against generate float32; " in text
+    assert "rollout-tiny, sapo float32 against" not in text
     assert "| rollout, tiny | sapo float32 | generate float32 | 4.00 x | one round | 5 x | **missed** |" in text
     assert "200 GFLOP/s in float32 (fastest by oneDNN linear) and 400 in bfloat16, and read 20.0 GB/s" in text
+    monkeypatch.setattr(report, "load_results", lambda _: [quick])
+    report.write_document(tmp_path, document)
+    assert "Goals: 0 of 0 met" in document.read_text()
     document.write_text("no marks")
     with pytest.raises(ValueError, match="must hold the lines"):
         report.write_document(tmp_path, document)
+
+
+def test_a_peak_that_was_not_seen_gives_no_ratio():
+    memory = result([1.0], [1.0]) | {"name": "head-49k-memory"}
+    memory["sides"] = {"sapo float32": {"beyond": 0}, "TRL float32": {"beyond": 2**30}}
+    [line] = report.lines_of(memory)
+    assert (line.ratios, line.goal, line.mark) == ([], 10.0, "")
 
 
 def test_gemms_are_told_apart_by_the_time_they_took():
@@ -107,6 +121,7 @@ def test_gemms_are_told_apart_by_the_time_they_took():
 def test_the_slope_of_a_power_is_its_exponent():
     sizes = [2.0**k for k in range(8)]
     assert slope(sizes, [3 * s**0.5 for s in sizes]) == pytest.approx(0.5)
+    assert slope([1.0, 4.0], [1.0, 2.0]) == pytest.approx(0.5)  # as few sizes as a quick run has
 
 
 def test_the_meter_leaves_the_loop_as_it_was():

@@ -26,7 +26,8 @@ def kernels(request, monkeypatch):
 class Model:
     """Random queries, keys and values of every token of every row, by row and position."""
 
-    def __init__(self, heads, kv_heads, size, preamble):
+    def __init__(self, heads, kv_heads, size, preamble, dtype=torch.float32):
+        self.dtype = dtype
         self.generator = torch.Generator().manual_seed(1)
         self.heads, self.kv_heads, self.size, self.preamble = heads, kv_heads, size, preamble
         self.cache = KVCache(sum(SAMPLES), NEW, LENGTHS, SAMPLES, preamble)
@@ -37,13 +38,13 @@ class Model:
 
     def draw(self, count):
         return [
-            torch.randn(count, heads, self.size, generator=self.generator)
+            torch.randn(count, heads, self.size, generator=self.generator).to(self.dtype)
             for heads in (self.heads, self.kv_heads, self.kv_heads)
         ]
 
     def prefill(self, groups, key, value):
         layout = PrefillLayout(self.cache, groups, CPU)
-        return layout.attend(0, torch.zeros(len(key), self.heads, self.size), key, value, 1.0, None)
+        return layout.attend(0, torch.zeros(len(key), self.heads, self.size, dtype=self.dtype), key, value, 1.0, None)
 
     def admit(self, groups):
         keys, values = [], []
@@ -137,6 +138,14 @@ def test_the_compiled_kernel_is_the_one_that_runs(monkeypatch):
     model.admit([0])
     model.step([0, 0], None, None)
     assert calls == [1]
+
+
+def test_a_cache_of_float64_is_read_as_float64(kernels):
+    model = Model(4, 2, 16, 17, torch.float64)
+    model.admit([0, 1])
+    for drawn in range(3):
+        got, expected = model.step([drawn] * len(model.rows), None, None)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_a_prompt_is_kept_once_whatever_its_samples():

@@ -362,6 +362,13 @@ def test_groups_whose_last_rows_linger_keep_their_prompts_and_lose_no_completion
     assert [[c.token_ids for c in group] for group in in_turns] == [[c.token_ids for c in group] for group in together]
 
 
+def test_a_request_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="a sample or more of a prompt of a token or more; got 0 of 5 tokens"):
+        request(random_ids(5, seed=0), samples=0)
+    with pytest.raises(ValueError, match="got 2 of 0 tokens"):
+        request((), samples=2)
+
+
 def test_limits_that_do_not_fit_the_request_are_refused(policies):
     asked = request(random_ids(5, seed=0), samples=2)
     for limits in ((3,), (3, 0)):

@@ -1,9 +1,9 @@
 """Attention over shared prefixes, for any decoder that goes through transformers' attention interface.
 
 A model loaded by `sapo.model` runs on packed tokens, shape (1, N), and hands its attention to the layout object it was
-called with (`packed_layout=`). Two layouts exist: `TreeLayout`, where each segment of tokens attends to its ancestors
-and causally to itself (prompts are computed once for all their responses, in prefill and in training), and
-`DecodeLayout` (rollout/cache.py), one new token per row against a key-value cache.
+called with (`packed_layout=`). In training that is a `TreeLayout`, where each segment of tokens attends to its
+ancestors and causally to itself, so that prompts are computed once for all their responses. Rollout has its own two,
+for whole prompts and for one new token per row against a key-value cache (rollout/layouts.py).
 """
 
 from __future__ import annotations

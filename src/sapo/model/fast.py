@@ -1,14 +1,15 @@
 """The forward of common decoders, without gradient, as few and as large operations as there can be.
 
 Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
-joined, both packed for oneDNN where that pays, sums into the residual in place. `fast_decoder` says of a policy whether
-it is exactly one of the blocks below; any other runs through transformers (`GeneralDecoder`), and so does one with
-adapters, hooks or replaced forwards, which would be passed by here.
+joined, both packed for oneDNN where that pays, sums into the residual in place. `refusal` says why a policy is not
+exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with adapters, hooks
+or replaced forwards, which would be passed by here.
 
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 
-for Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE of transformers. Rounding differs from transformers' by the order of sums
-in matrix products, nothing else; `tests/model/test_fast.py` holds the two together.
+for Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE of transformers. What differs from transformers is rounding
+alone: sums in another order, the compiled kernels' own e^x (model/native.py), and in bfloat16 fewer roundings of the
+rotary embedding. `tests/model/test_fast.py` holds the two together.
 """
 
 from __future__ import annotations

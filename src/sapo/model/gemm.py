@@ -1,11 +1,11 @@
 """Matrix products of the update: forward, d input and d weight on the best kernel the processor has.
 
 In float32 on an x86 processor torch multiplies with MKL. oneDNN, which is in every build of torch, is up to a tenth
-faster on the shapes of a decoder where both are good, by a half where the output is as wide as a vocabulary and the
-rows are few, and by more on AMD's Zen 5, for which MKL has kernels of 256 bits only. `linear` and `product` take oneDNN
-there, the right operand as it lies. The gradient of a weight has its left operand transposed, which oneDNN copies
-first: there it is taken on Zen 5 alone. bfloat16 goes to oneDNN by torch's own hand; float64 (tests), CUDA and other
-processors are left to torch.
+faster on the shapes of a decoder where both are good, and by a half where the output is as wide as a vocabulary and the
+rows are few (measured on Zen 4, docs/log.md). `linear` and `product` take oneDNN there, the right operand as it lies.
+The gradient of a weight has its left operand transposed, which oneDNN copies first: there it is taken on AMD's Zen 5
+alone, for which MKL has kernels of half the width (not measured, for want of such a machine). bfloat16 goes to oneDNN
+by torch's own hand; float64 (tests), CUDA and other processors are left to torch.
 
 Which kernel is taken depends on dtype, device, processor and shape, never on a timing: a run that is resumed computes
 the same bits.

@@ -1,9 +1,11 @@
 """Kernels of kernels.c, compiled on first use for the machine at hand; None where that cannot be.
 
 A decode step of a small model consists of many small operations, and calling torch for each takes longer than the
-arithmetic. The C compiler of the machine (`cc`, or $CC) turns one file into a shared library in less than a second; it
-is kept in the cache directory under a name that holds the source, the compiler and the processor. Without a compiler,
-on another device, or with SAPO_NATIVE=0 everything runs through torch: the numbers differ in rounding only.
+arithmetic. The C compiler of the machine (`cc`, or $CC) turns one file into a shared library in about a second. It is
+kept in the cache directory under a name that holds the source, the compiler and the processor; where that directory
+cannot be written or is open to other users, whose code would then be run, each process makes its own. Without a
+compiler, on another device, or with SAPO_NATIVE=0 everything runs through torch: the numbers differ in rounding only,
+and a run keeps on record which of the two it had.
 """
 
 from __future__ import annotations
@@ -37,9 +39,15 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class Kernels:
-    """The functions of a compiled kernels.c. Rows are contiguous in their last dimension unless said."""
+    """The functions of a compiled kernels.c. Tensors are contiguous unless said.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    Args:
+        library: a compiled kernels.c.
+        name: what tells it from those of another source, compiler or processor.
+    """
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.name = name
         self._functions = {}
         for name in ("norm", "rotate", "gate"):
             for dtype, suffix in _NAMES.items():
@@ -86,41 +94,93 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
     return _load()
 
 
+def kernels_in_use() -> str:
+    """Which kernels this process has on a CPU: "torch", or the name of the compiled ones.
+
+    Others round differently, so that a run which goes on with them does not go on to the bit.
+    """
+    native = kernels(torch.device("cpu"), torch.float32)
+    return "torch" if native is None else f"compiled {native.name}"
+
+
 @functools.lru_cache(maxsize=64)
 def _float(value: float) -> int:
     """Address of a float32 that stays where it is."""
-    _kept.append(np.array([value], dtype=np.float32))
-    return int(_kept[-1].ctypes.data)
+    _floats.append(np.array([value], dtype=np.float32))
+    return int(_floats[-1].ctypes.data)
 
 
-_kept: list[np.ndarray] = []
+_floats: list[np.ndarray] = []
+
+
+def compiles_here() -> bool:
+    """Whether there is a compiler whose kernels can be loaded; tried out, and nothing of it is kept."""
+    try:
+        compiler = _compiler()
+        return compiler is not None and _own(compiler, "trial") is not None
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
+
+
+def _compiler() -> list[str] | None:
+    """The command of $CC or cc, if there is such a program."""
+    command = shlex.split(os.environ.get("CC", "cc"))
+    return command if command and shutil.which(command[0]) is not None else None
 
 
 @functools.cache
 def _load() -> Kernels | None:
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if not compiler or shutil.which(compiler[0]) is None:
+    try:
+        compiler = _compiler()
+        if compiler is None:
+            return None
+        name = _name(compiler)
+        try:
+            return Kernels(_kept(compiler, name), name)
+        except (OSError, RuntimeError):  # a cache that cannot be written, that runs no programs, no home, ...
+            return Kernels(_own(compiler, name), name)
+    except (OSError, ValueError, subprocess.SubprocessError):  # a compiler that does not know a flag, ...
         return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError):
-        return Kernels(ctypes.CDLL(str(_library(compiler))))
-    return None  # a compiler that does not know a flag, a directory that cannot be written, ...
 
 
-def _library(compiler: list[str]) -> Path:
-    """The compiled library, made if it is not there yet."""
+def _name(compiler: list[str]) -> str:
+    """By all that the library depends on."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    path = cache_directory() / "kernels" / f"{name}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Made aside and renamed, for several processes may start at once.
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            made = Path(directory) / path.name
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(command, capture_output=True, check=True, timeout=120)
-            made.replace(path)
-    return path
+    parts = (SOURCE.read_bytes(), version, " ".join((*compiler, *FLAGS)).encode(), _processor().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _kept(compiler: list[str], name: str) -> ctypes.CDLL:
+    """The library in the cache directory, made if it is not there yet or cannot be loaded.
+
+    Raises:
+        OSError: the directory cannot be used, or others may write to it.
+    """
+    directory = cache_directory() / "kernels"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = directory.stat()
+    if about.st_uid not in (0, os.geteuid()) or about.st_mode & 0o022:
+        raise PermissionError(f"{directory} may be written by others")
+    path = directory / f"{name}.so"
+    if path.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    # Made aside and renamed, for several processes may start at once.
+    with tempfile.TemporaryDirectory(dir=directory) as aside:
+        _compile(compiler, Path(aside) / path.name).replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _own(compiler: list[str], name: str) -> ctypes.CDLL:
+    """The library of this process alone; once it is loaded, its file is not needed."""
+    with tempfile.TemporaryDirectory(prefix="sapo-") as directory:
+        return ctypes.CDLL(str(_compile(compiler, Path(directory) / f"{name}.so")))
+
+
+def _compile(compiler: list[str], target: Path) -> Path:
+    command = [*compiler, *FLAGS, str(SOURCE), "-o", str(target), "-lm"]
+    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    return target
 
 
 def _processor() -> str:

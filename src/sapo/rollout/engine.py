@@ -24,6 +24,11 @@ class Request:
     """Most new tokens of each sample, none above `SamplingParams.max_new_tokens`, which holds for all when None."""
 
     def __post_init__(self) -> None:
+        if self.samples < 1 or not self.prompt.token_ids:
+            raise ValueError(
+                f"a request must ask for a sample or more of a prompt of a token or more; got {self.samples} of "
+                f"{len(self.prompt.token_ids)} tokens; leave it out"
+            )
         if self.limits is not None and (len(self.limits) != self.samples or min(self.limits) < 1):
             raise ValueError(
                 f"limits must give each of the {self.samples} samples one token or more; got {self.limits}; "

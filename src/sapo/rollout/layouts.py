@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sapo.model.attention import attention
 from sapo.model.native import LANES, kernels
-from sapo.rollout.cache import KVCache, Pool
+from sapo.rollout.cache import KVCache, Pool, cache_dtype
 
 
 class PrefillLayout:
@@ -180,7 +180,7 @@ class DecodeLayout:
     ) -> Tensor:
         """Attention of each row to preamble, prompt and suffix, joined by one softmax; see `Layout.attend`."""
         native = self.arrangement.native
-        if native is not None and softcap is None and query.shape[2] == value.shape[2] and not query.shape[2] % LANES:
+        if native is not None and softcap is None and _suits_kernel(query, key, value):
             return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
         keys, values = self.cache.append(layer, self.place, key, value)
         rows, heads, size = query.shape
@@ -322,6 +322,13 @@ class _NativeStep:
             layers = [pool.layers[layer] for pool in self.pools]
             self.bases[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
         return self.bases[layer]
+
+
+def _suits_kernel(query_RHD: Tensor, key_RhD: Tensor, value_RhD: Tensor) -> bool:
+    """Whether the kernel reads a cache of such keys and values: float32, in whole vector registers."""
+    size = query_RHD.shape[2]
+    kept = {cache_dtype(t.dtype, t.device) for t in (key_RhD, value_RhD)}
+    return kept == {torch.float32} and size == value_RhD.shape[2] and size % LANES == 0
 
 
 def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
