@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -60,14 +61,11 @@ class Decoder(Protocol):
 def decoder_of(policy: Policy, calls: int, on_experts: OnExperts | None = None) -> Decoder:
     """The fastest forward of a policy at its present weights, for about so many calls; the policy itself at worst.
 
-    Raises:
-        ValueError: `on_experts` was given for a model that has no experts here.
+    Args:
+        on_experts: called with (router, experts) for each layer that has a router, in order from 0, and its (N, k)
+            choices; not by the policy itself, whose modules can be listened to.
     """
-    if refusal(policy) is None:
-        return FastDecoder(policy, calls, on_experts)
-    if on_experts is not None:
-        raise ValueError(f"on_experts needs a model of the fast path; this one is not: {refusal(policy)}")
-    return policy
+    return FastDecoder(policy, calls, on_experts) if refusal(policy) is None else policy
 
 
 def refusal(policy: Policy) -> str | None:
@@ -143,7 +141,7 @@ class FastDecoder:
     Args:
         policy: one that `refusal` finds nothing against.
         calls: how often it will be called, about; packing pays from PACKED_CALLS on.
-        on_experts: told which experts each token goes to.
+        on_experts: see `decoder_of`.
     """
 
     def __init__(self, policy: Policy, calls: int, on_experts: OnExperts | None = None) -> None:
@@ -152,7 +150,11 @@ class FastDecoder:
         native = kernels(policy.device, policy.dtype)
         self.embedding = decoder.embed_tokens.weight.detach()
         self.scale = policy.logit_scale
-        self.layers = [_Layer(layer, pack, native, on_experts) for layer in decoder.layers]
+        routers = [layer for layer in decoder.layers if hasattr(layer.mlp, "experts")]
+        tell = {
+            layer: None if on_experts is None else partial(on_experts, number) for number, layer in enumerate(routers)
+        }
+        self.layers = [_Layer(layer, pack, native, tell.get(layer)) for layer in decoder.layers]
         self.norm = _Norm(decoder.norm, native)
         self.head = Linear(policy.head_weight, policy.head_bias, pack)
         self.rotary = decoder.rotary_emb
@@ -181,7 +183,7 @@ class FastDecoder:
 class _Layer:
     """One block; `add` adds what attention and MLP give to the residual stream in place."""
 
-    def __init__(self, layer: Any, pack: bool, native: Kernels | None, on_experts: OnExperts | None) -> None:
+    def __init__(self, layer: Any, pack: bool, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
         attention = layer.self_attn
         self.number = int(attention.layer_idx)
         self.size: int = attention.head_dim
@@ -199,9 +201,7 @@ class _Layer:
         self.out = Linear.of(attention.o_proj, pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = (
-            _Experts(layer.mlp, self.number, native, on_experts) if experts else _MLP(layer.mlp, pack, native)
-        )
+        self.mlp: Any = _Experts(layer.mlp, native, tell) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout) -> None:
         turned = self.heads + self.kv_heads
@@ -270,21 +270,21 @@ class _MLP:
 class _Experts:
     """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any."""
 
-    def __init__(self, mlp: Any, number: int, native: Kernels | None, on_experts: OnExperts | None) -> None:
+    def __init__(self, mlp: Any, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
         self.top: int = mlp.gate.top_k
         self.renormalise: bool = mlp.gate.norm_topk_prob
         self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
         self.down: Tensor = mlp.experts.down_proj.detach()
-        self.number, self.native, self.on_experts = number, native, on_experts
+        self.native, self.tell = native, tell
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         share_NE = torch.softmax(F.linear(hidden_NH, self.router), dim=-1, dtype=torch.float32)
         share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
         if self.renormalise:
             share_NX /= share_NX.sum(dim=-1, keepdim=True)
-        if self.on_experts is not None:
-            self.on_experts(self.number, expert_NX)
+        if self.tell is not None:
+            self.tell(expert_NX)
         expert, order = expert_NX.flatten().sort(stable=True)
         rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
         hidden = hidden_NH.index_select(0, order // self.top)

@@ -10,7 +10,7 @@ that of a forward without replay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,10 +66,14 @@ class Routers:
         return len(self.modules) * self.per_token * _record_dtype(self.num_experts).itemsize
 
     @contextmanager
-    def recording(self) -> Iterator[Recording]:
-        """Within it every forward is recorded; `Recording.take` after each."""
+    def recording(self, hooked: bool = True) -> Iterator[Recording]:
+        """Within it every forward is recorded; `Recording.take` after each.
+
+        Args:
+            hooked: the modules are listened to. Otherwise whoever makes the forwards calls `Recording.note`.
+        """
         recording = Recording(len(self.modules), self.num_experts)
-        with self._hooked(recording):
+        with self._hooked(recording) if hooked else nullcontext():
             yield recording
         recording.check_taken()
 
@@ -126,8 +130,12 @@ class Recording:
         self._chosen: list[Tensor | None] = [None] * layers
 
     def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.note(layer, output[2])
+
+    def note(self, layer: int, experts_Nk: Tensor) -> None:
+        """What one layer has chosen in the present forward; layers without a router are not counted."""
         assert self._chosen[layer] is None, f"layer {layer} was run again before its record was taken"
-        self._chosen[layer] = output[2].to(self._dtype)
+        self._chosen[layer] = experts_Nk.to(self._dtype)
 
     def take(self) -> Tensor:
         """(N, l, k) experts of the forward just made, each taken once."""

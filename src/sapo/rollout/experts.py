@@ -34,10 +34,19 @@ class ExpertLog:
         self._experts: list[Tensor] = []
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Held by the engine while it makes forwards; each is followed by `prefilled` or `decoded`."""
-        with self._routers.recording() as self._recording:
+    def recording(self, hooked: bool) -> Iterator[None]:
+        """Held by the engine while it makes forwards; each is followed by `prefilled` or `decoded`.
+
+        Args:
+            hooked: the forwards go through the model's modules; otherwise they tell `chosen`.
+        """
+        with self._routers.recording(hooked) as self._recording:
             yield
+
+    def chosen(self, layer: int, experts_NX: Tensor) -> None:
+        """What one layer of the present forward has chosen, of those that have a router."""
+        assert self._recording is not None
+        self._recording.note(layer, experts_NX)
 
     def prefilled(self, requests: Sequence[int], paths: Sequence[np.ndarray]) -> None:
         """The forward was of prompts.

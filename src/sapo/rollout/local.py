@@ -58,7 +58,7 @@ class LocalEngine:
             return []
         self._check_lengths(requests, params)
         decoding = _Decoding(self.policy, requests, params, self.max_rows, experts)
-        with nullcontext() if experts is None else experts.recording():
+        with nullcontext() if experts is None else experts.recording(hooked=decoding.decoder is self.policy):
             while decoding.unfinished:
                 if should_stop():
                     raise Interrupted
@@ -96,8 +96,7 @@ class _Decoding:
     ) -> None:
         self.policy = policy
         self.experts = experts
-        # Experts are recorded in the modules of the model, which the fast forward goes past.
-        self.decoder: Decoder = policy if experts is not None else decoder_of(policy, params.max_new_tokens)
+        self.decoder: Decoder = decoder_of(policy, params.max_new_tokens, None if experts is None else experts.chosen)
         self.requests = requests
         self.params = params
         self.waiting = deque(range(len(requests)))
