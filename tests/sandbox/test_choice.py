@@ -235,15 +235,19 @@ def test_programs_run_side_by_side_from_threads(backend):
     assert results == {number: f"{number**2}\n" for number in range(8)}
 
 
+def children_of_this_process() -> set[str]:
+    """Ids of the processes that any of our threads has started, the dead ones nobody has waited for included."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
 @pytest.mark.parametrize("backend", USABLE)
 def test_many_runs_leave_no_descriptor_and_no_child(backend):
     run_program("print(1)", backend=backend)
-    before = sorted(os.listdir("/proc/self/fd"))
+    before, children = sorted(os.listdir("/proc/self/fd")), children_of_this_process()
     for _ in range(10):
         run_program("print(1)", backend=backend)
     assert sorted(os.listdir("/proc/self/fd")) == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert children_of_this_process() == children  # other tests of this process may have some, a browser's driver say
 
 
 @pytest.mark.parametrize("backend", USABLE)
