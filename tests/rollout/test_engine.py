@@ -51,8 +51,8 @@ class Calls:
         self.decoder = None
         monkeypatch.setattr(local, "decoder_of", self.watch)
 
-    def watch(self, policy, calls):
-        self.decoder = decoder_of(policy, calls)
+    def watch(self, policy, calls, on_experts=None):
+        self.decoder = decoder_of(policy, calls, on_experts)
         return self
 
     def hidden(self, token_ids_N, position_ids_N, layout):
