@@ -29,7 +29,7 @@ types: .venv/installed-dev
 # One core a side, so pinned to one where the system can: processes that wait for their turn then cost nothing.
 PIN := $(shell command -v taskset >/dev/null && echo taskset -c 0)
 
-bench: .venv/installed-dev bench-vllm ## measurements against peers, half an hour; see bench/README.md
+bench: .venv/installed-dev bench-vllm ## measurements against peers, about an hour; see bench/README.md
 	$(PIN) $(BIN)/python -m bench
 	$(PIN) $(BIN)/python -m bench.scaling
 	$(PIN) $(BIN)/python -m bench.overhead

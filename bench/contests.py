@@ -1,6 +1,6 @@
 """Every measurement: its work, its sides and its rounds. Goals are in bench/report.py.
 
-Rounds are few where a side takes a minute; everything together takes about half an hour on one core.
+Rounds are few where a side takes a minute; everything together takes about an hour on one core.
 """
 
 from __future__ import annotations
