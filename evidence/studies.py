@@ -1,0 +1,82 @@
+"""The studies of docs/evidence.md: each is a command or a few that anyone can give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COMMON = ("threads=1", "log.tensorboard=false", "log.rollouts_every=50")
+"""Settings of a study whose recipe is one of a single run; only the first can change a figure, by rounding."""
+
+DRAWS = (0, 1, 2, 3, 4)
+"""Seeds of the completions that a mismatch is measured on."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison, by the arguments of `sapo compare`.
+
+    >>> Study("fig4", ("paper_fig4",)).command("comparisons/fig4")
+    ['compare', 'paper_fig4', '--out', 'comparisons/fig4']
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+
+    def command(self, directory: str) -> list[str]:
+        """Arguments of the `sapo` command that makes or finishes it."""
+        return ["compare", *self.arguments, "--out", directory]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What a sampler of another precision would make each objective do, before any update, by `sapo diagnose`.
+
+    >>> Mismatch("bias", "mismatch", (), ("--sampler-dtype", "bfloat16")).command("a-model", 3)[-3:]
+    ['--seed', '3', '--json']
+    """
+
+    name: str
+    recipe: str
+    """Its cold start is what is measured."""
+    settings: tuple[str, ...]
+    """Of the recipe, where they differ."""
+    options: tuple[str, ...]
+    """Of the sampler."""
+
+    def command(self, model: str, seed: int) -> list[str]:
+        """Arguments of the `sapo` command for one draw of completions."""
+        task = ("--task", "arithmetic", "digits=4", "operation=add", "--problems", "128")
+        return ["diagnose", model, *task, *self.options, "--seed", str(seed), "--json"]
+
+
+def _of_one_recipe(name: str, recipe: str, *settings: str, seeds: int = 5) -> Study:
+    objectives = ("--objectives", "sapo,gspo,grpo", "--seeds", str(seeds))
+    return Study(name, (recipe, *objectives, *settings, *COMMON))
+
+
+MOE = ("model.coldstart.architecture=qwen3_moe", "model.coldstart.intermediate_size=64", "train.learning_rate=5e-5")
+
+STUDIES = (
+    Study("paper_fig23", ("paper_fig23",)),
+    Study("paper_fig4", ("paper_fig4",)),
+    Study("paper_fig5", ("paper_fig5",)),
+    Study("regime_clean", ("regime_clean",)),
+    Study("regime_lr_ceiling", ("regime_lr_ceiling",)),
+    Study("regime_stale", ("regime_stale",)),
+    Study("regime_mismatch", ("regime_mismatch",)),
+    Study("regime_dose", ("regime_dose",)),
+    _of_one_recipe("mismatch_tis", "mismatch_tis"),
+    _of_one_recipe("mismatch_switch", "mismatch_switch"),
+    _of_one_recipe("mismatch_moe", "mismatch", *MOE, seeds=3),
+)
+
+_UNSCALED = ("--sampler-scaling", "none", "--sampler-vectors")
+
+MISMATCHES = (
+    Mismatch("bfloat16, norms too", "mismatch", (), ("--sampler-dtype", "bfloat16", *_UNSCALED)),
+    Mismatch("e4m3, scaled by row", "mismatch", (), ("--sampler-scaling", "channel")),
+    Mismatch("e4m3, no scales", "mismatch", (), ("--sampler-scaling", "none")),
+    Mismatch("e4m3, no scales, norms too", "mismatch", (), _UNSCALED),
+    Mismatch("e5m2, no scales, norms too", "mismatch", (), ("--sampler-dtype", "float8_e5m2", *_UNSCALED)),
+    Mismatch("mixture; e4m3, no scales, norms too", "mismatch", MOE[:2], _UNSCALED),
+)
