@@ -26,6 +26,7 @@ from bench.contests import REAL_STEP, TINY
 from bench.machine import describe_machine
 from bench.report import quick_or
 from bench.sides import ours
+from bench.sides.clock import timed
 from bench.workloads import settings_of
 
 FILE = Path(__file__).parent / "results" / "overhead.json"
@@ -127,9 +128,7 @@ def _entropy_shares(run: Any, pairs: int = 4) -> list[float]:
         took = {}
         for entropy in (True, False) if number % 2 else (False, True):
             run.trainer.entropy = entropy
-            started = time.perf_counter()
-            run.trainer.update(minibatch, ours.LEARNING_RATE)
-            took[entropy] = time.perf_counter() - started
+            took[entropy], _ = timed(lambda: run.trainer.update(minibatch, ours.LEARNING_RATE), run.policy.device)
         shares.append(took[True] / took[False] - 1)
     return shares
 
