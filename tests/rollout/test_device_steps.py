@@ -284,3 +284,38 @@ def test_a_shape_is_captured_when_it_is_met_again(policies, monkeypatch):
     assert all(isinstance(shape, StepShape) for shape in counts)
     assert tracing.captured == sum(n > 1 for n in counts.values())
     assert tracing.repeated == sum(n - 1 for n in counts.values())
+
+
+def watch_steps(monkeypatch, watch):
+    """Have `watch` called before every step with the steps' owner and the shape."""
+    step = DeviceSteps.step
+    monkeypatch.setattr(DeviceSteps, "step", lambda self, shape: (watch(self, shape), step(self, shape))[1])
+    return step
+
+
+def test_no_more_steps_are_taken_than_the_longest_row_has_left(policies, monkeypatch):
+    taken = []
+    watch_steps(monkeypatch, lambda _, shape: taken.append(shape))
+    requests = [replace(r, limits=(4,) * r.samples) for r in ragged_requests()]
+    LocalEngine(policies("llama"), 256, "eager").generate(requests, params(stop_token_ids=frozenset()))
+    assert len(taken) == 3  # the first of four tokens comes of the prefill
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_a_step_multiplies_a_prompts_keys_once_for_its_group(policies, monkeypatch, samples):
+    monkeypatch.setenv("SAPO_NATIVE", "0")
+    programs = {}
+
+    def write_down(steps, shape):
+        if shape in steps.met and shape not in programs:
+            programs[shape] = trace(lambda: step(steps, shape))
+
+    step = watch_steps(monkeypatch, write_down)
+    asked = request(random_ids(77, 0), samples)
+    LocalEngine(policies("llama"), 256, "eager").generate([asked], params(stop_token_ids=frozenset()))
+    ((shape, program),) = programs.items()
+    assert (shape.rows, shape.slots) == (samples, (1,))
+    shapes = [[a.meta["val"].shape for a in node.args] for node in program.graph.nodes if "bmm" in str(node.target)]
+    of_prompts = [right for _, right in shapes if 77 in right]
+    # By hand: keys and values of two layers, each of one slot with two key-value heads of 8 dimensions.
+    assert of_prompts == [(2, 8, 77), (2, 77, 8)] * 2

@@ -229,10 +229,8 @@ class DeviceSteps:
         targets = (self.drawn_R, self.limit_R, self.prompt_R, self.inverse_R, self.live_R)
         for target_R, source_R in zip(targets, sources, strict=True):
             target_R[: shape.rows] = source_R
-        for flag_R in (
-            self.held_R,
-            self.state.stopped_R,
-        ):  # rows in use have not stopped; who had the place before may have
+        # No row in use has stopped, but who had its place before may have.
+        for flag_R in (self.held_R, self.state.stopped_R):
             flag_R.zero_()
 
     def _gather(self, shape: StepShape, group_R: np.ndarray) -> np.ndarray:
