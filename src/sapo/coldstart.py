@@ -267,7 +267,8 @@ def _pass_at_1(policy: Policy, config: RunConfig, first: int, count: int) -> flo
         seed=_section(config).seed,
         stop_token_ids=policy.stop_token_ids,
     )
-    drawn = LocalEngine(policy).generate([Request(p, 1) for p in prompts], params)
+    engine = LocalEngine(policy, cuda_graphs=config.rollout.cuda_graphs)
+    drawn = engine.generate([Request(p, 1) for p in prompts], params)
     scored = score_groups([(task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     return float(np.mean([c.score.reward >= 1.0 for completions in scored for c in completions]))
 

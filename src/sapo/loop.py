@@ -87,7 +87,7 @@ class TrainingRun:
         self.should_stop = should_stop
         self.tasks = tasks
         self.reference = reference
-        self.engine = LocalEngine(policy, max_rows=config.rollout.max_rows)
+        self.engine = LocalEngine(policy, config.rollout.max_rows, config.rollout.cuda_graphs)
         self.selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
         self.replay = RoutingReplay.of(config, policy)
         train = config.train

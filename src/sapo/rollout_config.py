@@ -44,6 +44,9 @@ class RolloutConfig(Section):
     """Drop tokens less likely than this share of the most likely one."""
     max_rows: int = Field(256, ge=1)
     """Sequences decoded together; bounds memory only."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """On a GPU, repeat each decode step as a CUDA graph and look at the rows every few tokens. auto: where the device
+    is a GPU and the model takes the fast forward (model/fast.py). true: or refuse. false: step by step."""
     stop_token_ids: list[int] = Field([])
     """Stop tokens beside the model's own end of sequence."""
     zero_variance: Literal["keep", "drop", "refill"] = "keep"

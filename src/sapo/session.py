@@ -234,10 +234,19 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_machine(config: RunConfig) -> RunConfig:
-    """Settle threads and device, and apply the threads: another count is another rounding."""
+    """Settle threads and device, and apply the threads: another count is another rounding.
+
+    Raises:
+        ConfigError: a device that is not there, or CUDA graphs on one that has none.
+    """
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    return config.model_copy(update={"threads": threads, "device": resolve_device(config.device)})
+    device = resolve_device(config.device)
+    if config.rollout.cuda_graphs is True and not device.startswith("cuda"):
+        raise ConfigError(
+            f"rollout.cuda_graphs=true needs a CUDA device; got device {device}; auto leaves them out there"
+        )
+    return config.model_copy(update={"threads": threads, "device": device})
 
 
 def provenance() -> dict[str, Any]:

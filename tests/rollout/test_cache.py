@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sapo.model import native
+from sapo.rollout import cache
 from sapo.rollout.cache import KVCache
 from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
 
@@ -146,6 +147,27 @@ def test_a_cache_of_float64_is_read_as_float64(kernels):
     for drawn in range(3):
         got, expected = model.step([drawn] * len(model.rows), None, None)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("preamble", [0, 17])
+def test_a_cache_of_half_precision_keeps_scores_and_sums_in_float32(monkeypatch, preamble):
+    # As on a GPU; on a CPU such keys and values are kept in float32.
+    monkeypatch.setenv("SAPO_NATIVE", "0")
+    monkeypatch.setattr(cache, "cache_dtype", lambda dtype, device: dtype)
+    model = Model(4, 2, 16, preamble, torch.bfloat16)
+    model.admit([0, 1, 5])
+    draw = model.draw
+    monkeypatch.setattr(
+        model, "draw", lambda count: [x * scale for x, scale in zip(draw(count), (6, 1, 1), strict=True)]
+    )
+    errors = []
+    for drawn in range(3):
+        got, expected = model.step([drawn] * len(model.rows), 60, None)
+        assert model.cache.layers[0][0].dtype == got.dtype == torch.bfloat16
+        errors.append((got.double() - expected).abs().mean() / expected.abs().mean())
+    # Weights of the softmax and results are rounded to 8 bits, 2^-9 at most. Scores of up to 25 rounded so are off by
+    # .06, and their weights by 6%.
+    assert max(errors) < 2**-8
 
 
 def test_a_prompt_is_kept_once_whatever_its_samples():

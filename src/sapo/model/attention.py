@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from sapo.data import Segment
+from sapo.model.flex import TreeMask, takes_flex
 
 ATTENTION_NAME = "sapo_shared_prefix"
 
@@ -157,7 +158,8 @@ class Bucket:
 class TreeLayout:
     """Segments that attend to their ancestors and causally to themselves.
 
-    Padding exists only inside the attention kernel: every other operation of the model runs on exactly N tokens.
+    Padding exists only inside the attention kernel: every other operation of the model runs on exactly N tokens. On a
+    GPU that kernel takes the tree as it is (flex.py); elsewhere segments of similar size are put side by side.
 
     Args:
         segments: in packed order, parents before children; they cover positions 0..N-1 without gaps.
@@ -176,6 +178,7 @@ class TreeLayout:
         self.on_keys = on_keys
         self.buckets, self.output_index = _buckets(self.segments, self.paths, torch.device(device))
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self._tree_mask: TreeMask | None = None
 
     def attend(
         self,
@@ -189,6 +192,10 @@ class TreeLayout:
     ) -> Tensor:
         if self.on_keys is not None:
             self.on_keys(layer, key, value)
+        if takes_flex(query, value):
+            if self._tree_mask is None:
+                self._tree_mask = TreeMask(self.segments, query.device)
+            return self._tree_mask.attend(query, key, value, scaling, sliding_window, softcap)
         if softcap is None and _has_kernel(query, value):
             masks = [self._mask(i, sliding_window, query.dtype) for i in range(len(self.buckets))]
             return _TreeAttention.apply(query, key, value, self.buckets, self.output_index, scaling, *masks)

@@ -159,12 +159,16 @@ class FastDecoder:
         self.head = Linear(policy.head_weight, policy.head_bias, pack)
         self.rotary = decoder.rotary_emb
 
-    def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
-        """See `Decoder.hidden`."""
+    def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout, static: bool = False) -> Tensor:
+        """See `Decoder.hidden`.
+
+        Args:
+            static: no shape may depend on a number, as a CUDA graph asks of a decode step.
+        """
         hidden_NH = F.embedding(token_ids_N, self.embedding)
         angles = self._rotation(position_ids_N)
         for layer in self.layers:
-            layer.add(hidden_NH, angles, layout)
+            layer.add(hidden_NH, angles, layout, static)
         hidden_NH = self.norm(hidden_NH)
         return hidden_NH if self.scale == 1.0 else hidden_NH.mul_(self.scale)
 
@@ -203,7 +207,7 @@ class _Layer:
         experts = hasattr(layer.mlp, "experts")
         self.mlp: Any = _Experts(layer.mlp, native, tell) if experts else _MLP(layer.mlp, pack, native)
 
-    def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout) -> None:
+    def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
         turned = self.heads + self.kv_heads
         qkv_NHD = self.qkv(self.input_norm(hidden_NH)).view(len(hidden_NH), -1, self.size)
         both_NHD = self.turn(qkv_NHD[:, :turned], *angles)
@@ -216,7 +220,7 @@ class _Layer:
             self.window,
         )
         hidden_NH += self.out(mixed_NHD.reshape(len(hidden_NH), -1))
-        hidden_NH += self.mlp(self.mlp_norm(hidden_NH))
+        hidden_NH += self.mlp(self.mlp_norm(hidden_NH), static)
 
 
 class _Norm:
@@ -263,12 +267,16 @@ class _MLP:
         self.gate_up = Linear.joined([mlp.gate_proj, mlp.up_proj], pack)
         self.down = Linear.of(mlp.down_proj, pack)
 
-    def __call__(self, hidden_NH: Tensor) -> Tensor:
+    def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
         return self.down(_gated(self.gate_up(hidden_NH), self.native))
 
 
 class _Experts:
-    """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any."""
+    """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any.
+
+    Static, every expert sees every row and those not chosen are left out: which have rows only the numbers tell. A
+    decode step of some dozen rows reads the weights of nearly all experts anyway, and reading is what it waits for.
+    """
 
     def __init__(self, mlp: Any, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
@@ -278,13 +286,15 @@ class _Experts:
         self.down: Tensor = mlp.experts.down_proj.detach()
         self.native, self.tell = native, tell
 
-    def __call__(self, hidden_NH: Tensor) -> Tensor:
+    def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
         share_NE = torch.softmax(F.linear(hidden_NH, self.router), dim=-1, dtype=torch.float32)
         share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
         if self.renormalise:
             share_NX /= share_NX.sum(dim=-1, keepdim=True)
         if self.tell is not None:
             self.tell(expert_NX)
+        if static:
+            return self._of_all(hidden_NH, share_NX, expert_NX)
         expert, order = expert_NX.flatten().sort(stable=True)
         rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
         hidden = hidden_NH.index_select(0, order // self.top)
@@ -296,6 +306,13 @@ class _Experts:
         mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
         mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
         return mixed_NXH.sum(dim=1)
+
+    def _of_all(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
+        gate_ENI, up_ENI = (hidden_NH @ self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        each_ENH = F.silu(gate_ENI).mul_(up_ENI) @ self.down.transpose(1, 2)
+        place_NXH = expert_NX[..., None].expand(-1, -1, hidden_NH.shape[1])
+        chosen_NXH = each_ENH.transpose(0, 1).gather(1, place_NXH)
+        return chosen_NXH.mul_(share_NX.to(hidden_NH.dtype)[..., None]).sum(dim=1)
 
 
 class Linear:

@@ -150,7 +150,95 @@ class Arrangement:
         """Whether every row's prompt has the same length, so that none is padded."""
 
 
-class DecodeLayout:
+class _Joined:
+    """Attention of each of the first R rows to preamble, prompt and suffix, in torch's operations.
+
+    Args:
+        cache: where the suffixes are, to which the new tokens are added.
+        parts: the rows of each pool in use.
+        inverse_R: where a row stands among the gathered rows of all parts.
+        place: tokens each row has stored before this one; a number where it is the same for all.
+        num_own: tokens of a row's suffix that are looked at, this one included.
+    """
+
+    def __init__(
+        self, cache: KVCache, parts: Sequence[Part], inverse_R: Tensor, place: Tensor | int, num_own: int
+    ) -> None:
+        self.cache, self.parts, self.inverse, self.place, self.num_own = cache, parts, inverse_R, place, num_own
+        self.num_keys = max(part.num_keys for part in parts)
+
+    def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(R, 1, 1, K) additive; None where every row sees every key."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """See `Layout.attend`."""
+        keys, values = self.cache.append(layer, self.place, key, value)
+        rows, heads, size = query.shape
+        kv_heads = key.shape[1]
+        halved = keys.dtype in (torch.bfloat16, torch.float16)
+        scaled_RHD = query.to(keys.dtype) if halved else query.to(keys.dtype) * scaling
+        query_RhrD = scaled_RHD.reshape(rows, kv_heads, heads // kv_heads, size)
+        own_RhrK = _product(query_RhrD, keys[:rows, :, :, : self.num_own])
+        scores_RhrK = torch.cat([*self._prefix_scores(layer, query_RhrD), own_RhrK], dim=-1)
+        if halved:  # scores are float32, where a scaled query would have been rounded once more
+            scores_RhrK *= scaling
+        if softcap is not None:
+            scores_RhrK = scores_RhrK.div_(softcap).tanh_().mul_(softcap)
+        mask = self._mask(sliding_window, scores_RhrK.dtype)
+        if mask is not None:
+            scores_RhrK += mask
+        weight_RhrK = torch.softmax(scores_RhrK, dim=-1).to(values.dtype)
+        output_RhrD = _product(weight_RhrK[..., -self.num_own :], values[:rows, :, : self.num_own])
+        self._add_prefix(layer, weight_RhrK, output_RhrD)
+        return output_RhrD.reshape(rows, heads, value.shape[2]).to(query.dtype)
+
+    def _prefix_scores(self, layer: int, query_RhrD: Tensor) -> list[Tensor]:
+        """Scores of the preamble, if there is one, and of the prompts, (R, kv heads, heads of each, K)."""
+        rows, kv_heads, repeats, size = query_RhrD.shape
+        found = []
+        if self.cache.preamble.length:
+            keys_hDK, _ = self.cache.preamble.read(layer)
+            scores_hRrK = _product(query_RhrD.transpose(0, 1).reshape(kv_heads, rows * repeats, size), keys_hDK)
+            found.append(scores_hRrK.unflatten(1, (rows, repeats)).transpose(0, 1))
+        parts = []
+        for part in self.parts:
+            keys_ghDK = part.pool.layers[layer][0][: part.groups, :, :, : part.num_keys]
+            query_ghXD = _by_group(query_RhrD, part)
+            scores = _product(query_ghXD, keys_ghDK).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
+            missing = self.num_keys - part.num_keys
+            parts.append(torch.nn.functional.pad(scores, (0, missing)) if missing else scores)
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found.append(together.index_select(0, self.inverse))
+        return found
+
+    def _add_prefix(self, layer: int, weight_RhrK: Tensor, output_RhrD: Tensor) -> None:
+        """Add what the preamble and the prompts give, in place."""
+        rows, kv_heads, repeats, _ = weight_RhrK.shape
+        before = self.cache.preamble.length
+        if before:
+            _, values_hKD = self.cache.preamble.read(layer)
+            weight_hXK = weight_RhrK[..., :before].transpose(0, 1).reshape(kv_heads, rows * repeats, before)
+            output_RhrD += _product(weight_hXK, values_hKD).unflatten(1, (rows, repeats)).transpose(0, 1)
+        parts = []
+        for part in self.parts:
+            values_ghKD = part.pool.layers[layer][1][: part.groups, :, : part.num_keys]
+            weight_ghXK = _by_group(weight_RhrK[..., before : before + part.num_keys], part)
+            parts.append(_product(weight_ghXK, values_ghKD).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        output_RhrD += together.index_select(0, self.inverse)
+
+
+class DecodeLayout(_Joined):
     """One new token for each of the first R rows of a cache.
 
     Args:
@@ -160,12 +248,10 @@ class DecodeLayout:
 
     def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
         self.arrangement = arrangement
-        self.cache = arrangement.cache
         self.length_R = length_R
-        self.num_own = int(length_R.max()) + 1
         self.uniform = bool((length_R == length_R[0]).all())
-        device = arrangement.inverse.device
-        self.place = int(length_R[0]) if self.uniform else torch.from_numpy(length_R).to(device)
+        place = int(length_R[0]) if self.uniform else torch.from_numpy(length_R).to(arrangement.inverse.device)
+        super().__init__(arrangement.cache, arrangement.parts, arrangement.inverse, place, int(length_R.max()) + 1)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def attend(
@@ -178,76 +264,26 @@ class DecodeLayout:
         sliding_window: int | None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Attention of each row to preamble, prompt and suffix, joined by one softmax; see `Layout.attend`."""
+        """By the compiled kernel where it can; see `Layout.attend`."""
         native = self.arrangement.native
         if native is not None and softcap is None and _suits_kernel(query, key, value):
             return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
-        keys, values = self.cache.append(layer, self.place, key, value)
-        rows, heads, size = query.shape
-        kv_heads = key.shape[1]
-        query_RhrD = (query.to(keys.dtype) * scaling).view(rows, kv_heads, heads // kv_heads, size)
-        own_RhrK = torch.matmul(query_RhrD, keys[:rows, :, :, : self.num_own])
-        scores_RhrK = torch.cat([*self._prefix_scores(layer, query_RhrD), own_RhrK], dim=-1)
-        if softcap is not None:
-            scores_RhrK = scores_RhrK.div_(softcap).tanh_().mul_(softcap)
-        mask = self._mask(sliding_window, scores_RhrK.dtype)
-        if mask is not None:
-            scores_RhrK += mask
-        weight_RhrK = torch.softmax(scores_RhrK, dim=-1)
-        output_RhrD = torch.matmul(weight_RhrK[..., -self.num_own :], values[:rows, :, : self.num_own])
-        self._add_prefix(layer, weight_RhrK, output_RhrD)
-        return output_RhrD.reshape(rows, heads, value.shape[2]).to(query.dtype)
-
-    def _prefix_scores(self, layer: int, query_RhrD: Tensor) -> list[Tensor]:
-        """Scores of the preamble, if there is one, and of the prompts, (R, kv heads, heads of each, K)."""
-        rows, kv_heads, repeats, size = query_RhrD.shape
-        found = []
-        if self.cache.preamble.length:
-            keys_hDK, _ = self.cache.preamble.read(layer)
-            scores_hRrK = query_RhrD.transpose(0, 1).reshape(kv_heads, rows * repeats, size) @ keys_hDK
-            found.append(scores_hRrK.unflatten(1, (rows, repeats)).transpose(0, 1))
-        parts = []
-        for part in self.arrangement.parts:
-            keys_ghDK = part.pool.layers[layer][0][: part.groups, :, :, : part.num_keys]
-            query_ghXD = _by_group(query_RhrD, part)
-            scores = (query_ghXD @ keys_ghDK).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
-            missing = self.arrangement.num_keys - part.num_keys
-            parts.append(torch.nn.functional.pad(scores, (0, missing)) if missing else scores)
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        found.append(together.index_select(0, self.arrangement.inverse))
-        return found
-
-    def _add_prefix(self, layer: int, weight_RhrK: Tensor, output_RhrD: Tensor) -> None:
-        """Add what the preamble and the prompts give, in place."""
-        rows, kv_heads, repeats, _ = weight_RhrK.shape
-        before = self.cache.preamble.length
-        if before:
-            _, values_hKD = self.cache.preamble.read(layer)
-            weight_hXK = weight_RhrK[..., :before].transpose(0, 1).reshape(kv_heads, rows * repeats, before)
-            output_RhrD += (weight_hXK @ values_hKD).unflatten(1, (rows, repeats)).transpose(0, 1)
-        parts = []
-        for part in self.arrangement.parts:
-            values_ghKD = part.pool.layers[layer][1][: part.groups, :, : part.num_keys]
-            weight_ghXK = _by_group(weight_RhrK[..., before : before + part.num_keys], part)
-            parts.append((weight_ghXK @ values_ghKD).unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1))
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        output_RhrD += together.index_select(0, self.arrangement.inverse)
+        return super().attend(layer, query, key, value, scaling, sliding_window, softcap)
 
     def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(R, 1, 1, K) additive; None where every row sees every key."""
         if (sliding_window, dtype) not in self._masks:
             mask = None
             if sliding_window is not None or not (self.uniform and self.arrangement.even):
                 hidden_RK = torch.from_numpy(self._hidden(sliding_window))
                 mask = torch.zeros(hidden_RK.shape, dtype=dtype).masked_fill_(hidden_RK, float("-inf"))[:, None, None]
-                mask = mask.to(self.arrangement.inverse.device)
+                mask = mask.to(self.inverse.device)
             self._masks[sliding_window, dtype] = mask
         return self._masks[sliding_window, dtype]
 
     def _hidden(self, sliding_window: int | None) -> np.ndarray:
         """(R, K) bool: keys beyond a row's prompt or suffix, or further back than the window."""
         before, prompt_R1 = self.cache.preamble.length, self.arrangement.prompt_R[:, None]
-        prompt_K, own_K = np.arange(self.arrangement.num_keys), np.arange(self.num_own)
+        prompt_K, own_K = np.arange(self.num_keys), np.arange(self.num_own)
         hidden_RK = np.zeros((len(self.length_R), before + len(prompt_K) + len(own_K)), dtype=bool)
         hidden_RK[:, before : -len(own_K)] = prompt_K >= prompt_R1
         hidden_RK[:, -len(own_K) :] = own_K > self.length_R[:, None]
@@ -257,6 +293,44 @@ class DecodeLayout:
             at_RK[:, : before + len(prompt_K)] = np.arange(before + len(prompt_K))
             at_RK[:, -len(own_K) :] = before + prompt_R1 + own_K
             hidden_RK |= at_RK <= at_R1 - sliding_window
+        return hidden_RK
+
+
+class StaticLayout(_Joined):
+    """The same attention from numbers that stay on the device, in shapes that do not depend on them.
+
+    What a CUDA graph repeats (device_steps.py): `DecodeLayout` reads lengths on the host to compute no more than it
+    must; this one computes on whole prompts and on `num_own` tokens of each row, and masks what is not there.
+
+    Args:
+        prompt_R: tokens of each row's prompt, the preamble left out.
+        place_R: tokens each row has stored before this one, below `num_own`.
+    """
+
+    def __init__(
+        self, cache: KVCache, parts: Sequence[Part], inverse_R: Tensor, prompt_R: Tensor, place_R: Tensor, num_own: int
+    ) -> None:
+        super().__init__(cache, parts, inverse_R, place_R, num_own)
+        self.prompt_R, self.place_R = prompt_R, place_R
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        if (sliding_window, dtype) not in self._masks:
+            hidden_RK = self._hidden(sliding_window)
+            mask_RK = torch.zeros(hidden_RK.shape, dtype=dtype, device=hidden_RK.device)
+            self._masks[sliding_window, dtype] = mask_RK.masked_fill_(hidden_RK, float("-inf"))[:, None, None]
+        return self._masks[sliding_window, dtype]
+
+    def _hidden(self, sliding_window: int | None) -> Tensor:
+        """(R, K) bool; see `DecodeLayout._hidden`."""
+        before, device, rows = self.cache.preamble.length, self.place_R.device, len(self.place_R)
+        prompt_R1, place_R1 = self.prompt_R[:, None], self.place_R[:, None]
+        shared_K = torch.arange(before + self.num_keys, device=device)
+        own_K = torch.arange(self.num_own, device=device)
+        hidden_RK = torch.cat([shared_K >= before + prompt_R1, own_K > place_R1], dim=1)
+        if sliding_window is not None:
+            at_RK = torch.cat([shared_K.expand(rows, -1), before + prompt_R1 + own_K], dim=1)
+            hidden_RK |= at_RK <= before + prompt_R1 + place_R1 - sliding_window
         return hidden_RK
 
 
@@ -336,6 +410,16 @@ def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
     tensor_RHD = tensor_RHD.float()
     _, _, size = tensor_RHD.shape
     return tensor_RHD if tensor_RHD.stride()[1:] == (size, 1) else tensor_RHD.contiguous()
+
+
+def _product(left_XQK: Tensor, right_XKD: Tensor) -> Tensor:
+    """Batched left @ right, of half precision in float32: the kernels of training keep scores and sums so."""
+    if left_XQK.dtype not in (torch.bfloat16, torch.float16):
+        return left_XQK @ right_XKD
+    if left_XQK.device.type != "cuda":
+        return left_XQK.float() @ right_XKD.float()
+    product = torch.bmm(left_XQK.flatten(0, -3), right_XKD.flatten(0, -3), out_dtype=torch.float32)
+    return product.unflatten(0, left_XQK.shape[:-2])
 
 
 def _by_group(source_RhrX: Tensor, part: Part) -> Tensor:

@@ -2,8 +2,9 @@
 
 Each prompt is prefilled once and kept once for all its samples, and what all prompts begin with once for all
 (cache.py); rows that finish leave the batch and waiting prompts take their place; one uniform per token comes from a
-counter (rng.py). The weights are the trainer's, arranged anew for each call where the model allows a faster forward
-(model/fast.py), so that there is nothing to synchronise, and the log-probabilities of the draws are log pi_old.
+counter (rng.py). On a GPU the host looks every few tokens only (device_steps.py). The weights are the trainer's,
+arranged anew for each call where the model allows a faster forward (model/fast.py), so that there is nothing to
+synchronise, and the log-probabilities of the draws are log pi_old.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from sapo.batch import prefix_tree
 from sapo.data import Completion
-from sapo.model.fast import Decoder, decoder_of
+from sapo.model.fast import Decoder, FastDecoder, decoder_of
 from sapo.model.policy import Policy
 from sapo.rollout.cache import KVCache
+from sapo.rollout.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
 from sapo.rollout.engine import Interrupted, Request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
@@ -39,11 +41,13 @@ class LocalEngine:
         policy: the model; its weights are read where they are.
         max_rows: sequences decoded together; bounds the memory of the cache. A group never decodes in two parts, so a
             request of more samples raises it.
+        cuda_graphs: see device_steps.py.
     """
 
-    def __init__(self, policy: Policy, max_rows: int = 256) -> None:
+    def __init__(self, policy: Policy, max_rows: int = 256, cuda_graphs: GraphChoice = "auto") -> None:
         self.policy = policy
         self.max_rows = max_rows
+        self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def generate(
@@ -57,7 +61,7 @@ class LocalEngine:
         if not requests:
             return []
         self._check_lengths(requests, params)
-        decoding = _Decoding(self.policy, requests, params, self.max_rows, experts)
+        decoding = _Decoding(self.policy, requests, params, self.max_rows, experts, self.cuda_graphs)
         with nullcontext() if experts is None else experts.recording(hooked=decoding.decoder is self.policy):
             while decoding.unfinished:
                 if should_stop():
@@ -92,7 +96,8 @@ class _Decoding:
         requests: Sequence[Request],
         params: SamplingParams,
         max_rows: int,
-        experts: ExpertLog | None = None,
+        experts: ExpertLog | None,
+        cuda_graphs: GraphChoice,
     ) -> None:
         self.policy = policy
         self.experts = experts
@@ -127,6 +132,13 @@ class _Decoding:
         self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
+        state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
+        recording = experts is not None
+        self.device_steps = (
+            DeviceSteps(self.decoder, self.cache, samples, state, self.rules, params, capture_on(device, cuda_graphs))
+            if uses_device_steps(policy, cuda_graphs, recording) and isinstance(self.decoder, FastDecoder)
+            else None
+        )
         if self.preamble:
             layout = PrefillLayout(self.cache, None, device)
             self._run(requests[0].prompt.token_ids[: self.preamble], range(self.preamble), layout)
@@ -187,8 +199,15 @@ class _Decoding:
         self.arrangement = None
 
     def step(self) -> None:
-        """Decode the rows in flight, join the rows just prefilled, and draw one token for each."""
-        old = self.active - self.fresh
+        """Decode the rows in flight, join the rows just prefilled, and draw one token for each.
+
+        With device steps, draw for the rows just prefilled alone; where there are none, several tokens for each row.
+        """
+        if self.device_steps is not None and self.hidden is None:
+            self._take_device_steps(self.device_steps)
+            return
+        first = 0 if self.device_steps is None else self.active - self.fresh
+        old = self.active - self.fresh - first
         parts = []
         if old:
             with span("decode"):
@@ -200,18 +219,25 @@ class _Decoding:
         self.hidden, self.fresh = None, 0
         with span("head"):
             logits = self.decoder.logits(parts[0] if len(parts) == 1 else torch.cat(parts))
-        rows = self.active
-        at = torch.from_numpy(self.generated[:rows, None]).to(logits.device)
-        uniform = self.uniform[:rows].gather(1, at)[:, 0]
+        rows = slice(first, self.active)
+        at = torch.from_numpy(self.generated[rows, None]).to(logits.device)
+        uniform = self.uniform[rows].gather(1, at)[:, 0]
         with span("sample"):
             tokens, logprobs = sample_tokens(logits, uniform, self.params)
-        self.tokens[:rows].scatter_(1, at, tokens[:, None])
-        self.logprobs[:rows].scatter_(1, at, logprobs[:, None])
-        self.generated[:rows] += 1
-        generated = torch.from_numpy(self.generated[:rows]).to(logits.device)
-        stopped = self.rules.stopped(self.stop_set[:rows], tokens, self.tokens[:rows], generated)
-        self.stopped[:rows] = stopped
-        self.finished[:rows] = stopped | torch.from_numpy(self.generated[:rows] >= self.limit[:rows]).to(stopped.device)
+        self.tokens[rows].scatter_(1, at, tokens[:, None])
+        self.logprobs[rows].scatter_(1, at, logprobs[:, None])
+        self.generated[rows] += 1
+        generated = torch.from_numpy(self.generated[rows]).to(logits.device)
+        stopped = self.rules.stopped(self.stop_set[rows], tokens, self.tokens[rows], generated)
+        self.stopped[rows] = stopped
+        self.finished[rows] = stopped | torch.from_numpy(self.generated[rows] >= self.limit[rows]).to(stopped.device)
+
+    def _take_device_steps(self, steps: DeviceSteps) -> None:
+        rows = slice(0, self.active)
+        with span("decode"):
+            generated, finished = steps.run(self.request[rows], self.generated[rows], self.limit[rows])
+        self.generated[rows] = generated
+        self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
 
     def _decode(self, rows: int) -> Tensor:
         """The hidden states of the first rows after the token each has drawn last."""

@@ -55,13 +55,16 @@ class SamplingParams:
         return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
 
 
-def sample_tokens(logits_RV: Tensor, uniform_R: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits_RV: Tensor, uniform_R: Tensor, params: SamplingParams, look: bool = True
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
     Args:
         logits_RV: raw logits of the model, float32; may be overwritten.
         uniform_R: float64 in (0, 1), not used when greedy.
         params: temperature and truncation.
+        look: whether the host may read numbers of the device to save work. The draws are the same without.
 
     Returns:
         (R,) tokens and (R,) float32 log-probabilities under the distribution sampled from.
@@ -71,7 +74,7 @@ def sample_tokens(logits_RV: Tensor, uniform_R: Tensor, params: SamplingParams) 
         return tokens_R, torch.log_softmax(logits_RV, dim=-1).gather(1, tokens_R[:, None])[:, 0]
     if params.temperature != 1.0:
         logits_RV = logits_RV.div_(params.temperature)
-    logits_RV = truncate(logits_RV, params)
+    logits_RV = truncate(logits_RV, params, look)
     blocks = _Blocks(logits_RV.shape[1])
     top_R1, likeliest_R1 = blocks.reduce(torch.amax, logits_RV).max(dim=-1, keepdim=True)
     # From here on probabilities relative to the likeliest token's, in place of the logits.
@@ -143,21 +146,22 @@ def _cross(weight_RK: Tensor, cumulative_RK: Tensor, threshold_R1: Tensor) -> tu
     return place_R1, threshold_R1 - (cumulative_RK.gather(1, place_R1) - weight_RK.gather(1, place_R1))
 
 
-def truncate(logits_RV: Tensor, params: SamplingParams) -> Tensor:
+def truncate(logits_RV: Tensor, params: SamplingParams, look: bool = True) -> Tensor:
     """Set to -inf what top-k, top-p and min-p leave out, in that order, each on what the one before left."""
     if 0 < params.top_k < logits_RV.shape[1]:
         kth_R1 = torch.topk(logits_RV, params.top_k, dim=-1).values[:, -1:]
         logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, float("-inf"))
     if params.top_p < 1.0:
-        logits_RV = _nucleus(logits_RV, params.top_p)
+        logits_RV = _nucleus(logits_RV, params.top_p, look)
     if params.min_p > 0.0:
         floor_R1 = logits_RV.max(dim=-1, keepdim=True).values + math.log(params.min_p)
         logits_RV = logits_RV.masked_fill(logits_RV < floor_R1, float("-inf"))
     return logits_RV
 
 
-def _nucleus(logits_RV: Tensor, top_p: float) -> Tensor:
-    """Top-p. Only rows whose likeliest NUCLEUS_TOKENS tokens do not reach it are sorted whole."""
+def _nucleus(logits_RV: Tensor, top_p: float, look: bool) -> Tensor:
+    """Top-p. Only rows whose likeliest NUCLEUS_TOKENS tokens do not reach it are sorted whole, where one may look which
+    they are."""
     vocabulary = logits_RV.shape[1]
     if vocabulary <= 4 * NUCLEUS_TOKENS:
         return _nucleus_by_sorting(logits_RV, top_p)
@@ -167,6 +171,8 @@ def _nucleus(logits_RV: Tensor, top_p: float) -> Tensor:
     # What comes before a token that is kept has not reached top_p yet; the most likely one is always kept.
     kept_RK = top_RK.masked_fill(reached_RK - share_RK >= top_p, float("-inf"))
     kept_RV = torch.full_like(logits_RV, float("-inf")).scatter_(1, index_RK, kept_RK)
+    if not look:
+        return torch.where(reached_RK[:, -1:] < top_p, _nucleus_by_sorting(logits_RV, top_p), kept_RV)
     flat = (reached_RK[:, -1] < top_p).nonzero()[:, 0]
     if len(flat):
         kept_RV[flat] = _nucleus_by_sorting(logits_RV[flat], top_p)
@@ -176,5 +182,5 @@ def _nucleus(logits_RV: Tensor, top_p: float) -> Tensor:
 def _nucleus_by_sorting(logits_RV: Tensor, top_p: float) -> Tensor:
     ascending_RV, order_RV = torch.sort(logits_RV, dim=-1)
     tail_RV = torch.softmax(ascending_RV, dim=-1).cumsum(dim=-1) <= 1.0 - top_p
-    tail_RV[:, -1] = False  # the most likely token always stays
+    tail_RV[:, -1].fill_(False)  # the most likely token always stays
     return logits_RV.masked_fill(tail_RV.scatter(1, order_RV, tail_RV), float("-inf"))

@@ -38,7 +38,8 @@ class StopRules:
                 may_SV[number, may] = True
         self.ends_SV = ends_SV.to(policy.device)
         self.may_SV = may_SV.to(policy.device)
-        self._any_may = bool(may_SV.any())
+        self.may_stop = bool(may_SV.any())
+        """Whether there is a token that may complete a string, which only what it is decoded to tells."""
 
     def stopped(self, set_R: Tensor, tokens_R: Tensor, history_RT: Tensor, generated_R: Tensor) -> Tensor:
         """(R,) bool: which rows end with the token just drawn.
@@ -49,14 +50,18 @@ class StopRules:
             history_RT: tokens of each row, the new one included; `generated_R` says how many.
         """
         stopped_R = self.ends_SV[set_R, tokens_R]
-        if self._any_may:
+        if self.may_stop:
             for row in (self.may_SV[set_R, tokens_R] & ~stopped_R).nonzero()[:, 0].tolist():
-                strings = self.stop_sets[int(set_R[row])]
-                # A token holds one character at least, or is part of one: so many tokens hold the whole string.
-                first = max(0, int(generated_R[row]) - 4 * max(map(len, strings)))
-                tail = self.policy.decode(history_RT[row, first : int(generated_R[row])].tolist())
-                stopped_R[row] = any(string in tail for string in strings)
+                stopped_R[row] = self.completed(int(set_R[row]), history_RT[row], int(generated_R[row]))
         return stopped_R
+
+    def completed(self, number: int, history_T: Tensor, generated: int) -> bool:
+        """Whether the last of a row's tokens has completed a string of its stop set."""
+        strings = self.stop_sets[number]
+        # A token holds one character at least, or is part of one: so many tokens hold the whole string.
+        first = max(0, generated - 4 * max(map(len, strings)))
+        tail = self.policy.decode(history_T[first:generated].tolist())
+        return any(string in tail for string in strings)
 
     def text(self, number: int, token_ids: Sequence[int]) -> str:
         """A finished completion's text: what comes before the end token or the stop string."""

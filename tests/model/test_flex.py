@@ -1,0 +1,138 @@
+"""The tree as a mask of flex_attention: against its definition, against our own attention, and compiled for training.
+
+Without a GPU torch computes flex_attention in plain operations. Its check that gradients are asked for on a GPU only is
+taken out: they are autograd's.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from test_attention import attention_by_definition, normal, query_key_value
+from torch.nn.attention import flex_attention as torch_flex
+from tree_cases import TREES, chain, visible_NN
+
+from sapo.model import attention, flex
+from sapo.model.attention import TreeLayout
+from sapo.model.errors import ModelError
+from sapo.model.flex import BLOCK, TreeMask, padded_length
+
+CPU = torch.device("cpu")
+every_window = pytest.mark.parametrize("window", [None, 1, 3, 17])
+
+# A preamble, two prompts, responses of several lengths: four blocks of tokens, some seen whole and some not at all.
+WIDE = chain([150, 90, 40, 7, 60, 30, 20], [-1, 0, 1, 1, 0, 4, 4])
+TREE = chain([9, 5, 1, 12, 4, 8], [-1, 0, 1, 1, 0, -1])
+
+
+@pytest.fixture(autouse=True)
+def gradients_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+
+
+@every_window
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(segments=TREES)
+def test_a_token_sees_what_the_definition_says_and_padding_itself(segments, window):
+    mask = TreeMask(segments, CPU)
+    at_N, nothing = torch.arange(mask.padded), torch.tensor(0)
+    seen = mask.sees(window)(nothing, nothing, at_N[:, None], at_N)
+    count = mask.num_tokens
+    assert torch.equal(seen[:count, :count], visible_NN(segments, window))
+    assert not seen[:count, count:].any()
+    assert not seen[count:, :count].any()
+    assert seen[range(count, mask.padded), range(count, mask.padded)].all()
+
+
+@every_window
+@pytest.mark.parametrize("segments", [TREE, WIDE, chain([400], [-1])], ids=["small", "wide", "one"])
+def test_blocks_are_listed_whole_in_part_or_not_at_all(segments, window):
+    mask = TreeMask(segments, CPU)
+    at_N, nothing = torch.arange(mask.padded), torch.tensor(0)
+    blocks = mask.blocks(window)
+    # torch's own, which looks at all pairs at once.
+    expected = torch_flex.create_block_mask(mask.sees(window), 1, 1, mask.padded, mask.padded, device="cpu")
+    for part in ("kv", "full_kv", "q", "full_q"):
+        counts, theirs = (getattr(b, f"{part}_num_blocks")[0, 0] for b in (blocks, expected))
+        assert torch.equal(counts, theirs)
+        for row, count in enumerate(counts.tolist()):
+            ours, others = (getattr(b, f"{part}_indices")[0, 0, row, :count].tolist() for b in (blocks, expected))
+            assert sorted(ours) == sorted(others)
+    seen = mask.sees(window)(nothing, nothing, at_N[:, None], at_N).unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    assert int(blocks.full_kv_num_blocks.sum()) == int(seen.all(dim=3).all(dim=1).sum())
+
+
+@every_window
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("segments", [TREE, WIDE], ids=["small", "wide"])
+def test_flex_attention_and_its_gradient_equal_the_definition(segments, heads, kv_heads, window):
+    inputs = query_key_value(segments[-1].stop, heads=heads, kv_heads=kv_heads)
+    ours = TreeMask(segments, CPU).attend(*inputs, 0.7, window)
+    theirs = attention_by_definition(*inputs, visible_NN(segments, window), 0.7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    slope = normal(*ours.shape, seed=9)
+    for a, b in zip(*(torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_capped_scores_equal_those_of_our_own_attention():
+    inputs = query_key_value(TREE[-1].stop)
+    ours = TreeMask(TREE, CPU).attend(*inputs, 0.7, 3, softcap=1.5)
+    theirs = TreeLayout(TREE).attend(0, *inputs, 0.7, 3, softcap=1.5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
+def test_a_policy_and_its_gradient_are_the_same_with_flex_attention(new_policy, monkeypatch, architecture):
+    policy = new_policy(architecture, dtype=torch.float64)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 15, TREE[-1].stop))
+    positions = torch.cat([torch.arange(s.length) + d for s, d in zip(TREE, (0, 9, 14, 14, 9, 0), strict=True)])
+    found = []
+    for flexible in (False, True):
+        monkeypatch.setattr(attention, "takes_flex", lambda *_, flexible=flexible: flexible)
+        policy.model.zero_grad()
+        logits = policy.logits(policy.hidden(ids, positions, TreeLayout(TREE)))
+        logits.double().log_softmax(-1)[:, 3].sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in policy.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # the head is float32
+
+
+def test_the_compiler_takes_the_tree_with_its_gradient_and_meets_new_trees_of_a_length_once(monkeypatch):
+    # All of torch.compile but the kernels: what is traced, derived and kept for further trees.
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(torch_flex.flex_attention, dynamic=False, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    plain = flex._attend
+    monkeypatch.setattr(flex, "_attend", lambda _on_gpu, *inputs, **options: plain(True, *inputs, **options))
+    torch._dynamo.reset()
+    for segments, shapes in ((TREE, 1), (chain([30, 20, 3], [-1, 0, 0]), 1), (WIDE, 2), (TREE, 2)):
+        inputs = query_key_value(segments[-1].stop)
+        ours = TreeMask(segments, CPU).attend(*inputs, 0.7, None)
+        theirs = attention_by_definition(*inputs, visible_NN(segments, None), 0.7)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+        assert counter.frame_count == shapes
+
+
+def test_a_kernel_that_cannot_be_compiled_names_what_does_without(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no Triton here\nand much more")
+
+    monkeypatch.setattr(flex, "_compiled", lambda: fail)
+    with pytest.raises(ModelError, match=r"\(no Triton here\); SAPO_FLEX=0 does without it$"):
+        flex._attend(True, torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
+def test_lengths_are_padded_to_few_sizes_and_by_half_at_most():
+    sizes = {padded_length(n) for n in range(1, 65537)}
+    assert all(n <= padded_length(n) < max(1.5 * n + BLOCK, 2 * BLOCK) for n in range(1, 65537))
+    # By hand: one and two blocks, then two sizes to each doubling up to 512 blocks.
+    assert len(sizes) == 2 + 2 * 8
+
+
+def test_a_cpu_keeps_its_own_attention():
+    assert not flex.takes_flex(torch.zeros(3, 4, 64), torch.zeros(3, 2, 64))
