@@ -20,8 +20,9 @@ Record = Mapping[str, Any]
 OF_UPDATES = ("ratio_tail", "gradient_spike")
 """Causes found in a single update."""
 
-OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs")
-"""Causes that lie in the verifier or the sampler and not in the policy: a checkpoint made under them is healthy."""
+OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs", "unequal_old_logprobs", "unfilled_groups")
+"""Causes that lie in the verifier, the sampler or the recipe and not in the policy: they foretell no collapse, and a
+checkpoint made under them is healthy. The last two follow no rule of this file; the loop warns of them."""
 
 
 @dataclass(frozen=True)
