@@ -39,13 +39,21 @@ from sapo.run_directory import RunDirectory
 from sapo.run_state import RolloutBatch, RunState, rollout_records, token_gates
 from sapo.sampler import Staleness, sampler_weights
 from sapo.selection import Selection, Selector
-from sapo.self_check import check_old_logprobs
+from sapo.self_check import check_old_logprobs, check_sampled
 from sapo.shaping import shape_group
 from sapo.tasks import Task, score_groups
-from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
+from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import NonFiniteError, Trainer
-from sapo.watch import answer_collapse, kept_checkpoints, note_checkpoint, note_step, note_warning, rollback_record
+from sapo.watch import (
+    answer_collapse,
+    kept_checkpoints,
+    note_checkpoint,
+    note_non_finite,
+    note_step,
+    note_warning,
+    rollback_record,
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,10 @@ class TrainingRun:
                     if self.state.step >= self.config.train.steps:
                         break
                     with self.profiler.step(self.state.step + 1):
-                        self.step()
+                        try:
+                            self.step()
+                        except NonFiniteError as error:
+                            self._answer_non_finite(error)
         except Interrupted:
             return StopReason(self.checkpoint())
         self.directory.write_summary(self.summary())
@@ -181,6 +192,7 @@ class TrainingRun:
         sampled_at = self.trainer.updates
         selected = self.selector.select(state.num_sampled, state.position, self._sample)
         groups = selected.groups
+        check_sampled([*groups, *selected.dropped])
         with self._phase("old_logprobs"):
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
@@ -247,10 +259,7 @@ class TrainingRun:
         """Which log pi_old this run uses, by the self-check of its first step."""
         step, full = self.state.step + 1, self.sampling_params(0).full_distribution
         rounded, both = not self.config.rollout.sampler_is_policy, self.config.objective.tis is not None
-        try:
-            check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"step {step}: {error}") from error
+        check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
         self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
         if check.warning is not None:
@@ -273,10 +282,7 @@ class TrainingRun:
         with self._phase("diagnose"):
             before = self.diagnosis.before(state.step + 1, self.trainer, minibatch, self.should_stop)
         with self._phase("update"):
-            try:
-                result = self.trainer.update(minibatch, learning_rate, self.should_stop)
-            except NonFiniteError as error:
-                raise NonFiniteError(self._describe_failure(error)) from error
+            result = self.trainer.update(minibatch, learning_rate, self.should_stop)
         with self._phase("diagnose"):
             measured = self.diagnosis.after(state.step + 1, result, groups)
         figures = measured.figures | before
@@ -311,6 +317,13 @@ class TrainingRun:
             self._seconds_before = dict(self.state.seconds)
             self.loggers.go_back(self.state.step)
             self.checkpoint()
+
+    def _answer_non_finite(self, error: NonFiniteError) -> None:
+        """Stop, or go back as from a collapse, as the recipe says."""
+        warning = note_non_finite(self.state, self.config, self.directory, error)
+        self.directory.append_metrics(warning.to_json())
+        self.listener.warning(warning.line)
+        self._answer_collapse()
 
     def evaluate(self) -> None:
         """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
@@ -438,12 +451,3 @@ class TrainingRun:
         due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
         due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # else nothing could be gone back to
         return due and self._saved_at != step
-
-    def _describe_failure(self, error: NonFiniteError) -> str:
-        checkpoints = list_checkpoints(self.directory.checkpoints)
-        resume = (
-            f"`sapo resume {self.directory.path} train.learning_rate=...` goes back to {checkpoints[0].label}"
-            if checkpoints
-            else "there is no checkpoint yet: start again with a lower train.learning_rate"
-        )
-        return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}"

@@ -63,6 +63,18 @@ class SelfCheck:
         }
 
 
+def check_sampled(groups: Sequence[Group]) -> None:
+    """Refuse completions of a sampler that is past sampling, before their figures are taken.
+
+    Raises:
+        NonFiniteError: a log-probability of the sampler is not finite.
+    """
+    for group in groups:
+        for completion in group.completions:
+            if not math.isfinite(sum(completion.logprobs)):
+                raise NonFiniteError("a log-probability of the sampler is not finite: its weights are ruined")
+
+
 def check_old_logprobs(
     trainer: Trainer,
     groups: Sequence[Group],

@@ -155,7 +155,7 @@ def _resumed(
         state = RunState.from_json(checkpoint.state())
     reference = _reference_policy(config, should_stop)
     _check_same_tokens(policy, reference)
-    directory.rewind_metrics(state.metrics_bytes if state else 0)
+    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
     if checkpoint is not None:
         training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())

@@ -131,7 +131,7 @@ def test_a_run_that_breaks_is_a_result_and_is_not_tried_again(tmp_path: Path) ->
 def test_the_results_of_a_comparison_that_is_over_are_counted_again_without_its_data(
     tmp_path: Path, whole: Path
 ) -> None:
-    copy = tmp_path / "copy"
+    copy = tmp_path / whole.name
     shutil.copytree(whole, copy)
     (copy / "results.json").write_text("{}")
     (copy / "table.md").unlink()

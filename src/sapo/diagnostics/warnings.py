@@ -35,10 +35,10 @@ class Warning:
 
     step: int
     cause: str
-    value: float
-    """The figure that broke the rule."""
-    threshold: float
-    """What the rule allows."""
+    value: float | None
+    """The figure that broke the rule; None of non_finite, which is no figure."""
+    threshold: float | None
+    """What the rule allows; likewise."""
     text: str
     collapse: bool = False
     """It counts as a collapse: it is one of `collapse_causes`, and the run has once been without it."""
@@ -54,8 +54,8 @@ class Warning:
             "kind": "warning",
             "step": self.step,
             "cause": self.cause,
-            "value": self.value,
-            "threshold": self.threshold,
+            **({} if self.value is None else {"value": self.value}),
+            **({} if self.threshold is None else {"threshold": self.threshold}),
             "collapse": self.collapse,
             "text": self.line,
         }
