@@ -165,8 +165,7 @@ class TrainingRun:
         """One rollout batch and its updates."""
         state = self.state
         if state.groups is None:
-            self._sample_due()
-            state.take_next(self.config.train.minibatches)
+            self._begin()
         assert state.groups is not None
         uneven = self.config.rollout.zero_variance == "drop"
         minibatches = split_minibatches(state.groups, self.config.train.minibatches, uneven)
@@ -179,6 +178,14 @@ class TrainingRun:
         note_step(state, self.config)
         if state.collapse is not None:
             self._answer_collapse()
+
+    def _begin(self) -> None:
+        """Take up the step's own batch; log pi_old of the current weights is of these."""
+        self._sample_due()
+        batch = self.state.take_next(self.config.train.minibatches)
+        if self.state.old_logprobs == "current":
+            with self._phase("old_logprobs"):
+                self.state.groups = self.trainer.with_old_logprobs(batch.groups, None, self._trainer_records())
 
     def _sample_due(self) -> None:
         """The step's own batch, or under staleness a later step's, when its time has come."""
@@ -197,14 +204,16 @@ class TrainingRun:
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
             if state.old_logprobs == "trainer":
-                record = self.replay is not None and self.replay.trainer_records(state.old_logprobs)
-                groups = self.trainer.with_old_logprobs(groups, sampled_at, record)
+                groups = self.trainer.with_old_logprobs(groups, sampled_at, self._trainer_records())
         if self.trainer.kl is not None:
             with self._phase("reference"):
                 groups = self.trainer.with_reference_logprobs(groups, self.reference)
         self._remember(selected)
         made = state.step * self.config.train.minibatches + state.update
         return RolloutBatch(groups, selected.dropped, self.selector.figures(selected), made)
+
+    def _trainer_records(self) -> bool:
+        return self.replay is not None and self.replay.trainer_records(self.state.old_logprobs)
 
     def _sample(self, prompts: list[Prompt]) -> list[Group]:
         """Prompts to scored groups with their advantages."""
