@@ -29,6 +29,7 @@ FLOORS = (
     ("integrations",),
     (
         "replay_choice",
+        "sampler_sentences",
         "preflight",
         "coldstart",
         "memory",
