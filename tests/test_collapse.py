@@ -21,6 +21,7 @@ from sapo.model.policy import load_policy
 from sapo.session import resume
 from sapo.training.checkpoint import list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.trainer import NonFiniteError, Trainer
 from sapo.watch import CollapseError, restore
 
 STEPS = 10
@@ -32,6 +33,9 @@ COLLAPSING = {
     "checkpoint__every": 1,
     "checkpoint__keep": 1,
 }
+# After three steps weights of 1e30, which no forward pass survives; going back, a learning rate of 0.01.
+BREAKING = {**COLLAPSING, "train__learning_rate": 1e30}
+BREAKING["warnings"] = {"on_collapse": "rollback", "rollback_learning_rate": 1e-32}
 ROLLBACK = {**COLLAPSING, "warnings": {"on_collapse": "rollback", "rollback_learning_rate": 0.04}}
 
 
@@ -124,7 +128,7 @@ def test_a_rolled_back_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, 
     assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
 
 
-@pytest.mark.parametrize("cut", ["take_metrics_back", "append_metrics", "checkpoint"])
+@pytest.mark.parametrize("cut", ["take_back", "append_metrics", "checkpoint"])
 def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkeypatch, cut: str) -> None:
     from sapo.loop import TrainingRun
     from sapo.run_directory import RunDirectory
@@ -148,11 +152,93 @@ def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkey
     assert fingerprint(tmp_path / "cut" / "run", STEPS) == fingerprint(whole, STEPS)
 
 
+def test_completions_of_undone_steps_leave_the_rollouts_with_their_metrics(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, **ROLLBACK, log__rollouts_every=3)
+    # Steps 1, 3, 6 and 9 are logged. From step 7 it went back to step 2, and logged 3 and 6 again.
+    names = sorted(f.name for f in (run / "rollouts").iterdir())
+    assert names == [f"step-{step:06d}.jsonl" for step in (1, 3, 6, 9)]
+    undone = run / "rolled-back" / "rollouts-1"
+    assert sorted(f.name for f in undone.iterdir()) == ["step-000003.jsonl", "step-000006.jsonl"]
+    rewards = {m["step"]: m["reward/mean"] for m in metrics(run) if m["kind"] == "step"}
+    for step in (3, 6):
+        of_run, of_undone = (
+            [json.loads(line)["reward"] for line in (place / f"step-{step:06d}.jsonl").open()]
+            for place in (run / "rollouts", undone)
+        )
+        assert sum(of_run) / len(of_run) == pytest.approx(rewards[step])
+        assert (of_undone == of_run) == (step == 3), "the weights of step 3 were the same"
+
+
+def test_completions_after_the_checkpoint_of_a_resume_are_no_longer_the_runs(tmp_path: Path) -> None:
+    with pytest.raises(CollapseError):
+        run_recipe(tmp_path, **COLLAPSING, warnings={"on_collapse": "stop"}, log__rollouts_every=1)
+    run = tmp_path / "run"
+    assert len(list((run / "rollouts").iterdir())) == 7
+    resume(run, ["train.steps=3", "train.learning_rate=0.02"])
+    assert sorted(f.name for f in (run / "rollouts").iterdir()) == [f"step-00000{step}.jsonl" for step in (1, 2, 3)]
+
+
+def test_an_update_that_is_not_finite_is_gone_back_from_as_a_collapse_is(tmp_path: Path) -> None:
+    run = run_recipe(tmp_path, **BREAKING)
+    [warning] = [w for w in warnings_of(run) if w["cause"] == "non_finite"]
+    assert (warning["step"], warning["collapse"]) == (4, True)
+    assert "not finite" in warning["text"]
+    assert "value" not in warning, "it is no figure"
+    [back] = [m for m in metrics(run) if m["kind"] == "rollback"]
+    assert (back["step"], back["to"], back["cause"]) == (4, 2, "non_finite"), "step 3 was not proven by the one after"
+    steps = [m for m in metrics(run) if m["kind"] == "step"]
+    assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["reward/mean"] > 2 * steps[2]["reward/mean"], "it learns after all"
+    taken_back = [json.loads(line) for line in (run / "rolled-back" / "metrics-1.jsonl").open()]
+    assert [(m["step"], m["update"]) for m in taken_back if m["kind"] == "update"] == [(3, 0), (3, 1), (4, 0)]
+
+
+@pytest.mark.parametrize("asked", [30, 42, 70])
+def test_a_run_gone_back_from_what_is_not_finite_goes_on_bit_for_bit(tmp_path: Path, asked: int) -> None:
+    whole = run_recipe(tmp_path / "whole", **BREAKING)
+    count = iter(range(100_000))
+    stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **BREAKING)
+    assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
+    resume(stopped)
+    assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
+
+
+def test_weights_that_are_infinite_are_found_by_their_first_completions(tmp_path: Path) -> None:
+    # One update a step, so that no further one meets the weights, and a batch that teaches nothing would hide them.
+    settings = {**BREAKING, "train__minibatches": 1, "train__learning_rate": 1e39}
+    settings["warnings"] = {"on_collapse": "rollback", "rollback_learning_rate": 1e-41}
+    run = run_recipe(tmp_path, **settings)
+    [warning] = [w for w in warnings_of(run) if w["cause"] == "non_finite"]
+    assert (warning["step"], "log-probability of the sampler is not finite" in warning["text"]) == (5, True)
+
+
+def test_what_stays_not_finite_stops_the_run_with_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    settings = {"on_collapse": "rollback", "rollback_learning_rate": 1.0, "max_rollbacks": 1}
+    with pytest.raises(
+        CollapseError, match=r"step 4: non_finite: update 1: .* not finite .*; stopped after 1 rollbacks"
+    ):
+        run_recipe(tmp_path, **{**BREAKING, "warnings": settings})
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        1,
+        0,
+    ], "further back the second time"
+
+
+def test_what_is_not_finite_before_any_update_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruined(self, *args, **kwargs):
+        raise NonFiniteError("the gradient of lm_head is not finite")
+
+    monkeypatch.setattr(Trainer, "update", ruined)
+    with pytest.raises(NonFiniteError, match=r"step 1, update 0: the gradient .*; no update was made yet"):
+        run_recipe(tmp_path, **BREAKING)
+    assert not (tmp_path / "run" / "rolled-back").exists(), "a lower learning rate would end the same way"
+
+
 def test_a_run_that_collapses_again_goes_further_back_and_then_stops(tmp_path: Path) -> None:
     settings = {"on_collapse": "rollback", "rollback_learning_rate": 1.0, "max_rollbacks": 2}
     with pytest.raises(CollapseError, match="stopped after 2 rollbacks"):
         run_recipe(tmp_path, **COLLAPSING, warnings=settings)
-    lines = [json.loads(line) for f in (tmp_path / "run" / "rolled-back").iterdir() for line in f.open()]
+    lines = [json.loads(line) for f in (tmp_path / "run" / "rolled-back").glob("*.jsonl") for line in f.open()]
     backs = [m for m in [*lines, *metrics(tmp_path / "run")] if m["kind"] == "rollback"]
     # With the same learning rate the same collapse: from step 2, then from step 1.
     assert sorted((m["rollbacks"], m["to"]) for m in backs) == [(1, 2), (2, 1)]

@@ -69,6 +69,8 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text("{}")
     (tmp_path / "mine.yaml").write_text("seed: 0\n")
+    (tmp_path / "comparisons" / "mine").mkdir(parents=True)
+    (tmp_path / "comparisons" / "mine" / "comparison.yaml").write_text("arms: {one: {}, other: {}}\n")
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("")
     return tmp_path
@@ -91,6 +93,13 @@ def place(tmp_path: Path) -> Path:
         (("sapo", "train", "quickstart", "train.schedule", "="), ["constant", "linear", "cosine"]),
         (("sapo", "train", "quickstart", "tasks.0.name", "=", "ar"), ["arithmetic"]),
         (("sapo", "train", "--dry"), ["--dry-run"]),
+        (("sapo", "compare", "paper_fig4", "--arms", "gr"), ["grpo_r2", "grpo"]),
+        (("sapo", "compare", "paper_fig4", "--arms", "grpo,gr"), ["grpo,grpo_r2"]),
+        (("sapo", "compare", "comparisons/mine", "--baseline", ""), ["one", "other"]),
+        (("sapo", "compare", "comparisons/mine", "--arms", "other,one", "--baseline", "o"), ["other", "one"]),
+        (("sapo", "compare", "quickstart", "--baseline", "g"), ["gspo", "grpo"]),
+        (("sapo", "compare", "quickstart", "--objectives", "grpo,gmpo", "--baseline", "g"), ["grpo", "gmpo"]),
+        (("sapo", "compare", "nothing", "--arms", ""), []),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else None,
 )
@@ -118,12 +127,10 @@ def test_names_of_files_are_offered_with_the_directories_on_the_way(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    assert complete_run("") == ["runs/first", "runs/second", "models/", "runs/"]
+    assert complete_run("") == ["runs/first", "runs/second", "comparisons/", "models/", "runs/"]
     assert complete_model("models/") == ["models/mine"]
     assert complete_task("row") == ["rows.jsonl"]
     assert complete_recipe("no") == []
-    (place / "comparisons" / "mine").mkdir(parents=True)
-    (place / "comparisons" / "mine" / "comparison.yaml").write_text("arms: {}\n")
     assert complete_comparison("comp") == ["comparisons/mine", "comparisons/"]
     assert complete_comparison("paper_fig5") == ["paper_fig5"]
     assert complete_reported("comp") == ["comparisons/mine", "comparisons/"]

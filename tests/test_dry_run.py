@@ -16,6 +16,7 @@ from sapo.coldstart import ensure_coldstart
 from sapo.config import ConfigError
 from sapo.dry_run import DryRun
 from sapo.recipe import load_recipe
+from sapo.sampler_sentences import sampler_sentences
 from sapo.session import dry_run
 
 
@@ -122,8 +123,54 @@ def test_a_dry_run_changes_nothing_in_the_run_that_follows(recipe: Path) -> None
     assert metrics(directories[0]) == metrics(directories[1])
 
 
+E4M3 = "rollout.sampler_dtype=float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], []),
+        (
+            ["rollout.staleness=8"],
+            [
+                "Every batch is 8 updates (2 steps) old at its first update; those of the run's start are younger.",
+                "log pi_old is of the weights that sampled, the engine's own where the self-check finds it equal.",
+            ],
+        ),
+        (
+            ["rollout.staleness=1", "train.old_logprobs=current", "objective.tis={mode: sequence}"],
+            [
+                "Every batch is 1 update (0.25 steps) old at its first update; those of the run's start are younger.",
+                "log pi_old is the trainer's, at the weights of the batch's first update: no ratio holds its age.",
+                "Beside its gate each response is weighed by rho = prod pi_old / mu, at most 2.",
+            ],
+        ),
+        (
+            [E4M3, "rollout.sampler_scaling=none", "rollout.sampler_vectors=true", "train.old_logprobs=engine"],
+            [
+                "Completions are drawn from weights rounded to float8_e4m3fn (unscaled, norms and biases too); the "
+                "trainer and evaluations keep the policy's own.",
+                "log pi_old is the engine's, so that r holds its rounding as well as the drift.",
+            ],
+        ),
+        (
+            [E4M3, "rollout.sampler_switch={step: 101, dtype: null}", "objective.tis={mode: icepop}"],
+            [
+                "Completions are drawn from weights rounded to float8_e4m3fn (scaled by matrix, matrices only), from "
+                "step 101 on from the policy's weights; the trainer and evaluations keep the policy's own.",
+                "log pi_old is the trainer's, at the weights that sampled.",
+                "Beside its gate each token is weighed by w = pi_old / mu, 0 outside 0.5..5.",
+            ],
+        ),
+    ],
+    ids=["plain", "stale", "current", "rounded", "switched_and_weighed"],
+)
+def test_a_sampler_that_is_not_the_policy_is_told_of_in_plain_sentences(overrides: list[str], said: list[str]) -> None:
+    assert sampler_sentences(load_recipe("quickstart", overrides)) == said
+
+
 def test_the_command_says_batches_prompts_and_memory(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path, rollout__staleness=2)
     result = subprocess.run(
         [sys.executable, "-m", "sapo.cli", "train", str(recipe), "--dry-run"],
         cwd=tmp_path,
@@ -134,6 +181,7 @@ def test_the_command_says_batches_prompts_and_memory(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "Each step draws 4 completions of 4 prompts (16 sequences)" in result.stdout
+    assert "Every batch is 2 updates (1 step) old at its first update" in result.stdout
     assert "prompt 2 of the first step, as the model sees it:" in result.stdout
     assert "a completion ends with the end token" in result.stdout
     assert "estimated peak" in result.stdout

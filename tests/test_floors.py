@@ -22,6 +22,7 @@ FLOORS = (
         "recipe",
         "spans",
         "untrusted",
+        "processor",
     ),
     ("sandbox", "tasks", "model", "conformance"),
     ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
@@ -29,6 +30,7 @@ FLOORS = (
     ("integrations",),
     (
         "replay_choice",
+        "sampler_sentences",
         "preflight",
         "coldstart",
         "memory",
@@ -69,6 +71,7 @@ ALLOWED = {
     "config": {"objectives", "config_section", "model_config", "rollout_config", "diagnostics_config"},
     "recipe": {"objectives", "config"},
     "untrusted": set(),
+    "processor": set(),
     "sandbox": set(),
     "tasks": {"data", "sandbox"},
     "model": {"data"},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
@@ -18,6 +19,7 @@ from sapo.export import export_model
 from sapo.model.native import kernels_in_use
 from sapo.model.policy import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
+from sapo.processor import processor_name
 from sapo.rollout.local import LocalEngine
 from sapo.session import load_model, resume
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
@@ -320,12 +322,23 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path, monkeypat
     run = run_recipe(tmp_path)
     for switch, expected in (
         ("1", []),
-        ("0", [f"kernels were {had} and are torch: the run goes on, but not bit for bit"]),
+        ("0", [f"kernels: {had} before, torch now: the run goes on, but not bit for bit"]),
     ):
         monkeypatch.setenv("SAPO_NATIVE", switch)
         listener = Recorder()
         resume(run, listener=listener)
         assert [w for w in listener.warnings if "bit for bit" in w] == expected
+
+
+def test_a_run_that_goes_on_on_another_processor_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_recipe(tmp_path, train__steps=1)
+    had = yaml.safe_load((run / "config.yaml").read_text())["provenance"]["processor"]
+    assert had == processor_name()
+    monkeypatch.setattr(sapo.session, "processor_name", lambda: "Abacus 1")
+    listener = Recorder()
+    resume(run, listener=listener)
+    expected = f"processor: {had} before, Abacus 1 now: the run goes on, but not bit for bit"
+    assert [w for w in listener.warnings if "bit for bit" in w] == [expected]
 
 
 def test_metrics_changed_by_hand_are_not_resumed_over(tmp_path: Path) -> None:

@@ -93,6 +93,38 @@ def test_log_pi_old_of_a_stale_batch_is_of_the_weights_that_sampled_it(tmp_path:
     assert furthest(kept, run.trainer.logprobs(groups)) > 1e-3, "two updates have moved the policy since"
 
 
+def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on(tmp_path: Path) -> None:
+    config = sapo.load_recipe(write_recipe(tmp_path, rollout__staleness=2, train__old_logprobs="current"))
+    run = TrainingRun(config, RunDirectory.create(config), load_policy(config.model.path), load_tasks(config))
+    run.step()
+    assert not any(c.old_logprobs for g in run.state.ahead[0].groups for c in g.completions), "not yet"
+    drawn = [[c.logprobs for c in g.completions] for g in run.state.ahead[0].groups]
+    now = run.trainer.logprobs(run.state.ahead[0].groups)
+    assert furthest(drawn, now) > 1e-3, "two updates have moved the policy since"
+    trained_on = []
+    update = run.update
+    run.update = lambda groups: (trained_on.append(groups), update(groups))[1]
+    run.step()
+    # Mini-batches take the groups of a batch in turn: the first of two has groups 0 and 2, the second 1 and 3.
+    for groups, places in zip(trained_on, ((0, 2), (1, 3)), strict=True):
+        for group, place in zip(groups, places, strict=True):
+            if not group.teaches_nothing:
+                assert furthest([[c.old_logprobs for c in group.completions]], [now[place]]) < 1e-5
+
+
+def test_under_current_weights_no_ratio_tells_of_the_age_and_the_correction_does(tmp_path: Path) -> None:
+    """With log pi_old = log pi at the first update, r is 1 there, and w = pi_old / mu is all of the drift before it."""
+    stale = {"rollout__staleness": 4, "train__learning_rate": 3e-3, "objective": {"name": "sapo", "tis": {"cap": 5.0}}}
+    current = of_kind(run_recipe(tmp_path / "current", **stale, train__old_logprobs="current"), "step")
+    trainer = of_kind(run_recipe(tmp_path / "trainer", **stale), "step")
+    assert {m["old_logprobs"] for m in current} == {"current"}
+    assert max(m["first_update/ratio/abs_dev"] for m in current) < 1e-5
+    assert max(m["update/mismatch/abs_dev"] for m in current) > 0.01
+    assert max(m["first_update/ratio/abs_dev"] for m in trainer) > 0.01
+    assert max(m["update/mismatch/abs_dev"] for m in trainer) < 1e-5
+    assert current[0]["update/loss"] == pytest.approx(trainer[0]["update/loss"], rel=1e-4), "the first is of no age"
+
+
 def furthest(left: list, right: list) -> float:
     """Largest difference of two sets of log-probabilities, by group, completion and token."""
     assert left, "nothing would be compared"
@@ -190,6 +222,10 @@ def test_the_correction_takes_log_pi_old_from_the_trainer_even_where_the_engine_
             "objective.tis weighs a token by pi_old / mu, so log pi_old must be the trainer's; "
             "got train.old_logprobs=engine",
         ),
+        (
+            ["train.old_logprobs=current"],
+            "train.old_logprobs=current is for batches older than their first update; got rollout.staleness=0",
+        ),
         (["objective.tis={cap: 0.5}"], "objective.tis: cap must be finite and at least 1; got 0.5"),
         (["objective.tis={floor: 0.5}"], "floor is for mode icepop"),
         (["objective.tis={modes: token}"], "unknown key objective.tis.modes; did you mean objective.tis.mode?"),
@@ -209,6 +245,7 @@ def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], message: str)
     "changes",
     [
         {"rollout__staleness": 3},
+        {"rollout__staleness": 3, "train__old_logprobs": "current", "objective": {"name": "grpo", "tis": {}}},
         {
             "rollout__staleness": 4,
             "rollout__sampler_dtype": "bfloat16",
@@ -216,7 +253,7 @@ def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], message: str)
             "objective": {"name": "gspo", "tis": {"mode": "token"}},
         },
     ],
-    ids=["stale", "stale_rounded_weighed"],
+    ids=["stale", "stale_at_current_weights", "stale_rounded_weighed"],
 )
 def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, changes: dict, asked: int) -> None:
     whole = run_recipe(tmp_path / "whole", **changes)

@@ -56,6 +56,25 @@ def complete_objective(incomplete: str) -> list[str]:
     return [f"{before}{comma}{name}" for name in OBJECTIVES if name.startswith(last)]
 
 
+def complete_arm(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Arms of the comparison recipe that was named, between commas, each once."""
+    before, comma, last = incomplete.rpartition(",")
+    taken = before.split(",")
+    names = [name for name in _arms(ctx) if name.startswith(last) and name not in taken]
+    return [f"{before}{comma}{name}" for name in names]
+
+
+def complete_baseline(ctx: typer.Context, incomplete: str) -> list[str]:
+    """One of the arms: those of --arms, or of --objectives, where they were given, else all of the recipe's."""
+    given = ctx.params.get("arms") or ctx.params.get("objectives")
+    arms = _arms(ctx)
+    if not arms:  # a recipe of one run
+        from sapo.comparing.recipe import OBJECTIVES as COMPARED
+
+        arms = list(COMPARED)
+    return _starting_with(incomplete, given.split(",") if given else arms)
+
+
 def complete_model(incomplete: str) -> list[str]:
     """Run directories, and directories with a model."""
     models = _paths(incomplete, lambda p: (p / RUN_FILE).is_file() or (p / MODEL_FILE).is_file())
@@ -167,6 +186,24 @@ def _objective_keys() -> list[str]:
 
     hyperparameters = [field.name for objective in OBJECTIVES.values() for field in fields(objective)]
     return list(dict.fromkeys([*ObjectiveConfig.model_fields, *hyperparameters]))
+
+
+def _arms(ctx: typer.Context) -> list[str]:
+    """Names of the arms of the recipe, or of the comparison's directory, on the line; none of a recipe of one run."""
+    from sapo.config import ConfigError
+    from sapo.recipe import read_recipe
+
+    # Of a line that ends in an option without its value click has not told apart the arguments yet.
+    recipe = ctx.params.get("recipe") or next(iter(ctx.args), None)
+    if recipe is None:
+        return []
+    begun = Path(recipe) / COMPARISON_FILE
+    try:
+        _, settings = read_recipe(begun if begun.is_file() else recipe)
+    except (ConfigError, OSError):
+        return []
+    arms = settings.get("arms")
+    return [str(name) for name in arms] if isinstance(arms, dict) else []
 
 
 def _runs() -> list[str]:

@@ -239,9 +239,11 @@ class TrainConfig(Section):
     """Largest gradient norm; null leaves it."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
-    old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
+    old_logprobs: Literal["auto", "engine", "trainer", "current"] = "auto"
     """Where log pi_old comes from: the engine if the self-check of the first step proves it equal to the trainer's
-    (auto), always the engine, or always a forward pass of the trainer at the weights that sampled."""
+    (auto), always the engine, or always a forward pass of the trainer at the weights that sampled. current, for
+    experiments with rollout.staleness: a forward pass of the trainer at the weights of the batch's first update, so
+    that the drift since the sampling is in no ratio (with objective.tis it is in w)."""
     self_check_tolerance: float = Field(1e-3, gt=0)
     """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
     entropy: bool = True
@@ -387,11 +389,17 @@ class RunConfig(Section):
         return {} if value is True else None if value is False else value
 
     @model_validator(mode="after")
-    def _tis_has_both(self) -> RunConfig:
-        if self.objective.tis is not None and self.train.old_logprobs == "engine":
+    def _log_pi_old_fits(self) -> RunConfig:
+        source = self.train.old_logprobs
+        if self.objective.tis is not None and source == "engine":
             raise ValueError(
                 "objective.tis weighs a token by pi_old / mu, so log pi_old must be the trainer's; got "
                 "train.old_logprobs=engine, which takes mu for pi_old; leave it at auto, or set trainer"
+            )
+        if source == "current" and not self.rollout.staleness:
+            raise ValueError(
+                "train.old_logprobs=current is for batches older than their first update; got rollout.staleness=0, "
+                "where the current weights are those that sampled; use train.old_logprobs=trainer"
             )
         return self
 
@@ -413,7 +421,8 @@ class RunConfig(Section):
                     "model.routing_replay=R2 records in the trainer's forward that computes log pi_old; got "
                     "train.old_logprobs=engine, which makes none; use train.old_logprobs=trainer or routing_replay=R3"
                 )
-            self.train = self.train.model_copy(update={"old_logprobs": "trainer"})
+            if self.train.old_logprobs == "auto":
+                self.train = self.train.model_copy(update={"old_logprobs": "trainer"})
         return self
 
     def batch_sentence(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from sapo.coldstart import cache_directory
+from sapo.processor import processor_name
 
 DISTRIBUTION = "sapo-rl"
 
@@ -128,7 +129,9 @@ def _extras() -> Iterator[Finding]:
 
 def _machine() -> Iterator[Finding]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("machine", "processor", "note", f"{_cpu_name()}, {os.cpu_count()} cores, {allowed} for this process")
+    yield Finding(
+        "machine", "processor", "note", f"{processor_name()}, {os.cpu_count()} cores, {allowed} for this process"
+    )
     total, available = _memory()
     if total is not None:
         free = "" if available is None else f", {_gib(available)} available"
@@ -226,13 +229,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cpu_flags() -> set[str]:

@@ -290,4 +290,4 @@ def _tell_of_what_is_there(
         tell(f"{store.path} has {len(store.answered)} of {problems} problems already; going on")
     for key in DECIDING_BITS:
         if not store.finished and key in store.machine and store.machine[key] != machine[key]:
-            tell(f"{key} were {store.machine[key]} and are {machine[key]}: it goes on, but not bit for bit")
+            tell(f"{key}: {store.machine[key]} before, {machine[key]} now: it goes on, but not bit for bit")

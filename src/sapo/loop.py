@@ -39,13 +39,21 @@ from sapo.run_directory import RunDirectory
 from sapo.run_state import RolloutBatch, RunState, rollout_records, token_gates
 from sapo.sampler import Staleness, sampler_weights
 from sapo.selection import Selection, Selector
-from sapo.self_check import check_old_logprobs
+from sapo.self_check import check_old_logprobs, check_sampled
 from sapo.shaping import shape_group
 from sapo.tasks import Task, score_groups
-from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
+from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import NonFiniteError, Trainer
-from sapo.watch import answer_collapse, kept_checkpoints, note_checkpoint, note_step, note_warning, rollback_record
+from sapo.watch import (
+    answer_collapse,
+    kept_checkpoints,
+    note_checkpoint,
+    note_non_finite,
+    note_step,
+    note_warning,
+    rollback_record,
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,10 @@ class TrainingRun:
                     if self.state.step >= self.config.train.steps:
                         break
                     with self.profiler.step(self.state.step + 1):
-                        self.step()
+                        try:
+                            self.step()
+                        except NonFiniteError as error:
+                            self._answer_non_finite(error)
         except Interrupted:
             return StopReason(self.checkpoint())
         self.directory.write_summary(self.summary())
@@ -154,8 +165,7 @@ class TrainingRun:
         """One rollout batch and its updates."""
         state = self.state
         if state.groups is None:
-            self._sample_due()
-            state.take_next(self.config.train.minibatches)
+            self._begin()
         assert state.groups is not None
         uneven = self.config.rollout.zero_variance == "drop"
         minibatches = split_minibatches(state.groups, self.config.train.minibatches, uneven)
@@ -169,6 +179,14 @@ class TrainingRun:
         if state.collapse is not None:
             self._answer_collapse()
 
+    def _begin(self) -> None:
+        """Take up the step's own batch; log pi_old of the current weights is of these."""
+        self._sample_due()
+        batch = self.state.take_next(self.config.train.minibatches)
+        if self.state.old_logprobs == "current":
+            with self._phase("old_logprobs"):
+                self.state.groups = self.trainer.with_old_logprobs(batch.groups, None, self._trainer_records())
+
     def _sample_due(self) -> None:
         """The step's own batch, or under staleness a later step's, when its time has come."""
         state = self.state
@@ -181,18 +199,21 @@ class TrainingRun:
         sampled_at = self.trainer.updates
         selected = self.selector.select(state.num_sampled, state.position, self._sample)
         groups = selected.groups
+        check_sampled([*groups, *selected.dropped])
         with self._phase("old_logprobs"):
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
             if state.old_logprobs == "trainer":
-                record = self.replay is not None and self.replay.trainer_records(state.old_logprobs)
-                groups = self.trainer.with_old_logprobs(groups, sampled_at, record)
+                groups = self.trainer.with_old_logprobs(groups, sampled_at, self._trainer_records())
         if self.trainer.kl is not None:
             with self._phase("reference"):
                 groups = self.trainer.with_reference_logprobs(groups, self.reference)
         self._remember(selected)
         made = state.step * self.config.train.minibatches + state.update
         return RolloutBatch(groups, selected.dropped, self.selector.figures(selected), made)
+
+    def _trainer_records(self) -> bool:
+        return self.replay is not None and self.replay.trainer_records(self.state.old_logprobs)
 
     def _sample(self, prompts: list[Prompt]) -> list[Group]:
         """Prompts to scored groups with their advantages."""
@@ -247,10 +268,7 @@ class TrainingRun:
         """Which log pi_old this run uses, by the self-check of its first step."""
         step, full = self.state.step + 1, self.sampling_params(0).full_distribution
         rounded, both = not self.config.rollout.sampler_is_policy, self.config.objective.tis is not None
-        try:
-            check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"step {step}: {error}") from error
+        check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
         self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
         if check.warning is not None:
@@ -273,10 +291,7 @@ class TrainingRun:
         with self._phase("diagnose"):
             before = self.diagnosis.before(state.step + 1, self.trainer, minibatch, self.should_stop)
         with self._phase("update"):
-            try:
-                result = self.trainer.update(minibatch, learning_rate, self.should_stop)
-            except NonFiniteError as error:
-                raise NonFiniteError(self._describe_failure(error)) from error
+            result = self.trainer.update(minibatch, learning_rate, self.should_stop)
         with self._phase("diagnose"):
             measured = self.diagnosis.after(state.step + 1, result, groups)
         figures = measured.figures | before
@@ -311,6 +326,13 @@ class TrainingRun:
             self._seconds_before = dict(self.state.seconds)
             self.loggers.go_back(self.state.step)
             self.checkpoint()
+
+    def _answer_non_finite(self, error: NonFiniteError) -> None:
+        """Stop, or go back as from a collapse, as the recipe says."""
+        warning = note_non_finite(self.state, self.config, self.directory, error)
+        self.directory.append_metrics(warning.to_json())
+        self.listener.warning(warning.line)
+        self._answer_collapse()
 
     def evaluate(self) -> None:
         """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
@@ -438,12 +460,3 @@ class TrainingRun:
         due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
         due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # else nothing could be gone back to
         return due and self._saved_at != step
-
-    def _describe_failure(self, error: NonFiniteError) -> str:
-        checkpoints = list_checkpoints(self.directory.checkpoints)
-        resume = (
-            f"`sapo resume {self.directory.path} train.learning_rate=...` goes back to {checkpoints[0].label}"
-            if checkpoints
-            else "there is no checkpoint yet: start again with a lower train.learning_rate"
-        )
-        return f"step {self.state.step + 1}, update {self.state.update}: {error}; {resume}"

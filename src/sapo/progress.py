@@ -125,6 +125,8 @@ class Display:
             else "the engine's, by train.old_logprobs=engine"
             if record["old_logprobs"] == "engine"
             else "recomputed by the trainer at the weights that sampled"
+            if record["old_logprobs"] == "trainer"
+            else "recomputed by the trainer at the weights of each batch's first update"
         )
         self.say(f"log pi_old: {source} (largest |log r| {worst:.1e})")
         if "routing_replay" in record:

@@ -4,7 +4,7 @@ runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; 
           metrics.jsonl     one line per update, step, evaluation, self-check, warning ...; the clock only in "timing"
           summary.json      start, end, tokens, seconds by phase
           rollouts/         step-000010.jsonl: one line per completion
-          rolled-back/      what a rollback took out of metrics.jsonl
+          rolled-back/      what rollbacks took out of metrics.jsonl and rollouts/
           checkpoints/      see training/checkpoint.py
           profile/          with profile=true: see profiling.py
           tensorboard/      and wandb/: see loggers.py
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -127,12 +128,17 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         return file.stat().st_size if file.exists() else 0
 
-    def rewind_metrics(self, size: int) -> None:
-        """Cut metrics.jsonl back to what a checkpoint remembers; what came after will be written again.
+    def rewind(self, size: int, step: int) -> None:
+        """Back to a checkpoint: metrics.jsonl cut to what it remembers, rollouts/ to its step; both are written again.
 
         Raises:
-            ConfigError: when the file is shorter than that.
+            ConfigError: when metrics.jsonl is shorter than that.
         """
+        self._rewind_metrics(size)
+        for file in self._rollouts_after(step):
+            file.unlink()
+
+    def _rewind_metrics(self, size: int) -> None:
         file = self.path / "metrics.jsonl"
         present = file.stat().st_size if file.exists() else 0
         if present < size:
@@ -140,14 +146,23 @@ class RunDirectory:
         if file.exists():
             os.truncate(file, size)
 
-    def take_metrics_back(self, size: int, name: str) -> None:
-        """Cut metrics.jsonl to `size` bytes; what came after goes to rolled-back/`name`."""
+    def take_back(self, size: int, step: int, rollback: int) -> None:
+        """Back to a checkpoint for good: what came after goes to rolled-back/, as metrics-K.jsonl and rollouts-K/."""
         self.close_metrics()
         file = self.path / "metrics.jsonl"
         after = file.read_bytes()[size:].decode("utf-8")
-        (self.path / "rolled-back").mkdir(exist_ok=True)
-        write_whole(self.path / "rolled-back" / name, after)
-        self.rewind_metrics(size)
+        aside = self.path / "rolled-back"
+        aside.mkdir(exist_ok=True)
+        write_whole(aside / f"metrics-{rollback}.jsonl", after)
+        self._rewind_metrics(size)
+        completions = aside / f"rollouts-{rollback}"
+        shutil.rmtree(completions, ignore_errors=True)  # of the same rollback, cut short by a kill
+        for file in self._rollouts_after(step):
+            completions.mkdir(exist_ok=True)
+            file.rename(completions / file.name)
+
+    def _rollouts_after(self, step: int) -> list[Path]:
+        return [f for f in (self.path / "rollouts").glob("step-*.jsonl") if int(f.stem.removeprefix("step-")) > step]
 
     def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> Path:
         """Write rollouts/step-NNNNNN.jsonl, one completion a line."""

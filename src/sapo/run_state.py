@@ -65,7 +65,7 @@ class RunState:
     evaluated_at: int = -1
     """The step at which the last evaluation was made."""
     old_logprobs: str | None = None
-    """engine or trainer, once the self-check has decided."""
+    """engine, trainer or current, once the self-check has decided."""
     start_evaluation: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
     tokens: dict[str, int] = field(default_factory=lambda: {"generated": 0, "trained": 0})
@@ -94,12 +94,13 @@ class RunState:
         """Rollout batches sampled so far: those of the steps done, the present one, those ahead."""
         return self.step + (self.groups is not None) + len(self.ahead)
 
-    def take_next(self, minibatches: int) -> None:
-        """Make the first of the batches ahead the present step's."""
+    def take_next(self, minibatches: int) -> RolloutBatch:
+        """Make the first of the batches ahead the present step's, and return it."""
         batch = self.ahead.pop(0)
         self.groups, self.dropped, self.selection = batch.groups, batch.dropped, dict(batch.figures)
         if age := batch.age(self.step * minibatches + self.update):
             self.selection["rollout/age"] = age
+        return batch
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal state; floats survive exactly."""

@@ -28,7 +28,7 @@ class SelfCheck:
     (True, 0.02)
     """
 
-    old_logprobs: Literal["engine", "trainer"]
+    old_logprobs: Literal["engine", "trainer", "current"]
     equal: bool
     """The engine's may be taken as the trainer's."""
     cut: bool
@@ -46,7 +46,7 @@ class SelfCheck:
     @property
     def warning(self) -> str | None:
         """What to say when the recipe insists on log-probabilities that are not the policy's."""
-        if self.equal or self.old_logprobs == "trainer":
+        if self.equal or self.old_logprobs != "engine":
             return None
         differs = f"differs from the trainer's by up to {self.log_ratio_max_abs:.3g}"
         why = "is of a cut distribution" if self.cut else "is of rounded weights" if self.rounded else differs
@@ -61,6 +61,18 @@ class SelfCheck:
             "ratio/abs_dev": self.ratio_abs_dev,
             "tokens": self.tokens,
         }
+
+
+def check_sampled(groups: Sequence[Group]) -> None:
+    """Refuse completions of a sampler that is past sampling, before their figures are taken.
+
+    Raises:
+        NonFiniteError: a log-probability of the sampler is not finite.
+    """
+    for group in groups:
+        for completion in group.completions:
+            if not math.isfinite(sum(completion.logprobs)):
+                raise NonFiniteError("a log-probability of the sampler is not finite: its weights are ruined")
 
 
 def check_old_logprobs(

@@ -26,6 +26,7 @@ from sapo.model.adapters import add_adapter
 from sapo.model.native import kernels_in_use
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks, seed_for
+from sapo.processor import processor_name
 from sapo.recipe import override_run
 from sapo.routing_replay import RoutingReplay
 from sapo.run_directory import RunDirectory
@@ -34,7 +35,7 @@ from sapo.training.checkpoint import newest_whole, set_broken_aside
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
-DECIDING_BITS = ("versions", "cpu_capability", "mkl_cbwr", "kernels")
+DECIDING_BITS = ("versions", "processor", "cpu_capability", "mkl_cbwr", "kernels")
 """What of `provenance` has to be the same for the same bits."""
 
 
@@ -155,7 +156,7 @@ def _resumed(
         state = RunState.from_json(checkpoint.state())
     reference = _reference_policy(config, should_stop)
     _check_same_tokens(policy, reference)
-    directory.rewind_metrics(state.metrics_bytes if state else 0)
+    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
     if checkpoint is not None:
         training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
@@ -170,7 +171,7 @@ def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
     before, now = config.provenance or {}, provenance()
     for key in DECIDING_BITS:
         if key in before and before[key] != now[key]:
-            listener.warning(f"{key} were {before[key]} and are {now[key]}: the run goes on, but not bit for bit")
+            listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run goes on, but not bit for bit")
 
 
 def newest_model(path: Path) -> Path:
@@ -255,6 +256,7 @@ def provenance() -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in RECORDED_PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
         "kernels": kernels_in_use(),

@@ -23,6 +23,7 @@ from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.training.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.trainer import NonFiniteError
 
 KEPT_FOR_ROLLBACKS = 3
 """Healthy checkpoints that are kept where a run may have to go back further than to the last."""
@@ -41,6 +42,28 @@ def note_warning(state: RunState, warning: Warning) -> None:
         state.kept_steps = list(dict.fromkeys([*state.kept_steps[:1], state.healthy_steps[-1]]))
     if warning.collapse and state.collapse is None:
         state.collapse = asdict(warning)
+
+
+def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory, error: NonFiniteError) -> Warning:
+    """A loss, gradient or log-probability that is not finite, noted as a collapse of the present step to be answered.
+
+    Raises:
+        NonFiniteError: the recipe does not go back; or no update was made yet, so that a lower learning rate would end
+            the same way. It names step, cause and the checkpoint to resume from.
+    """
+    warning = Warning(state.step + 1, "non_finite", None, None, f"update {state.update}: {error}", collapse=True)
+    if config.warnings.on_collapse == "rollback" and (state.step or state.update):
+        note_warning(state, warning)
+        return warning
+    checkpoints = list_checkpoints(directory.checkpoints)
+    resume = (
+        f"`sapo resume {directory.path} train.learning_rate=...` goes back to {checkpoints[0].label}"
+        if checkpoints
+        else "there is no checkpoint yet: start again with a lower train.learning_rate"
+    )
+    if not (state.step or state.update):
+        resume = "no update was made yet: look at the model the run starts from, and at its rewards"
+    raise NonFiniteError(f"step {warning.step}, {warning.text}; {resume}") from error
 
 
 def note_checkpoint(state: RunState, config: RunConfig) -> None:
@@ -71,11 +94,11 @@ def kept_checkpoints(state: RunState) -> set[int]:
 def answer_collapse(
     config: RunConfig, directory: RunDirectory, policy: Policy, optimizer: PolicyOptimizer, state: RunState
 ) -> RunState:
-    """The state to go on with after a step in which a collapse was found: the run's own, or its last healthy one.
+    """The state to go on with where a collapse was found: the run's own, or its last healthy one.
 
     For a rollback, weights and optimiser are those of that checkpoint, the learning rate is scaled down, and what came
-    after leaves metrics.jsonl for rolled-back/; tokens and seconds stay counted. The same prompts come again. The
-    caller writes a checkpoint of the state at once: a kill before that does the same again.
+    after leaves metrics.jsonl and rollouts/ for rolled-back/; tokens and seconds stay counted. The same prompts come
+    again. The caller writes a checkpoint of the state at once: a kill before that does the same again.
 
     Raises:
         CollapseError: the recipe says stop, there have been enough rollbacks, or there is no healthy checkpoint. The
@@ -110,7 +133,7 @@ def answer_collapse(
         tried_steps=[*state.tried_steps, restored.step],
         kept_steps=[s for s in state.kept_steps if s <= restored.step],
     )
-    directory.take_metrics_back(restored.metrics_bytes, f"metrics-{restored.rollbacks}.jsonl")
+    directory.take_back(restored.metrics_bytes, restored.step, restored.rollbacks)
     directory.append_metrics(warning.to_json())
     return restored
 
@@ -120,7 +143,7 @@ def rollback_record(collapsed: RunState, restored: RunState) -> dict[str, Any]:
     assert collapsed.collapse is not None
     return {
         "kind": "rollback",
-        "step": collapsed.step,
+        "step": collapsed.collapse["step"],
         "to": restored.step,
         "cause": collapsed.collapse["cause"],
         "rollbacks": restored.rollbacks,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -123,8 +124,22 @@ def test_a_run_that_breaks_is_a_result_and_is_not_tried_again(tmp_path: Path) ->
     assert broken["tasks"]["prompts"]["collapsed"]
     assert "finite" in broken["reason"]
     again = finish(start(*arguments, cwd=tmp_path))
-    assert "2 of them already there" in again
+    assert "all 2 runs have ended: nothing is run" in again, "what broke is not tried again"
     assert results(comparison)["runs"] == [healthy, broken]
+
+
+def test_the_results_of_a_comparison_that_is_over_are_counted_again_without_its_data(
+    tmp_path: Path, whole: Path
+) -> None:
+    copy = tmp_path / whole.name
+    shutil.copytree(whole, copy)
+    (copy / "results.json").write_text("{}")
+    (copy / "table.md").unlink()
+    written = (copy / "comparison.yaml").read_text()
+    (copy / "comparison.yaml").write_text(written.replace("prompts.jsonl", "gone.jsonl"))
+    assert "nothing is run" in finish(start("compare", str(copy), cwd=tmp_path))
+    assert results(copy) == results(whole)
+    assert (copy / "table.md").read_text() == (whole / "table.md").read_text()
 
 
 def test_a_run_that_stops_for_a_collapse_counts_as_collapsed_and_warned(tmp_path: Path) -> None:
@@ -139,8 +154,11 @@ def test_a_run_that_stops_for_a_collapse_counts_as_collapsed_and_warned(tmp_path
     [run] = found["runs"]
     assert (run["state"], run["tasks"]["prompts"]["final"]) == ("failed", None)
     assert "gradient_spike" in run["reason"]
-    assert found["warnings"] == {"prompts": {"collapsed": 1, "detected": 1, "healthy": 0, "false_alarms": 0}}
-    assert "1 of them already there" in finish(start(*arguments, cwd=tmp_path)), "it is not tried again"
+    counted = {"collapsed": 1, "detected": 1, "in_time": 1, "healthy": 0, "false_alarms": 0}
+    assert found["warnings"]["prompts"].items() >= counted.items()
+    [collapse] = found["warnings"]["prompts"]["collapses"]
+    assert (collapse["cause"], collapse["visible"], collapse["lead"]) == ("gradient_spike", run["steps"], 0)
+    assert "nothing is run" in finish(start(*arguments, cwd=tmp_path)), "it is not tried again"
 
 
 def test_a_run_that_is_refused_stops_the_comparison_in_one_line(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sapo.comparing.alarms import Alarms
 from sapo.comparing.outcomes import FAILURE_FILE, Curve, Look, Outcome
 from sapo.comparing.plan import ComparisonPlan
 from sapo.comparing.results import ComparisonResults
@@ -47,6 +49,11 @@ def results_of(directory: Path, plan: ComparisonPlan, runs: dict[str, tuple]) ->
     for name, (looks, *end) in runs.items():
         write_run(directory / "runs" / name, looks, *end)
     return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(directory)])
+
+
+def counts(results: ComparisonResults) -> dict[str, int]:
+    """The numbers of the alarms on the one task."""
+    return {name: value for name, value in results.alarms("add4").to_json().items() if isinstance(value, int)}
 
 
 def test_means_differences_and_bests_are_those_counted_by_hand(tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_warnings_are_those_the_run_gave_of_a_rollback_too(tmp_path: Path) -> No
             "b-lr1e-4-seed0": ([[1, 1, 1, 1], [2, 2, 2, 2], [0, 0, 0, 0]],),
         },
     )
-    assert results.alarms("add4") == {"collapsed": 1, "detected": 0, "healthy": 1, "false_alarms": 0}
+    assert counts(results) == {"collapsed": 1, "detected": 0, "in_time": 0, "healthy": 1, "false_alarms": 0}
     flood = {
         "kind": "warning",
         "step": 2,
@@ -136,9 +143,57 @@ def test_warnings_are_those_the_run_gave_of_a_rollback_too(tmp_path: Path) -> No
             file.writelines(json.dumps(line) + "\n" for line in lines)
     results = ComparisonResults.of(results.plan, [Outcome.of(run) for run in results.plan.runs(tmp_path)])
     # The warned run went back and is well; what was said of the other's set-up is no early warning.
-    assert results.alarms("add4") == {"collapsed": 1, "detected": 0, "healthy": 1, "false_alarms": 1}
+    assert counts(results) == {"collapsed": 1, "detected": 0, "in_time": 0, "healthy": 1, "false_alarms": 1}
     assert results.outcomes[0].warnings == ({"step": 2, "cause": "zero_variance_flood", "collapse": True},)
     assert "0 of 1 collapsed runs were warned, and 1 of 1 healthy ones" in as_markdown(results)
+
+
+def test_a_lead_runs_from_the_first_alarm_to_the_first_evaluation_that_shows_a_lasting_fall() -> None:
+    """Evaluations every 10 steps; pass@1 is below half of the best at 20, back at 30, and below for good from 40 on."""
+    rates = {0: 2, 10: 8, 20: 2, 30: 8, 40: 3, 50: 1}
+    curve = Curve(tuple(Look(step, 1, (1,) * right + (0,) * (8 - right)) for step, right in rates.items()))
+    assert (curve.collapsed_since, Curve(curve.looks[:3]).collapsed_since, Curve(curve.looks[:2]).collapsed_since) == (
+        40,
+        20,
+        None,
+    )
+    run = Outcome("a", "a", 1e-4, 0, "finished", None, 50, {"t": curve}, {}, (), {}, 50, {})
+    alarms = ({"step": 33, "cause": "ratio_tail"}, {"step": 36, "cause": "reward_collapse"})
+    late, warned = (
+        replace(run, name="b", warnings=({"step": 45, "cause": "ratio_tail"},)),
+        replace(run, warnings=alarms),
+    )
+    failed = replace(run, state="failed", curves={"t": Curve(curve.looks[:2])}, last_step=17)
+    failed = replace(failed, warnings=({"step": 16, "cause": "gradient_spike"},))
+    found = Alarms.of([warned, late, run, failed], "t")
+    assert [(c.visible, c.step, c.lead) for c in found.collapses] == [
+        (40, 33, 7),
+        (40, 45, -5),
+        (40, None, None),
+        (17, 16, 1),
+    ]
+    assert found.collapses[2].to_json() == {"run": "a", "visible": 40}, "no alarm, and no lead of 0"
+    assert (found.detected, found.in_time) == (3, 2)
+    assert found.causes == {"gradient_spike": (1, 0), "ratio_tail": (2, 0), "reward_collapse": (1, 0)}
+    assert (
+        "3 of 4 collapsed runs were warned (2 no later than it showed, 4 steps before in the median)" in found.sentence
+    )
+
+
+def test_what_describes_the_set_up_is_counted_apart_and_is_no_alarm(tmp_path: Path) -> None:
+    well = [[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]]
+    plan = a_plan(seeds=(0,))
+    for run in plan.runs(tmp_path):
+        write_run(run.directory, well)
+        with (run.directory / "metrics.jsonl").open("a") as file:
+            for step in (1, 2):
+                line = {"kind": "warning", "step": step, "cause": "unfaithful_old_logprobs", "collapse": False}
+                file.write(json.dumps({**line, "value": 0.02, "threshold": 0.01}) + "\n")
+    results = ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(tmp_path)])
+    assert counts(results) == {"collapsed": 0, "detected": 0, "in_time": 0, "healthy": 2, "false_alarms": 0}
+    assert results.to_json()["warnings"]["add4"]["set_up"] == {"unfaithful_old_logprobs": 2}
+    assert results.to_json()["runs"][0]["set_up_warnings"] == {"unfaithful_old_logprobs": 2}, "in two steps of the run"
+    assert "Of the set-up, no alarms: unfaithful_old_logprobs in 2 of 2 runs" in as_markdown(results)
 
 
 def test_each_arm_is_also_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from sapo.commands.terminal import StopSignal, console, say, stop_signals
-from sapo.completion import complete_comparison, complete_objective, complete_override
+from sapo.completion import (
+    complete_arm,
+    complete_baseline,
+    complete_comparison,
+    complete_objective,
+    complete_override,
+)
 
 if TYPE_CHECKING:
     from sapo.comparing import ComparedRuns
@@ -42,7 +48,10 @@ def compare(
             autocompletion=complete_objective,
         ),
     ] = None,
-    arms: Annotated[str | None, typer.Option(help="Some arms of a comparison recipe.", show_default="all")] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Some arms of a comparison recipe.", show_default="all", autocompletion=complete_arm),
+    ] = None,
     learning_rates: Annotated[
         str | None, typer.Option(help="As in 1e-4,2e-4: every arm at each.", show_default="the recipe's")
     ] = None,
@@ -51,7 +60,11 @@ def compare(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="The arm that the others are set against.", show_default="the recipe's, or the first"),
+        typer.Option(
+            help="The arm that the others are set against.",
+            show_default="the recipe's, or the first",
+            autocompletion=complete_baseline,
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The small form: to see that it works.")] = False,
     jobs: Annotated[

@@ -17,7 +17,7 @@ from sapo.comparing.plan import ComparisonPlan, format_rate
 from sapo.comparing.processes import Event, Places
 from sapo.comparing.results import ComparisonResults
 from sapo.comparing.table import (
-    alarm_sentence,
+    alarm_sentences,
     budget_sentence,
     cell_rows,
     headings,
@@ -174,6 +174,6 @@ def show_results(results: ComparisonResults, console: Console) -> None:
             for row in tuned_rows(results, task):
                 best.add_row(*map(Text, row))
             wide.print(best)
-        lines.append(alarm_sentence(results, task))
+        lines += alarm_sentences(results, task)
     for line in [*lines, *notes(results)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

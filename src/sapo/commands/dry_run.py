@@ -8,6 +8,7 @@ from rich.table import Table
 from sapo.dry_run import DryRun, SeenPrompt
 from sapo.memory import MemoryEstimate
 from sapo.replay_choice import replay_sentence
+from sapo.sampler_sentences import sampler_sentences
 
 MIB = 2**20
 
@@ -21,6 +22,8 @@ def show_dry_run(run: DryRun, console: Console) -> None:
     say(run.batch_sentence)
     if (replay := replay_sentence(run.config)) is not None:
         say(replay)
+    for sentence in sampler_sentences(run.config):
+        say(sentence)
     say(f"model: {run.model}")
     if run.coldstart_missing:
         say("the starting model is not made yet: an untrained one of its shape stands in for it here")

@@ -78,6 +78,8 @@ def compare(
 ) -> ComparedRuns:
     """Make the runs of a comparison and set their results beside each other.
 
+    Of one whose runs have all ended nothing is run: its results are counted again, by the rules of this version.
+
     Args:
         plan: from `load_comparison`.
         directory: where it is kept; comparisons/<name of the recipe> when None. That of the same comparison goes on.
@@ -94,14 +96,19 @@ def compare(
     listener = listener or Quiet()
     path = Path("comparisons") / plan.name if directory is None else Path(directory)
     check_directory(path, plan)
-    places = find_places(plan.base, jobs)
     runs = plan.runs(path)
-    _check_runs(runs)
+    # A comparison that is over is counted again even where its device or its data are gone.
+    places = None if all(Outcome.of(run).ended for run in runs) else find_places(plan.base, jobs)
+    if places is not None:
+        _check_runs(runs)
     kept = ComparisonDirectory.open(path, plan)
     try:
         kept.wait_for_runs(should_stop, listener.note)
-        _make_starts(runs, listener, should_stop)
-        _carry_out(runs, kept, places, listener, should_stop)
+        if places is None:
+            listener.note(f"all {len(runs)} runs have ended: nothing is run, the figures are counted again")
+        else:
+            _make_starts(runs, listener, should_stop)
+            _carry_out(runs, kept, places, listener, should_stop)
         results = ComparisonResults.of(plan, [Outcome.of(run) for run in runs])
         kept.write_results(results.to_json(), as_markdown(results))
         return ComparedRuns(path, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from sapo.comparing.plan import PlannedRun
 from sapo.config import ConfigError
+from sapo.diagnostics.warnings import OF_THE_SET_UP
 from sapo.evaluation.estimates import bootstrap
 
 FAILURE_FILE = "failure.json"
@@ -81,6 +83,16 @@ class Curve:
             return True
         return bootstrap(self.final.rates_P - self.start.rates_P).high < 0
 
+    @property
+    def collapsed_since(self) -> int | None:
+        """The step of the first evaluation from which on it was collapsed at every one; None unless it is."""
+        since = None
+        for count in range(len(self.looks), 0, -1):
+            if not Curve(self.looks[:count]).collapsed:
+                break
+            since = self.looks[count - 1].step
+        return since
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -104,7 +116,11 @@ class Outcome:
     tokens: Mapping[str, int]
     """generated and trained; those of a run that failed are not counted, and missing."""
     warnings: tuple[Mapping[str, Any], ...]
-    """Step, cause and whether it is a collapse, of each early warning."""
+    """Step, cause and whether it is a collapse, of each early warning of a cause that foretells one."""
+    set_up: Mapping[str, int]
+    """Cause that describes the set-up -> how often the run was warned of it."""
+    last_step: int
+    """The last step, begun or done, that anything was written of."""
     seconds: Mapping[str, float] = field(compare=False)
     """By phase; of a finished run."""
 
@@ -130,6 +146,8 @@ class Outcome:
             curves=_curves(records),
             tokens=summary["tokens"] if summary is not None and finished else {},
             warnings=early_warnings(records),
+            set_up=set_up_warnings(records),
+            last_step=max((r["step"] for r in records), default=0),
             seconds=summary["seconds"] if summary is not None and finished else {},
         )
 
@@ -141,6 +159,11 @@ class Outcome:
     def collapsed(self, task: str) -> bool:
         """Its curve collapsed, or it failed."""
         return self.state == "failed" or self.curves[task].collapsed
+
+    def collapse_visible(self, task: str) -> int:
+        """Whole steps after which the collapse of a run that has one showed: in an evaluation, else by failing."""
+        since = self.curves[task].collapsed_since
+        return self.last_step if since is None else since
 
     def final_rates_P(self, task: str) -> np.ndarray:
         """(P,) pass rate of each problem in the end: 0 of a run that failed, which has no model at its last step."""
@@ -170,6 +193,7 @@ class Outcome:
             },
             "tokens": dict(self.tokens),
             "warnings": [dict(w) for w in self.warnings],
+            "set_up_warnings": dict(self.set_up),
             "timing": {"seconds": dict(self.seconds)},
         }
 
@@ -191,12 +215,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Early warnings as the run gave them, under its own thresholds; those of a collapse that it went back from too."""
+    """Alarms as the run gave them, under its own thresholds; those of a collapse that it went back from too."""
     return tuple(
         {key: record[key] for key in ("step", "cause", "collapse")}
         for record in records
-        if record["kind"] == "warning" and "threshold" in record  # others are of the set-up and follow no rule
+        if record["kind"] == "warning" and record["cause"] not in OF_THE_SET_UP
     )
+
+
+def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Cause that lies in the set-up and foretells nothing -> lines of it."""
+    causes = [r["cause"] for r in records if r["kind"] == "warning" and r["cause"] in OF_THE_SET_UP]
+    return dict(sorted(Counter(causes).items()))
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sapo.comparing.alarms import Alarms
 from sapo.comparing.outcomes import Outcome
 from sapo.comparing.plan import ComparisonPlan
 from sapo.evaluation.estimates import Estimate, bootstrap_crossed
@@ -127,20 +128,9 @@ class ComparisonResults:
         """Those that anything is known of."""
         return list(dict.fromkeys(cell.task for cell in self.cells))
 
-    def alarms(self, task: str) -> dict[str, int]:
-        """How early warnings agree with collapses on a task.
-
-        A run is warned if any rule found something. detected: warned among the collapsed; false alarms: among the rest.
-        """
-        ended = [o for o in self.outcomes if o.ended and task in o.curves]
-        collapsed = [o for o in ended if o.collapsed(task)]
-        healthy = [o for o in ended if not o.collapsed(task)]
-        return {
-            "collapsed": len(collapsed),
-            "detected": sum(bool(o.warnings) for o in collapsed),
-            "healthy": len(healthy),
-            "false_alarms": sum(bool(o.warnings) for o in healthy),
-        }
+    def alarms(self, task: str) -> Alarms:
+        """How early warnings agree with collapses on a task."""
+        return Alarms.of(self.outcomes, task)
 
     def to_json(self) -> dict[str, Any]:
         """results.json; the clock only in "timing"."""
@@ -159,7 +149,7 @@ class ComparisonResults:
             },
             "cells": [cell.to_json() for cell in self.cells],
             "tuned": [tuned.to_json() for tuned in self.tuned],
-            "warnings": {task: self.alarms(task) for task in self.tasks},
+            "warnings": {task: self.alarms(task).to_json() for task in self.tasks},
             "runs": [outcome.to_json() for outcome in self.outcomes],
         }
 

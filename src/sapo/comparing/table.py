@@ -24,7 +24,8 @@ def as_markdown(results: ComparisonResults) -> str:
         if len(plan.learning_rates) > 1:
             lines += ["Each arm at the learning rate of its best mean, chosen on the problems it is judged by:", ""]
             lines += [*_markdown(("arm", "lr", "final pass@1", f"less {plan.baseline}"), tuned_rows(results, task)), ""]
-        lines += [alarm_sentence(results, task), ""]
+        for sentence in alarm_sentences(results, task):
+            lines += [sentence, ""]
         lines += ["Every run:", "", *_markdown(RUN_HEADINGS, run_rows(results.outcomes, task)), ""]
     lines += [f"- {note}" for note in notes(results)]
     return "\n".join(lines).rstrip() + "\n"
@@ -106,13 +107,10 @@ def run_rows(outcomes: Sequence[Outcome], task: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def alarm_sentence(results: ComparisonResults, task: str) -> str:
-    """How early warnings agree with collapses."""
+def alarm_sentences(results: ComparisonResults, task: str) -> list[str]:
+    """How early warnings agree with collapses, and what the runs were warned of beside."""
     alarms = results.alarms(task)
-    return (
-        f"Early warnings: {alarms['detected']} of {alarms['collapsed']} collapsed runs were warned, and "
-        f"{alarms['false_alarms']} of {alarms['healthy']} healthy ones."
-    )
+    return [alarms.sentence, *([] if alarms.set_up_sentence is None else [alarms.set_up_sentence])]
 
 
 def notes(results: ComparisonResults) -> list[str]:

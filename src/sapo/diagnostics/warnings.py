@@ -20,8 +20,9 @@ Record = Mapping[str, Any]
 OF_UPDATES = ("ratio_tail", "gradient_spike")
 """Causes found in a single update."""
 
-OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs")
-"""Causes that lie in the verifier or the sampler and not in the policy: a checkpoint made under them is healthy."""
+OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs", "unequal_old_logprobs", "unfilled_groups")
+"""Causes that lie in the verifier, the sampler or the recipe and not in the policy: they foretell no collapse, and a
+checkpoint made under them is healthy. The last two follow no rule of this file; the loop warns of them."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Warning:
 
     step: int
     cause: str
-    value: float
-    """The figure that broke the rule."""
-    threshold: float
-    """What the rule allows."""
+    value: float | None
+    """The figure that broke the rule; None of non_finite, which is no figure."""
+    threshold: float | None
+    """What the rule allows; likewise."""
     text: str
     collapse: bool = False
     """It counts as a collapse: it is one of `collapse_causes`, and the run has once been without it."""
@@ -53,8 +54,8 @@ class Warning:
             "kind": "warning",
             "step": self.step,
             "cause": self.cause,
-            "value": self.value,
-            "threshold": self.threshold,
+            **({} if self.value is None else {"value": self.value}),
+            **({} if self.threshold is None else {"threshold": self.threshold}),
             "collapse": self.collapse,
             "text": self.line,
         }

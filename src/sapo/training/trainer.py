@@ -297,15 +297,15 @@ class Trainer:
             yield
             record.add(batch, recording.take())
 
-    def with_old_logprobs(self, groups: Sequence[Group], sampled_at: int, record: bool = False) -> list[Group]:
+    def with_old_logprobs(self, groups: Sequence[Group], sampled_at: int | None, record: bool = False) -> list[Group]:
         """The groups with log pi_old computed by the trainer, at the weights that sampled them.
 
         Args:
-            sampled_at: `updates` when they were sampled.
+            sampled_at: `updates` when they were sampled. None for the present weights, whichever sampled: r is then 1
+                by construction at the first update, and the trust region is around it and not around the sampler.
             record: keep the experts this forward goes through (R2) in place of any the groups carry.
         """
-        # With newer weights r would be 1 by construction, and no trust region would be left.
-        assert sampled_at == self.updates, f"sampled at update {sampled_at}, weights are at {self.updates}"
+        assert sampled_at in (None, self.updates), f"sampled at update {sampled_at}, weights are at {self.updates}"
         experts = RecordedExperts() if record else None
         found = self.logprobs(without_experts(groups) if record else groups, include_all=False, record=experts)
         groups = groups if experts is None else experts.attach(groups)

@@ -1,0 +1,74 @@
+"""What tells the sampler from the policy in a recipe, in plain sentences: precision, age, log pi_old, correction."""
+
+from __future__ import annotations
+
+from sapo.config import RolloutConfig, RunConfig
+
+
+def sampler_sentences(config: RunConfig) -> list[str]:
+    """One sentence for each of them that is not as a plain run has it; none for a sampler that is the policy.
+
+    >>> from sapo.recipe import load_recipe
+    >>> sampler_sentences(load_recipe("quickstart"))
+    []
+    >>> print(sampler_sentences(load_recipe("quickstart", ["rollout.staleness=6"]))[0])
+    Every batch is 6 updates (1.5 steps) old at its first update; those of the run's start are younger.
+    """
+    rollout = config.rollout
+    sentences = []
+    if not rollout.sampler_is_policy:
+        sentences.append(_precision(rollout))
+    if rollout.staleness:
+        steps = rollout.staleness / config.train.minibatches
+        ages = f"{rollout.staleness} update{'s' * (rollout.staleness > 1)} ({steps:.3g} step{'s' * (steps != 1)})"
+        sentences.append(f"Every batch is {ages} old at its first update; those of the run's start are younger.")
+    if sentences or config.objective.tis is not None:
+        sentences.append(_log_pi_old(config))
+    if config.objective.tis is not None:
+        sentences.append(_correction(config))
+    return sentences
+
+
+def _precision(rollout: RolloutConfig) -> str:
+    switch = rollout.sampler_switch
+    text = f"Completions are drawn from {_weights(rollout, rollout.sampler_dtype)}"
+    if switch is not None:
+        text += f", from step {switch.step} on from {_weights(rollout, switch.dtype)}"
+    return text + "; the trainer and evaluations keep the policy's own."
+
+
+def _weights(rollout: RolloutConfig, dtype: str | None) -> str:
+    if dtype is None:
+        return "the policy's weights"
+    scaled = {"none": "unscaled", "tensor": "scaled by matrix", "channel": "scaled by row"}[rollout.sampler_scaling]
+    vectors = "norms and biases too" if rollout.sampler_vectors else "matrices only"
+    return f"weights rounded to {dtype} ({scaled + ', ' if dtype.startswith('float8') else ''}{vectors})"
+
+
+def _log_pi_old(config: RunConfig) -> str:
+    source = config.train.old_logprobs
+    rounded = not config.rollout.sampler_is_policy
+    if source == "auto" and (rounded or config.objective.tis is not None):
+        source = "trainer"  # whatever the self-check finds
+    return {
+        "auto": "log pi_old is of the weights that sampled, the engine's own where the self-check finds it equal.",
+        "engine": "log pi_old is the engine's"
+        + (", so that r holds its rounding as well as the drift." * rounded or "."),
+        "trainer": "log pi_old is the trainer's, at the weights that sampled.",
+        "current": "log pi_old is the trainer's, at the weights of the batch's first update: no ratio holds its age.",
+    }[source]
+
+
+def _correction(config: RunConfig) -> str:
+    assert config.objective.tis is not None
+    tis = config.objective.tis.weights
+    weight, over = (
+        ("rho = prod pi_old / mu", "response") if tis.mode.startswith("sequence") else ("w = pi_old / mu", "token")
+    )
+    rule = {
+        "token": f"at most {tis.cap:g}",
+        "sequence": f"at most {tis.cap:g}",
+        "icepop": f"0 outside {tis.floor or 0:g}..{tis.cap:g}",
+        "sequence_mask": f"0 above {tis.cap:g}",
+    }[tis.mode]
+    return f"Beside its gate each {over} is weighed by {weight}, {rule}."
