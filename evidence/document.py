@@ -101,12 +101,31 @@ def bias(measured: dict[str, Any]) -> str:
 
 def alarms(studies: dict[str, Any]) -> str:
     """How early warnings agreed with collapses, study by study and in all."""
-    rows, total = [], dict.fromkeys(("collapsed", "detected", "healthy", "false_alarms"), 0)
-    for name, study in studies.items():
-        for counts in study["results"]["warnings"].values():
-            total = {key: total[key] + counts[key] for key in total}
-            rows.append((name, *_counts(counts)))
-    return _table(("study", "collapsed runs warned of", "healthy runs warned of"), [*rows, ("in all", *_counts(total))])
+    counts = [(name, of) for name, study in studies.items() for of in study["results"]["warnings"].values()]
+    rows = [(name, *_agreement([of])) for name, of in counts]
+    headings = (
+        "study",
+        "collapsed runs warned of",
+        "of them no later than it showed",
+        "steps ahead, median",
+        "healthy runs warned of",
+    )
+    return _table(headings, [*rows, ("in all", *_agreement([of for _, of in counts]))])
+
+
+def causes(studies: dict[str, Any]) -> str:
+    """Which rule spoke in how many collapsed and healthy runs, over all studies."""
+    found: dict[str, dict[str, int]] = {}
+    for of in (of for study in studies.values() for of in study["results"]["warnings"].values()):
+        for cause, counts in of["causes"].items():
+            total = found.setdefault(cause, {"collapsed": 0, "healthy": 0, "first": 0})
+            total["collapsed"] += counts["collapsed"]
+            total["healthy"] += counts["healthy"]
+            total["first"] += sum(collapse.get("cause") == cause for collapse in of["collapses"])
+    rows = [
+        (cause, *(str(of[key]) for key in ("collapsed", "first", "healthy"))) for cause, of in sorted(found.items())
+    ]
+    return _table(("cause", "collapsed runs", "of them the first to speak", "healthy runs"), rows)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -115,6 +134,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "spread": spread,
     "bias": bias,
     "alarms": alarms,
+    "causes": causes,
 }
 
 
@@ -147,8 +167,17 @@ def _range(values: Sequence[float], how: str) -> str:
     return f"{statistics.median(values):{how}} ({min(values):{how}} .. {max(values):{how}})"
 
 
-def _counts(of: dict[str, int]) -> tuple[str, str]:
-    return f"{of['detected']} of {of['collapsed']}", f"{of['false_alarms']} of {of['healthy']}"
+def _agreement(counts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    total = {
+        key: sum(of[key] for of in counts) for key in ("collapsed", "detected", "in_time", "healthy", "false_alarms")
+    }
+    leads = [c["lead"] for of in counts for c in of["collapses"] if c.get("lead", -1) >= 0]
+    return (
+        f"{total['detected']} of {total['collapsed']}",
+        str(total["in_time"]),
+        f"{statistics.median(leads):g}" if leads else "",
+        f"{total['false_alarms']} of {total['healthy']}",
+    )
 
 
 def _finals(results: dict[str, Any], cell: dict[str, Any]) -> list[str]:
