@@ -126,6 +126,10 @@ def graphs_without_cuda(directory: Path, recipe: Path) -> None:
     edit(recipe, device="cpu", rollout__cuda_graphs=True)
 
 
+def graphs_perhaps(directory: Path, recipe: Path) -> None:
+    edit(recipe, rollout__cuda_graphs="perhaps")
+
+
 MISTAKES = [
     (unknown_key, ["unknown key train.lerning_rate", "did you mean train.learning_rate?"]),
     (negative_tau, ["tau_neg must be positive", "-1", "the paper uses 1.05"]),
@@ -141,6 +145,7 @@ MISTAKES = [
     (unknown_character, ["the tokenizer cannot encode the prompt"]),
     (prompt_too_long, ["rollout.max_new_tokens must leave room for the prompt"]),
     (no_cuda, ["'cuda'", "use cpu or auto"]),
+    (graphs_perhaps, ["cuda_graphs must be auto, true or false; got 'perhaps'"]),
     (graphs_without_cuda, ["rollout.cuda_graphs=true needs a CUDA device", "got device cpu", "auto leaves them out"]),
 ]
 

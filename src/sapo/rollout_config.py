@@ -5,9 +5,9 @@ They are a part of the recipe (config.py) in a file of their own.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sapo.config_section import Section
 
@@ -94,6 +94,13 @@ class RolloutConfig(Section):
         if self.zero_variance != "refill":
             return 0
         return 4 if self.max_refills is None else self.max_refills
+
+    @field_validator("cuda_graphs", mode="before")
+    @classmethod
+    def _known_graphs(cls, value: Any) -> Any:
+        if value not in ("auto", True, False):
+            raise ValueError(f"cuda_graphs must be auto, true or false; got {value!r}; auto suits every device")
+        return bool(value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _options_of_their_choice(self) -> RolloutConfig:

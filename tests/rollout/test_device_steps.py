@@ -186,7 +186,7 @@ def test_every_step_of_a_shape_does_the_same_operations(policies, monkeypatch):
         lambda numbers: numbers.sum().item(),
         lambda numbers: numbers.nonzero(),
         lambda numbers: (numbers + 1).tolist(),
-        lambda numbers: numbers.numpy(),
+        lambda numbers: (numbers + 1).numpy(),
         lambda numbers: bool(numbers[0]),
         lambda numbers: numbers[numbers > 0],
         lambda numbers: numbers + torch.tensor([1, 2, 3]),

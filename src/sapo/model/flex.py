@@ -114,7 +114,7 @@ class TreeMask:
         """Attention over the tree; see `Layout.attend`. Differentiable.
 
         Raises:
-            ModelError: on CUDA, when the kernel cannot be compiled or run.
+            ModelError: on CUDA, when the forward kernel cannot be compiled or run.
         """
         missing = self.padded - self.num_tokens
         padded = (F.pad(t, (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None] for t in (query_NHD, key_NhD, value_NhD))
@@ -149,6 +149,8 @@ def _attend(compiled: bool, query: Tensor, key: Tensor, value: Tensor, **options
     try:
         with dynamo.config.patch(recompile_limit=MOST_SHAPES):
             return _compiled()(query, key, value, **options)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what torch.compile and Triton raise is one
         raise ModelError(
             f"flex_attention could not be compiled or run for this model and GPU ({first_line(error)}); "
