@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "refill": {"rollout__zero_variance": "refill"},
     "mask": {"rollout__overlong": "mask"},
     "penalty": {"rollout__overlong": "penalty", "rollout__overlong_buffer": 6},
+    "random": {"rollout__rewards": "random"},
     "curriculum": {"curriculum": {"low": 0.3, "high": 0.7}},
     "all": {
         "rollout__zero_variance": "refill",
@@ -252,3 +253,15 @@ def test_tensorboard_has_a_panel_for_each_task_and_one_that_compares_them(tmp_pa
     (chart,) = [c for c in compared.chart if c.title == "update/gate/eur"]
     assert list(chart.multiline.tag) == [f"task/{t}/update/gate/eur$" for t in ("one", "two", "three")]
     assert {f"task/{t}/update/gate/eur" for t in ("one", "two", "three")} <= set(events.Tags()["scalars"])
+
+
+def test_random_rewards_train_and_the_verifiers_are_logged_and_evaluated(tmp_path: Path) -> None:
+    plain, random = run_mixture(tmp_path / "plain"), run_mixture(tmp_path / "random", rollout__rewards="random")
+    first, control = lines(plain)[0], lines(random)[0]
+    assert control["reward/mean"] == first["reward/mean"], "the same completions, judged by the verifier"
+    coins = [json.loads(line)["shaped_reward"] for line in (random / "rollouts" / "step-000001.jsonl").open()]
+    assert set(coins) == {0.0, 1.0}
+    assert control["reward/shaped_mean"] == pytest.approx(sum(coins) / len(coins))
+    assert not any(name.startswith("overlong/") for name in control)
+    assert lines(random, "eval")[:3] == lines(plain, "eval")[:3], "of each task, before the first step"
+    assert lines(random, "update")[0]["loss"] != lines(plain, "update")[0]["loss"]

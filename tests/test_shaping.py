@@ -8,7 +8,8 @@ import pytest
 
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Group, Prompt, Score, Status
-from sapo.shaping import overlong_penalty, shape_group
+from sapo.diagnostics import rollout_metrics
+from sapo.shaping import overlong_penalty, random_reward, shape_group
 
 PROMPT = Prompt(0, "t", "?", (1,))
 
@@ -72,3 +73,37 @@ def test_a_group_of_masked_completions_teaches_nothing_whatever_its_rewards() ->
 def test_without_options_a_group_is_the_verifiers() -> None:
     group = shaped([completion(5, 1.0), completion(20, 0.0)])
     assert (group.shaped_rewards, group.masked, group.training_rewards) == ((), (), (1.0, 0.0))
+
+
+def test_random_rewards_are_fair_coins_that_know_nothing_of_the_answer() -> None:
+    prompts = [Prompt(i, "t", "?", (1,)) for i in range(500)]
+    coins = [[random_reward(3, p, s, completion(5, 1.0)) for s in range(8)] for p in prompts]
+    flat = [coin for group in coins for coin in group]
+    assert set(flat) == {0.0, 1.0}
+    # 4000 tosses of a fair coin lie within 4 deviations, 4 sqrt(1000) = 126.5, of 2000.
+    assert abs(sum(flat) - 2000) < 126.5
+    again = [[random_reward(3, p, s, completion(5, 0.0)) for s in range(8)] for p in prompts]
+    assert again == coins, "the verifier's reward does not enter, and nothing but its arguments does"
+    for other in (
+        [[random_reward(4, p, s, completion(5, 1.0)) for s in range(8)] for p in prompts],
+        [[random_reward(3, p, s, completion(6, 1.0)) for s in range(8)] for p in prompts],
+    ):
+        same = sum(a == b for x, y in zip(coins, other, strict=True) for a, b in zip(x, y, strict=True))
+        assert abs(same - 2000) < 126.5, "another seed, or other tokens, and the coin is another"
+
+
+def test_advantages_of_random_rewards_are_of_the_coins_and_the_verifiers_reward_stays() -> None:
+    answers = [completion(n, 1.0) for n in range(1, 9)]
+    group = shaped(answers, rewards="random")
+    assert group.rewards == (1.0,) * 8, "all right: by the verifier there is nothing to learn"
+    coins = tuple(random_reward(0, PROMPT, s, c) for s, c in enumerate(answers))
+    assert group.shaped_rewards == coins
+    assert group.advantages == pytest.approx([c - sum(coins) / 8 for c in coins])
+    assert not group.teaches_nothing
+    assert not any(name.startswith("overlong/") for name in rollout_metrics([group], penalised=False))
+    assert rollout_metrics([group], penalised=False)["reward/shaped_mean"] == sum(coins) / 8
+
+
+def test_random_rewards_take_no_penalty() -> None:
+    with pytest.raises(ValueError, match="got rewards=random beside it"):
+        RolloutConfig(rewards="random", overlong="penalty", overlong_buffer=4)

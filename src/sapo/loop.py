@@ -231,7 +231,8 @@ class TrainingRun:
         with self._phase("score"):
             by_task = [self.tasks.by_name(p.task) for p in prompts]
             scored = score_groups(list(zip(by_task, prompts, drawn, strict=True)))
-            groups = [shape_group(p, c, rollout, advantage) for p, c in zip(prompts, scored, strict=True)]
+            coins = seed_for(self.config.seed, "random_rewards")
+            groups = [shape_group(p, c, rollout, advantage, coins) for p, c in zip(prompts, scored, strict=True)]
             return attach_experts(experts, groups)
 
     def _remember(self, selected: Selection) -> None:
@@ -414,7 +415,9 @@ class TrainingRun:
         step = state.step + 1
         names = [t.name for t in self.tasks.train]
         dropped = None if self.config.rollout.zero_variance == "keep" else state.dropped
-        figures: dict[str, Any] = rollout_metrics(groups, dropped, by_task=len(names) > 1) | state.selection
+        penalised = self.config.rollout.overlong == "penalty"
+        figures: dict[str, Any] = rollout_metrics(groups, dropped, by_task=len(names) > 1, penalised=penalised)
+        figures |= state.selection
         figures |= step_update_metrics(state.step_updates, names)
         seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
         self._seconds_before = dict(state.seconds)

@@ -63,6 +63,9 @@ class RolloutConfig(Section):
     soft overlong punishment)."""
     overlong_buffer: int | None = Field(None, ge=1)
     """For penalty: over how many tokens before max_new_tokens it grows from 0 to 1."""
+    rewards: Literal["verifier", "random"] = "verifier"
+    """What advantages are made of. random, for experiments: a coin for each completion, whatever the verifier says of
+    it. Logs, curriculum and evaluation keep the verifier's, so that they tell what such training does to the policy."""
     sampler_dtype: SamplerDtype | None = None
     """Sample from the policy's weights rounded to this dtype, as an engine of that precision would: matrices only, and
     the computation stays in model.dtype (model/rounding.py). The trainer and evaluation keep the policy's own weights.
@@ -108,6 +111,10 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"max_refills is for zero_variance=refill; got {self.max_refills} with {self.zero_variance}; "
                 "leave it out"
+            )
+        if self.rewards == "random" and self.overlong == "penalty":
+            raise ValueError(
+                "overlong=penalty is taken off the verifier's reward; got rewards=random beside it; leave one out"
             )
         buffer, limit = self.overlong_buffer, self.max_new_tokens
         if buffer is not None and self.overlong != "penalty":

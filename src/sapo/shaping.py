@@ -8,10 +8,14 @@ hold their rewards. A masked completion leaves every denominator, so the gradien
 paper's token mean does the same, while a mean over sequences of which some are masked (TRL) shrinks with each of them.
 
 Soft overlong punishment, equation (13), is added to the reward before the advantages.
+
+Random rewards are a control: what a run does when its advantages say nothing of the answers. A coin is a function of
+seed, prompt, place in the group and tokens, so that a run that is resumed tosses the same ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -37,16 +41,33 @@ def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
     return min(0, max_length - buffer - length) / buffer
 
 
-def shape_group(prompt: Prompt, scored: Sequence[Completion], settings: RolloutConfig, advantage: str) -> Group:
+def random_reward(seed: int, prompt: Prompt, sample: int, completion: Completion) -> float:
+    """0 or 1 with equal chances, whatever was answered; independent for every completion of a run.
+
+    >>> completion = Completion((5, 2), (-0.1, -0.2), "stop")
+    >>> [random_reward(0, Prompt(7, "t", "?"), sample, completion) for sample in range(6)]
+    [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    """
+    about = f"{seed}/{prompt.task}/{prompt.id}/{sample}/{completion.token_ids}"
+    return float(hashlib.blake2b(about.encode(), digest_size=1).digest()[0] & 1)
+
+
+def shape_group(
+    prompt: Prompt, scored: Sequence[Completion], settings: RolloutConfig, advantage: str, seed: int = 0
+) -> Group:
     """The group of scored completions with its advantages.
 
     Args:
-        settings: `overlong`, `overlong_buffer` and `max_new_tokens` are used.
+        settings: `rewards`, `overlong`, `overlong_buffer` and `max_new_tokens` are used.
         advantage: see `objectives.group_advantages`.
+        seed: of random rewards.
     """
     rewards = [c.score.reward for c in scored]
     shaped: tuple[float, ...] = ()
     masked: tuple[bool, ...] = ()
+    if settings.rewards == "random":
+        rewards = [random_reward(seed, prompt, sample, c) for sample, c in enumerate(scored)]
+        shaped = tuple(rewards)
     if settings.overlong == "penalty":
         assert settings.overlong_buffer is not None
         limit, buffer = settings.max_new_tokens, settings.overlong_buffer
@@ -54,7 +75,7 @@ def shape_group(prompt: Prompt, scored: Sequence[Completion], settings: RolloutC
             r + overlong_penalty(len(c), max_length=limit, buffer=buffer) for r, c in zip(rewards, scored, strict=True)
         ]
         shaped = tuple(rewards)
-    elif settings.overlong == "mask":
+    if settings.overlong == "mask":
         masked = tuple(c.finish_reason == "length" for c in scored)
     advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage)
     return Group(prompt, tuple(scored), tuple(advantages.tolist()), shaped, masked)

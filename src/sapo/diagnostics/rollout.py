@@ -14,7 +14,11 @@ from sapo.data import Group, Status
 
 
 def rollout_metrics(
-    groups: Sequence[Group], dropped: Sequence[Group] | None = None, *, by_task: bool | None = None
+    groups: Sequence[Group],
+    dropped: Sequence[Group] | None = None,
+    *,
+    by_task: bool | None = None,
+    penalised: bool = True,
 ) -> dict[str, float]:
     """Figures over all completions of a step; with several tasks, also per task as `task/<name>/...`.
 
@@ -22,8 +26,9 @@ def rollout_metrics(
         groups: the batch.
         dropped: groups that were sampled and left the batch; None when none could.
         by_task: whether the run has several tasks; told from the groups when None.
+        penalised: shaped rewards, where there are some, are plain ones less a penalty, and not drawn at random.
     """
-    metrics = _figures(groups, dropped)
+    metrics = _figures(groups, dropped, penalised)
     drawn = (*groups, *(dropped or ()))
     tasks = sorted({g.prompt.task for g in drawn})
     if len(tasks) > 1 if by_task is None else by_task:
@@ -31,12 +36,13 @@ def rollout_metrics(
             own = _figures(
                 [g for g in groups if g.prompt.task == task],
                 None if dropped is None else [g for g in dropped if g.prompt.task == task],
+                penalised,
             )
             metrics |= {f"task/{task}/{key}": value for key, value in own.items()}
     return metrics
 
 
-def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None) -> dict[str, float]:
+def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None, penalised: bool) -> dict[str, float]:
     groups = [*kept, *(dropped or ())]
     completions = [c for g in groups for c in g.completions]
     rewards = np.array([c.score.reward for c in completions])
@@ -64,7 +70,7 @@ def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None) -> dict[str
         metrics[f"figure/{name}"] = float(
             np.mean([c.score.figures[name] for c in completions if name in c.score.figures])
         )
-    return metrics | _overlong(groups)
+    return metrics | _shaped(groups, penalised)
 
 
 def minibatch_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -82,13 +88,14 @@ def minibatch_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics | {f"batch/status/{s.value}": sum(c.score.status is s for c in completions) for s in Status}
 
 
-def _overlong(groups: Sequence[Group]) -> dict[str, float]:
-    """What became of overlong completions, where a recipe asked for it."""
+def _shaped(groups: Sequence[Group], penalised: bool) -> dict[str, float]:
+    """What the advantages were made of where that is not the verifier's reward, and which completions carry no loss."""
     metrics: dict[str, float] = {}
     shaped = np.array([r for g in groups for r in g.shaped_rewards])
     if shaped.size:
-        rewards = np.array([r for g in groups for r in g.rewards])
         metrics["reward/shaped_mean"] = float(shaped.mean())
+    if shaped.size and penalised:
+        rewards = np.array([r for g in groups for r in g.rewards])
         metrics["overlong/penalty_mean"] = float((shaped - rewards).mean())
         metrics["overlong/penalised"] = float((shaped < rewards).mean())
     masked = [m for g in groups for m in g.masked]
