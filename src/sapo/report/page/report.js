@@ -123,6 +123,9 @@
     return layout;
   }
 
+  // On paper a size is given: Plotly measures anew only after a while, and a printer does not wait.
+  const sized = (layout, plot) => Object.assign(layout, printing ? { width: plot.clientWidth, height: plot.clientHeight } : { autosize: true });
+
   function swatch(trace) {
     const made = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     made.setAttribute("width", "22");
@@ -183,7 +186,7 @@
     made.draw = () => {
       fill();
       const again = () => Promise.all(plots.map((plot, i) =>
-        Plotly.react(plot, figure.panels[i].traces.map((t) => plotlyTrace(t, figure.panels[i], figure)), plotlyLayout(figure.panels[i]), { displayModeBar: false, responsive: true })));
+        Plotly.react(plot, figure.panels[i].traces.map((t) => plotlyTrace(t, figure.panels[i], figure)), sized(plotlyLayout(figure.panels[i]), plot), { displayModeBar: false, responsive: true })));
       drawn.set(figure.key, () => (fill(), again()));
       return again();
     };
@@ -221,7 +224,7 @@
     document.documentElement.classList.toggle("printing", starts);
     drawAll();
     redraw();
-    document.querySelectorAll(".plot").forEach((plot) => plot.data && Plotly.Plots.resize(plot));
+    if (!starts) document.querySelectorAll(".plot").forEach((plot) => plot.data && Plotly.Plots.resize(plot));
   }
   addEventListener("beforeprint", () => forPaper(true));
   addEventListener("afterprint", () => forPaper(false));
