@@ -18,6 +18,7 @@ from sapo.session import train
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small run that was really made, and its report."""
