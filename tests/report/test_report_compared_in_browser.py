@@ -144,7 +144,8 @@ def test_on_paper_every_figure_is_drawn_in_its_width_and_in_light_colours(visit:
     page.evaluate(
         """addEventListener("beforeprint", () => {
           window.onPaper = [...document.querySelectorAll(".plot")].map((plot) => [
-            plot.querySelectorAll(".main-svg").length, plot.clientWidth, Number(plot.querySelector(".main-svg")?.getAttribute("width")),
+            plot.querySelectorAll(".main-svg").length, plot.clientWidth,
+            Number(plot.querySelector(".main-svg")?.getAttribute("width")),
             plot.querySelectorAll(".trace, .fills path").length]);
           window.ink = document.querySelector("#figure-reward .plot").data[0].line.color;
         })"""
