@@ -9,7 +9,7 @@ from typing import Any
 from sapo.comparing.plan import format_rate
 from sapo.report.arms import Arm
 from sapo.report.compared import Comparison
-from sapo.report.curves import SEEDS, arm_traces, pass_traces
+from sapo.report.curves import arm_traces, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 
 SEED_ABOVE = -0.22
@@ -49,6 +49,12 @@ FINAL = (
 DIFFERENCE = (
     "Paired: the same seeds at the same learning rate, on the same problems; 95% bootstrap intervals over both. Points "
     "are single seeds. An interval that touches the dotted line at 0 shows no difference."
+)
+
+
+BY_ARM = (
+    "The same axes for every arm. Several seeds: the mean in a band from the lowest to the highest, each seed a thin "
+    "line."
 )
 
 
@@ -155,4 +161,4 @@ def _by_arm(key: str, title: str, panels: Sequence[Panel]) -> list[Figure]:
     if not panels:
         return []
     columns = min(len(panels), MOST_COLUMNS)
-    return [Figure(key, title, f"The same axes for every arm. {SEEDS}", tuple(panels), wide=True, columns=columns)]
+    return [Figure(key, title, BY_ARM, tuple(panels), wide=True, columns=columns)]

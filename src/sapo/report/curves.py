@@ -17,10 +17,13 @@ from sapo.report.runs import MOST_POINTS, Run, thinned
 Series = tuple[tuple[int, ...], tuple[float, ...]]
 Reader = Callable[[Run], Series]
 
-SEEDS = "Several seeds of an arm: the mean in a band from the lowest to the highest, each seed a thin line."
-
 MOST_BANDS = 5
 """Arms on one pair of axes that have bands: those of more would hide each other. The seeds' lines stay."""
+
+SEEDS = (
+    "Several seeds of an arm: the mean in a band from the lowest to the highest, each seed a thin line"
+    f" (no bands where more than {MOST_BANDS} arms share axes)."
+)
 
 
 def arm_traces(
