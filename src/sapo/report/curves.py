@@ -183,23 +183,30 @@ NO_COUNTERFACTUALS = (
 
 
 def _counterfactuals(arms: Sequence[Arm]) -> Figure:
-    """EUR that other gates would have had on the same tokens: a line for each gate, for the first arm that asked."""
-    title, prefix, ending = "What other gates would have kept", "counterfactual/", "/eur"
-    for arm in arms:
-        logged = dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix))
-        names = [k.removeprefix(prefix).removesuffix(ending) for k in logged if k.endswith(ending)]
+    """EUR that other gates would have had on the same tokens: a line for each gate, axes for each arm that asked."""
+    key, title, prefix, ending = "counterfactual", "What other gates would have kept", "counterfactual/", "/eur"
+    asked = [
+        (arm, dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix)))
+        for arm in arms
+    ]
+    names = [k.removeprefix(prefix).removesuffix(ending) for _, own in asked for k in own if k.endswith(ending)]
+    gates = list(dict.fromkeys(names))
+    panels = []
+    for arm, logged in asked:
         traces: list[Trace] = []
-        for color, name in enumerate(names):
-            read = partial(_of_last_updates, metric=f"{prefix}{name}{ending}")
-            traces += arm_traces(arm, read, color=color, name=name)
+        for color, name in enumerate(gates):
+            if (metric := f"{prefix}{name}{ending}") in logged:
+                traces += arm_traces(arm, partial(_of_last_updates, metric=metric), color=color, name=name)
         if traces:
-            whose = f" Of {arm.label}." if len(arms) > 1 else ""
-            caption = (
-                "EUR of other gates on the tokens and ratios of this run's updates: what each would have left of them."
-                f"{whose} {LAST_UPDATE}"
-            )
-            return Figure("counterfactual", title, caption, (Panel("step", "EUR", tuple(traces)),))
-    return Figure("counterfactual", title, missing=NO_COUNTERFACTUALS)
+            panels.append(Panel("step", "EUR", tuple(traces), title=arm.label if len(arms) > 1 else ""))
+    if not panels:
+        return Figure(key, title, missing=NO_COUNTERFACTUALS)
+    whose = "an arm's updates, which trained by its own gate" if len(arms) > 1 else "this run's updates"
+    caption = (
+        f"EUR of other gates on the tokens and ratios of {whose}: what each would have left of them. {LAST_UPDATE}"
+    )
+    panels = share_axis(share_axis(panels), "x")
+    return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=min(len(panels), 4))
 
 
 def _of_last_updates(run: Run, metric: str) -> Series:
