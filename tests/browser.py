@@ -13,13 +13,30 @@ import select
 import shutil
 import subprocess
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# Where `playwright install chromium` puts one, and where macOS has Chrome.
+PLACES = (
+    (Path.home() / ".cache/ms-playwright", "chromium-*/chrome-linux*/chrome"),
+    (Path.home() / "Library/Caches/ms-playwright", "chromium-*/chrome-mac*/*.app/Contents/MacOS/*"),
+    (Path("/Applications"), "Google Chrome.app/Contents/MacOS/Google Chrome"),
 )
-MISSING = "no Chromium on this machine; `apt-get install chromium` brings one"
+MISSING = "no Chromium on this machine; `make browser` installs one, as does `apt-get install chromium` as root"
+
+
+def find_chromium() -> str | None:
+    """A Chromium's path; None where there is none."""
+    if named := os.environ.get("SAPO_CHROMIUM"):
+        return shutil.which(named)
+    on_path = (found for name in NAMES if (found := shutil.which(name)))
+    elsewhere = (str(found) for place, pattern in PLACES for found in sorted(place.glob(pattern), reverse=True))
+    return next(chain(on_path, elsewhere), None)
+
+
+CHROMIUM = find_chromium()
 PATIENCE = 60.0  # seconds; a limit for a hung browser, not a measurement
 
 SWITCHES = (

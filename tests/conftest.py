@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from browser import MISSING
 from plain_models import plain_copy
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import ARCHITECTURES, character_tokenizer, tiny_model
@@ -16,6 +17,14 @@ from sapo.model.tiny import ARCHITECTURES, character_tokenizer, tiny_model
 ALPHABET = "0123456789+-*=?"
 WINDOW = 6
 """Sliding window of the tiny mistral: shorter than nearly every sequence the tests run."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end what was not tested for want of a browser: skipped tests are a letter among a thousand dots."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    without = sum(MISSING in str(report.longrepr) for report in skipped)
+    if without:
+        terminalreporter.write_line(f"{without} tests of pages were skipped: {MISSING}", yellow=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,10 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer, decoders, models
 
+from sapo.comparing.outcomes import Outcome
+from sapo.comparing.plan import ComparisonPlan
+from sapo.comparing.results import ComparisonResults
+
 ATTACKS = [
     "</script><script>window.hacked = 'script'</script>",
     "<img src=x onerror=\"window.hacked='image'\">",
@@ -147,3 +151,59 @@ def write_summary(path: Path, steps: int) -> None:
     seconds = {"generate": 4.0, "update": 2.5, "total": 6.5}
     summary = {"steps": steps, "tokens": {"generated": 410, "trained": 300}, "seconds": seconds}
     (path / "summary.json").write_text(json.dumps(summary))
+
+
+RATES = (1e-4, 3e-4)
+PROBLEMS, SAMPLES = 8, 2
+FINALS = {
+    ("soft", 0): (2, 2, 1, 1, 1, 0, 0, 0),
+    ("soft", 1): (1, 2, 2, 1, 0, 0, 2, 0),
+    ("hard", 0): (1, 0, 0, 0, 0, 0, 0, 0),
+    ("hard", 1): (1, 0, 1, 0, 1, 0, 0, 0),
+}
+"""Right samples of each held-out problem in the end, by arm and seed, at both rates: odd sixteenths among them."""
+
+
+def comparison_plan(seeds: tuple[int, ...] = (0, 1)) -> ComparisonPlan:
+    """Two arms at two learning rates."""
+    base = {
+        "model": {"coldstart": {"architecture": "qwen3"}},
+        "tasks": [{"name": "arithmetic"}],
+        "train": {"steps": 4},
+        "eval": {"problems": PROBLEMS, "samples": SAMPLES},
+    }
+    arms = {"soft": {"objective.name": "sapo"}, "hard": {"objective.name": "grpo"}}
+    return ComparisonPlan.of("made", base, arms, learning_rates=list(RATES), seeds=list(seeds))
+
+
+def write_comparison(
+    path: Path, *, failed: tuple[str, ...] = (), under_way: tuple[str, ...] = (), to_come: tuple[str, ...] = ()
+) -> ComparisonResults:
+    """A comparison's directory with its comparison.yaml and runs; results.json where all have ended."""
+    plan = comparison_plan()
+    path.mkdir(parents=True)
+    (path / "comparison.yaml").write_text(yaml.safe_dump(plan.to_json(), sort_keys=False))
+    for run in plan.runs(path):
+        if run.name in to_come:
+            continue
+        stopped = run.name in (*failed, *under_way)
+        records = [r for r in step_records(4, run.seed / 100) if not (stopped and r["step"] > 2)]
+        records = [r for r in records if r["kind"] != "eval"]
+        ends = {0: (1, 1, 1, 1, 0, 0, 0, 0), 2: (2, 2, 1, 1, 0, 0, 0, 0), 4: FINALS[run.arm, run.seed]}
+        for step, correct in ends.items():
+            if not (stopped and step > 2):
+                share = sum(correct) / PROBLEMS / SAMPLES
+                own = {"task": "add4", "samples": SAMPLES, "correct": list(correct), "pass@1": share}
+                records.append({"kind": "eval", "step": step, **own})
+        if run.arm == "hard":
+            for step in (1, 2):
+                warning = {"cause": "ratio_tail", "collapse": False, "threshold": 20, "text": f"step {step}: far"}
+                records.append({"kind": "warning", "step": step, **warning})
+        config = run.config.model_dump(mode="json")
+        written = write_run(run.directory, config=config, records=records, finished=not stopped)
+        if run.name in failed:
+            (written / "failure.json").write_text(json.dumps({"reason": "step 3: the loss is <b>nan</b>"}))
+    results = ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(path)])
+    if not (under_way or to_come):
+        (path / "results.json").write_text(json.dumps(results.to_json()))
+    return results

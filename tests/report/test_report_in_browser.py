@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser
 
 from browser import CHROMIUM, MISSING
 from report_cases import ATTACKS, default_rows, rollout_row, settings, step_records, write_run
+from report_page import Visit, texts, wait
 from runs import write_recipe
 from sapo.recipe import load_recipe
 from sapo.report import make_report, write_page
 from sapo.session import train
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-
-PATIENCE = 120_000
-"""Milliseconds; a limit for a hung browser on a busy machine, not a measurement."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    assert shutil.which(CHROMIUM) or Path(CHROMIUM).exists()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page with what it complained of and asked for."""
-
-    def __init__(self, browser: Browser, scheme: str = "light") -> None:
-        self.page: Page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
-        self.page.set_default_timeout(PATIENCE)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("request", lambda r: self.requests.append(r.url))
-
-    def open(self, file: Path, fragment: str = "") -> Page:
-        self.page.goto("about:blank")
-        self.complaints.clear()
-        self.requests.clear()
-        self.page.goto(file.as_uri() + fragment)
-        self.page.evaluate("sapoReport.tokens.ready")
-        return self.page
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Visit]:
-    made = Visit(browser)
-    yield made
-    made.page.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,23 +42,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(directory / "<img src=x onerror=hacked>", rollouts={2: rows, 4: rows}, records=records)
     write_run(directory / "b", config=settings(0, tau_neg=2.0))
     return write_page(make_report([directory]), directory / "report.html")
-
-
-def wait(page: Page, expression: str) -> None:
-    """Until it is true; a page that reloads meanwhile has no answer. (Playwright's own way needs eval.)"""
-    deadline = time.monotonic() + PATIENCE / 1000
-    while True:
-        try:
-            if page.evaluate(expression):
-                return
-        except Error:
-            pass
-        assert time.monotonic() < deadline, f"never true: {expression}"
-        page.wait_for_timeout(50)
-
-
-def texts(page: Page, selector: str) -> list[str]:
-    return page.eval_on_selector_all(selector, "found => found.map((e) => e.textContent)")
 
 
 def test_it_opens_from_a_file_without_complaint_or_request_and_every_figure_has_data(visit: Visit, real) -> None:

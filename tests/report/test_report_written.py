@@ -105,7 +105,7 @@ def test_no_text_of_a_run_ends_the_element_it_stands_in(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", records=[*step_records(4), warning])
     page = write_page(make_report([run]), tmp_path / "report.html").read_text()
     assert ATTACKS[0] not in page
-    assert page.count("<script") == page.count("</script>") == 4 + 2  # data, three scripts, two chunks
+    assert page.count("<script") == page.count("</script>") == 5 + 2  # data, four scripts, two chunks
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def report(
     """Make a page of runs: their story in figures, the paper's figures, and every token that was logged."""
     from sapo.config import ConfigError
     from sapo.report import make_report, write_page
+    from sapo.report.compared import words_of
     from sapo.report.images import write_images
     from sapo.report.tokens import DEFAULT_TOKENS
     from sapo.report.watch import watch as keep_writing
@@ -49,13 +50,18 @@ def report(
     else:
         made = make_report(runs, tokens=budget)
         write_page(made, out)
+    for problem in made.problems:
+        say(problem)
+    for comparison, _ in made.compared:
+        for line in words_of(comparison):
+            say(line)
     for line in made.headlines:
         say(line)
-    missing = [f for f in (*made.story, *made.paper) if f.missing]
+    missing = [f for f in made.figures if f.missing]
     if missing:
         say(f"not measured: {', '.join(f.title for f in missing)}; the page says how to have them")
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {len(made.tokens.chunks)} steps token by token)")
     if png is not None:
-        files = write_images((*made.story, *made.paper), png)
+        files = write_images(made.figures, png)
         say(f"wrote {len(files) // 2} figures as PNG and PDF to {png}")
     say(f"next: open {out} in a browser")

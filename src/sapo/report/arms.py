@@ -1,4 +1,8 @@
-"""Arms: runs that differ in nothing but their seed are drawn as one, and named by what tells them from the others."""
+"""Arms: runs that differ in nothing but their seed are drawn as one, and named by what tells them from the others.
+
+In a comparison an arm at another learning rate is another `Arm` here, of the same colour and name: each learning rate
+has axes of its own, so that a figure has as many colours as the comparison has arms.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sapo.comparing.plan import format_rate
 from sapo.report.runs import Run
 
 # Where and how a run was made, not what it is.
@@ -46,6 +54,17 @@ class Arm:
 
     label: str
     runs: tuple[Run, ...]
+    color: int = 0
+    """Which of the palette."""
+    rate: str = ""
+    """Its learning rate, in a comparison of several: the axes it is drawn on."""
+    legend: str = ""
+    """What a figure calls it, where that is shorter than its label."""
+
+    @property
+    def name(self) -> str:
+        """In figures."""
+        return self.legend or self.label
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
@@ -60,18 +79,66 @@ class Arm:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """Arms in the order in which their first runs come."""
+    """Arms in the order in which their first runs come; those of a comparison in the order of its plan."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[_identity(run)].append(run)
+    compared = [_in_comparison(members[0]) for members in groups.values()]
+    if None not in compared and len({of[0] for of in compared if of is not None}) == 1:
+        return _of_comparison(list(groups.values()))
     flat = [flatten(members[0].settings) for members in groups.values()]
     differing = _differing(flat)
     labels = [_label(members[0], own, differing) for members, own in zip(groups.values(), flat, strict=True)]
     arms = []
-    for label, members in zip(labels, groups.values(), strict=True):
-        clear = labels.count(label) == 1
-        arms.append(Arm(label if clear else f"{label} ({members[0].name})", tuple(members)))
+    for place, (label, members) in enumerate(zip(labels, groups.values(), strict=True)):
+        if labels.count(label) > 1:
+            of = _in_comparison(members[0])
+            label = f"{label} ({members[0].name if of is None else of[0].name})"
+        arms.append(Arm(label, tuple(members), place))
     return arms
+
+
+def _of_comparison(groups: Sequence[list[Run]]) -> list[Arm]:
+    """All runs are of one comparison: a colour for each arm, axes for each learning rate."""
+    found = [(of, members) for members in groups if (of := _in_comparison(members[0])) is not None]
+    planned, rates = plan_of(found[0][0][0])
+    planned += sorted({arm for (_, arm, _), _ in found} - set(planned))
+    rates += sorted({rate for (_, _, rate), _ in found} - set(rates), key=float)
+    several = len({rate for (_, _, rate), _ in found}) > 1
+    arms = [
+        Arm(
+            f"{arm}, lr {rate}",
+            tuple(sorted(members, key=lambda run: (run.setting("seed") or 0, run.name))),
+            planned.index(arm),
+            f"lr {rate}" if several else "",
+            arm,
+        )
+        for (_, arm, rate), members in found
+    ]
+    order = {f"{arm}, lr {rate}": (rates.index(rate), planned.index(arm)) for (_, arm, rate), _ in found}
+    return sorted(arms, key=lambda arm: order[arm.label])
+
+
+def plan_of(comparison: Path) -> tuple[list[str], list[str]]:
+    """Names of a comparison's arms and its learning rates as its runs are named, in their order; none that are not
+    told."""
+    try:
+        plan = yaml.safe_load((comparison / "comparison.yaml").read_text(encoding="utf-8"))
+        return [str(arm) for arm in plan["arms"]], [format_rate(float(rate)) for rate in plan["learning_rates"]]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        return [], []
+
+
+def by_rate(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:
+    """Arms that share axes: those of one learning rate of a comparison of several; all of them elsewhere.
+
+    >>> [(rate, [arm.name for arm in own]) for rate, own in by_rate([Arm("a", ()), Arm("b", ())])]
+    [('', ['a', 'b'])]
+    """
+    groups: dict[str, list[Arm]] = defaultdict(list)
+    for arm in arms:
+        groups[arm.rate].append(arm)
+    return list(groups.items())
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -94,18 +161,18 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _identity(run: Run) -> str:
-    if (name := _name_in_comparison(run)) is not None:
-        return f"{run.path.resolve().parent}\0{name}"
+    if (of := _in_comparison(run)) is not None:
+        return "\0".join(map(str, of))
     return json.dumps(flatten(run.settings), sort_keys=True, default=str)
 
 
-def _name_in_comparison(run: Run) -> str | None:
-    """Arm and learning rate by the directory's name, where a comparison gave it."""
+def _in_comparison(run: Run) -> tuple[Path, str, str] | None:
+    """Comparison, arm and learning rate by the directory's name, where a comparison gave it."""
     parent = run.path.resolve().parent
     found = _OF_A_COMPARISON.fullmatch(run.path.resolve().name)
     if found is None or parent.name != "runs" or not (parent.parent / "comparison.yaml").is_file():
         return None
-    return f"{found['arm']}, lr {found['rate']}"
+    return parent.parent, found["arm"], found["rate"]
 
 
 def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
@@ -123,8 +190,8 @@ def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _label(run: Run, flat: dict[str, Any], differing: Sequence[str]) -> str:
-    if (name := _name_in_comparison(run)) is not None:
-        return name
+    if (of := _in_comparison(run)) is not None:
+        return f"{of[1]}, lr {of[2]}"
     parts = [str(flat.get("objective.name", "?")).upper()]
     own = [key for key in differing if key in flat]
     for section, key in TOLD_BY.items():

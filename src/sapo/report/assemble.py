@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sapo.report.arms import Arm, group_runs
+from sapo.report.compared import Comparison, find_comparisons
+from sapo.report.compared_figures import comparison_figures
 from sapo.report.costs import timing_figure
 from sapo.report.curves import gate_figures, learning_figures
 from sapo.report.figure import Figure
@@ -28,6 +30,7 @@ class Report:
 
     title: str
     headlines: tuple[str, ...]
+    """A sentence for each arm."""
     story: tuple[Figure, ...]
     paper: tuple[Figure, ...]
     lines: tuple[RunLine, ...]
@@ -35,12 +38,26 @@ class Report:
     tokens: TokenView
     finished: bool
     """Whether nothing more is to come: every run has ended, and no run of a comparison is still to begin."""
+    compared: tuple[tuple[Comparison, tuple[Figure, ...]], ...] = ()
+    """Comparisons among the paths, with their figures."""
+    problems: tuple[str, ...] = ()
+    """What could not be shown."""
+    colors: tuple[int, ...] = ()
+    """Of the arms in the figures: one for each headline."""
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """All, in the order of the page."""
+        return (*(f for _, own in self.compared for f in own), *self.story, *self.paper)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON value; the token view's chunks are not in it, only what they are."""
         return {
             "title": self.title,
             "headlines": list(self.headlines),
+            "colors": list(self.colors),
+            "problems": list(self.problems),
+            "compared": [{**made.to_json(), "figures": [f.to_json() for f in own]} for made, own in self.compared],
             "story": [f.to_json() for f in self.story],
             "paper": [f.to_json() for f in self.paper],
             "runs": [line.to_json() for line in self.lines],
@@ -64,24 +81,40 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
     arms = group_runs(runs)
     spreads = [spread_of(arm) for arm in arms]
     by_run = {run.name: run_line(run, arm) for arm in arms for run in arm.runs}
+    comparisons, problems = find_comparisons(paths)
     return Report(
-        title=_title(arms, runs),
+        title=_title(arms, runs, comparisons),
         headlines=tuple(headline(arm, [by_run[run.name] for run in arm.runs]) for arm in arms),
         story=(
             *learning_figures(arms),
             *gate_figures(arms),
             *spread_figures(arms, spreads),
-            timing_figure(runs),
+            timing_figure(arms),
         ),
         paper=tuple(paper_figures(arms, spreads)),
         lines=tuple(by_run[run.name] for run in runs),
         warnings=tuple(warnings_of(runs)),
         tokens=token_view(runs, tokens),
         finished=all(run.ended for run in runs) and not to_come(paths),
+        compared=tuple(_compared(comparisons, runs)),
+        problems=tuple(problems),
+        colors=tuple(arm.color for arm in arms),
     )
 
 
-def _title(arms: Sequence[Arm], runs: Sequence[Run]) -> str:
+def _compared(
+    comparisons: Sequence[Comparison], runs: Sequence[Run]
+) -> Iterator[tuple[Comparison, tuple[Figure, ...]]]:
+    for place, made in enumerate(comparisons, 1):
+        directory = (made.path / "runs").resolve()
+        own = [run for run in runs if run.path.resolve().parent == directory]
+        prefix = "compared" if len(comparisons) == 1 else f"compared{place}"
+        yield made, tuple(comparison_figures(made, group_runs(own), prefix))
+
+
+def _title(arms: Sequence[Arm], runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
     if len(runs) == 1:
         return runs[0].name
-    return f"{len(runs)} runs, {len(arms)} {'arm' if len(arms) == 1 else 'arms'}"
+    named = f"{', '.join(made.name for made in comparisons)}: " if comparisons else ""
+    names = {arm.name for arm in arms}
+    return f"{named}{len(runs)} runs, {len(names)} {'arm' if len(names) == 1 else 'arms'}"

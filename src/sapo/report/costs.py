@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sapo.report.arms import Arm
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.runs import Run
 
 PHASES = ("generate", "score", "old_logprobs", "reference", "update", "diagnose", "evaluate", "checkpoint")
+
+MOST_BARS = 12
+"""Of single runs: the names of more cannot be read."""
 
 
 def phase_seconds(run: Run) -> dict[str, float]:
@@ -29,16 +33,29 @@ def phase_seconds(run: Run) -> dict[str, float]:
     return seconds
 
 
-def timing_figure(runs: Sequence[Run]) -> Figure:
-    """Stacked bars, one for each run."""
-    by_run = {run.name: phase_seconds(run) for run in runs}
+def timing_figure(arms: Sequence[Arm]) -> Figure:
+    """Stacked bars: one for each run, or of many runs one for each arm."""
+    runs = [run for arm in arms for run in arm.runs]
+    by_run = {run.name: seconds for run in runs if (seconds := phase_seconds(run))}
     found = {phase for seconds in by_run.values() for phase in seconds}
     phases = [*(p for p in PHASES if p in found), *sorted(found - set(PHASES))]
     if not phases:
         return Figure("timings", "Where the time went", missing="Not measured: no step is done yet.")
+    bars, caption, x = by_run, "Seconds of each phase, by the clock of the machine.", "run"
+    if len(runs) > MOST_BARS:
+        bars = {arm.label: means for arm in arms if (means := _means([by_run.get(run.name, {}) for run in arm.runs]))}
+        caption += " Of so many runs a bar is the mean over an arm's; the table of runs has each one's total."
+        x = "arm"
     traces = [
-        Trace("bars", tuple(by_run), tuple(s.get(phase) for s in by_run.values()), name=phase, color=i)
+        Trace("bars", tuple(bars), tuple(s.get(phase) for s in bars.values()), name=phase, color=i)
         for i, phase in enumerate(phases)
     ]
-    panel = Panel("run", "seconds", tuple(traces), stacked=True)
-    return Figure("timings", "Where the time went", "Seconds of each phase, by the clock of the machine.", (panel,))
+    panel = Panel(x, "seconds", tuple(traces), stacked=True)
+    return Figure("timings", "Where the time went", caption, (panel,), wide=True)
+
+
+def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each phase over the runs that have begun; of those without it 0 s."""
+    begun = [seconds for seconds in runs if seconds]
+    phases = dict.fromkeys(phase for seconds in begun for phase in seconds)
+    return {phase: sum(s.get(phase, 0.0) for s in begun) / len(begun) for phase in phases}

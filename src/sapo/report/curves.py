@@ -10,19 +10,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from sapo.report.arms import Arm
-from sapo.report.figure import Dash, Figure, Panel, Trace
+from sapo.report.arms import Arm, by_rate
+from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
 from sapo.report.runs import MOST_POINTS, Run, thinned
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]
 Reader = Callable[[Run], Series]
 
-SEEDS = "Several seeds of an arm: the mean in a band from the lowest to the highest, each seed a thin line."
+MOST_BANDS = 5
+"""Arms on one pair of axes that have bands: those of more would hide each other. The seeds' lines stay."""
+
+SEEDS = (
+    "Several seeds of an arm: the mean in a band from the lowest to the highest, each seed a thin line"
+    f" (no bands where more than {MOST_BANDS} arms share axes)."
+)
 
 
-def arm_traces(arm: Arm, read: Reader, *, color: int, name: str = "", dash: Dash = "solid") -> list[Trace]:
+def arm_traces(
+    arm: Arm, read: Reader, *, color: int | None = None, name: str = "", dash: Dash = "solid"
+) -> list[Trace]:
     """The line of an arm, with band and seeds where it has several runs that measured the metric; or nothing."""
-    name = name or arm.label
+    name, color = name or arm.name, arm.color if color is None else color
     measured = [(run, *read(run)) for run in arm.runs]
     measured = [(run, x, y) for run, x, y in measured if x]
     if not measured:
@@ -48,10 +56,24 @@ def arm_traces(arm: Arm, read: Reader, *, color: int, name: str = "", dash: Dash
     return traces
 
 
-def step_panel(arms: Sequence[Arm], metric: str, y: str, title: str = "") -> Panel | None:
+def rate_panels(
+    arms: Sequence[Arm], x: str, y: str, draw: Callable[[Arm], list[Trace]], title: str = ""
+) -> list[Panel]:
+    """What `draw` makes of each arm, on axes for each learning rate that a comparison has; none where it makes
+    nothing."""
+    panels = []
+    for rate, own in by_rate(arms):
+        traces = [trace for arm in own for trace in draw(arm)]
+        if len(own) > MOST_BANDS:
+            traces = [trace for trace in traces if trace.kind != "band"]
+        if traces:
+            panels.append(Panel(x, y, tuple(traces), title=", ".join(filter(None, (rate, title)))))
+    return share_axis(share_axis(panels), "x")
+
+
+def step_panels(arms: Sequence[Arm], metric: str, y: str) -> list[Panel]:
     """A metric of kind "step" for every arm that has it."""
-    traces = [t for i, arm in enumerate(arms) for t in arm_traces(arm, lambda r: r.series(metric), color=i)]
-    return Panel("step", y, tuple(traces), title=title) if traces else None
+    return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, lambda run: run.series(metric)))
 
 
 def evaluated(run: Run, metric: str, task: str | None = None) -> Series:
@@ -70,33 +92,33 @@ def pass_at_1(run: Run, task: str | None = None) -> Series:
     return evaluated(run, names[0], task) if names else ((), ())
 
 
-def pass_panel(arms: Sequence[Arm], task: str | None = None, title: str = "") -> Panel | None:
+def pass_panels(arms: Sequence[Arm], task: str | None = None) -> list[Panel]:
     """Held-out pass@1; a single run lies in the band of its own 95% interval over problems."""
-    traces: list[Trace] = []
-    for i, arm in enumerate(arms):
-        lines = arm_traces(arm, lambda run: pass_at_1(run, task), color=i)
-        if len(lines) == 1 and (interval := _interval_of(arm.runs, task, i, arm.label)) is not None:
-            lines.insert(0, interval)
-        traces += [_with_markers(t) for t in lines]
-    return Panel("step", "pass@1", tuple(traces), title=title) if traces else None
+    return rate_panels(arms, "step", "pass@1", partial(pass_traces, task=task))
 
 
-def _interval_of(runs: Sequence[Run], task: str | None, color: int, name: str) -> Trace | None:
-    [run] = [r for r in runs if pass_at_1(r, task)[0]]
-    x, low = evaluated(run, "pass@1/low", task)
-    _, high = evaluated(run, "pass@1/high", task)
-    return Trace("band", x, low=low, high=high, name=name, color=color) if x else None
+def pass_traces(arm: Arm, task: str | None = None, *, color: int | None = None, name: str = "") -> list[Trace]:
+    """Held-out pass@1 of one arm."""
+    lines = arm_traces(arm, lambda run: pass_at_1(run, task), color=color, name=name)
+    if len(lines) == 1:
+        [run] = [r for r in arm.runs if pass_at_1(r, task)[0]]
+        x, low = evaluated(run, "pass@1/low", task)
+        _, high = evaluated(run, "pass@1/high", task)
+        if x:
+            lines.insert(0, Trace("band", x, low=low, high=high, name=lines[0].name, color=lines[0].color))
+    return [_with_markers(t) for t in lines]
 
 
 def _with_markers(trace: Trace) -> Trace:
     return replace(trace, markers=True) if trace.kind == "line" and not trace.faint else trace
 
 
-def single(key: str, title: str, panel: Panel | None, *, caption: str = "", missing: str) -> Figure:
-    """A figure of one panel, or why there is none."""
-    if panel is None:
+def in_figure(key: str, title: str, panels: Sequence[Panel], *, caption: str = "", missing: str) -> Figure:
+    """A figure of these panels, or why there is none."""
+    if not panels:
         return Figure(key, title, missing=f"Not measured: {missing}")
-    return Figure(key, title, caption, (panel,))
+    columns = 3 if len(panels) % 3 == 0 else min(len(panels), 2)
+    return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=columns)
 
 
 def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
@@ -104,35 +126,34 @@ def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
     long = any(len(run.of_kind("step")) > MOST_POINTS for arm in arms for run in arm.runs)
     note = f" Of the longest runs every n-th step is drawn, {MOST_POINTS} points at most." if long else ""
     several = f" {SEEDS}" if any(len(arm.runs) > 1 for arm in arms) else ""
-    entropy = [t for i, arm in enumerate(arms) for t in arm_traces(arm, lambda r: r.series("update/entropy"), color=i)]
     return [
-        single(
+        in_figure(
             "reward",
             "Training reward",
-            step_panel(arms, "reward/mean", "mean reward"),
+            step_panels(arms, "reward/mean", "mean reward"),
             caption="Mean reward of all that a step sampled." + several + note,
             missing="no step is done yet.",
         ),
-        single(
+        in_figure(
             "pass1",
             "Held-out pass@1",
-            pass_panel(arms),
+            pass_panels(arms),
             caption="Mean over held-out problems of the share of right completions. A single run: with its 95% "
             "bootstrap interval over problems." + several,
             missing="no evaluation was made; eval.every=N evaluates every N steps.",
         ),
-        single(
+        in_figure(
             "entropy",
             "Entropy",
-            Panel("step", "nats per token", tuple(entropy)) if entropy else None,
+            step_panels(arms, "update/entropy", "nats per token"),
             caption="Entropy of the policy at response tokens that carried a gradient, mean over the step's updates."
             + several,
             missing="entropy was not asked for; train.entropy=true logs it.",
         ),
-        single(
+        in_figure(
             "zero_variance",
             "Groups that teach nothing",
-            step_panel(arms, "groups/zero_variance", "share of groups"),
+            step_panels(arms, "groups/zero_variance", "share of groups"),
             caption="Share of the prompts whose samples all have the same reward: every advantage is 0." + several,
             missing="no step is done yet.",
         ),
@@ -144,16 +165,15 @@ LAST_UPDATE = "Values of each step's last update, the farthest off policy, as lo
 
 def gate_figures(arms: Sequence[Arm]) -> list[Figure]:
     """EUR and the lower end of the gate weights, positive and negative advantages apart."""
-    eur = _by_sign(arms, {"pos": "gate/eur_pos", "neg": "gate/eur_neg"})
-    if eur is not None:
-        caption = (
-            "EUR, the mean gate weight of tokens of positive (solid) and of negative (dashed) advantage; for a hard "
-            f"clip it is the share of tokens that are not clipped. {LAST_UPDATE}"
-        )
-        figures = [Figure("eur", "Effective update ratio by sign", caption, (eur,))]
-    else:
-        figures = [Figure("eur", "Effective update ratio by sign", missing="Not measured: no update is done yet.")]
-    return [*figures, _low_weights(arms), _counterfactuals(arms)]
+    eur = in_figure(
+        "eur",
+        "How much the gate lets through, by sign",
+        _by_sign(arms, {"pos": "gate/eur_pos", "neg": "gate/eur_neg"}, "EUR"),
+        caption="EUR, the mean gate weight of tokens of positive and of negative advantage: 1 lets everything "
+        f"through. For a hard clip it is the share of tokens that are not clipped. {LAST_UPDATE}",
+        missing="no update logged its gate weights by sign.",
+    )
+    return [eur, _low_weights(arms), _counterfactuals(arms)]
 
 
 NO_COUNTERFACTUALS = (
@@ -163,59 +183,61 @@ NO_COUNTERFACTUALS = (
 
 
 def _counterfactuals(arms: Sequence[Arm]) -> Figure:
-    """EUR that other gates would have had on the same tokens: a line for each gate, for the first arm that asked."""
-    title, prefix, ending = "What other gates would have kept", "counterfactual/", "/eur"
-    for arm in arms:
-        logged = dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix))
-        names = [k.removeprefix(prefix).removesuffix(ending) for k in logged if k.endswith(ending)]
+    """EUR that other gates would have had on the same tokens: a line for each gate, axes for each arm that asked."""
+    key, title, prefix, ending = "counterfactual", "What other gates would have kept", "counterfactual/", "/eur"
+    asked = [
+        (arm, dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix)))
+        for arm in arms
+    ]
+    names = [k.removeprefix(prefix).removesuffix(ending) for _, own in asked for k in own if k.endswith(ending)]
+    gates = list(dict.fromkeys(names))
+    panels = []
+    for arm, logged in asked:
         traces: list[Trace] = []
-        for color, name in enumerate(names):
-            read = partial(_of_last_updates, metric=f"{prefix}{name}{ending}")
-            traces += arm_traces(arm, read, color=color, name=name)
+        for color, name in enumerate(gates):
+            if (metric := f"{prefix}{name}{ending}") in logged:
+                traces += arm_traces(arm, partial(_of_last_updates, metric=metric), color=color, name=name)
         if traces:
-            whose = f" Of {arm.label}." if len(arms) > 1 else ""
-            caption = (
-                "EUR of other gates on the tokens and ratios of this run's updates: what each would have left of them."
-                f"{whose} {LAST_UPDATE}"
-            )
-            return Figure("counterfactual", title, caption, (Panel("step", "EUR", tuple(traces)),))
-    return Figure("counterfactual", title, missing=NO_COUNTERFACTUALS)
+            panels.append(Panel("step", "EUR", tuple(traces), title=arm.label if len(arms) > 1 else ""))
+    if not panels:
+        return Figure(key, title, missing=NO_COUNTERFACTUALS)
+    whose = "an arm's updates, which trained by its own gate" if len(arms) > 1 else "this run's updates"
+    caption = (
+        f"EUR of other gates on the tokens and ratios of {whose}: what each would have left of them. {LAST_UPDATE}"
+    )
+    panels = share_axis(share_axis(panels), "x")
+    return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=min(len(panels), 4))
 
 
 def _of_last_updates(run: Run, metric: str) -> Series:
     return thinned([(r["step"], r[metric]) for r in run.last_updates if metric in r])
 
 
-def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str = "EUR") -> Panel | None:
-    dashes: dict[str, Dash] = {"pos": "solid", "neg": "dash"}
-    traces: list[Trace] = []
-    for i, arm in enumerate(arms):
-        for side, metric in names.items():
-            words = "A > 0" if side == "pos" else "A ≤ 0"
-            name = arm.label if len(arms) > 1 else words
-            color = i if len(arms) > 1 else (0 if side == "pos" else 1)
+def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str) -> list[Panel]:
+    """Of one arm both signs on the same axes; of several each sign on axes of its own."""
+    if len(arms) == 1:
+        signs: dict[str, tuple[int, Dash]] = {"A > 0": (0, "solid"), "A ≤ 0": (1, "dash")}
+        traces: list[Trace] = []
+        for metric, (words, (color, dash)) in zip(names.values(), signs.items(), strict=True):
             read = partial(_of_last_updates, metric=metric)
-            traces += arm_traces(arm, read, color=color, name=name, dash=dashes[side])
-    return Panel("step", y, tuple(traces)) if traces else None
+            traces += arm_traces(arms[0], read, color=color, name=words, dash=dash)
+        return [Panel("step", y, tuple(traces))] if traces else []
 
+    def panels(metric: str, words: str) -> list[Panel]:
+        read = partial(_of_last_updates, metric=metric)
+        return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, read), words)
 
-# Names under which a low quantile of the gate weights is logged by sign, the preferred first.
-LOW_QUANTILES = (("gate/p01_pos", "gate/p01_neg", "1% quantile of the weight"),)
+    return share_axis([*panels(names["pos"], "A > 0"), *panels(names["neg"], "A ≤ 0")])
 
 
 def _low_weights(arms: Sequence[Arm]) -> Figure:
     """How low the gate goes: by sign where that was logged, else the smallest weight of all tokens."""
-    title = "The gate's lowest weights"
-    for pos, neg, words in LOW_QUANTILES:
-        panel = _by_sign(arms, {"pos": pos, "neg": neg}, words)
-        if panel is not None:
-            caption = f"Positive (solid) and negative (dashed) advantages. {LAST_UPDATE}"
-            return Figure("low_weights", title, caption, (panel,))
-    traces: list[Trace] = []
-    for i, arm in enumerate(arms):
-        traces += arm_traces(arm, partial(_of_last_updates, metric="gate/min"), color=i)
-    if not traces:
-        return Figure("low_weights", title, missing="Not measured: no update is done yet.")
-    panel = Panel("step", "smallest gate weight", tuple(traces))
+    key, title, missing = "low_weights", "The gate's lowest weights", "no update logged its gate weights."
+    signs = _by_sign(arms, {"pos": "gate/p01_pos", "neg": "gate/p01_neg"}, "1% quantile of the weight")
+    if signs:
+        caption = f"One token in a hundred weighs less than this. {LAST_UPDATE}"
+        return in_figure(key, title, signs, caption=caption, missing=missing)
+    read = partial(_of_last_updates, metric="gate/min")
+    panels = rate_panels(arms, "step", "smallest gate weight", lambda arm: arm_traces(arm, read))
     caption = f"The smallest gate weight of any token; quantiles by sign were not logged. {LAST_UPDATE}"
-    return Figure("low_weights", title, caption, (panel,))
+    return in_figure(key, title, panels, caption=caption, missing=missing)

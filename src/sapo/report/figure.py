@@ -6,16 +6,17 @@ stand in metrics.jsonl arrive here as they are there, never rounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-Kind = Literal["line", "band", "steps", "points", "bars"]
+Kind = Literal["line", "band", "steps", "points", "bars", "intervals"]
 Dash = Literal["solid", "dash", "dot"]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One line, band, outline of a histogram, cloud of points or row of bars.
+    """One line, band, outline of a histogram, cloud of points, row of bars or column of intervals.
 
     >>> Trace("line", (1, 2), (0.5, 0.75), name="sapo").to_json()
     {'kind': 'line', 'x': [1, 2], 'y': [0.5, 0.75], 'name': 'sapo'}
@@ -28,7 +29,7 @@ class Trace:
     """None leaves a gap. A band has `low` and `high` instead."""
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-    """With a line or points: ends of an interval at each point."""
+    """Edges of a band; for intervals, which lie along x, the ends of each."""
     name: str = ""
     """Traces of one name are shown and hidden together; the legend has each name once."""
     color: int = 0
@@ -41,6 +42,10 @@ class Trace:
     """On the axis at the right."""
     hover: str = ""
     """What a point says beside its numbers."""
+    hovers: tuple[str, ...] = ()
+    """What each point says, where they differ."""
+    crossed: bool = False
+    """Points that stand for no measurement: crosses."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON value; what has its default is left out."""
@@ -80,7 +85,10 @@ class Panel:
     """Name of the axis at the right, where there is one: it goes from 0 to a little above its largest value."""
     x_log: bool = False
     y_log: bool = False
+    x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
+    y_names: tuple[str, ...] = ()
+    """What stands at y = 0, 1, ... from the top down, in place of numbers."""
     marks: tuple[Mark, ...] = ()
     stacked: bool = False
 
@@ -109,6 +117,8 @@ class Figure:
     """Why there is nothing to show, and how to have it measured; empty where there are panels."""
     wide: bool = False
     """Whether it takes the whole width of the page."""
+    columns: int = 0
+    """Panels beside each other; 0 leaves it to who draws."""
 
     def __post_init__(self) -> None:
         assert bool(self.panels) != bool(self.missing), f"{self.key} has panels or says why not"
@@ -119,6 +129,29 @@ class Figure:
         if self.panels:
             own["panels"] = [p.to_json() for p in self.panels]
         return own
+
+
+def share_axis(panels: Sequence[Panel], axis: Literal["x", "y"] = "y") -> list[Panel]:
+    """Panels with one range of a linear axis, so that they can be compared by eye.
+
+    >>> low, high = (Panel("step", "y", (Trace("line", (1, 2), y),)) for y in ((0.0, 1.0), (0.0, 2.0)))
+    >>> [panel.y_range for panel in share_axis([low, high])]
+    [(-0.08, 2.08), (-0.08, 2.08)]
+    """
+    if len(panels) < 2:
+        return list(panels)
+    along = {"x": "intervals", "y": "band"}[axis]
+    ends = [
+        value
+        for trace in (t for panel in panels for t in panel.traces)
+        for value in (*getattr(trace, axis), *(trace.low + trace.high if trace.kind == along else ()))
+        if value is not None
+    ]
+    if not ends:
+        return list(panels)
+    margin = 0.04 * (max(ends) - min(ends) or 1.0)
+    both = (min(ends) - margin, max(ends) + margin)
+    return [replace(p, x_range=both) if axis == "x" else replace(p, y_range=both) for p in panels]
 
 
 def _compact(value: Any) -> dict[str, Any]:

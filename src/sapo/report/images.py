@@ -39,6 +39,9 @@ STYLE: dict[str, Any] = {
 PANEL = (3.25, 2.2)
 """Width and height in inches: one column of a paper in two."""
 
+ROW = 0.26
+"""Height of a named row in inches."""
+
 MOST_IN_LEGEND = 10
 
 
@@ -78,17 +81,22 @@ def draw(figure: Figure) -> Any:
     """A matplotlib figure: its panels in one row, four of them in two."""
     import matplotlib.pyplot as plt
 
-    columns = 2 if len(figure.panels) == 4 else min(len(figure.panels), 3)
+    columns = figure.columns or (2 if len(figure.panels) == 4 else min(len(figure.panels), 3))
     rows = -(-len(figure.panels) // columns)
+    width, height = PANEL[0] * (0.75 if columns > 3 else 1.0), PANEL[1]
+    if named := max(len(panel.y_names) for panel in figure.panels):
+        height = 0.7 + ROW * named
     drawn, axes = plt.subplots(
-        rows, columns, figsize=(PANEL[0] * columns, PANEL[1] * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
     for panel, place in zip(figure.panels, axes.flat, strict=False):
         _draw_panel(panel, place)
     for place in list(axes.flat)[len(figure.panels) :]:
         place.set_axis_off()
     handles = _legend(figure, axes)
-    if len(handles) > 1:
+    # Names of rows, or titles of panels, say it already.
+    said = all(p.y_names or {t.name for t in p.traces} == {p.title} for p in figure.panels)
+    if len(handles) > 1 and not said:
         per_row = max(1, min(len(handles), 2 * columns))
         drawn.legend(
             list(handles.values()), [_plain(n) for n in handles], loc="outside upper center", ncols=per_row,
@@ -125,8 +133,13 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.set_xscale("log")
     if panel.y_log:
         axes.set_yscale("log")
+    if panel.x_range:
+        axes.set_xlim(*panel.x_range)
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
+    if panel.y_names:
+        axes.set_yticks(range(len(panel.y_names)), [_plain(name) for name in panel.y_names])
+        axes.set_ylim(len(panel.y_names) - 0.5, -0.6)
     if right is not None:
         right.set_ylabel(_math(panel.second))
         right.set_ylim(0, right.get_ylim()[1] * 1.02)
@@ -152,6 +165,14 @@ def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: P
         return bars
     if trace.kind == "steps":
         return axes.plot(trace.x, [*y, y[-1]], color=color, linestyle=style, linewidth=1.0, drawstyle="steps-post")[0]
+    if trace.kind == "intervals":
+        x = np.array(trace.x, dtype=float)
+        ends = np.array([x - np.array(trace.low), np.array(trace.high) - x])
+        return axes.errorbar(x, y, xerr=ends, fmt="D", color=color, markersize=3.5, linewidth=1.2, capsize=2)
+    if trace.kind == "points" and panel.y_names:
+        return axes.plot(
+            trace.x, y, "x" if trace.crossed else "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0.8
+        )[0]
     if trace.kind == "points":
         return axes.plot(trace.x, y, ".", color=color, markersize=2.5, alpha=0.6, rasterized=True)[0]
     width, alpha = (0.5, 0.5) if trace.faint else (1.2, 1.0)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sapo.report.arms import Arm, flatten
-from sapo.report.curves import SEEDS, Series, arm_traces, pass_at_1, pass_panel, step_panel
+from sapo.report.curves import SEEDS, Series, arm_traces, pass_at_1, pass_panels, step_panels
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.gates import gates_figure
 from sapo.report.runs import Run
@@ -27,10 +27,11 @@ def paper_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list
 
 def _spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
     figures = []
-    own = [(i, arm, s) for i, (arm, s) in enumerate(zip(arms, spreads, strict=True))]
     for key, title, experts in (("fig2", "Fig. 2: mixture of experts", True), ("fig3", "Fig. 3: dense", False)):
-        of_kind = [(i, arm, s) for i, arm, s in own if arm.runs[0].is_mixture_of_experts == experts]
-        measured = [(i, arm, s) for i, arm, s in of_kind if s is not None]
+        of_kind = [
+            (arm, s) for arm, s in zip(arms, spreads, strict=True) if arm.runs[0].is_mixture_of_experts == experts
+        ]
+        measured = [(arm, s) for arm, s in of_kind if s is not None]
         if not of_kind:
             lacking = (
                 "no run of a mixture of experts; `sapo train moe_quickstart` makes one."
@@ -42,9 +43,10 @@ def _spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> li
             figures.append(Figure(key, title, missing=MISSING, wide=True))
         else:
             caption = "Ratios of off-policy tokens, Var_i of responses, and D_i with its bound. " + source_of(
-                [s for _, _, s in measured]
+                [s for _, s in measured]
             )
-            figures.append(Figure(key, title, caption, spread_panels(measured), wide=True))
+            panels = [panel for row in zip(*spread_panels(measured), strict=True) for panel in row]
+            figures.append(Figure(key, title, caption, tuple(panels), wide=True, columns=3))
     return figures
 
 
@@ -98,14 +100,14 @@ def _learning(key: str, title: str, arms: Sequence[Arm], places: Sequence[int], 
     """Training reward and held-out pass@1 of some arms, in the colours they have elsewhere."""
     if not places:
         return Figure(key, title, missing=missing, wide=True)
-    panels = []
-    for panel in (step_panel(arms, "reward/mean", "training reward"), pass_panel(arms)):
-        if panel is not None:
-            kept = tuple(t for t in panel.traces if t.color in places)
-            panels.append(Panel(panel.x, panel.y, kept))
+    own = [arms[place] for place in places]
+    rewards, passes = step_panels(own, "reward/mean", "training reward"), pass_panels(own)
+    panels = (*rewards, *passes)
     if not panels:
         return Figure(key, title, missing="Not measured: no step is done yet.", wide=True)
-    return Figure(key, title, f"Training reward and held-out pass@1. {SEEDS}", tuple(panels), wide=True)
+    columns = 2 if len(rewards) < 2 else min(len(rewards), 3)  # the rates beside each other, pass@1 under reward
+    caption = f"Training reward and held-out pass@1. {SEEDS}"
+    return Figure(key, title, caption, panels, wide=True, columns=columns)
 
 
 def _tasks(arms: Sequence[Arm]) -> Figure:

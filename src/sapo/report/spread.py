@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sapo.report.arms import Arm
+from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import Dash, Figure, Mark, Panel, Trace
 from sapo.report.gates import gate_curve, objective_of
 from sapo.report.runs import Run, read_lines
@@ -163,38 +163,31 @@ MISSING = (
 
 def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
     """The three figures of all arms that measured their ratios."""
-    own = [(i, arm, s) for i, (arm, s) in enumerate(zip(arms, spreads, strict=True)) if s is not None]
+    own = [(arm, s) for arm, s in zip(arms, spreads, strict=True) if s is not None]
+    found = [s for _, s in own]
+    captions = {
+        "ratios": "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log "
+        "axes; over it the gate weight (right axis).",
+        "variance": "Var_i, the variance of log r over the tokens of a response: how unlike its tokens' ratios are. "
+        "Assumption A2 asks it to be small; in the paper most lie below 0.02.",
+        "bound": "D_i, how far the mean token gate of a response is from one gate on its sequence ratio, against "
+        "Var_i; the lines are the bound (τ²/4) Var_i of equation (21), which no point may exceed.",
+    }
     titles = {
         "ratios": "Ratios under the gate",
-        "variance": "Var of a response",
-        "bound": "D against its bound",
+        "variance": "Spread of ratios within a response",
+        "bound": "Token gates against a sequence gate",
     }
     if not own:
         return [Figure(key, title, missing=MISSING) for key, title in titles.items()]
-    ratios, variances, bound = spread_panels(own)
-    where = source_of([s for _, _, s in own])
+    beside = {"ratios": _beyond(found), "variance": "", "bound": _at_zero(found)}
     return [
         Figure(
-            "ratios",
-            titles["ratios"],
-            "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log axes; "
-            f"over it the gate weight (right axis). {where}{_beyond([s for _, _, s in own])}",
-            (ratios,),
-        ),
-        Figure(
-            "variance",
-            titles["variance"],
-            f"Var_i, the variance of log r over the tokens of a response; assumption A2 asks it to be small. {where}",
-            (variances,),
-        ),
-        Figure(
-            "bound",
-            titles["bound"],
-            "D_i, how far the mean token gate of a response is from the gate of its sequence ratio, against Var_i; the "
-            f"lines are the bound (τ²/4) Var_i of equation (21). {where}{_at_zero([s for _, _, s in own])}",
-            (bound,),
-        ),
-    ]
+            key, titles[key], f"{captions[key]} {source_of(found)}{beside[key]}", tuple(panels), wide=len(panels) > 1,
+            columns=min(len(panels), 3),
+        )
+        for key, panels in zip(titles, spread_panels(own), strict=True)
+    ]  # fmt: skip
 
 
 def source_of(spreads: Sequence[Spread]) -> str:
@@ -216,32 +209,48 @@ def _at_zero(spreads: Sequence[Spread]) -> str:
     return f" {count} sequences at 0, which a log axis cannot show." if count else ""
 
 
-def spread_panels(own: Sequence[tuple[int, Arm, Spread]]) -> tuple[Panel, Panel, Panel]:
-    """Ratios, variances and scatter of some arms, each with its colour."""
+Own = Sequence[tuple[Arm, Spread]]
+
+
+def spread_panels(own: Own) -> tuple[list[Panel], list[Panel], list[Panel]]:
+    """Ratios, variances and scatter of some arms, each with its colour; on axes for each learning rate of a
+    comparison."""
+    spreads = {id(arm): spread for arm, spread in own}
+    ratios: list[Panel] = []
+    variances: list[Panel] = []
+    bounds: list[Panel] = []
+    for rate, arms in by_rate([arm for arm, _ in own]):
+        for panels, panel in zip(
+            (ratios, variances, bounds), _panels([(a, spreads[id(a)]) for a in arms], rate), strict=True
+        ):
+            panels.append(panel)
+    return ratios, variances, bounds
+
+
+def _panels(own: Own, title: str) -> tuple[Panel, Panel, Panel]:
     single = len(own) == 1
     ratio_traces: list[Trace] = []
     variance_traces: list[Trace] = []
     points: list[Trace] = []
-    for color, arm, spread in own:
+    for arm, spread in own:
         if single:
             sides = (("pos", "A > 0", 0), ("neg", "A ≤ 0", 1))
             ratio_traces += [_density(spread, (side,), words, c) for side, words, c in sides]
         else:
-            ratio_traces.append(_density(spread, ("pos", "neg"), arm.label, color))
+            ratio_traces.append(_density(spread, ("pos", "neg"), arm.name, arm.color))
         edges, share = _used(spread.variance_edges, spread.variance[1:-1] / spread.variance.sum())
-        name = "responses" if single else arm.label
+        name, color = ("responses", 0) if single else (arm.name, arm.color)
         variance_traces.append(Trace("steps", tuple(edges.tolist()), _gaps(share), name=name, color=color))
-        points += _points(arm, spread, color, single)
+        points += _points(arm, spread, single)
     ratio_traces += _curves(own)
-    bounds = _bounds(own)
     mark = Mark("x", LOW_VARIANCE, f"{LOW_VARIANCE}")
     return (
         Panel(
-            "r", "density (log)", tuple(ratio_traces), x_log=True, y_log=True, second="gate weight",
+            "r", "density (log)", tuple(ratio_traces), title, x_log=True, y_log=True, second="gate weight",
             marks=(Mark("x", 1.0, ""),),
         ),
-        Panel("Var_i", "share of responses", tuple(variance_traces), x_log=True, marks=(mark,)),
-        Panel("Var_i", "D_i", (*points, *bounds), x_log=True, y_log=True),
+        Panel("Var_i", "share of responses", tuple(variance_traces), title, x_log=True, marks=(mark,)),
+        Panel("Var_i", "D_i", (*points, *_bounds(own)), title, x_log=True, y_log=True),
     )  # fmt: skip
 
 
@@ -264,20 +273,20 @@ def _gaps(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(float(v) if v > 0 else None for v in values)
 
 
-def _curves(own: Sequence[tuple[int, Arm, Spread]]) -> list[Trace]:
+def _curves(own: Own) -> list[Trace]:
     """The gate of each objective over the range of the ratios; of those that gate a token by its own ratio alone."""
-    logs = [s.log_ratio_edges[np.flatnonzero(c[1:-1])] for _, _, s in own for c in s.log_ratio.values() if c.sum()]
+    logs = [s.log_ratio_edges[np.flatnonzero(c[1:-1])] for _, s in own for c in s.log_ratio.values() if c.sum()]
     low, high = min(float(e[0]) for e in logs if len(e)), max(float(e[-1]) for e in logs if len(e))
     ratios = np.exp(np.linspace(min(low, -0.05), max(high, 0.05) * 1.05, 200))
     traces = []
-    for color, arm, _ in own:
+    for arm, _ in own:
         objective = objective_of(arm.objective)
         if objective is None or objective.coupled or objective.needs_old_logprob:
             continue
         for sign in (1, -1):
             weight = gate_curve(objective, ratios, sign)[1]
             side = "A > 0" if sign > 0 else "A ≤ 0"
-            name, shade = (f"gate, {side}", (0 if sign > 0 else 1)) if len(own) == 1 else (arm.label, color)
+            name, shade = (f"gate, {side}", (0 if sign > 0 else 1)) if len(own) == 1 else (arm.name, arm.color)
             x, y = tuple(ratios.tolist()), tuple(weight.tolist())
             dash: Dash = "dash" if sign > 0 else "dot"
             hover = f"weight of {arm.label}, {side}"
@@ -285,12 +294,11 @@ def _curves(own: Sequence[tuple[int, Arm, Spread]]) -> list[Trace]:
     return traces
 
 
-def _points(arm: Arm, spread: Spread, color: int, single: bool) -> list[Trace]:
+def _points(arm: Arm, spread: Spread, single: bool) -> list[Trace]:
     shown = evenly([p for p in spread.pairs if p[0] > 0 and p[1] > 0], MOST_PAIRS)
     if not single:
-        return [
-            Trace("points", tuple(v for v, _, _ in shown), tuple(d for _, d, _ in shown), name=arm.label, color=color)
-        ]
+        x, y = tuple(v for v, _, _ in shown), tuple(d for _, d, _ in shown)
+        return [Trace("points", x, y, name=arm.name, color=arm.color)] if shown else []
     traces = []
     for positive, name, shade in ((True, "A > 0", 0), (False, "A ≤ 0", 1)):
         side = [p for p in shown if p[2] == positive]
@@ -299,14 +307,19 @@ def _points(arm: Arm, spread: Spread, color: int, single: bool) -> list[Trace]:
     return traces
 
 
-def _bounds(own: Sequence[tuple[int, Arm, Spread]]) -> list[Trace]:
-    values = [v for _, _, s in own for v, d, _ in s.pairs if v > 0 and d > 0]
+def _bounds(own: Own) -> list[Trace]:
+    """A line for each temperature; of more than two the legend has one entry for all of them."""
+    values = [v for _, s in own for v, d, _ in s.pairs if v > 0 and d > 0]
     if not values:
         return []
-    taus = sorted({tau for _, arm, _ in own for tau in temperatures(arm.runs[0])})
+    taus = sorted({tau for arm, _ in own for tau in temperatures(arm.runs[0])})
     ends = (min(values), max(values))
-    dashes: list[Dash] = ["solid", "dash", *["dot"] * len(taus)]  # type: ignore[list-item]
+    dashes: list[Dash] = ["solid", "dash"] if len(taus) <= 2 else ["dot"] * len(taus)
+    together = f"bounds, τ {taus[0]:g} to {taus[-1]:g}" if len(taus) > 2 else ""
     return [
-        Trace("line", ends, tuple(tau**2 / 4 * v for v in ends), name=f"bound, τ {tau:g}", color=-1, dash=dash)
+        Trace(
+            "line", ends, tuple(tau**2 / 4 * v for v in ends), name=together or f"bound, τ {tau:g}", color=-1,
+            dash=dash, hover=f"τ {tau:g}" if together else "",
+        )
         for tau, dash in zip(taus, dashes, strict=False)
-    ]
+    ]  # fmt: skip

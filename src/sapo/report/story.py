@@ -133,7 +133,9 @@ def _ending(lines: Sequence[RunLine]) -> str:
 
 def _pass_words(lines: Sequence[RunLine], task: str) -> str:
     starts = [e for line in lines for e in line.start if e.task == task]
-    finals = [e for line in lines for e in line.final if e.task == task]
+    # Where some have ended, the others' evaluations so far would be those of other steps.
+    ended = [line for line in lines if line.state != "not finished"] or lines
+    finals = [e for line in ended for e in line.final if e.task == task]
     if len(lines) == 1:
         end = f" → {finals[0].words} at step {finals[0].step}" if finals else " at the start"
         return f"{starts[0].words}{end} on {task}"
@@ -142,7 +144,8 @@ def _pass_words(lines: Sequence[RunLine], task: str) -> str:
         return f"{start:.3f} at the start on {task}"
     values = [e.value for e in finals]
     spread = f" (seeds {min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{start:.3f} → {sum(values) / len(values):.3f}{spread} on {task}"
+    of = f" of the {len(ended)} that have ended" if len(ended) < len(lines) else ""
+    return f"{start:.3f} → {sum(values) / len(values):.3f}{spread}{of} on {task}"
 
 
 def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:

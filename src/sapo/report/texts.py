@@ -13,14 +13,16 @@ class TokenTexts:
     """Token ids to texts that join to what the model wrote, special tokens by their names.
 
     Args:
-        run: whose newest checkpoint, or model directory, has a tokenizer.json. Where neither has, a token is shown by
-            its number.
+        run: whose newest checkpoint, or model directory, has a tokenizer.json.
+        others: runs among which one of the same model and tasks has it, where this one has no checkpoint yet. Where
+            none has, a token is shown by its number.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, others: Sequence[Run] = ()) -> None:
         self._tokenizer: Any = None
         self.numbers_only = True
-        file = tokenizer_file(run)
+        alike = (other for other in others if _vocabulary(other) == _vocabulary(run))
+        file = next((found for own in (run, *alike) if (found := tokenizer_file(own)) is not None), None)
         if file is not None:
             from tokenizers import Tokenizer
 
@@ -43,6 +45,11 @@ class TokenTexts:
             else:
                 texts.append(stream.step(self._tokenizer, i) or "")
         return texts
+
+
+def _vocabulary(run: Run) -> tuple[Any, ...]:
+    """What a run's tokenizer follows from: its model, and the tasks whose characters a cold start's tokenizer knows."""
+    return tuple(run.setting(key) for key in ("model.path", "model.coldstart", "tasks"))
 
 
 def tokenizer_file(run: Run) -> Path | None:

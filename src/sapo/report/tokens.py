@@ -82,7 +82,7 @@ def token_view(runs: Sequence[Run], budget: int | None = DEFAULT_TOKENS) -> Toke
     chunks: list[Chunk] = []
     numbers_only = []
     for place, files in logged.items():
-        texts = TokenTexts(runs[place])
+        texts = TokenTexts(runs[place], runs)
         if texts.numbers_only:
             numbers_only.append(place)
         chunks += _chunks(runs[place], place, files, texts, share)

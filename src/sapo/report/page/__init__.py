@@ -1,7 +1,7 @@
 """The report as one HTML file that needs nothing else: no server, no network; Plotly's script is in it.
 
 What runs named and models wrote is only ever data: the figures and tables stand in the page as JSON, the token view as
-compressed chunks that are unpacked when they are asked for. The page's content security policy admits its own three
+compressed chunks that are unpacked when they are asked for. The page's content security policy admits its own four
 scripts by their hashes and no connection, so that markup could do nothing even if it became markup. (Styles are not
 held to hashes: Plotly makes its own.)
 """
@@ -28,7 +28,8 @@ def write_page(report: Report, path: Path, *, reload_every: float | None = None)
     Raises:
         ConfigError: Plotly is not installed, or the file cannot be written.
     """
-    scripts = {"plotly": plotly_script(), "tokens": part("tokens.js"), "script": part("report.js")}
+    own = {"compared": "compared.js", "tokens": "tokens.js", "script": "report.js"}
+    scripts = {"plotly": plotly_script(), **{mark: part(name) for mark, name in own.items()}}
     style = part("report.css") + part("tokens.css")
     data = report.to_json()
     if reload_every is not None:

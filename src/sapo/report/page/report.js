@@ -1,6 +1,7 @@
 "use strict";
 // Draws a report from its data: headlines, figures by Plotly, tables. Names and texts go into text nodes; into Plotly's
-// labels, which know some markup, with their brackets escaped. Figures are drawn when they come near the window.
+// labels, which know some markup, with their brackets escaped. Figures are drawn when they come near the window, the others
+// when there is nothing else to do, and all of them before the page is printed.
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -37,7 +38,8 @@
 
   // --- theme
 
-  const theme = () => document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
+  let printing = false; // on paper it is always light
+  const theme = () => (printing ? "light" : null) ?? document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
   const colorOf = (number) => (number < 0 ? INK[theme()].faint : PALETTE[theme()][number % PALETTE.light.length]);
 
   function setTheme(name) {
@@ -47,12 +49,13 @@
   }
 
   function redraw() {
-    drawHeadlines();
+    for (const made of document.querySelectorAll(".dot")) made.style.background = colorOf(Number(made.dataset.color));
     for (const again of drawn.values()) again();
   }
 
   // --- figures
 
+  const few = (figure) => new Set(figure.panels.flatMap((p) => p.traces.map((t) => t.name))).size < 6;
   const safe = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
   function plotlyTrace(trace, panel, figure) {
@@ -63,18 +66,27 @@
     if (trace.kind === "band") {
       return {
         ...made, mode: "lines", x: [...trace.x, ...[...trace.x].reverse()], y: [...trace.high, ...[...trace.low].reverse()],
-        fill: "toself", fillcolor: `${color}2e`, line: { width: 0, color }, hoverinfo: "skip",
+        fill: "toself", fillcolor: `${color}${few(figure) ? "2e" : "1a"}`, line: { width: 0, color }, hoverinfo: "skip",
       };
     }
     const words = [name, trace.hover].filter(Boolean).map(safe).join("<br>");
     made.hovertemplate = `${words}<br>${safe(panel.x)} %{x}<br>${safe(trace.second ? panel.second : panel.y)} %{y:.6g}<extra></extra>`;
     made.x = trace.x;
     made.y = trace.y;
+    if (panel.y_names) made.hovertemplate = `${words}<br>${safe(panel.x)} %{x:.4f}%{text}<extra></extra>`;
+    if (trace.kind === "intervals") {
+      const far = trace.x.map((x, i) => [trace.high[i] - x, x - trace.low[i]]);
+      return {
+        ...made, mode: "markers", text: trace.x.map((_, i) => ` [${trace.low[i].toFixed(4)}, ${trace.high[i].toFixed(4)}]`), marker: { color, size: 9, symbol: "diamond" },
+        error_x: { type: "data", symmetric: false, array: far.map((f) => f[0]), arrayminus: far.map((f) => f[1]), color, thickness: 2, width: 5 },
+      };
+    }
+    if (trace.hovers) made.text = trace.hovers.map((h) => `<br>${safe(h)}`);
     if (trace.kind === "bars") return { ...made, type: "bar", marker: { color } };
-    if (trace.kind === "points") return { ...made, mode: "markers", marker: { color, size: 5, opacity: 0.55 } };
+    if (trace.kind === "points") return { ...made, mode: "markers", marker: { color, size: panel.y_names ? 7 : 5, opacity: panel.y_names ? 0.6 : 0.55, symbol: trace.crossed ? "x" : "circle" } };
     const line = { color, width: trace.faint ? 1 : 2, dash: { dash: "dash", dot: "dot" }[trace.dash] ?? "solid" };
     if (trace.kind === "steps") return { ...made, mode: "lines", y: [...trace.y, trace.y.at(-1)], line: { ...line, shape: "hv" } };
-    return { ...made, mode: trace.markers ? "lines+markers" : "lines", opacity: trace.faint ? 0.45 : 1, marker: { color, size: 6 }, line };
+    return { ...made, mode: trace.markers ? "lines+markers" : "lines", opacity: trace.faint ? (few(figure) ? 0.45 : 0.35) : 1, marker: { color, size: 6 }, line };
   }
 
   function plotlyLayout(panel) {
@@ -91,6 +103,10 @@
     };
     if (panel.title) layout.annotations.push({ text: safe(panel.title), x: 0, y: 1, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", yshift: 4, showarrow: false, font: { size: 12, color: ink } });
     if (panel.y_range) layout.yaxis.range = panel.y_range;
+    if (panel.x_range) layout.xaxis.range = panel.x_range;
+    if (panel.y_names) {
+      Object.assign(layout.yaxis, { title: undefined, range: [panel.y_names.length - 0.5, -0.6], tickvals: panel.y_names.map((_, i) => i), ticktext: panel.y_names.map(safe), tickfont: { color: ink, size: 12 }, nticks: 0 });
+    }
     if (panel.traces.some((t) => t.kind === "bars")) layout.xaxis.type = "category";
     if (panel.second) {
       const top = Math.max(...panel.traces.filter((t) => t.second).flatMap((t) => t.y), 1);
@@ -106,6 +122,9 @@
     }
     return layout;
   }
+
+  // On paper a size is given: Plotly measures anew only after a while, and a printer does not wait.
+  const sized = (layout, plot) => Object.assign(layout, printing ? { width: plot.clientWidth, height: plot.clientHeight } : { autosize: true });
 
   function swatch(trace) {
     const made = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -125,9 +144,11 @@
       const known = first.get(trace.name ?? "");
       if (!known || (known.kind === "band" && trace.kind !== "band") || (known.faint && !trace.faint)) first.set(trace.name ?? "", trace);
     }
-    if (first.size < 2) return null;
+    // Titles of panels and names of rows say it already.
+    const said = figure.panels.every((p) => p.y_names) || (figure.panels.length === first.size && figure.panels.every((p) => p.title === p.traces[0].name && p.traces.every((t) => t.name === p.title)));
+    if (first.size < 2 || said) return null;
     return element("div", { class: "legend" }, [...first].map(([name, trace]) =>
-      element("button", { type: "button", "aria-pressed": String(!(hidden[figure.key]?.has(name))), title: "show or hide", onclick: () => toggle(figure, name) }, swatch(trace), name)));
+      element("button", { type: "button", "aria-pressed": String(!(hidden[figure.key]?.has(name))), title: "click: show or hide; double-click: this one alone, or all again", onclick: (event) => (event.detail > 1 ? alone(figure, name, [...first.keys()]) : toggle(figure, name)) }, swatch(trace), name)));
   }
 
   function toggle(figure, name) {
@@ -136,7 +157,15 @@
     drawn.get(figure.key)();
   }
 
-  const figures = [...data.story, ...data.paper];
+  // The second click of a double one: the first has switched it.
+  function alone(figure, name, names) {
+    const others = names.filter((n) => n !== name);
+    const all = others.every((n) => hidden[figure.key]?.has(n));
+    hidden[figure.key] = new Set(all ? [] : others);
+    drawn.get(figure.key)();
+  }
+
+  const figures = [...data.compared.flatMap((made) => made.figures), ...data.story, ...data.paper];
 
   function card(figure) {
     const made = element("article", { class: `card${figure.wide ? " wide" : ""}${figure.missing ? " missing" : ""}`, id: `figure-${figure.key}` }, element("h3", {}, figure.title));
@@ -144,18 +173,20 @@
       made.append(element("p", {}, figure.missing));
       return made;
     }
-    const columns = figure.panels.length === 3 ? 3 : Math.min(figure.panels.length, 2);
+    const columns = figure.columns ?? (figure.panels.length === 3 ? 3 : Math.min(figure.panels.length, 2));
     const legend = element("div", {});
     const plots = figure.panels.map((panel) => element("div", { class: "plot", role: "img", "aria-label": `${figure.title}: ${panel.y} against ${panel.x}` }));
     const panels = element("div", { class: "panels" }, plots);
     panels.style.setProperty("--columns", columns);
+    if (columns > 2) panels.classList.add("many");
+    figure.panels.forEach((panel, i) => { if (panel.y_names) plots[i].style.height = `${80 + 30 * panel.y_names.length}px`; });
     made.append(legend, panels, element("p", {}, figure.caption ?? ""));
     const fill = () => legend.replaceChildren(...[legendOf(figure)].filter(Boolean));
     fill(); // at once, for its height; the plots when they come near
     made.draw = () => {
       fill();
       const again = () => Promise.all(plots.map((plot, i) =>
-        Plotly.react(plot, figure.panels[i].traces.map((t) => plotlyTrace(t, figure.panels[i], figure)), plotlyLayout(figure.panels[i]), { displayModeBar: false, responsive: true })));
+        Plotly.react(plot, figure.panels[i].traces.map((t) => plotlyTrace(t, figure.panels[i], figure)), sized(plotlyLayout(figure.panels[i]), plot), { displayModeBar: false, responsive: true })));
       drawn.set(figure.key, () => (fill(), again()));
       return again();
     };
@@ -171,57 +202,159 @@
     }
   }, { rootMargin: "500px" });
 
+  const undrawn = () => [...document.querySelectorAll(".card:not(.missing)")].filter((made) => !drawn.has(made.id.replace("figure-", "")));
+  const drawNow = (made) => (near.unobserve(made), made.draw());
+
+  // Every figure, for who looks at the whole page at once: a printer, a picture of it.
   function drawAll() {
-    return Promise.all([...document.querySelectorAll(".card:not(.missing)")].map((made) => (near.unobserve(made), drawn.has(made.id.replace("figure-", "")) ? null : made.draw())));
+    return Promise.all(undrawn().map(drawNow));
   }
+
+  const idle = window.requestIdleCallback ?? ((act) => setTimeout(act, 200));
+  function drawWhenIdle() {
+    const [next] = undrawn();
+    if (next) Promise.resolve(drawNow(next)).then(() => idle(drawWhenIdle));
+  }
+
+  // On paper figures have the paper's width and light colours; afterwards the window's again. All of it happens at once,
+  // before the browser goes on to print.
+  function forPaper(starts) {
+    if (printing === starts) return;
+    printing = starts;
+    document.documentElement.classList.toggle("printing", starts);
+    drawAll();
+    redraw();
+    if (!starts) document.querySelectorAll(".plot").forEach((plot) => plot.data && Plotly.Plots.resize(plot));
+  }
+  addEventListener("beforeprint", () => forPaper(true));
+  addEventListener("afterprint", () => forPaper(false));
 
   // --- words and tables
 
+  const dot = (color) => {
+    const made = element("i", { class: "dot" });
+    made.dataset.color = color;
+    made.style.background = colorOf(color);
+    return made;
+  };
+  const MOST_HEADLINES = 6;
+
   function drawHeadlines() {
-    const list = data.headlines.map((text, i) => {
-      const dot = element("i");
-      dot.style.background = data.headlines.length > 1 ? colorOf(i) : "transparent";
-      const made = element("li", {}, dot, text);
-      if (data.headlines.length === 1) made.style.paddingLeft = 0;
-      return made;
-    });
-    if (data.warnings.length) list.push(element("li", { class: "unwell" }, `${data.warnings.length} ${data.warnings.length === 1 ? "warning" : "warnings"}: see the end of the page.`));
-    document.getElementById("headlines").replaceChildren(...list);
+    const several = data.headlines.length > 1;
+    const list = element("ul", { class: "sentences" }, data.headlines.map((text, i) => element("li", {}, several ? dot(data.colors[i]) : null, text)));
+    const place = document.getElementById("headlines");
+    place.replaceChildren(...data.problems.map((text) => element("p", { class: "unwell" }, text)));
+    if (data.headlines.length > MOST_HEADLINES || data.compared.length) place.append(element("details", {}, element("summary", {}, `Each of the ${data.headlines.length} arms in a sentence`), list));
+    else place.append(list);
+    if (data.warnings.length) {
+      const runs = new Set(data.warnings.map((w) => w.run)).size;
+      place.append(element("p", { class: "unwell" }, `${data.warnings.length.toLocaleString("en")} ${data.warnings.length === 1 ? "warning" : "warnings"} in ${runs} of ${data.runs.length} ${data.runs.length === 1 ? "run" : "runs"}: `, element("a", { href: "#warnings", onclick: go }, "see the end of the page"), "."));
+    }
+  }
+
+  // Terms of this method that stand in the figures.
+  const GLOSSARY = [
+    ["pass@1", "share of held-out problems' samples that are right; an evaluation's main figure"],
+    ["r, log r", "ratio π/π_old of a token: how much likelier the policy makes it now than when it was sampled"],
+    ["A", "advantage of a response: its reward against the others of its group; all its tokens are pushed up (A > 0) or down (A ≤ 0)"],
+    ["gate weight f'", "how much of a token's push the objective lets through; 1 at r = 1. A hard clip (GRPO, GSPO) knows 1 and 0, a soft gate (SAPO) all between"],
+    ["EUR", "effective update ratio: the mean gate weight"],
+    ["off policy", "an update made after another one on the same samples, so that ratios have left 1"],
+    ["Var_i, D_i", "variance of log r over a response's tokens; distance of its mean token gate from one gate on the sequence: small means that a token gate acts like a sequence gate"],
+    ["arm, seed", "one setting, and the number that its random draws begin from: runs that differ in it alone show how far luck goes"],
+  ];
+
+  function drawWords() {
+    document.getElementById("words").append(element("details", {}, element("summary", {}, "The words of the figures"),
+      element("dl", {}, GLOSSARY.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]))));
+  }
+
+  // As Python writes it: a value that lies exactly between two goes to the even one. That are the odd sixteenths.
+  function fixed(value) {
+    const low = Math.floor(value * 1000);
+    return Math.abs(value * 16) % 2 === 1 ? ((low % 2 ? low + 1 : low) / 1000).toFixed(3) : value.toFixed(3);
   }
 
   const number = (value, digits = 3) => (value == null ? element("span", { class: "none" }, "not measured") : value.toLocaleString("en", { maximumFractionDigits: digits }));
 
+  // A column with `by` sorts the rows by it, upwards and downwards; what has none there stays last.
   function table(columns, rows) {
     const kind = (c) => [c.words && "words", c.long && "long"].filter(Boolean).join(" ") || null;
-    return element("div", { class: "scroll" }, element("table", {},
-      element("thead", {}, element("tr", {}, columns.map((c) => element("th", { scope: "col", class: kind(c) }, c.name)))),
-      element("tbody", {}, rows.map((row) => element("tr", {}, columns.map((c) => element("td", { class: kind(c) }, c.of(row))))))));
+    const body = element("tbody", {});
+    const fill = (shown) => body.replaceChildren(...shown.map((row) => element("tr", {}, columns.map((c) => element("td", { class: kind(c) }, c.of(row))))));
+    const heads = columns.map((c) => element("th", { scope: "col", class: kind(c) }, c.by ? element("button", { type: "button", title: "sort", onclick: () => sort(c) }, c.name) : c.name));
+    function sort(column) {
+      const head = heads[columns.indexOf(column)];
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      heads.forEach((h) => h.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const key = (row) => column.by(row);
+      const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
+      fill([...rows].sort((a, b) => (key(a) == null) - (key(b) == null) || (key(a) == null ? 0 : (up ? 1 : -1) * compare(key(a), key(b)))));
+    }
+    fill(rows);
+    return element("div", { class: "scroll", tabindex: "0" }, element("table", {}, element("thead", {}, element("tr", {}, heads)), body));
   }
 
-  const passes = (found) => (found.length ? found.map((e) => `${e.value.toFixed(3)}${e.low == null ? "" : ` [${e.low.toFixed(3)}, ${e.high.toFixed(3)}]`}${found.length > 1 ? ` ${e.task}` : ""}`).join("; ") : number(null));
+  const passes = (found) => (found.length ? found.map((e) => `${fixed(e.value)}${e.low == null ? "" : ` [${fixed(e.low)}, ${fixed(e.high)}]`}${found.length > 1 ? ` ${e.task}` : ""}`).join("; ") : number(null));
+  const words = (cause) => cause.replaceAll("_", " ");
 
   function drawTables() {
     document.getElementById("run-table").append(table([
-      { name: "run", words: true, of: (r) => r.name }, { name: "arm", words: true, of: (r) => r.arm }, { name: "seed", of: (r) => String(r.seed ?? "-") },
+      { name: "run", words: true, of: (r) => r.name, by: (r) => r.name }, { name: "arm", words: true, of: (r) => r.arm, by: (r) => r.arm }, { name: "seed", of: (r) => String(r.seed ?? "-"), by: (r) => r.seed },
       { name: "model", words: true, of: (r) => r.models },
-      { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}${r.state === "failed" ? ", failed" : ""}`) },
-      { name: "pass@1, start", of: (r) => passes(r.start) }, { name: "pass@1, last", of: (r) => passes(r.final) },
-      { name: "last step's reward", of: (r) => number(r.reward) }, { name: "tokens sampled", of: (r) => number(r.tokens, 0) },
-      { name: "seconds", of: (r) => number(r.seconds, 1) }, { name: "warnings", of: (r) => String(r.warnings) },
+      { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}${r.state === "failed" ? ", failed" : ""}`), by: (r) => r.steps },
+      { name: "pass@1, start", of: (r) => passes(r.start), by: (r) => r.start[0]?.value ?? null }, { name: "pass@1, last", of: (r) => passes(r.final), by: (r) => r.final[0]?.value ?? null },
+      { name: "last step's reward", of: (r) => number(r.reward), by: (r) => r.reward }, { name: "tokens sampled", of: (r) => number(r.tokens, 0), by: (r) => r.tokens },
+      { name: "seconds", of: (r) => number(r.seconds, 1), by: (r) => r.seconds }, { name: "warnings", of: (r) => String(r.warnings), by: (r) => r.warnings },
     ], data.runs));
-    const place = document.getElementById("warning-table");
-    if (!data.warnings.length) place.append(element("p", { class: "note" }, "None was written to metrics.jsonl."));
-    else {
-      const most = 300;
-      if (data.warnings.length > most) place.append(element("p", { class: "note" }, `The first ${most} of ${data.warnings.length}; metrics.jsonl has them all.`));
-      place.append(table([
-        { name: "run", words: true, of: (w) => w.run }, { name: "step", of: (w) => String(w.step ?? "-") },
-        { name: "cause", words: true, of: (w) => (w.cause == null ? "-" : w.cause.replaceAll("_", " ")) }, { name: "warning", words: true, long: true, of: (w) => w.text },
-      ], data.warnings.slice(0, most)));
+    drawWarnings(document.getElementById("warning-table"));
+  }
+
+  // One row for each run and cause: a rule that is broken step after step would fill pages.
+  function drawWarnings(place) {
+    if (!data.warnings.length) {
+      place.append(element("p", { class: "note" }, "None was written to metrics.jsonl."));
+      return;
+    }
+    const groups = new Map();
+    for (const warning of data.warnings) {
+      const key = JSON.stringify([warning.run, warning.cause]);
+      if (!groups.has(key)) groups.set(key, []);
+      groups.get(key).push(warning);
+    }
+    const all = (group) => {
+      const made = element("details", { ontoggle: () => { if (made.children.length === 1) made.append(element("ul", {}, group.slice(1).map((w) => element("li", {}, w.text)))); } }, element("summary", {}, group[0].text));
+      return made;
+    };
+    place.append(table([
+      { name: "run", words: true, of: ([w]) => w.run, by: ([w]) => w.run },
+      { name: "cause", words: true, of: ([w]) => (w.cause == null ? "-" : words(w.cause)), by: ([w]) => w.cause },
+      { name: "times", of: (g) => String(g.length), by: (g) => g.length },
+      { name: "steps", of: (g) => (g.length > 1 ? `${g[0].step ?? "-"} to ${g.at(-1).step ?? "-"}` : String(g[0].step ?? "-")), by: (g) => g[0].step },
+      { name: "warning, the first of them", words: true, long: true, of: (g) => (g.length > 1 ? all(g) : g[0].text) },
+    ], [...groups.values()]));
+  }
+
+  function drawComparisons() {
+    if (!data.compared.length) return;
+    const place = document.getElementById("comparison");
+    place.hidden = false;
+    document.querySelector("nav a[href='#comparison']").hidden = false;
+    document.querySelector("#story h2").hidden = false;
+    for (const made of data.compared) {
+      if (data.compared.length > 1) place.append(element("h2", {}, made.name));
+      place.append(...showComparison(made, { element, table, card, fixed, dot, words }));
     }
   }
 
   // --- a page that is written anew while runs go on reloads itself and comes back to where it was
+
+  // Within the page: the address holds choices, not places.
+  function go(event) {
+    event.preventDefault();
+    document.querySelector(event.currentTarget.getAttribute("href")).scrollIntoView();
+  }
 
   let touched = 0;
   function watchFor(seconds) {
@@ -247,18 +380,15 @@
   if (["light", "dark"].includes(state.get("theme"))) document.documentElement.dataset.theme = state.get("theme");
   history.scrollRestoration = "manual";
   document.getElementById("title").textContent = data.title;
+  drawComparisons();
   drawHeadlines();
+  drawWords();
   for (const part of ["story", "paper"]) document.getElementById(`${part}-figures`).append(...data[part].map(card));
   drawTables();
   document.querySelectorAll(".card:not(.missing)").forEach((made) => near.observe(made));
   document.getElementById("theme").addEventListener("click", () => setTheme(theme() === "dark" ? "light" : "dark"));
   system.addEventListener("change", redraw);
-  for (const link of document.querySelectorAll("nav a")) {
-    link.addEventListener("click", (event) => {
-      event.preventDefault();
-      document.querySelector(link.getAttribute("href")).scrollIntoView();
-    });
-  }
+  document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", go));
   const comeBack = () => { if (history.state?.scroll != null) scrollTo(0, history.state.scroll); };
   const tokens = showTokens(document.getElementById("token-view"), data, { get: (key) => state.get(key), set: remember });
   comeBack();
@@ -266,7 +396,8 @@
     comeBack();
     history.replaceState(null, "");
   });
-  if (data.watch) watchFor(data.watch);
-  if (/^#(story|paper|tokens|runs)$/.test(location.hash)) document.querySelector(location.hash).scrollIntoView();
+  if (data.watch) watchFor(data.watch); // it reloads soon: no more is drawn than is looked at
+  else idle(drawWhenIdle);
+  if (/^#(comparison|story|paper|tokens|runs)$/.test(location.hash)) document.querySelector(location.hash).scrollIntoView();
   window.sapoReport = { data, figures, drawAll, tokens };
 })();

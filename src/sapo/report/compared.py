@@ -1,0 +1,239 @@
+"""Comparisons as a report shows them: the figures of results.json, as they stand there, and what they say in words.
+
+While runs go on there is no results.json yet, or one of an earlier stop: then what has ended is counted by
+`sapo.comparing`, which writes that file in the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sapo.comparing.plan import format_rate
+from sapo.config import ConfigError
+from sapo.report.runs import is_run
+from sapo.untrusted import visible
+
+FEW_SEEDS = 5
+"""Below so many, intervals over seeds are too narrow to conclude from."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison. Made by `find_comparisons`.
+
+    >>> made = Comparison("fig4", Path("comparisons/fig4"), {"runs": [], "cells": []}, "results.json", ())
+    >>> made.tasks, made.to_json()["source"]
+    ([], 'results.json')
+    """
+
+    name: str
+    path: Path
+    results: Mapping[str, Any]
+    """What results.json holds."""
+    source: str
+    """results.json, or that it was counted now."""
+    begun: tuple[str, ...]
+    """Names of the runs that have directories."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Those that any run that has ended was evaluated on."""
+        return list(dict.fromkeys(cell["task"] for cell in self.results["cells"]))
+
+    def cells(self, task: str) -> list[Mapping[str, Any]]:
+        """Of a task: arms at learning rates, in the order of the plan."""
+        return [cell for cell in self.results["cells"] if cell["task"] == task]
+
+    def state(self, run: Mapping[str, Any]) -> str:
+        """finished, failed, unfinished, or to come."""
+        return "to come" if run["state"] == "unfinished" and run["name"] not in self.begun else str(run["state"])
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value: results.json with states of the runs as `state` has them and their warnings by cause."""
+        runs = [
+            {**run, "state": self.state(run), "warnings": _by_cause(run), "reason": visible(run.get("reason") or "")}
+            for run in self.results["runs"]
+        ]
+        return {
+            "name": self.name,
+            "source": self.source,
+            "words": words_of(self),
+            "results": {**self.results, "runs": runs},
+            "alarms": {task: alarms_by_cause(self, task) for task in self.tasks},
+            "few_seeds": len(self.results["seeds"]) < FEW_SEEDS,
+        }
+
+
+def find_comparisons(paths: Sequence[Path]) -> tuple[list[Comparison], list[str]]:
+    """The comparisons among these paths, and a sentence for each that cannot be counted.
+
+    Raises:
+        ConfigError: results.json of one is not what `sapo compare` writes.
+    """
+    found, problems = [], []
+    for path in paths:
+        if (path / "comparison.yaml").is_file():
+            try:
+                found.append(read_comparison(path))
+            except UncountableError as error:
+                problems.append(str(error))
+    return found, problems
+
+
+class UncountableError(ValueError):
+    """A comparison that has not ended, of a plan that this version does not know."""
+
+
+def read_comparison(path: Path) -> Comparison:
+    """One comparison.
+
+    Raises:
+        ConfigError: its results.json is not what `sapo compare` writes.
+        UncountableError: its plan is of another version and it has no results.json.
+    """
+    name = path.resolve().name
+    begun = tuple(p.name for p in sorted((path / "runs").glob("*")) if is_run(p))
+    written = _written(path / "results.json")
+    if written is not None and all(run["state"] != "unfinished" for run in written["runs"]):
+        return Comparison(name, path, written, "results.json", begun)
+    try:
+        return Comparison(name, path, count(path), "the runs that have ended so far", begun)
+    except ConfigError as error:
+        if written is not None:
+            return Comparison(name, path, written, "results.json, of an earlier stop", begun)
+        raise UncountableError(
+            f"The comparison {name} cannot be counted, and its runs are shown without a table: "
+            f"{visible(str(error).splitlines()[0])}"
+        ) from error
+
+
+def count(path: Path) -> dict[str, Any]:
+    """What `sapo compare` would write of the runs that have ended.
+
+    Raises:
+        ConfigError: the plan or a run is of another version.
+    """
+    from sapo.comparing.outcomes import Outcome
+    from sapo.comparing.recipe import load_comparison
+    from sapo.comparing.results import ComparisonResults
+
+    plan = load_comparison(path)
+    return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(path)]).to_json()
+
+
+def _written(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(file.read_bytes())
+        for part in ("cells", "runs", "seeds", "learning_rates", "arms", "baseline", "budget", "tuned"):
+            results[part]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is not what `sapo compare` writes: {error!r}; move it away, and `sapo compare {file.parent}` "
+            "writes it anew"
+        ) from error
+    return results
+
+
+def _by_cause(run: Mapping[str, Any]) -> dict[str, int] | None:
+    """Early warnings of a run by cause; None where they were not counted."""
+    if run.get("warnings") is None:
+        return None
+    causes = [str(warning["cause"]) for warning in run["warnings"]]
+    return {cause: causes.count(cause) for cause in dict.fromkeys(causes)}
+
+
+def alarms_by_cause(comparison: Comparison, task: str) -> list[dict[str, Any]]:
+    """Of each named cause: how many of the collapsed and of the healthy runs it warned of.
+
+    The counts of all causes together are `results["warnings"][task]`.
+    """
+    ended = [
+        run for run in comparison.results["runs"] if run["state"] != "unfinished" and run.get("warnings") is not None
+    ]
+    judged = [(run["tasks"][task]["collapsed"], set(_by_cause(run) or {})) for run in ended if task in run["tasks"]]
+    causes = sorted({cause for _, own in judged for cause in own})
+    return [
+        {
+            "cause": cause,
+            "detected": sum(collapsed and cause in own for collapsed, own in judged),
+            "collapsed": sum(bool(collapsed) for collapsed, _ in judged),
+            "false_alarms": sum(not collapsed and cause in own for collapsed, own in judged),
+            "healthy": sum(not collapsed for collapsed, _ in judged),
+        }
+        for cause in causes
+    ]
+
+
+def words_of(comparison: Comparison) -> list[str]:
+    """The comparison in sentences: what it consists of, and of each task what came out."""
+    results = comparison.results
+    states = [comparison.state(run) for run in results["runs"]]
+    parts = [
+        _number(len(results["arms"]), "arm"),
+        _number(len(results["learning_rates"]), "learning rate"),
+        _number(len(results["seeds"]), "seed"),
+    ]
+    counts = {"have ended": states.count("finished") + states.count("failed"), "of them failed": states.count("failed")}
+    counts |= {"under way": states.count("unfinished"), "to come": states.count("to come")}
+    if counts["have ended"] == len(states) and not counts["of them failed"]:
+        made = f"{len(states)} runs, all ended"
+    else:
+        made = f"{len(states)} runs: " + ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    budget = results["budget"]
+    first = (
+        f"{' x '.join(parts)} = {made}. Every run: {budget['steps']} steps of {budget['prompts_per_step']} prompts x "
+        f"{budget['samples_per_prompt']}, {budget['minibatches']} mini-batches."
+    )
+    return [first, *(sentence for task in comparison.tasks for sentence in _words_of_task(comparison, task))]
+
+
+def _words_of_task(comparison: Comparison, task: str) -> list[str]:
+    results = comparison.results
+    tuned = [t for t in results["tuned"] if t["task"] == task]
+    ordered = sorted(tuned, key=lambda t: -t["final"]["value"])
+    rates = len(results["learning_rates"]) > 1
+    each = "; ".join(
+        f"{t['arm']} {_estimate(t['final'])}" + (f" at {format_rate(t['learning_rate'])}" if rates else "")
+        for t in ordered
+    )
+    at = ", each arm at the learning rate of its highest mean" if rates else ""
+    clear = [t for t in ordered if t["difference"] and (t["difference"]["low"] > 0 or t["difference"]["high"] < 0)]
+    against = "no interval of a difference from it excludes 0"
+    if clear:
+        against = "; ".join(
+            f"{t['arm']} {'above' if t['difference']['low'] > 0 else 'below'} it by "
+            f"{abs(t['difference']['value']):.3f} [{_ends(t['difference'])}]"
+            for t in clear
+        )
+    cells = comparison.cells(task)
+    collapsed = [
+        f"{c['arm']}{' at ' + format_rate(c['learning_rate']) if rates else ''} {c['collapsed']} of {len(c['seeds'])}"
+        for c in cells
+        if c["collapsed"]
+    ]
+    paired = f"Against {results['baseline']}, paired by seed and problem: {against}."
+    return [
+        f"Final pass@1 on {task}{at}, with 95% intervals: {each}.",
+        *([paired] if any(t["difference"] for t in ordered) else []),
+        f"Collapsed: {'; '.join(collapsed)}." if collapsed else "No run collapsed.",
+    ]
+
+
+def _ends(estimate: Mapping[str, float]) -> str:
+    """Of an interval that excludes 0, by size."""
+    low, high = sorted((abs(estimate["low"]), abs(estimate["high"])))
+    return f"{low:.3f}, {high:.3f}"
+
+
+def _estimate(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

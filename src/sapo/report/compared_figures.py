@@ -1,0 +1,164 @@
+"""The figures of a comparison: final pass@1 and paired differences with intervals and every seed, and curves by arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from sapo.comparing.plan import format_rate
+from sapo.report.arms import Arm
+from sapo.report.compared import Comparison
+from sapo.report.curves import arm_traces, pass_traces
+from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
+
+SEED_ABOVE = -0.22
+"""Seeds lie above the interval of their arm, by this share of a row."""
+
+MOST_COLUMNS = 4
+
+
+def comparison_figures(comparison: Comparison, arms: Sequence[Arm], prefix: str = "compared") -> list[Figure]:
+    """Of one comparison.
+
+    Args:
+        arms: those of its runs.
+        prefix: of the figures' keys.
+    """
+    several = len(comparison.tasks) > 1
+    figures = []
+    for place, task in enumerate(comparison.tasks, 1):
+        key, of = (f"{prefix}-task{place}", f", {task}") if several else (prefix, "")
+        figures.append(
+            _figure(f"{key}-final", f"Final pass@1{of}", FINAL, _panels(comparison, task, _final, "final pass@1"))
+        )
+        baseline = comparison.results["baseline"]
+        differences = _panels(comparison, task, _difference, f"final pass@1 less that of {baseline}")
+        if differences:
+            figures.append(_figure(f"{key}-difference", f"Difference from {baseline}{of}", DIFFERENCE, differences))
+        curves = _curves(arms, "pass@1", partial(pass_traces, task=task))
+        figures += _by_arm(f"{key}-pass1", f"Held-out pass@1 by arm{of}", curves)
+    rewards = _curves(arms, "mean reward", _reward_traces)
+    return [*figures, *_by_arm(f"{prefix}-reward", "Training reward by arm", rewards)]
+
+
+FINAL = (
+    "Last evaluation: a point for each seed, under them the mean with its 95% bootstrap interval over seeds and "
+    "problems. The dotted line is the mean pass@1 at the start. A cross is a run that failed: it counts as 0."
+)
+DIFFERENCE = (
+    "Paired: the same seeds at the same learning rate, on the same problems; 95% bootstrap intervals over both. Points "
+    "are single seeds. An interval that touches the dotted line at 0 shows no difference."
+)
+
+
+BY_ARM = (
+    "The same axes for every arm. Several seeds: the mean in a band from the lowest to the highest, each seed a thin "
+    "line."
+)
+
+
+def _figure(key: str, title: str, caption: str, panels: Sequence[Panel]) -> Figure:
+    return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=min(len(panels), 3))
+
+
+Draw = Callable[[Comparison, str, float, Sequence[str]], tuple[list[Trace], float]]
+"""Traces at one learning rate, and where the dotted line lies."""
+
+
+def _panels(comparison: Comparison, task: str, draw: Draw, x: str) -> list[Panel]:
+    """For each learning rate; a row for each arm."""
+    names, rates = list(comparison.results["arms"]), comparison.results["learning_rates"]
+    panels = []
+    for rate in rates:
+        traces, mark = draw(comparison, task, rate, names)
+        if traces:
+            title = f"lr {format_rate(rate)}" if len(rates) > 1 else ""
+            panels.append(Panel(x, "", tuple(traces), title, marks=(Mark("x", mark),), y_names=tuple(names)))
+    return share_axis(panels, "x")
+
+
+def _final(comparison: Comparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
+    traces: list[Trace] = []
+    cells = [c for c in comparison.cells(task) if c["learning_rate"] == rate]
+    for cell in cells:
+        row = names.index(cell["arm"])
+        ended = [r for r in _runs(comparison, cell["arm"], rate) if r["state"] != "unfinished" and task in r["tasks"]]
+        for failed in (False, True):
+            own = [r for r in ended if (r["state"] == "failed") == failed]
+            values = [0.0 if failed else r["tasks"][task]["final"] for r in own]
+            hovers = [f"seed {r['seed']}" + ": failed, counts as 0" * failed for r in own]
+            traces += _seeds(cell["arm"], row, values, hovers, crossed=failed)
+        traces.append(_interval(cell["arm"], row, cell["final"], f"mean of {len(cell['seeds'])} seeds"))
+    starts = [c["start"]["value"] for c in cells]
+    return traces, sum(starts) / len(starts) if starts else 0.0
+
+
+def _difference(comparison: Comparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
+    traces: list[Trace] = []
+    baseline = {
+        r["seed"]: final
+        for r in _runs(comparison, comparison.results["baseline"], rate)
+        if (final := _final_of(r, task)) is not None
+    }
+    for cell in comparison.cells(task):
+        if cell["learning_rate"] == rate and cell["difference"] is not None:
+            row = names.index(cell["arm"])
+            pairs = {
+                r["seed"]: final - baseline[r["seed"]]
+                for r in _runs(comparison, cell["arm"], rate)
+                if r["seed"] in baseline and (final := _final_of(r, task)) is not None
+            }
+            traces += _seeds(cell["arm"], row, list(pairs.values()), [f"seed {seed}" for seed in pairs])
+            traces.append(_interval(cell["arm"], row, cell["difference"], f"mean of {len(pairs)} pairs"))
+    return traces, 0.0
+
+
+def _runs(comparison: Comparison, arm: str, rate: float) -> list[Any]:
+    return [r for r in comparison.results["runs"] if r["arm"] == arm and r["learning_rate"] == rate]
+
+
+def _final_of(run: Any, task: str) -> float | None:
+    """As it counts: 0 of a run that failed; None of one that has not ended."""
+    if run["state"] == "unfinished" or task not in run["tasks"]:
+        return None
+    return 0.0 if run["state"] == "failed" else float(run["tasks"][task]["final"])
+
+
+def _seeds(arm: str, row: int, values: Sequence[float], hovers: Sequence[str], crossed: bool = False) -> list[Trace]:
+    if not values:
+        return []
+    rows = (row + SEED_ABOVE,) * len(values)
+    return [Trace("points", tuple(values), rows, name=arm, color=row, hovers=tuple(hovers), crossed=crossed)]
+
+
+def _interval(arm: str, row: int, estimate: Any, hover: str) -> Trace:
+    return Trace(
+        "intervals", (estimate["value"],), (float(row),), (estimate["low"],), (estimate["high"],), name=arm, color=row,
+        hover=hover,
+    )  # fmt: skip
+
+
+def _reward_traces(arm: Arm, *, color: int | None = None, name: str = "") -> list[Trace]:
+    return arm_traces(arm, lambda run: run.series("reward/mean"), color=color, name=name)
+
+
+def _curves(arms: Sequence[Arm], y: str, draw: Callable[..., list[Trace]]) -> list[Panel]:
+    """Axes for each arm; where there are several learning rates, each has a colour."""
+    rates = list(dict.fromkeys(arm.rate for arm in arms))
+    panels = []
+    for name in dict.fromkeys(arm.name for arm in arms):
+        traces: list[Trace] = []
+        for arm in arms:
+            if arm.name == name:
+                traces += draw(arm, color=rates.index(arm.rate), name=arm.rate) if arm.rate else draw(arm)
+        if traces:
+            panels.append(Panel("step", y, tuple(traces), title=name))
+    return share_axis(share_axis(panels), "x")
+
+
+def _by_arm(key: str, title: str, panels: Sequence[Panel]) -> list[Figure]:
+    if not panels:
+        return []
+    columns = min(len(panels), MOST_COLUMNS)
+    return [Figure(key, title, BY_ARM, tuple(panels), wide=True, columns=columns)]
