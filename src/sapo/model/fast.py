@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.native import Kernels, kernels
-from sapo.model.packed import OneTokenEach, PackedBlocks, PackedLinear, Panels, suits
+from sapo.model.packed import OneTokenEach, PackedBlocks, PackedLinear, Panels, panel_bytes, suits
 from sapo.model.policy import Policy
 
 OnExperts = Callable[[int, Tensor], None]
@@ -59,7 +59,7 @@ class Decoder(Protocol):
         ...
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """(N, V) logits in float32 of last hidden states; the caller may overwrite them."""
+        """(N, V) logits in float32 of last hidden states, valid until the next call; the caller may overwrite them."""
         ...
 
 
@@ -111,17 +111,16 @@ def copied_bytes(policy: Policy, calls: int) -> int:
         return 0
     pack = _packing(policy, calls)
     decoder: Any = policy.decoder
-    joined: list[tuple[Tensor, ...]] = []
-    single = [policy.head_weight]
+    parts: list[tuple[Tensor, ...]] = [(policy.head_weight,)]
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        joined.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
-        single.append(attention.o_proj.weight)
+        parts.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        parts.append((attention.o_proj.weight,))
         if not hasattr(mlp, "experts"):
-            joined.append((mlp.gate_proj.weight, mlp.up_proj.weight))
-            single.append(mlp.down_proj.weight)
-    copied = [w for weights in joined for w in weights]
-    copied += [w for w in single if isinstance(pack, Panels) or (pack and w.numel() >= PACKED_ELEMENTS)]
+            parts += [(mlp.gate_proj.weight, mlp.up_proj.weight), (mlp.down_proj.weight,)]
+    if isinstance(pack, Panels):
+        return sum(panel_bytes(weights) for weights in parts)
+    copied = [w for weights in parts for w in weights if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS)]
     return sum(w.numel() * w.element_size() for w in copied)
 
 
@@ -195,7 +194,9 @@ class FastDecoder:
 class _Layer:
     """One block; `add` adds what attention and MLP give to the residual stream in place."""
 
-    def __init__(self, layer: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self, layer: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None
+    ) -> None:
         attention = layer.self_attn
         self.number = int(attention.layer_idx)
         self.size: int = attention.head_dim
@@ -276,7 +277,7 @@ class _MLP:
             self.gated = pack.gated(mlp.gate_proj, mlp.up_proj)
         else:
             gate_up = _joined([mlp.gate_proj, mlp.up_proj], pack)
-            self.gated = lambda hidden_NH: _gated(gate_up(hidden_NH), native)
+            self.gated = partial(_gated_product, gate_up=gate_up, native=native)
         self.down = _joined([mlp.down_proj], pack)
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
@@ -370,6 +371,10 @@ def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Kernels | None) -> Tensor:
+    return _gated(gate_up(hidden_NH), native)
 
 
 def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:

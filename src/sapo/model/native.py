@@ -35,6 +35,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-share
 LANES = 16
 """What the cache pads its keys to; the same in kernels.c."""
 
+_PACKED = ("pack", "multiply", "step", "room", "draw")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -53,7 +54,7 @@ class Kernels:
             for dtype, suffix in _NAMES.items():
                 self._functions[name, dtype] = getattr(library, f"{name}_{suffix}")
         self._attend = library.attend
-        self._packed = {name: getattr(library, f"packed_{name}") for name in ("pack", "multiply", "step", "room")}
+        self._packed = {name: getattr(library, f"packed_{name}") for name in _PACKED}
         for function in (*self._functions.values(), self._attend, *self._packed.values()):
             function.argtypes, function.restype = [ctypes.c_void_p], None
         self._packed["room"].restype = library.packed_precisions.restype = ctypes.c_int64
@@ -190,7 +191,7 @@ def _own(compiler: list[str], name: str) -> ctypes.CDLL:
 
 def _compile(compiler: list[str], target: Path) -> Path:
     command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(target), "-lm"]
-    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    subprocess.run(command, capture_output=True, check=True, timeout=600)
     return target
 
 

@@ -1,4 +1,5 @@
-/* A decode step's blocks in one call, and products on weights packed for it: for processors with 512-bit registers.
+/* A decode step's blocks in one call, products on weights packed for it, and the draw: for processors with 512-bit
+   registers.
 
    model/packed.py says for which models; what a block computes is in model/fast.py, and tests hold the two together.
    A number of the model is a float or, in `narrow` models, a bfloat16. Products and keys take 32 bits at a time, one
@@ -17,10 +18,12 @@ void packed_pack(const int64_t *a) { (void)a; }
 void packed_multiply(const int64_t *a) { (void)a; }
 int64_t packed_room(const int64_t *a) { (void)a; return 0; }
 void packed_step(const int64_t *a) { (void)a; }
+void packed_draw(const int64_t *a) { (void)a; }
 
 #else
 
 #include <immintrin.h>
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -262,21 +265,26 @@ struct batch {
 };
 
 /* Keys and values of one stretch of a row's context, the tokens from `first` to `last` visible. The words of a key are
-   `stride` words apart, a block of LANES keys `block` words after the one before. */
+   `stride` words apart, a block of LANES keys `block` words after the one before. What is likely to be read next lies
+   `ahead` bytes further on. */
 struct stretch {
     int narrow;
     const void *keys, *values;
-    int64_t stride, block, first, last;
+    int64_t stride, block, first, last, ahead;
 };
 
 INLINE void block_scores(const int narrow, const int queries, const int blocks, const int32_t *query, int64_t words,
-                         const int32_t *keys, int64_t stride, int64_t block, float *scores, int64_t room) {
+                         const int32_t *keys, int64_t stride, int64_t block, int64_t ahead, float *scores,
+                         int64_t room) {
     __m512 sum[QUERIES][4];
     for (int r = 0; r < queries; r++)
         for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_setzero_ps();
     for (int64_t d = 0; d < words; d++) {
         __m512i key[4];
-        for (int b = 0; b < blocks; b++) key[b] = _mm512_loadu_si512(keys + b * block + d * stride);
+        for (int b = 0; b < blocks; b++) {
+            key[b] = _mm512_loadu_si512(keys + b * block + d * stride);
+            if (ahead) _mm_prefetch((const char *)(keys + b * block + d * stride) + ahead, _MM_HINT_T1);
+        }
         for (int r = 0; r < queries; r++)
             for (int b = 0; b < blocks; b++) sum[r][b] = add_product(narrow, sum[r][b], query[r * words + d], key[b]);
     }
@@ -290,11 +298,14 @@ INLINE void stretch_scores(const int narrow, const int queries, const int32_t *q
     const int64_t to = (c->last + LANES - 1) / LANES;
     int64_t b = c->first / LANES;
     for (; b + 4 <= to; b += 4, scores += 4 * LANES)
-        block_scores(narrow, queries, 4, query, words, keys + b * c->block, c->stride, c->block, scores, room);
+        block_scores(narrow, queries, 4, query, words, keys + b * c->block, c->stride, c->block, c->ahead, scores,
+                     room);
     for (; b + 2 <= to; b += 2, scores += 2 * LANES)
-        block_scores(narrow, queries, 2, query, words, keys + b * c->block, c->stride, c->block, scores, room);
+        block_scores(narrow, queries, 2, query, words, keys + b * c->block, c->stride, c->block, c->ahead, scores,
+                     room);
     for (; b < to; b++, scores += LANES)
-        block_scores(narrow, queries, 1, query, words, keys + b * c->block, c->stride, c->block, scores, room);
+        block_scores(narrow, queries, 1, query, words, keys + b * c->block, c->stride, c->block, c->ahead, scores,
+                     room);
 }
 
 /* out += weights times values, `columns` registers of each value. */
@@ -306,6 +317,9 @@ INLINE void mix_columns(const int narrow, const int queries, const int columns, 
     for (int64_t t = c->first; t < c->last; t++, weights++) {
         __m512 value[4];
         for (int j = 0; j < columns; j++) value[j] = load(narrow, c->values, t * size + d + j * LANES, 0xffff);
+        if (c->ahead)
+            for (int j = 0; j < columns; j += narrow ? 2 : 1)
+                _mm_prefetch((const char *)number(narrow, c->values, t * size + d + j * LANES) + c->ahead, _MM_HINT_T1);
         for (int r = 0; r < queries; r++)
             for (int j = 0; j < columns; j++)
                 sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * room]), value[j], sum[r][j]);
@@ -398,11 +412,11 @@ INLINE void attend_row(const int narrow, const struct model *m, const struct lay
         memcpy(values + own * words * 4, number(narrow, qkv, (m->heads + m->kv_heads + h) * size), (size_t)(4 * words));
         const struct stretch context[3] = {
             {0, l->preamble_keys + h * size * b->preamble_stride, l->preamble_values + h * size * b->preamble_stride,
-             b->preamble_stride, LANES, oldest, before},
+             b->preamble_stride, LANES, oldest, before, 0},
             {0, (const float *)base[0] + there, (const float *)base[1] + there, base[2], LANES,
-             oldest > before ? oldest - before : 0, prompt},
+             oldest > before ? oldest - before : 0, prompt, 0},
             {narrow, keys, values, LANES, LANES * words, oldest > before + prompt ? oldest - before - prompt : 0,
-             own + 1},
+             own + 1, b->length * words * 4},
         };
         for (int64_t r = 0; r < repeats; r += QUERIES) {
             const int64_t count = repeats - r < QUERIES ? repeats - r : QUERIES, first = (h * repeats + r) * size;
@@ -522,6 +536,86 @@ void packed_step(const int64_t *a) {
 #pragma omp parallel num_threads((int)b->threads) if (b->threads > 1)
     for (int64_t i = 0; i < m->layers; i++)
         add_block(m, m->layer + i, b, &w, w.threads + omp_get_thread_num() * room_of_thread(m, b));
+}
+
+#define DRAWN 1024 /* tokens whose weights are summed before one is looked for among them; a multiple of LANES */
+
+/* (x - top) / temperature of 16 logits, those beyond the mask at minus infinity. */
+INLINE __m512 below_top(const float *logits, int64_t v, int64_t vocabulary, __m512 top, __m512 temperature) {
+    const __mmask16 mask = vocabulary - v >= LANES ? 0xffff : (1u << (vocabulary - v)) - 1;
+    const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), mask, logits + v);
+    return _mm512_div_ps(_mm512_sub_ps(x, top), temperature);
+}
+
+/* e^x, and 0 where that is nothing beside the weight of 1 that the likeliest token has. */
+INLINE __m512 weight_of(__m512 x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ), exponential(x));
+}
+
+/* The first token whose cumulative weight exceeds uniform x total, and its log-probability. Sums are in float64: beside a
+   weight of 1 a float32 sum loses those of many unlikely tokens. */
+static void draw_row(const float *logits, int64_t vocabulary, float temperature, double uniform, double *sums,
+                     int64_t *token, float *logprob) {
+    const __m512 heat = _mm512_set1_ps(temperature), lowest = _mm512_set1_ps(-INFINITY);
+    __m512 most = lowest;
+    for (int64_t v = 0; v < vocabulary; v += LANES) {
+        const __mmask16 mask = vocabulary - v >= LANES ? 0xffff : (1u << (vocabulary - v)) - 1;
+        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, mask, logits + v));
+    }
+    const float highest = _mm512_reduce_max_ps(most);
+    const __m512 top = _mm512_set1_ps(highest);
+    __mmask16 unordered = 0;
+    double total = 0.0;
+    for (int64_t start = 0; start < vocabulary; start += DRAWN) {
+        const int64_t stop = start + DRAWN < vocabulary ? start + DRAWN : vocabulary;
+        __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+        for (int64_t v = start; v < stop; v += LANES) {
+            const __m512 x = below_top(logits, v, vocabulary, top, heat), weight = weight_of(x);
+            unordered |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+            low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(weight)));
+            high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(weight, 1)));
+        }
+        sums[start / DRAWN] = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+        total += sums[start / DRAWN];
+    }
+    *token = vocabulary - 1;
+    *logprob = NAN;
+    if (unordered) return; /* something was not a number, and the log-probability says so */
+    /* Rounding may leave something of the threshold beyond the last: the last that weighs anything is drawn then. */
+    double left = uniform * total;
+    int64_t block = 0, drawn = -1;
+    const int64_t blocks = (vocabulary + DRAWN - 1) / DRAWN;
+    int64_t last = blocks - 1;
+    while (sums[last] == 0.0) last--;
+    for (; block < last && left >= sums[block]; block++) left -= sums[block];
+    while (sums[block] == 0.0) block++;
+    float found = 0.0f;
+    for (int64_t v = block * DRAWN; v < (block + 1) * DRAWN && v < vocabulary; v += LANES) {
+        float x[LANES], weight[LANES];
+        const __m512 below = below_top(logits, v, vocabulary, top, heat);
+        _mm512_storeu_ps(x, below);
+        _mm512_storeu_ps(weight, weight_of(below));
+        for (int64_t i = 0; i < LANES; i++) {
+            if (weight[i] == 0.0f) continue;
+            drawn = v + i;
+            found = x[i];
+            if (left < (double)weight[i]) goto done;
+            left -= (double)weight[i];
+        }
+    }
+done:
+    *token = drawn;
+    *logprob = (float)((double)found - log(total));
+}
+
+/* a: logits, rows, vocabulary, temperature, uniforms (rows), scratch of a float64 for each DRAWN tokens of each row,
+   tokens (rows), log-probabilities (rows), threads */
+void packed_draw(const int64_t *a) {
+    const int64_t vocabulary = a[2], blocks = (vocabulary + DRAWN - 1) / DRAWN;
+#pragma omp parallel for num_threads((int)a[8]) schedule(static) if (a[8] > 1)
+    for (int64_t i = 0; i < a[1]; i++)
+        draw_row((const float *)a[0] + i * vocabulary, vocabulary, *(const float *)a[3], ((const double *)a[4])[i],
+                 (double *)a[5] + i * blocks, (int64_t *)a[6] + i, (float *)a[7] + i);
 }
 
 #endif

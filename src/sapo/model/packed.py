@@ -1,8 +1,8 @@
 """Products on weights packed for this processor, and a decode step's blocks in one call of packed.c.
 
 A few dozen rows times a weight matrix is what decoding consists of. Here a weight lies in panels of 32 outputs, in the
-order in which the product reads it; the next panel is fetched while one is multiplied; and what follows a product (bias,
-rounding, silu(gate) up, the sum into the residual stream) is done before its outputs leave the first-level cache.
+order in which the product reads it; the next panel is fetched while one is multiplied; and what follows a product
+(bias, rounding, silu(gate) up, the sum into the residual stream) is done while its outputs are in the nearest cache.
 Between products nothing goes back to Python. `fast.FastDecoder` takes this where the model and the processor `suit`,
 and oneDNN and its own operations elsewhere; both compute the same but for rounding. Here a row's numbers do not depend
 on the rows around it, to the bit.
@@ -10,6 +10,7 @@ on the rows around it, to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ PANEL = 32
 STORED, ADDED, GATED, WIDENED = range(4)
 """What becomes of outputs; the same in packed.c."""
 
-# Weights are packed anew for every rollout: in pages of 2 MiB, where there are any, without a fault for each 4 KiB.
+DRAWN = 1024
+"""Tokens of a partial sum of a draw; the same in packed.c."""
+
+# Weights are packed anew for every rollout, many into one piece of memory.
 CHUNK_BYTES = 2**25
 
 
@@ -97,6 +101,40 @@ def suits(decoder: Any, native: Kernels | None, dtype: torch.dtype) -> bool:
     )
 
 
+def panel_bytes(weights: Sequence[Tensor]) -> int:
+    """Of weights (M, K) with the same input, packed one behind the other."""
+    outputs = sum(len(w) for w in weights)
+    return -(-outputs // PANEL) * PANEL * weights[0].shape[1] * weights[0].element_size()
+
+
+def fresh_memory(num_bytes: int) -> Tensor:
+    """(num_bytes,) uint8 zeros in pages of 2 MiB where there are any: fewer faults, and fewer addresses to look up."""
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def draw(native: Kernels, logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(R,) tokens of softmax(logits / temperature) and their log-probabilities.
+
+    Args:
+        logits_RV: float32.
+        uniform_R: in (0, 1); the draw inverts the cumulative distribution, as `rollout.sampling` does.
+        temperature: above 0.
+    """
+    rows, vocabulary = logits_RV.shape
+    logits_RV, uniform_R = logits_RV.contiguous(), uniform_R.double().contiguous()
+    tokens_R, logprobs_R = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    sums = torch.empty(rows, -(-vocabulary // DRAWN), dtype=torch.float64)
+    factor = np.array([temperature], dtype=np.float32)
+    results = (t.data_ptr() for t in (uniform_R, sums, tokens_R, logprobs_R))
+    where = (logits_RV.data_ptr(), rows, vocabulary, factor.ctypes.data)
+    native.packed("draw", *where, *results, torch.get_num_threads())
+    return tokens_R, logprobs_R
+
+
 class Panels:
     """Packs weights, and holds them.
 
@@ -115,7 +153,7 @@ class Panels:
         """x W' + b of weights (M, K) with the same input: their outputs, one behind the other."""
         rows = np.concatenate([_addresses(w) for w in weights])
         held = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        return PackedLinear(self, self._packed(weights[0], rows), held, len(rows), weights[0].shape[1], STORED)
+        return PackedLinear(self, self._packed(weights, rows), held, len(rows), weights[0].shape[1], STORED)
 
     def gated(self, gate: Any, up: Any) -> PackedLinear:
         """silu(gate) up of two linear layers with the same input, (M, K) each."""
@@ -123,21 +161,19 @@ class Panels:
         bias = None
         if gate.bias is not None:
             bias = torch.stack([m.bias.detach().view(-1, LANES) for m in (gate, up)], dim=1).flatten()
-        return PackedLinear(self, self._packed(gate.weight, rows), bias, len(rows), gate.weight.shape[1], GATED)
+        packed = self._packed([gate.weight, up.weight], rows)
+        return PackedLinear(self, packed, bias, len(rows), gate.weight.shape[1], GATED)
 
-    def _packed(self, like_MK: Tensor, rows: np.ndarray) -> Tensor:
-        width = like_MK.shape[1] * like_MK.element_size()
-        packed = self._take(-(-len(rows) // PANEL) * PANEL * width)
-        self.native.packed("pack", rows.ctypes.data, len(rows), width // 4, packed.data_ptr())
+    def _packed(self, weights: Sequence[Tensor], rows: np.ndarray) -> Tensor:
+        packed = self._take(panel_bytes(weights))
+        words = weights[0].shape[1] * weights[0].element_size() // 4
+        self.native.packed("pack", rows.ctypes.data, len(rows), words, packed.data_ptr())
         return packed
 
     def _take(self, num_bytes: int) -> Tensor:
         if self._used + num_bytes > len(self._chunk):
             size = max(CHUNK_BYTES, num_bytes)
-            chunk = mmap.mmap(-1, size)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                chunk.madvise(mmap.MADV_HUGEPAGE)
-            self._chunk, self._used = torch.frombuffer(chunk, dtype=torch.uint8), 0
+            self._chunk, self._used = fresh_memory(size), 0
         self._used += num_bytes
         return self._chunk[self._used - num_bytes : self._used]
 
@@ -161,6 +197,7 @@ class PackedLinear:
         if bias is not None:
             self.bias = torch.nn.functional.pad(bias.detach().float(), (0, -outputs % PANEL))
         self.outputs, self.inputs, self.mode = outputs, inputs, mode
+        self._widened = torch.empty(0, outputs)
 
     @property
     def addresses(self) -> tuple[int, int]:
@@ -172,9 +209,10 @@ class PackedLinear:
         return self._multiply(input_NI, input_NI.new_empty(len(input_NI), width), self.mode)
 
     def widened(self, input_NI: Tensor) -> Tensor:
-        """The outputs in float32, after they were rounded to the weight's dtype."""
-        output = torch.empty(len(input_NI), self.outputs)
-        return self._multiply(input_NI, output, WIDENED)
+        """The outputs in float32, after they were rounded to the weight's dtype; valid until the next call."""
+        if len(self._widened) < len(input_NI):  # memory of that size would be given back and zeroed again at each step
+            self._widened = torch.empty(len(input_NI), self.outputs)
+        return self._multiply(input_NI, self._widened[: len(input_NI)], WIDENED)
 
     def _multiply(self, input_NI: Tensor, output: Tensor, mode: int) -> Tensor:
         input_NI = input_NI.contiguous()

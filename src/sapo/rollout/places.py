@@ -1,7 +1,7 @@
 """The rows' own keys and values as packed.c has them, and where all that a decode step looks at is.
 
 Blocks of LANES keys whose numbers lie side by side, so that a step reads memory in order; in the model's own precision,
-which the kernel widens as it reads; and rows that stay where they are when others leave, for it finds them by `place_R`.
+which the kernel widens as it reads; and rows that stay where they are when others leave, for `place_R` says where.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sapo.model.native import LANES
-from sapo.model.packed import Places
+from sapo.model.packed import Places, fresh_memory
 
 if TYPE_CHECKING:
     from sapo.rollout.layouts import NativeStep
@@ -29,8 +29,9 @@ class OwnTokens:
 
     def __init__(self, rows: int, length: int, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
         self.length = -(-length // LANES) * LANES
-        # Never read before it is written, but for what the softmax is told to leave out.
-        self.layers = [torch.empty(2, rows * kv_heads * self.length * size, dtype=dtype) for _ in range(layers)]
+        shape = (2, rows * kv_heads * self.length * size)
+        memory = fresh_memory(layers * 2 * shape[1] * dtype.itemsize)
+        self.layers = list(memory.view(dtype).view(layers, *shape))
         self.place_R = np.arange(rows)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
