@@ -1,9 +1,9 @@
 """The forward of common decoders, without gradient, as few and as large operations as there can be.
 
 Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
-joined, both packed for oneDNN where that pays, sums into the residual in place. `refusal` says why a policy is not
-exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with adapters, hooks
-or replaced forwards, which would be passed by here.
+joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. `refusal` says why a
+policy is not exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with
+adapters, hooks or replaced forwards, which would be passed by here.
 
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 

@@ -57,6 +57,7 @@ class Kernels:
         self._packed = {name: getattr(library, f"packed_{name}") for name in _PACKED}
         for function in (*self._functions.values(), self._attend, *self._packed.values()):
             function.argtypes, function.restype = [ctypes.c_void_p], None
+        self._attend.restype = ctypes.c_int64
         self._packed["room"].restype = library.packed_precisions.restype = ctypes.c_int64
         known = library.packed_precisions()
         self.packed_precisions = {dtype for bit, dtype in ((1, torch.float32), (2, torch.bfloat16)) if known & bit}
@@ -86,8 +87,13 @@ class Kernels:
         return output_NI
 
     def attend(self, numbers: np.ndarray) -> None:
-        """One decode step's attention of one layer; rollout/layouts.py fills in the numbers."""
-        self._attend(numbers.ctypes.data)
+        """One decode step's attention of one layer; rollout/layouts.py fills in the numbers.
+
+        Raises:
+            MemoryError: there was none for the scores.
+        """
+        if self._attend(numbers.ctypes.data):
+            raise MemoryError("no memory for the scores of a decode step; sample fewer rows or shorter completions")
 
     def packed(self, name: str, *numbers: int) -> int | None:
         """A function of packed.c; model/packed.py says with what."""
