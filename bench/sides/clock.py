@@ -96,26 +96,30 @@ class Listening:
             if library.is_available() and not self._on_gpu:
                 self._stack.enter_context(library.verbose(library.VERBOSE_ON))
 
-    def stop(self) -> str:
-        """Which libraries multiplied matrices, by their share of the time."""
+    def stop(self, own: dict[str, float] | None = None) -> str:
+        """Which libraries multiplied matrices, by their share of the time.
+
+        Args:
+            own: seconds of a side's own products, which no library tells of.
+        """
         self._stack.close()
         with self._file as heard:
             heard.seek(0)
             text = heard.read().decode(errors="replace")
         if self._on_gpu:
             return "cuBLASLt" if "lt" in str(torch.backends.cuda.preferred_blas_library()).lower() else "cuBLAS"
-        return describe_gemms(parse_gemms(text))
+        return describe_gemms({**parse_gemms(text), **(own or {})})
 
     def _give_back(self) -> None:
         os.dup2(self._stdout, 1)
         os.close(self._stdout)
 
 
-def gemm_backends(function: Callable[[], object], device: torch.device) -> str:
-    """Run a function once and say which libraries multiplied its matrices."""
+def gemm_backends(function: Callable[[], object], device: torch.device, own: dict[str, float] | None = None) -> str:
+    """Run a function once and say which libraries multiplied its matrices; `own` is read afterwards."""
     listening = Listening(device)
     try:
         function()
     finally:
-        heard = listening.stop()
+        heard = listening.stop(own)
     return heard

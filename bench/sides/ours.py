@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,6 +23,7 @@ from bench.sides.clock import gemm_backends, timed, use_machine
 from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.loop import TrainingRun
+from sapo.model.native import Kernels
 from sapo.model.policy import Policy, load_policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.preflight import load_tasks
@@ -206,6 +210,23 @@ def _training_run(settings: dict[str, Any], device: torch.device) -> TrainingRun
     return TrainingRun(config, RunDirectory.create(config), policy, load_tasks(config))
 
 
+@contextmanager
+def own_products() -> Iterator[dict[str, float]]:
+    """Seconds in the products of packed.c meanwhile, with what it does between those of a step."""
+    seconds: dict[str, float] = {}
+    packed = Kernels.packed
+
+    def timed_packed(self: Kernels, name: str, *numbers: int) -> int | None:
+        start = time.perf_counter()
+        result = packed(self, name, *numbers)
+        if name in ("multiply", "step"):
+            seconds["packed.c"] = seconds.get("packed.c", 0.0) + time.perf_counter() - start
+        return result
+
+    with patch.object(Kernels, "packed", timed_packed):
+        yield seconds
+
+
 ROLES = {"rollout": rollout, "update": update, "step": step}
 
 
@@ -217,7 +238,8 @@ def main(commands: Commands) -> None:
     work = ROLES[settings["role"]](settings, device)
     warm = limits_of(settings, "warm")
     work(warm)
-    backends = gemm_backends(lambda: work(warm), device)
+    with own_products() as own:
+        backends = gemm_backends(lambda: work(warm), device, own)
     commands.ready(backends=backends)
     for do in commands:
         limits = limits_of(settings, do)

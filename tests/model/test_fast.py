@@ -88,14 +88,19 @@ def kernels(request, monkeypatch):
         pytest.skip("there is no C compiler")
 
 
-@pytest.fixture(params=["packed", "plain"])
+@pytest.fixture(params=["panels", "packed", "plain"])
 def packing(request, monkeypatch):
-    """With weights packed for oneDNN however small, and without."""
+    """With weights in panels where packed.c multiplies, packed for oneDNN however small, and as they are."""
+    found = native.kernels(torch.device("cpu"), torch.float32)
+    if request.param == "panels" and (found is None or torch.float32 not in found.packed_precisions):
+        pytest.skip("packed.c is not for this processor, or there is no compiler")
+    if request.param != "panels":
+        monkeypatch.setattr(fast, "suits", lambda *_: False)
     if request.param == "packed":
         if not fast._packs(torch.float32, torch.device("cpu")):
             pytest.skip("oneDNN packs no weights here")
         monkeypatch.setattr(fast, "PACKED_ELEMENTS", 0)
-    return fast.PACKED_CALLS if request.param == "packed" else 1
+    return 1 if request.param == "plain" else fast.PACKED_CALLS
 
 
 def batch():
@@ -229,10 +234,10 @@ def test_the_bytes_that_are_held_twice_are_counted(packing):
     policy = make("qwen3")
     decoder = FastDecoder(policy, packing)
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    linears = [decoder.head]
+    weights = [decoder.head.weight]
     for layer in decoder.layers:
-        linears += [layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down]
-    copies = [
-        linear.weight for linear in linears if linear.packed or linear.weight.untyped_storage().data_ptr() not in own
-    ]
-    assert copied_bytes(policy, packing) == sum(4 * weight.numel() for weight in copies)
+        gated = layer.mlp.gated
+        weights += [part.weight for part in (layer.qkv, layer.out, layer.mlp.down)]
+        weights.append(gated.weight if decoder.blocks is not None else gated.keywords["gate_up"].weight)
+    copies = [w for w in weights if w.untyped_storage().data_ptr() not in own]
+    assert copied_bytes(policy, packing) == sum(w.numel() * w.element_size() for w in copies)

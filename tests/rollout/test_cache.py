@@ -141,6 +141,15 @@ def test_the_compiled_kernel_is_the_one_that_runs(monkeypatch):
     assert calls == [1]
 
 
+def test_missing_memory_is_said(monkeypatch):
+    found = native.kernels(CPU, torch.float32)
+    if found is None:
+        pytest.skip("there is no C compiler")
+    monkeypatch.setattr(found, "_attend", lambda numbers: 1)  # one thread found none
+    with pytest.raises(MemoryError, match="sample fewer rows"):
+        found.attend(np.zeros(1, dtype=np.int64))
+
+
 def test_a_cache_of_float64_is_read_as_float64(kernels):
     model = Model(4, 2, 16, 17, torch.float64)
     model.admit([0, 1])

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from sapo.model import native
 from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens, truncate
 
@@ -22,6 +23,17 @@ SETTINGS = {
     "all": {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "min_p": 0.1},
 }
 every_setting = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    """With the draw of packed.c, and without."""
+    if request.param == "torch":
+        monkeypatch.setenv("SAPO_NATIVE", "0")
+        return
+    found = native.kernels(torch.device("cpu"), torch.float32)
+    if found is None or not found.packed_precisions:
+        pytest.skip("packed.c is not for this processor, or there is no compiler")
 
 
 def params(**options):
@@ -219,3 +231,12 @@ def test_top_p_of_a_large_vocabulary_keeps_what_sorting_all_of_it_keeps(top_p):
     # transformers sums 5000 float32 probabilities from the smallest up: its border may be a token off in the tail.
     assert bool(((kept_RV ^ expected_RV).sum(-1) <= 1 + expected_RV.sum(-1) // 500).all())
     assert int(expected_RV[0].sum()) < 256 < int(expected_RV[-1].sum())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_give_a_logprob_that_is_none(wrong):
+    logits_RV = random_logits(3, 40)
+    logits_RV[1, 7] = wrong
+    tokens_R, logprobs_R = sample_tokens(logits_RV, uniforms(3), params())
+    assert logprobs_R.isnan().tolist() == [False, True, False]
+    assert ((tokens_R >= 0) & (tokens_R < 40)).all()

@@ -1,9 +1,9 @@
 """The forward of common decoders, without gradient, as few and as large operations as there can be.
 
 Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
-joined, both packed for oneDNN where that pays, sums into the residual in place. `refusal` says why a policy is not
-exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with adapters, hooks
-or replaced forwards, which would be passed by here.
+joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. `refusal` says why a
+policy is not exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with
+adapters, hooks or replaced forwards, which would be passed by here.
 
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.native import Kernels, kernels
+from sapo.model.packed import OneTokenEach, PackedBlocks, PackedLinear, Panels, panel_bytes, suits
 from sapo.model.policy import Policy
 
 OnExperts = Callable[[int, Tensor], None]
@@ -46,6 +47,10 @@ PACKED_ROWS = 64
 """The rows that oneDNN chooses the packed order for. What it chooses serves 1 to 300 rows as well (docs/log.md)."""
 
 
+Packing = bool | Panels
+"""Into panels for packed.c, for oneDNN, or not at all."""
+
+
 class Decoder(Protocol):
     """What the rollout engine needs of a model."""
 
@@ -54,7 +59,7 @@ class Decoder(Protocol):
         ...
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """(N, V) logits in float32 of last hidden states; the caller may overwrite them."""
+        """(N, V) logits in float32 of last hidden states, valid until the next call; the caller may overwrite them."""
         ...
 
 
@@ -104,19 +109,18 @@ def copied_bytes(policy: Policy, calls: int) -> int:
     """Bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
     if refusal(policy) is not None:
         return 0
-    pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
+    pack = _packing(policy, calls)
     decoder: Any = policy.decoder
-    joined: list[tuple[Tensor, ...]] = []
-    single = [policy.head_weight]
+    parts: list[tuple[Tensor, ...]] = [(policy.head_weight,)]
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        joined.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
-        single.append(attention.o_proj.weight)
+        parts.append((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        parts.append((attention.o_proj.weight,))
         if not hasattr(mlp, "experts"):
-            joined.append((mlp.gate_proj.weight, mlp.up_proj.weight))
-            single.append(mlp.down_proj.weight)
-    copied = [w for weights in joined for w in weights]
-    copied += [w for w in single if pack and w.numel() >= PACKED_ELEMENTS]
+            parts += [(mlp.gate_proj.weight, mlp.up_proj.weight), (mlp.down_proj.weight,)]
+    if isinstance(pack, Panels):
+        return sum(panel_bytes(weights) for weights in parts)
+    copied = [w for weights in parts for w in weights if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS)]
     return sum(w.numel() * w.element_size() for w in copied)
 
 
@@ -146,8 +150,8 @@ class FastDecoder:
 
     def __init__(self, policy: Policy, calls: int, on_experts: OnExperts | None = None) -> None:
         decoder: Any = policy.decoder
-        pack = calls >= PACKED_CALLS and _packs(policy.dtype, policy.device)
         native = kernels(policy.device, policy.dtype)
+        pack = _packing(policy, calls)
         self.embedding = decoder.embed_tokens.weight.detach()
         self.scale = policy.logit_scale
         routers = [layer for layer in decoder.layers if hasattr(layer.mlp, "experts")]
@@ -156,8 +160,12 @@ class FastDecoder:
         }
         self.layers = [_Layer(layer, pack, native, tell.get(layer)) for layer in decoder.layers]
         self.norm = _Norm(decoder.norm, native)
-        self.head = Linear(policy.head_weight, policy.head_bias, pack)
+        self.head = _linear([policy.head_weight], [policy.head_bias], pack)
         self.rotary = decoder.rotary_emb
+        self.blocks: PackedBlocks | None = None
+        """What makes decode steps in place of the layers."""
+        if isinstance(pack, Panels):
+            self.blocks = PackedBlocks(self.layers, self.embedding.shape[1], pack.native, policy.dtype)
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout, static: bool = False) -> Tensor:
         """See `Decoder.hidden`.
@@ -167,14 +175,17 @@ class FastDecoder:
         """
         hidden_NH = F.embedding(token_ids_N, self.embedding)
         angles = self._rotation(position_ids_N)
-        for layer in self.layers:
-            layer.add(hidden_NH, angles, layout, static)
+        if self.blocks is not None and isinstance(layout, OneTokenEach):
+            self.blocks.add(hidden_NH, angles, layout)
+        else:
+            for layer in self.layers:
+                layer.add(hidden_NH, angles, layout, static)
         hidden_NH = self.norm(hidden_NH)
         return hidden_NH if self.scale == 1.0 else hidden_NH.mul_(self.scale)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        return self.head(hidden_NH).float()
+        return self.head.widened(hidden_NH)
 
     def _rotation(self, position_ids_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos (N, D) and, with the sign of the half it multiplies, sin (N, D), as the model computes them."""
@@ -187,7 +198,9 @@ class FastDecoder:
 class _Layer:
     """One block; `add` adds what attention and MLP give to the residual stream in place."""
 
-    def __init__(self, layer: Any, pack: bool, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self, layer: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None
+    ) -> None:
         attention = layer.self_attn
         self.number = int(attention.layer_idx)
         self.size: int = attention.head_dim
@@ -201,8 +214,8 @@ class _Layer:
         self.input_norm, self.mlp_norm = (
             _Norm(norm, native) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
-        self.qkv = Linear.joined([attention.q_proj, attention.k_proj, attention.v_proj], pack)
-        self.out = Linear.of(attention.o_proj, pack)
+        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], pack)
+        self.out = _joined([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
         self.mlp: Any = _Experts(layer.mlp, native, tell) if experts else _MLP(layer.mlp, pack, native)
@@ -262,13 +275,17 @@ class _Turn:
 class _MLP:
     """down(silu(gate) * up), gate and up in one product."""
 
-    def __init__(self, mlp: Any, pack: bool, native: Kernels | None) -> None:
-        self.native = native
-        self.gate_up = Linear.joined([mlp.gate_proj, mlp.up_proj], pack)
-        self.down = Linear.of(mlp.down_proj, pack)
+    def __init__(self, mlp: Any, pack: Packing, native: Kernels | None) -> None:
+        self.gated: Callable[[Tensor], Tensor]
+        if isinstance(pack, Panels):
+            self.gated = pack.gated(mlp.gate_proj, mlp.up_proj)
+        else:
+            gate_up = _joined([mlp.gate_proj, mlp.up_proj], pack)
+            self.gated = partial(_gated_product, gate_up=gate_up, native=native)
+        self.down = _joined([mlp.down_proj], pack)
 
     def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
-        return self.down(_gated(self.gate_up(hidden_NH), self.native))
+        return self.down(self.gated(hidden_NH))
 
 
 class _Experts:
@@ -316,7 +333,7 @@ class _Experts:
 
 
 class Linear:
-    """x W' + b of one weight or of several joined, packed for oneDNN where that was asked for and pays."""
+    """x W' + b of one weight, packed for oneDNN where that was asked for and pays."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
         self.weight = weight.detach()
@@ -325,23 +342,39 @@ class Linear:
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_ROWS)
 
-    @classmethod
-    def of(cls, module: nn.Linear, pack: bool) -> Linear:
-        """A linear layer's."""
-        return cls(module.weight, module.bias, pack)
-
-    @classmethod
-    def joined(cls, modules: list[nn.Linear], pack: bool) -> Linear:
-        """Of linear layers with the same input: their outputs, one behind the other."""
-        biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
-        assert len(biases) in (0, len(modules)), "joined layers have all a bias or none"
-        weight = torch.cat([m.weight for m in modules])
-        return cls(weight, torch.cat(biases) if biases else None, pack)
-
     def __call__(self, input_NI: Tensor) -> Tensor:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(input_NI, self.weight, self.bias, "none", [], "")
         return F.linear(input_NI, self.weight, self.bias)
+
+    def widened(self, input_NI: Tensor) -> Tensor:
+        """The outputs in float32, after they were rounded to the weight's dtype."""
+        return self(input_NI).float()
+
+
+def _joined(modules: list[nn.Linear], pack: Packing) -> Linear | PackedLinear:
+    """Of linear layers with the same input: their outputs, one behind the other."""
+    biases: list[Tensor | None] = [m.bias for m in modules]
+    assert len({bias is None for bias in biases}) == 1, "joined layers have all a bias or none"
+    return _linear([m.weight for m in modules], biases, pack)
+
+
+def _linear(weights: list[Tensor], biases: list[Tensor | None], pack: Packing) -> Linear | PackedLinear:
+    if isinstance(pack, Panels):
+        return pack.linear(weights, biases)
+    held = [bias for bias in biases if bias is not None]
+    bias = torch.cat(held) if len(held) > 1 else next(iter(held), None)
+    return Linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, pack)
+
+
+def _packing(policy: Policy, calls: int) -> Packing:
+    """How weights are packed for so many calls on this machine."""
+    native = kernels(policy.device, policy.dtype)
+    if calls < PACKED_CALLS:
+        return False
+    if native is not None and suits(policy.decoder, native, policy.dtype):
+        return Panels(native, policy.dtype)
+    return _packs(policy.dtype, policy.device)
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -355,6 +388,10 @@ def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Kernels | None) -> Tensor:
+    return _gated(gate_up(hidden_NH), native)
 
 
 def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:

@@ -167,17 +167,21 @@ enum {
 };
 
 /* Store the new key and value of each row and attend. Rows come in the order of their prompts, so that a prompt's keys
-   are in the processor's cache for all its samples. BASES: keys, values and stride of each pool. */
-void attend(const int64_t *a) {
+   are in the processor's cache for all its samples. BASES: keys, values and stride of each pool. Returns how many threads
+   found no memory, whose rows are then missing. */
+int64_t attend(const int64_t *a) {
     const int64_t heads = a[KV_HEADS], repeats = a[REPEATS], size = a[SIZE], length = a[LENGTH];
     const int64_t room = a[LONGEST] + 3 * 2 * LANES, window = a[WINDOW];
     const float scaling = *(const float *)a[SCALING];
-#pragma omp parallel num_threads((int)a[THREADS]) if (a[THREADS] > 1)
+    int64_t without = 0;
+#pragma omp parallel num_threads((int)a[THREADS]) reduction(+ : without) if (a[THREADS] > 1)
     {
         float *scores = malloc(sizeof(float) * (size_t)(repeats * (room + size)));
-        float *query = scores + repeats * room;
+        float *query = scores == NULL ? NULL : scores + repeats * room;
+        without += scores == NULL;
 #pragma omp for schedule(static)
         for (int64_t place = 0; place < a[ROWS]; place++) {
+            if (scores == NULL) continue; /* every thread must come by the loop */
             const int64_t row = ((const int64_t *)a[ORDER])[place], own = ((const int64_t *)a[OWN])[row];
             const int64_t prompt = ((const int64_t *)a[PROMPT])[row], slot = ((const int64_t *)a[SLOT])[row];
             const int64_t *base = (const int64_t *)a[BASES] + 3 * ((const int64_t *)a[POOL])[row];
@@ -238,4 +242,5 @@ void attend(const int64_t *a) {
         }
         free(scores);
     }
+    return without;
 }

@@ -1,7 +1,7 @@
-"""Kernels of kernels.c, compiled on first use for the machine at hand; None where that cannot be.
+"""Kernels of kernels.c and packed.c, compiled on first use for the machine at hand; None where that cannot be.
 
 A decode step of a small model consists of many small operations, and calling torch for each takes longer than the
-arithmetic. The C compiler of the machine (`cc`, or $CC) turns one file into a shared library in about a second. It is
+arithmetic. The C compiler of the machine (`cc`, or $CC) turns the files into a shared library in a few seconds. It is
 kept in the cache directory under a name that holds the source, the compiler and the processor; where that directory
 cannot be written or is open to other users, whose code would then be run, each process makes its own. Without a
 compiler, on another device, or with SAPO_NATIVE=0 everything runs through torch: the numbers differ in rounding only,
@@ -28,21 +28,22 @@ from torch import Tensor
 
 from sapo.model.sources import cache_directory
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "packed.c"))
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
 
 LANES = 16
 """What the cache pads its keys to; the same in kernels.c."""
 
+_PACKED = ("pack", "multiply", "step", "room", "draw")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class Kernels:
-    """The functions of a compiled kernels.c. Tensors are contiguous unless said.
+    """The functions of the compiled SOURCES. Tensors are contiguous unless said.
 
     Args:
-        library: a compiled kernels.c.
+        library: the compiled SOURCES.
         name: what tells it from those of another source, compiler or processor.
     """
 
@@ -53,8 +54,14 @@ class Kernels:
             for dtype, suffix in _NAMES.items():
                 self._functions[name, dtype] = getattr(library, f"{name}_{suffix}")
         self._attend = library.attend
-        for function in (*self._functions.values(), self._attend):
+        self._packed = {name: getattr(library, f"packed_{name}") for name in _PACKED}
+        for function in (*self._functions.values(), self._attend, *self._packed.values()):
             function.argtypes, function.restype = [ctypes.c_void_p], None
+        self._attend.restype = ctypes.c_int64
+        self._packed["room"].restype = library.packed_precisions.restype = ctypes.c_int64
+        known = library.packed_precisions()
+        self.packed_precisions = {dtype for bit, dtype in ((1, torch.float32), (2, torch.bfloat16)) if known & bit}
+        """What packed.c multiplies on this processor."""
 
     def norm(self, input_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
         """RMSNorm, rounded before the weight multiplies."""
@@ -80,8 +87,18 @@ class Kernels:
         return output_NI
 
     def attend(self, numbers: np.ndarray) -> None:
-        """One decode step's attention of one layer; rollout/layouts.py fills in the numbers."""
-        self._attend(numbers.ctypes.data)
+        """One decode step's attention of one layer; rollout/layouts.py fills in the numbers.
+
+        Raises:
+            MemoryError: there was none for the scores.
+        """
+        if self._attend(numbers.ctypes.data):
+            raise MemoryError("no memory for the scores of a decode step; sample fewer rows or shorter completions")
+
+    def packed(self, name: str, *numbers: int) -> int | None:
+        """A function of packed.c; model/packed.py says with what."""
+        result: int | None = self._packed[name]((ctypes.c_int64 * len(numbers))(*numbers))
+        return result
 
     def _call(self, name: str, like: Tensor, *numbers: int) -> None:
         self._functions[name, like.dtype]((ctypes.c_int64 * len(numbers))(*numbers))
@@ -146,7 +163,8 @@ def _load() -> Kernels | None:
 def _name(compiler: list[str]) -> str:
     """By all that the library depends on."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_bytes(), version, " ".join((*compiler, *FLAGS)).encode(), _processor().encode())
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    parts = (sources, version, " ".join((*compiler, *FLAGS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -178,8 +196,8 @@ def _own(compiler: list[str], name: str) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], target: Path) -> Path:
-    command = [*compiler, *FLAGS, str(SOURCE), "-o", str(target), "-lm"]
-    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(target), "-lm"]
+    subprocess.run(command, capture_output=True, check=True, timeout=600)
     return target
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sapo.model.native import LANES
+from sapo.rollout.places import OwnTokens
 
 # Prompts share a pool when the shorter would be padded to no more than twice its length; short ones always do, since a
 # call of a kernel costs more than the padding.
@@ -96,6 +97,8 @@ class KVCache:
         self.pools: list[Pool] = []
         self.pool_of: dict[int, Pool] = {}
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.own_tokens: OwnTokens | None = None
+        """In place of `layers` where packed.c decodes."""
         for members in _similar(self.prompt_length):
             slots = min(len(members), SLOTS_PER_GROUP * (rows // min(samples[i] for i in members)))
             pool = Pool(slots, int(self.prompt_length[members].max()))
@@ -148,6 +151,8 @@ class KVCache:
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy rows `source` over rows `target`, their first `length` tokens."""
+        if self.own_tokens is not None:
+            self.own_tokens.move(source.numpy(), target.numpy())
         for keys, values in self.layers.values():
             keys[target, :, :, :length] = keys[source, :, :, :length]
             values[target, :, :length] = values[source, :, :length]

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from sapo.model.attention import attention
 from sapo.model.native import LANES, kernels
+from sapo.model.packed import Places
 from sapo.rollout.cache import KVCache, Pool, cache_dtype
+from sapo.rollout.places import places_of
 
 
 class PrefillLayout:
@@ -144,7 +146,7 @@ class Arrangement:
             num_keys = int(cache.prompt_length[present].max())
             self.parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(device), len(present), num_keys))
         self.inverse = torch.from_numpy(inverse).to(device)
-        self.native = _NativeStep(cache, group_R, order) if kernels(device, torch.float32) is not None else None
+        self.native = NativeStep(cache, group_R, order) if kernels(device, torch.float32) is not None else None
         self.num_keys = max(part.num_keys for part in self.parts)
         self.even = bool((self.prompt_R == self.num_keys).all())
         """Whether every row's prompt has the same length, so that none is padded."""
@@ -270,6 +272,11 @@ class DecodeLayout(_Joined):
             return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
         return super().attend(layer, query, key, value, scaling, sliding_window, softcap)
 
+    def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
+        """See `sapo.model.packed.OneTokenEach`."""
+        assert self.arrangement.native is not None, "packed.c is compiled where kernels.c is"
+        return self.arrangement.native.places(layers, kv_heads, size, dtype)
+
     def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
         if (sliding_window, dtype) not in self._masks:
             mask = None
@@ -334,7 +341,7 @@ class StaticLayout(_Joined):
         return hidden_RK
 
 
-class _NativeStep:
+class NativeStep:
     """An arrangement as the kernel `attend` of kernels.c reads it.
 
     Args:
@@ -351,7 +358,8 @@ class _NativeStep:
         self.slot_R = np.array([place[int(g)][1] for g in group_R])
         self.prompt_R = cache.prompt_length[group_R]
         self.longest = cache.preamble.length + int(self.prompt_R.max()) + cache.length
-        self.bases: dict[int, np.ndarray] = {}
+        self._found: dict[int, np.ndarray] = {}
+        self._places: Places | None = None
 
     def attend(
         self,
@@ -380,7 +388,7 @@ class _NativeStep:
                 *(rows, kv_heads, heads // kv_heads, size, factor.ctypes.data, sliding_window or 0),
                 *(torch.get_num_threads(), keys.data_ptr(), values.data_ptr(), keys.shape[3]),
                 *(a.ctypes.data for a in (length_R, self.order, self.pool_R, self.slot_R, self.prompt_R)),
-                *(self._bases(layer).ctypes.data, before_keys.data_ptr(), before_values.data_ptr()),
+                *(self.bases(layer).ctypes.data, before_keys.data_ptr(), before_values.data_ptr()),
                 *(before_keys.shape[3], before.length, self.longest),
             ],
             dtype=np.int64,
@@ -390,12 +398,18 @@ class _NativeStep:
         native.attend(numbers)
         return output_RHD.to(query.dtype)
 
-    def _bases(self, layer: int) -> np.ndarray:
+    def bases(self, layer: int) -> np.ndarray:
         """Addresses of each pool's keys and values, and the tokens they have room for."""
-        if layer not in self.bases:
+        if layer not in self._found:
             layers = [pool.layers[layer] for pool in self.pools]
-            self.bases[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
-        return self.bases[layer]
+            self._found[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
+        return self._found[layer]
+
+    def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
+        """See `sapo.model.packed.OneTokenEach`."""
+        if self._places is None:
+            self._places = places_of(self, layers, kv_heads, size, dtype)
+        return self._places
 
 
 def _suits_kernel(query_RHD: Tensor, key_RhD: Tensor, value_RhD: Tensor) -> bool:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sapo.model.native import kernels
+from sapo.model.packed import draw
+
 # Of a large vocabulary top-p looks at so many tokens first: they hold .95 of nearly every distribution of a language
 # model, and finding them is twenty times cheaper than sorting 49,152.
 NUCLEUS_TOKENS = 256
@@ -72,9 +75,16 @@ def sample_tokens(
     if params.temperature == 0.0:
         tokens_R = logits_RV.argmax(dim=-1)
         return tokens_R, torch.log_softmax(logits_RV, dim=-1).gather(1, tokens_R[:, None])[:, 0]
+    native = kernels(logits_RV.device, logits_RV.dtype) if logits_RV.dtype == torch.float32 else None
+    if native is not None and not native.packed_precisions:
+        native = None
+    if native is not None and params.full_distribution:
+        return draw(native, logits_RV, uniform_R, params.temperature)
     if params.temperature != 1.0:
         logits_RV = logits_RV.div_(params.temperature)
     logits_RV = truncate(logits_RV, params, look)
+    if native is not None:
+        return draw(native, logits_RV, uniform_R, 1.0)
     blocks = _Blocks(logits_RV.shape[1])
     top_R1, likeliest_R1 = blocks.reduce(torch.amax, logits_RV).max(dim=-1, keepdim=True)
     # From here on probabilities relative to the likeliest token's, in place of the logits.

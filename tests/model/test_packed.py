@@ -1,0 +1,165 @@
+"""Products and decode steps of packed.c against float64, the plain model and themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fast import MODELS, make
+from torch import nn
+
+from plain_models import plain_copy
+from sapo.data import Prompt
+from sapo.model import native
+from sapo.model.fast import PACKED_CALLS, FastDecoder
+from sapo.model.packed import PackedBlocks, Panels
+from sapo.rollout.engine import Request
+from sapo.rollout.local import LocalEngine
+from sapo.rollout.sampling import SamplingParams
+
+FOUND = native.kernels(torch.device("cpu"), torch.float32)
+KNOWN = set() if FOUND is None else FOUND.packed_precisions
+pytestmark = pytest.mark.skipif(not KNOWN, reason="packed.c is not for this processor, or there is no compiler")
+
+PRECISIONS = [torch.float32, torch.bfloat16]
+every_precision = pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+# Tiles of 1 to 14 rows, several tiles, and more rows than are taken at once; whole panels and parts of one.
+every_size = pytest.mark.parametrize("rows", [*range(1, 15), 15, 43, 225])
+every_width = pytest.mark.parametrize("outputs", [32, 96, 1, 21, 50])
+DENSE = [name for name in MODELS if "moe" not in name]
+
+
+def panels(dtype):
+    if dtype not in KNOWN:
+        pytest.skip(f"packed.c does not multiply {dtype} on this processor")
+    return Panels(FOUND, dtype)
+
+
+def normal(*shape, seed, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(got, exact, dtype):
+    """To the rounding of 24 bits with sums of some dozens, or of 8."""
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=2e-5)
+
+
+@every_precision
+@every_size
+@every_width
+def test_products_are_those_of_float64(rows, outputs, dtype):
+    x, bias = normal(rows, 70, seed=1, dtype=dtype), normal(outputs, seed=2, dtype=dtype)
+    weight = normal(outputs, 70, seed=3, dtype=dtype)
+    exact = x.double() @ weight.double().T
+    plain, biased = (panels(dtype).linear([weight], [b]) for b in (None, bias))
+    assert_near(plain(x), exact, dtype)
+    assert_near(biased(x), exact + bias.double(), dtype)
+    assert biased(x).dtype == dtype
+    assert biased.widened(x).dtype == torch.float32
+    assert torch.equal(biased.widened(x), biased(x).float())
+
+
+@every_precision
+def test_joined_weights_give_their_outputs_one_behind_the_other(dtype):
+    x, weights = normal(9, 70, seed=1, dtype=dtype), [normal(n, 70, seed=n, dtype=dtype) for n in (48, 16, 21)]
+    joined = panels(dtype).linear(weights, [None] * 3)
+    each = [panels(dtype).linear([w], [None])(x) for w in weights]
+    assert torch.equal(joined(x), torch.cat(each, dim=1))
+
+
+@every_precision
+@every_size
+@pytest.mark.parametrize("bias", [False, True])
+def test_gates_are_those_of_float64(rows, dtype, bias):
+    packer = panels(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gate, up = (nn.Linear(70, 48, bias=bias).to(dtype) for _ in range(2))
+    x = 3 * normal(rows, 70, seed=1, dtype=dtype)
+    got = packer.gated(gate, up)(x)
+    exact = F.silu(gate.double()(x.double())) * up.double()(x.double())
+    # In bfloat16 gate, silu(gate) and up are rounded as well, each to 8 bits.
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-5, atol=1e-4)
+
+
+@every_precision
+def test_a_row_of_a_product_is_the_same_to_the_bit_whatever_the_rows_around_it(dtype):
+    linear = panels(dtype).linear([normal(50, 576, seed=3, dtype=dtype)], [None])
+    x = normal(300, 576, seed=1, dtype=dtype)
+    whole = linear(x)
+    for start, stop in ((0, 1), (7, 9), (3, 16), (100, 164), (223, 300)):
+        assert torch.equal(linear(x[start:stop]), whole[start:stop])
+
+
+def requests(count=5, samples=3, common=0):
+    ids = [tuple((3 * i + j * (i + 1)) % 19 for j in range(3 + 7 * i)) for i in range(count)]
+    return [Request(Prompt(i, "test", "", (4,) * common + own), samples) for i, own in enumerate(ids)]
+
+
+def settings(**options):
+    return SamplingParams(**{"max_new_tokens": 40, "stop_token_ids": frozenset({2, 7}), **options})
+
+
+def drawn(policy, asked, **options):
+    return LocalEngine(policy, max_rows=8).generate(asked, settings(**options))
+
+
+@torch.no_grad()
+def logprobs_of(model, prompt, completion):
+    """By transformers, of the completion's tokens."""
+    ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+    logp_TV = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+    first = len(prompt.token_ids) - 1
+    return logp_TV[range(first, first + len(completion)), list(completion.token_ids)]
+
+
+@pytest.mark.parametrize("common", [0, 17], ids=["no preamble", "preamble"])
+@pytest.mark.parametrize("name", DENSE)
+def test_drawn_logprobs_are_those_of_transformers(name, common, monkeypatch):
+    steps = []
+    add = PackedBlocks.add
+    monkeypatch.setattr(PackedBlocks, "add", lambda self, *given: (steps.append(1), add(self, *given))[1])
+    policy, asked = make(name), requests(common=common)
+    results, model = drawn(policy, asked), plain_copy(policy.model)
+    assert len(steps) > 12  # rows leave and others take their places meanwhile
+    for request, group in zip(asked, results, strict=True):
+        for completion in group:
+            expected = logprobs_of(model, request.prompt, completion)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=3e-5)
+    assert len({len(c) for group in results for c in group}) > 4
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "mistral, window", "qwen2", "qwen3", "qwen3, wide heads"])
+def test_in_bfloat16_drawn_logprobs_are_as_near_to_float32_as_those_of_transformers(name):
+    panels(torch.bfloat16)
+    policy, asked = make(name, torch.bfloat16), requests(common=17)
+    assert FastDecoder(policy, PACKED_CALLS).blocks is not None
+    pairs = [(r.prompt, c) for r, group in zip(asked, drawn(policy, asked), strict=True) for c in group]
+    model = plain_copy(policy.model)
+    theirs = torch.cat([logprobs_of(model, *pair) for pair in pairs])
+    exact = torch.cat([logprobs_of(model.float(), *pair) for pair in pairs])
+    ours = torch.cat([torch.tensor(c.logprobs) for _, c in pairs])
+    assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean() + 1e-3
+
+
+@every_precision
+def test_threads_and_repetition_change_no_bit_of_a_completion(dtype):
+    panels(dtype)
+    policy, asked = make("qwen3", dtype), requests()
+    found = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(drawn(policy, asked))
+        finally:
+            torch.set_num_threads(1)
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_weights_that_do_not_fit_are_left_to_other_products():
+    """By hand: 100 inner units are no whole registers of 16; a head of 8 numbers is half of one."""
+    assert FastDecoder(make("llama"), PACKED_CALLS).blocks is not None
+    for options in ({"intermediate_size": 100}, {"num_attention_heads": 8, "hidden_size": 64}):
+        assert FastDecoder(make("llama", **options), PACKED_CALLS).blocks is None
+    assert FastDecoder(make("llama"), PACKED_CALLS - 1).blocks is None
+    assert FastDecoder(make("qwen3_moe"), PACKED_CALLS).blocks is None
