@@ -5,9 +5,10 @@ import pytest
 import torch
 from test_attention import attention_by_definition, normal, query_key_value
 from test_flex import TREE, WIDE
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tree_cases import chain, visible_NN
 
-from sapo.model.attention import TreeLayout
+from sapo.model.attention import TreeLayout, attention
 from sapo.model.flex import takes_flex
 from sapo.model.policy import prepare_policy
 
@@ -48,6 +49,18 @@ def test_capped_scores_equal_the_padded_way(monkeypatch):
     assert not takes_flex(inputs[0], inputs[2])
     theirs = TreeLayout(WIDE, "cuda").attend(0, *inputs, 0.7, 30, softcap=1.5)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prefill_finds_a_kernel_that_keeps_no_scores(dtype):
+    shapes = ((2, 8, 77, 64), (2, 2, 90, 64), (2, 2, 90, 64))
+    query, key, value = (normal(*shape, seed=i).to("cuda", dtype) for i, shape in enumerate(shapes))
+    mask = torch.zeros(1, 1, 77, 90, device="cuda", dtype=dtype)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # an error where it cannot be had
+        ours = attention(query, key, value, mask, 0.125, None)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = attention(query.double(), key.double(), value.double(), mask.double(), 0.125, None)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "qwen3_moe"])

@@ -101,17 +101,12 @@ def attention(
     softcap: float | None,
 ) -> Tensor:
     """(b, H, Q, D) softmax(scaling q k + mask) v, with scores of c tanh(x / c) where a model caps them (Gemma 2)."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query_bHQD,
-            key_bhKD,
-            value_bhKD,
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=query_bHQD.shape[1] != key_bhKD.shape[1],
-        )
     repeats = query_bHQD.shape[1] // key_bhKD.shape[1]
-    key, value = (t.repeat_interleave(repeats, dim=1) for t in (key_bhKD, value_bhKD))
+    # On a GPU grouped heads beside a mask would be left to the kernel that keeps all scores.
+    grouped = repeats > 1 and softcap is None and query_bHQD.device.type != "cuda"
+    key, value = (t if grouped or repeats == 1 else t.repeat_interleave(repeats, dim=1) for t in (key_bhKD, value_bhKD))
+    if softcap is None:
+        return F.scaled_dot_product_attention(query_bHQD, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
     scores = torch.tanh(query_bHQD @ key.transpose(-1, -2) * (scaling / softcap)) * softcap
     return torch.softmax(scores + mask, dim=-1) @ value
 
