@@ -143,7 +143,11 @@ def _of_updates(studies: dict[str, Any], figures: dict[str, str], *, violations:
     for study in studies.values():
         for cell, of in study["theory"].items():
             arm, rate = cell.rsplit(" ", 1)
-            row = [arm, format_rate(float(rate)), *(_over_runs(of.get(name)) for name in shown)]
+            row = [
+                arm,
+                format_rate(float(rate)),
+                *(_over_runs(of.get(name), ".4g" if "eur" in name else ".3g") for name in shown),
+            ]
             if violations:
                 row.append(f"{of['theory/bound_violations']['mean']:.0f}")
             rows.append(tuple(row))
@@ -151,10 +155,10 @@ def _of_updates(studies: dict[str, Any], figures: dict[str, str], *, violations:
     return _table(headings, rows)
 
 
-def _over_runs(figure: dict[str, float] | None) -> str:
+def _over_runs(figure: dict[str, float] | None, how: str) -> str:
     if figure is None:
         return "not measured"
-    return f"{figure['mean']:.3g} ({figure['low']:.3g} .. {figure['high']:.3g})"
+    return f"{figure['mean']:{how}} ({figure['low']:{how}} .. {figure['high']:{how}})"
 
 
 def _force(draws: Sequence[dict[str, Any]], objective: str) -> str:
