@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ def test_every_run_is_listed_with_what_became_of_it(visit: Visit, made) -> None:
     [said] = [t for t in texts(page, "#comparison p") if "(detected)" in t]
     assert f"{alarms['detected']} of {alarms['collapsed']} collapsed runs were warned" in said
     assert f"{alarms['false_alarms']} of {alarms['healthy']} healthy ones" in said
+    [ahead] = [t for t in texts(page, "#comparison p") if "steps ahead" in t]
+    leads = [c["lead"] for c in alarms["collapses"] if c.get("lead", -1) >= 0]
+    assert f"in {alarms['in_time']} of {alarms['detected']}: {min(leads)} to {max(leads)} steps ahead" in ahead
+    assert ahead.endswith(f"{statistics.median(leads):g} in the median.")
 
 
 def test_the_figures_hold_the_numbers_of_results_json_and_every_seed(visit: Visit, made) -> None:

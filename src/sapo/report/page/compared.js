@@ -68,6 +68,11 @@ function showComparison(made, { element, table, card, fixed, dot, words }) {
     ], results.runs);
   }
 
+  function median(sorted) {
+    const half = sorted.length >> 1;
+    return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+  }
+
   function alarms(task) {
     const all = results.warnings?.[task];
     const causes = made.alarms[task];
@@ -81,6 +86,10 @@ function showComparison(made, { element, table, card, fixed, dot, words }) {
         { name: "of healthy runs", of: (a) => `${a.false_alarms} of ${a.healthy}`, by: (a) => a.false_alarms },
       ], causes));
     } else made_.push(element("p", { class: "note" }, "No rule found anything in any run."));
+    const ahead = (all.collapses ?? []).map((c) => c.lead).filter((lead) => lead >= 0).sort((a, b) => a - b);
+    if (ahead.length) made_.push(element("p", {}, `The first warning came no later than the collapse showed in ${all.in_time} of ${all.detected}: ${ahead[0]} to ${ahead.at(-1)} steps ahead, ${median(ahead)} in the median.`));
+    const setUp = Object.entries(all.set_up ?? {});
+    if (setUp.length) made_.push(element("p", { class: "note" }, `Said of how runs were set up, and no sign of a collapse: ${setUp.map(([cause, n]) => `${words(cause)} in ${n}`).join(", ")}.`));
     return made_;
   }
 
