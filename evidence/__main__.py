@@ -44,11 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run_study(study: Study, directory: Path, jobs: int | None) -> dict[str, Any]:
-    command = study.command(str(directory))
-    _sapo([*command, *([] if jobs is None else ["--jobs", str(jobs)])])
+    at_a_time = [] if jobs is None else ["--jobs", str(jobs)]
+    _sapo([*study.command(), "--out", str(directory), *at_a_time])
     results = json.loads((directory / "results.json").read_text())
     return {
-        "command": " ".join(["sapo", "compare", *study.arguments]),
+        "command": " ".join(["sapo", *study.command()]),
         "provenance": _provenance(directory, results["runs"]),
         "results": results,
         "theory": theory_of_comparison(directory, results["runs"]),

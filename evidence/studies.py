@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sapo.comparing.plan import format_rate
+
 COMMON = ("threads=1", "log.tensorboard=false", "log.rollouts_every=50")
 """Settings of a study whose recipe is one of a single run; only the first can change a figure, by rounding."""
 
@@ -13,18 +15,31 @@ DRAWS = (0, 1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison, by the arguments of `sapo compare`.
+    """A comparison; what is left out is as its recipe has it.
 
-    >>> Study("fig4", ("paper_fig4",)).command("comparisons/fig4")
-    ['compare', 'paper_fig4', '--out', 'comparisons/fig4']
+    >>> Study("fig4", "paper_fig4", seeds=3).command()
+    ['compare', 'paper_fig4', '--seeds', '3']
     """
 
     name: str
-    arguments: tuple[str, ...]
+    recipe: str
+    objectives: tuple[str, ...] = ()
+    """Arms, where the recipe is one of a single run."""
+    learning_rates: tuple[float, ...] = ()
+    seeds: int | None = None
+    """How many."""
+    settings: tuple[str, ...] = ()
+    """Of all runs, as key=value."""
 
-    def command(self, directory: str) -> list[str]:
-        """Arguments of the `sapo` command that makes or finishes it."""
-        return ["compare", *self.arguments, "--out", directory]
+    def command(self) -> list[str]:
+        """Arguments of `sapo`."""
+        options = {
+            "--objectives": ",".join(self.objectives),
+            "--learning-rates": ",".join(format_rate(rate) for rate in self.learning_rates),
+            "--seeds": "" if self.seeds is None else str(self.seeds),
+        }
+        given = [word for option, value in options.items() if value for word in (option, value)]
+        return ["compare", self.recipe, *given, *self.settings]
 
 
 @dataclass(frozen=True)
@@ -49,25 +64,26 @@ class Mismatch:
         return ["diagnose", model, *task, *self.options, "--seed", str(seed), "--json"]
 
 
-def _of_one_recipe(name: str, recipe: str, *settings: str, seeds: int = 5) -> Study:
-    objectives = ("--objectives", "sapo,gspo,grpo", "--seeds", str(seeds))
-    return Study(name, (recipe, *objectives, *settings, *COMMON))
+def _of_one_recipe(name: str, recipe: str, *settings: str, seeds: int) -> Study:
+    return Study(name, recipe, ("sapo", "gspo", "grpo"), seeds=seeds, settings=(*settings, *COMMON))
 
 
 MOE = ("model.coldstart.architecture=qwen3_moe", "model.coldstart.intermediate_size=64", "train.learning_rate=5e-5")
 
 STUDIES = (
-    Study("paper_fig23", ("paper_fig23",)),
-    Study("paper_fig4", ("paper_fig4",)),
-    Study("paper_fig5", ("paper_fig5",)),
-    Study("regime_clean", ("regime_clean",)),
-    Study("regime_lr_ceiling", ("regime_lr_ceiling",)),
-    Study("regime_stale", ("regime_stale",)),
-    Study("regime_mismatch", ("regime_mismatch",)),
-    Study("regime_dose", ("regime_dose",)),
-    _of_one_recipe("mismatch_tis", "mismatch_tis"),
-    _of_one_recipe("mismatch_switch", "mismatch_switch"),
+    Study("paper_fig23", "paper_fig23"),
+    Study("paper_fig4", "paper_fig4"),
+    Study("paper_fig5", "paper_fig5", learning_rates=(1e-4,)),
+    Study("regime_clean", "regime_clean"),
+    Study("regime_lr_ceiling", "regime_lr_ceiling"),
+    Study("regime_stale", "regime_stale"),
+    Study("regime_stale_current", "regime_stale_current"),
+    Study("regime_mismatch", "regime_mismatch"),
+    Study("regime_dose", "regime_dose", seeds=3),
+    _of_one_recipe("mismatch_tis", "mismatch_tis", seeds=5),
+    _of_one_recipe("mismatch_switch", "mismatch_switch", seeds=3),
     _of_one_recipe("mismatch_moe", "mismatch", *MOE, seeds=3),
+    _of_one_recipe("random_rewards", "random_rewards", seeds=3),
 )
 
 _UNSCALED = ("--sampler-scaling", "none", "--sampler-vectors")

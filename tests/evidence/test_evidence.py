@@ -92,15 +92,13 @@ def test_every_table_of_the_document_has_its_figures():
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
-def test_every_study_is_a_command_that_resolves(study):
-    named = "--objectives" in study.arguments
-    options = dict(zip(study.arguments[1:5:2], study.arguments[2:5:2], strict=True)) if named else {}
-    settings = [a for a in study.arguments if "=" in a]
+def test_every_study_is_what_its_figures_were_taken_of(study):
     plan = sapo.load_comparison(
-        study.arguments[0],
-        settings,
-        objectives=options["--objectives"].split(",") if options else None,
-        seeds=int(options["--seeds"]) if options else None,
+        study.recipe,
+        list(study.settings),
+        objectives=list(study.objectives) or None,
+        learning_rates=list(study.learning_rates) or None,
+        seeds=study.seeds,
     )
     kept = json.loads((RESULTS / f"{study.name}.json").read_text())["results"]
     assert list(plan.arms) == list(kept["arms"])
