@@ -76,7 +76,7 @@ def test_gates_are_those_of_float64(rows, dtype, bias):
         torch.manual_seed(0)
         gate, up = (nn.Linear(70, 48, bias=bias).to(dtype) for _ in range(2))
     x = 3 * normal(rows, 70, seed=1, dtype=dtype)
-    got = packer.gated(gate, up)(x)
+    got = packer.gated((gate.weight, up.weight), (gate.bias, up.bias))(x)
     exact = F.silu(gate.double()(x.double())) * up.double()(x.double())
     # In bfloat16 gate, silu(gate) and up are rounded as well, each to 8 bits.
     torch.testing.assert_close(got.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-5, atol=1e-4)

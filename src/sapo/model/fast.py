@@ -1,9 +1,10 @@
 """The forward of common decoders, without gradient, as few and as large operations as there can be.
 
 Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
-joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. `refusal` says why a
-policy is not exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with
-adapters, hooks or replaced forwards, which would be passed by here.
+joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. In float32 a LoRA
+adapter's product is folded into the weights. `refusal` says why a policy is not exactly one of the blocks below; it
+then runs through transformers (`Policy.hidden`), as does one with adapters of another kind, hooks or replaced forwards,
+which would be passed by here.
 
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.native import Kernels, kernels
@@ -81,8 +83,8 @@ def refusal(policy: Policy) -> str | None:
     module = type(decoder).__module__
     if family not in FAMILIES or not module.startswith("transformers.models."):
         return f"{type(decoder).__name__} is none of {', '.join(FAMILIES)}"
-    if policy.adapter is not None:
-        return "it has an adapter"
+    if policy.adapter is not None and policy.dtype != torch.float32:
+        return f"it has an adapter, which is folded into weights of float32 and not of {policy.dtype}"
     if policy.logit_softcap is not None:
         return "its logits are capped"
     config: Any = decoder.config
@@ -93,9 +95,15 @@ def refusal(policy: Policy) -> str | None:
     if policy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weights are {policy.dtype}"
     known = {f"{family}{part}" for part in _PARTS}
+    adapted: list[str] = []
     for name, part in model.named_modules():
         kind = type(part)
+        if name.startswith(tuple(adapted)) and kind is not nn.Linear:
+            continue
         ours = kind.__module__ == module and (kind.__name__ in known or kind is type(model))
+        if is_adapted(part) and folds(part):
+            adapted.append(f"{name}.")
+            ours = True
         if not (ours or kind in (nn.Linear, nn.Embedding, nn.ModuleList) or isinstance(part, type(_SILU))):
             return f"{name} is a {kind.__name__}"
         if not computes_as_its_class(part) or part._forward_hooks or part._forward_pre_hooks:
@@ -120,8 +128,19 @@ def copied_bytes(policy: Policy, calls: int) -> int:
             parts += [(mlp.gate_proj.weight, mlp.up_proj.weight), (mlp.down_proj.weight,)]
     if isinstance(pack, Panels):
         return sum(panel_bytes(weights) for weights in parts)
-    copied = [w for weights in parts for w in weights if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS)]
+    folded = _folded(decoder)
+    copied = [
+        w
+        for weights in parts
+        for w in weights
+        if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS) or w.data_ptr() in folded
+    ]
     return sum(w.numel() * w.element_size() for w in copied)
+
+
+def _folded(decoder: Any) -> set[int]:
+    """Addresses of the weights whose adapters are folded into copies."""
+    return {m.weight.data_ptr() for m in decoder.modules() if is_adapted(m) and not m.disable_adapters}
 
 
 _PARTS = (
@@ -278,7 +297,8 @@ class _MLP:
     def __init__(self, mlp: Any, pack: Packing, native: Kernels | None) -> None:
         self.gated: Callable[[Tensor], Tensor]
         if isinstance(pack, Panels):
-            self.gated = pack.gated(mlp.gate_proj, mlp.up_proj)
+            gate, up = mlp.gate_proj, mlp.up_proj
+            self.gated = pack.gated((folded_weight(gate), folded_weight(up)), (gate.bias, up.bias))
         else:
             gate_up = _joined([mlp.gate_proj, mlp.up_proj], pack)
             self.gated = partial(_gated_product, gate_up=gate_up, native=native)
@@ -356,7 +376,7 @@ def _joined(modules: list[nn.Linear], pack: Packing) -> Linear | PackedLinear:
     """Of linear layers with the same input: their outputs, one behind the other."""
     biases: list[Tensor | None] = [m.bias for m in modules]
     assert len({bias is None for bias in biases}) == 1, "joined layers have all a bias or none"
-    return _linear([m.weight for m in modules], biases, pack)
+    return _linear([folded_weight(m) for m in modules], biases, pack)
 
 
 def _linear(weights: list[Tensor], biases: list[Tensor | None], pack: Packing) -> Linear | PackedLinear:

@@ -155,14 +155,12 @@ class Panels:
         held = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         return PackedLinear(self, self._packed(weights, rows), held, len(rows), weights[0].shape[1], STORED)
 
-    def gated(self, gate: Any, up: Any) -> PackedLinear:
-        """silu(gate) up of two linear layers with the same input, (M, K) each."""
-        rows = np.stack([_addresses(m.weight).reshape(-1, LANES) for m in (gate, up)], axis=1).ravel()
-        bias = None
-        if gate.bias is not None:
-            bias = torch.stack([m.bias.detach().view(-1, LANES) for m in (gate, up)], dim=1).flatten()
-        packed = self._packed([gate.weight, up.weight], rows)
-        return PackedLinear(self, packed, bias, len(rows), gate.weight.shape[1], GATED)
+    def gated(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> PackedLinear:
+        """silu(gate) up of gate's weight and up's, (M, K) each."""
+        rows = np.stack([_addresses(w).reshape(-1, LANES) for w in weights], axis=1).ravel()
+        held = [b.detach().view(-1, LANES) for b in biases if b is not None]
+        bias = torch.stack(held, dim=1).flatten() if held else None
+        return PackedLinear(self, self._packed(weights, rows), bias, len(rows), weights[0].shape[1], GATED)
 
     def _packed(self, weights: Sequence[Tensor], rows: np.ndarray) -> Tensor:
         packed = self._take(panel_bytes(weights))
