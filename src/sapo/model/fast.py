@@ -28,7 +28,7 @@ from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.native import Kernels, kernels
-from sapo.model.packed import OneTokenEach, PackedBlocks, PackedLinear, Panels, panel_bytes, suits
+from sapo.model.packed import OneTokenEach, PackedBlocks, PackedExperts, PackedLinear, Panels, panel_bytes, suits
 from sapo.model.policy import Policy
 
 OnExperts = Callable[[int, Tensor], None]
@@ -126,6 +126,8 @@ def copied_bytes(policy: Policy, calls: int) -> int:
         parts.append((attention.o_proj.weight,))
         if not hasattr(mlp, "experts"):
             parts += [(mlp.gate_proj.weight, mlp.up_proj.weight), (mlp.down_proj.weight,)]
+        elif isinstance(pack, Panels):
+            parts += [(w,) for w in (mlp.gate.weight, *mlp.experts.gate_up_proj, *mlp.experts.down_proj)]
     if isinstance(pack, Panels):
         return sum(panel_bytes(weights) for weights in parts)
     folded = _folded(decoder)
@@ -237,7 +239,7 @@ class _Layer:
         self.out = _joined([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = _Experts(layer.mlp, native, tell) if experts else _MLP(layer.mlp, pack, native)
+        self.mlp: Any = _Experts(layer.mlp, pack, native, tell) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
         turned = self.heads + self.kv_heads
@@ -315,16 +317,20 @@ class _Experts:
     decode step of some dozen rows reads the weights of nearly all experts anyway, and reading is what it waits for.
     """
 
-    def __init__(self, mlp: Any, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
+    def __init__(self, mlp: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
         self.top: int = mlp.gate.top_k
         self.renormalise: bool = mlp.gate.norm_topk_prob
         self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
         self.down: Tensor = mlp.experts.down_proj.detach()
         self.native, self.tell = native, tell
+        self.packed: PackedExperts | None = None
+        if isinstance(pack, Panels):
+            self.packed = PackedExperts(pack, self.router, self.gate_up, self.down)
 
     def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
-        share_NE = torch.softmax(F.linear(hidden_NH, self.router), dim=-1, dtype=torch.float32)
+        logits_NE = F.linear(hidden_NH, self.router) if self.packed is None else self.packed.router(hidden_NH)
+        share_NE = torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
         share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
         if self.renormalise:
             share_NX /= share_NX.sum(dim=-1, keepdim=True)
@@ -335,14 +341,15 @@ class _Experts:
         expert, order = expert_NX.flatten().sort(stable=True)
         rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
         hidden = hidden_NH.index_select(0, order // self.top)
-        results = [
-            F.linear(_gated(F.linear(part, self.gate_up[i]), self.native), self.down[i])
-            for i, part in enumerate(hidden.split(rows))
-            if len(part)
-        ]
+        results = [self._of_one(i, part) for i, part in enumerate(hidden.split(rows)) if len(part)]
         mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
         mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
         return mixed_NXH.sum(dim=1)
+
+    def _of_one(self, expert: int, hidden_NH: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.down[expert](self.packed.gated[expert](hidden_NH))
+        return F.linear(_gated(F.linear(hidden_NH, self.gate_up[expert]), self.native), self.down[expert])
 
     def _of_all(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
         gate_ENI, up_ENI = (hidden_NH @ self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
