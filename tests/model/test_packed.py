@@ -17,6 +17,7 @@ from sapo.model.packed import PackedBlocks, Panels
 from sapo.model.routing import Routers
 from sapo.rollout.engine import Request
 from sapo.rollout.experts import ExpertLog
+from sapo.rollout.layouts import Arrangement
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 
@@ -252,3 +253,10 @@ def test_the_panels_of_experts_are_counted():
         packed = getattr(layer.mlp, "packed", None)
         linears += [layer.mlp.gated, layer.mlp.down] if packed is None else [packed.router, *packed.gated, *packed.down]
     assert copied_bytes(policy, PACKED_CALLS) == sum(linear.weight.numel() for linear in linears)
+
+
+def test_rows_are_not_gathered_by_prompt_where_torch_attends_to_nothing(monkeypatch):
+    policy = make("qwen3")
+    expected = drawn(policy, requests())
+    monkeypatch.setattr(Arrangement, "gathered", property(lambda _: pytest.fail("rows were gathered")))
+    assert drawn(policy, requests()) == expected
