@@ -66,7 +66,8 @@ class ColdStartConfig(Section):
 
 
 class LoraConfig(Section):
-    """Train an adapter of low rank beside frozen weights, through peft."""
+    """Train an adapter of low rank beside frozen weights, through peft. A float32 model samples with the adapter folded
+    into a copy of its weights, which rounds differently."""
 
     rank: int = Field(16, ge=1)
     """Rows of A and columns of B."""

@@ -221,17 +221,67 @@ def test_a_block_of_another_kind_runs_through_transformers(options, reason):
     assert reason in refusal(make("llama", **options))
 
 
-def test_adapters_run_through_transformers():
+def adapt(policy, targets="all-linear"):
+    """An adapter that changes what the model computes."""
     pytest.importorskip("peft")
     from sapo.model.adapters import add_adapter
 
-    policy = make("llama")
-    add_adapter(policy, rank=2, alpha=4.0, targets="all-linear", seed=0)
-    assert refusal(policy) == "it has an adapter"
+    add_adapter(policy, rank=2, alpha=4.0, targets=targets, seed=0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(1))
+    return policy
 
 
-def test_the_bytes_that_are_held_twice_are_counted(packing):
-    policy = make("qwen3")
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen3"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=str)
+def test_an_adapter_is_folded_into_the_weights(name, targets, kernels, packing):
+    before, _ = both(make(name), packing)
+    policy = adapt(make(name), targets)
+    weights = {n: p.clone() for n, p in policy.model.named_parameters()}
+    assert refusal(policy) is None
+    theirs, ours = both(policy, packing)
+    assert (theirs - before).abs().max() > 0.5
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
+    assert all(torch.equal(p, weights[n]) for n, p in policy.model.named_parameters())
+    with policy.adapter.disable_adapter():
+        _, ours = both(policy, packing)
+    torch.testing.assert_close(ours, before, rtol=0, atol=2e-5)
+
+
+def merge(policy):
+    policy.adapter.merge_adapter()
+
+
+def hook_adapter(policy):
+    policy.decoder.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+
+
+def add_second(policy):
+    from peft import LoraConfig
+
+    policy.adapter.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    policy.adapter.set_adapter("other")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(merge, "is a Linear"), (hook_adapter, "has a hook"), (add_second, "is a Linear")]
+)
+def test_other_adapters_run_through_transformers(change, reason):
+    policy = adapt(make("llama"))
+    change(policy)
+    assert reason in refusal(policy)
+
+
+def test_adapters_of_16_bit_models_and_of_experts_run_through_transformers():
+    assert "folded into weights of float32" in refusal(adapt(make("llama", torch.bfloat16)))
+    assert "is a ParamWrapper" in refusal(adapt(make("qwen3_moe")))
+
+
+@pytest.mark.parametrize("adapted", [None, "all-linear", ["q_proj", "down_proj"]], ids=str)
+def test_the_bytes_that_are_held_twice_are_counted(adapted, packing):
+    policy = make("qwen3") if adapted is None else adapt(make("qwen3"), adapted)
     decoder = FastDecoder(policy, packing)
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     weights = [decoder.head.weight]

@@ -1,8 +1,9 @@
 """LoRA through peft: small trained matrices beside frozen weights (https://arxiv.org/abs/2106.09685).
 
-The adapter lives inside the policy's own modules, so the engine samples with it and the trainer differentiates through
-it without a copy. A checkpoint holds the adapter alone, in peft's layout, and names the model it belongs to; `merged`
-folds it into the weights for export.
+The adapter lives inside the policy's own modules, so the trainer differentiates through it without a copy. In float32
+the engine samples with its product folded into a copy of the weights (`folds`, `folded_weight`), made anew for each
+batch: the same function, summed in another order; otherwise with the adapter as it is. A checkpoint holds the adapter
+alone, in peft's layout, and names the model it belongs to; `merged` folds it into the weights for export.
 """
 
 from __future__ import annotations
@@ -88,6 +89,35 @@ def merged(policy: Any) -> Any:
     Merged products round differently from unmerged ones, by about the precision of the weights.
     """
     return policy.adapter.merge_and_unload()
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module is one of peft's around a linear layer."""
+    return type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear"
+
+
+def folds(module: Any) -> bool:
+    """Whether an adapted linear layer is W + s B A and nothing else, which `folded_weight` then is."""
+    names = module.active_adapters
+    return (
+        not module.merged
+        and len(names) == 1
+        and names[0] in module.lora_A
+        and type(module.get_base_layer()) is torch.nn.Linear
+        and not module.lora_variant
+        and not any(module.lora_bias.values())
+        and isinstance(module.lora_dropout[names[0]], torch.nn.Identity)
+    )
+
+
+def folded_weight(module: Any) -> torch.Tensor:
+    """(out, in) weight of a linear layer, with the product of an adapter that `folds` added in a copy."""
+    if not is_adapted(module):
+        return module.weight.detach()
+    weight: torch.Tensor = module.get_base_layer().weight.detach()
+    if module.disable_adapters:
+        return weight
+    return weight + module.get_delta_weight(module.active_adapters[0]).detach()
 
 
 def _settle(policy: Any, adapter: Any) -> None:

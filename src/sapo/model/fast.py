@@ -1,9 +1,10 @@
 """The forward of common decoders, without gradient, as few and as large operations as there can be.
 
 Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
-joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. `refusal` says why a
-policy is not exactly one of the blocks below; it then runs through transformers (`Policy.hidden`), as does one with
-adapters, hooks or replaced forwards, which would be passed by here.
+joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. In float32 a LoRA
+adapter's product is folded into the weights. `refusal` says why a policy is not exactly one of the blocks below; it
+then runs through transformers (`Policy.hidden`), as does one with adapters of another kind, hooks or replaced forwards,
+which would be passed by here.
 
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 
@@ -23,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.native import Kernels, kernels
-from sapo.model.packed import OneTokenEach, PackedBlocks, PackedLinear, Panels, panel_bytes, suits
+from sapo.model.packed import OneTokenEach, PackedBlocks, PackedExperts, PackedLinear, Panels, panel_bytes, suits
 from sapo.model.policy import Policy
 
 OnExperts = Callable[[int, Tensor], None]
@@ -81,8 +83,8 @@ def refusal(policy: Policy) -> str | None:
     module = type(decoder).__module__
     if family not in FAMILIES or not module.startswith("transformers.models."):
         return f"{type(decoder).__name__} is none of {', '.join(FAMILIES)}"
-    if policy.adapter is not None:
-        return "it has an adapter"
+    if policy.adapter is not None and policy.dtype != torch.float32:
+        return f"it has an adapter, which is folded into weights of float32 and not of {policy.dtype}"
     if policy.logit_softcap is not None:
         return "its logits are capped"
     config: Any = decoder.config
@@ -93,9 +95,15 @@ def refusal(policy: Policy) -> str | None:
     if policy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weights are {policy.dtype}"
     known = {f"{family}{part}" for part in _PARTS}
+    adapted: list[str] = []
     for name, part in model.named_modules():
         kind = type(part)
+        if name.startswith(tuple(adapted)) and kind is not nn.Linear:
+            continue
         ours = kind.__module__ == module and (kind.__name__ in known or kind is type(model))
+        if is_adapted(part) and folds(part):
+            adapted.append(f"{name}.")
+            ours = True
         if not (ours or kind in (nn.Linear, nn.Embedding, nn.ModuleList) or isinstance(part, type(_SILU))):
             return f"{name} is a {kind.__name__}"
         if not computes_as_its_class(part) or part._forward_hooks or part._forward_pre_hooks:
@@ -118,10 +126,23 @@ def copied_bytes(policy: Policy, calls: int) -> int:
         parts.append((attention.o_proj.weight,))
         if not hasattr(mlp, "experts"):
             parts += [(mlp.gate_proj.weight, mlp.up_proj.weight), (mlp.down_proj.weight,)]
+        elif isinstance(pack, Panels):
+            parts += [(w,) for w in (mlp.gate.weight, *mlp.experts.gate_up_proj, *mlp.experts.down_proj)]
     if isinstance(pack, Panels):
         return sum(panel_bytes(weights) for weights in parts)
-    copied = [w for weights in parts for w in weights if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS)]
+    folded = _folded(decoder)
+    copied = [
+        w
+        for weights in parts
+        for w in weights
+        if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS) or w.data_ptr() in folded
+    ]
     return sum(w.numel() * w.element_size() for w in copied)
+
+
+def _folded(decoder: Any) -> set[int]:
+    """Addresses of the weights whose adapters are folded into copies."""
+    return {m.weight.data_ptr() for m in decoder.modules() if is_adapted(m) and not m.disable_adapters}
 
 
 _PARTS = (
@@ -218,7 +239,7 @@ class _Layer:
         self.out = _joined([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = _Experts(layer.mlp, native, tell) if experts else _MLP(layer.mlp, pack, native)
+        self.mlp: Any = _Experts(layer.mlp, pack, native, tell) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
         turned = self.heads + self.kv_heads
@@ -278,7 +299,8 @@ class _MLP:
     def __init__(self, mlp: Any, pack: Packing, native: Kernels | None) -> None:
         self.gated: Callable[[Tensor], Tensor]
         if isinstance(pack, Panels):
-            self.gated = pack.gated(mlp.gate_proj, mlp.up_proj)
+            gate, up = mlp.gate_proj, mlp.up_proj
+            self.gated = pack.gated((folded_weight(gate), folded_weight(up)), (gate.bias, up.bias))
         else:
             gate_up = _joined([mlp.gate_proj, mlp.up_proj], pack)
             self.gated = partial(_gated_product, gate_up=gate_up, native=native)
@@ -295,16 +317,20 @@ class _Experts:
     decode step of some dozen rows reads the weights of nearly all experts anyway, and reading is what it waits for.
     """
 
-    def __init__(self, mlp: Any, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
+    def __init__(self, mlp: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
         self.top: int = mlp.gate.top_k
         self.renormalise: bool = mlp.gate.norm_topk_prob
         self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
         self.down: Tensor = mlp.experts.down_proj.detach()
         self.native, self.tell = native, tell
+        self.packed: PackedExperts | None = None
+        if isinstance(pack, Panels):
+            self.packed = PackedExperts(pack, self.router, self.gate_up, self.down)
 
     def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
-        share_NE = torch.softmax(F.linear(hidden_NH, self.router), dim=-1, dtype=torch.float32)
+        logits_NE = F.linear(hidden_NH, self.router) if self.packed is None else self.packed.router(hidden_NH)
+        share_NE = torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
         share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
         if self.renormalise:
             share_NX /= share_NX.sum(dim=-1, keepdim=True)
@@ -315,14 +341,15 @@ class _Experts:
         expert, order = expert_NX.flatten().sort(stable=True)
         rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
         hidden = hidden_NH.index_select(0, order // self.top)
-        results = [
-            F.linear(_gated(F.linear(part, self.gate_up[i]), self.native), self.down[i])
-            for i, part in enumerate(hidden.split(rows))
-            if len(part)
-        ]
+        results = [self._of_one(i, part) for i, part in enumerate(hidden.split(rows)) if len(part)]
         mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
         mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
         return mixed_NXH.sum(dim=1)
+
+    def _of_one(self, expert: int, hidden_NH: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.down[expert](self.packed.gated[expert](hidden_NH))
+        return F.linear(_gated(F.linear(hidden_NH, self.gate_up[expert]), self.native), self.down[expert])
 
     def _of_all(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
         gate_ENI, up_ENI = (hidden_NH @ self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
@@ -356,7 +383,7 @@ def _joined(modules: list[nn.Linear], pack: Packing) -> Linear | PackedLinear:
     """Of linear layers with the same input: their outputs, one behind the other."""
     biases: list[Tensor | None] = [m.bias for m in modules]
     assert len({bias is None for bias in biases}) == 1, "joined layers have all a bias or none"
-    return _linear([m.weight for m in modules], biases, pack)
+    return _linear([folded_weight(m) for m in modules], biases, pack)
 
 
 def _linear(weights: list[Tensor], biases: list[Tensor | None], pack: Packing) -> Linear | PackedLinear:

@@ -87,7 +87,7 @@ class Kernels:
         return output_NI
 
     def attend(self, numbers: np.ndarray) -> None:
-        """One decode step's attention of one layer; rollout/layouts.py fills in the numbers.
+        """One decode step's attention of one layer; rollout/places.py fills in the numbers.
 
         Raises:
             MemoryError: there was none for the scores.

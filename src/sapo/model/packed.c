@@ -179,14 +179,14 @@ struct product {
     int64_t mode, rows, words, outputs, x_stride, out_stride; /* strides in numbers of what lies there */
 };
 
-/* Part of a parallel region, if there is one. While a panel is multiplied, parts of the next one are fetched: one part
-   for each tile of rows. */
+/* Part of a parallel region, if there is one, whose threads do not wait for each other at its end. While a panel is
+   multiplied, parts of the next one are fetched: one part for each tile of rows. */
 INLINE void multiply_as(const int narrow, const struct product *p) {
     const int64_t panels = (p->outputs + PANEL - 1) / PANEL, stride = narrow ? p->x_stride / 2 : p->x_stride;
     for (int64_t start = 0; start < p->rows; start += ROWS_AT_ONCE) {
         const int64_t count = p->rows - start < ROWS_AT_ONCE ? p->rows - start : ROWS_AT_ONCE;
         const int64_t tiles = (count + TILE - 1) / TILE, lines = (2 * p->words + tiles - 1) / tiles;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t n = 0; n < panels; n++) {
             const int32_t *panel = p->weight + n * PANEL * p->words;
             for (int64_t t = 0; t < tiles; t++) {
@@ -210,9 +210,14 @@ INLINE void multiply_as(const int narrow, const struct product *p) {
 
 static void multiply_float32(const struct product *p) { multiply_as(0, p); }
 static void multiply_bfloat16(const struct product *p) { multiply_as(1, p); }
-static void multiply(int64_t narrow, const struct product *p) {
+static void begin_multiply(int64_t narrow, const struct product *p) {
     if (narrow) multiply_bfloat16(p);
     else multiply_float32(p);
+}
+
+static void multiply(int64_t narrow, const struct product *p) {
+    begin_multiply(narrow, p);
+#pragma omp barrier
 }
 
 /* a: narrow, threads, and a product's fields in their order */
@@ -232,6 +237,8 @@ struct layer {
     const int32_t *out;
     const float *out_bias;
     const void *mlp_norm;
+    const int32_t *router;  /* 0: one MLP and no experts */
+    const int64_t *experts; /* weights of gate and up and of down, of each expert */
     const int32_t *gate_up;
     const float *gate_up_bias;
     const int32_t *down;
@@ -246,6 +253,7 @@ struct layer {
 
 struct model {
     int64_t narrow, layers, hidden, heads, kv_heads, size;
+    int64_t experts, top, renormalise; /* experts of a layer and of a token; whether the shares of these add up to 1 */
     const struct layer *layer;
     const float *numbers;
 };
@@ -261,6 +269,7 @@ struct batch {
     const int64_t *pool, *slot, *prompt; /* of each row's prompt: where it is, and its tokens */
     const int64_t *place; /* of each row's own tokens */
     int64_t preamble, preamble_stride, length, longest;
+    int64_t *chosen; /* (layers with experts, rows, top), or 0 */
     void *scratch;
 };
 
@@ -462,22 +471,33 @@ static void turn_row(const struct model *m, const struct layer *l, const struct 
 struct workspace {
     void *normed, *wide, *mixed;
     float *threads;
+    void *gathered;            /* (rows, top, hidden): inputs of the experts, those of one expert side by side */
+    float *shares, *weights;   /* of all experts; of those of each row */
+    int64_t *picked, *places;  /* experts of each row; where its inputs were gathered */
+    int64_t *ends;             /* of each expert's inputs */
 };
 
 /* Lays out what a step takes from a place in memory, or from none; returns its bytes. */
 static int64_t lay_out(const struct model *m, const struct batch *b, char *at, struct workspace *w) {
-    int64_t wide = (m->heads + 2 * m->kv_heads) * m->size;
-    for (int64_t i = 0; i < m->layers; i++) wide = m->layer[i].inner > wide ? m->layer[i].inner : wide;
-    const int64_t bytes = m->narrow ? 2 : 4;
-    const int64_t sizes[] = {b->rows * m->hidden * bytes, b->rows * wide * bytes, b->rows * m->heads * m->size * bytes,
-                             b->threads * room_of_thread(m, b) * (int64_t)sizeof(float)};
-    char *places[4];
+    int64_t wide = (m->heads + 2 * m->kv_heads) * m->size, mixed = m->heads * m->size;
+    for (int64_t i = 0; i < m->layers; i++) {
+        const int64_t inner = m->layer[i].inner * (m->layer[i].router ? m->top : 1);
+        wide = inner > wide ? inner : wide;
+    }
+    const int64_t gathered = m->top * m->hidden, bytes = m->narrow ? 2 : 4;
+    mixed = gathered > mixed ? gathered : mixed;
+    const int64_t sizes[] = {b->rows * m->hidden * bytes, b->rows * wide * bytes, b->rows * mixed * bytes,
+                             b->threads * room_of_thread(m, b) * (int64_t)sizeof(float), b->rows * gathered * bytes,
+                             b->rows * m->experts * (int64_t)sizeof(float), b->rows * m->top * (int64_t)sizeof(float),
+                             b->rows * m->top * 8, b->rows * m->top * 8, m->experts * 8};
+    char *places[10];
     int64_t total = 0;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 10; i++) {
         places[i] = at ? at + total : NULL;
         total += (sizes[i] + 63) / 64 * 64;
     }
-    *w = (struct workspace){places[0], places[1], places[2], (float *)places[3]};
+    *w = (struct workspace){places[0], places[1], places[2], (float *)places[3], places[4], (float *)places[5],
+                            (float *)places[6], (int64_t *)places[7], (int64_t *)places[8], (int64_t *)places[9]};
     return total;
 }
 
@@ -487,9 +507,105 @@ int64_t packed_room(const int64_t *a) {
     return lay_out((const struct model *)a[0], (const struct batch *)a[1], NULL, &w);
 }
 
+#define ROW(ARRAY, WIDTH, INDEX) ((void *)number(narrow, ARRAY, (INDEX) * (WIDTH)))
+
+INLINE __mmask16 first_lanes(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
+
+/* The experts of a row, likeliest first, and their weights. share: the router's outputs, which are used up. */
+static void pick(const struct model *m, float *share, int64_t *picked, float *weight) {
+    const __m512 lowest = _mm512_set1_ps(-INFINITY);
+    __m512 most = lowest, sum = _mm512_setzero_ps();
+    for (int64_t e = 0; e < m->experts; e += LANES)
+        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, first_lanes(m->experts - e), share + e));
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int64_t e = 0; e < m->experts; e += LANES) {
+        const __mmask16 mask = first_lanes(m->experts - e);
+        const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, share + e), top);
+        /* What is not a number must not be lost: the exponential would bound it. */
+        const __m512 x = _mm512_mask_mov_ps(exponential(below), _mm512_cmp_ps_mask(below, below, _CMP_UNORD_Q), below);
+        _mm512_mask_storeu_ps(share + e, mask, x);
+        sum = _mm512_mask_add_ps(sum, mask, sum, x);
+    }
+    const float total = _mm512_reduce_add_ps(sum);
+    float kept = 0.0f;
+    for (int64_t e = 0; e < m->experts; e++) share[e] /= total;
+    for (int64_t k = 0; k < m->top; k++) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < m->experts; e++) best = share[e] > share[best] ? e : best;
+        picked[k] = best;
+        kept += weight[k] = share[best];
+        share[best] = -1.0f;
+    }
+    for (int64_t k = 0; m->renormalise && k < m->top; k++) weight[k] /= kept;
+}
+
+/* x += the weighted outputs of a row's experts, likeliest first, rounded as model/fast.py rounds them. */
+INLINE void combine_row(const int narrow, const struct model *m, const struct workspace *w, int64_t row, void *x) {
+    for (int64_t d = 0; d < m->hidden; d += LANES) {
+        const __mmask16 mask = first_lanes(m->hidden - d);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = row * m->top; k < (row + 1) * m->top; k++) {
+            const __m512 weight = rounded(narrow, _mm512_set1_ps(w->weights[k]));
+            const __m512 output = load(narrow, w->mixed, w->places[k] * m->hidden + d, mask);
+            sum = _mm512_add_ps(sum, rounded(narrow, _mm512_mul_ps(weight, output)));
+        }
+        store(narrow, x, d, _mm512_add_ps(load(narrow, x, d, mask), rounded(narrow, sum)), mask);
+    }
+}
+
+static void combine(const struct model *m, const struct workspace *w, int64_t row, void *x) {
+    if (m->narrow) combine_row(1, m, w, row, x);
+    else combine_row(0, m, w, row, x);
+}
+
+/* One product of each expert that has rows, whose inputs lie side by side. */
+static void multiply_experts(const struct model *m, const struct layer *l, const struct workspace *w, int64_t which,
+                             const void *x, int64_t inputs, void *out, int64_t outputs, int64_t mode) {
+    const int64_t narrow = m->narrow;
+    for (int64_t e = 0, from = 0; e < m->experts; from = w->ends[e++]) {
+        const struct product p = {ROW(x, inputs, from), (const int32_t *)l->experts[2 * e + which], NULL,
+                                  ROW(out, outputs, from), mode, w->ends[e] - from, inputs / (narrow ? 2 : 1),
+                                  mode == GATED ? 2 * outputs : outputs, inputs, outputs};
+        begin_multiply(narrow, &p);
+    }
+#pragma omp barrier
+}
+
+/* x += a mixture of experts. `chosen`: where the experts of the rows are told, or 0. */
+static void add_mixture(const struct model *m, const struct layer *l, const struct batch *b, const struct workspace *w,
+                        int64_t *chosen) {
+    const int64_t narrow = m->narrow, hidden = m->hidden, top = m->top;
+    const struct product route = {w->normed, l->router, NULL, w->shares, WIDENED, b->rows, hidden / (narrow ? 2 : 1),
+                                  m->experts, hidden, m->experts};
+    multiply(narrow, &route);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < b->rows; i++) pick(m, w->shares + i * m->experts, w->picked + i * top, w->weights + i * top);
+#pragma omp single
+    {
+        int64_t before = 0;
+        memset(w->ends, 0, sizeof(int64_t) * (size_t)m->experts);
+        for (int64_t i = 0; i < b->rows * top; i++) w->ends[w->picked[i]]++;
+        for (int64_t e = 0; e < m->experts; e++) {
+            const int64_t count = w->ends[e];
+            w->ends[e] = before;
+            before += count;
+        }
+        for (int64_t i = 0; i < b->rows * top; i++) w->places[i] = w->ends[w->picked[i]]++;
+        if (chosen) memcpy(chosen, w->picked, sizeof(int64_t) * (size_t)(b->rows * top));
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < b->rows * top; i++)
+        memcpy(ROW(w->gathered, hidden, w->places[i]), ROW(w->normed, hidden, i / top),
+               (size_t)(hidden * (narrow ? 2 : 4)));
+    multiply_experts(m, l, w, 0, w->gathered, hidden, w->wide, l->inner, GATED);
+    multiply_experts(m, l, w, 1, w->wide, l->inner, w->mixed, hidden, STORED);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < b->rows; i++) combine(m, w, i, ROW(b->hidden, hidden, i));
+}
+
 /* x += attention, x += MLP. Part of a parallel region, if there is one. */
 static void add_block(const struct model *m, const struct layer *l, const struct batch *b, const struct workspace *w,
-                      float *scratch) {
+                      float *scratch, int64_t *chosen) {
     const int64_t narrow = m->narrow, hidden = m->hidden, per_word = narrow ? 2 : 1;
     const int64_t wide = (m->heads + 2 * m->kv_heads) * m->size, inner = m->heads * m->size;
     const struct product qkv = {w->normed, l->qkv, l->qkv_bias, w->wide, STORED, b->rows, hidden / per_word, wide,
@@ -500,7 +616,6 @@ static void add_block(const struct model *m, const struct layer *l, const struct
                                     hidden / per_word, 2 * l->inner, hidden, l->inner};
     const struct product down = {w->wide, l->down, l->down_bias, b->hidden, ADDED, b->rows, l->inner / per_word,
                                  hidden, l->inner, hidden};
-#define ROW(ARRAY, WIDTH, INDEX) ((void *)number(narrow, ARRAY, (INDEX) * (WIDTH)))
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b->rows; i++)
         norm_row(m, ROW(b->hidden, hidden, i), l->norm, ROW(w->normed, hidden, i));
@@ -516,9 +631,12 @@ static void add_block(const struct model *m, const struct layer *l, const struct
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b->rows; i++)
         norm_row(m, ROW(b->hidden, hidden, i), l->mlp_norm, ROW(w->normed, hidden, i));
+    if (l->router) {
+        add_mixture(m, l, b, w, chosen);
+        return;
+    }
     multiply(narrow, &gate_up);
     multiply(narrow, &down);
-#undef ROW
 }
 
 #ifdef _OPENMP
@@ -534,8 +652,11 @@ void packed_step(const int64_t *a) {
     struct workspace w;
     lay_out(m, b, b->scratch, &w);
 #pragma omp parallel num_threads((int)b->threads) if (b->threads > 1)
-    for (int64_t i = 0; i < m->layers; i++)
-        add_block(m, m->layer + i, b, &w, w.threads + omp_get_thread_num() * room_of_thread(m, b));
+    for (int64_t i = 0, mixtures = 0; i < m->layers; i++) {
+        int64_t *chosen = b->chosen ? b->chosen + mixtures * b->rows * m->top : NULL;
+        add_block(m, m->layer + i, b, &w, w.threads + omp_get_thread_num() * room_of_thread(m, b), chosen);
+        mixtures += m->layer[i].router != NULL;
+    }
 }
 
 #define DRAWN 1024 /* tokens whose weights are summed before one is looked for among them; a multiple of LANES */

@@ -94,11 +94,16 @@ def suits(decoder: Any, native: Kernels | None, dtype: torch.dtype) -> bool:
     return (
         native is not None
         and dtype in native.packed_precisions
-        and not any(hasattr(layer.mlp, "experts") for layer in decoder.layers)
         and decoder.layers[0].self_attn.head_dim % LANES == 0
         and config.hidden_size % 2 == 0
-        and config.intermediate_size % LANES == 0
+        and all(_inner(layer.mlp) % LANES == 0 for layer in decoder.layers)
     )
+
+
+def _inner(mlp: Any) -> int:
+    """Inputs of the projection back to the hidden size, of each expert if there are such."""
+    experts = getattr(mlp, "experts", None)
+    return int(mlp.down_proj.in_features if experts is None else experts.down_proj.shape[-1])
 
 
 def panel_bytes(weights: Sequence[Tensor]) -> int:
@@ -155,14 +160,12 @@ class Panels:
         held = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         return PackedLinear(self, self._packed(weights, rows), held, len(rows), weights[0].shape[1], STORED)
 
-    def gated(self, gate: Any, up: Any) -> PackedLinear:
-        """silu(gate) up of two linear layers with the same input, (M, K) each."""
-        rows = np.stack([_addresses(m.weight).reshape(-1, LANES) for m in (gate, up)], axis=1).ravel()
-        bias = None
-        if gate.bias is not None:
-            bias = torch.stack([m.bias.detach().view(-1, LANES) for m in (gate, up)], dim=1).flatten()
-        packed = self._packed([gate.weight, up.weight], rows)
-        return PackedLinear(self, packed, bias, len(rows), gate.weight.shape[1], GATED)
+    def gated(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> PackedLinear:
+        """silu(gate) up of gate's weight and up's, (M, K) each."""
+        rows = np.stack([_addresses(w).reshape(-1, LANES) for w in weights], axis=1).ravel()
+        held = [b.detach().view(-1, LANES) for b in biases if b is not None]
+        bias = torch.stack(held, dim=1).flatten() if held else None
+        return PackedLinear(self, self._packed(weights, rows), bias, len(rows), weights[0].shape[1], GATED)
 
     def _packed(self, weights: Sequence[Tensor], rows: np.ndarray) -> Tensor:
         packed = self._take(panel_bytes(weights))
@@ -224,10 +227,29 @@ class PackedLinear:
         return output
 
 
+class PackedExperts:
+    """The router and the experts of a layer in panels.
+
+    Args:
+        panels: what packs them.
+        router_EH: its weight.
+        gate_up_EXH, down_EHI: of all experts, X = 2 I.
+    """
+
+    def __init__(self, panels: Panels, router_EH: Tensor, gate_up_EXH: Tensor, down_EHI: Tensor) -> None:
+        self.router = panels.linear([router_EH], [None])
+        self.gated = [panels.gated(gate_up_XH.chunk(2), (None, None)) for gate_up_XH in gate_up_EXH]
+        self.down = [panels.linear([down_HI], [None]) for down_HI in down_EHI]
+        each = zip(self.gated, self.down, strict=True)
+        self.table = np.array([[gated.addresses[0], down.addresses[0]] for gated, down in each])
+        """Addresses of each expert's two weights."""
+
+
 # The structures of packed.c, field by field; all fields are 64 bits wide.
 _LAYER = (
-    *("norm", "qkv", "qkv_bias", "turn", "out", "out_bias", "mlp_norm", "gate_up", "gate_up_bias", "down"),
-    *("down_bias", "inner", "window", "bases", "preamble_keys", "preamble_values", "keys", "values"),
+    *("norm", "qkv", "qkv_bias", "turn", "out", "out_bias", "mlp_norm", "router", "experts", "gate_up"),
+    *("gate_up_bias", "down", "down_bias", "inner", "window", "bases", "preamble_keys", "preamble_values", "keys"),
+    "values",
 )
 _LAYER_TYPE = np.dtype([(name, np.int64) for name in _LAYER])
 
@@ -249,13 +271,19 @@ class PackedBlocks:
         self._layers = layers  # holds what the table has the addresses of
         self._table = np.array([_fields(layer) for layer in layers], dtype=_LAYER_TYPE)
         self._numbers = np.array([first.scaling, first.input_norm.epsilon, first.turn.epsilon], dtype=np.float32)
+        mixtures = [layer.mlp for layer in layers if hasattr(layer.mlp, "packed")]
+        self._tell = [mixture.tell for mixture in mixtures]
         sizes = (dtype == torch.bfloat16, len(layers), hidden_size, first.heads, first.kv_heads, first.size)
-        self._model = np.array([*sizes, self._table.ctypes.data, self._numbers.ctypes.data], dtype=np.int64)
+        mixed = (0, 0, 0)
+        if mixtures:
+            mixed = (len(mixtures[0].packed.table), mixtures[0].top, mixtures[0].renormalise)
+        self.top = mixed[1]
+        self._model = np.array([*sizes, *mixed, self._table.ctypes.data, self._numbers.ctypes.data], dtype=np.int64)
         self._places: Places | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def add(self, hidden_RH: Tensor, angles: tuple[Tensor, Tensor], layout: OneTokenEach) -> None:
-        """Add to the residual stream what all blocks give, in place; keys and values are stored.
+        """Add to the residual stream what all blocks give, in place; keys and values are stored, and experts told.
 
         Args:
             hidden_RH: embeddings of one new token for each row.
@@ -265,12 +293,15 @@ class PackedBlocks:
         cos_RD, sin_RD = (t.contiguous() for t in angles)
         own_R = np.ascontiguousarray(layout.length_R, dtype=np.int64)
         of_row = (places.order_R, places.pool_R, places.slot_R, places.prompt_R, places.place_R)
+        told = [tell for tell in self._tell if tell is not None]
+        chosen_lRX = torch.empty(len(told), places.rows, self.top, dtype=torch.int64)
         batch = np.array(
             [
                 *(places.rows, torch.get_num_threads()),
                 *(t.data_ptr() for t in (hidden_RH, cos_RD, sin_RD)),
                 *(a.ctypes.data for a in (own_R, *of_row)),
-                *(places.preamble, places.preamble_stride, places.length, places.longest, 0),
+                *(places.preamble, places.preamble_stride, places.length, places.longest),
+                *(chosen_lRX.data_ptr() if told else 0, 0),
             ],
             dtype=np.int64,
         )
@@ -283,6 +314,8 @@ class PackedBlocks:
             self._scratch = torch.empty(room, dtype=torch.uint8)
         batch[-1] = self._scratch.data_ptr()
         self.native.packed("step", *where)
+        for tell, chosen_RX in zip(told, chosen_lRX, strict=True):
+            tell(chosen_RX)
 
     def _enter(self, places: Places) -> None:
         """Write down where the keys of these rows are."""
@@ -295,8 +328,14 @@ class PackedBlocks:
 def _fields(layer: Any) -> tuple[int, ...]:
     turn = 0 if layer.turn.weight is None else layer.turn.weight.data_ptr()
     norms = [norm.weight.data_ptr() for norm in (layer.input_norm, layer.mlp_norm)]
-    products = (*layer.mlp.gated.addresses, *layer.mlp.down.addresses, layer.mlp.down.inputs, layer.window or 0)
-    return (norms[0], *layer.qkv.addresses, turn, *layer.out.addresses, norms[1], *products, 0, 0, 0, 0, 0)
+    attention = (norms[0], *layer.qkv.addresses, turn, *layer.out.addresses)
+    experts: PackedExperts | None = getattr(layer.mlp, "packed", None)
+    if experts is None:
+        mlp = (0, 0, *layer.mlp.gated.addresses, *layer.mlp.down.addresses, layer.mlp.down.inputs)
+    else:
+        router, table = experts.router.addresses[0], experts.table.ctypes.data
+        mlp = (router, table, 0, 0, 0, 0, experts.down[0].inputs)
+    return (*attention, norms[1], *mlp, layer.window or 0, 0, 0, 0, 0, 0)
 
 
 def _addresses(weight_MK: Tensor) -> np.ndarray:

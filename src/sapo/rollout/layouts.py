@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from sapo.model.attention import attention
 from sapo.model.native import LANES, kernels
 from sapo.model.packed import Places
 from sapo.rollout.cache import KVCache, Pool, cache_dtype
-from sapo.rollout.places import places_of
+from sapo.rollout.places import NativeStep
 
 
 class PrefillLayout:
@@ -123,10 +124,18 @@ class Arrangement:
 
     def __init__(self, cache: KVCache, group_R: np.ndarray, device: torch.device) -> None:
         self.cache = cache
+        self.device = device
         self.prompt_R = cache.prompt_length[group_R]
-        self.parts: list[Part] = []
+        self._group_R, self._order = group_R.copy(), np.argsort(group_R, kind="stable")
+        native = kernels(device, torch.float32) is not None
+        self.native = NativeStep(cache, self._group_R, self._order) if native else None
+
+    @cached_property
+    def gathered(self) -> tuple[list[Part], Tensor]:
+        """The rows of each pool in use, and (R,) where each row stands among those: for torch's operations alone."""
+        cache, group_R, order = self.cache, self._group_R, self._order
+        parts: list[Part] = []
         inverse = np.empty(len(group_R), dtype=np.int64)
-        order = np.argsort(group_R, kind="stable")
         groups, first, count = np.unique(group_R[order], return_index=True, return_counts=True)
         rows_of = {int(g): order[f : f + c] for g, f, c in zip(groups, first, count, strict=True)}
         offset = 0
@@ -144,12 +153,13 @@ class Arrangement:
                 inverse[rows] = offset + slot * widest + np.arange(len(rows))
             offset += gather.size
             num_keys = int(cache.prompt_length[present].max())
-            self.parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(device), len(present), num_keys))
-        self.inverse = torch.from_numpy(inverse).to(device)
-        self.native = NativeStep(cache, group_R, order) if kernels(device, torch.float32) is not None else None
-        self.num_keys = max(part.num_keys for part in self.parts)
-        self.even = bool((self.prompt_R == self.num_keys).all())
+            parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(self.device), len(present), num_keys))
+        return parts, torch.from_numpy(inverse).to(self.device)
+
+    @property
+    def even(self) -> bool:
         """Whether every row's prompt has the same length, so that none is padded."""
+        return bool((self.prompt_R == self.prompt_R[0]).all())
 
 
 class _Joined:
@@ -240,7 +250,7 @@ class _Joined:
         output_RhrD += together.index_select(0, self.inverse)
 
 
-class DecodeLayout(_Joined):
+class DecodeLayout:
     """One new token for each of the first R rows of a cache.
 
     Args:
@@ -251,10 +261,10 @@ class DecodeLayout(_Joined):
     def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
         self.arrangement = arrangement
         self.length_R = length_R
-        self.uniform = bool((length_R == length_R[0]).all())
-        place = int(length_R[0]) if self.uniform else torch.from_numpy(length_R).to(arrangement.inverse.device)
-        super().__init__(arrangement.cache, arrangement.parts, arrangement.inverse, place, int(length_R.max()) + 1)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+
+    @cached_property
+    def _by_torch(self) -> _DecodeByTorch:
+        return _DecodeByTorch(self.arrangement, self.length_R)
 
     def attend(
         self,
@@ -270,12 +280,23 @@ class DecodeLayout(_Joined):
         native = self.arrangement.native
         if native is not None and softcap is None and _suits_kernel(query, key, value):
             return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
-        return super().attend(layer, query, key, value, scaling, sliding_window, softcap)
+        return self._by_torch.attend(layer, query, key, value, scaling, sliding_window, softcap)
 
     def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
         """See `sapo.model.packed.OneTokenEach`."""
         assert self.arrangement.native is not None, "packed.c is compiled where kernels.c is"
         return self.arrangement.native.places(layers, kv_heads, size, dtype)
+
+
+class _DecodeByTorch(_Joined):
+    """What `DecodeLayout` leaves to torch's operations; its arguments."""
+
+    def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
+        self.arrangement, self.length_R = arrangement, length_R
+        self.uniform = bool((length_R == length_R[0]).all())
+        place = int(length_R[0]) if self.uniform else torch.from_numpy(length_R).to(arrangement.device)
+        super().__init__(arrangement.cache, *arrangement.gathered, place, int(length_R.max()) + 1)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
         if (sliding_window, dtype) not in self._masks:
@@ -341,89 +362,11 @@ class StaticLayout(_Joined):
         return hidden_RK
 
 
-class NativeStep:
-    """An arrangement as the kernel `attend` of kernels.c reads it.
-
-    Args:
-        order: rows in the order of their groups, whose prompts then stay in the processor's cache.
-    """
-
-    def __init__(self, cache: KVCache, group_R: np.ndarray, order: np.ndarray) -> None:
-        self.cache = cache
-        pools = [pool for pool in cache.pools if pool.groups]
-        place = {g: (p, slot) for p, pool in enumerate(pools) for slot, g in enumerate(pool.groups)}
-        self.pools = pools
-        self.order = np.ascontiguousarray(order)
-        self.pool_R = np.array([place[int(g)][0] for g in group_R])
-        self.slot_R = np.array([place[int(g)][1] for g in group_R])
-        self.prompt_R = cache.prompt_length[group_R]
-        self.longest = cache.preamble.length + int(self.prompt_R.max()) + cache.length
-        self._found: dict[int, np.ndarray] = {}
-        self._places: Places | None = None
-
-    def attend(
-        self,
-        layer: int,
-        length_R: np.ndarray,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> Tensor:
-        query_RHD, key_RhD, value_RhD = (_rows_of_float(t) for t in (query, key, value))
-        keys, values = self.cache.own(layer, key_RhD, value_RhD)
-        rows, heads, size = query_RHD.shape
-        kv_heads = key_RhD.shape[1]
-        output_RHD = torch.empty(rows, heads, size)
-        before = self.cache.preamble
-        before_keys, before_values = before.layers[layer] if before.length else (keys, values)
-        factor = np.array([scaling], dtype=np.float32)
-        length_R = np.ascontiguousarray(length_R, dtype=np.int64)
-        # In the order of the enumeration in kernels.c.
-        numbers = np.array(
-            [
-                *(t.data_ptr() for t in (query_RHD, key_RhD, value_RhD, output_RHD)),
-                *(t.stride(0) for t in (query_RHD, key_RhD, value_RhD)),
-                *(rows, kv_heads, heads // kv_heads, size, factor.ctypes.data, sliding_window or 0),
-                *(torch.get_num_threads(), keys.data_ptr(), values.data_ptr(), keys.shape[3]),
-                *(a.ctypes.data for a in (length_R, self.order, self.pool_R, self.slot_R, self.prompt_R)),
-                *(self.bases(layer).ctypes.data, before_keys.data_ptr(), before_values.data_ptr()),
-                *(before_keys.shape[3], before.length, self.longest),
-            ],
-            dtype=np.int64,
-        )
-        native = kernels(output_RHD.device, torch.float32)
-        assert native is not None
-        native.attend(numbers)
-        return output_RHD.to(query.dtype)
-
-    def bases(self, layer: int) -> np.ndarray:
-        """Addresses of each pool's keys and values, and the tokens they have room for."""
-        if layer not in self._found:
-            layers = [pool.layers[layer] for pool in self.pools]
-            self._found[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
-        return self._found[layer]
-
-    def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
-        """See `sapo.model.packed.OneTokenEach`."""
-        if self._places is None:
-            self._places = places_of(self, layers, kv_heads, size, dtype)
-        return self._places
-
-
 def _suits_kernel(query_RHD: Tensor, key_RhD: Tensor, value_RhD: Tensor) -> bool:
     """Whether the kernel reads a cache of such keys and values: float32, in whole vector registers."""
     size = query_RHD.shape[2]
     kept = {cache_dtype(t.dtype, t.device) for t in (key_RhD, value_RhD)}
     return kept == {torch.float32} and size == value_RhD.shape[2] and size % LANES == 0
-
-
-def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
-    """In float32, each row's heads one after the other."""
-    tensor_RHD = tensor_RHD.float()
-    _, _, size = tensor_RHD.shape
-    return tensor_RHD if tensor_RHD.stride()[1:] == (size, 1) else tensor_RHD.contiguous()
 
 
 def _product(left_XQK: Tensor, right_XKD: Tensor) -> Tensor:

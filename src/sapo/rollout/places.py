@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from sapo.model.native import LANES
+from sapo.model.native import LANES, kernels
 from sapo.model.packed import Places, fresh_memory
 
 if TYPE_CHECKING:
-    from sapo.rollout.layouts import NativeStep
+    from sapo.rollout.cache import KVCache
 
 
 class OwnTokens:
@@ -37,6 +38,85 @@ class OwnTokens:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Rows `source` become rows `target`, and these get their places."""
         self.place_R[target], self.place_R[source] = self.place_R[source], self.place_R[target]
+
+
+class NativeStep:
+    """An arrangement as the kernel `attend` of kernels.c reads it.
+
+    Args:
+        order: rows in the order of their groups, whose prompts then stay in the processor's cache.
+    """
+
+    def __init__(self, cache: KVCache, group_R: np.ndarray, order: np.ndarray) -> None:
+        self.cache = cache
+        self.pools = [pool for pool in cache.pools if pool.groups]
+        place_g2 = np.zeros((len(cache.prompt_length), 2), dtype=np.int64)
+        for number, pool in enumerate(self.pools):
+            place_g2[pool.groups, 0] = number
+            place_g2[pool.groups, 1] = np.arange(len(pool.groups))
+        self.order = np.ascontiguousarray(order)
+        self.pool_R, self.slot_R = np.ascontiguousarray(place_g2[group_R].T)
+        self.prompt_R = cache.prompt_length[group_R]
+        self.longest = cache.preamble.length + int(self.prompt_R.max()) + cache.length
+        self._found: dict[int, np.ndarray] = {}
+        self._places: Places | None = None
+
+    def attend(
+        self,
+        layer: int,
+        length_R: np.ndarray,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        query_RHD, key_RhD, value_RhD = (_rows_of_float(t) for t in (query, key, value))
+        keys, values = self.cache.own(layer, key_RhD, value_RhD)
+        rows, heads, size = query_RHD.shape
+        kv_heads = key_RhD.shape[1]
+        output_RHD = torch.empty(rows, heads, size)
+        before = self.cache.preamble
+        before_keys, before_values = before.layers[layer] if before.length else (keys, values)
+        factor = np.array([scaling], dtype=np.float32)
+        length_R = np.ascontiguousarray(length_R, dtype=np.int64)
+        # In the order of the enumeration in kernels.c.
+        numbers = np.array(
+            [
+                *(t.data_ptr() for t in (query_RHD, key_RhD, value_RhD, output_RHD)),
+                *(t.stride(0) for t in (query_RHD, key_RhD, value_RhD)),
+                *(rows, kv_heads, heads // kv_heads, size, factor.ctypes.data, sliding_window or 0),
+                *(torch.get_num_threads(), keys.data_ptr(), values.data_ptr(), keys.shape[3]),
+                *(a.ctypes.data for a in (length_R, self.order, self.pool_R, self.slot_R, self.prompt_R)),
+                *(self.bases(layer).ctypes.data, before_keys.data_ptr(), before_values.data_ptr()),
+                *(before_keys.shape[3], before.length, self.longest),
+            ],
+            dtype=np.int64,
+        )
+        native = kernels(output_RHD.device, torch.float32)
+        assert native is not None
+        native.attend(numbers)
+        return output_RHD.to(query.dtype)
+
+    def bases(self, layer: int) -> np.ndarray:
+        """Addresses of each pool's keys and values, and the tokens they have room for."""
+        if layer not in self._found:
+            layers = [pool.layers[layer] for pool in self.pools]
+            self._found[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
+        return self._found[layer]
+
+    def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
+        """See `sapo.model.packed.OneTokenEach`."""
+        if self._places is None:
+            self._places = places_of(self, layers, kv_heads, size, dtype)
+        return self._places
+
+
+def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
+    """In float32, each row's heads one after the other."""
+    tensor_RHD = tensor_RHD.float()
+    _, _, size = tensor_RHD.shape
+    return tensor_RHD if tensor_RHD.stride()[1:] == (size, 1) else tensor_RHD.contiguous()
 
 
 def places_of(step: NativeStep, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
