@@ -224,6 +224,17 @@ def test_what_stays_not_finite_stops_the_run_with_the_checkpoint_to_go_on_from(t
     ], "further back the second time"
 
 
+def test_stop_sets_the_checkpoint_of_ruined_weights_aside_too(tmp_path: Path) -> None:
+    # Step 3's has the weights of 1e30 that step 4 cannot use: going on from there would end there again.
+    with pytest.raises(CollapseError, match=r"step 4: non_finite: .*goes on from the last healthy .*, step 2"):
+        run_recipe(tmp_path, **{**BREAKING, "warnings": {"on_collapse": "stop"}})
+    run = tmp_path / "run"
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [2]
+    assert (run / "checkpoints" / "collapsed-step-000003").is_dir()
+    resume(run, ["train.learning_rate=0.01"])
+    assert [m["step"] for m in metrics(run) if m["kind"] == "step"] == list(range(1, STEPS + 1))
+
+
 def test_what_is_not_finite_before_any_update_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ruined(self, *args, **kwargs):
         raise NonFiniteError("the gradient of lm_head is not finite")

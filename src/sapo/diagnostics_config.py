@@ -87,7 +87,7 @@ class WarningsConfig(Section):
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
     """When a cause that counts as a collapse is found. warn: say so and go on. stop: end the run, its newest checkpoint
     the last healthy one. rollback: go on from there with a learning rate times `rollback_learning_rate`; from an
-    earlier one if that collapses too. A loss that is not finite ends a run, but is answered by a rollback as well."""
+    earlier one if that collapses too. A loss that is not finite is such a cause, and under warn ends the run."""
     collapse_causes: list[
         Literal[
             "entropy_collapse",

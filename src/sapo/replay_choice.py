@@ -17,7 +17,7 @@ def replay_kind(config: RunConfig, old_logprobs: str | None) -> ReplayKind | Non
     """R2 or R3; None without replay, and while it is not known whose log pi_old the run takes.
 
     Args:
-        old_logprobs: engine or trainer, once the self-check has decided.
+        old_logprobs: engine, trainer or current, once the self-check has decided.
     """
     setting = config.model.routing_replay
     if setting is False or (setting is True and old_logprobs is None):

@@ -48,11 +48,11 @@ def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory,
     """A loss, gradient or log-probability that is not finite, noted as a collapse of the present step to be answered.
 
     Raises:
-        NonFiniteError: the recipe does not go back; or no update was made yet, so that a lower learning rate would end
-            the same way. It names step, cause and the checkpoint to resume from.
+        NonFiniteError: the recipe only warns of collapses; or no update was made yet, so that a lower learning rate
+            would end the same way. It names step, cause and the checkpoint to resume from.
     """
     warning = Warning(state.step + 1, "non_finite", None, None, f"update {state.update}: {error}", collapse=True)
-    if config.warnings.on_collapse == "rollback" and (state.step or state.update):
+    if config.warnings.on_collapse != "warn" and (state.step or state.update):
         note_warning(state, warning)
         return warning
     checkpoints = list_checkpoints(directory.checkpoints)

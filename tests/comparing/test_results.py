@@ -180,6 +180,16 @@ def test_a_lead_runs_from_the_first_alarm_to_the_first_evaluation_that_shows_a_l
     )
 
 
+def test_a_failure_after_a_rollback_is_dated_by_its_own_step_and_not_by_those_undone(tmp_path: Path) -> None:
+    plan = a_plan(seeds=(0,))
+    run = next(iter(plan.runs(tmp_path)))
+    write_run(run.directory, [[2, 2, 2, 2]], "failed")
+    with (run.directory / "metrics.jsonl").open("a") as file:
+        for kind, step in (("warning", 9), ("rollback", 9), ("step", 3), ("warning", 4)):
+            file.write(json.dumps({"kind": kind, "step": step, "cause": "non_finite", "collapse": True}) + "\n")
+    assert Outcome.of(run).collapse_visible("add4") == 4
+
+
 def test_what_describes_the_set_up_is_counted_apart_and_is_no_alarm(tmp_path: Path) -> None:
     well = [[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]]
     plan = a_plan(seeds=(0,))

@@ -60,6 +60,13 @@ def test_a_sample_whose_group_taught_nothing_has_no_numbers(tmp_path: Path) -> N
     assert len(sample["t"]) == len(sample["p"]) == 11
 
 
+def test_the_reward_an_advantage_is_of_stands_beside_the_verifiers(tmp_path: Path) -> None:
+    rows = [rollout_row(0, 0, [3, 4, END], shaped_reward=0.25), rollout_row(0, 1, [3, END])]
+    shaped, plain = unpack(view_of(tmp_path / "a", rollouts={1: rows}).chunks[0])["prompts"][0]["samples"]
+    assert (shaped["reward"], shaped["shaped"]) == (1.0, 0.25)
+    assert "shaped" not in plain, "there is one reward alone"
+
+
 def test_a_run_without_entropy_or_a_known_objective_leaves_them_out(tmp_path: Path) -> None:
     rows = [{k: v for k, v in r.items() if k != "entropy"} for r in default_rows()]
     config = settings(name="of_another_version")

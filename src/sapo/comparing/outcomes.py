@@ -120,7 +120,7 @@ class Outcome:
     set_up: Mapping[str, int]
     """Cause that describes the set-up -> how often the run was warned of it."""
     last_step: int
-    """The last step, begun or done, that anything was written of."""
+    """That of the last line written, begun or done; a run that went back has lines of later steps before it."""
     seconds: Mapping[str, float] = field(compare=False)
     """By phase; of a finished run."""
 
@@ -147,7 +147,7 @@ class Outcome:
             tokens=summary["tokens"] if summary is not None and finished else {},
             warnings=early_warnings(records),
             set_up=set_up_warnings(records),
-            last_step=max((r["step"] for r in records), default=0),
+            last_step=records[-1]["step"] if records else 0,
             seconds=summary["seconds"] if summary is not None and finished else {},
         )
 

@@ -41,7 +41,7 @@ class Warning:
     """What the rule allows; likewise."""
     text: str
     collapse: bool = False
-    """It counts as a collapse: it is one of `collapse_causes`, and the run has once been without it."""
+    """It counts as a collapse: it is one of `collapse_causes`, and the run has once been without it; or non_finite."""
 
     @property
     def line(self) -> str:

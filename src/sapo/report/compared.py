@@ -95,7 +95,7 @@ def read_comparison(path: Path) -> Comparison:
         ConfigError: its results.json is not what `sapo compare` writes.
         UncountableError: its plan is of another version and it has no results.json.
     """
-    name = path.resolve().name
+    name = visible(path.resolve().name)
     begun = tuple(p.name for p in sorted((path / "runs").glob("*")) if is_run(p))
     written = _written(path / "results.json")
     if written is not None and all(run["state"] != "unfinished" for run in written["runs"]):

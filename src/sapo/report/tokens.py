@@ -162,6 +162,8 @@ def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> d
         }
         if row.get("dropped"):
             sample["dropped"] = True
+        if "shaped_reward" in row:  # else the advantage would be of a reward that is not shown
+            sample["shaped"] = row["shaped_reward"]
         prompt["samples"].append(sample)
     return {"texts": list(known), "prompts": list(prompts.values())}
 

@@ -38,7 +38,7 @@ function showComparison(made, { element, table, card, fixed, dot, words }) {
       { name: "final of each seed", words: true, of: finals },
       { name: "tokens", of: (c) => count(c.tokens.generated), by: (c) => c.tokens.generated ?? null },
       { name: "seconds", of: (c) => count(c.timing?.seconds?.total), by: (c) => c.timing?.seconds?.total ?? null },
-    ], results.cells.filter((c) => c.task === task), `cells-${task}`);
+    ], results.cells.filter((c) => c.task === task));
   }
 
   function tuned(task) {

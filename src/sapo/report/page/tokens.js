@@ -207,7 +207,7 @@ function showTokens(root, data, memory) {
     const { prompt, sample } = chosen;
     const color = COLORS[colorChoice.made.value] ?? COLORS.z;
     about.replaceChildren(
-      element("div", { class: "facts" }, fact("prompt", `${chosen.number}, sample ${sample.sample + 1}`), fact("task", prompt.task), fact("reward", number(sample.reward)), fact("advantage", number(sample.advantage)),
+      element("div", { class: "facts" }, fact("prompt", `${chosen.number}, sample ${sample.sample + 1}`), fact("task", prompt.task), fact("reward", number(sample.reward)), sample.shaped == null ? null : fact("reward for the advantage", number(sample.shaped)), fact("advantage", number(sample.advantage)),
         fact("status", sample.status.replace("_", " ")), fact("tokens", sample.t.length.toLocaleString("en")), sample.finish === "length" ? fact("ended", "cut at the limit") : null,
         verdicts(sample), prompt.answer == null ? null : fact("answer", prompt.answer), sample.detail ? fact("detail", sample.detail) : null),
       element("pre", { class: "question", tabindex: "0", dir: "auto" }, visible(prompt.text)));
