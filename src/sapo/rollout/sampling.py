@@ -75,7 +75,8 @@ def sample_tokens(
     if params.temperature == 0.0:
         tokens_R = logits_RV.argmax(dim=-1)
         return tokens_R, torch.log_softmax(logits_RV, dim=-1).gather(1, tokens_R[:, None])[:, 0]
-    native = kernels(logits_RV.device, logits_RV.dtype) if logits_RV.dtype == torch.float32 else None
+    # The compiled draw reads the numbers themselves, which a step that is traced or captured must not.
+    native = kernels(logits_RV.device, logits_RV.dtype) if look and logits_RV.dtype == torch.float32 else None
     if native is not None and not native.packed_precisions:
         native = None
     if native is not None and params.full_distribution:
