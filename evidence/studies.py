@@ -81,6 +81,7 @@ STUDIES = (
     Study("regime_dose", "regime_dose", seeds=3),
     Study("mismatch_tis", "mismatch_tis", PAPERS, seeds=5, settings=COMMON),
     Study("mismatch_switch", "mismatch_switch", PAPERS, seeds=3, settings=COMMON),
+    Study("mismatch_moe", "mismatch", PAPERS, (5e-5,), 3, (*MOE, *COMMON)),
 )
 
 _UNSCALED = ("--sampler-scaling", "none", "--sampler-vectors")
