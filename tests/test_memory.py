@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -141,15 +142,17 @@ def test_checkpointing_keeps_less_and_is_switched_off_again(new_policy: Any) -> 
     assert not policy.model.training
 
 
+def in_a_graph() -> list[torch.Tensor]:
+    gc.collect()
+    return [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.grad_fn is not None]
+
+
 def test_measuring_leaves_nothing_behind(new_policy: Any) -> None:
     policy = new_policy("qwen3")
+    before = in_a_graph()  # of other tests: a traceback keeps what its frames held
     measure_activations(policy)
     assert all(p.grad is None for p in policy.model.parameters())
-    import gc
-
-    gc.collect()
-    alive = {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.grad_fn is not None}
-    assert not alive
+    assert len(in_a_graph()) <= len(before)
 
 
 def test_counts_are_those_of_the_attention_buckets() -> None:

@@ -26,8 +26,8 @@ class Comparison:
     """One comparison. Made by `find_comparisons`.
 
     >>> made = Comparison("fig4", Path("comparisons/fig4"), {"runs": [], "cells": []}, "results.json", ())
-    >>> made.tasks, made.to_json()["source"]
-    ([], 'results.json')
+    >>> made.tasks, made.state({"name": "sapo-lr1e-4-seed0", "state": "unfinished"})
+    ([], 'to come')
     """
 
     name: str
