@@ -70,10 +70,11 @@ def test_a_killed_comparison_goes_on_and_ends_as_one_that_was_not(tmp_path: Path
     killed = tmp_path
     comparison = killed / "comparisons" / "recipe"
 
-    def first_seed_at_work() -> bool:
-        return min(steps_done(comparison)[run] for run in RUNS[:2]) >= 4
+    def first_run_saved() -> bool:
+        # This run alone: on a busy machine the one beside it may be many steps behind, and this one over by then.
+        return steps_done(comparison)[RUNS[0]] >= 4
 
-    assert kill_when(start(*command(killed), cwd=killed), first_seed_at_work)
+    assert kill_when(start(*command(killed), cwd=killed), first_run_saved)
     assert not (comparison / "results.json").exists()
 
     # Taken up, and stopped by Ctrl-C once the first seed is done.
