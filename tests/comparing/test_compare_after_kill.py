@@ -143,6 +143,17 @@ def test_the_results_of_a_comparison_that_is_over_are_counted_again_without_its_
     assert (copy / "table.md").read_text() == (whole / "table.md").read_text()
 
 
+def test_a_comparison_grown_by_a_seed_keeps_what_has_ended_and_equals_that_of_all(tmp_path: Path, whole: Path) -> None:
+    small = [*command(tmp_path), "--seeds", "0,"]
+    assert f"2 runs of {STEPS} steps" in finish(start(*small, cwd=tmp_path))
+    comparison = tmp_path / "comparisons" / "recipe"
+    ended = {run: (comparison / "runs" / run / "summary.json").stat().st_mtime_ns for run in RUNS[:2]}
+    output = finish(start("compare", "comparisons/recipe", "--seeds", "2", "--jobs", "2", cwd=tmp_path))
+    assert "4 runs of 12 steps, 2 at a time, 2 of them already there" in output
+    assert ended == {run: (comparison / "runs" / run / "summary.json").stat().st_mtime_ns for run in ended}
+    assert results(comparison) == results(whole)
+
+
 def test_a_run_that_stops_for_a_collapse_counts_as_collapsed_and_warned(tmp_path: Path) -> None:
     # Any gradient above the median so far is called a collapse.
     rule = ["warnings.on_collapse=stop", "warnings.collapse_causes=[gradient_spike]", "warnings.gradient_spike=1.0001"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sapo.comparing import load_comparison
-from sapo.comparing.directory import check_directory
+from sapo.comparing.directory import ComparisonDirectory, check_directory
 from sapo.comparing.plan import SHARED_KEYS
 from sapo.config import ConfigError
 from sapo.recipe import known_comparisons, known_recipes, load_recipe
@@ -204,3 +204,25 @@ def test_the_directory_of_another_comparison_is_refused(tmp_path: Path) -> None:
     (stranger / "precious.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds no comparison but precious\.txt"):
         check_directory(stranger, plan)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"seeds": [8, 3, 5]},
+        {"learning_rates": [3e-4, 1e-5, 1e-4]},
+        {"arms": {**COMPARISON["arms"], "third": {"objective.name": "gspo"}}},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_a_comparison_may_grow_but_not_shrink_or_change(tmp_path: Path, more: dict[str, Any]) -> None:
+    small, large = load_comparison(write(tmp_path)), load_comparison(write(tmp_path, **more))
+    begun = tmp_path / "begun"
+    ComparisonDirectory.open(begun, small).close()
+    ComparisonDirectory.open(begun, large).close()
+    assert load_comparison(begun).to_json() == large.to_json(), "as a comparison of its own it goes on with all of it"
+    with pytest.raises(ConfigError, match="holds another comparison"):
+        check_directory(begun, small)
+    changed = load_comparison(write(tmp_path, **more, settings={**COMPARISON["settings"], "train": {"steps": 8}}))
+    with pytest.raises(ConfigError, match=r"with recipe\.train\.steps=7 where this one has 8"):
+        check_directory(begun, changed)

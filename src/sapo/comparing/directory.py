@@ -42,7 +42,7 @@ class ComparisonDirectory:
 
     @classmethod
     def open(cls, path: Path, plan: ComparisonPlan) -> ComparisonDirectory:
-        """Make the directory of a comparison, or open that of the same one.
+        """Make the directory of a comparison, or open that of the same one, or of one that it grows out of.
 
         Raises:
             ConfigError: it holds something else, or another process is at it.
@@ -52,10 +52,11 @@ class ComparisonDirectory:
         directory = cls(path)
         for part in ("runs", "logs"):
             (path / part).mkdir(exist_ok=True)
-        if not (path / COMPARISON_FILE).exists():
+        file = path / COMPARISON_FILE
+        if not file.exists() or load_comparison(path).to_json() != _plain(plan):
             header = f"# sapo compare {path}   goes on with this comparison, or shows its table\n"
             settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
-            write_whole(path / COMPARISON_FILE, header + settings)
+            write_whole(file, header + settings)
         return directory
 
     def wait_for_runs(self, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> None:
@@ -89,7 +90,9 @@ class ComparisonDirectory:
 
 
 def check_directory(path: Path, plan: ComparisonPlan) -> None:
-    """Refuse a directory that holds anything but this comparison.
+    """Refuse a directory that holds anything but this comparison, or one that this one only adds to.
+
+    Runs are independent of each other, so more arms, learning rates or seeds leave those that are there as they are.
 
     Raises:
         ConfigError: naming what it holds.
@@ -103,9 +106,24 @@ def check_directory(path: Path, plan: ComparisonPlan) -> None:
         if strangers or any(p.name != ".lock" for p in (path / "runs").glob("*")):
             raise ConfigError(f"{path} holds no comparison but {(strangers or ['runs'])[0]}; name another with --out")
         return
-    there, here = load_comparison(path).to_json(), json.loads(json.dumps(plan.to_json()))
-    for key, (a, b) in differing(there, here):
+    there, here = load_comparison(path).to_json(), _plain(plan)
+    for key, (a, b) in () if _adds_to(there, here) else differing(there, here):
         raise ConfigError(
             f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` goes on "
             "with it, --out DIR begins another"
         )
+
+
+def _adds_to(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether `here` holds every arm, learning rate and seed of `there`, and is alike in all else."""
+    runs = ("learning_rates", "seeds")
+    return (
+        there["arms"].items() <= here["arms"].items()
+        and all(set(there[key]) <= set(here[key]) for key in runs)
+        and all(there[key] == here[key] for key in there if key not in ("arms", *runs))
+    )
+
+
+def _plain(plan: ComparisonPlan) -> dict[str, Any]:
+    """As it would be read from a file."""
+    return json.loads(json.dumps(plan.to_json()))
