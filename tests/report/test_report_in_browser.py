@@ -171,6 +171,21 @@ def test_samples_are_sorted_by_reward_and_by_the_lowest_gate_weight(visit: Visit
     assert texts(page, names) == ["3.1", "3.2"]
 
 
+def test_a_name_with_a_placeholder_of_plotly_s_is_shown_as_it_is(visit: Visit, tmp_path: Path) -> None:
+    for name, gate in (("a", "%{y}"), ("b", "sigmoid")):
+        write_run(tmp_path / name, config=settings(0, gate=gate))
+    page = visit.open(write_page(make_report([tmp_path]), tmp_path / "report.html"))
+    page.evaluate("sapoReport.drawAll()")
+    hovered = page.evaluate(
+        """() => {
+          const plot = document.querySelector("#figure-reward .plot");
+          Plotly.Fx.hover(plot, [{ curveNumber: 0, pointNumber: 1 }]);
+          return plot.querySelector(".hoverlayer").textContent;
+        }"""
+    )
+    assert "gate %{y}" in hovered, hovered
+
+
 def test_hover_and_arrow_keys_give_a_token_s_numbers(visit: Visit, made: Path) -> None:
     page = visit.open(made, "#run=b&step=4&sample=2.2")
     page.locator("#tok-0").hover()

@@ -276,7 +276,8 @@ def _gaps(values: np.ndarray) -> tuple[float | None, ...]:
 def _curves(own: Own) -> list[Trace]:
     """The gate of each objective over the range of the ratios; of those that gate a token by its own ratio alone."""
     logs = [s.log_ratio_edges[np.flatnonzero(c[1:-1])] for _, s in own for c in s.log_ratio.values() if c.sum()]
-    low, high = min(float(e[0]) for e in logs if len(e)), max(float(e[-1]) for e in logs if len(e))
+    used = [e for e in logs if len(e)]  # none where every ratio is beyond the bins
+    low, high = min((float(e[0]) for e in used), default=0.0), max((float(e[-1]) for e in used), default=0.0)
     ratios = np.exp(np.linspace(min(low, -0.05), max(high, 0.05) * 1.05, 200))
     traces = []
     for arm, _ in own:

@@ -56,7 +56,8 @@
   // --- figures
 
   const few = (figure) => new Set(figure.panels.flatMap((p) => p.traces.map((t) => t.name))).size < 6;
-  const safe = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  // Plotly reads tags and %{...} in texts, and turns entities back.
+  const safe = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("%{", "&#37;{");
 
   function plotlyTrace(trace, panel, figure) {
     const color = colorOf(trace.color ?? 0);
