@@ -1,4 +1,4 @@
-"""What looking costs: the share of a step that diagnostics and logs take. `python -m bench.overhead [--model 135m]`.
+"""What looking costs: the share of a step that diagnostics and logs take. `python -m bench.overhead [--model moe]`.
 
 What the loop measures of updates and batches, the rules of early warning, the records it keeps of rollouts, and what it
 writes (metrics, TensorBoard, rollouts) are timed in place, over as many steps as make one round of what a recipe asks
@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.console import Console
 
 import sapo.loop
 from bench.contest import Machine
-from bench.contests import REAL_STEP, TINY
+from bench.contests import REAL_STEP, TINY, TINY_MOE
 from bench.machine import describe_machine
 from bench.report import quick_or
 from bench.sides import ours
@@ -30,6 +31,13 @@ from bench.workloads import settings_of
 
 FILE = Path(__file__).parent / "results" / "overhead.json"
 GOAL = 0.02
+
+WORKLOADS = {
+    "tiny": TINY,
+    "moe": TINY_MOE,
+    "moe-16x8": replace(TINY_MOE, prompts=16),  # a step of the paper's comparisons: the fewest tokens to share the cost
+    "135m": REAL_STEP,
+}
 
 
 class Meter:
@@ -139,14 +147,14 @@ def _entropy_shares(run: Any, pairs: int = 4) -> list[float]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description="What diagnostics cost.")
-    parser.add_argument("--model", choices=("tiny", "135m"), default="tiny")
+    parser.add_argument("--model", choices=tuple(WORKLOADS), default="tiny")
     parser.add_argument("--steps", type=int, default=10, help="a whole round of every tenth step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, help=f"default {FILE}")
     options = parser.parse_args(arguments)
     results = options.results or quick_or(FILE, quick=options.quick)
-    workload = TINY if options.model == "tiny" else REAL_STEP
+    workload = WORKLOADS[options.model]
     workload = workload.shrunk() if options.quick else workload
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = measure(workload, Machine(options.threads, device), options.steps)

@@ -170,6 +170,7 @@ def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
     [
         (("trian",), "Did you mean 'train'?"),
         (("train", "nowhere.yaml"), "no recipe file 'nowhere.yaml'"),
+        (("compare", "."), ". is a directory, of neither a run nor a comparison; name a recipe's file"),
         (("train", "quikstart"), "did you mean quickstart?"),
         (("train", "quickstart", "objective.tau_neg=-1"), "tau_neg must be positive"),
         (("train", "quickstart", "steps=3"), "unknown key steps"),
@@ -181,7 +182,7 @@ def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
         (("eval", "nowhere", "--task", "arithmetic", "--top-p", "2"), "--top-p must lie in (0, 1]"),
         (("eval", "nowhere", "--task", "arithmetic", "--k", "one"), "--k takes whole numbers between commas"),
         (("eval", "nowhere", "--task", "arithmetic", "prompt.styl=chat"), "did you mean prompt.style?"),
-        (("eval", "nowhere"), "nowhere is no run that would bring its own tasks; name one with --task"),
+        (("eval", "nowhere"), "nowhere is not a run directory, so it has no tasks of its own; name one with --task"),
         (("compare", "quickstart", "--seeds", "0"), "a comparison needs seeds, 1 or more of them; got 0"),
         (("compare", "quickstart", "--seeds", "some"), "--seeds takes numbers between commas, as in 3, or 0,1,2"),
         (("compare", "quickstart", "--learning-rates", ","), "--learning-rates takes numbers between commas"),

@@ -18,6 +18,7 @@ from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.diagnostics import replay_warnings
 from sapo.diagnostics_config import WarningsConfig
 from sapo.model.policy import load_policy
+from sapo.report import make_report
 from sapo.session import resume
 from sapo.training.checkpoint import list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
@@ -84,12 +85,16 @@ def test_the_warnings_of_a_run_are_found_again_in_its_metrics(tmp_path: Path) ->
 
 
 def test_stop_ends_the_run_at_its_last_healthy_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CollapseError, match=r"step 7: zero_variance_flood: .*goes on from the last healthy .*, step 2"):
+    rule = r"step 7: zero_variance_flood: .*goes on from the last healthy .*, step 2"
+    with pytest.raises(CollapseError, match=rule) as raised:
         run_recipe(tmp_path, **COLLAPSING, warnings={"on_collapse": "stop"})
     run = tmp_path / "run"
+    assert json.loads((run / "failure.json").read_text()) == {"reason": str(raised.value)}
+    assert make_report([run], tokens=0).finished, "a watched page of it waits for nothing more"
     assert [c.step for c in list_checkpoints(run / "checkpoints")] == [2]
     assert (run / "checkpoints" / "collapsed-step-000006").is_dir()
     resume(run, ["train.learning_rate=0.02"])
+    assert not (run / "failure.json").exists()
     steps = [m["step"] for m in metrics(run) if m["kind"] == "step"]
     assert steps == list(range(1, STEPS + 1))
     assert warnings_of(run) == []

@@ -93,7 +93,7 @@ def test_the_command_measures_a_run_on_its_own_task(
         (["--objectives", "grop"], "--objectives: objective must be one of"),
         (["--objectives", ","], "--objectives names objectives between commas"),
         (["--temperature", "0"], "a diagnosis needs a sampler that draws; got temperature 0"),
-        ([], "is no run that would bring its own tasks; name one with --task"),
+        ([], "is not a run directory, so it has no tasks of its own; name one with --task"),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -50,7 +50,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A YAML file, or the name of a shipped recipe: quickstart.", autocompletion=complete_recipe
+            help="A YAML file, or the name of a shipped recipe: quickstart, moe_quickstart, smollm2_sums, ...",
+            autocompletion=complete_recipe,
         ),
     ],
     overrides: Overrides = None,

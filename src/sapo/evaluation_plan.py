@@ -57,7 +57,7 @@ def orders(
         return [order_of_task(name, overrides, settings, seed) for name in tasks]
     run = run_of(model)
     if run is None:
-        raise ConfigError(f"{model} is no run that would bring its own tasks; name one with --task")
+        raise ConfigError(f"{model} is not a run directory, so it has no tasks of its own; name one with --task")
     return orders_of_run(run, overrides, given, seed)
 
 

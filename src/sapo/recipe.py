@@ -198,6 +198,10 @@ def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             f"{path} is a run directory: `sapo resume {path}` continues it, {path}/config.yaml repeats it"
         )
+    if (path / "comparison.yaml").is_file():
+        raise ConfigError(f"{path} is the directory of a comparison: `sapo compare {path}` goes on with it")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory, of neither a run nor a comparison; name a recipe's file")
     hint = nearest(str(name_or_path), list(recipes))
     raise ConfigError(f"no recipe file {str(path)!r} and no shipped recipe of that name{hint}")
 

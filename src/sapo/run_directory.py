@@ -3,6 +3,7 @@
 runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; it can be run again as it is
           metrics.jsonl     one line per update, step, evaluation, self-check, warning ...; the clock only in "timing"
           summary.json      start, end, tokens, seconds by phase
+          failure.json      of a run that stopped itself: why; gone when it is resumed
           rollouts/         step-000010.jsonl: one line per completion
           rolled-back/      what rollbacks took out of metrics.jsonl and rollouts/
           checkpoints/      see training/checkpoint.py
@@ -24,6 +25,8 @@ import yaml
 from sapo.config import ConfigError, RunConfig
 from sapo.files import lock_directory, write_whole
 from sapo.recipe import parse_recipe
+
+FAILURE_FILE = "failure.json"
 
 
 class RunDirectory:
@@ -114,6 +117,10 @@ class RunDirectory:
         """Write summary.json, aside and renamed."""
         write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
+    def write_failure(self, reason: str) -> None:
+        """Write failure.json: the run has stopped itself."""
+        write_whole(self.path / FAILURE_FILE, json.dumps({"reason": reason}) + "\n")
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self._metrics is None:
@@ -131,10 +138,13 @@ class RunDirectory:
     def rewind(self, size: int, step: int) -> None:
         """Back to a checkpoint: metrics.jsonl cut to what it remembers, rollouts/ to its step; both are written again.
 
+        failure.json goes: the run is under way.
+
         Raises:
             ConfigError: when metrics.jsonl is shorter than that.
         """
         self._rewind_metrics(size)
+        (self.path / FAILURE_FILE).unlink(missing_ok=True)
         for file in self._rollouts_after(step):
             file.unlink()
 

@@ -32,6 +32,8 @@ from sapo.routing_replay import RoutingReplay
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.training.checkpoint import newest_whole, set_broken_aside
+from sapo.training.trainer import NonFiniteError
+from sapo.watch import CollapseError
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -67,7 +69,8 @@ def train(
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
-        NonFiniteError: the run stopped itself; the message names step, cause and checkpoint.
+        NonFiniteError, CollapseError: the run stopped itself; the message, which failure.json keeps, names step, cause
+            and checkpoint.
     """
     config = resolve_machine(config)
     if config.run_dir is None:
@@ -336,6 +339,9 @@ def _finish(training: TrainingRun) -> Run:
     try:
         stopped = training.run()
         return Run(training.directory.path, training.config, training.summary(), stopped)
+    except (NonFiniteError, CollapseError) as error:
+        training.directory.write_failure(str(error))
+        raise
     finally:
         training.loggers.close()
         training.directory.close()

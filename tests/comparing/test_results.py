@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from sapo.comparing.alarms import Alarms
-from sapo.comparing.outcomes import FAILURE_FILE, Curve, Look, Outcome
+from sapo.comparing.outcomes import Curve, Look, Outcome
 from sapo.comparing.plan import ComparisonPlan
 from sapo.comparing.results import ComparisonResults
 from sapo.comparing.table import as_markdown
 from sapo.evaluation.estimates import bootstrap, bootstrap_crossed
+from sapo.run_directory import FAILURE_FILE
 
 BASE = {
     "model": {"path": "m"},

@@ -107,7 +107,7 @@ def diagnose(
     if as_json:
         print(json.dumps(measure(policy, asked, rounding, chosen, name=str(directory)).to_json(), indent=1))
         return
-    with Progress(console, "parts of the problems") as progress:
+    with Progress(console, "batches of problems") as progress:
         found = measure(policy, asked, rounding, chosen, name=str(directory), on_progress=progress)
     console.print(table(found))
     for line in lines(found):
@@ -142,7 +142,7 @@ def table(found: Diagnosis) -> Table:
     from rich.text import Text
 
     shown = Table(title=Text(f"a sampler in {found.sampler_dtype}, were its log-probabilities taken for log pi_old"))
-    for column in ("objective", "gate weight", "silenced", "bias force", "without noise", "cosine with the pull"):
+    for column in ("objective", "gate weight", "silenced", "bias force", "beyond noise", "towards sampler"):
         shown.add_column(column, justify="left" if column == "objective" else "right")
     for force in found.forces:
         figures = (force.force, force.force_unbiased, force.cosine)
@@ -156,12 +156,19 @@ def table(found: Diagnosis) -> Table:
 
 
 def lines(found: Diagnosis) -> list[str]:
-    """What is said below the table."""
+    """What is said below the table: how to read it, what was measured, what follows."""
+    from sapo.diagnose import SYMMETRIC
+
     scaling = {"none": "without scales", "tensor": "a scale a matrix", "channel": "a scale a row"}
     how = "" if found.sampler_dtype == "bfloat16" else f", {scaling[found.sampler_scaling]}"
     no_gradient = found.gradient_norm is None
+    control = any(force.objective == SYMMETRIC for force in found.forces)
     what = "weights, norms and biases too," if found.sampler_vectors else "weights"
     return [
+        "bias force: the pull on the policy of shuffled advantages over the norm of its policy gradient; 1 is as",
+        "hard as rewards pull. beyond noise: less what the noise of a batch would give; - where that is not resolved.",
+        "towards sampler: cosine of that pull with the direction to the sampler's policy",
+        *[f"{SYMMETRIC}: the control, a clip that does not ask for the sign of A"] * control,
         f"{found.completions} completions of {', '.join(found.tasks)}, {found.tokens} tokens, mean reward "
         f"{found.reward:.3f}; {what} in {found.sampler_dtype}{how}",
         f"mean |r - 1| {found.dose:.4f} (99% below {found.dose_p99:.3f}): {found.verdict}",

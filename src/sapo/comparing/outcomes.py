@@ -15,9 +15,7 @@ from sapo.comparing.plan import PlannedRun
 from sapo.config import ConfigError
 from sapo.diagnostics.warnings import OF_THE_SET_UP
 from sapo.evaluation.estimates import bootstrap
-
-FAILURE_FILE = "failure.json"
-"""In the directory of a run that stopped itself: why."""
+from sapo.run_directory import FAILURE_FILE
 
 COLLAPSED_BELOW = 0.5
 """Share of a run's best pass@1 below which its last one is a collapse."""

@@ -16,10 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sapo.comparing.outcomes import FAILURE_FILE
 from sapo.config import ConfigError, RunConfig
 from sapo.evaluation.store import differing
-from sapo.files import write_whole
 from sapo.listener import Listener
 from sapo.recipe import parse_recipe
 from sapo.run_directory import RunDirectory
@@ -88,21 +86,16 @@ def carry_out(config: RunConfig, listener: Listener, should_stop: Callable[[], b
 
     Raises:
         ConfigError: its directory holds another run.
-        RuntimeError: the run broke (see RUN_FAILURES); failure.json in its directory says where and why.
+        RuntimeError: the run stopped itself (see RUN_FAILURES); failure.json in its directory says where and why.
     """
     assert config.run_dir is not None
     path = Path(config.run_dir)
     if path.exists() and not (path / "config.yaml").exists():
         shutil.rmtree(path)  # killed between its first two breaths: there is nothing in it
-    try:
-        if not path.exists():
-            return train(config, listener=listener, should_stop=should_stop)
-        check_same_run(path, config)
-        return resume(path, listener=listener, should_stop=should_stop)
-    except RuntimeError as error:
-        if type(error).__name__ in RUN_FAILURES:
-            write_whole(path / FAILURE_FILE, json.dumps({"reason": str(error)}) + "\n")
-        raise
+    if not path.exists():
+        return train(config, listener=listener, should_stop=should_stop)
+    check_same_run(path, config)
+    return resume(path, listener=listener, should_stop=should_stop)
 
 
 def check_same_run(path: Path, config: RunConfig) -> None:

@@ -15,7 +15,7 @@ def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
     gate must be one of erf, sigmoid; got 'sigmod'; did you mean 'sigmoid'?
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(got), names, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(str(got), names, n=1, cutoff=0.6)
     way_out = f"did you mean {nearest[0]!r}?" if nearest else "choose one of these"
     return ValueError(f"{kind} must be one of {', '.join(names)}; got {got!r}; {way_out}")
 
