@@ -53,7 +53,7 @@ def rollouts(quick: bool, vllm: Path) -> Iterator[Contest]:
         _hf("continuous", FLOAT),
         *[_vllm(vllm, dtype) for dtype in (FLOAT, BF)],
     )
-    yield _of("rollout-135m", f"rollout, SmolLM2-135M, 8 x 8, lengths {_span(REAL)}", REAL, real, 2, quick, "decode")
+    yield _of("rollout-135m", f"rollout, SmolLM2-135M, 8 x 8, lengths {_span(REAL)}", REAL, real, 4, quick, "decode")
     tiny = (_ours("rollout", FLOAT), _hf("generate", FLOAT), _hf("continuous", FLOAT), _vllm(vllm, FLOAT))
     yield _of("rollout-tiny", f"rollout, tiny Qwen3, 32 x 8, lengths {_span(TINY)}", TINY, tiny, 5, quick, "decode")
     title = f"rollout, tiny Qwen3-MoE, 32 x 8, lengths {_span(TINY)}"

@@ -73,15 +73,17 @@ MOE = ("model.coldstart.architecture=qwen3_moe", "model.coldstart.intermediate_s
 STUDIES = (
     Study("paper_fig23", "paper_fig23"),
     Study("paper_fig4", "paper_fig4"),
-    Study("paper_fig5", "paper_fig5", learning_rates=(1e-4,)),
+    Study("paper_fig5", "paper_fig5"),
     Study("regime_clean", "regime_clean"),
     Study("regime_lr_ceiling", "regime_lr_ceiling"),
     Study("regime_stale", "regime_stale"),
+    Study("regime_stale_current", "regime_stale_current"),
     Study("regime_mismatch", "regime_mismatch"),
-    Study("regime_dose", "regime_dose", seeds=3),
+    Study("regime_dose", "regime_dose"),
     Study("mismatch_tis", "mismatch_tis", PAPERS, seeds=5, settings=COMMON),
-    Study("mismatch_switch", "mismatch_switch", PAPERS, seeds=3, settings=COMMON),
-    Study("mismatch_moe", "mismatch", PAPERS, (5e-5,), 3, (*MOE, *COMMON)),
+    Study("mismatch_switch", "mismatch_switch", PAPERS, seeds=5, settings=COMMON),
+    Study("mismatch_moe", "mismatch", PAPERS, (5e-5,), 5, (*MOE, *COMMON)),
+    Study("random_rewards", "random_rewards", PAPERS, seeds=5, settings=COMMON),
 )
 
 _UNSCALED = ("--sampler-scaling", "none", "--sampler-vectors")
