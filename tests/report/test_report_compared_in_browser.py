@@ -182,13 +182,13 @@ def test_a_rule_that_is_broken_at_every_step_is_one_row_that_opens(visit: Visit,
         for step in range(1, 5)
     ]
     write_run(tmp_path / "runs" / "a", config=settings(0), records=[*step_records(4), *warnings])
-    write_run(tmp_path / "runs" / "b", config=settings(1), records=[*step_records(4), warnings[2]])
+    write_run(tmp_path / "runs" / "b", config=settings(1), records=[*step_records(4), *warnings[2:3] * 2])
     page = visit.open(write_page(make_report([tmp_path / "runs"]), tmp_path / "report.html"))
     rows = page.locator("#warning-table tbody tr")
     assert rows.count() == 2
     assert rows.nth(0).locator("td").all_text_contents()[:4] == ["a", "ratio tail", "4", "1 to 4"]
-    assert rows.nth(1).locator("td").all_text_contents()[:4] == ["b", "ratio tail", "1", "3"]
-    assert "5 warnings in 2 of 2 runs" in texts(page, "#headlines p")[0]
+    assert rows.nth(1).locator("td").all_text_contents()[:4] == ["b", "ratio tail", "2", "3"]
+    assert "6 warnings in 2 of 2 runs" in texts(page, "#headlines p")[0]
     rows.nth(0).locator("summary").click()
     page.wait_for_timeout(50)
     assert texts(page, "#warning-table li") == [f"step {step}: <b>far</b>" for step in (2, 3, 4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ def test_a_curve_holds_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
         assert line.y == tuple(r[metric] for r in steps)
     last = [r for r in records if r["kind"] == "update" and r["update"] == 1]
     pos, neg = strong(figures["eur"])
-    assert pos.y == tuple(r["gate/eur_pos"] for r in last)
-    assert neg.y == tuple(r["gate/eur_neg"] for r in last)
+    assert pos.y == tuple(1 - r["gate/eur_pos"] for r in last)
+    assert neg.y == tuple(1 - r["gate/eur_neg"] for r in last)
     evaluations = [r for r in records if r["kind"] == "eval"]
     band, line = figures["pass1"].panels[0].traces
     assert line.y == tuple(r["pass@1"] for r in evaluations)
@@ -181,6 +182,192 @@ def test_distributions_that_a_run_wrote_are_taken_as_they_are(tmp_path: Path) ->
     assert (spread.tokens, spread.updates, spread.from_rollouts) == (10 + 15, 2, False)
     assert spread.variance.tolist() == [0, 6, 2]
     assert spread.pairs == [(1e-3, 2e-4, True)] * 2
+
+
+def distribution(log_ratio: dict[int, int], variance: dict[int, int]) -> dict:
+    """A record of an off-policy update with these counts at these places, the one below all edges first."""
+    counts, variances = [0] * (len(LOG_RATIO_EDGES) + 1), [0] * (len(VARIANCE_EDGES) + 1)
+    for made, places in ((counts, log_ratio), (variances, variance)):
+        for place, count in places.items():
+            made[place] = count
+    return {
+        "kind": "distribution", "step": 1, "update": 1, "on_policy": False,
+        "log_ratio": {"edges": LOG_RATIO_EDGES.tolist(), "pos": counts},
+        "variance": {"edges": VARIANCE_EDGES.tolist(), "count": variances},
+        "scatter": {"variance": [1e-3], "discrepancy": [2e-4], "bound": [2.5e-4], "positive": [True]},
+    }  # fmt: skip
+
+
+def widths(trace) -> list[tuple[float, float, float]]:
+    """Bins of a histogram's outline that hold something: left edge, right edge, height."""
+    points = list(zip(trace.x, trace.y, strict=True))
+    return [(a, b, y) for (a, y), (b, z) in pairwise(points) if y and y == z and a < b]
+
+
+def test_every_bin_of_a_histogram_is_drawn_at_its_width_a_lone_one_too(tmp_path: Path) -> None:
+    # Two neighbours, an empty bin, a lone bin; of Var_i what is below its edges, an empty bin, and a lone one.
+    record = distribution({41: 80, 42: 10, 44: 10}, {0: 3, 1: 0, 2: 97})
+    figures = figures_of(make_report([write_run(tmp_path / "a", records=[*step_records(4), record])]))
+    for panel in (figures["ratios"].panels[0], figures["fig3"].panels[0]):
+        ratios = next(t for t in panel.traces if t.kind == "steps" and t.name == "A > 0")
+        edges = LOG_RATIO_EDGES
+        # counts[k] lies between edges[k - 1] and edges[k]; density per nat, 100 tokens
+        expected = [
+            (edges[k - 1], edges[k], n / 100 / (edges[k] - edges[k - 1])) for k, n in ((41, 80), (42, 10), (44, 10))
+        ]
+        found = [(math.log(a), math.log(b), y) for a, b, y in widths(ratios)]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert ratios.y.count(None) == 1, "a log axis has no 0: the empty bin is a gap"
+    for panel in (figures["variance"].panels[0], figures["fig3"].panels[1]):
+        [shares] = [t for t in panel.traces if t.kind == "steps"]
+        # Four bins to a decade, and one more of that width below 1e-8 for what lies there.
+        np.testing.assert_allclose(widths(shares), [(10**-8.25, 1e-8, 0.03), (10**-7.75, 10**-7.5, 0.97)], rtol=1e-9)
+        assert sum(y for *_, y in widths(shares)) == pytest.approx(1), "nothing is dropped"
+        assert None not in shares.y, "a linear axis has a 0"
+        assert (shares.y[0], shares.y[-1]) == (0, 0)
+    for key in ("variance", "fig3"):
+        assert "The first bin holds all that lies below 1e-8, 0 too: 3.0%." in figures[key].caption
+
+
+def test_gates_have_a_key_reach_the_end_of_the_ratios_and_are_drawn_once(tmp_path: Path) -> None:
+    records = [*step_records(4), distribution({41: 90, 78: 10}, {20: 1})]
+    plain = {"name": "grpo", "normalizer": "sequence_mean", "eps_low": 0.2, "eps_high": 0.27}
+    for name, objective in (
+        ("a", {}),
+        ("b", plain),
+        ("c", {**plain, "advantage": "group_mean"}),
+        ("d", {"name": "gspo"}),
+    ):
+        config = settings()
+        config["objective"] = objective or config["objective"]
+        write_run(tmp_path / name, config=config, records=records)
+    report = make_report([tmp_path])
+    labels = {arm.runs[0].name: arm.label for arm in group_runs(read_runs(find_runs([tmp_path])))}
+    for key in ("ratios", "fig3"):
+        figure = figures_of(report)[key]
+        gates = [t for t in figure.panels[0].traces if t.second]
+        assert [(t.name, t.dash, t.color) for t in gates] == [
+            ("gate, A > 0", "dash", 0),
+            ("gate, A ≤ 0", "dot", 0),
+            ("gate, A > 0", "dash", 1),
+            ("gate, A ≤ 0", "dot", 1),
+        ]
+        for gate in gates:
+            assert gate.x[-1] == pytest.approx(math.exp(LOG_RATIO_EDGES[78])), "the right edge of the last bin"
+        assert labels["b"] in gates[2].hover
+        assert labels["c"] in gates[2].hover
+        assert "dashed for A > 0, dotted for A ≤ 0" in figure.caption
+        assert f"{labels['b']} and {labels['c']} have the same gate" in figure.caption
+        assert f"No gate is drawn of {labels['d']}, which gates a sequence by all its tokens." in figure.caption
+
+
+def with_updates(**figures: list[float]) -> list[dict]:
+    """Records of four steps whose last updates have these figures."""
+    records = step_records(4)
+    last = [r for r in records if r["kind"] == "update" and r["update"] == 1]
+    for name, values in figures.items():
+        for record, value in zip(last, values, strict=True):
+            record[name.replace("__", "/")] = value
+    return records
+
+
+def test_what_is_lost_is_on_a_log_axis_and_exact_zeros_are_gaps_and_counted(tmp_path: Path) -> None:
+    eurs = {"counterfactual__soft__eur": [0.99, 0.999, 1 - 1e-13, 0.5], "counterfactual__never__eur": [1.0] * 4}
+    records = with_updates(gate__eur_pos=[1.0, 0.75, 1.0, 0.875], **eurs)
+    figures = figures_of(make_report([write_run(tmp_path / "a", records=records)]))
+    [panel] = figures["eur"].panels
+    pos, neg, points = panel.traces
+    assert panel.y_log
+    assert pos.y == (None, 0.25, None, 0.125)
+    assert (points.kind, points.name, points.x, points.y) == ("points", "A > 0", (2, 4), (0.25, 0.125)), "between gaps"
+    assert neg.y == tuple(1 - r["gate/eur_neg"] for r in records if r["kind"] == "update" and r["update"] == 1)
+    assert "2 of 8 values are 0 or less than a millionth of the largest" in figures["eur"].caption
+    [panel] = figures["counterfactual"].panels
+    assert [(t.name, t.y) for t in panel.traces if t.kind == "line"] == [("soft", (1 - 0.99, 1 - 0.999, None, 0.5))]
+    assert "5 of 8 values are 0" in figures["counterfactual"].caption
+    assert "Nothing at all is drawn of never." in figures["counterfactual"].caption
+
+
+def test_a_band_that_reaches_down_to_0_ends_at_the_smallest_value_drawn(tmp_path: Path) -> None:
+    for seed, values in enumerate(([1.0, 0.5, 1.0, 0.75], [1.0, 1.0, 0.5, 0.875])):
+        records = with_updates(gate__eur_pos=values, gate__eur_neg=values)
+        write_run(tmp_path / str(seed), config=settings(seed), records=records)
+    [panel] = figures_of(make_report([tmp_path]))["eur"].panels
+    [band] = [t for t in panel.traces if t.kind == "band" and t.name == "A > 0"]
+    assert (band.x, band.low, band.high) == ((2, 3, 4), (0.125, 0.125, 0.125), (0.5, 0.5, 0.25))
+    [mean] = [t for t in panel.traces if t.kind == "line" and t.name == "A > 0" and not t.faint]
+    assert mean.y == (None, 0.25, 0.25, (0.25 + 0.125) / 2), "the seed that lost nothing counts in the mean"
+
+
+def test_of_a_hard_clip_the_share_of_tokens_it_clips_is_shown(tmp_path: Path) -> None:
+    figures = {"gate__p01_pos": [1.0, 0.0, 1.0, 0.0], "gate__p01_neg": [0.0] * 4}
+    figures |= {"gate__below_half_pos": [0.0, 0.02, 0.005, 0.03], "gate__below_half_neg": [0.1, 0.2, 0.3, 0.4]}
+    grpo = settings()
+    grpo["objective"] = {"name": "grpo"}
+    write_run(tmp_path / "hard", config=grpo, records=with_updates(**figures))
+    alone = figures_of(make_report([tmp_path / "hard"]))["low_weights"]
+    [panel] = alone.panels
+    assert [(t.name, t.y) for t in panel.traces] == [
+        ("A > 0", (0.0, 0.02, 0.005, 0.03)),
+        ("A ≤ 0", (0.1, 0.2, 0.3, 0.4)),
+    ]
+    assert panel.y == "share of tokens, f' < 0.5"
+    assert "A hard clip weighs a token 1 or 0" in alone.caption
+    write_run(tmp_path / "soft", records=with_updates(gate__p01_pos=[0.9] * 4, gate__p01_neg=[0.8] * 4))
+    both = figures_of(make_report([tmp_path]))["low_weights"]
+    assert [(p.title, p.y, [t.name for t in p.traces]) for p in both.panels] == [
+        ("A > 0", "1% quantile of the weight", ["SAPO"]),
+        ("A ≤ 0", "1% quantile of the weight", ["SAPO"]),
+        ("A > 0", "share of tokens, f' < 0.5", ["GRPO"]),
+        ("A ≤ 0", "share of tokens, f' < 0.5", ["GRPO"]),
+    ]
+    assert "A hard clip (GRPO) weighs" in both.caption
+
+
+def test_runs_that_share_too_little_are_called_by_their_names(tmp_path: Path) -> None:
+    write_run(tmp_path / "far", config=settings(0, 4))
+    config = settings(0, tau_pos=2.0, tau_neg=0.5, gate="erf")
+    config["train"] |= {"learning_rate": 2.5e-4, "minibatches": 4}
+    write_run(tmp_path / "near", config=config)
+    assert [arm.label for arm in group_runs(read_runs(find_runs([tmp_path])))] == [
+        "far: SAPO, lr 1e-4",
+        "near: SAPO, lr 2.5e-4",
+    ]
+
+
+def test_settings_in_labels_are_written_as_people_write_them(tmp_path: Path) -> None:
+    for name, rate, tied in (("a", 1e-3, True), ("b", 2.5e-4, False)):
+        config = settings()
+        config["train"] |= {"learning_rate": rate, "activation_checkpointing": tied}
+        write_run(tmp_path / name, config=config)
+    assert [arm.label for arm in group_runs(read_runs(find_runs([tmp_path])))] == [
+        "SAPO, lr 1e-3, activation_checkpointing yes",
+        "SAPO, lr 2.5e-4, activation_checkpointing no",
+    ]
+
+
+def test_an_arm_is_called_by_its_routing_replay_and_what_that_changed_is_a_figure(tmp_path: Path) -> None:
+    check = {"kind": "self_check", "step": 1, "routing_replay": "R3"}
+    shares = [0.01, 0.02, 0.015, 0.03]
+    for name, setting, told in (("a", True, [check]), ("b", "R2", []), ("c", True, []), ("d", False, [])):
+        config = settings()
+        config["objective"] = {"name": "grpo"}
+        config["model"]["routing_replay"] = setting
+        config["rollout"] = {"max_new_tokens": len(name)}
+        records = step_records(4)
+        if setting:
+            for record, share in zip([r for r in records if r["kind"] == "step"], shares, strict=True):
+                record["update/routing/changed_share"] = share
+        write_run(tmp_path / name, config=config, records=[*told, *records])
+    runs = {run.name: run for run in read_runs(find_runs([tmp_path]))}
+    alone = {name: group_runs([run])[0].label for name, run in runs.items()}
+    assert alone == {"a": "GRPO-R3", "b": "GRPO-R2", "c": "GRPO with routing replay", "d": "GRPO"}
+    together = {run.name: arm.label for arm in group_runs(list(runs.values())) for run in arm.runs}
+    assert together["b"] == "GRPO-R2"
+    figures = figures_of(make_report([tmp_path / "a"]))
+    [line] = strong(figures["routing"])
+    assert line.y == tuple(shares)
+    assert "routing" not in figures_of(make_report([tmp_path / "d"])), "a run without it has no such figure"
 
 
 def test_figure_1_has_the_closed_forms_of_the_paper() -> None:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from browser import CHROMIUM, MISSING
-from report_cases import ATTACKS, default_rows, rollout_row, settings, step_records, write_run
+from report_cases import ATTACKS, END, default_rows, rollout_row, settings, step_records, write_run
 from report_page import Visit, texts, wait
 from runs import write_recipe
 from sapo.recipe import load_recipe
@@ -100,7 +100,10 @@ def test_the_numbers_in_the_page_are_those_of_metrics_jsonl(visit: Visit, real) 
     last = {r["step"]: r for r in records if r["kind"] == "update" and not r["skipped"]}
     for line, metric in enumerate(("gate/eur_pos", "gate/eur_neg")):
         own = [r for r in last.values() if metric in r]
-        assert plotted("eur", line) == ([r["step"] for r in own], [r[metric] for r in own])
+        lost = [1 - r[metric] for r in own]
+        # The log axis has six decades: what is below them, 0 too, is a gap.
+        least = 1e-6 * max(1 - r[m] for r in last.values() for m in ("gate/eur_pos", "gate/eur_neg") if m in r)
+        assert plotted("eur", line) == ([r["step"] for r in own], [v if v >= least else None for v in lost])
     ends = [evaluations[0], evaluations[-1]]
     words = [f"{r['pass@1']:.3f} [{r['pass@1/low']:.3f}, {r['pass@1/high']:.3f}]" for r in ends]
     assert f"held-out pass@1 {words[0]} → {words[1]}" in texts(page, "#headlines li")[0]
@@ -111,8 +114,8 @@ def test_no_text_runs_as_markup_and_what_steers_is_spelled_out(visit: Visit, mad
     page = visit.open(made)
     page.evaluate("sapoReport.drawAll()")
     shown = set()
-    for number in range(1, 5):
-        for sample in range(1, 3):
+    for number in range(4):
+        for sample in range(2):
             page.goto("about:blank")
             page.goto(f"{made.as_uri()}#run=%3Cimg+src%3Dx+onerror%3Dhacked%3E&sample={number}.{sample}")
             page.evaluate("sapoReport.tokens.ready")
@@ -160,15 +163,15 @@ def test_a_click_chooses_a_sample_and_colours_say_what_was_measured(visit: Visit
 def test_samples_are_sorted_by_reward_and_by_the_lowest_gate_weight(visit: Visit, made: Path) -> None:
     page = visit.open(made, "#run=b&step=4")
     names = "#token-view .row b"
-    assert texts(page, names) == ["1.1", "1.2", "2.1", "2.2", "3.1", "3.2", "4.1", "4.2"]
+    assert texts(page, names) == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1", "3.0", "3.1"]
     page.select_option("#token-order", "-reward")
-    assert texts(page, names) == ["1.1", "2.1", "3.1", "4.1", "1.2", "2.2", "3.2", "4.2"]
+    assert texts(page, names) == ["0.0", "1.0", "2.0", "3.0", "0.1", "1.1", "2.1", "3.1"]
     page.select_option("#token-order", "low")
-    # Only prompt 2 was off policy; at tau 1 e^.4 is gated lower than e^-.4 at 1.05: its better sample comes first.
-    assert texts(page, names)[:2] in (["2.1", "2.2"], ["2.2", "2.1"])
-    assert texts(page, names)[-2:] == ["4.1", "4.2"], "those without a gate are last"
-    page.select_option("#token-prompt", "3")
-    assert texts(page, names) == ["3.1", "3.2"]
+    # Only prompt 1 was off policy; at tau 1 e^.4 is gated lower than e^-.4 at 1.05: its better sample comes first.
+    assert texts(page, names)[:2] in (["1.0", "1.1"], ["1.1", "1.0"])
+    assert texts(page, names)[-2:] == ["3.0", "3.1"], "those without a gate are last"
+    page.select_option("#token-prompt", "2")
+    assert texts(page, names) == ["2.0", "2.1"]
 
 
 def test_a_name_with_a_placeholder_of_plotly_s_is_shown_as_it_is(visit: Visit, tmp_path: Path) -> None:
@@ -186,8 +189,76 @@ def test_a_name_with_a_placeholder_of_plotly_s_is_shown_as_it_is(visit: Visit, t
     assert "gate %{y}" in hovered, hovered
 
 
+def test_prompts_samples_and_updates_have_the_numbers_of_the_files(visit: Visit, tmp_path: Path) -> None:
+    rows = [rollout_row(6 << 32 | p, s, [p, 3, END], update=1) for p in (0, 3) for s in range(2)]
+    rows[3]["log_ratio"] = [1.0399e-6, -0.25, 0.0]
+    page = visit.open(
+        write_page(make_report([write_run(tmp_path / "a", rollouts={7: rows})]), tmp_path / "report.html")
+    )
+    assert texts(page, ".row b") == ["0.0", "0.1", "3.0", "3.1"]
+    page.locator(".row").nth(3).click()
+    assert "sample=3.1" in page.evaluate("location.hash")
+    facts = texts(page, ".about .facts")[0]
+    assert "prompt 3, sample 1" in facts
+    assert f"prompt_id {6 << 32 | 3}" in facts
+    assert f"update {rows[3]['update']}, off policy" in facts
+    assert "log r 1.04e-6" in texts(page, ".numbers")[0]
+
+
+def test_a_figure_between_two_roundings_is_the_same_in_the_table_and_in_the_sentence(
+    visit: Visit, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "a")
+    seconds = {"generate": 5.0, "update": 1.25, "total": 6.25}
+    (run / "summary.json").write_text(json.dumps({"steps": 4, "tokens": {"generated": 108836.5}, "seconds": seconds}))
+    page = visit.open(write_page(make_report([run]), tmp_path / "report.html"))
+    assert "108,836 tokens sampled; 6.2 s." in texts(page, "#headlines li")[0]
+    row = texts(page, "#run-table tbody td")
+    assert {"108,836", "6.2"} <= set(row)
+
+
+def test_the_table_of_runs_fits_into_a_window_of_1280(visit: Visit, tmp_path: Path) -> None:
+    records = step_records(4)
+    records += [{**r, "task": "add3"} for r in records if r["kind"] == "eval"]
+    for number in range(2):
+        config = settings(tau_pos=1.0 + number, gate=["sigmoid", "erf"][number])
+        config["train"] |= {"learning_rate": 10.0**-number, "minibatches": 2 + number}
+        write_run(tmp_path / f"a_rather_long_name_of_run_{number}", config=config, records=records)
+    page = visit.open(write_page(make_report([tmp_path]), tmp_path / "report.html"))
+    [scrolled, seen] = page.evaluate(
+        "(() => { const e = document.querySelector('#run-table .scroll'); return [e.scrollWidth, e.clientWidth]; })()"
+    )
+    assert page.viewport_size is not None
+    assert page.viewport_size["width"] == 1280
+    assert scrolled <= seen
+    assert "0.250 [0.220, 0.290] add4; 0.250 [0.220, 0.290] add3" in texts(page, "#run-table td")
+
+
+def test_a_histogram_s_outline_is_drawn_as_it_is_and_gates_are_keyed_in_the_colour_of_text(
+    visit: Visit, tmp_path: Path
+) -> None:
+    for name, tau in (("a", 1.05), ("b", 2.0)):
+        write_run(tmp_path / name, config=settings(tau_neg=tau))
+    report = make_report([tmp_path])
+    page = visit.open(write_page(report, tmp_path / "report.html"))
+    page.evaluate("sapoReport.drawAll()")
+    [figure] = [f for f in report.story if f.key == "ratios"]
+    drawn = page.evaluate(
+        "document.querySelector('#figure-ratios .plot').data.map((t) => [[...t.x], [...t.y], t.line.shape ?? null])"
+    )
+    for trace, (x, y, shape) in zip(figure.panels[0].traces, drawn, strict=True):
+        assert (x, y, shape) == ([*trace.x], [*trace.y], None)
+    keys = page.eval_on_selector_all(
+        "#figure-ratios .legend button",
+        "found => found.map((e) => [e.textContent, e.querySelector('line').getAttribute('stroke')])",
+    )
+    assert [name for name, _ in keys] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2", "gate, A > 0", "gate, A ≤ 0"]
+    assert keys[2][1] == keys[3][1]
+    assert keys[2][1] not in {keys[0][1], keys[1][1]}
+
+
 def test_hover_and_arrow_keys_give_a_token_s_numbers(visit: Visit, made: Path) -> None:
-    page = visit.open(made, "#run=b&step=4&sample=2.2")
+    page = visit.open(made, "#run=b&step=4&sample=1.1")
     page.locator("#tok-0").hover()
     said = texts(page, ".numbers")[0]
     row = rollout_row(1, 1, list(range(11)), update=1)
@@ -203,11 +274,11 @@ def test_hover_and_arrow_keys_give_a_token_s_numbers(visit: Visit, made: Path) -
     assert 'text "<end>"' in texts(page, ".numbers")[0]
     page.locator(".list").focus()
     page.keyboard.press("ArrowDown")
-    assert "prompt 3, sample 1" in texts(page, ".about .facts")[0]
+    assert "prompt 2, sample 0" in texts(page, ".about .facts")[0]
 
 
 def test_a_sample_that_was_not_measured_says_so_and_shows_no_zero(visit: Visit, made: Path) -> None:
-    page = visit.open(made, "#run=b&step=4&sample=4.1")
+    page = visit.open(made, "#run=b&step=4&sample=3.0")
     assert "not measured" in texts(page, ".about .facts")[0]
     assert "log r not measured" in texts(page, ".numbers")[0]
     assert page.locator(".tok.shade").count() == 0
@@ -310,7 +381,7 @@ def test_text_stands_out_from_its_ground_in_light_and_dark_on_every_shade(browse
 def test_a_page_that_is_watched_reloads_and_comes_back_to_where_it_was(visit: Visit, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False)
     file = write_page(make_report([run]), tmp_path / "report.html", reload_every=0.3)
-    page = visit.open(file, "#run=a&step=2&sample=2.1&color=w&paused=1")
+    page = visit.open(file, "#run=a&step=2&sample=1.0&color=w&paused=1")
     page.evaluate("document.getElementById('tokens').scrollIntoView()")
     place = page.evaluate("scrollY")
     assert place > 500
@@ -326,6 +397,6 @@ def test_a_page_that_is_watched_reloads_and_comes_back_to_where_it_was(visit: Vi
     page.evaluate("sapoReport.tokens.ready")
     assert abs(page.evaluate("scrollY") - place) < 50
     assert page.evaluate("document.getElementById('token-color').value") == "w"
-    assert "prompt 2, sample 1" in texts(page, ".about .facts")[0]
+    assert "prompt 1, sample 0" in texts(page, ".about .facts")[0]
     assert page.evaluate("sapoReport.data.watch ?? null") is None
     assert page.locator("#pause").count() == 0

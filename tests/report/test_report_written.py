@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from report_cases import ATTACKS, settings, step_records, write_run, write_summary
+from report_cases import ATTACKS, default_rows, settings, step_records, write_run, write_summary
 from sapo.cli import main
 from sapo.config import ConfigError
 from sapo.report import make_report
-from sapo.report.images import write_images
+from sapo.report.images import draw, write_images
 from sapo.report.page import write_page
 from sapo.report.watch import fingerprint, watch
 
@@ -98,6 +98,27 @@ def test_images_are_written_of_what_was_measured_and_are_the_same_each_time(tmp_
     write_images(figures[:2], tmp_path / "again")
     for file in (tmp_path / "again").iterdir():
         assert file.read_bytes() == first[file.name]
+
+
+def test_an_image_has_the_outline_of_a_histogram_as_the_page_has_it(tmp_path: Path) -> None:
+    report = make_report([write_run(tmp_path / "a")])
+    [figure] = [f for f in report.story if f.key == "ratios"]
+    drawn = draw(figure).axes[0].sapo_traces
+    for trace, line in zip(figure.panels[0].traces, drawn, strict=True):
+        assert line.get_drawstyle() == "default"
+        assert [*line.get_xdata()] == [*trace.x]
+        assert [None if y != y else y for y in line.get_ydata()] == [*trace.y]
+
+
+def test_one_step_is_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a", rollouts={4: default_rows()})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sapo", "report", "a"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 step token by token" in capsys.readouterr().out
 
 
 def test_no_text_of_a_run_ends_the_element_it_stands_in(tmp_path: Path) -> None:

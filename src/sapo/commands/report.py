@@ -60,7 +60,9 @@ def report(
     missing = [f for f in made.figures if f.missing]
     if missing:
         say(f"not measured: {', '.join(f.title for f in missing)}; the page says how to have them")
-    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {len(made.tokens.chunks)} steps token by token)")
+    chunks = len(made.tokens.chunks)
+    count = f"{chunks} step" if chunks == 1 else f"{chunks} steps"
+    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {count} token by token)")
     if png is not None:
         files = write_images(made.figures, png)
         say(f"wrote {len(files) // 2} figures as PNG and PDF to {png}")

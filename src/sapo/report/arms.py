@@ -87,8 +87,13 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     if None not in compared and len({of[0] for of in compared if of is not None}) == 1:
         return _of_comparison(list(groups.values()))
     flat = [flatten(members[0].settings) for members in groups.values()]
-    differing = _differing(flat)
+    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective is called by it
     labels = [_label(members[0], own, differing) for members, own in zip(groups.values(), flat, strict=True)]
+    if any(len(_told(own, differing)) > MOST_IN_A_LABEL for own in flat):
+        labels = [
+            label if _in_comparison(members[0]) is not None else _by_name(members, own, differing)
+            for label, members, own in zip(labels, groups.values(), flat, strict=True)
+        ]
     arms = []
     for place, (label, members) in enumerate(zip(labels, groups.values(), strict=True)):
         if labels.count(label) > 1:
@@ -192,22 +197,43 @@ def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
 def _label(run: Run, flat: dict[str, Any], differing: Sequence[str]) -> str:
     if (of := _in_comparison(run)) is not None:
         return f"{of[1]}, lr {of[2]}"
-    parts = [str(flat.get("objective.name", "?")).upper()]
+    parts = [_objective(run)]
+    for key in _told(flat, differing):
+        called = SHORT.get(key, key.rpartition(".")[2])
+        parts.append(_tasks(run) if key == "tasks" else f"{called} {_brief(flat[key], key)}".strip())
+    return ", ".join(parts)
+
+
+def _told(flat: dict[str, Any], differing: Sequence[str]) -> list[str]:
+    """Settings that tell an arm from the others, those first that one compares; "tasks" for all of its tasks."""
     own = [key for key in differing if key in flat]
     for section, key in TOLD_BY.items():
         own = [k for k in own if not k.startswith(section) or k == key or key not in differing]
-    tasks = any(k.startswith("tasks.") for k in differing)
     own = [k for k in own if not k.startswith("tasks.")]
     # Temperatures and rates first: they are what one compares.
     own.sort(key=lambda k: (not k.startswith("objective."), k != "train.learning_rate", not k.startswith("model.")))
-    for key in own[: MOST_IN_A_LABEL - tasks]:
-        called = SHORT.get(key, key.rpartition(".")[2])
-        parts.append(f"{called} {_brief(flat[key])}".strip())
-    if tasks:
-        parts.append(_tasks(run))
-    if len(own) > MOST_IN_A_LABEL - tasks:
-        parts.append("…")
-    return ", ".join(parts)
+    return own + ["tasks"] * any(k.startswith("tasks.") for k in differing)
+
+
+def _by_name(members: Sequence[Run], flat: dict[str, Any], differing: Sequence[str]) -> str:
+    """Of runs that share too little to be told apart by it: the first run's name, its objective and learning rate."""
+    more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+    rate = [key for key in differing if key == "train.learning_rate" and key in flat]
+    return ", ".join(
+        [f"{members[0].name}{more}: {_objective(members[0])}", *(f"lr {_brief(flat[k], k)}" for k in rate)]
+    )
+
+
+def _objective(run: Run) -> str:
+    """The objective's name with its routing replay, as the run settled it: GRPO-R2, GRPO-R3."""
+    name = str(run.settings["objective"].get("name", "?")).upper()
+    setting = run.setting("model.routing_replay")
+    if not setting:
+        return name
+    kinds = [setting, run.setting("provenance.routing_replay")]
+    kinds += [record.get("routing_replay") for record in run.of_kind("self_check")]
+    kind = next((kind for kind in kinds if kind in ("R2", "R3")), None)
+    return f"{name} with routing replay" if kind is None else f"{name}-{kind}"
 
 
 def _tasks(run: Run) -> str:
@@ -219,8 +245,12 @@ def _tasks(run: Run) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} tasks"
 
 
-def _brief(value: Any) -> str:
+def _brief(value: Any, key: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
     if isinstance(value, float):
-        return f"{value:g}"
+        return format_rate(value) if key.endswith("learning_rate") and value > 0 else f"{value:g}"
     text = str(value)
     return text if len(text) <= 32 else f"…{text[-31:]}"

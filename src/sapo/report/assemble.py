@@ -11,13 +11,14 @@ from sapo.report.arms import Arm, group_runs
 from sapo.report.compared import Comparison, find_comparisons
 from sapo.report.compared_figures import comparison_figures
 from sapo.report.costs import timing_figure
-from sapo.report.curves import gate_figures, learning_figures
+from sapo.report.curves import learning_figures
 from sapo.report.figure import Figure
 from sapo.report.paper import paper_figures
 from sapo.report.runs import Run, find_runs, read_runs, to_come
 from sapo.report.spread import spread_figures, spread_of
 from sapo.report.story import RunLine, headline, run_line, warnings_of
 from sapo.report.tokens import DEFAULT_TOKENS, TokenView, token_view
+from sapo.report.weights import gate_figures
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures over the steps of runs: reward, pass@1, entropy, gates by sign of the advantage, groups that teach nothing.
+"""Figures over the steps of runs: reward, pass@1, entropy, groups that teach nothing, what routing replay changed.
 
 An arm of several seeds is a line, the mean, in a band from the lowest to the highest seed; each seed is a thin line of
 its own. A single run is one line. Points are what metrics.jsonl holds, unless a caption says otherwise.
@@ -113,7 +113,7 @@ def _with_markers(trace: Trace) -> Trace:
     return replace(trace, markers=True) if trace.kind == "line" and not trace.faint else trace
 
 
-def in_figure(key: str, title: str, panels: Sequence[Panel], *, caption: str = "", missing: str) -> Figure:
+def in_figure(key: str, title: str, panels: Sequence[Panel], *, caption: str = "", missing: str = "") -> Figure:
     """A figure of these panels, or why there is none."""
     if not panels:
         return Figure(key, title, missing=f"Not measured: {missing}")
@@ -157,87 +157,17 @@ def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
             caption="Share of the prompts whose samples all have the same reward: every advantage is 0." + several,
             missing="no step is done yet.",
         ),
+        *_routing(arms, several),
     ]
 
 
-LAST_UPDATE = "Values of each step's last update, the farthest off policy, as logged."
-
-
-def gate_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """EUR and the lower end of the gate weights, positive and negative advantages apart."""
-    eur = in_figure(
-        "eur",
-        "How much the gate lets through, by sign",
-        _by_sign(arms, {"pos": "gate/eur_pos", "neg": "gate/eur_neg"}, "EUR"),
-        caption="EUR, the mean gate weight of tokens of positive and of negative advantage: 1 lets everything "
-        f"through. For a hard clip it is the share of tokens that are not clipped. {LAST_UPDATE}",
-        missing="no update logged its gate weights by sign.",
-    )
-    return [eur, _low_weights(arms), _counterfactuals(arms)]
-
-
-NO_COUNTERFACTUALS = (
-    "Not measured: no update was asked what other gates would have weighed its tokens; "
-    "diagnostics.counterfactuals_every=N asks every N steps."
-)
-
-
-def _counterfactuals(arms: Sequence[Arm]) -> Figure:
-    """EUR that other gates would have had on the same tokens: a line for each gate, axes for each arm that asked."""
-    key, title, prefix, ending = "counterfactual", "What other gates would have kept", "counterfactual/", "/eur"
-    asked = [
-        (arm, dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix)))
-        for arm in arms
-    ]
-    names = [k.removeprefix(prefix).removesuffix(ending) for _, own in asked for k in own if k.endswith(ending)]
-    gates = list(dict.fromkeys(names))
-    panels = []
-    for arm, logged in asked:
-        traces: list[Trace] = []
-        for color, name in enumerate(gates):
-            if (metric := f"{prefix}{name}{ending}") in logged:
-                traces += arm_traces(arm, partial(_of_last_updates, metric=metric), color=color, name=name)
-        if traces:
-            panels.append(Panel("step", "EUR", tuple(traces), title=arm.label if len(arms) > 1 else ""))
+def _routing(arms: Sequence[Arm], several: str) -> list[Figure]:
+    """What routing replay changed; none where no run replays, as most do not."""
+    panels = step_panels(arms, "update/routing/changed_share", "share of choices")
     if not panels:
-        return Figure(key, title, missing=NO_COUNTERFACTUALS)
-    whose = "an arm's updates, which trained by its own gate" if len(arms) > 1 else "this run's updates"
+        return []
     caption = (
-        f"EUR of other gates on the tokens and ratios of {whose}: what each would have left of them. {LAST_UPDATE}"
+        "Routing replay: the experts a batch was sampled with are those of all its updates. Share of these choices "
+        "(token, layer, place) that the live router would not have made, mean over the step's updates." + several
     )
-    panels = share_axis(share_axis(panels), "x")
-    return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=min(len(panels), 4))
-
-
-def _of_last_updates(run: Run, metric: str) -> Series:
-    return thinned([(r["step"], r[metric]) for r in run.last_updates if metric in r])
-
-
-def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str) -> list[Panel]:
-    """Of one arm both signs on the same axes; of several each sign on axes of its own."""
-    if len(arms) == 1:
-        signs: dict[str, tuple[int, Dash]] = {"A > 0": (0, "solid"), "A ≤ 0": (1, "dash")}
-        traces: list[Trace] = []
-        for metric, (words, (color, dash)) in zip(names.values(), signs.items(), strict=True):
-            read = partial(_of_last_updates, metric=metric)
-            traces += arm_traces(arms[0], read, color=color, name=words, dash=dash)
-        return [Panel("step", y, tuple(traces))] if traces else []
-
-    def panels(metric: str, words: str) -> list[Panel]:
-        read = partial(_of_last_updates, metric=metric)
-        return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, read), words)
-
-    return share_axis([*panels(names["pos"], "A > 0"), *panels(names["neg"], "A ≤ 0")])
-
-
-def _low_weights(arms: Sequence[Arm]) -> Figure:
-    """How low the gate goes: by sign where that was logged, else the smallest weight of all tokens."""
-    key, title, missing = "low_weights", "The gate's lowest weights", "no update logged its gate weights."
-    signs = _by_sign(arms, {"pos": "gate/p01_pos", "neg": "gate/p01_neg"}, "1% quantile of the weight")
-    if signs:
-        caption = f"One token in a hundred weighs less than this. {LAST_UPDATE}"
-        return in_figure(key, title, signs, caption=caption, missing=missing)
-    read = partial(_of_last_updates, metric="gate/min")
-    panels = rate_panels(arms, "step", "smallest gate weight", lambda arm: arm_traces(arm, read))
-    caption = f"The smallest gate weight of any token; quantiles by sign were not logged. {LAST_UPDATE}"
-    return in_figure(key, title, panels, caption=caption, missing=missing)
+    return [in_figure("routing", "Choices of experts that were replayed against the router", panels, caption=caption)]

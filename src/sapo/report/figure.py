@@ -6,6 +6,7 @@ stand in metrics.jsonl arrive here as they are there, never rounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -16,7 +17,7 @@ Dash = Literal["solid", "dash", "dot"]
 
 @dataclass(frozen=True)
 class Trace:
-    """One line, band, outline of a histogram, cloud of points, row of bars or column of intervals.
+    """One line, band, outline of a histogram (`outline`), cloud of points, row of bars or column of intervals.
 
     >>> Trace("line", (1, 2), (0.5, 0.75), name="sapo").to_json()
     {'kind': 'line', 'x': [1, 2], 'y': [0.5, 0.75], 'name': 'sapo'}
@@ -131,8 +132,40 @@ class Figure:
         return own
 
 
+def outline(
+    edges: Sequence[float], values: Sequence[float], *, to_zero: bool = False
+) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
+    """x and y of a histogram's outline: every bin that holds something is a line of its own width.
+
+    Args:
+        edges: (K + 1,) of the bins.
+        values: (K,), 0 where a bin is empty.
+        to_zero: whether the outline stands on y = 0, empty bins too. Otherwise an empty bin is a gap: a log axis has
+            no 0.
+
+    >>> outline([1, 2, 3, 4], [0.5, 0.0, 0.25])
+    ((1, 2, 2, 3, 4), (0.5, 0.5, None, 0.25, 0.25))
+    >>> outline([1, 2, 3], [0.5, 0.0], to_zero=True)
+    ((1, 1, 2, 2, 3, 3), (0.0, 0.5, 0.5, 0.0, 0.0, 0.0))
+    """
+    x: list[float] = []
+    y: list[float | None] = []
+    for left, right, value in zip(edges[:-1], edges[1:], values, strict=True):
+        if value > 0 or to_zero:
+            x += (left, right)
+            y += (value, value)
+        elif y and y[-1] is not None:
+            x.append(left)
+            y.append(None)
+    if y and y[-1] is None:
+        x, y = x[:-1], y[:-1]
+    if to_zero and x:
+        return (x[0], *x, x[-1]), (0.0, *y, 0.0)
+    return tuple(x), tuple(y)
+
+
 def share_axis(panels: Sequence[Panel], axis: Literal["x", "y"] = "y") -> list[Panel]:
-    """Panels with one range of a linear axis, so that they can be compared by eye.
+    """Panels with one range of an axis, so that they can be compared by eye.
 
     >>> low, high = (Panel("step", "y", (Trace("line", (1, 2), y),)) for y in ((0.0, 1.0), (0.0, 2.0)))
     >>> [panel.y_range for panel in share_axis([low, high])]
@@ -141,16 +174,20 @@ def share_axis(panels: Sequence[Panel], axis: Literal["x", "y"] = "y") -> list[P
     if len(panels) < 2:
         return list(panels)
     along = {"x": "intervals", "y": "band"}[axis]
+    log = all(panel.y_log if axis == "y" else panel.x_log for panel in panels)
     ends = [
         value
         for trace in (t for panel in panels for t in panel.traces)
         for value in (*getattr(trace, axis), *(trace.low + trace.high if trace.kind == along else ()))
-        if value is not None
+        if value is not None and not (log and value <= 0)
     ]
     if not ends:
         return list(panels)
-    margin = 0.04 * (max(ends) - min(ends) or 1.0)
-    both = (min(ends) - margin, max(ends) + margin)
+    low, high = (math.log10(end) if log else end for end in (min(ends), max(ends)))
+    margin = 0.04 * (high - low or 1.0)
+    both = (low - margin, high + margin)
+    if log:
+        both = (10 ** both[0], 10 ** both[1])
     return [replace(p, x_range=both) if axis == "x" else replace(p, y_range=both) for p in panels]
 
 

@@ -107,6 +107,8 @@ def draw(figure: Figure) -> Any:
 
 def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
     """Name -> what stands for it: the first strong line, or whatever has the name."""
+    from matplotlib.lines import Line2D
+
     handles: dict[str, Any] = {}
     strong: set[str] = set()
     for panel, place in zip(figure.panels, axes.flat, strict=False):
@@ -117,6 +119,14 @@ def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
                 handles[trace.name] = artist
                 if not weak:
                     strong.add(trace.name)
+    colors: dict[str, set[int]] = {}
+    for trace in (t for panel in figure.panels for t in panel.traces):
+        colors.setdefault(trace.name, set()).add(trace.color)
+    for name, artist in handles.items():
+        if len(colors[name]) > 1 and hasattr(
+            artist, "get_linestyle"
+        ):  # a dash that stands for lines of several colours
+            handles[name] = Line2D([], [], color="0.35", linestyle=artist.get_linestyle(), linewidth=1.2)
     return dict(list(handles.items())[:MOST_IN_LEGEND])
 
 
@@ -141,6 +151,8 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.set_yticks(range(len(panel.y_names)), [_plain(name) for name in panel.y_names])
         axes.set_ylim(len(panel.y_names) - 0.5, -0.6)
     if right is not None:
+        for own in (axes, right):
+            own.margins(x=0)  # a gate goes on to the end of the axis
         right.set_ylabel(_math(panel.second))
         right.set_ylim(0, right.get_ylim()[1] * 1.02)
         right.grid(False)
@@ -164,7 +176,7 @@ def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: P
         floor += np.nan_to_num(y)
         return bars
     if trace.kind == "steps":
-        return axes.plot(trace.x, [*y, y[-1]], color=color, linestyle=style, linewidth=1.0, drawstyle="steps-post")[0]
+        return axes.plot(trace.x, y, color=color, linestyle=style, linewidth=1.0)[0]
     if trace.kind == "intervals":
         x = np.array(trace.x, dtype=float)
         ends = np.array([x - np.array(trace.low), np.array(trace.high) - x])

@@ -11,7 +11,7 @@ from sapo.report.curves import SEEDS, Series, arm_traces, pass_at_1, pass_panels
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.gates import gates_figure
 from sapo.report.runs import Run
-from sapo.report.spread import MISSING, Spread, source_of, spread_panels
+from sapo.report.spread import MISSING, Spread, notes_of, source_of, spread_panels
 
 
 def paper_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
@@ -42,8 +42,9 @@ def _spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> li
         elif not measured:
             figures.append(Figure(key, title, missing=MISSING, wide=True))
         else:
-            caption = "Ratios of off-policy tokens, Var_i of responses, and D_i with its bound. " + source_of(
-                [s for _, s in measured]
+            caption = (
+                "Ratios of off-policy tokens with the gate weight (right axis), Var_i of responses, and D_i with its "
+                f"bound. {source_of([s for _, s in measured])}{notes_of(measured)}"
             )
             panels = [panel for row in zip(*spread_panels(measured), strict=True) for panel in row]
             figures.append(Figure(key, title, caption, tuple(panels), wide=True, columns=3))

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from sapo.comparing.plan import format_rate
 from sapo.report.arms import Arm, by_rate
-from sapo.report.figure import Dash, Figure, Mark, Panel, Trace
+from sapo.report.figure import Dash, Figure, Mark, Panel, Trace, outline
 from sapo.report.gates import gate_curve, objective_of
 from sapo.report.runs import Run, read_lines
 
@@ -180,7 +181,7 @@ def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> lis
     }
     if not own:
         return [Figure(key, title, missing=MISSING) for key, title in titles.items()]
-    beside = {"ratios": _beyond(found), "variance": "", "bound": _at_zero(found)}
+    beside = {"ratios": _beyond(found) + gate_words(own), "variance": _variance_beyond(own), "bound": _at_zero(found)}
     return [
         Figure(
             key, titles[key], f"{captions[key]} {source_of(found)}{beside[key]}", tuple(panels), wide=len(panels) > 1,
@@ -199,9 +200,29 @@ def source_of(spreads: Sequence[Spread]) -> str:
     return words + "."
 
 
+def notes_of(own: Own) -> str:
+    """What the three figures do not show, and the key of the gates."""
+    found = [s for _, s in own]
+    return _beyond(found) + gate_words(own) + _variance_beyond(own) + _at_zero(found)
+
+
 def _beyond(spreads: Sequence[Spread]) -> str:
     count = int(sum(c[0] + c[-1] for s in spreads for c in s.log_ratio.values()))
-    return f" {count:,} tokens lie beyond e^-10 .. e^10." if count else ""
+    return f" {count:,} {'token lies' if count == 1 else 'tokens lie'} beyond e^-10 .. e^10." if count else ""
+
+
+def _variance_beyond(own: Own) -> str:
+    """Which bins hold what lies beyond the others, and how much that is."""
+    words = ""
+    for place, side, end in ((0, "below", 0), (-1, "above", -1)):
+        shares = [(arm, float(s.variance[place] / s.variance.sum())) for arm, s in own if s.variance[place]]
+        if shares:
+            edge = format_rate(float(own[0][1].variance_edges[end]))
+            several = len(own) > 1
+            each = ", ".join(f"{arm.label} {share:.1%}" if several else f"{share:.1%}" for arm, share in shares)
+            words += f" The {'first' if end == 0 else 'last'} bin holds all that lies {side} {edge}"
+            words += f"{', 0 too' if end == 0 else ''}: {each}."
+    return words
 
 
 def _at_zero(spreads: Sequence[Spread]) -> str:
@@ -238,9 +259,9 @@ def _panels(own: Own, title: str) -> tuple[Panel, Panel, Panel]:
             ratio_traces += [_density(spread, (side,), words, c) for side, words, c in sides]
         else:
             ratio_traces.append(_density(spread, ("pos", "neg"), arm.name, arm.color))
-        edges, share = _used(spread.variance_edges, spread.variance[1:-1] / spread.variance.sum())
+        x, y = outline(*_used(*_variance_shares(spread)), to_zero=True)
         name, color = ("responses", 0) if single else (arm.name, arm.color)
-        variance_traces.append(Trace("steps", tuple(edges.tolist()), _gaps(share), name=name, color=color))
+        variance_traces.append(Trace("steps", x, y, name=name, color=color))
         points += _points(arm, spread, single)
     ratio_traces += _curves(own)
     mark = Mark("x", LOW_VARIANCE, f"{LOW_VARIANCE}")
@@ -257,41 +278,102 @@ def _panels(own: Own, title: str) -> tuple[Panel, Panel, Panel]:
 def _density(spread: Spread, sides: tuple[str, ...], name: str, color: int) -> Trace:
     counts = sum((spread.log_ratio[s] for s in sides), start=np.zeros(len(spread.log_ratio_edges) + 1))
     density = counts[1:-1] / max(counts.sum(), 1) / np.diff(spread.log_ratio_edges)
-    edges, density = _used(spread.log_ratio_edges, density)
-    return Trace("steps", tuple(np.exp(edges).tolist()), _gaps(density), name=name, color=color)
+    x, y = outline(np.exp(spread.log_ratio_edges).tolist(), density.tolist())
+    return Trace("steps", x, y, name=name, color=color)
 
 
-def _used(edges: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _variance_shares(spread: Spread) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and shares that sum to 1: what lies beyond the edges has a bin more on its side, as wide as its
+    neighbour."""
+    edges = spread.variance_edges
+    low, high = edges[0] ** 2 / edges[1], edges[-1] ** 2 / edges[-2]
+    return np.concatenate([[low], edges, [high]]), spread.variance / spread.variance.sum()
+
+
+def _used(edges: np.ndarray, values: np.ndarray) -> tuple[list[float], list[float]]:
     """From the first bin that holds something to the last."""
     used = np.flatnonzero(values)
     first, last = (int(used[0]), int(used[-1])) if len(used) else (0, -1)
-    return edges[first : last + 2], values[first : last + 1]
+    return edges[first : last + 2].tolist(), values[first : last + 1].tolist()
 
 
-def _gaps(values: np.ndarray) -> tuple[float | None, ...]:
-    """Values with a gap where nothing was counted: a log axis has no 0."""
-    return tuple(float(v) if v > 0 else None for v in values)
+@dataclass(frozen=True)
+class _Gate:
+    """A gate that one or several arms have, and f' at some ratios for A > 0 and A <= 0."""
+
+    arms: tuple[Arm, ...]
+    weights: tuple[np.ndarray, np.ndarray]
+
+
+def _gates(arms: Sequence[Arm], ratios: np.ndarray) -> tuple[list[_Gate], dict[str, list[Arm]]]:
+    """The different gates of some arms, and the arms without one by the reason."""
+    found: list[_Gate] = []
+    without: dict[str, list[Arm]] = {}
+    for arm in arms:
+        objective = objective_of(arm.objective)
+        reason = (
+            "of an objective that this version does not know" if objective is None
+            else "which gates a sequence by all its tokens" if objective.coupled
+            else "which gates by probability as well" if objective.needs_old_logprob
+            else ""
+        )  # fmt: skip
+        if reason:
+            without.setdefault(reason, []).append(arm)
+            continue
+        pos, neg = (gate_curve(objective, ratios, sign)[1] for sign in (1, -1))
+        for place, gate in enumerate(found):
+            if all(np.array_equal(a, b) for a, b in zip(gate.weights, (pos, neg), strict=True)):
+                found[place] = _Gate((*gate.arms, arm), gate.weights)
+                break
+        else:
+            found.append(_Gate((arm,), (pos, neg)))
+    return found, without
+
+
+GATE_NAMES: dict[int, tuple[str, Dash]] = {1: ("gate, A > 0", "dash"), -1: ("gate, A ≤ 0", "dot")}
+
+
+def gate_words(own: Own) -> str:
+    """The key of the gates: what dashes and dots are, who shares one and who has none."""
+    arms = list({arm.name: arm for arm, _ in own}.values())
+    gates, without = _gates(arms, np.linspace(0.05, 20.0, 400))
+    words = ""
+    if gates:
+        words = (
+            " Gates: dashed for A > 0, dotted for A ≤ 0" + (", in the colours of their arms" * (len(arms) > 1)) + "."
+        )
+    for gate in gates:
+        if len(gate.arms) > 1:
+            first = gate.arms[0].name
+            words += f" {_listed(gate.arms)} have the same gate: it is drawn once, in the colour of {first}."
+    for reason, lacking in without.items():
+        words += f" No gate is drawn of {_listed(lacking)}, {reason}."
+    return words
+
+
+def _listed(arms: Sequence[Arm]) -> str:
+    names = [arm.name for arm in arms]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _curves(own: Own) -> list[Trace]:
-    """The gate of each objective over the range of the ratios; of those that gate a token by its own ratio alone."""
-    logs = [s.log_ratio_edges[np.flatnonzero(c[1:-1])] for _, s in own for c in s.log_ratio.values() if c.sum()]
-    used = [e for e in logs if len(e)]  # none where every ratio is beyond the bins
-    low, high = min((float(e[0]) for e in used), default=0.0), max((float(e[-1]) for e in used), default=0.0)
-    ratios = np.exp(np.linspace(min(low, -0.05), max(high, 0.05) * 1.05, 200))
+    """The gates over the range of the ratios, each once; of objectives that gate a token by its own ratio alone."""
+    logs = [
+        (edges[used[0]], edges[used[-1] + 1])
+        for edges, used in ((s.log_ratio_edges, np.flatnonzero(c[1:-1])) for _, s in own for c in s.log_ratio.values())
+        if len(used)  # none where every ratio is beyond the bins
+    ]
+    low, high = min((float(a) for a, _ in logs), default=0.0), max((float(b) for _, b in logs), default=0.0)
+    ratios = np.exp(np.linspace(low, high, 400) if high > low else np.linspace(-0.05, 0.05, 400))
+    gates, _ = _gates([arm for arm, _ in own], ratios)
     traces = []
-    for arm, _ in own:
-        objective = objective_of(arm.objective)
-        if objective is None or objective.coupled or objective.needs_old_logprob:
-            continue
-        for sign in (1, -1):
-            weight = gate_curve(objective, ratios, sign)[1]
-            side = "A > 0" if sign > 0 else "A ≤ 0"
-            name, shade = (f"gate, {side}", (0 if sign > 0 else 1)) if len(own) == 1 else (arm.name, arm.color)
+    for gate in gates:
+        for sign, weight in zip((1, -1), gate.weights, strict=True):
+            name, dash = GATE_NAMES[sign]
+            color = (0 if sign > 0 else 1) if len(own) == 1 else gate.arms[0].color
+            hover = f"weight of {', '.join(arm.label for arm in gate.arms)}"
             x, y = tuple(ratios.tolist()), tuple(weight.tolist())
-            dash: Dash = "dash" if sign > 0 else "dot"
-            hover = f"weight of {arm.label}, {side}"
-            traces.append(Trace("line", x, y, name=name, color=shade, dash=dash, second=True, hover=hover))
+            traces.append(Trace("line", x, y, name=name, color=color, dash=dash, second=True, hover=hover))
     return traces
 
 

@@ -136,7 +136,8 @@ def pack(value: Any) -> str:
 def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> dict[str, Any]:
     """A step as the page reads it: texts of tokens once each, and prompts with their samples.
 
-    A sample's lists have an entry for each token: `t` place in `texts`, `p` log pi_old, and where its update measured
+    Prompts, samples and updates have the numbers of the file. A sample's lists have an entry for each token:
+    `t` place in `texts`, `p` log pi_old, and where its update measured
     them `z` log r, `w` gate weight, `a` slope, `e` entropy; `grpo` is a string of 1 (kept) and 0 (clipped), `gspo` one
     such figure for all.
     """
@@ -146,7 +147,14 @@ def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> d
     for row, verdicts in zip(rows, judged, strict=True):
         prompt = prompts.setdefault(
             row["prompt_id"],
-            {"task": row["task"], "text": row["prompt"], "answer": row.get("answer"), "samples": []},
+            {
+                "id": str(row["prompt_id"]),
+                "number": number_in_step(row["prompt_id"]),
+                "task": row["task"],
+                "text": row["prompt"],
+                "answer": row.get("answer"),
+                "samples": [],
+            },
         )
         sample: dict[str, Any] = {
             "sample": row["sample"],
@@ -166,6 +174,15 @@ def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> d
             sample["shaped"] = row["shaped_reward"]
         prompt["samples"].append(sample)
     return {"texts": list(known), "prompts": list(prompts.values())}
+
+
+def number_in_step(prompt_id: Any) -> Any:
+    """The prompt's number within its step, from 0: a prompt_id is that, and above 32 bits the steps before.
+
+    >>> number_in_step(7 << 32 | 5)
+    5
+    """
+    return prompt_id & 0xFFFFFFFF if isinstance(prompt_id, int) else prompt_id
 
 
 def _judge(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

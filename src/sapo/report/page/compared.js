@@ -1,7 +1,7 @@
 "use strict";
 // A comparison: what it says in words, its tables with the figures of results.json, and every run.
 
-function showComparison(made, { element, table, card, fixed, dot, words }) {
+function showComparison(made, { element, table, card, fixed, number, dot, words }) {
   const { results } = made;
   const arms = Object.keys(results.arms);
   const rates = results.learning_rates;
@@ -23,7 +23,7 @@ function showComparison(made, { element, table, card, fixed, dot, words }) {
   const runsOf = (cell) => results.runs.filter((r) => r.arm === cell.arm && r.learning_rate === cell.learning_rate);
   const ended = (run) => ["finished", "failed"].includes(run.state);
   const finals = (cell) => runsOf(cell).filter((r) => ended(r) && r.tasks[cell.task]).map((r) => (r.state === "failed" ? "x" : fixed(r.tasks[cell.task].final).replace(/^0/, ""))).join(" ");
-  const count = (value) => (value == null ? none("not measured") : value.toLocaleString("en", { maximumFractionDigits: 0 }));
+  const count = (value) => number(value, 0);
   const of = (run, task) => run.tasks[task];
 
   function cells(task) {

@@ -86,7 +86,7 @@
     if (trace.kind === "bars") return { ...made, type: "bar", marker: { color } };
     if (trace.kind === "points") return { ...made, mode: "markers", marker: { color, size: panel.y_names ? 7 : 5, opacity: panel.y_names ? 0.6 : 0.55, symbol: trace.crossed ? "x" : "circle" } };
     const line = { color, width: trace.faint ? 1 : 2, dash: { dash: "dash", dot: "dot" }[trace.dash] ?? "solid" };
-    if (trace.kind === "steps") return { ...made, mode: "lines", y: [...trace.y, trace.y.at(-1)], line: { ...line, shape: "hv" } };
+    if (trace.kind === "steps") return { ...made, mode: "lines", line };
     return { ...made, mode: trace.markers ? "lines+markers" : "lines", opacity: trace.faint ? (few(figure) ? 0.45 : 0.35) : 1, marker: { color, size: 6 }, line };
   }
 
@@ -103,8 +103,9 @@
       barmode: panel.stacked ? "stack" : "group", dragmode: "zoom", shapes: [], annotations: [],
     };
     if (panel.title) layout.annotations.push({ text: safe(panel.title), x: 0, y: 1, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", yshift: 4, showarrow: false, font: { size: 12, color: ink } });
-    if (panel.y_range) layout.yaxis.range = panel.y_range;
-    if (panel.x_range) layout.xaxis.range = panel.x_range;
+    const range = (ends, log) => (log ? ends.map(Math.log10) : ends);
+    if (panel.y_range) layout.yaxis.range = range(panel.y_range, panel.y_log);
+    if (panel.x_range) layout.xaxis.range = range(panel.x_range, panel.x_log);
     if (panel.y_names) {
       Object.assign(layout.yaxis, { title: undefined, range: [panel.y_names.length - 0.5, -0.6], tickvals: panel.y_names.map((_, i) => i), ticktext: panel.y_names.map(safe), tickfont: { color: ink, size: 12 }, nticks: 0 });
     }
@@ -141,10 +142,15 @@
 
   function legendOf(figure) {
     const first = new Map();
+    const colors = new Map();
     for (const trace of figure.panels.flatMap((p) => p.traces)) {
-      const known = first.get(trace.name ?? "");
-      if (!known || (known.kind === "band" && trace.kind !== "band") || (known.faint && !trace.faint)) first.set(trace.name ?? "", trace);
+      const name = trace.name ?? "";
+      const known = first.get(name);
+      if (!known || (known.kind === "band" && trace.kind !== "band") || (known.faint && !trace.faint)) first.set(name, trace);
+      colors.set(name, (colors.get(name) ?? new Set()).add(trace.color ?? 0));
     }
+    // What stands for lines of several colours, a dash, is in the colour of text.
+    for (const [name, trace] of first) if (colors.get(name).size > 1) first.set(name, { ...trace, color: -1 });
     // Titles of panels and names of rows say it already.
     const said = figure.panels.every((p) => p.y_names) || (figure.panels.length === first.size && figure.panels.every((p) => p.title === p.traces[0].name && p.traces.every((t) => t.name === p.title)));
     if (first.size < 2 || said) return null;
@@ -270,13 +276,15 @@
       element("dl", {}, GLOSSARY.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]))));
   }
 
-  // As Python writes it: a value that lies exactly between two goes to the even one. That are the odd sixteenths.
-  function fixed(value) {
-    const low = Math.floor(value * 1000);
-    return Math.abs(value * 16) % 2 === 1 ? ((low % 2 ? low + 1 : low) / 1000).toFixed(3) : value.toFixed(3);
+  // As Python writes it, in the terminal and in table.md: a value that lies exactly between two goes to the even one. With
+  // d digits these are the odd multiples of 2^-(d + 1): half ones, odd quarters, ..., odd sixteenths.
+  function fixed(value, digits = 3) {
+    const scale = 10 ** digits;
+    const low = Math.floor(value * scale);
+    return Math.abs(value * 2 ** (digits + 1)) % 2 === 1 ? ((low % 2 ? low + 1 : low) / scale).toFixed(digits) : value.toFixed(digits);
   }
 
-  const number = (value, digits = 3) => (value == null ? element("span", { class: "none" }, "not measured") : value.toLocaleString("en", { maximumFractionDigits: digits }));
+  const number = (value, digits = 3) => (value == null ? element("span", { class: "none" }, "not measured") : Number(fixed(value, digits)).toLocaleString("en", { maximumFractionDigits: digits }));
 
   // A column with `by` sorts the rows by it, upwards and downwards; what has none there stays last.
   function table(columns, rows) {
@@ -297,8 +305,10 @@
     return element("div", { class: "scroll", tabindex: "0" }, element("table", {}, element("thead", {}, element("tr", {}, heads)), body));
   }
 
-  const passes = (found) => (found.length ? found.map((e) => `${fixed(e.value)}${e.low == null ? "" : ` [${fixed(e.low)}, ${fixed(e.high)}]`}${found.length > 1 ? ` ${e.task}` : ""}`).join("; ") : number(null));
+  // Of several tasks each in a piece of its own, between which a line may end.
+  const passes = (found) => (found.length ? element("span", {}, found.flatMap((e, i) => [i ? "; " : null, element("span", { class: "piece" }, `${fixed(e.value)}${e.low == null ? "" : ` [${fixed(e.low)}, ${fixed(e.high)}]`}${found.length > 1 ? ` ${e.task}` : ""}`)])) : number(null));
   const words = (cause) => cause.replaceAll("_", " ");
+  const span = (first, last) => (first === last ? String(first) : `${first} to ${last}`);
 
   function drawTables() {
     document.getElementById("run-table").append(table([
@@ -332,7 +342,7 @@
       { name: "run", words: true, of: ([w]) => w.run, by: ([w]) => w.run },
       { name: "cause", words: true, of: ([w]) => (w.cause == null ? "-" : words(w.cause)), by: ([w]) => w.cause },
       { name: "times", of: (g) => String(g.length), by: (g) => g.length },
-      { name: "steps", of: (g) => (g.length > 1 ? `${g[0].step ?? "-"} to ${g.at(-1).step ?? "-"}` : String(g[0].step ?? "-")), by: (g) => g[0].step },
+      { name: "steps", of: (g) => (g.length > 1 ? span(g[0].step ?? "-", g.at(-1).step ?? "-") : String(g[0].step ?? "-")), by: (g) => g[0].step },
       { name: "warning, the first of them", words: true, long: true, of: (g) => (g.length > 1 ? all(g) : g[0].text) },
     ], [...groups.values()]));
   }
@@ -345,7 +355,7 @@
     document.querySelector("#story h2").hidden = false;
     for (const made of data.compared) {
       if (data.compared.length > 1) place.append(element("h2", {}, made.name));
-      place.append(...showComparison(made, { element, table, card, fixed, dot, words }));
+      place.append(...showComparison(made, { element, table, card, fixed, number, dot, words }));
     }
   }
 

@@ -8,7 +8,7 @@ function showTokens(root, data, memory) {
   const view = data.tokens;
   const unpacked = new Map(); // chunk's place -> promise of its value
   let step = null; // the step that is shown
-  let listed = []; // {prompt, number, sample}: what is in the list, in order
+  let listed = []; // {prompt, sample}: what is in the list, in order
   let chosen = null; // one of them
   let at = -1; // the token whose numbers are shown
 
@@ -29,7 +29,8 @@ function showTokens(root, data, memory) {
   const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]|[\u{e0000}-\u{e007f}]/gu;
   const escaped = (c) => { const code = c.codePointAt(0); return code < 0x100 ? `\\x${code.toString(16).padStart(2, "0")}` : code < 0x10000 ? `\\u${code.toString(16).padStart(4, "0")}` : `\\U${code.toString(16).padStart(8, "0")}`; };
   const visible = (text) => text.replace(HIDDEN, escaped);
-  const number = (value) => (value == null ? "not measured" : String(+value.toPrecision(5)));
+  // Five digits; of what is smaller than a ten thousandth three and a power of ten.
+  const number = (value) => (value == null ? "not measured" : value !== 0 && Math.abs(value) < 1e-4 ? (+value.toPrecision(3)).toExponential() : String(+value.toPrecision(5)));
 
   function element(name, attributes = {}, ...children) {
     const made = document.createElement(name);
@@ -119,18 +120,19 @@ function showTokens(root, data, memory) {
     if (stepChoice.made.value !== String(chunk.step) || runChoice.made.value !== data.runs[chunk.run].name) return; // chosen anew meanwhile
     step = value;
     const brief = (p) => visible(p.text.replace(/\s+/g, " ")).slice(0, 60);
-    fill(promptChoice.made, [["", `all ${step.prompts.length}`], ...step.prompts.map((p, i) => [String(i + 1), `${i + 1}  ${brief(p)}`])], memory.get("prompt"));
+    fill(promptChoice.made, [["", `all ${step.prompts.length}`], ...step.prompts.map((p) => [String(p.number), `${p.number}  ${brief(p)}`])], memory.get("prompt"));
     list();
   }
 
   // --- the list: only the rows in view are elements
 
-  const name = (item) => `${item.number}.${item.sample.sample + 1}`;
+  // Prompts, samples and updates are called by the numbers they have in rollouts/ and metrics.jsonl, from 0.
+  const name = (item) => `${item.prompt.number}.${item.sample.sample}`;
 
   function list() {
     const only = promptChoice.made.value;
     const key = (ORDERS[orderChoice.made.value] ?? ORDERS.sampled)[1];
-    listed = step.prompts.flatMap((prompt, i) => (only && String(i + 1) !== only ? [] : prompt.samples.map((sample) => ({ prompt, number: i + 1, sample }))));
+    listed = step.prompts.flatMap((prompt) => (only && String(prompt.number) !== only ? [] : prompt.samples.map((sample) => ({ prompt, sample }))));
     if (key) listed = listed.map((item) => [key(item.sample), item]).sort((a, b) => (a[0] === b[0] ? 0 : a[0] - b[0])).map(([, item]) => item);
     const silent = listed.filter((item) => !item.sample.z).length;
     count.textContent = `${listed.length.toLocaleString("en")} samples${silent ? `, ${silent} of them taught nothing` : ""}`;
@@ -185,7 +187,7 @@ function showTokens(root, data, memory) {
     if (!sample.z) return element("span", {}, element("b", {}, "not measured "), sample.dropped ? "its group left the batch" : "its group taught nothing, or it carried no loss");
     const clipped = [...sample.grpo].filter((k) => k === "0").length;
     return [
-      fact("measured in", `update ${sample.update + 1}, ${sample.off ? "off policy" : "on policy"}`),
+      fact("measured in", `update ${sample.update}, ${sample.off ? "off policy" : "on policy"}`),
       fact("GRPO 0.2 / 0.27", clipped ? `would clip ${clipped} of ${sample.t.length} tokens` : "would keep every token"),
       fact("GSPO 3e-4 / 4e-4", sample.gspo ? "would keep the response" : "would clip the whole response"),
     ];
@@ -207,7 +209,7 @@ function showTokens(root, data, memory) {
     const { prompt, sample } = chosen;
     const color = COLORS[colorChoice.made.value] ?? COLORS.z;
     about.replaceChildren(
-      element("div", { class: "facts" }, fact("prompt", `${chosen.number}, sample ${sample.sample + 1}`), fact("task", prompt.task), fact("reward", number(sample.reward)), sample.shaped == null ? null : fact("reward for the advantage", number(sample.shaped)), fact("advantage", number(sample.advantage)),
+      element("div", { class: "facts" }, fact("prompt", `${prompt.number}, sample ${sample.sample}`), prompt.id === String(prompt.number) ? null : fact("prompt_id", prompt.id), fact("task", prompt.task), fact("reward", number(sample.reward)), sample.shaped == null ? null : fact("reward for the advantage", number(sample.shaped)), fact("advantage", number(sample.advantage)),
         fact("status", sample.status.replace("_", " ")), fact("tokens", sample.t.length.toLocaleString("en")), sample.finish === "length" ? fact("ended", "cut at the limit") : null,
         verdicts(sample), prompt.answer == null ? null : fact("answer", prompt.answer), sample.detail ? fact("detail", sample.detail) : null),
       element("pre", { class: "question", tabindex: "0", dir: "auto" }, visible(prompt.text)));
