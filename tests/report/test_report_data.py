@@ -288,13 +288,13 @@ def test_what_is_lost_is_on_a_log_axis_and_exact_zeros_are_gaps_and_counted(tmp_
     assert "Nothing at all is drawn of never." in figures["counterfactual"].caption
 
 
-def test_a_band_that_reaches_down_to_0_ends_at_the_smallest_value_drawn(tmp_path: Path) -> None:
+def test_a_band_that_would_reach_down_to_0_has_a_gap_there(tmp_path: Path) -> None:
     for seed, values in enumerate(([1.0, 0.5, 1.0, 0.75], [1.0, 1.0, 0.5, 0.875])):
         records = with_updates(gate__eur_pos=values, gate__eur_neg=values)
         write_run(tmp_path / str(seed), config=settings(seed), records=records)
     [panel] = figures_of(make_report([tmp_path]))["eur"].panels
     [band] = [t for t in panel.traces if t.kind == "band" and t.name == "A > 0"]
-    assert (band.x, band.low, band.high) == ((2, 3, 4), (0.125, 0.125, 0.125), (0.5, 0.5, 0.25))
+    assert (band.x, band.low, band.high) == ((4,), (0.125,), (0.25,))
     [mean] = [t for t in panel.traces if t.kind == "line" and t.name == "A > 0" and not t.faint]
     assert mean.y == (None, 0.25, 0.25, (0.25 + 0.125) / 2), "the seed that lost nothing counts in the mean"
 

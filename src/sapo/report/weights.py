@@ -85,8 +85,7 @@ DECADES = 6
 def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
     """Panels of one logarithmic range, and a sentence on the values that it does not show: gaps in the lines.
 
-    What stands alone between two gaps is a point. A band that reaches below the range goes down to the smallest value
-    that is drawn.
+    What stands alone between two gaps is a point. A band has a gap where it would reach below the range.
     """
     every = [v for p in panels for t in p.traces for v in (*t.y, *t.low, *t.high) if v is not None and v > 0]
     if not every:
@@ -126,7 +125,7 @@ def _unseen(panels: Sequence[Panel], floor: float) -> str:
 
 
 def _above(trace: Trace, floor: float) -> Iterator[Trace]:
-    """A line with gaps where it is below the floor, and what stands alone in it; of a band the stretches above."""
+    """A line with gaps where it is below the floor, and what stands alone in it; of a band what lies above it whole."""
     if trace.kind != "band":
         y = tuple(v if v is not None and v >= floor else None for v in trace.y)
         if any(v is not None for v in y):
@@ -139,11 +138,11 @@ def _above(trace: Trace, floor: float) -> Iterator[Trace]:
         return
     stretch: list[int] = []
     for place in range(len(trace.x) + 1):
-        if place < len(trace.x) and trace.high[place] >= floor:
+        if place < len(trace.x) and trace.low[place] >= floor:
             stretch.append(place)
         elif stretch:
             x, high = (tuple(values[i] for i in stretch) for values in (trace.x, trace.high))
-            yield replace(trace, x=x, low=tuple(max(trace.low[i], floor) for i in stretch), high=high)
+            yield replace(trace, x=x, low=tuple(trace.low[i] for i in stretch), high=high)
             stretch = []
 
 
