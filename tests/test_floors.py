@@ -19,6 +19,7 @@ FLOORS = (
         "diagnostics_config",
         "config",
         "files",
+        "heap",
         "recipe",
         "spans",
         "untrusted",

@@ -24,6 +24,7 @@ from sapo.data import Group, Prompt
 from sapo.diagnosis import Diagnosis
 from sapo.diagnostics import observe, rollout_metrics, step_update_metrics, task_panels
 from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
+from sapo.heap import give_back_freed_memory
 from sapo.listener import Listener, Silent
 from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
@@ -219,6 +220,7 @@ class TrainingRun:
         """Prompts to scored groups with their advantages."""
         rollout, advantage = self.config.rollout, self.config.objective.advantage
         with self._phase("generate"):
+            give_back_freed_memory()
             prompts = encode_by_task(self.policy, self.tasks.formats, prompts)
             experts = None if self.replay is None else self.replay.engine_log(self.state.old_logprobs)
             with sampler_weights(self.policy, rollout, self.state.step):
@@ -339,6 +341,7 @@ class TrainingRun:
         """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
         state = self.state
         with self._phase("evaluate"):
+            give_back_freed_memory()
             evaluations = [self._evaluate_task(task) for task in self.tasks.held_out]
         for evaluation in evaluations:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}

@@ -219,7 +219,11 @@ def test_a_comparison_may_grow_but_not_shrink_or_change(tmp_path: Path, more: di
     small, large = load_comparison(write(tmp_path)), load_comparison(write(tmp_path, **more))
     begun = tmp_path / "begun"
     ComparisonDirectory.open(begun, small).close()
+    (begun / "results.json").write_text("{}")
+    ComparisonDirectory.open(begun, small).close()
+    assert (begun / "results.json").exists()
     ComparisonDirectory.open(begun, large).close()
+    assert not (begun / "results.json").exists(), "a report would take it for that of the whole"
     assert load_comparison(begun).to_json() == large.to_json(), "as a comparison of its own it goes on with all of it"
     with pytest.raises(ConfigError, match="holds another comparison"):
         check_directory(begun, small)

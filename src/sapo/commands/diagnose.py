@@ -166,7 +166,7 @@ def lines(found: Diagnosis) -> list[str]:
     what = "weights, norms and biases too," if found.sampler_vectors else "weights"
     return [
         "bias force: the pull on the policy of shuffled advantages over the norm of its policy gradient; 1 is as",
-        "hard as rewards pull. beyond noise: less what the noise of a batch would give; - where that is not resolved.",
+        "hard as rewards pull. beyond noise: with a batch's noise taken off; - where that cannot be told.",
         "towards sampler: cosine of that pull with the direction to the sampler's policy",
         *[f"{SYMMETRIC}: the control, a clip that does not ask for the sign of A"] * control,
         f"{found.completions} completions of {', '.join(found.tasks)}, {found.tokens} tokens, mean reward "

@@ -1,7 +1,7 @@
 """The directory of a comparison: what it leaves behind, and what it needs to be taken up again.
 
 comparisons/NAME/comparison.yaml   what is compared, resolved: `sapo compare comparisons/NAME` goes on with it
-                 runs/             ARM-lrRATE-seedK/: ordinary run directories; failure.json in one that broke
+                 runs/             ARM-lrRATE-seedK/: ordinary run directories; failure.json in one that stopped itself
                  logs/             ARM-lrRATE-seedK.txt: what the process of a run wrote to standard error
                  results.json      every run and every figure; the clock only in "timing"
                  table.md          the same to be read
@@ -50,14 +50,24 @@ class ComparisonDirectory:
         check_directory(path, plan)
         path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
+        try:
+            check_directory(path, plan)  # again, now that no other process can let it grow
+        except ConfigError:
+            directory.close()
+            raise
         for part in ("runs", "logs"):
             (path / part).mkdir(exist_ok=True)
-        file = path / COMPARISON_FILE
-        if not file.exists() or load_comparison(path).to_json() != _plain(plan):
-            header = f"# sapo compare {path}   goes on with this comparison, or shows its table\n"
-            settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
-            write_whole(file, header + settings)
+        if not (path / COMPARISON_FILE).exists() or load_comparison(path).to_json() != _plain(plan):
+            directory._write_plan(plan)
         return directory
+
+    def _write_plan(self, plan: ComparisonPlan) -> None:
+        """Write comparison.yaml; figures of a smaller comparison go, for they would pass for those of the whole."""
+        for stale in ("results.json", "table.md"):
+            (self.path / stale).unlink(missing_ok=True)
+        header = f"# sapo compare {self.path}   goes on with this comparison, or shows its table\n"
+        settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / COMPARISON_FILE, header + settings)
 
     def wait_for_runs(self, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> None:
         """Wait until the processes that a killed comparison left behind have saved their runs.

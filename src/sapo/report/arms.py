@@ -87,7 +87,7 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     if None not in compared and len({of[0] for of in compared if of is not None}) == 1:
         return _of_comparison(list(groups.values()))
     flat = [flatten(members[0].settings) for members in groups.values()]
-    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective is called by it
+    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective's name tells it
     labels = [_label(members[0], own, differing) for members, own in zip(groups.values(), flat, strict=True)]
     if any(len(_told(own, differing)) > MOST_IN_A_LABEL for own in flat):
         labels = [

@@ -123,9 +123,8 @@ def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
     for trace in (t for panel in figure.panels for t in panel.traces):
         colors.setdefault(trace.name, set()).add(trace.color)
     for name, artist in handles.items():
-        if len(colors[name]) > 1 and hasattr(
-            artist, "get_linestyle"
-        ):  # a dash that stands for lines of several colours
+        # A dash that stands for lines of several colours has none of them.
+        if len(colors[name]) > 1 and hasattr(artist, "get_linestyle"):
             handles[name] = Line2D([], [], color="0.35", linestyle=artist.get_linestyle(), linewidth=1.2)
     return dict(list(handles.items())[:MOST_IN_LEGEND])
 

@@ -83,12 +83,12 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it: it is finished, or broke in a comparison, which does not try again."""
+        """Whether nothing more will come of it: it is finished, or stopped itself."""
         return self.finished or self.failure is not None
 
     @property
     def failure(self) -> str | None:
-        """Why a run of a comparison broke, by its failure.json; None where it did not, or has ended since."""
+        """Why a run stopped itself, by its failure.json; None where it did not, or has ended since."""
         if self.finished:
             return None
         try:

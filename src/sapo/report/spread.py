@@ -299,13 +299,23 @@ def _used(edges: np.ndarray, values: np.ndarray) -> tuple[list[float], list[floa
 
 @dataclass(frozen=True)
 class _Gate:
-    """A gate that one or several arms have, and f' at some ratios for A > 0 and A <= 0."""
+    """A gate that one or several arms have, and f' for A > 0 and A <= 0 at ratios that tell it from others."""
 
     arms: tuple[Arm, ...]
-    weights: tuple[np.ndarray, np.ndarray]
+    told_by: tuple[np.ndarray, np.ndarray]
+
+    def weights(self, ratios: np.ndarray, sign: int) -> np.ndarray:
+        """f' at some ratios."""
+        objective = objective_of(self.arms[0].objective)
+        assert objective is not None
+        return gate_curve(objective, ratios, sign)[1]
 
 
-def _gates(arms: Sequence[Arm], ratios: np.ndarray) -> tuple[list[_Gate], dict[str, list[Arm]]]:
+_TELLING = np.linspace(0.05, 20.0, 400)
+"""Ratios far beyond those of a figure: gates that differ only outside of it are not the same."""
+
+
+def _gates(arms: Sequence[Arm]) -> tuple[list[_Gate], dict[str, list[Arm]]]:
     """The different gates of some arms, and the arms without one by the reason."""
     found: list[_Gate] = []
     without: dict[str, list[Arm]] = {}
@@ -320,10 +330,10 @@ def _gates(arms: Sequence[Arm], ratios: np.ndarray) -> tuple[list[_Gate], dict[s
         if reason:
             without.setdefault(reason, []).append(arm)
             continue
-        pos, neg = (gate_curve(objective, ratios, sign)[1] for sign in (1, -1))
+        pos, neg = (gate_curve(objective, _TELLING, sign)[1] for sign in (1, -1))
         for place, gate in enumerate(found):
-            if all(np.array_equal(a, b) for a, b in zip(gate.weights, (pos, neg), strict=True)):
-                found[place] = _Gate((*gate.arms, arm), gate.weights)
+            if all(np.array_equal(a, b) for a, b in zip(gate.told_by, (pos, neg), strict=True)):
+                found[place] = _Gate((*gate.arms, arm), gate.told_by)
                 break
         else:
             found.append(_Gate((arm,), (pos, neg)))
@@ -336,7 +346,7 @@ GATE_NAMES: dict[int, tuple[str, Dash]] = {1: ("gate, A > 0", "dash"), -1: ("gat
 def gate_words(own: Own) -> str:
     """The key of the gates: what dashes and dots are, who shares one and who has none."""
     arms = list({arm.name: arm for arm, _ in own}.values())
-    gates, without = _gates(arms, np.linspace(0.05, 20.0, 400))
+    gates, without = _gates(arms)
     words = ""
     if gates:
         words = (
@@ -365,14 +375,13 @@ def _curves(own: Own) -> list[Trace]:
     ]
     low, high = min((float(a) for a, _ in logs), default=0.0), max((float(b) for _, b in logs), default=0.0)
     ratios = np.exp(np.linspace(low, high, 400) if high > low else np.linspace(-0.05, 0.05, 400))
-    gates, _ = _gates([arm for arm, _ in own], ratios)
+    gates, _ = _gates([arm for arm, _ in own])
     traces = []
     for gate in gates:
-        for sign, weight in zip((1, -1), gate.weights, strict=True):
-            name, dash = GATE_NAMES[sign]
+        for sign, (name, dash) in GATE_NAMES.items():
             color = (0 if sign > 0 else 1) if len(own) == 1 else gate.arms[0].color
             hover = f"weight of {', '.join(arm.label for arm in gate.arms)}"
-            x, y = tuple(ratios.tolist()), tuple(weight.tolist())
+            x, y = tuple(ratios.tolist()), tuple(gate.weights(ratios, sign).tolist())
             traces.append(Trace("line", x, y, name=name, color=color, dash=dash, second=True, hover=hover))
     return traces
 

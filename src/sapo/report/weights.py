@@ -114,8 +114,8 @@ def _unseen(panels: Sequence[Panel], floor: float) -> str:
     words = ""
     if small:
         words += (
-            f" {small:,} of {len(values):,} values are 0 or less than a millionth of the largest, so that nothing is "
-            "lost: gaps, for a log axis has no 0."
+            f" {small:,} of {len(values):,} values are 0 or less than a millionth of the largest: gaps, for a log axis "
+            "has no 0."
         )
     if below:
         words += f" {below:,} of {len(values):,} values are below 0, of weights above 1: gaps."
@@ -176,6 +176,7 @@ _PROBED = np.exp(np.linspace(-6.0, 6.0, 241))
 def is_hard(arm: Arm) -> bool:
     """Whether the arm's gate is a clip: no weight but 1 and 0, and 0 somewhere.
 
+    >>> from pathlib import Path
     >>> is_hard(Arm("grpo", (Run("q", Path("q"), {"objective": {"name": "grpo"}}, (), None),)))
     True
     """

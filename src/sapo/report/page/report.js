@@ -266,6 +266,7 @@
     ["A", "advantage of a response: its reward against the others of its group; all its tokens are pushed up (A > 0) or down (A ≤ 0)"],
     ["gate weight f'", "how much of a token's push the objective lets through; 1 at r = 1. A hard clip (GRPO, GSPO) knows 1 and 0, a soft gate (SAPO) all between"],
     ["EUR", "effective update ratio: the mean gate weight"],
+    ["1 - EUR", "the share of the gradient's weight that the gate takes away"],
     ["off policy", "an update made after another one on the same samples, so that ratios have left 1"],
     ["Var_i, D_i", "variance of log r over a response's tokens; distance of its mean token gate from one gate on the sequence: small means that a token gate acts like a sequence gate"],
     ["arm, seed", "one setting, and the number that its random draws begin from: runs that differ in it alone show how far luck goes"],
