@@ -25,7 +25,7 @@ training on a few tokens, counts the storages that autograd keeps, and solves fo
 key of the attention kernel, and per pair of them. They grow exactly so, since everything but attention works token by
 token. The baseline (interpreter, libraries, tokenizer, tasks) is measured in the process that asks.
 
-On a CPU an eighth is added to all beyond the baseline: glibc keeps freed blocks of up to 32 MiB and cannot always use
+On a CPU a quarter is added to all beyond the baseline: glibc keeps freed blocks of up to 32 MiB and cannot always use
 them again. The share was measured, and `bench/memory.py` holds the whole against peaks of real runs (docs/memory.md).
 
 Completions are taken at their full length and prompts as those of the first step: shorter completions need less.
@@ -66,9 +66,9 @@ ROW_BYTES_PER_TOKEN = 24
 SAMPLER_LOGITS = 1.0
 SAMPLER_LOGITS_CUT = 6.5
 
-ALLOCATOR_SHARE = 0.125
-"""What glibc holds back of all that is allocated and freed in a step: on SmolLM2-135M .12 to .14 of what lies beyond
-the baseline, with one micro-batch and with activation checkpointing, .20 with several (docs/memory.md)."""
+ALLOCATOR_SHARE = 0.25
+"""What glibc holds back of all that is allocated and freed in an update: .19 to .34 of what lies beyond the baseline in
+five runs of two models (docs/memory.md)."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def packing(request, monkeypatch):
     """With weights in panels where packed.c multiplies, packed for oneDNN however small, and as they are."""
     found = native.kernels(torch.device("cpu"), torch.float32)
     if request.param == "panels" and (found is None or torch.float32 not in found.packed_precisions):
-        pytest.skip("packed.c is not for this processor, or there is no compiler")
+        pytest.skip("no packed.c here: compiled kernels are off, or not for this processor, or there is no compiler")
     if request.param != "panels":
         monkeypatch.setattr(fast, "suits", lambda *_: False)
     if request.param == "packed":
