@@ -230,3 +230,7 @@ def test_a_comparison_may_grow_but_not_shrink_or_change(tmp_path: Path, more: di
     changed = load_comparison(write(tmp_path, **more, settings={**COMPARISON["settings"], "train": {"steps": 8}}))
     with pytest.raises(ConfigError, match=r"with recipe\.train\.steps=7 where this one has 8"):
         check_directory(begun, changed)
+    beginning = tmp_path / "beginning"
+    ComparisonDirectory.open(beginning, small).close()
+    with pytest.raises(ConfigError, match=r"with baseline=\"hard\" where this one has \"soft\""):
+        check_directory(beginning, load_comparison(write(tmp_path, **more, baseline="soft")))

@@ -116,22 +116,20 @@ def check_directory(path: Path, plan: ComparisonPlan) -> None:
         if strangers or any(p.name != ".lock" for p in (path / "runs").glob("*")):
             raise ConfigError(f"{path} holds no comparison but {(strangers or ['runs'])[0]}; name another with --out")
         return
-    there, here = load_comparison(path).to_json(), _plain(plan)
-    for key, (a, b) in () if _adds_to(there, here) else differing(there, here):
+    for key, (a, b) in _changes(load_comparison(path).to_json(), _plain(plan)):
         raise ConfigError(
             f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` goes on "
             "with it, --out DIR begins another"
         )
 
 
-def _adds_to(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether `here` holds every arm, learning rate and seed of `there`, and is alike in all else."""
-    runs = ("learning_rates", "seeds")
-    return (
-        there["arms"].items() <= here["arms"].items()
-        and all(set(there[key]) <= set(here[key]) for key in runs)
-        and all(there[key] == here[key] for key in there if key not in ("arms", *runs))
-    )
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
+    """Where `here` does more than add arms, learning rates and seeds to `there`; as `differing`."""
+    kept = {**here, "arms": {arm: settings for arm, settings in here["arms"].items() if arm in there["arms"]}}
+    for key in ("learning_rates", "seeds"):
+        if set(there[key]) <= set(here[key]):
+            kept[key] = there[key]
+    return differing(there, kept)
 
 
 def _plain(plan: ComparisonPlan) -> dict[str, Any]:
