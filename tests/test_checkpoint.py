@@ -9,14 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from runs import write_model
+from sapo.errors import CheckpointError
 from sapo.model.policy import Policy, load_policy
-from sapo.training.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    newest_whole,
-    prune,
-    save_checkpoint,
-)
+from sapo.training.checkpoint import list_checkpoints, newest_whole, prune, save_checkpoint
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 import sapo.coldstart as module
 from sapo.coldstart import coldstart_path, ensure_coldstart
-from sapo.model.errors import ModelError
+from sapo.errors import ModelError
 from sapo.recipe import load_recipe
 from sapo.rollout.local import LocalEngine
 

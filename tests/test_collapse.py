@@ -17,13 +17,14 @@ import sapo.loop
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.diagnostics import replay_warnings
 from sapo.diagnostics_config import WarningsConfig
+from sapo.errors import CollapseError, NonFiniteError
 from sapo.model.policy import load_policy
 from sapo.report import make_report
 from sapo.session import resume
 from sapo.training.checkpoint import list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
-from sapo.training.trainer import NonFiniteError, Trainer
-from sapo.watch import CollapseError, restore
+from sapo.training.trainer import Trainer
+from sapo.watch import restore
 
 STEPS = 10
 COLLAPSING = {

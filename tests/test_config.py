@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
 from sapo.recipe import known_recipes, load_recipe, override_run, parse_recipe
 
 MINIMAL = {"model": {"path": "m"}, "tasks": [{"name": "arithmetic"}], "train": {"steps": 1}}

@@ -11,9 +11,9 @@ import torch
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
-from sapo.config import ConfigError
 from sapo.diagnostics import GatedTokens, counterfactual_figures
 from sapo.diagnostics_config import DiagnosticsConfig
+from sapo.errors import ConfigError
 from sapo.objectives import KLPenalty, make_objective
 from sapo.training.gradients import true_gradient_figures
 from training.test_trainer import make_groups, make_policy, make_trainer

@@ -11,8 +11,8 @@ import pytest
 import sapo
 from runs import REWARD, write_recipe
 from sapo.cli import main
-from sapo.config import ConfigError
 from sapo.diagnose import PARTS, SYMMETRIC, Diagnosis, Force, diagnose
+from sapo.errors import ConfigError
 from sapo.evaluation_plan import orders
 from sapo.model.policy import load_policy
 from sapo.model.rounding import Rounding

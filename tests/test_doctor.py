@@ -14,7 +14,7 @@ import pytest
 
 from sapo import doctor
 from sapo.doctor import Finding, examine, is_broken
-from sapo.processor import processor_name
+from sapo.utils.machine import processor_name
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -148,7 +148,7 @@ def test_the_command_prints_a_report_and_json(tmp_path: Path) -> None:
 def test_the_processor_is_named_as_the_system_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: Abacus 1 @ 2 beads\n")
-    monkeypatch.setattr("sapo.processor.CPUINFO", file)
+    monkeypatch.setattr("sapo.utils.machine.CPUINFO", file)
     assert by_name(examine(tmp_path))["processor"].value.startswith("Abacus 1 @ 2 beads, ")
-    monkeypatch.setattr("sapo.processor.CPUINFO", tmp_path / "none")  # no Linux
+    monkeypatch.setattr("sapo.utils.machine.CPUINFO", tmp_path / "none")  # no Linux
     assert processor_name() == (platform.processor() or platform.machine())

@@ -13,8 +13,8 @@ import pytest
 import sapo
 from runs import write_recipe
 from sapo.coldstart import ensure_coldstart
-from sapo.config import ConfigError
 from sapo.dry_run import DryRun
+from sapo.errors import ConfigError
 from sapo.recipe import load_recipe
 from sapo.sampler_sentences import sampler_sentences
 from sapo.session import dry_run

@@ -11,10 +11,10 @@ import torch
 import sapo
 from runs import metrics, write_model, write_recipe
 from sapo import evaluation_order
-from sapo.config import ConfigError, PromptConfig
+from sapo.config import PromptConfig
+from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation import Results, read_results
 from sapo.evaluation_plan import orders
-from sapo.rollout.engine import Interrupted
 from sapo.rollout.sampling import SamplingParams
 from sapo.tasks import FileTask, make_task
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from runs import write_model, write_recipe
-from sapo.config import ConfigError, PromptConfig
+from sapo.config import PromptConfig
+from sapo.errors import ConfigError, TaskError
 from sapo.evaluation_order import Settings, Subject
 from sapo.evaluation_plan import order_of_task, orders, place, split_overrides
-from sapo.preflight import seed_for
 from sapo.run_directory import RunDirectory
-from sapo.tasks import TaskError
+from sapo.utils.hashing import seed_for
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import yaml
 
 import sapo
 from runs import write_recipe
-from sapo.config import ConfigError
 from sapo.data import Prompt
+from sapo.errors import ConfigError
 from sapo.export import Source, export_model
 from sapo.model.policy import load_policy
 from sapo.recipe import load_recipe

@@ -1,6 +1,9 @@
-"""The architecture, enforced: a module imports only from lower floors, or from its neighbours to the left."""
+"""The architecture, enforced: a package imports only from lower floors, and no modules import each other in a circle."""
+
+from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,128 +12,111 @@ import sapo
 
 SOURCE = Path(sapo.__file__).parent
 
+# From the ground up. Neighbours on one floor know nothing of each other.
 FLOORS = (
-    (
-        "objectives",
-        "data",
-        "config_section",
-        "model_config",
-        "rollout_config",
-        "diagnostics_config",
-        "config",
-        "files",
-        "heap",
-        "recipe",
-        "spans",
-        "untrusted",
-        "processor",
-    ),
-    ("sandbox", "tasks", "model", "conformance"),
-    ("prompting", "batch", "rollout", "shaping", "curriculum", "selection"),
-    ("training", "evaluation", "diagnostics", "run_state", "run_directory", "loggers", "profiling"),
-    ("integrations",),
-    (
-        "replay_choice",
-        "sampler_sentences",
-        "preflight",
-        "coldstart",
-        "memory",
-        "listener",
-        "self_check",
-        "routing_replay",
-        "sampler",
-        "diagnosis",
-        "watch",
-        "loop",
-        "dry_run",
-        "session",
-        "export",
-        "evaluation_order",
-        "evaluation_plan",
-        "comparing",
-        "diagnose",
-        "generation",
-        "doctor",
-        "progress",
-        "tables",
-        "report",
-    ),
-    ("completion", "commands", "cli"),
+    {"errors"},
+    {"utils", "sandbox"},
+    {"objectives", "data"},
+    {"conformance", "config", "model", "tasks"},
+    {"rollout", "training"},
+    {"evaluation", "diagnostics"},
+    {"run", "integrations"},
+    {"workflows"},
+    {"report"},
+    {"cli"},
 )
-ORDER = {station: (floor, place) for floor, row in enumerate(FLOORS) for place, station in enumerate(row)}
+FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 
-# Beside the order: the mathematics and the sandbox need nothing of ours, and tasks and models know nothing of each
-# other or of config.
-ALLOWED = {
-    "objectives": set(),
-    "data": set(),
-    "spans": set(),
-    "config_section": set(),
-    "model_config": {"config_section"},
-    "rollout_config": {"config_section"},
-    "diagnostics_config": {"objectives", "config_section"},
-    "config": {"objectives", "config_section", "model_config", "rollout_config", "diagnostics_config"},
-    "recipe": {"objectives", "config"},
-    "untrusted": set(),
-    "processor": set(),
-    "sandbox": set(),
-    "tasks": {"data", "sandbox"},
-    "model": {"data"},
-    "conformance": {"objectives", "config"},
-}
+# Beside the order: what untrusted programs run in needs nothing of ours.
+NOTHING_OF_OURS = {"errors", "sandbox"}
 
 
-def imported_stations(source: str) -> set[str]:
-    """Stations of sapo that a module's text imports anywhere, in functions and for type checking too."""
+def module_name(path: Path) -> str:
+    """Return the dotted name of a file of the package."""
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def imported_modules(tree: ast.AST, at_import_time: bool = False) -> set[str]:
+    """Return the modules of sapo that a syntax tree imports, in functions and for type checking too.
+
+    Args:
+        at_import_time: leave out what is imported in functions or for type checking only.
+    """
+    if at_import_time:
+        hidden = (ast.FunctionDef, ast.AsyncFunctionDef)
+        for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+        inside = {id(x) for n in ast.walk(tree) if isinstance(n, hidden) for x in ast.walk(n)}
+        inside |= {id(x) for n in for_types for x in ast.walk(n)}
+    else:
+        inside = set()
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "sapo"}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute, so that they can be read without knowing where one is"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "sapo" and len(parts) > 1 and parts[1] in ORDER:
-                found.add(parts[1])
+            if node.module is not None and node.module.split(".")[0] == "sapo":
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name in MODULES or node.module == "sapo" else node.module for name in named}
     return found
 
 
-def violations(station: str, source: str) -> list[str]:
-    """What a module of a station may not import."""
-    others = imported_stations(source) - {station}
-    upward = [other for other in others if ORDER[other] > ORDER[station]]
-    unlisted = [other for other in others if station in ALLOWED and other not in ALLOWED[station]]
-    return sorted({*upward, *unlisted})
+def violations(package: str, source: str) -> list[str]:
+    """Return the packages that a file of a package imports and may not."""
+    others = {name.split(".")[1] for name in imported_modules(ast.parse(source)) if "." in name} - {package}
+    lower = {p for p, floor in FLOOR_OF.items() if floor < FLOOR_OF[package] and package not in NOTHING_OF_OURS}
+    return sorted(others & set(FLOOR_OF) - lower)
 
 
-def station_of(path: Path) -> str:
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
-
-
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
 def test_every_module_imports_from_lower_floors_only(path: Path) -> None:
     if path == SOURCE / "__init__.py":  # the front door names everything, and loads it when asked
         return
-    assert station_of(path) in ORDER, f"{path.name} has no floor: add it to FLOORS"
-    assert violations(station_of(path), path.read_text()) == []
+    package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    assert package in FLOOR_OF, f"{path.name} has no floor: a new module belongs into one of {sorted(FLOOR_OF)}"
+    assert violations(package, path.read_text()) == []
+
+
+def test_no_module_lies_loose_beside_the_packages() -> None:
+    assert {p.name for p in SOURCE.glob("*.py")} == {"__init__.py", "errors.py"}
+    packages = {p.parent.name for p in SOURCE.glob("*/__init__.py")}
+    assert packages | {"errors"} == set(FLOOR_OF)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        name: imported_modules(ast.parse(path.read_text()), at_import_time=True) & set(MODULES) - {name}
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"  # a face imports the files behind it
+    }
+    graph = {name: {other for other in others if other in graph} for name, others in graph.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize(
-    ("station", "source", "expected"),
+    ("package", "source", "expected"),
     [
         ("objectives", "from sapo.config import RunConfig", ["config"]),
         ("objectives", "import sapo.data", ["data"]),
-        ("model", "def late():\n    from sapo.rollout.local import LocalEngine", ["rollout"]),
+        ("model", "def late():\n    from sapo.rollout.local.engine import LocalEngine", ["rollout"]),
         ("tasks", "from sapo.model.policy import Policy", ["model"]),
-        ("batch", "from sapo import loop", ["loop"]),
-        ("training", "from sapo.diagnostics import update_metrics", ["diagnostics"]),
-        ("loop", "from sapo.training.trainer import Trainer\nimport sapo.data", []),
+        ("training", "from sapo.rollout.engine import Request", ["rollout"]),
+        ("training", "from sapo import run", ["run"]),
+        ("sandbox", "from sapo.errors import UserError", ["errors"]),
+        ("run", "from sapo.training.trainer import Trainer\nimport sapo.data", []),
     ],
 )
-def test_an_upward_import_is_found(station: str, source: str, expected: list[str]) -> None:
-    assert violations(station, source) == expected
+def test_an_upward_import_is_found(package: str, source: str, expected: list[str]) -> None:
+    assert violations(package, source) == expected
 
 
 def test_the_front_door_loads_nothing_but_itself() -> None:

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from sapo import heap
+from sapo.utils import machine as heap
 
 # Blocks small enough for the heap, one in sixteen kept: what is freed between them is no end that glibc would cut.
 PROGRAM = """
 import torch
-from sapo.heap import give_back_freed_memory
+from sapo.utils.machine import give_back_freed_memory
 
 def resident():
     [line] = [s for s in open("/proc/self/status") if s.startswith("VmRSS")]

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from runs import fingerprint, metrics, write_recipe
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.loggers import check_loggers, panel_name, run_identity
 from sapo.recipe import load_recipe, parse_recipe
 

@@ -12,18 +12,18 @@ import yaml
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
-from sapo.config import ConfigError
 from sapo.data import Status
 from sapo.diagnostics_config import WarningsConfig
+from sapo.errors import ConfigError, NonFiniteError
 from sapo.export import export_model
 from sapo.model.native import kernels_in_use
 from sapo.model.policy import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.processor import processor_name
 from sapo.rollout.local import LocalEngine
 from sapo.session import load_model, resume
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
-from sapo.training.trainer import NonFiniteError, Trainer
+from sapo.training.trainer import Trainer
+from sapo.utils.machine import processor_name
 
 FAITHFUL = WarningsConfig().unfaithful
 

@@ -13,7 +13,7 @@ import pytest
 
 import sapo
 from runs import write_mixture, write_model, write_recipe
-from sapo.watch import CollapseError
+from sapo.errors import CollapseError
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
 

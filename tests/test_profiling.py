@@ -14,10 +14,10 @@ from rich.console import Console
 
 import sapo
 from runs import write_recipe
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.recipe import load_recipe
-from sapo.spans import SpanRecorder, span
 from sapo.tables import seconds_table
+from sapo.utils.spans import SpanRecorder, span
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sapo.config import ConfigError, PromptConfig
+from sapo.config import PromptConfig
 from sapo.data import Prompt
-from sapo.model.errors import ModelError
+from sapo.errors import ConfigError, ModelError
 from sapo.prompting import PromptFormat
 from sapo.tasks import ArithmeticTask, make_task
 

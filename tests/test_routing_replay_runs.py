@@ -13,9 +13,8 @@ import yaml
 import sapo
 from processes import finish, kill_when, last_line, start
 from runs import REWARD, fingerprint, metrics, write_model, write_recipe
-from sapo.config import ConfigError
+from sapo.errors import ConfigError, ModelError
 from sapo.loop import TrainingRun
-from sapo.model.errors import ModelError
 from sapo.recipe import parse_recipe
 from sapo.replay_choice import replay_sentence
 from sapo.rollout.local import LocalEngine

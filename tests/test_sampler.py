@@ -10,7 +10,8 @@ import torch
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
-from sapo.config import ConfigError, RolloutConfig
+from sapo.config import RolloutConfig
+from sapo.errors import ConfigError
 from sapo.loop import TrainingRun
 from sapo.model.policy import load_policy
 from sapo.model.rounding import Rounding

@@ -15,7 +15,7 @@ from sapo.data import Completion, Group, Prompt, Score
 from sapo.run_state import RunState
 from sapo.selection import Position, Selection, Selector
 from sapo.tasks import prompts_for_step
-from sapo.tasks.hashing import hashed_integer
+from sapo.utils.hashing import hashed_integer
 
 
 class Numbers:

@@ -9,11 +9,11 @@ import pytest
 import sapo
 from runs import metrics, write_recipe
 from sapo.config import RunConfig
+from sapo.errors import TaskError
 from sapo.loop import TrainingRun
 from sapo.model.policy import load_policy
 from sapo.preflight import load_tasks
 from sapo.run_directory import RunDirectory
-from sapo.tasks import TaskError
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_cut_distribution_is_recomputed_even_where_the_first_step_cannot_tell(
 
 
 def test_a_mistake_in_the_last_row_of_a_file_is_found_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
-    from sapo.model.policy import ModelError
+    from sapo.errors import ModelError
 
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = write_recipe(tmp_path)

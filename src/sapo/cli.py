@@ -26,6 +26,7 @@ from sapo.commands.generate import generate
 from sapo.commands.report import report
 from sapo.commands.terminal import StopSignal, console, errors, say, stop_signals
 from sapo.completion import complete_override, complete_recipe, complete_run
+from sapo.errors import Interrupted, RunFailure, UserError
 
 app = typer.Typer(
     name="sapo",
@@ -151,7 +152,7 @@ def conformance(
         elif name in FAMILIES:
             reports.append(judge_family(name))
         else:
-            from sapo.config import ConfigError
+            from sapo.errors import ConfigError
 
             known = ", ".join(FAMILIES)
             raise ConfigError(f"a subject is one of {known} or module:function; got {name!r}; choose one of these")
@@ -182,36 +183,13 @@ def main() -> None:
         _fail(message or "see sapo --help", code=2)
     except typer.Abort:
         sys.exit(130)
-    except ValueError as error:
-        if not _is_users_mistake(error):
-            raise
+    except UserError as error:
         _fail(str(error), code=2)
-    except RuntimeError as error:
-        if not _is_runs_failure(error):
-            raise
+    except RunFailure as error:
         _fail(str(error), code=1)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted:
         _fail("stopped; nothing was lost: the same command starts again", code=128 + StopSignal.last)
     sys.exit(code or 0)
-
-
-def _is_users_mistake(error: ValueError) -> bool:
-    from sapo.config import ConfigError
-    from sapo.model.policy import ModelError
-    from sapo.tasks import TaskError
-
-    return isinstance(error, ConfigError | ModelError | TaskError)
-
-
-def _is_runs_failure(error: RuntimeError) -> bool:
-    from sapo.coldstart import ColdStartError
-    from sapo.comparing.processes import RunProcessError
-    from sapo.training.trainer import NonFiniteError
-    from sapo.watch import CollapseError
-
-    return isinstance(error, NonFiniteError | ColdStartError | RunProcessError | CollapseError)
 
 
 def _fail(message: str, code: int) -> None:

@@ -23,15 +23,16 @@ import transformers
 from torch import Tensor
 
 from sapo.batch import pack
-from sapo.config import ColdStartConfig, ConfigError, PromptConfig, RunConfig
+from sapo.config import ColdStartConfig, PromptConfig, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
+from sapo.errors import ColdStartError, ConfigError, Interrupted
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.sources import cache_directory
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.prompting import PromptFormat
-from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.engine import Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
@@ -44,10 +45,6 @@ TOKENS_PER_MICROBATCH = 16384
 
 RECORDED_PROBLEMS = 512
 """Fresh problems behind the pass@1 that coldstart.json records."""
-
-
-class ColdStartError(RuntimeError):
-    """The target was not reached within max_updates."""
 
 
 @dataclass(frozen=True)

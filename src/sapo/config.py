@@ -7,16 +7,17 @@ an objective or a task are checked by the objective or task itself, which refuse
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sapo.config_section import Section
 from sapo.diagnostics_config import DiagnosticsConfig, WarningsConfig
+from sapo.errors import ConfigError
 from sapo.model_config import ColdStartConfig, LoraConfig, ModelConfig
 from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, KLPenalty, make_objective
 from sapo.rollout_config import RolloutConfig, SamplerDtype, SamplerSwitchConfig
+from sapo.utils.names import nearest
 
 __all__ = [
     "CheckpointConfig",
@@ -43,12 +44,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WarningsConfig",
-    "nearest",
 ]
-
-
-class ConfigError(ValueError):
-    """A recipe that cannot be run as it is; the message names the key, the rule and the way out."""
 
 
 class KLConfig(Section):
@@ -125,7 +121,7 @@ class ObjectiveConfig(BaseModel):
     def _known(self) -> ObjectiveConfig:
         make_objective(self.name, **self.hyperparameters)
         if self.normalizer not in NORMALIZERS:
-            raise ValueError(_unknown("normalizer", self.normalizer, NORMALIZERS))
+            raise ValueError(f"unknown normalizer {self.normalizer!r}{nearest(self.normalizer, NORMALIZERS)}")
         return self
 
 
@@ -441,16 +437,3 @@ class RunConfig(Section):
             f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
             f" {t.steps} steps make {t.steps * t.minibatches} updates.{ending}"
         )
-
-
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """What an error says after an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    dot = prefix + "." if prefix else ""
-    if close:
-        return f"; did you mean {dot}{close[0]}?"
-    return f"; known here: {', '.join(sorted(known))}" if known else ""
-
-
-def _unknown(what: str, name: str, known: Any) -> str:
-    return f"unknown {what} {name!r}{nearest(name, list(known))}"

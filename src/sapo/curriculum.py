@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sapo.config import ConfigError, CurriculumConfig, RunConfig
+from sapo.config import CurriculumConfig, RunConfig
 from sapo.data import Group
-from sapo.rollout.rng import token_uniforms
+from sapo.errors import ConfigError
 from sapo.tasks import FiniteTask, Task
+from sapo.utils.rng import token_uniforms
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from sapo.batch import pack
-from sapo.config import ConfigError
 from sapo.data import Group, PackedBatch
+from sapo.errors import ConfigError
 from sapo.evaluation_order import Order
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import LossAndCoefficient, policy_head, token_logprobs

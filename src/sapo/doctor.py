@@ -19,7 +19,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from sapo.coldstart import cache_directory
-from sapo.processor import processor_name
+from sapo.utils.machine import cpuinfo_field, processor_name
 
 DISTRIBUTION = "sapo-rl"
 
@@ -232,10 +232,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu_flags() -> set[str]:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
+    return set((cpuinfo_field("flags") or cpuinfo_field("Features") or "").split())
 
 
 def _memory() -> tuple[int | None, int | None]:

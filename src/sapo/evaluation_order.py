@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from sapo.config import ConfigError, PromptConfig
+from sapo.config import PromptConfig
 from sapo.data import Prompt
+from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
 from sapo.evaluation.examination import Keeper, Memory
 from sapo.model.policy import Policy

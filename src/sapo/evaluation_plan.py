@@ -8,11 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sapo.config import ConfigError, PromptConfig
+from sapo.config import PromptConfig
 from sapo.data import Prompt
+from sapo.errors import ConfigError
 from sapo.evaluation.store import difference
 from sapo.evaluation_order import Order, Settings, Subject
-from sapo.preflight import seed_for
 from sapo.prompting import PromptFormat
 from sapo.recipe import parse_override, parse_prompt
 from sapo.rollout.sampling import SamplingParams
@@ -20,6 +20,7 @@ from sapo.run_directory import RunDirectory
 from sapo.session import run_of
 from sapo.tasks import make_task
 from sapo.tasks.rows import EXTENSIONS
+from sapo.utils.hashing import seed_for
 
 DEFAULT_SEED = 12345
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sapo.config import ConfigError
 from sapo.data import Completion, Prompt
+from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Request

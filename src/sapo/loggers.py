@@ -17,7 +17,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from sapo.config import ConfigError, RunConfig, TrackioConfig, WandbConfig
+from sapo.config import RunConfig, TrackioConfig, WandbConfig
+from sapo.errors import ConfigError
 
 IDENTITY = "loggers.json"
 

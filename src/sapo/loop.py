@@ -23,16 +23,16 @@ from sapo.config import RunConfig
 from sapo.data import Group, Prompt
 from sapo.diagnosis import Diagnosis
 from sapo.diagnostics import observe, rollout_metrics, step_update_metrics, task_panels
+from sapo.errors import Interrupted, NonFiniteError
 from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
-from sapo.heap import give_back_freed_memory
 from sapo.listener import Listener, Silent
 from sapo.loggers import LoggerSet
 from sapo.model.policy import Policy
 from sapo.objectives import make_objective
-from sapo.preflight import TaskSet, seed_for
+from sapo.preflight import TaskSet
 from sapo.profiling import Profiler, phases
 from sapo.prompting import encode_by_task
-from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.engine import Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.routing_replay import RoutingReplay, attach_experts
@@ -45,7 +45,9 @@ from sapo.shaping import shape_group
 from sapo.tasks import Task, score_groups
 from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
-from sapo.training.trainer import NonFiniteError, Trainer
+from sapo.training.trainer import Trainer
+from sapo.utils.hashing import seed_for
+from sapo.utils.machine import give_back_freed_memory
 from sapo.watch import (
     answer_collapse,
     kept_checkpoints,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass, field
 
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
 from sapo.curriculum import Curriculum, curricula
+from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat, formats_of
 from sapo.tasks import Task, make_task
+from sapo.utils.hashing import seed_for
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,3 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
                     f"rollout.max_new_tokens must leave room for the prompt; got {room} with a prompt of "
                     f"{len(prompt.token_ids)} tokens ({prompt.text[:32]!r}) in a model of {policy.max_length}"
                 )
-
-
-def seed_for(seed: int, purpose: str) -> int:
-    """A seed of 64 bits for one purpose, so that training and evaluation never share draws."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sapo.config import ProfileConfig, RunConfig
-from sapo.spans import SpanRecorder
+from sapo.utils.spans import SpanRecorder
 
 
 class Profiler:

@@ -18,7 +18,7 @@ from sapo.config import RunConfig
 from sapo.data import Status
 from sapo.replay_choice import replay_sentence
 from sapo.training.checkpoint import Checkpoint
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sapo.config import ConfigError, PromptConfig, RunConfig
+from sapo.config import PromptConfig, RunConfig
 from sapo.data import Prompt
+from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.tasks import Task
 

@@ -18,8 +18,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from sapo.config import ConfigError, ObjectiveConfig, PromptConfig, RunConfig, nearest
+from sapo.config import ObjectiveConfig, PromptConfig, RunConfig
+from sapo.errors import ConfigError
 from sapo.objectives import OBJECTIVES
+from sapo.utils.names import nearest
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

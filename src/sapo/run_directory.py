@@ -22,9 +22,10 @@ from typing import IO, Any
 
 import yaml
 
-from sapo.config import ConfigError, RunConfig
-from sapo.files import lock_directory, write_whole
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
 from sapo.recipe import parse_recipe
+from sapo.utils.files import lock_directory, write_whole
 
 FAILURE_FILE = "failure.json"
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from sapo.config import TrainConfig
 from sapo.data import Group
-from sapo.training.trainer import NonFiniteError, Trainer
+from sapo.errors import NonFiniteError
+from sapo.training.trainer import Trainer
 
 CHECKED_GROUPS = 8
 """A few groups tell as much as all of them."""

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
 from sapo.dry_run import DryRun, rehearse
+from sapo.errors import CollapseError, ConfigError, NonFiniteError
 from sapo.listener import Listener, Silent
 from sapo.loggers import check_loggers
 from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
 from sapo.model.native import kernels_in_use
 from sapo.model.policy import Policy, load_policy
-from sapo.preflight import check_prompts, load_tasks, seed_for
-from sapo.processor import processor_name
+from sapo.preflight import check_prompts, load_tasks
 from sapo.recipe import override_run
 from sapo.routing_replay import RoutingReplay
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.training.checkpoint import newest_whole, set_broken_aside
-from sapo.training.trainer import NonFiniteError
-from sapo.watch import CollapseError
+from sapo.utils.hashing import seed_for
+from sapo.utils.machine import processor_name
 
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -20,7 +20,7 @@ from sapo.conformance.report import Report
 from sapo.evaluation.comparison import Comparison, Discordance
 from sapo.evaluation.estimates import Estimate
 from sapo.evaluation.figures import Evaluation, Slice
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 LINES = 10
 """Lines of progress where there is no terminal to draw a bar on, at most."""

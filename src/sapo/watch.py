@@ -18,19 +18,15 @@ import torch
 from sapo.config import RunConfig
 from sapo.diagnostics import Warning
 from sapo.diagnostics.warnings import OF_THE_SET_UP
+from sapo.errors import CheckpointError, CollapseError, NonFiniteError
 from sapo.model.policy import Policy, load_policy
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
-from sapo.training.checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from sapo.training.checkpoint import Checkpoint, list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
-from sapo.training.trainer import NonFiniteError
 
 KEPT_FOR_ROLLBACKS = 3
 """Healthy checkpoints that are kept where a run may have to go back further than to the last."""
-
-
-class CollapseError(RuntimeError):
-    """A run that stopped itself because it has collapsed; the message names step, cause and checkpoint."""
 
 
 def note_warning(state: RunState, warning: Warning) -> None:

@@ -13,7 +13,8 @@ from sapo.comparing.comparison import find_places
 from sapo.comparing.outcomes import Outcome
 from sapo.comparing.plan import ComparisonPlan
 from sapo.comparing.processes import Event, Places
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
 
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "arithmetic"}], "train": {"steps": 40}}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sapo import cli
-from sapo.config import ConfigError
 from sapo.conformance import BROKEN, DOES_NOT_APPLY, LAWS, function_subject, judge, own_subjects
 from sapo.conformance.peers import FAMILIES, Family
 from sapo.conformance.report import counterexamples, judge_family, judge_function, markdown
+from sapo.errors import ConfigError
 from sapo.objectives import OBJECTIVES
 
 OWN_LOSSES = '''

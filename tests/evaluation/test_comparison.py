@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from evaluation_cases import answered, counted, results, sample
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.evaluation import comparison
 from sapo.evaluation.comparison import Discordance, compare, sign_flip_p_value
 

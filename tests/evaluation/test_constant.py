@@ -10,8 +10,8 @@ import pytest
 
 from evaluation_cases import WrittenTask
 from sapo.data import Prompt, Score, Status
+from sapo.errors import Interrupted
 from sapo.evaluation import best_constant, constant
-from sapo.rollout.engine import Interrupted
 from sapo.tasks import FileTask
 from sapo.tasks.arithmetic import ArithmeticTask
 

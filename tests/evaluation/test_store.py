@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from evaluation_cases import PlainPolicy, ScriptedEngine, WrittenTask, answered, results, sample
-from sapo.config import ConfigError
 from sapo.data import Status
+from sapo.errors import ConfigError
 from sapo.evaluation import EvaluationStore, Results, ask, examine, read_results
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.store import difference

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sapo.data import Completion, Group, Prompt, Score
+from sapo.errors import ModelError
 from sapo.model.adapters import adapter_off, add_adapter, merged
-from sapo.model.errors import ModelError
 from sapo.model.policy import Policy, load_policy
 from sapo.objectives import make_objective
 from sapo.rollout.engine import Request

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sapo.data import Prompt
-from sapo.model.errors import ModelError
+from sapo.errors import ModelError
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer
 from sapo.rollout.engine import Request

@@ -12,9 +12,9 @@ from test_attention import attention_by_definition, normal, query_key_value
 from torch.nn.attention import flex_attention as torch_flex
 from tree_cases import TREES, chain, visible_NN
 
+from sapo.errors import ModelError
 from sapo.model import attention, flex
 from sapo.model.attention import TreeLayout
-from sapo.model.errors import ModelError
 from sapo.model.flex import BLOCK, TreeMask, padded_length
 
 CPU = torch.device("cpu")

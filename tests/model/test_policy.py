@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from sapo.data import Segment
+from sapo.errors import ModelError
 from sapo.model.attention import ATTENTION_NAME, TreeLayout
-from sapo.model.policy import ModelError, first_line, load_policy, prepare_policy
+from sapo.model.policy import first_line, load_policy, prepare_policy
 from sapo.model.tiny import character_tokenizer
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

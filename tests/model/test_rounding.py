@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from sapo.errors import Interrupted
 from sapo.model.rounding import ROUNDED_DTYPES, Rounding, rounded_weights
-from sapo.rollout.engine import Interrupted
 
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2")
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_cases import EXPERTS, FAMILIES, PER_TOKEN, SHAPE, TOKENIZER, ByHand, make_moe, mixture_layers, perturb
 from sapo.data import Segment
+from sapo.errors import ModelError
 from sapo.model.adapters import add_adapter
 from sapo.model.attention import TreeLayout
-from sapo.model.errors import ModelError
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers, pack_experts, routed_experts
 

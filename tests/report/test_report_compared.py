@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from report_cases import FINALS, RATES, write_comparison
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.report import make_report
 from sapo.report.compared import read_comparison, words_of
 from sapo.report.figure import Figure

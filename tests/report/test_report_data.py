@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from report_cases import default_rows, rollout_row, settings, step_records, write_run
-from sapo.config import ConfigError
 from sapo.diagnostics import distributions
+from sapo.errors import ConfigError
 from sapo.report import make_report
 from sapo.report.arms import group_runs
 from sapo.report.curves import MOST_POINTS

@@ -11,7 +11,7 @@ from PIL import Image
 
 from report_cases import ATTACKS, default_rows, settings, step_records, write_run, write_summary
 from sapo.cli import main
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.report import make_report
 from sapo.report.images import draw, write_images
 from sapo.report.page import write_page

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sapo.data import Prompt
-from sapo.model.errors import ModelError
+from sapo.errors import ModelError
 from sapo.rollout import device_steps, local
 from sapo.rollout.device_steps import DeviceSteps, StepShape, size_for
 from sapo.rollout.engine import Request

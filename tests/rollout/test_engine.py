@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sapo.data import Completion, Prompt
+from sapo.errors import Interrupted
 from sapo.model.fast import decoder_of
 from sapo.rollout import local
-from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.engine import Request
 from sapo.rollout.layouts import DecodeLayout, PrefillLayout
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams

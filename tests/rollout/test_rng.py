@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sapo.rollout import rng
-from sapo.rollout.rng import philox, token_uniforms
+from sapo.utils import rng
+from sapo.utils.rng import philox, token_uniforms
 
 FULL = 0xFFFFFFFF
 # counter, key, answer: philox4x32 with 10 rounds in kat_vectors of the authors' Random123 library.

@@ -10,8 +10,8 @@ from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sapo.model import native
-from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens, truncate
+from sapo.utils.rng import token_uniforms
 
 SETTINGS = {
     "plain": {},

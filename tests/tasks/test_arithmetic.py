@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo.data import Prompt, Status
-from sapo.tasks import ALPHABET, ArithmeticTask, Task, TaskError, WorkedTask
+from sapo.errors import TaskError
+from sapo.tasks import ALPHABET, ArithmeticTask, Task, WorkedTask
 from sapo.tasks.arithmetic import canonical, check_disjoint, worked_text
 
 OPTIONS = [

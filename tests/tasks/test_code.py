@@ -7,10 +7,10 @@ import json
 import pytest
 
 from sapo.data import Completion, Prompt, Score, Status
+from sapo.errors import TaskError
 from sapo.sandbox import SandboxError, SandboxUnavailable, choice
 from sapo.tasks import code as code_module
 from sapo.tasks import load_verifier
-from sapo.tasks.base import TaskError
 from sapo.tasks.code import Program, code, find_program, same_output
 from sapo.tasks.code_tests import CodeTests
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sapo.data import Prompt, Status
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.code import code
 from sapo.tasks.code_tests import CodeTests
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sapo.tasks import DatasetTask, FileTask, Task, TaskError, make_task
+from sapo.errors import TaskError
+from sapo.tasks import DatasetTask, FileTask, Task, make_task
 
 datasets = pytest.importorskip("datasets")
 

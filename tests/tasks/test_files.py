@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from sapo.data import Score
-from sapo.tasks import FileTask, Task, TaskError, WorkedTask
+from sapo.errors import TaskError
+from sapo.tasks import FileTask, Task, WorkedTask
 
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": 2 * i, "level": i % 3} for i in range(60)]
 

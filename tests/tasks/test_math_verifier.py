@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from sapo.data import Prompt, Status
-from sapo.tasks import TaskError, load_verifier
+from sapo.errors import TaskError
+from sapo.tasks import load_verifier
 from sapo.tasks.pool import WorkerPool
 from sapo.tasks.verifiers import build_verifier
 from sapo.tasks.verifiers import math as verifier_module

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.tasks import TaskError, make_task, prompts_for_step
+from sapo.errors import TaskError
+from sapo.tasks import make_task, prompts_for_step
 from sapo.tasks.mixture import MAX_PERIOD
 
 

@@ -12,7 +12,8 @@ import time
 import pytest
 
 from sapo.data import Completion, Prompt, Score, Status
-from sapo.tasks import FileTask, TaskError, load_verifier, score_completions, score_groups
+from sapo.errors import TaskError
+from sapo.tasks import FileTask, load_verifier, score_completions, score_groups
 from sapo.tasks.pool import Home, Job, WorkerPool, default_size, shared_pool
 
 PROMPT = Prompt(id=0, task="t", text="question", answer="a", metadata={"k": [1, 2]})

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sapo.tasks import PRESETS, VERIFIERS, TaskError, make_task
+from sapo.errors import TaskError
+from sapo.tasks import PRESETS, VERIFIERS, make_task
 from sapo.tasks.code import CodeTests
 from sapo.tasks.presets import ALIASES
 

@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.private_tests import decode_private_tests
 
 TESTS = [

@@ -13,7 +13,8 @@ from fractions import Fraction
 import pytest
 
 from sapo.data import Completion, Prompt, Status
-from sapo.tasks import ReasoningGymTask, Task, TaskError, make_task, score_completions
+from sapo.errors import TaskError
+from sapo.tasks import ReasoningGymTask, Task, make_task, score_completions
 from sapo.tasks.pool import Home
 from sapo.tasks.reasoning import canonical_sum
 from sapo.tasks.reasoning_audit import REFUSED, SOUND, check_dataset, find_evaluator

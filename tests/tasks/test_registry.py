@@ -2,7 +2,8 @@
 
 import pytest
 
-from sapo.tasks import TASKS, ArithmeticTask, FileTask, TaskError, make_task
+from sapo.errors import TaskError
+from sapo.tasks import TASKS, ArithmeticTask, FileTask, make_task
 
 
 @pytest.fixture

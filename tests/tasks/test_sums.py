@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks import TaskError, make_task
+from sapo.errors import TaskError
+from sapo.tasks import make_task
 from sapo.tasks.sums import SumsTask
 
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from sapo.data import Completion, Prompt, Score, Status
-from sapo.tasks import VERIFIERS, FileTask, TaskError, load_verifier, make_task, score_completions
+from sapo.errors import TaskError
+from sapo.tasks import VERIFIERS, FileTask, load_verifier, make_task, score_completions
 from sapo.tasks.verifiers import Isolated, build_verifier, needs_answer
 from sapo.tasks.verifiers.base import deadline_of, is_pure
 from sapo.tasks.verifiers.registry import parse_spec

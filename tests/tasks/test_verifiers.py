@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from sapo.data import Completion, Prompt, Score, Status
-from sapo.tasks import FileTask, TaskError, load_verifier, score_completions
+from sapo.errors import TaskError
+from sapo.tasks import FileTask, load_verifier, score_completions
 
 
 def judge(name, text, answer):

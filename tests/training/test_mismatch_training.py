@@ -11,8 +11,8 @@ from test_trainer import assert_same, make_groups, make_policy, make_trainer, pa
 
 from sapo.data import Group
 from sapo.diagnostics import update_metrics
+from sapo.errors import NonFiniteError
 from sapo.objectives import OBJECTIVES, TIS, TIS_CAPS, KLPenalty, make_objective
-from sapo.training.trainer import NonFiniteError
 
 
 def groups_with_both(old: float = 0.6) -> list[Group]:

@@ -119,7 +119,7 @@ def _seeds(text: str | None) -> int | list[int] | None:
 
 
 def _numbers(text: str | None, kind: Callable[[str], Number], option: str, example: str) -> list[Number] | None:
-    from sapo.config import ConfigError
+    from sapo.errors import ConfigError
 
     words = _words(text)
     try:

@@ -81,8 +81,8 @@ def diagnose(
     The completions are drawn from the model's weights rounded to the sampler's precision and read by the weights as
     they are. Nothing is trained and nothing written.
     """
-    from sapo.config import ConfigError
     from sapo.diagnose import diagnose as measure
+    from sapo.errors import ConfigError
     from sapo.evaluation_plan import orders
     from sapo.model.rounding import Rounding
     from sapo.session import load_model
@@ -116,7 +116,7 @@ def diagnose(
 
 def _objectives(model: Path, names: str) -> dict[str, Objective]:
     """The objectives named, at their defaults, and before them a run's own where its settings are others."""
-    from sapo.config import ConfigError
+    from sapo.errors import ConfigError
     from sapo.objectives import make_objective
     from sapo.run_directory import RunDirectory
     from sapo.session import run_of

@@ -102,7 +102,7 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the comparison as JSON.")] = None,
 ) -> None:
     """Compare two evaluations of the same problems, problem by problem, with paired tests."""
-    from sapo.config import ConfigError
+    from sapo.errors import ConfigError
     from sapo.evaluation.comparison import compare as compare_results
     from sapo.evaluation.results import read_results
     from sapo.tables import comparison_table
@@ -140,7 +140,7 @@ def _carry_out(
 
 
 def _parse_ks(text: str) -> tuple[int, ...]:
-    from sapo.config import ConfigError
+    from sapo.errors import ConfigError
 
     try:
         return tuple(int(part) for part in text.split(","))

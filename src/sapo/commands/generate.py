@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sapo.completion import complete_model
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 LONGEST = 256
 
@@ -45,7 +45,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Complete a prompt with a model; a run's own, in the format of its first task unless told otherwise."""
-    from sapo.config import ConfigError
+    from sapo.errors import ConfigError
     from sapo.generation import format_of_run
     from sapo.generation import generate as draw
     from sapo.rollout.sampling import SamplingParams

@@ -33,7 +33,7 @@ def report(
     ] = None,
 ) -> None:
     """Make a page of runs: their story in figures, the paper's figures, and every token that was logged."""
-    from sapo.config import ConfigError
+    from sapo.errors import ConfigError
     from sapo.report import make_report, write_page
     from sapo.report.compared import words_of
     from sapo.report.images import write_images

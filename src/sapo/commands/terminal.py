@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 console = Console()
 errors = Console(stderr=True)

@@ -21,7 +21,8 @@ from sapo.comparing.plan import ComparisonPlan, PlannedRun
 from sapo.comparing.processes import Event, Places, run_side_by_side
 from sapo.comparing.results import ComparisonResults
 from sapo.comparing.table import as_markdown
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
 from sapo.loggers import check_loggers
 from sapo.preflight import load_tasks
 from sapo.session import resolve_device

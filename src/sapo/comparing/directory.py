@@ -19,10 +19,9 @@ import yaml
 
 from sapo.comparing.plan import ComparisonPlan
 from sapo.comparing.recipe import load_comparison
-from sapo.config import ConfigError
+from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation.store import differing
-from sapo.files import lock_directory, write_whole
-from sapo.rollout.engine import Interrupted
+from sapo.utils.files import lock_directory, write_whole
 
 COMPARISON_FILE = "comparison.yaml"
 

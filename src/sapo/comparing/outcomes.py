@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sapo.comparing.plan import PlannedRun
-from sapo.config import ConfigError
 from sapo.diagnostics.warnings import OF_THE_SET_UP
+from sapo.errors import ConfigError
 from sapo.evaluation.estimates import bootstrap
 from sapo.run_directory import FAILURE_FILE
 

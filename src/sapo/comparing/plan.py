@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
 from sapo.recipe import parse_recipe, resolve_recipe
 
 # What all runs of a comparison share, or what it sets itself: an arm that changed one would not be compared under the

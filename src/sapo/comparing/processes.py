@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from sapo.comparing.plan import PlannedRun
+from sapo.errors import RunProcessError
 
 POLL_SECONDS = 0.1
 """How soon a stop that is asked for is heard."""
-
-
-class RunProcessError(RuntimeError):
-    """The process of a run ended as none should: a fault of ours, or killed by something else."""
 
 
 @dataclass(frozen=True)

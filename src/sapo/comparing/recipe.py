@@ -23,8 +23,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sapo.comparing.plan import ComparisonPlan, as_overrides, flatten
-from sapo.config import ConfigError, RunConfig, nearest
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
 from sapo.recipe import parse_override, parse_settings, read_recipe, resolve_recipe
+from sapo.utils.names import nearest
 
 OBJECTIVES = ("sapo", "gspo", "grpo")
 """What a recipe of one run compares when nothing is said: the paper's three."""

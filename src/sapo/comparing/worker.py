@@ -16,16 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sapo.config import ConfigError, RunConfig
+from sapo.config import RunConfig
+from sapo.errors import CollapseError, ConfigError, Interrupted, NonFiniteError, UserError
 from sapo.evaluation.store import differing
 from sapo.listener import Listener
 from sapo.recipe import parse_recipe
 from sapo.run_directory import RunDirectory
 from sapo.session import Run, resolve_device, resume, train
 from sapo.training.checkpoint import Checkpoint
-
-RUN_FAILURES = ("NonFiniteError", "CollapseError")
-"""Ways in which a run stops itself for good: it is a result of the comparison, and is not tried again."""
 
 
 class Reporter:
@@ -120,26 +118,14 @@ def main() -> None:
     reporter.watch_input()
     try:
         run = carry_out(config, reporter, reporter.should_stop)
-    except ValueError as error:
-        if not _is_users_mistake(error):
-            raise
+    except UserError as error:
         reporter.send("refused", message=str(error))
-    except Exception as error:
-        if type(error).__name__ in RUN_FAILURES:
-            reporter.send("failed", reason=str(error))
-        elif type(error).__name__ == "Interrupted":
-            reporter.send("stopped")
-        else:
-            raise
+    except (NonFiniteError, CollapseError) as error:  # a result of the comparison: the run is not tried again
+        reporter.send("failed", reason=str(error))
+    except Interrupted:
+        reporter.send("stopped")
     else:
         reporter.send("finished" if run.stopped is None else "stopped")
-
-
-def _is_users_mistake(error: ValueError) -> bool:
-    from sapo.model.policy import ModelError
-    from sapo.tasks import TaskError
-
-    return isinstance(error, ConfigError | ModelError | TaskError)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo.config import ConfigError
 from sapo.conformance.cases import Batch
 from sapo.conformance.subjects import MAX_LENGTH, Loss, Subject, Whole, own_subjects
+from sapo.errors import ConfigError
 from sapo.objectives import make_objective
 
 

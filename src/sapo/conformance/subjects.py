@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo.config import ConfigError
 from sapo.conformance.cases import Batch, Case
+from sapo.errors import ConfigError
 from sapo.objectives import NORMALIZERS, OBJECTIVES, Objective, make_objective, policy_loss
 
 MAX_LENGTH = 16

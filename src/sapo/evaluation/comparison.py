@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.evaluation.estimates import Estimate, bootstrap
 
 SCHEMA = "sapo.comparison/1"

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sapo.data import Completion, Prompt
+from sapo.errors import Interrupted
 from sapo.evaluation.figures import ConstantAnswer
-from sapo.rollout.engine import Interrupted
 from sapo.tasks import Task, score_groups
 
 SPELLINGS = ("{answer}", "\\boxed{{answer}}", "#### {answer}", "#{answer}", "<answer>{answer}</answer>")

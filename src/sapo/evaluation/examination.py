@@ -13,6 +13,7 @@ from typing import Protocol
 
 from sapo.config import PromptConfig
 from sapo.data import Completion, Prompt
+from sapo.errors import TaskError
 from sapo.evaluation.constant import best_constant
 from sapo.evaluation.figures import Clock, Evaluation
 from sapo.evaluation.records import Answered, Sample, groups_of
@@ -20,7 +21,7 @@ from sapo.model.policy import Policy
 from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Engine, Request
 from sapo.rollout.sampling import SamplingParams
-from sapo.tasks import Task, TaskError, score_groups
+from sapo.tasks import Task, score_groups
 
 
 class Keeper(Protocol):

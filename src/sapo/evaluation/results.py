@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.evaluation.figures import Clock, ConstantAnswer, Evaluation
 from sapo.evaluation.store import read_completions
 

@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.records import Answered
-from sapo.files import lock_directory, write_whole
+from sapo.utils.files import lock_directory, write_whole
 
 
 class EvaluationStore:

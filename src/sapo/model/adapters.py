@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from sapo.model.errors import ModelError, first_line
+from sapo.errors import ModelError
+from sapo.utils.text import first_line
 
 ADAPTER_FILE = "adapter_config.json"
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapo.data import Segment
-from sapo.model.errors import ModelError, first_line
+from sapo.errors import ModelError
+from sapo.utils.text import first_line
 
 BLOCK = 128
 

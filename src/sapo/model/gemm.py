@@ -13,15 +13,15 @@ the same bits.
 
 from __future__ import annotations
 
-import re
 from functools import cache
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sapo.utils.machine import cpuinfo_field
 
 # Setting up a oneDNN product costs 10 to 15 us, as long as MKL takes for the whole of a product of half this size.
 MIN_MULTIPLICATIONS = 2**21
@@ -42,10 +42,7 @@ def _processor_has_onednn() -> bool:
 @cache
 def _mkl_runs_at_half() -> bool:
     """Whether this is an AMD processor that multiplies 512 bits at once: Zen 5, family 26, or a later one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
-    return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
+    return cpuinfo_field("vendor_id") == "AuthenticAMD" and int(cpuinfo_field("cpu family") or 0) >= 26
 
 
 def takes_onednn(left: Tensor, right: Tensor, multiplications: int) -> bool:

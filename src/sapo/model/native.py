@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sapo.model.sources import cache_directory
+from sapo.utils.machine import cpuinfo_lines
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "packed.c"))
 
@@ -203,7 +204,6 @@ def _compile(compiler: list[str], target: Path) -> Path:
 
 def _processor() -> str:
     """What -march=native depends on: a cache directory may be shared by different machines."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return " ".join(line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features")))
-    return platform.platform() + platform.processor()
+    lines = dict.fromkeys(cpuinfo_lines())
+    named = " ".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
+    return named or platform.platform() + platform.processor()

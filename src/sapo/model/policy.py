@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sapo.data import Segment
+from sapo.errors import ModelError
 from sapo.model.adapters import ADAPTER_FILE, adapter_base, load_adapter
 from sapo.model.attention import ATTENTION_NAME, Layout, TreeLayout
 from sapo.model.blocks import use_closed_forms
-from sapo.model.errors import ModelError, first_line
 from sapo.model.gemm import use_best_products
 from sapo.model.head import head_logits
 from sapo.model.sources import model_directory
+from sapo.utils.text import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

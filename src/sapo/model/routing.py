@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sapo.data import RoutedExperts
-from sapo.model.errors import ModelError
+from sapo.errors import ModelError
 
 # For the annotation only: what packs records needs no transformers.
 if TYPE_CHECKING:

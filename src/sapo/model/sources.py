@@ -20,7 +20,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from sapo.model.errors import ModelError, first_line
+from sapo.errors import ModelError
+from sapo.utils.text import first_line
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

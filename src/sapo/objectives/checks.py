@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from numbers import Real
+
+from sapo.utils.names import nearest_name
 
 
 def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
@@ -15,8 +16,8 @@ def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
     gate must be one of erf, sigmoid; got 'sigmod'; did you mean 'sigmoid'?
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(got), names, n=1, cutoff=0.6)
-    way_out = f"did you mean {nearest[0]!r}?" if nearest else "choose one of these"
+    nearest = nearest_name(str(got), names, cutoff=0.6)
+    way_out = f"did you mean {nearest!r}?" if nearest else "choose one of these"
     return ValueError(f"{kind} must be one of {', '.join(names)}; got {got!r}; {way_out}")
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sapo.comparing.plan import format_rate
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.report.runs import is_run
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 FEW_SEEDS = 5
 """Below so many, intervals over seeds are too narrow to conclude from."""

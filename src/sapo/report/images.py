@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 from sapo.report.figure import Figure, Panel, Trace
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 PALETTE = ("#0b62b0", "#c9550a", "#0a7d5c", "#8a3f9e", "#9a7400", "#2f87b3", "#b5305c", "#5b6470", "#5c771c", "#7a4b2a")
 """The page's, in the light."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 
 # The one in C, where it was built, reads the settings of forty runs in a tenth of the time.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -9,7 +9,7 @@ from typing import Any
 from sapo.report.arms import Arm
 from sapo.report.costs import phase_seconds
 from sapo.report.runs import Run
-from sapo.untrusted import visible
+from sapo.utils.text import visible
 
 
 @dataclass(frozen=True)

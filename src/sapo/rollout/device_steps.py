@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.model.errors import ModelError, first_line
+from sapo.errors import ModelError
 from sapo.model.fast import FastDecoder, refusal
 from sapo.model.policy import Policy
 from sapo.rollout.cache import KVCache
 from sapo.rollout.layouts import Part, StaticLayout
 from sapo.rollout.sampling import SamplingParams, sample_tokens
 from sapo.rollout.stopping import StopRules
+from sapo.utils.text import first_line
 
 GraphChoice = bool | Literal["auto", "eager"]
 """auto: on a CUDA device, for models that can, unless SAPO_CUDA_GRAPHS=0. true: or refuse. eager: the same steps

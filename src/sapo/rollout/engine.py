@@ -36,10 +36,6 @@ class Request:
             )
 
 
-class Interrupted(Exception):  # noqa: N818 (a request to stop, not an error)
-    """Raised where work can be abandoned without loss, once the user has asked the run to stop."""
-
-
 class Engine(Protocol):
     """Draws completions from the current policy."""
 

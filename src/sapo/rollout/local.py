@@ -19,17 +19,18 @@ from torch import Tensor
 
 from sapo.batch import prefix_tree
 from sapo.data import Completion
+from sapo.errors import Interrupted
 from sapo.model.fast import Decoder, FastDecoder, decoder_of
 from sapo.model.policy import Policy
 from sapo.rollout.cache import KVCache
 from sapo.rollout.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
-from sapo.rollout.engine import Interrupted, Request
+from sapo.rollout.engine import Request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
-from sapo.rollout.rng import token_uniforms
 from sapo.rollout.sampling import SamplingParams, sample_tokens
 from sapo.rollout.stopping import StopRules
-from sapo.spans import span
+from sapo.utils.rng import token_uniforms
+from sapo.utils.spans import span
 
 PREFILL_TOKENS = 8192
 

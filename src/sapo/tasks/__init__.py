@@ -4,8 +4,9 @@ A step asks `prompts_for_step` which prompts it needs, a Task for their text, an
 `score_completions` for their rewards. Tasks know text only: the caller makes token ids.
 """
 
+from sapo.errors import TaskError
 from sapo.tasks.arithmetic import ALPHABET, ArithmeticTask
-from sapo.tasks.base import FiniteTask, JudgedTask, Task, TaskError, WorkedTask
+from sapo.tasks.base import FiniteTask, JudgedTask, Task, WorkedTask
 from sapo.tasks.datasets import DatasetTask
 from sapo.tasks.files import FileTask, RowTask
 from sapo.tasks.mixture import prompts_for_step

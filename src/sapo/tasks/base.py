@@ -6,18 +6,14 @@ that a resumed run, or one on more ranks, asks exactly the same questions in the
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from sapo.data import Prompt, Score, Status
-
-
-class TaskError(ValueError):
-    """The user's mistake in a task: an option, a file, a row or a verifier."""
+from sapo.errors import TaskError
 
 
 @runtime_checkable
@@ -109,18 +105,6 @@ def checked_reward(value: Any) -> float:
     if not math.isfinite(reward):
         raise ValueError(f"a reward must be finite; got {reward}; return 0 for an answer that cannot be judged")
     return reward
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known name as the end of an error message, or nothing.
-
-    >>> did_you_mean("arithmatic", ["arithmetic", "file"])
-    "; did you mean 'arithmetic'?"
-    >>> did_you_mean("xyz", ["arithmetic", "file"])
-    ''
-    """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_index(index: int) -> None:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sapo.data import Prompt, Score, Status
+from sapo.errors import TaskError
 from sapo.sandbox import Limits, Outcome, ProgramResult, SandboxError, SandboxUnavailable, choose_backend, run_program
-from sapo.tasks.base import TaskError
 from sapo.tasks.code_tests import CodeTests
 
 # A program as long as a book is no answer; the interpreter would refuse it with less grace.

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sapo.tasks.base import TaskError, did_you_mean
+from sapo.errors import TaskError
 from sapo.tasks.private_tests import decode_private_tests
+from sapo.utils.names import did_you_mean
 
 KINDS = ("stdin", "functional", "unit")
 

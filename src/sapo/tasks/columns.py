@@ -13,9 +13,10 @@ from decimal import Decimal
 from typing import Any
 
 from sapo.data import Prompt
-from sapo.tasks.base import TaskError, did_you_mean
+from sapo.errors import TaskError
 from sapo.tasks.hub import refuse_images
 from sapo.tasks.rows import PlacedRow, Row, brief
+from sapo.utils.names import did_you_mean
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sapo.data import Prompt
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.columns import Columns, Names, as_names
 from sapo.tasks.files import (
     DEFAULT_HELD_OUT_FRACTION,

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sapo.data import Prompt
-from sapo.tasks.base import JudgedTask, TaskError, check_index
+from sapo.errors import TaskError
+from sapo.tasks.base import JudgedTask, check_index
 from sapo.tasks.columns import Columns
-from sapo.tasks.hashing import falls_in_share, hashed_integer
 from sapo.tasks.rows import brief, read_rows
 from sapo.tasks.verifiers import Verifier, VerifierSpec, load_verifier, needs_answer
+from sapo.utils.hashing import falls_in_share, hashed_integer
 
 DEFAULT_HELD_OUT_FRACTION = 0.1
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sapo.tasks.base import TaskError, did_you_mean
+from sapo.errors import TaskError
 from sapo.tasks.rows import EXTENSIONS, PlacedRow, read_rows
+from sapo.utils.names import did_you_mean
 
 # Long enough for a slow line; the libraries' own retries would take about half a minute to say the same.
 HUB_TIMEOUT_SECONDS = 5.0

@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TypeVar
 
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.worker import HEADER, MAX_DETAIL
 
 WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"

@@ -13,7 +13,7 @@ import pickletools
 import zlib
 from typing import Any
 
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 
 # The largest tests of the data set are some hundred megabytes; a few bytes of zlib can claim to be a terabyte.
 MAX_DECODED_BYTES = 512 * 2**20

@@ -18,11 +18,13 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from sapo.data import Prompt
-from sapo.tasks.base import JudgedTask, TaskError, check_index, did_you_mean
-from sapo.tasks.hashing import falls_in_share, hashed_integer
+from sapo.errors import TaskError
+from sapo.tasks.base import JudgedTask, check_index
 from sapo.tasks.reasoning_audit import SOUND, check_dataset
 from sapo.tasks.reasoning_scoring import ANSWER_FORMATS, AnswerFormat, ReasoningGymJudge
 from sapo.tasks.verifiers import Isolated
+from sapo.utils.hashing import falls_in_share, hashed_integer
+from sapo.utils.names import did_you_mean
 
 # Items a dataset is taken to have, unless `size` says otherwise. Each is generated when it is asked for; a few datasets
 # make them all at once, and take as long to start.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.reasoning_scoring import generate_entry, make_dataset, score_answer
 
 SOUND = (

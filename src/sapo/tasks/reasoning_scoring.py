@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal, get_args
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.verifiers.extract import last_boxed
 
 AnswerFormat = Literal["auto", "text", "tag", "boxed"]

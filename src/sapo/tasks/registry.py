@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from sapo.errors import TaskError
 from sapo.tasks.arithmetic import ArithmeticTask
-from sapo.tasks.base import Task, TaskError, did_you_mean
+from sapo.tasks.base import Task
 from sapo.tasks.datasets import DatasetTask
 from sapo.tasks.files import FileTask
 from sapo.tasks.presets import ALIASES, PRESETS
 from sapo.tasks.reasoning import ReasoningGymTask
 from sapo.tasks.sums import SumsTask
+from sapo.utils.names import did_you_mean
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": ArithmeticTask,

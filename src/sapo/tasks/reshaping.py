@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 
 from sapo.data import Prompt
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.columns import present
 from sapo.tasks.rows import Row, brief
 

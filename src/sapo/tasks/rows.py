@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sapo.tasks.base import TaskError, did_you_mean
+from sapo.errors import TaskError
+from sapo.utils.names import did_you_mean
 
 Row = dict[str, Any]
 PlacedRow = tuple[str, Row]

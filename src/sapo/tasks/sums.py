@@ -14,8 +14,10 @@ import re
 from collections.abc import Sequence
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.base import TaskError, check_index, did_you_mean
-from sapo.tasks.hashing import falls_in_share, hashed_integer
+from sapo.errors import TaskError
+from sapo.tasks.base import check_index
+from sapo.utils.hashing import falls_in_share, hashed_integer
+from sapo.utils.names import did_you_mean
 
 OPERATIONS = ("add", "subtract")
 

@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 def serve(channel: socket.socket, parent: int) -> None:
     """Judge until the parent closes its end."""
     _die_with(parent, channel)
-    from sapo.tasks.base import TaskError
+    from sapo.errors import TaskError
     from sapo.tasks.verifiers.base import prepare, prepare_prompt
     from sapo.tasks.verifiers.registry import build_verifier
 

@@ -23,14 +23,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sapo.errors import CheckpointError
 from sapo.model.policy import Policy
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})(?:-update-(\d+))?")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)

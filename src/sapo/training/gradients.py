@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sapo.batch import MiniBatch
+from sapo.errors import Interrupted
 from sapo.objectives import Objective
-from sapo.rollout.engine import Interrupted
 from sapo.training.trainer import Trainer
 
 

@@ -15,21 +15,17 @@ from torch import Tensor
 
 from sapo.batch import MiniBatch, pack
 from sapo.data import Completion, Group, PackedBatch
+from sapo.errors import Interrupted, NonFiniteError
 from sapo.model.adapters import adapter_off
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.model.routing import Replay, Routers
 from sapo.objectives import TIS, KLPenalty, MismatchWeights, Objective, Surrogate
-from sapo.rollout.engine import Interrupted
-from sapo.spans import span
 from sapo.training.experts import RecordedExperts, without_experts
 from sapo.training.mismatch import correct, join_mismatch, mismatch_weights
 from sapo.training.optimizer import PolicyOptimizer
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite; nothing was updated."""
+from sapo.utils.spans import span
 
 
 @dataclass(frozen=True)

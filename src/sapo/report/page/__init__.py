@@ -13,10 +13,10 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from sapo.config import ConfigError
-from sapo.evaluation.page import content_security_policy, embedded
-from sapo.files import write_whole
+from sapo.errors import ConfigError
 from sapo.report.assemble import Report
+from sapo.utils.files import write_whole
+from sapo.utils.html import content_security_policy, embedded
 
 
 def write_page(report: Report, path: Path, *, reload_every: float | None = None) -> Path:

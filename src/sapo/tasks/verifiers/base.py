@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from sapo.data import Prompt, Score, Status
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 
 
 class Verifier(Protocol):

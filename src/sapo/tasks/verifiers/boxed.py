@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import brief, reference_of, unparseable
 from sapo.tasks.verifiers.extract import last_boxed
 from sapo.tasks.verifiers.mathtext import number_of, respell, without_name

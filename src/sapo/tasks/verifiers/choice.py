@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import brief, reference_of, unparseable
 from sapo.tasks.verifiers.extract import after_phrase, last_boxed
 from sapo.tasks.verifiers.mathtext import number_of, respell, squeezed, without_name

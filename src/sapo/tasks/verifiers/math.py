@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import IsolatedOptions, brief, reference_of, unparseable
 from sapo.tasks.verifiers.extract import after_phrase, last_boxed, last_boxes, last_formula
 from sapo.tasks.verifiers.mathtext import (

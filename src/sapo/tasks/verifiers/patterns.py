@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import IsolatedOptions, brief, reference_of, unparseable
 from sapo.tasks.verifiers.extract import last_json_object
 from sapo.tasks.verifiers.numbers import number_in

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError, did_you_mean
+from sapo.errors import TaskError
 from sapo.tasks.pool import Home, Job, shared_pool
 from sapo.tasks.verifiers.base import Verifier, check_deadline, check_machine, deadline_of, is_pure
 from sapo.tasks.verifiers.combined import Combined, Term
 from sapo.tasks.verifiers.user import DEFAULT_DEADLINE, UserFunction
+from sapo.utils.names import did_you_mean
 
 VerifierSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 

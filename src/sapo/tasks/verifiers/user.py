@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError, checked_reward, did_you_mean
+from sapo.errors import TaskError
+from sapo.tasks.base import checked_reward
+from sapo.utils.names import did_you_mean
 
 USER_PARAMETERS = ("completion", "answer", "prompt", "metadata")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo.data import Prompt, Score
-from sapo.tasks.base import TaskError
+from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import unparseable
 from sapo.tasks.verifiers.extract import last_json_object
 

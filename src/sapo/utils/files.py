@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from sapo.config import ConfigError
+from sapo.errors import ConfigError
 
 
 def write_whole(file: Path, text: str) -> None:

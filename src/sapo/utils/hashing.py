@@ -30,3 +30,8 @@ def falls_in_share(text: str, share: float) -> bool:
     10
     """
     return hashed_integer("share", text) < int(share * 2**53) << (HASH_BITS - 53)
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """Return a seed of 64 bits for one purpose, so that training and evaluation never share draws."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")

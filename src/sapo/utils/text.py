@@ -29,3 +29,8 @@ def visible(text: str) -> str:
 
 def _escape(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, for a message of ours that quotes it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
