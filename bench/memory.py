@@ -162,7 +162,7 @@ def _in_a_process(what: str, recipe: Path) -> str:
 
 
 def _child(what: str, recipe: str) -> None:
-    from sapo.recipe import load_recipe
+    from sapo.config.recipes import load_recipe
     from sapo.session import dry_run, train
 
     if what == "--estimate":

@@ -59,7 +59,7 @@ def _measure_mismatch(mismatch: Mismatch) -> dict[str, Any]:
     import torch
 
     from sapo.coldstart import ensure_coldstart
-    from sapo.recipe import load_recipe
+    from sapo.config.recipes import load_recipe
 
     torch.set_num_threads(1)  # as the runs have it: another count is another rounding, and another model in the cache
     model, _ = ensure_coldstart(load_recipe(mismatch.recipe, list(mismatch.settings)))

@@ -15,8 +15,8 @@ import torch
 import sapo
 import sapo.loop
 from runs import REWARD, fingerprint, metrics, write_recipe
+from sapo.config.diagnostics import WarningsConfig
 from sapo.diagnostics import replay_warnings
-from sapo.diagnostics_config import WarningsConfig
 from sapo.errors import CollapseError, NonFiniteError
 from sapo.model.policy import load_policy
 from sapo.report import make_report

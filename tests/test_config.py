@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from sapo.config import RunConfig
+from sapo.config.recipes import known_recipes, load_recipe, override_run, parse_recipe
 from sapo.errors import ConfigError
-from sapo.recipe import known_recipes, load_recipe, override_run, parse_recipe
 
 MINIMAL = {"model": {"path": "m"}, "tasks": [{"name": "arithmetic"}], "train": {"steps": 1}}
 

@@ -11,8 +11,8 @@ import torch
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
+from sapo.config.diagnostics import DiagnosticsConfig
 from sapo.diagnostics import GatedTokens, counterfactual_figures
-from sapo.diagnostics_config import DiagnosticsConfig
 from sapo.errors import ConfigError
 from sapo.objectives import KLPenalty, make_objective
 from sapo.training.gradients import true_gradient_figures

@@ -13,10 +13,10 @@ import pytest
 import sapo
 from runs import write_recipe
 from sapo.coldstart import ensure_coldstart
+from sapo.config.recipes import load_recipe
+from sapo.config.summary import sampler_sentences
 from sapo.dry_run import DryRun
 from sapo.errors import ConfigError
-from sapo.recipe import load_recipe
-from sapo.sampler_sentences import sampler_sentences
 from sapo.session import dry_run
 
 

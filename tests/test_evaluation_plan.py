@@ -23,7 +23,7 @@ def rewards_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def run_of(tmp_path: Path, **changes) -> Path:
     """A run directory as training leaves it, but for the training."""
-    from sapo.recipe import load_recipe
+    from sapo.config.recipes import load_recipe
 
     config = load_recipe(write_recipe(tmp_path, **changes))
     RunDirectory.create(config).close()

@@ -13,11 +13,11 @@ import yaml
 
 import sapo
 from runs import write_recipe
+from sapo.config.recipes import load_recipe
 from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.export import Source, export_model
 from sapo.model.policy import load_policy
-from sapo.recipe import load_recipe
 from sapo.rollout.engine import Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams

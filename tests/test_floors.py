@@ -1,4 +1,4 @@
-"""The architecture, enforced: a package imports only from lower floors, and no modules import each other in a circle."""
+"""The architecture, enforced: packages import from lower floors only, and no modules in a circle."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import torch
 
 from runs import write_model, write_recipe
 from sapo.cli import main
+from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError, ModelError
 from sapo.generation import format_of_run, generate
 from sapo.model.policy import load_policy
-from sapo.recipe import load_recipe
 from sapo.rollout.sampling import SamplingParams
 from sapo.session import newest_model, train
 

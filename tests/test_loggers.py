@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from runs import fingerprint, metrics, write_recipe
+from sapo.config.recipes import load_recipe, parse_recipe
 from sapo.errors import ConfigError
 from sapo.loggers import check_loggers, panel_name, run_identity
-from sapo.recipe import load_recipe, parse_recipe
 
 ALL = {"tensorboard": True, "rollouts_every": 2, "wandb": {"mode": "offline"}, "trackio": {"project": "tests"}}
 

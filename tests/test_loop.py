@@ -12,8 +12,8 @@ import yaml
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
+from sapo.config.diagnostics import WarningsConfig
 from sapo.data import Status
-from sapo.diagnostics_config import WarningsConfig
 from sapo.errors import ConfigError, NonFiniteError
 from sapo.export import export_model
 from sapo.model.native import kernels_in_use

@@ -18,25 +18,25 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from moe_cases import make_moe
 from runs import write_recipe
 from sapo.batch import pack
+from sapo.config.recipes import load_recipe
 from sapo.data import Prompt
 from sapo.memory import Counts, estimate_memory, full_length_group, kept_bytes, measure_activations
 from sapo.model.attention import TreeLayout
 from sapo.model.policy import Policy, prepare_policy
 from sapo.model.tiny import character_tokenizer
-from sapo.recipe import load_recipe
 from sapo.rollout.cache import KVCache
 from sapo.rollout.layouts import PrefillLayout
 
 ESTIMATE = """
 import json, sys
-from sapo.recipe import load_recipe
+from sapo.config.recipes import load_recipe
 from sapo.session import dry_run
 print(json.dumps(dry_run(load_recipe(sys.argv[1])).memory.to_json()))
 """
 RUN = """
 import sys
 from pathlib import Path
-from sapo.recipe import load_recipe
+from sapo.config.recipes import load_recipe
 from sapo.session import train
 train(load_recipe(sys.argv[1]))
 [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")]

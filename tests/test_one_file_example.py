@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from sapo.coldstart import ensure_coldstart
+from sapo.config.recipes import load_recipe
 from sapo.data import Completion, Prompt, Segment
 from sapo.model.attention import TreeLayout
 from sapo.model.policy import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import gate_weight, group_advantages, policy_loss
-from sapo.recipe import load_recipe
 from sapo.session import train
 from sapo.tasks import ALPHABET, ArithmeticTask, score_completions
 from sapo.tasks.arithmetic import worked_text

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import sapo
 from runs import write_recipe
+from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError
-from sapo.recipe import load_recipe
 from sapo.tables import seconds_table
 from sapo.utils.spans import SpanRecorder, span
 

@@ -13,10 +13,10 @@ import yaml
 import sapo
 from processes import finish, kill_when, last_line, start
 from runs import REWARD, fingerprint, metrics, write_model, write_recipe
+from sapo.config.recipes import parse_recipe
+from sapo.config.summary import replay_sentence
 from sapo.errors import ConfigError, ModelError
 from sapo.loop import TrainingRun
-from sapo.recipe import parse_recipe
-from sapo.replay_choice import replay_sentence
 from sapo.rollout.local import LocalEngine
 from sapo.session import dry_run, resume
 from sapo.training.checkpoint import list_checkpoints

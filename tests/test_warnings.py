@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from sapo.config.diagnostics import WarningsConfig
 from sapo.diagnostics import Health, observe, replay_warnings
-from sapo.diagnostics_config import WarningsConfig
 
 HEALTHY = {
     "reward/mean": 0.3,

@@ -21,13 +21,13 @@ import torch
 from bench.rewards import of_place
 from bench.sides.clock import gemm_backends, timed, use_machine
 from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
+from sapo.config.recipes import parse_recipe
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.loop import TrainingRun
 from sapo.model.native import Kernels
 from sapo.model.policy import Policy, load_policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.preflight import load_tasks
-from sapo.recipe import parse_recipe
 from sapo.rollout.engine import Request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local import LocalEngine

@@ -24,9 +24,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 if TYPE_CHECKING:
     from sapo.comparing import compare, load_comparison
     from sapo.config import RunConfig
+    from sapo.config.recipes import load_recipe
     from sapo.evaluation import Evaluation
     from sapo.evaluation_order import evaluate
-    from sapo.recipe import load_recipe
     from sapo.session import Run, resume, train
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ _HOMES = {
     "compare": "sapo.comparing",
     "evaluate": "sapo.evaluation_order",
     "load_comparison": "sapo.comparing",
-    "load_recipe": "sapo.recipe",
+    "load_recipe": "sapo.config.recipes",
     "resume": "sapo.session",
     "train": "sapo.session",
 }

@@ -62,8 +62,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy by a recipe."""
+    from sapo.config.recipes import load_recipe
     from sapo.progress import Display
-    from sapo.recipe import load_recipe
     from sapo.session import dry_run as rehearse
     from sapo.session import train as run_training
 
@@ -104,8 +104,8 @@ def coldstart(
 ) -> None:
     """Make a recipe's starting model, if the cache has none."""
     from sapo.coldstart import describe, ensure_coldstart
+    from sapo.config.recipes import load_recipe
     from sapo.progress import Display
-    from sapo.recipe import load_recipe
     from sapo.session import resolve_machine
 
     config = resolve_machine(load_recipe(recipe, overrides))
@@ -235,7 +235,7 @@ def _report_seconds(run: Any) -> None:
 
 
 def _settings(words: list[str]) -> dict[str, Any]:
-    from sapo.recipe import parse_override
+    from sapo.config.recipes import parse_override
 
     return dict(parse_override(word) for word in words)
 

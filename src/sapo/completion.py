@@ -190,8 +190,8 @@ def _objective_keys() -> list[str]:
 
 def _arms(ctx: typer.Context) -> list[str]:
     """Names of the arms of the recipe, or of the comparison's directory, on the line; none of a recipe of one run."""
+    from sapo.config.recipes import read_recipe
     from sapo.errors import ConfigError
-    from sapo.recipe import read_recipe
 
     # Of a line that ends in an option without its value click has not told apart the arguments yet.
     recipe = ctx.params.get("recipe") or next(iter(ctx.args), None)

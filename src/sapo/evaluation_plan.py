@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import PromptConfig
+from sapo.config.recipes import parse_override, parse_prompt
 from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.evaluation.store import difference
 from sapo.evaluation_order import Order, Settings, Subject
 from sapo.prompting import PromptFormat
-from sapo.recipe import parse_override, parse_prompt
 from sapo.rollout.sampling import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.session import run_of

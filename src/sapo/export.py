@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from sapo.config import RunConfig
+from sapo.config.recipes import parse_recipe
 from sapo.errors import CheckpointError, ConfigError
 from sapo.model.adapters import merged
 from sapo.model.policy import DTYPES, Policy, load_policy
-from sapo.recipe import parse_recipe
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, newest_whole
 
 CARD = "README.md"

@@ -36,8 +36,9 @@ from sapo.rollout.engine import Request
 from sapo.rollout.local import LocalEngine
 from sapo.rollout.sampling import SamplingParams
 from sapo.routing_replay import RoutingReplay, attach_experts
+from sapo.run.records import rollout_records, token_gates
 from sapo.run_directory import RunDirectory
-from sapo.run_state import RolloutBatch, RunState, rollout_records, token_gates
+from sapo.run_state import RolloutBatch, RunState
 from sapo.sampler import Staleness, sampler_weights
 from sapo.selection import Selection, Selector
 from sapo.self_check import check_old_logprobs, check_sampled

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from sapo.coldstart import ColdStartProgress
 from sapo.config import RunConfig
+from sapo.config.summary import replay_sentence
 from sapo.data import Status
-from sapo.replay_choice import replay_sentence
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.text import visible
 

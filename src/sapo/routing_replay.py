@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sapo.config import RunConfig
+from sapo.config.summary import replay_kind
 from sapo.data import Group
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
-from sapo.replay_choice import replay_kind
 from sapo.rollout.experts import ExpertLog
 from sapo.run_directory import RunDirectory
 

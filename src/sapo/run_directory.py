@@ -23,8 +23,8 @@ from typing import IO, Any
 import yaml
 
 from sapo.config import RunConfig
+from sapo.config.recipes import parse_recipe
 from sapo.errors import ConfigError
-from sapo.recipe import parse_recipe
 from sapo.utils.files import lock_directory, write_whole
 
 FAILURE_FILE = "failure.json"

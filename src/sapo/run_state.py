@@ -5,15 +5,13 @@ Floats survive exactly: Python writes the shortest decimal that reads back as th
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sapo.data import Completion, Group, Prompt, RoutedExperts, Score, Status
+from sapo.data import Group
+from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.diagnostics.warnings import Health
 from sapo.selection import Position
-from sapo.training.trainer import UpdateResult
 
 
 @dataclass(frozen=True)
@@ -132,121 +130,6 @@ class RunState:
         )
 
 
-def group_to_json(group: Group) -> dict[str, Any]:
-    """A group as a JSON value, but for the row's further fields: scored and encoded, it needs them no more, and a row
-    may hold what JSON does not (dates, decimals) or much of it (tests of programs).
-
-    >>> completion = Completion((2, 0), (-0.1, -0.2), "stop", "2", Score(1.0))
-    >>> group = Group(Prompt(1, "t", "1+1=", (1, 2), "2"), (completion,), (0.0,))
-    >>> group_from_json(group_to_json(group)) == group
-    True
-    """
-    value = asdict(replace(group, prompt=replace(group.prompt, metadata={})))
-    for place, key in ((value, "prompt_experts"), *((c, "experts") for c in value["completions"])):
-        if place[key] is not None:
-            place[key]["indices"] = base64.b64encode(place[key]["indices"]).decode("ascii")
-    return value
-
-
-def group_from_json(value: dict[str, Any]) -> Group:
-    """The inverse of `group_to_json`, also after a trip through text."""
-    prompt = {**value["prompt"], **{k: tuple(value["prompt"][k]) for k in ("token_ids", "stop")}}
-    return Group(
-        prompt=Prompt(**prompt),
-        completions=tuple(_completion_from_json(c) for c in value["completions"]),
-        advantages=tuple(value["advantages"]),
-        shaped_rewards=tuple(value["shaped_rewards"]),
-        masked=tuple(value["masked"]),
-        prompt_experts=_experts_from_json(value.get("prompt_experts")),
-    )
-
-
 def _batch_from_json(value: dict[str, Any]) -> RolloutBatch:
     groups = {k: [group_from_json(g) for g in value[k]] for k in ("groups", "dropped")}
     return RolloutBatch(**{**value, **groups})
-
-
-def _completion_from_json(value: dict[str, Any]) -> Completion:
-    score = value["score"]
-    return Completion(
-        token_ids=tuple(value["token_ids"]),
-        logprobs=tuple(value["logprobs"]),
-        finish_reason=value["finish_reason"],
-        text=value["text"],
-        score=Score(**{**score, "status": Status(score["status"])}),
-        old_logprobs=tuple(value["old_logprobs"]),
-        reference_logprobs=tuple(value["reference_logprobs"]),
-        experts=_experts_from_json(value.get("experts")),
-    )
-
-
-def _experts_from_json(value: dict[str, Any] | None) -> RoutedExperts | None:
-    return None if value is None else RoutedExperts(**{**value, "indices": base64.b64decode(value["indices"])})
-
-
-def token_gates(
-    result: UpdateResult, update: int, minibatches: int, samples: int, on_policy: bool
-) -> dict[str, dict[str, Any]]:
-    """What an update measured token by token, by sequence of the step.
-
-    Args:
-        update: which of the step's `minibatches`.
-        samples: per prompt.
-        on_policy: the update was made at the weights that sampled; the first of a stale batch is not.
-    """
-    lengths = result.sequence_M.bincount().tolist()
-    measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
-    by_name = {name: values.split(lengths) for name, values in measured.items() if values is not None}
-    gates: dict[str, dict[str, Any]] = {}
-    for number, sequence in enumerate(result.sequence_ids):
-        group, sample = divmod(sequence, samples)
-        place = (update + group * minibatches) * samples + sample  # the inverse of split_minibatches
-        own = {name: parts[number].tolist() for name, parts in by_name.items()}
-        gates[str(place)] = {"update": update, "on_policy": on_policy, **own}
-    return gates
-
-
-def rollout_records(
-    groups: Sequence[Group],
-    gates: dict[str, dict[str, Any]],
-    *,
-    sampler_is_old: bool,
-    dropped: Sequence[Group] = (),
-) -> Iterator[dict[str, Any]]:
-    """One record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
-
-    What a completion does not have (a shaped reward, a mask, further figures of its verifier) is left out.
-
-    Args:
-        gates: sequence number in the step -> update, log-ratios, gate weights and entropies; a completion whose group
-            taught nothing has none, and its record leaves them out.
-        sampler_is_old: log pi_old is the sampler's; otherwise it is left out where the trainer computed none.
-        dropped: groups that were sampled and left the batch; they come last and say so.
-    """
-    sequence = 0
-    for place, group in enumerate((*groups, *dropped)):
-        for sample, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
-            old = completion.old_logprobs or (completion.logprobs if sampler_is_old else ())
-            yield {
-                "prompt_id": group.prompt.id,
-                "task": group.prompt.task,
-                "prompt": group.prompt.text,
-                "answer": group.prompt.answer,
-                "sample": sample,
-                "text": completion.text,
-                "reward": completion.score.reward,
-                **({"shaped_reward": group.shaped_rewards[sample]} if group.shaped_rewards else {}),
-                **({"masked": group.masked[sample]} if group.masked else {}),
-                **({"dropped": True} if place >= len(groups) else {}),
-                "status": completion.score.status.value,
-                "detail": completion.score.detail,
-                **({"figures": dict(completion.score.figures)} if completion.score.figures else {}),
-                "advantage": advantage,
-                "finish_reason": completion.finish_reason,
-                "prompt_token_ids": list(group.prompt.token_ids),
-                "token_ids": list(completion.token_ids),
-                "logprobs": list(completion.logprobs),
-                **({"old_logprobs": list(old)} if old else {}),
-                **gates.get(str(sequence), {}),
-            }
-            sequence += 1

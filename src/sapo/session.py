@@ -18,6 +18,7 @@ import torch
 
 from sapo.coldstart import ColdStartProgress, ensure_coldstart
 from sapo.config import RunConfig
+from sapo.config.recipes import override_run
 from sapo.dry_run import DryRun, rehearse
 from sapo.errors import CollapseError, ConfigError, NonFiniteError
 from sapo.listener import Listener, Silent
@@ -27,7 +28,6 @@ from sapo.model.adapters import add_adapter
 from sapo.model.native import kernels_in_use
 from sapo.model.policy import Policy, load_policy
 from sapo.preflight import check_prompts, load_tasks
-from sapo.recipe import override_run
 from sapo.routing_replay import RoutingReplay
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState

@@ -11,8 +11,8 @@ import yaml
 from sapo.comparing import load_comparison
 from sapo.comparing.directory import ComparisonDirectory, check_directory
 from sapo.comparing.plan import SHARED_KEYS
+from sapo.config.recipes import known_comparisons, known_recipes, load_recipe
 from sapo.errors import ConfigError
-from sapo.recipe import known_comparisons, known_recipes, load_recipe
 
 COMPARISON = {
     "recipe": "quickstart",

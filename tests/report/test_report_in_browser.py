@@ -12,7 +12,7 @@ from browser import CHROMIUM, MISSING
 from report_cases import ATTACKS, END, default_rows, rollout_row, settings, step_records, write_run
 from report_page import Visit, texts, wait
 from runs import write_recipe
-from sapo.recipe import load_recipe
+from sapo.config.recipes import load_recipe
 from sapo.report import make_report, write_page
 from sapo.session import train
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from sapo.config.summary import replay_sentence, sampler_sentences
 from sapo.dry_run import DryRun, SeenPrompt
 from sapo.memory import MemoryEstimate
-from sapo.replay_choice import replay_sentence
-from sapo.sampler_sentences import sampler_sentences
 
 MIB = 2**20
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import RunConfig
+from sapo.config.recipes import parse_recipe, resolve_recipe
 from sapo.errors import ConfigError
-from sapo.recipe import parse_recipe, resolve_recipe
 
 # What all runs of a comparison share, or what it sets itself: an arm that changed one would not be compared under the
 # same budget, on the same prompts, or by the same problems.

@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sapo.comparing.plan import ComparisonPlan, as_overrides, flatten
 from sapo.config import RunConfig
+from sapo.config.recipes import parse_override, parse_settings, read_recipe, resolve_recipe
 from sapo.errors import ConfigError
-from sapo.recipe import parse_override, parse_settings, read_recipe, resolve_recipe
 from sapo.utils.names import nearest
 
 OBJECTIVES = ("sapo", "gspo", "grpo")

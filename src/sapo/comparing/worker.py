@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import RunConfig
+from sapo.config.recipes import parse_recipe
 from sapo.errors import CollapseError, ConfigError, Interrupted, NonFiniteError, UserError
 from sapo.evaluation.store import differing
 from sapo.listener import Listener
-from sapo.recipe import parse_recipe
 from sapo.run_directory import RunDirectory
 from sapo.session import Run, resolve_device, resume, train
 from sapo.training.checkpoint import Checkpoint

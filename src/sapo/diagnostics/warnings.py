@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sapo.diagnostics_config import WarningsConfig
+from sapo.config.diagnostics import WarningsConfig
 
 Record = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sapo.config_section import Section
+from sapo.config.section import Section
 
 
 class ColdStartConfig(Section):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sapo.config_section import Section
+from sapo.config.section import Section
 from sapo.objectives import make_objective
 
 

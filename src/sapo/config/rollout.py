@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sapo.config_section import Section
+from sapo.config.section import Section
 
 SamplerDtype = Literal["bfloat16", "float8_e4m3fn", "float8_e5m2"]
 

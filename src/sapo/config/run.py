@@ -1,0 +1,110 @@
+"""The recipe: every setting of a run, documented once, checked before anything is loaded.
+
+Sections of the model, the rollout and the diagnostics are in files of their own (model_config.py, rollout_config.py,
+diagnostics_config.py); all are imported from here. How a recipe is found, read and overridden is recipe.py. Settings of
+an objective or a task are checked by the objective or task itself, which refuses those it does not use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from sapo.config.diagnostics import DiagnosticsConfig, WarningsConfig
+from sapo.config.logging import LogConfig, ProfileConfig
+from sapo.config.model import ModelConfig
+from sapo.config.objective import ObjectiveConfig
+from sapo.config.rollout import RolloutConfig
+from sapo.config.section import Section
+from sapo.config.tasks import CurriculumConfig, PromptConfig, TaskConfig
+from sapo.config.training import CheckpointConfig, EvalConfig, TrainConfig
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    run_dir: str | None = None
+    """Where the run is written; runs/<recipe name> by default."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the order of prompts and of sampling."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; recorded in the run, since another count is another rounding. null takes what the machine has."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda or cuda:N."""
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    prompt: PromptConfig = PromptConfig()
+    tasks: list[TaskConfig] = Field(min_length=1)
+    curriculum: CurriculumConfig | None = None
+    """Of all tasks; null asks every row equally often."""
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    profile: ProfileConfig | None = None
+    """`true` times the parts of each phase and writes a Chrome trace of a step to profile/; null and `false` do not."""
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    warnings: WarningsConfig = WarningsConfig()
+    provenance: dict[str, Any] | None = None
+    """Written by the run (versions, commit, machine), never read by it."""
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile_on_or_off(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
+    @model_validator(mode="after")
+    def _log_pi_old_fits(self) -> RunConfig:
+        source = self.train.old_logprobs
+        if self.objective.tis is not None and source == "engine":
+            raise ValueError(
+                "objective.tis weighs a token by pi_old / mu, so log pi_old must be the trainer's; got "
+                "train.old_logprobs=engine, which takes mu for pi_old; leave it at auto, or set trainer"
+            )
+        if source == "current" and not self.rollout.staleness:
+            raise ValueError(
+                "train.old_logprobs=current is for batches older than their first update; got rollout.staleness=0, "
+                "where the current weights are those that sampled; use train.old_logprobs=trainer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> RunConfig:
+        prompts, minibatches = self.rollout.prompts_per_step, self.train.minibatches
+        if prompts % minibatches:
+            raise ValueError(
+                f"rollout.prompts_per_step must be a multiple of train.minibatches; got {prompts} and {minibatches}; "
+                f"use {-(-prompts // minibatches) * minibatches} prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recorder_of_the_replay(self) -> RunConfig:
+        if self.model.routing_replay == "R2":
+            if self.train.old_logprobs == "engine":
+                raise ValueError(
+                    "model.routing_replay=R2 records in the trainer's forward that computes log pi_old; got "
+                    "train.old_logprobs=engine, which makes none; use train.old_logprobs=trainer or routing_replay=R3"
+                )
+            if self.train.old_logprobs == "auto":
+                self.train = self.train.model_copy(update={"old_logprobs": "trainer"})
+        return self
+
+    def batch_sentence(self) -> str:
+        """The words for batch sizes, a known source of confusion, in one sentence."""
+        r, t = self.rollout, self.train
+        sequences = r.prompts_per_step * r.samples_per_prompt
+        ending = {
+            "keep": "",
+            "drop": " Groups that teach nothing leave the batch, so updates may be smaller.",
+            "refill": " Groups that teach nothing give their places to further prompts, in up to"
+            f" {r.refill_rounds} more round{'s' * (r.refill_rounds > 1)} of sampling.",
+        }[r.zero_variance]
+        return (
+            f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts"
+            f" ({sequences} sequences) and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
+            f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
+            f" {t.steps} steps make {t.steps * t.minibatches} updates.{ending}"
+        )

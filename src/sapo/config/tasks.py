@@ -1,0 +1,92 @@
+"""The tasks of a recipe, how their questions are put, and the curriculum of their rows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sapo.config.section import Section
+
+
+class ShotConfig(Section):
+    """A worked example shown before the question."""
+
+    prompt: str
+    """The example's question, as the task would ask it."""
+    answer: str
+    """What a good completion of it says."""
+
+
+class PromptConfig(Section):
+    """How a task's question becomes what the model sees, and where a completion ends."""
+
+    style: Literal["auto", "plain", "chat"] = "auto"
+    """chat goes through the tokenizer's chat template, plain does not; auto takes chat for rows of messages, and for
+    tasks written for chat models (the benchmarks) where the tokenizer has a template."""
+    system: str | None = None
+    """System message of a chat, unless the row brings one; the first paragraph of a plain prompt."""
+    thinking: bool | None = None
+    """Switch of the chat template (enable_thinking); null leaves it to the template."""
+    template: str = "{prompt}"
+    """The question's own wording, as in "Q: {prompt}\\nA:"."""
+    answer_template: str = " {answer}\n"
+    """How the answer of an example follows it in a plain prompt; in a chat it is the assistant's turn."""
+    shots: int | list[ShotConfig] = 0
+    """Examples before the question: written here, or a number of them, which the task then chooses from its training
+    side."""
+    stop: list[str] = Field([])
+    """Strings that end a completion; every token that completes one stops, is kept and carries loss."""
+
+    @model_validator(mode="after")
+    def _holds_its_places(self) -> PromptConfig:
+        for name, place in (("template", "{prompt}"), ("answer_template", "{answer}")):
+            if place not in getattr(self, name):
+                raise ValueError(f"{name} must hold {place}; got {getattr(self, name)!r}")
+        if isinstance(self.shots, int) and self.shots < 0:
+            raise ValueError(f"shots must be 0 or more, or a list of examples; got {self.shots}")
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty; got ''")
+        return self
+
+
+class CurriculumConfig(Section):
+    """Rows that are too easy or too hard are asked less often. For tasks with a finite number of rows."""
+
+    low: float = Field(0.1, ge=0, le=1)
+    """Rows with a pass rate below this are asked less."""
+    high: float = Field(0.9, ge=0, le=1)
+    """Rows with a pass rate above this are asked less."""
+    outside: float = Field(0.25, gt=0, le=1)
+    """Chance that such a row is asked when its turn comes; it is never 0, so that a row can come back."""
+    memory: float = Field(0.5, ge=0, lt=1)
+    """Weight of the earlier pass rate of a row when it is asked again; 0 keeps the last visit alone."""
+
+    @model_validator(mode="after")
+    def _band(self) -> CurriculumConfig:
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high; got {self.low} and {self.high}; 0.1 and 0.9 are the defaults")
+        return self
+
+
+class TaskConfig(BaseModel):
+    """Where prompts come from and how answers are scored. Further settings are the task's own, checked by it."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """One of sapo.tasks.TASKS."""
+    label: str | None = None
+    """What logs call it; the task's own name when null. Two tasks of one kind may need it."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Share of the prompts of each step, relative to the other tasks."""
+    prompt: PromptConfig | None = None
+    """How this task's questions are put; the recipe's `prompt` when null."""
+    curriculum: CurriculumConfig | None = None
+    """Which of this task's rows are asked less; the recipe's `curriculum` when null."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's own settings."""
+        options = dict(self.model_extra or {})
+        return options if self.label is None else {**options, "name": self.label}
