@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 
 MIB = 2**20

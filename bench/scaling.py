@@ -24,7 +24,8 @@ from bench.machine import describe_machine
 from bench.report import quick_or
 from bench.sides import ours
 from bench.workloads import TINY_VOCABULARY
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 
 FILE = Path(__file__).parent / "results" / "scaling.json"

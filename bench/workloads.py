@@ -86,7 +86,7 @@ def model_of(workload: Workload, directory: Path) -> Path:
 
 
 def _save_tiny(architecture: str, target: Path) -> None:
-    from sapo.model.policy import prepare_policy
+    from sapo.model.loading import prepare_policy
     from sapo.model.tiny import character_tokenizer, tiny_model
 
     # One token for each of many characters, so that different tokens are different texts and get different rewards.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from browser import MISSING
 from plain_models import plain_copy
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.tiny import ARCHITECTURES, character_tokenizer, tiny_model
 
 ALPHABET = "0123456789+-*=?"

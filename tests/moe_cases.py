@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer
 
 TOKENIZER = character_tokenizer("0123456789+-*%=;#")

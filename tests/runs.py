@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 
 REWARD = '''

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.batch import MIN_PREAMBLE, pack, prefix_tree
 from sapo.data import Completion, Group, PackedBatch, Prompt, Score, Segment
+from sapo.model.prefix_tree import MIN_PREAMBLE, prefix_tree
 from sapo.objectives import NORMALIZERS, group_advantages
+from sapo.training.batch import pack
 
 
 def group(prompt: tuple[int, ...], responses: list[tuple[int, ...]], rewards: list[float]) -> Group:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from runs import write_model
 from sapo.errors import CheckpointError
-from sapo.model.policy import Policy, load_policy
+from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
 from sapo.training.checkpoint import list_checkpoints, newest_whole, prune, save_checkpoint
 
 

@@ -17,7 +17,7 @@ from runs import fingerprint, write_model, write_recipe
 from sapo.cli import app, main
 from sapo.data import Prompt
 from sapo.model.policy import Policy
-from sapo.prompting import PromptFormat
+from sapo.rollout.prompting import PromptFormat
 
 
 def sapo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:

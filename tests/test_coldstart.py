@@ -10,7 +10,7 @@ import sapo.coldstart as module
 from sapo.coldstart import coldstart_path, ensure_coldstart
 from sapo.config.recipes import load_recipe
 from sapo.errors import ModelError
-from sapo.rollout.local import LocalEngine
+from sapo.rollout.local.engine import LocalEngine
 
 SHORT = [f"model.coldstart.{s}" for s in ("target=0", "max_updates=1", "examples=8", "batch_size=8", "eval_problems=8")]
 

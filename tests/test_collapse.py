@@ -18,7 +18,7 @@ from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config.diagnostics import WarningsConfig
 from sapo.diagnostics import replay_warnings
 from sapo.errors import CollapseError, NonFiniteError
-from sapo.model.policy import load_policy
+from sapo.model.loading import load_policy
 from sapo.report import make_report
 from sapo.session import resume
 from sapo.training.checkpoint import list_checkpoints

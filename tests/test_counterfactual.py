@@ -13,9 +13,9 @@ import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config.diagnostics import DiagnosticsConfig
 from sapo.diagnostics import GatedTokens, counterfactual_figures
+from sapo.diagnostics.true_gradients import true_gradient_figures
 from sapo.errors import ConfigError
 from sapo.objectives import KLPenalty, make_objective
-from sapo.training.gradients import true_gradient_figures
 from training.test_trainer import make_groups, make_policy, make_trainer
 
 RATIOS = ([1.0, 1.5], [0.5])

@@ -10,11 +10,11 @@ import pytest
 import sapo
 from runs import write_recipe
 from sapo.config import CurriculumConfig, RolloutConfig
-from sapo.curriculum import Curriculum
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.errors import ConfigError
 from sapo.preflight import load_tasks
-from sapo.selection import Position, Selector
+from sapo.rollout.curriculum import Curriculum
+from sapo.rollout.selection import Position, Selector
 from sapo.tasks import ArithmeticTask, FiniteTask
 
 

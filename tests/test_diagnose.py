@@ -14,7 +14,7 @@ from sapo.cli import main
 from sapo.diagnose import PARTS, SYMMETRIC, Diagnosis, Force, diagnose
 from sapo.errors import ConfigError
 from sapo.evaluation_plan import orders
-from sapo.model.policy import load_policy
+from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
 from sapo.objectives import make_objective
 

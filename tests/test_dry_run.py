@@ -59,7 +59,7 @@ def test_two_tasks_are_shown_one_prompt_each(recipe: Path) -> None:
 
 
 def test_special_tokens_are_shown(recipe: Path) -> None:
-    from sapo.model.policy import load_policy
+    from sapo.model.loading import load_policy
 
     policy = load_policy(recipe.parent / "model")
     policy.tokenizer.chat_template = "{% for m in messages %}<eos>{{ m['content'] }}{% endfor %}<eos>"

@@ -15,7 +15,7 @@ from sapo.config import PromptConfig
 from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation import Results, read_results
 from sapo.evaluation_plan import orders
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.params import SamplingParams
 from sapo.tasks import FileTask, make_task
 
 QUICK = {"problems": 12, "samples": 3, "max_new_tokens": 8, "device": "cpu"}

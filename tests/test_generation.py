@@ -15,8 +15,8 @@ from sapo.cli import main
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError, ModelError
 from sapo.generation import format_of_run, generate
-from sapo.model.policy import load_policy
-from sapo.rollout.sampling import SamplingParams
+from sapo.model.loading import load_policy
+from sapo.rollout.params import SamplingParams
 from sapo.session import newest_model, train
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0.0)

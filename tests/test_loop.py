@@ -16,10 +16,10 @@ from sapo.config.diagnostics import WarningsConfig
 from sapo.data import Status
 from sapo.errors import ConfigError, NonFiniteError
 from sapo.export import export_model
-from sapo.model.native import kernels_in_use
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.rollout.local import LocalEngine
+from sapo.rollout.local.cpu.native import kernels_in_use
+from sapo.rollout.local.engine import LocalEngine
 from sapo.session import load_model, resume
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
 from sapo.training.trainer import Trainer

@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moe_cases import make_moe
 from runs import write_recipe
-from sapo.batch import pack
 from sapo.config.recipes import load_recipe
 from sapo.data import Prompt
 from sapo.memory import Counts, estimate_memory, full_length_group, kept_bytes, measure_activations
 from sapo.model.attention import TreeLayout
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer
-from sapo.rollout.cache import KVCache
-from sapo.rollout.layouts import PrefillLayout
+from sapo.rollout.local.cache import KVCache
+from sapo.rollout.local.layouts import PrefillLayout
+from sapo.training.batch import pack
 
 ESTIMATE = """
 import json, sys

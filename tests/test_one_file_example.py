@@ -14,7 +14,7 @@ from sapo.coldstart import ensure_coldstart
 from sapo.config.recipes import load_recipe
 from sapo.data import Completion, Prompt, Segment
 from sapo.model.attention import TreeLayout
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import gate_weight, group_advantages, policy_loss
 from sapo.session import train

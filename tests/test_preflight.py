@@ -11,9 +11,9 @@ from runs import write_recipe
 from sapo.config.recipes import load_recipe
 from sapo.data import Prompt, Score
 from sapo.errors import ConfigError
-from sapo.model.policy import load_policy
+from sapo.model.loading import load_policy
 from sapo.preflight import TaskSet, check_prompts
-from sapo.prompting import PromptFormat
+from sapo.rollout.prompting import PromptFormat
 
 
 class Tests:

@@ -9,7 +9,7 @@ import pytest
 from sapo.config import PromptConfig
 from sapo.data import Prompt
 from sapo.errors import ConfigError, ModelError
-from sapo.prompting import PromptFormat
+from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import ArithmeticTask, make_task
 
 QUESTION = Prompt(id=0, task="sums", text="3+4=")

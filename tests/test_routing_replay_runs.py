@@ -17,7 +17,7 @@ from sapo.config.recipes import parse_recipe
 from sapo.config.summary import replay_sentence
 from sapo.errors import ConfigError, ModelError
 from sapo.loop import TrainingRun
-from sapo.rollout.local import LocalEngine
+from sapo.rollout.local.engine import LocalEngine
 from sapo.session import dry_run, resume
 from sapo.training.checkpoint import list_checkpoints
 

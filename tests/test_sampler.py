@@ -13,12 +13,12 @@ from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config import RolloutConfig
 from sapo.errors import ConfigError
 from sapo.loop import TrainingRun
-from sapo.model.policy import load_policy
+from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
 from sapo.preflight import load_tasks
-from sapo.rollout.local import LocalEngine
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.staleness import Staleness
 from sapo.run_directory import RunDirectory
-from sapo.sampler import Staleness
 from sapo.session import resume
 
 E4M3 = {"rollout__sampler_dtype": "float8_e4m3fn", "rollout__sampler_scaling": "none"}

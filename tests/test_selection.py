@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Group, Prompt, Score
+from sapo.rollout.selection import Position, Selection, Selector
 from sapo.run_state import RunState
-from sapo.selection import Position, Selection, Selector
 from sapo.tasks import prompts_for_step
 from sapo.utils.hashing import hashed_integer
 

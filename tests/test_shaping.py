@@ -9,7 +9,7 @@ import pytest
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Group, Prompt, Score, Status
 from sapo.diagnostics import rollout_metrics
-from sapo.shaping import overlong_penalty, random_reward, shape_group
+from sapo.rollout.shaping import overlong_penalty, random_reward, shape_group
 
 PROMPT = Prompt(0, "t", "?", (1,))
 

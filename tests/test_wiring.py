@@ -11,7 +11,7 @@ from runs import metrics, write_recipe
 from sapo.config import RunConfig
 from sapo.errors import TaskError
 from sapo.loop import TrainingRun
-from sapo.model.policy import load_policy
+from sapo.model.loading import load_policy
 from sapo.preflight import load_tasks
 from sapo.run_directory import RunDirectory
 

@@ -24,14 +24,15 @@ from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
 from sapo.config.recipes import parse_recipe
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.loop import TrainingRun
-from sapo.model.native import Kernels
-from sapo.model.policy import Policy, load_policy
+from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.preflight import load_tasks
 from sapo.rollout.engine import Request
-from sapo.rollout.experts import ExpertLog
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.cpu.native import Kernels
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.experts import ExpertLog
+from sapo.rollout.params import SamplingParams
 from sapo.run_directory import RunDirectory
 from sapo.session import resolve_machine
 from sapo.training.optimizer import PolicyOptimizer

@@ -22,20 +22,21 @@ import torch
 import transformers
 from torch import Tensor
 
-from sapo.batch import pack
 from sapo.config import ColdStartConfig, PromptConfig, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.errors import ColdStartError, ConfigError, Interrupted
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.sources import cache_directory
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
+from sapo.training.batch import pack
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 
 RECIPE_VERSION = 1

@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo.batch import pack
 from sapo.data import Group, PackedBatch
 from sapo.errors import ConfigError
 from sapo.evaluation_order import Order
@@ -47,8 +46,9 @@ from sapo.model.rounding import Rounding, rounded_weights
 from sapo.objectives import LOG_RATIO_LIMIT, Objective, Surrogate, group_advantages
 from sapo.objectives.surrogates import bound_log_ratio, make_surrogate
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
+from sapo.rollout.local.engine import LocalEngine
 from sapo.tasks import score_groups
+from sapo.training.batch import pack
 
 PARTS = 8
 """Parts of the prompts that the noise is measured by, where there are so many prompts."""

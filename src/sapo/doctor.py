@@ -174,7 +174,7 @@ def _torch(torch: Any) -> Iterator[Finding]:
 
 def _kernels() -> Finding:
     """Whether decoding on a CPU can run through kernels compiled for this machine."""
-    from sapo.model.native import compiles_here
+    from sapo.rollout.local.cpu.native import compiles_here
 
     if os.environ.get("SAPO_NATIVE") == "0":
         return Finding("machine", "kernels", "note", "switched off by SAPO_NATIVE=0")

@@ -16,8 +16,8 @@ from sapo.memory import MemoryEstimate, baseline_bytes, estimate_memory
 from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy
 from sapo.preflight import check_prompts, load_tasks
-from sapo.prompting import encode_by_task
-from sapo.selection import Position, Selector
+from sapo.rollout.prompting import encode_by_task
+from sapo.rollout.selection import Position, Selector
 from sapo.utils.hashing import seed_for
 
 SHOWN_PROMPTS = 2

@@ -17,9 +17,9 @@ from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
 from sapo.evaluation.examination import Keeper, Memory
 from sapo.model.policy import Policy
-from sapo.prompting import PromptFormat
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
 from sapo.session import DECIDING_BITS, load_model, provenance
 from sapo.tasks import Task
 

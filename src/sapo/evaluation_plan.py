@@ -14,8 +14,8 @@ from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.evaluation.store import difference
 from sapo.evaluation_order import Order, Settings, Subject
-from sapo.prompting import PromptFormat
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
 from sapo.run_directory import RunDirectory
 from sapo.session import run_of
 from sapo.tasks import make_task

@@ -17,7 +17,8 @@ from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
 from sapo.errors import CheckpointError, ConfigError
 from sapo.model.adapters import merged
-from sapo.model.policy import DTYPES, Policy, load_policy
+from sapo.model.loading import load_policy
+from sapo.model.policy import DTYPES, Policy
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, newest_whole
 
 CARD = "README.md"

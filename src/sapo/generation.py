@@ -9,10 +9,10 @@ from typing import Any, Literal
 from sapo.data import Completion, Prompt
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
-from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
 from sapo.run_directory import RunDirectory
 from sapo.tasks import make_task
 

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sapo.batch import split_minibatches
 from sapo.config import RunConfig
 from sapo.data import Group, Prompt
-from sapo.diagnosis import Diagnosis
 from sapo.diagnostics import observe, rollout_metrics, step_update_metrics, task_panels
+from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import Interrupted, NonFiniteError
 from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
 from sapo.listener import Listener, Silent
@@ -31,19 +30,20 @@ from sapo.model.policy import Policy
 from sapo.objectives import make_objective
 from sapo.preflight import TaskSet
 from sapo.profiling import Profiler, phases
-from sapo.prompting import encode_by_task
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import encode_by_task
+from sapo.rollout.selection import Selection, Selector
+from sapo.rollout.shaping import shape_group
+from sapo.rollout.staleness import Staleness, sampler_weights
 from sapo.routing_replay import RoutingReplay, attach_experts
 from sapo.run.records import rollout_records, token_gates
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RolloutBatch, RunState
-from sapo.sampler import Staleness, sampler_weights
-from sapo.selection import Selection, Selector
 from sapo.self_check import check_old_logprobs, check_sampled
-from sapo.shaping import shape_group
 from sapo.tasks import Task, score_groups
+from sapo.training.batch import split_minibatches
 from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import Trainer

@@ -43,16 +43,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from sapo.batch import MiniBatch, pack, prefix_tree, split_minibatches
 from sapo.config import RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.model.attention import TreeLayout, gather_rows
-from sapo.model.fast import copied_bytes
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
+from sapo.model.prefix_tree import prefix_tree
 from sapo.model.routing import Routers
-from sapo.rollout.cache import KVCache, cache_dtype
-from sapo.rollout.local import PREFILL_TOKENS
+from sapo.rollout.local.cache import KVCache, cache_dtype
+from sapo.rollout.local.decoder import copied_bytes
+from sapo.rollout.local.engine import PREFILL_TOKENS
+from sapo.training.batch import MiniBatch, pack, split_minibatches
 
 PYTHON_BYTES_PER_TOKEN = 100
 """A token id and a log-probability as Python objects (28 and 24 bytes), their places in two tuples (16), and what is

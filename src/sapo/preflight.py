@@ -6,10 +6,10 @@ import itertools
 from dataclasses import dataclass, field
 
 from sapo.config import RunConfig
-from sapo.curriculum import Curriculum, curricula
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
-from sapo.prompting import PromptFormat, formats_of
+from sapo.rollout.curriculum import Curriculum, curricula
+from sapo.rollout.prompting import PromptFormat, formats_of
 from sapo.tasks import Task, make_task
 from sapo.utils.hashing import seed_for
 

@@ -15,7 +15,7 @@ from sapo.config.summary import replay_kind
 from sapo.data import Group
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
-from sapo.rollout.experts import ExpertLog
+from sapo.rollout.local.experts import ExpertLog
 from sapo.run_directory import RunDirectory
 
 

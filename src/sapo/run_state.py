@@ -11,7 +11,7 @@ from typing import Any
 from sapo.data import Group
 from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.diagnostics.warnings import Health
-from sapo.selection import Position
+from sapo.rollout.selection import Position
 
 
 @dataclass(frozen=True)

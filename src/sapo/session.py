@@ -25,9 +25,10 @@ from sapo.listener import Listener, Silent
 from sapo.loggers import check_loggers
 from sapo.loop import StopReason, TrainingRun
 from sapo.model.adapters import add_adapter
-from sapo.model.native import kernels_in_use
-from sapo.model.policy import Policy, load_policy
+from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
 from sapo.preflight import check_prompts, load_tasks
+from sapo.rollout.local.cpu.native import kernels_in_use
 from sapo.routing_replay import RoutingReplay
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState

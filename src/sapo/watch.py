@@ -19,7 +19,8 @@ from sapo.config import RunConfig
 from sapo.diagnostics import Warning
 from sapo.diagnostics.warnings import OF_THE_SET_UP
 from sapo.errors import CheckpointError, CollapseError, NonFiniteError
-from sapo.model.policy import Policy, load_policy
+from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
 from sapo.run_directory import RunDirectory
 from sapo.run_state import RunState
 from sapo.training.checkpoint import Checkpoint, list_checkpoints

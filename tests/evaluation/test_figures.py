@@ -13,7 +13,7 @@ from sapo.data import Completion, Prompt, Score, Status
 from sapo.errors import Interrupted, TaskError
 from sapo.evaluation import Evaluation, Sample, evaluate_policy
 from sapo.evaluation.records import groups_of
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.params import SamplingParams
 
 TASK = WrittenTask(("one", "1", {}), ("two", "2", {}))
 TEXTS = [["1", "1", "3", "cut"], ["2", "1", "bug", "1"]]

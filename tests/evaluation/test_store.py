@@ -13,7 +13,7 @@ from sapo.errors import ConfigError
 from sapo.evaluation import EvaluationStore, Results, ask, examine, read_results
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.store import difference
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.params import SamplingParams
 
 ASKED = {"samples": 4, "sampling": {"temperature": 1.0, "stop": [2]}, "model": {"weights": "abc"}}
 MACHINE = {"threads": 1}

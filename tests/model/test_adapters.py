@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.errors import ModelError
 from sapo.model.adapters import adapter_off, add_adapter, merged
-from sapo.model.policy import Policy, load_policy
+from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
 from sapo.objectives import make_objective
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.trainer import Trainer
 

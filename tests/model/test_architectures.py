@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sapo.data import Prompt
 from sapo.errors import ModelError
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
 
 TOKENIZER = character_tokenizer("0123456789+-*=?")
 SHAPE: dict[str, Any] = {

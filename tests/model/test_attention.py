@@ -8,7 +8,7 @@ from tree_cases import TREES, chain, leaves_of, path_of, positions_of, visible_N
 
 from sapo.data import Segment
 from sapo.model.attention import TreeLayout, gather_rows, shared_prefix_attention
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
 from sapo.model.tiny import ARCHITECTURES
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from sapo.batch import prefix_tree
-from sapo.model import fast, native
 from sapo.model.attention import TreeLayout
-from sapo.model.fast import FastDecoder, copied_bytes, decoder_of, refusal
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.prefix_tree import prefix_tree
 from sapo.model.tiny import character_tokenizer
+from sapo.rollout.local import decoder as fast
+from sapo.rollout.local.cpu import native
+from sapo.rollout.local.decoder import FastDecoder, copied_bytes, decoder_of, refusal
 
 SHAPE = {
     "vocab_size": 21,

@@ -10,7 +10,7 @@ from tree_cases import chain, visible_NN
 
 from sapo.model.attention import TreeLayout, attention
 from sapo.model.flex import takes_flex
-from sapo.model.policy import prepare_policy
+from sapo.model.loading import prepare_policy
 
 pytestmark = pytest.mark.gpu
 

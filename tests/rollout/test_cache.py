@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sapo.model import native
-from sapo.rollout import cache
-from sapo.rollout.cache import KVCache
-from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
+from sapo.rollout.local import cache
+from sapo.rollout.local.cache import KVCache
+from sapo.rollout.local.cpu import native
+from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
 
 CPU = torch.device("cpu")
 LENGTHS, SAMPLES, NEW = (3, 100, 7, 1, 90, 40), (2, 3, 1, 2, 1, 4), 40

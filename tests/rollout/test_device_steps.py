@@ -15,11 +15,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sapo.data import Prompt
 from sapo.errors import ModelError
-from sapo.rollout import device_steps, local
-from sapo.rollout.device_steps import DeviceSteps, StepShape, size_for
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams, sample_tokens
+from sapo.rollout.local import device_steps
+from sapo.rollout.local import engine as local
+from sapo.rollout.local.device_steps import DeviceSteps, StepShape, size_for
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.sampling import sample_tokens
+from sapo.rollout.params import SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -203,7 +205,7 @@ def test_what_asks_the_host_cannot_be_traced(ask):
 
 
 def test_experts_that_all_see_every_row_give_what_the_chosen_give(policies):
-    from sapo.model.fast import FastDecoder
+    from sapo.rollout.local.decoder import FastDecoder
 
     generator = torch.Generator().manual_seed(0)
     for layer in FastDecoder(policies("qwen3_moe"), 1).layers:

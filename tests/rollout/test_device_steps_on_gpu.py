@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_engine import assert_same, flat, params, plain_logprobs, ragged_requests
 
-from sapo.model.policy import prepare_policy
-from sapo.rollout import local
-from sapo.rollout.device_steps import CudaCapture, DeviceSteps
-from sapo.rollout.local import LocalEngine
+from sapo.model.loading import prepare_policy
+from sapo.rollout.local import engine as local
+from sapo.rollout.local.device_steps import CudaCapture, DeviceSteps
+from sapo.rollout.local.engine import LocalEngine
 
 pytestmark = pytest.mark.gpu
 

@@ -8,12 +8,12 @@ import torch
 
 from sapo.data import Completion, Prompt
 from sapo.errors import Interrupted
-from sapo.model.fast import decoder_of
-from sapo.rollout import local
 from sapo.rollout.engine import Request
-from sapo.rollout.layouts import DecodeLayout, PrefillLayout
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local import engine as local
+from sapo.rollout.local.decoder import decoder_of
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.layouts import DecodeLayout, PrefillLayout
+from sapo.rollout.params import SamplingParams
 
 PROMPT_LENGTHS = (5, 1, 23, 9, 5, 14)
 SAMPLES = (3, 1, 4, 2, 1, 5)

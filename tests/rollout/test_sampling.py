@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sapo.model import native
-from sapo.rollout.sampling import SamplingParams, sample_tokens, truncate
+from sapo.rollout.local.cpu import native
+from sapo.rollout.local.sampling import sample_tokens, truncate
+from sapo.rollout.params import SamplingParams
 from sapo.utils.rng import token_uniforms
 
 SETTINGS = {

@@ -7,9 +7,9 @@ import torch
 
 from sapo.data import Completion, Prompt
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
-from sapo.rollout.stopping import StopRules
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.stopping import StopRules
+from sapo.rollout.params import SamplingParams
 
 
 def draw(policy, stop: tuple[str, ...], samples: int = 96, max_new_tokens: int = 20) -> tuple[Completion, ...]:

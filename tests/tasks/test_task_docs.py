@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sapo.config import RunConfig
-from sapo.prompting import PromptFormat
+from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import PRESETS, TASKS, VERIFIERS, make_task
 from sapo.tasks.reasoning_audit import SOUND
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from moe_cases import EXPERTS, LAYERS, PER_TOKEN, ByHand, make_moe, perturb
-from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, RoutedExperts, Score
 from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers, routed_experts
 from sapo.objectives import OBJECTIVES, KLPenalty, group_advantages, make_objective
 from sapo.rollout.engine import Request
-from sapo.rollout.experts import ExpertLog
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.experts import ExpertLog
+from sapo.rollout.params import SamplingParams
+from sapo.training.batch import split_minibatches
 from sapo.training.experts import without_experts
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.trainer import Trainer

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from plain_models import plain_copy
-from sapo.batch import split_minibatches
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.diagnostics import update_metrics
 from sapo.errors import Interrupted, NonFiniteError
-from sapo.model.policy import Policy, prepare_policy
+from sapo.model.loading import prepare_policy
+from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import NORMALIZERS, OBJECTIVES, KLPenalty, group_advantages, make_objective, policy_loss
 from sapo.rollout.engine import Request
-from sapo.rollout.local import LocalEngine
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.training.batch import split_minibatches
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import Trainer
 

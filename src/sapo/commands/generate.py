@@ -48,7 +48,7 @@ def generate(
     from sapo.errors import ConfigError
     from sapo.generation import format_of_run
     from sapo.generation import generate as draw
-    from sapo.rollout.sampling import SamplingParams
+    from sapo.rollout.params import SamplingParams
     from sapo.session import load_model
 
     if stop and "" in stop:

@@ -18,9 +18,9 @@ from sapo.evaluation.constant import best_constant
 from sapo.evaluation.figures import Clock, Evaluation
 from sapo.evaluation.records import Answered, Sample, groups_of
 from sapo.model.policy import Policy
-from sapo.prompting import PromptFormat
 from sapo.rollout.engine import Engine, Request
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import Task, score_groups
 
 

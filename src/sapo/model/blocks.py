@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sapo.model import gemm
-from sapo.model.gemm import linear, outer_sum, product
+from sapo.model import products as gemm
+from sapo.model.products import linear, outer_sum, product
 
 
 def rms_norm(input_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo.model.gemm import add_outer_sum, linear, product
+from sapo.model.products import add_outer_sum, linear, product
 
 # Logits of one chunk: 24 MiB, in the model's own precision. Each chunk reads and writes the gradient of the output
 # embedding once, so that a chunk below MIN_CHUNK tokens would wait for memory; above it, more gain little.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sapo.data import Completion, Prompt
-from sapo.rollout.sampling import SamplingParams
+from sapo.rollout.params import SamplingParams
 
 
 @dataclass(frozen=True)

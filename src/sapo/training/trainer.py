@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sapo.batch import MiniBatch, pack
 from sapo.data import Completion, Group, PackedBatch
 from sapo.errors import Interrupted, NonFiniteError
 from sapo.model.adapters import adapter_off
@@ -22,6 +21,7 @@ from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_l
 from sapo.model.policy import Policy
 from sapo.model.routing import Replay, Routers
 from sapo.objectives import TIS, KLPenalty, MismatchWeights, Objective, Surrogate
+from sapo.training.batch import MiniBatch, pack
 from sapo.training.experts import RecordedExperts, without_experts
 from sapo.training.mismatch import correct, join_mismatch, mismatch_weights
 from sapo.training.optimizer import PolicyOptimizer

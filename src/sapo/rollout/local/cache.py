@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.model.native import LANES
-from sapo.rollout.places import OwnTokens
+from sapo.rollout.local.cpu.native import LANES
+from sapo.rollout.local.cpu.own_tokens import OwnTokens
 
 # Prompts share a pool when the shorter would be padded to no more than twice its length; short ones always do, since a
 # call of a kernel costs more than the padding.

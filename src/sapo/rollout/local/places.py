@@ -12,32 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.model.native import LANES, kernels
-from sapo.model.packed import Places, fresh_memory
+from sapo.rollout.local.cpu.native import kernels
+from sapo.rollout.local.cpu.packed import Places
 
 if TYPE_CHECKING:
-    from sapo.rollout.cache import KVCache
-
-
-class OwnTokens:
-    """Keys and values of the tokens that rows have drawn.
-
-    Args:
-        rows, length: sequences and most tokens of each.
-        layers, kv_heads, size: of the model, all layers alike.
-        dtype: of the model.
-    """
-
-    def __init__(self, rows: int, length: int, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
-        self.length = -(-length // LANES) * LANES
-        shape = (2, rows * kv_heads * self.length * size)
-        memory = fresh_memory(layers * 2 * shape[1] * dtype.itemsize)
-        self.layers = list(memory.view(dtype).view(layers, *shape))
-        self.place_R = np.arange(rows)
-
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Rows `source` become rows `target`, and these get their places."""
-        self.place_R[target], self.place_R[source] = self.place_R[source], self.place_R[target]
+    from sapo.rollout.local.cache import KVCache
+from sapo.rollout.local.cpu.own_tokens import OwnTokens
 
 
 class NativeStep:
@@ -106,7 +86,7 @@ class NativeStep:
         return self._found[layer]
 
     def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
-        """See `sapo.model.packed.OneTokenEach`."""
+        """See `sapo.rollout.local.cpu.packed.OneTokenEach`."""
         if self._places is None:
             self._places = places_of(self, layers, kv_heads, size, dtype)
         return self._places

@@ -9,53 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sapo.model.native import kernels
-from sapo.model.packed import draw
+from sapo.rollout.local.cpu.native import kernels
+from sapo.rollout.local.cpu.packed import draw
+from sapo.rollout.params import SamplingParams
 
 # Of a large vocabulary top-p looks at so many tokens first: they hold .95 of nearly every distribution of a language
 # model, and finding them is twenty times cheaper than sorting 49,152.
 NUCLEUS_TOKENS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How a completion is drawn.
-
-    >>> SamplingParams(max_new_tokens=8).full_distribution
-    True
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0 is greedy: the most likely token, whose log-probability is that of the untempered distribution."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps every token."""
-    min_p: float = 0.0
-    seed: int = 0
-    stop_token_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "be finite and not negative (0 is greedy)"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 keeps every token"),
-            ("top_k", self.top_k >= 0, "not be negative; 0 keeps every token"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "lie in [0, 1]; 0 keeps every token"),
-        )
-        for name, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"{name} must {rule}; got {getattr(self, name)}")
-
-    @property
-    def full_distribution(self) -> bool:
-        """True when no token is cut off, so that the sampler's log-probabilities are the policy's."""
-        return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
 
 
 def sample_tokens(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sapo.model.attention import attention
-from sapo.model.native import LANES, kernels
-from sapo.model.packed import Places
-from sapo.rollout.cache import KVCache, Pool, cache_dtype
-from sapo.rollout.places import NativeStep
+from sapo.rollout.local.cache import KVCache, Pool, cache_dtype
+from sapo.rollout.local.cpu.native import LANES, kernels
+from sapo.rollout.local.cpu.packed import Places
+from sapo.rollout.local.places import NativeStep
 
 
 class PrefillLayout:
@@ -283,7 +283,7 @@ class DecodeLayout:
         return self._by_torch.attend(layer, query, key, value, scaling, sliding_window, softcap)
 
     def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
-        """See `sapo.model.packed.OneTokenEach`."""
+        """See `sapo.rollout.local.cpu.packed.OneTokenEach`."""
         assert self.arrangement.native is not None, "packed.c is compiled where kernels.c is"
         return self.arrangement.native.places(layers, kv_heads, size, dtype)
 

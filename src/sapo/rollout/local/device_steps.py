@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from sapo.errors import ModelError
-from sapo.model.fast import FastDecoder, refusal
 from sapo.model.policy import Policy
-from sapo.rollout.cache import KVCache
-from sapo.rollout.layouts import Part, StaticLayout
-from sapo.rollout.sampling import SamplingParams, sample_tokens
-from sapo.rollout.stopping import StopRules
+from sapo.rollout.local.cache import KVCache
+from sapo.rollout.local.decoder import FastDecoder, refusal
+from sapo.rollout.local.layouts import Part, StaticLayout
+from sapo.rollout.local.sampling import sample_tokens
+from sapo.rollout.local.stopping import StopRules
+from sapo.rollout.params import SamplingParams
 from sapo.utils.text import first_line
 
 GraphChoice = bool | Literal["auto", "eager"]

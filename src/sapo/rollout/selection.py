@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sapo.config import RolloutConfig
-from sapo.curriculum import Curriculum
 from sapo.data import Group, Prompt
+from sapo.rollout.curriculum import Curriculum
 from sapo.tasks import FiniteTask, Task, prompts_for_step
 
 SampleGroups = Callable[[list[Prompt]], list[Group]]

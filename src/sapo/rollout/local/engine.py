@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.batch import prefix_tree
 from sapo.data import Completion
 from sapo.errors import Interrupted
-from sapo.model.fast import Decoder, FastDecoder, decoder_of
 from sapo.model.policy import Policy
-from sapo.rollout.cache import KVCache
-from sapo.rollout.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
+from sapo.model.prefix_tree import prefix_tree
 from sapo.rollout.engine import Request
-from sapo.rollout.experts import ExpertLog
-from sapo.rollout.layouts import Arrangement, DecodeLayout, PrefillLayout
-from sapo.rollout.sampling import SamplingParams, sample_tokens
-from sapo.rollout.stopping import StopRules
+from sapo.rollout.local.cache import KVCache
+from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
+from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
+from sapo.rollout.local.experts import ExpertLog
+from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
+from sapo.rollout.local.sampling import sample_tokens
+from sapo.rollout.local.stopping import StopRules
+from sapo.rollout.params import SamplingParams
 from sapo.utils.rng import token_uniforms
 from sapo.utils.spans import span
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.model.native import LANES, Kernels
+from sapo.rollout.local.cpu.native import LANES, Kernels
 
 PANEL = 32
 """Outputs of a panel; the same in packed.c."""

@@ -27,9 +27,17 @@ from torch import Tensor, nn
 from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
-from sapo.model.native import Kernels, kernels
-from sapo.model.packed import OneTokenEach, PackedBlocks, PackedExperts, PackedLinear, Panels, panel_bytes, suits
 from sapo.model.policy import Policy
+from sapo.rollout.local.cpu.native import Kernels, kernels
+from sapo.rollout.local.cpu.packed import (
+    OneTokenEach,
+    PackedBlocks,
+    PackedExperts,
+    PackedLinear,
+    Panels,
+    panel_bytes,
+    suits,
+)
 
 OnExperts = Callable[[int, Tensor], None]
 """Called with a layer and the experts its router chose, (N, experts per token)."""

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sapo.batch import MiniBatch
 from sapo.errors import Interrupted
 from sapo.objectives import Objective
+from sapo.training.batch import MiniBatch
 from sapo.training.trainer import Trainer
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sapo.batch import MiniBatch
 from sapo.config import RunConfig
 from sapo.data import Group
 from sapo.diagnostics import (
@@ -22,8 +21,9 @@ from sapo.diagnostics import (
     sequence_figures,
     task_figures,
 )
+from sapo.diagnostics.true_gradients import true_gradient_figures
 from sapo.objectives import Objective, make_objective
-from sapo.training.gradients import true_gradient_figures
+from sapo.training.batch import MiniBatch
 from sapo.training.trainer import Trainer, UpdateResult
 
 
