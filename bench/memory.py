@@ -163,7 +163,7 @@ def _in_a_process(what: str, recipe: Path) -> str:
 
 def _child(what: str, recipe: str) -> None:
     from sapo.config.recipes import load_recipe
-    from sapo.session import dry_run, train
+    from sapo.workflows.train import dry_run, train
 
     if what == "--estimate":
         print(json.dumps(dry_run(load_recipe(recipe)).memory.to_json()))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import sapo.loop
+import sapo.run.loop
 from bench.contest import Machine
 from bench.contests import REAL_STEP, TINY, TINY_MOE
 from bench.machine import describe_machine
@@ -80,10 +80,12 @@ class Meter:
 def put_meter(run: Any) -> Meter:
     """Around all that a run does for its observer alone."""
     meter = Meter(run.policy.device)
-    for name, value in list(vars(sapo.loop).items()):
-        observes = getattr(value, "__module__", "").startswith(("sapo.diagnostics", "sapo.run_state", "sapo.watch"))
+    for name, value in list(vars(sapo.run.loop).items()):
+        observes = getattr(value, "__module__", "").startswith(
+            ("sapo.diagnostics", "sapo.run.state", "sapo.run.collapse")
+        )
         if observes and callable(value) and not isinstance(value, type):
-            meter.around(sapo.loop, name)
+            meter.around(sapo.run.loop, name)
     for owner, names in (
         (run.diagnosis, ("before", "after")),
         (run.loggers, ("log",)),

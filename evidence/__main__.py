@@ -58,8 +58,8 @@ def _run_study(study: Study, directory: Path, jobs: int | None) -> dict[str, Any
 def _measure_mismatch(mismatch: Mismatch) -> dict[str, Any]:
     import torch
 
-    from sapo.coldstart import ensure_coldstart
     from sapo.config.recipes import load_recipe
+    from sapo.workflows.coldstart import ensure_coldstart
 
     torch.set_num_threads(1)  # as the runs have it: another count is another rounding, and another model in the cache
     model, _ = ensure_coldstart(load_recipe(mismatch.recipe, list(mismatch.settings)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sapo.comparing.plan import format_rate
+from sapo.workflows.comparing.plan import format_rate
 
 COMMON = ("threads=1", "log.tensorboard=false", "log.rollouts_every=50")
 """Settings of a study whose recipe is one of a single run; only the first can change a figure, by rounding."""

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer, decoders, models
 
-from sapo.comparing.outcomes import Outcome
-from sapo.comparing.plan import ComparisonPlan
-from sapo.comparing.results import ComparisonResults
+from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.plan import ComparisonPlan
+from sapo.workflows.comparing.results import ComparisonResults
 
 ATTACKS = [
     "</script><script>window.hacked = 'script'</script>",

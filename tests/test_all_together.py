@@ -15,7 +15,7 @@ import sapo
 import sapo.diagnostics.warnings
 from runs import REWARD, fingerprint, metrics, write_model, write_recipe
 from sapo.diagnostics.warnings import Finding
-from sapo.session import resume
+from sapo.workflows.train import resume
 
 STEPS = 7
 EVERYTHING: dict[str, Any] = {

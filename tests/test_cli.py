@@ -217,7 +217,10 @@ def test_a_mistake_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
-    code = "import sapo.session, sapo.cli, sys; sapo.session.train = None; sys.argv = ['sapo', 'train', 'quickstart']\n"
+    code = (
+        "import sapo.workflows.train, sapo.cli, sys; sapo.workflows.train.train = None; "
+        "sys.argv = ['sapo', 'train', 'quickstart']\n"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code + "sapo.cli.main()"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -347,7 +350,7 @@ def test_help_says_what_an_option_is_that_is_left_out(
 def test_completions_are_shown_as_text_never_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from sapo.progress import Display
+    from sapo.cli.progress import Display
 
     display = Display(Console(width=80))
     display.warning("[red]not a colour[/red] [link=file:///etc/passwd]x[/link]")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import sapo.coldstart as module
-from sapo.coldstart import coldstart_path, ensure_coldstart
+import sapo.workflows.coldstart as module
 from sapo.config.recipes import load_recipe
 from sapo.errors import ModelError
 from sapo.rollout.local.engine import LocalEngine
+from sapo.workflows.coldstart import coldstart_path, ensure_coldstart
 
 SHORT = [f"model.coldstart.{s}" for s in ("target=0", "max_updates=1", "examples=8", "batch_size=8", "eval_problems=8")]
 

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 import sapo
-import sapo.loop
+import sapo.run.loop
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config.diagnostics import WarningsConfig
 from sapo.diagnostics import replay_warnings
 from sapo.errors import CollapseError, NonFiniteError
 from sapo.model.loading import load_policy
 from sapo.report import make_report
-from sapo.session import resume
+from sapo.run.collapse import restore
 from sapo.training.checkpoint import list_checkpoints
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.trainer import Trainer
-from sapo.watch import restore
+from sapo.workflows.train import resume
 
 STEPS = 10
 COLLAPSING = {
@@ -46,7 +46,9 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rewards_of_a_test.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sapo.loop, "learning_rate_at", lambda step, peak, **_: min(peak, 0.001) if step < 3 else peak)
+    monkeypatch.setattr(
+        sapo.run.loop, "learning_rate_at", lambda step, peak, **_: min(peak, 0.001) if step < 3 else peak
+    )
 
 
 def run_recipe(directory: Path, should_stop=lambda: False, **changes) -> Path:
@@ -136,8 +138,8 @@ def test_a_rolled_back_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, 
 
 @pytest.mark.parametrize("cut", ["take_back", "append_metrics", "checkpoint"])
 def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkeypatch, cut: str) -> None:
-    from sapo.loop import TrainingRun
-    from sapo.run_directory import RunDirectory
+    from sapo.run.directory import RunDirectory
+    from sapo.run.loop import TrainingRun
 
     whole = run_recipe(tmp_path / "whole", **ROLLBACK)
     owner = TrainingRun if cut == "checkpoint" else RunDirectory

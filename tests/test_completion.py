@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sapo.completion import (
+from sapo.cli.completion import (
     complete_comparison,
     complete_model,
     complete_objective,
@@ -141,7 +141,7 @@ def test_names_of_files_are_offered_with_the_directories_on_the_way(
 
 
 def test_completing_files_does_not_load_the_library() -> None:
-    code = "import sys, sapo.cli, sapo.completion as c; c.complete_recipe(''); c.complete_run('')"
+    code = "import sys, sapo.cli, sapo.cli.completion as c; c.complete_recipe(''); c.complete_run('')"
     code += "; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

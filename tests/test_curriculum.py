@@ -12,9 +12,9 @@ from runs import write_recipe
 from sapo.config import CurriculumConfig, RolloutConfig
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.errors import ConfigError
-from sapo.preflight import load_tasks
 from sapo.rollout.curriculum import Curriculum
 from sapo.rollout.selection import Position, Selector
+from sapo.run.preflight import load_tasks
 from sapo.tasks import ArithmeticTask, FiniteTask
 
 

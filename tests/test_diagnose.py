@@ -11,12 +11,12 @@ import pytest
 import sapo
 from runs import REWARD, write_recipe
 from sapo.cli import main
-from sapo.diagnose import PARTS, SYMMETRIC, Diagnosis, Force, diagnose
 from sapo.errors import ConfigError
-from sapo.evaluation_plan import orders
 from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
 from sapo.objectives import make_objective
+from sapo.workflows.evaluation_plan import orders
+from sapo.workflows.sampler_mismatch import PARTS, SYMMETRIC, Diagnosis, Force, diagnose
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sapo import doctor
-from sapo.doctor import Finding, examine, is_broken
 from sapo.utils.machine import processor_name
+from sapo.workflows import doctor
+from sapo.workflows.doctor import Finding, examine, is_broken
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:

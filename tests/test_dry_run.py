@@ -12,12 +12,12 @@ import pytest
 
 import sapo
 from runs import write_recipe
-from sapo.coldstart import ensure_coldstart
 from sapo.config.recipes import load_recipe
 from sapo.config.summary import sampler_sentences
-from sapo.dry_run import DryRun
 from sapo.errors import ConfigError
-from sapo.session import dry_run
+from sapo.workflows.coldstart import ensure_coldstart
+from sapo.workflows.dry_run import DryRun
+from sapo.workflows.train import dry_run
 
 
 def files_below(directory: Path) -> dict[str, bytes]:

@@ -10,13 +10,13 @@ import torch
 
 import sapo
 from runs import metrics, write_model, write_recipe
-from sapo import evaluation_order
 from sapo.config import PromptConfig
 from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation import Results, read_results
-from sapo.evaluation_plan import orders
 from sapo.rollout.params import SamplingParams
 from sapo.tasks import FileTask, make_task
+from sapo.workflows import evaluate as evaluation_order
+from sapo.workflows.evaluation_plan import orders
 
 QUICK = {"problems": 12, "samples": 3, "max_new_tokens": 8, "device": "cpu"}
 

@@ -10,10 +10,10 @@ import pytest
 from runs import write_model, write_recipe
 from sapo.config import PromptConfig
 from sapo.errors import ConfigError, TaskError
-from sapo.evaluation_order import Settings, Subject
-from sapo.evaluation_plan import order_of_task, orders, place, split_overrides
-from sapo.run_directory import RunDirectory
+from sapo.run.directory import RunDirectory
 from sapo.utils.hashing import seed_for
+from sapo.workflows.evaluate import Settings, Subject
+from sapo.workflows.evaluation_plan import order_of_task, orders, place, split_overrides
 
 
 @pytest.fixture(autouse=True)

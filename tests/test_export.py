@@ -16,11 +16,11 @@ from runs import write_recipe
 from sapo.config.recipes import load_recipe
 from sapo.data import Prompt
 from sapo.errors import ConfigError
-from sapo.export import Source, export_model
 from sapo.model.loading import load_policy
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
+from sapo.workflows.export import Source, export_model
 
 QUESTIONS = ("1+2=", "7*8=", "20-3=")
 

@@ -14,10 +14,11 @@ from runs import write_model, write_recipe
 from sapo.cli import main
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError, ModelError
-from sapo.generation import format_of_run, generate
 from sapo.model.loading import load_policy
 from sapo.rollout.params import SamplingParams
-from sapo.session import newest_model, train
+from sapo.run.models import newest_model
+from sapo.workflows.generate import format_of_run, generate
+from sapo.workflows.train import train
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0.0)
 TEMPLATE = (

@@ -22,7 +22,8 @@ import yaml
 from runs import fingerprint, metrics, write_recipe
 from sapo.config.recipes import load_recipe, parse_recipe
 from sapo.errors import ConfigError
-from sapo.loggers import check_loggers, panel_name, run_identity
+from sapo.run.loggers.all import check_loggers, run_identity
+from sapo.run.loggers.base import panel_name
 
 ALL = {"tensorboard": True, "rollouts_every": 2, "wandb": {"mode": "offline"}, "trackio": {"project": "tests"}}
 

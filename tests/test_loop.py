@@ -15,15 +15,16 @@ from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config.diagnostics import WarningsConfig
 from sapo.data import Status
 from sapo.errors import ConfigError, NonFiniteError
-from sapo.export import export_model
 from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.rollout.local.cpu.native import kernels_in_use
 from sapo.rollout.local.engine import LocalEngine
-from sapo.session import load_model, resume
+from sapo.run.models import load_model
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
 from sapo.training.trainer import Trainer
 from sapo.utils.machine import processor_name
+from sapo.workflows.export import export_model
+from sapo.workflows.train import resume
 
 FAITHFUL = WarningsConfig().unfaithful
 
@@ -212,20 +213,20 @@ def test_a_checkpoint_kept_alone_outlives_a_broken_one_that_was_newer(tmp_path: 
 
 
 def test_a_stop_in_the_second_tasks_evaluation_logs_neither_twice(tmp_path: Path, monkeypatch) -> None:
-    import sapo.loop
+    import sapo.run.loop
 
     settings = sapo.load_recipe(write_recipe(tmp_path)).model_dump(mode="json")
     settings["tasks"].append({**settings["tasks"][0], "label": "other"})
     (tmp_path / "two.yaml").write_text(json.dumps(settings))
     evaluated = 0
-    original = sapo.loop.evaluate_policy
+    original = sapo.run.loop.evaluate_policy
 
     def counting(*args, **kwargs):
         nonlocal evaluated
         evaluated += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sapo.loop, "evaluate_policy", counting)
+    monkeypatch.setattr(sapo.run.loop, "evaluate_policy", counting)
     run = sapo.train(sapo.load_recipe(tmp_path / "two.yaml"), should_stop=lambda: evaluated == 4).directory
     resume(run)
     seen = [(m["step"], m["task"]) for m in metrics(run) if m["kind"] == "eval"]
@@ -334,7 +335,7 @@ def test_a_run_that_goes_on_on_another_processor_says_so(tmp_path: Path, monkeyp
     run = run_recipe(tmp_path, train__steps=1)
     had = yaml.safe_load((run / "config.yaml").read_text())["provenance"]["processor"]
     assert had == processor_name()
-    monkeypatch.setattr(sapo.session, "processor_name", lambda: "Abacus 1")
+    monkeypatch.setattr(sapo.workflows.train, "processor_name", lambda: "Abacus 1")
     listener = Recorder()
     resume(run, listener=listener)
     expected = f"processor: {had} before, Abacus 1 now: the run goes on, but not bit for bit"

@@ -11,9 +11,9 @@ import pytest
 
 import sapo
 from runs import REWARD, fingerprint, metrics, write_mixture
-from sapo.loop import TrainingRun
-from sapo.session import resume
+from sapo.run.loop import TrainingRun
 from sapo.training.checkpoint import list_checkpoints
+from sapo.workflows.train import resume
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "drop": {"rollout__zero_variance": "drop"},

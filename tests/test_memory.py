@@ -19,7 +19,6 @@ from moe_cases import make_moe
 from runs import write_recipe
 from sapo.config.recipes import load_recipe
 from sapo.data import Prompt
-from sapo.memory import Counts, estimate_memory, full_length_group, kept_bytes, measure_activations
 from sapo.model.attention import TreeLayout
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
@@ -27,18 +26,19 @@ from sapo.model.tiny import character_tokenizer
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.layouts import PrefillLayout
 from sapo.training.batch import pack
+from sapo.workflows.memory import Counts, estimate_memory, full_length_group, kept_bytes, measure_activations
 
 ESTIMATE = """
 import json, sys
 from sapo.config.recipes import load_recipe
-from sapo.session import dry_run
+from sapo.workflows.train import dry_run
 print(json.dumps(dry_run(load_recipe(sys.argv[1])).memory.to_json()))
 """
 RUN = """
 import sys
 from pathlib import Path
 from sapo.config.recipes import load_recipe
-from sapo.session import train
+from sapo.workflows.train import train
 train(load_recipe(sys.argv[1]))
 [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")]
 print(int(line.split()[1]) * 1024)

@@ -10,16 +10,16 @@ from statistics import mean
 import pytest
 import torch
 
-from sapo.coldstart import ensure_coldstart
 from sapo.config.recipes import load_recipe
 from sapo.data import Completion, Prompt, Segment
 from sapo.model.attention import TreeLayout
 from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import gate_weight, group_advantages, policy_loss
-from sapo.session import train
 from sapo.tasks import ALPHABET, ArithmeticTask, score_completions
-from sapo.tasks.arithmetic import worked_text
+from sapo.tasks.generated.arithmetic import worked_text
+from sapo.workflows.coldstart import ensure_coldstart
+from sapo.workflows.train import train
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "one_file_sapo.py"
 

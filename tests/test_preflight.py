@@ -12,8 +12,8 @@ from sapo.config.recipes import load_recipe
 from sapo.data import Prompt, Score
 from sapo.errors import ConfigError
 from sapo.model.loading import load_policy
-from sapo.preflight import TaskSet, check_prompts
 from sapo.rollout.prompting import PromptFormat
+from sapo.run.preflight import TaskSet, check_prompts
 
 
 class Tests:

@@ -14,9 +14,9 @@ from rich.console import Console
 
 import sapo
 from runs import write_recipe
+from sapo.cli.tables import seconds_table
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError
-from sapo.tables import seconds_table
 from sapo.utils.spans import SpanRecorder, span
 
 

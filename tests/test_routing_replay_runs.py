@@ -16,10 +16,10 @@ from runs import REWARD, fingerprint, metrics, write_model, write_recipe
 from sapo.config.recipes import parse_recipe
 from sapo.config.summary import replay_sentence
 from sapo.errors import ConfigError, ModelError
-from sapo.loop import TrainingRun
 from sapo.rollout.local.engine import LocalEngine
-from sapo.session import dry_run, resume
+from sapo.run.loop import TrainingRun
 from sapo.training.checkpoint import list_checkpoints
+from sapo.workflows.train import dry_run, resume
 
 EXPERTS = {"experts": 6, "experts_per_token": 2}
 KINDS: dict[str, dict[str, Any]] = {

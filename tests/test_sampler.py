@@ -12,14 +12,14 @@ import sapo
 from runs import REWARD, fingerprint, metrics, write_recipe
 from sapo.config import RolloutConfig
 from sapo.errors import ConfigError
-from sapo.loop import TrainingRun
 from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
-from sapo.preflight import load_tasks
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.staleness import Staleness
-from sapo.run_directory import RunDirectory
-from sapo.session import resume
+from sapo.run.directory import RunDirectory
+from sapo.run.loop import TrainingRun
+from sapo.run.preflight import load_tasks
+from sapo.workflows.train import resume
 
 E4M3 = {"rollout__sampler_dtype": "float8_e4m3fn", "rollout__sampler_scaling": "none"}
 

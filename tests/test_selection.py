@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.rollout.selection import Position, Selection, Selector
-from sapo.run_state import RunState
+from sapo.run.state import RunState
 from sapo.tasks import prompts_for_step
 from sapo.utils.hashing import hashed_integer
 

@@ -10,7 +10,7 @@ import pytest
 from sapo.config import TrainConfig
 from sapo.data import Completion, Group, Prompt
 from sapo.errors import NonFiniteError
-from sapo.self_check import CHECKED_GROUPS, check_old_logprobs
+from sapo.run.self_check import CHECKED_GROUPS, check_old_logprobs
 
 
 def check(ours: list[float], old_logprobs: str = "auto", full_distribution: bool = True, groups: int = 1):

@@ -7,9 +7,9 @@ import io
 from rich.console import Console
 
 from evaluation_cases import answered, counted, results, sample
+from sapo.cli.tables import MOST_SLICES, Progress, comparison_table, evaluation_table
 from sapo.data import Status
 from sapo.evaluation import ConstantAnswer, compare
-from sapo.tables import MOST_SLICES, Progress, comparison_table, evaluation_table
 
 MARKUP = "[red]x[/red][link=file:///etc/passwd]y[/link]"
 

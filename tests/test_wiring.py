@@ -10,10 +10,10 @@ import sapo
 from runs import metrics, write_recipe
 from sapo.config import RunConfig
 from sapo.errors import TaskError
-from sapo.loop import TrainingRun
 from sapo.model.loading import load_policy
-from sapo.preflight import load_tasks
-from sapo.run_directory import RunDirectory
+from sapo.run.directory import RunDirectory
+from sapo.run.loop import TrainingRun
+from sapo.run.preflight import load_tasks
 
 
 @pytest.fixture

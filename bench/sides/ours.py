@@ -23,18 +23,18 @@ from bench.sides.clock import gemm_backends, timed, use_machine
 from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
 from sapo.config.recipes import parse_recipe
 from sapo.data import Completion, Group, Prompt, Score
-from sapo.loop import TrainingRun
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
-from sapo.preflight import load_tasks
 from sapo.rollout.engine import Request
 from sapo.rollout.local.cpu.native import Kernels
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
-from sapo.run_directory import RunDirectory
-from sapo.session import resolve_machine
+from sapo.run.directory import RunDirectory
+from sapo.run.loop import TrainingRun
+from sapo.run.machine import resolve_machine
+from sapo.run.preflight import load_tasks
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.trainer import Trainer
 

@@ -22,12 +22,12 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 if TYPE_CHECKING:
-    from sapo.comparing import compare, load_comparison
     from sapo.config import RunConfig
     from sapo.config.recipes import load_recipe
     from sapo.evaluation import Evaluation
-    from sapo.evaluation_order import evaluate
-    from sapo.session import Run, resume, train
+    from sapo.workflows.comparing import compare, load_comparison
+    from sapo.workflows.evaluate import evaluate
+    from sapo.workflows.train import Run, resume, train
 
 __version__ = "0.1.0"
 
@@ -45,14 +45,14 @@ __all__ = [
 
 _HOMES = {
     "Evaluation": "sapo.evaluation",
-    "Run": "sapo.session",
+    "Run": "sapo.workflows.train",
     "RunConfig": "sapo.config",
-    "compare": "sapo.comparing",
-    "evaluate": "sapo.evaluation_order",
-    "load_comparison": "sapo.comparing",
+    "compare": "sapo.workflows.comparing",
+    "evaluate": "sapo.workflows.evaluate",
+    "load_comparison": "sapo.workflows.comparing",
     "load_recipe": "sapo.config.recipes",
-    "resume": "sapo.session",
-    "train": "sapo.session",
+    "resume": "sapo.workflows.train",
+    "train": "sapo.workflows.train",
 }
 
 

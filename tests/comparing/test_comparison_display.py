@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sapo.commands.comparison_display import ComparisonDisplay
-from sapo.comparing.comparison import find_places
-from sapo.comparing.outcomes import Outcome
-from sapo.comparing.plan import ComparisonPlan
-from sapo.comparing.processes import Event, Places
+from sapo.cli.comparison_display import ComparisonDisplay
 from sapo.config import RunConfig
 from sapo.errors import ConfigError
+from sapo.workflows.comparing.comparison import find_places
+from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.plan import ComparisonPlan
+from sapo.workflows.comparing.processes import Event, Places
 
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "arithmetic"}], "train": {"steps": 40}}
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from sapo.comparing import load_comparison
-from sapo.comparing.directory import ComparisonDirectory, check_directory
-from sapo.comparing.plan import SHARED_KEYS
 from sapo.config.recipes import known_comparisons, known_recipes, load_recipe
 from sapo.errors import ConfigError
+from sapo.workflows.comparing import load_comparison
+from sapo.workflows.comparing.directory import ComparisonDirectory, check_directory
+from sapo.workflows.comparing.plan import SHARED_KEYS
 
 COMPARISON = {
     "recipe": "quickstart",

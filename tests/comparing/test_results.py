@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sapo.comparing.alarms import Alarms
-from sapo.comparing.outcomes import Curve, Look, Outcome
-from sapo.comparing.plan import ComparisonPlan
-from sapo.comparing.results import ComparisonResults
-from sapo.comparing.table import as_markdown
 from sapo.evaluation.estimates import bootstrap, bootstrap_crossed
-from sapo.run_directory import FAILURE_FILE
+from sapo.run.directory import FAILURE_FILE
+from sapo.workflows.comparing.alarms import Alarms
+from sapo.workflows.comparing.outcomes import Curve, Look, Outcome
+from sapo.workflows.comparing.plan import ComparisonPlan
+from sapo.workflows.comparing.results import ComparisonResults
+from sapo.workflows.comparing.table import as_markdown
 
 BASE = {
     "model": {"path": "m"},

@@ -13,7 +13,7 @@ from sapo.data import Prompt, Score, Status
 from sapo.errors import Interrupted
 from sapo.evaluation import best_constant, constant
 from sapo.tasks import FileTask
-from sapo.tasks.arithmetic import ArithmeticTask
+from sapo.tasks.generated.arithmetic import ArithmeticTask
 
 
 class BoxedTask(WrittenTask):

@@ -14,7 +14,7 @@ from report_page import Visit, texts, wait
 from runs import write_recipe
 from sapo.config.recipes import load_recipe
 from sapo.report import make_report, write_page
-from sapo.session import train
+from sapo.workflows.train import train
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 

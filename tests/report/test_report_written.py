@@ -14,8 +14,8 @@ from sapo.cli import main
 from sapo.errors import ConfigError
 from sapo.report import make_report
 from sapo.report.images import draw, write_images
+from sapo.report.live import fingerprint, watch
 from sapo.report.page import write_page
-from sapo.report.watch import fingerprint, watch
 
 
 def append(run: Path, *records: dict) -> None:

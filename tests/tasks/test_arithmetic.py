@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sapo.data import Prompt, Status
 from sapo.errors import TaskError
 from sapo.tasks import ALPHABET, ArithmeticTask, Task, WorkedTask
-from sapo.tasks.arithmetic import canonical, check_disjoint, worked_text
+from sapo.tasks.generated.arithmetic import canonical, check_disjoint, worked_text
 
 OPTIONS = [
     {"operation": "add", "digits": 1},
@@ -365,7 +365,7 @@ def test_a_space_without_both_sides_is_refused(fraction, side):
 def test_nearly_all_of_a_held_out_set_too_large_to_list_is_refused(monkeypatch):
     task = ArithmeticTask(digits=2)
     there_are = len(task.held_out(5000))
-    monkeypatch.setattr("sapo.tasks.arithmetic.MAX_LISTED_PROBLEMS", 0)
+    monkeypatch.setattr("sapo.tasks.generated.arithmetic.MAX_LISTED_PROBLEMS", 0)
     assert len(task.held_out(there_are // 2)) == there_are // 2
     with pytest.raises(TaskError, match=f"got {there_are + 1}, and .* ask for fewer"):
         task.held_out(there_are + 1)

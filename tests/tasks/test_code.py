@@ -9,10 +9,10 @@ import pytest
 from sapo.data import Completion, Prompt, Score, Status
 from sapo.errors import TaskError
 from sapo.sandbox import SandboxError, SandboxUnavailable, choice
-from sapo.tasks import code as code_module
 from sapo.tasks import load_verifier
-from sapo.tasks.code import Program, code, find_program, same_output
-from sapo.tasks.code_tests import CodeTests
+from sapo.tasks.verifiers import code as code_module
+from sapo.tasks.verifiers.code import Program, code, find_program, same_output
+from sapo.tasks.verifiers.code_tests import CodeTests
 
 SUM = CodeTests("stdin", cases=(("1 2\n", "3\n"), ("10 -4\n", "6\n"), ("0 0\n", "0\n")), cpu_seconds=2)
 ADD = CodeTests("functional", cases=(("1\n2", "3"), ('"a"\n"b"', '"ab"')), function="add", cpu_seconds=1)

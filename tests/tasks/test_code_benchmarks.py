@@ -12,8 +12,8 @@ import pytest
 
 from sapo.data import Prompt, Status
 from sapo.errors import TaskError
-from sapo.tasks.code import code
-from sapo.tasks.code_tests import CodeTests
+from sapo.tasks.verifiers.code import code
+from sapo.tasks.verifiers.code_tests import CodeTests
 
 BENCHDATA = Path(__file__).parents[2] / ".." / "shared" / "benchdata"
 

@@ -71,7 +71,7 @@ def test_a_hub_repository_is_asked_for_by_id_configuration_revision_and_split(mo
         return datasets.Dataset.from_list(ROWS[:20] if arguments["split"] == "train" else ROWS[20:])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("sapo.tasks.hub._hub_answers", lambda library: True)
+    monkeypatch.setattr("sapo.tasks.rows.hub._hub_answers", lambda library: True)
     options = {"config": "main", "revision": "abc", "split": "train", "held_out_split": "test"}
     task = DatasetTask("someone/sums", **COLUMNS, **options, answer_after="####")
     assert (task.name, task.num_train, task.num_held_out) == ("sums", 20, 40)
@@ -117,7 +117,7 @@ def test_what_the_hub_says_of_an_unknown_id_is_one_line(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist\non the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("sapo.tasks.hub._hub_answers", lambda library: True)
+    monkeypatch.setattr("sapo.tasks.rows.hub._hub_answers", lambda library: True)
     text = message(dataset="nobody/nothing")
     assert text == (
         "nobody/nothing[train]: loading failed: Dataset 'nobody/nothing' doesn't exist on the Hub.; check the id, "

@@ -12,9 +12,9 @@ import pytest
 from sapo.data import Prompt, Status
 from sapo.errors import TaskError
 from sapo.tasks import load_verifier
-from sapo.tasks.pool import WorkerPool
 from sapo.tasks.verifiers import build_verifier
 from sapo.tasks.verifiers import math as verifier_module
+from sapo.tasks.workers.pool import WorkerPool
 
 MATH = build_verifier("math")
 

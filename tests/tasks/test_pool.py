@@ -14,7 +14,8 @@ import pytest
 from sapo.data import Completion, Prompt, Score, Status
 from sapo.errors import TaskError
 from sapo.tasks import FileTask, load_verifier, score_completions, score_groups
-from sapo.tasks.pool import Home, Job, WorkerPool, default_size, shared_pool
+from sapo.tasks.workers.pool import WorkerPool, default_size, shared_pool
+from sapo.tasks.workers.wire import Home, Job
 
 PROMPT = Prompt(id=0, task="t", text="question", answer="a", metadata={"k": [1, 2]})
 
@@ -259,7 +260,7 @@ PARENT = """
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from sapo.data import Prompt
-from sapo.tasks.pool import Home, Job, WorkerPool
+from sapo.tasks.workers.pool import Home, Job, WorkerPool
 pool = WorkerPool(2)
 prompt = Prompt(id=0, task="t", text="?")
 jobs = [Job("rewards_of_the_pool:act", text, prompt, 600.0, Home.here()) for text in sys.argv[1:]]
@@ -294,7 +295,8 @@ def test_no_worker_outlives_a_parent_that_is_killed(home, end):
 
 def test_a_program_that_ends_takes_its_workers_along_and_says_nothing(home):
     source = (
-        "from sapo.data import Prompt\nfrom sapo.tasks import load_verifier\nfrom sapo.tasks.pool import shared_pool\n"
+        "from sapo.data import Prompt\nfrom sapo.tasks import load_verifier\n"
+        "from sapo.tasks.workers.pool import shared_pool\n"
         "score = load_verifier('rewards_of_the_pool:act')('x', Prompt(id=0, task='t', text='?'))\n"
         "print(score.reward, *shared_pool().worker_ids())"
     )

@@ -15,8 +15,8 @@ import pytest
 
 from sapo.errors import TaskError
 from sapo.tasks import PRESETS, VERIFIERS, make_task
-from sapo.tasks.code import CodeTests
-from sapo.tasks.presets import ALIASES
+from sapo.tasks.rows.presets import ALIASES
+from sapo.tasks.verifiers.code import CodeTests
 
 BENCHMARKS = Path(__file__).parents[2] / ".." / "shared" / "benchdata"
 
@@ -294,7 +294,7 @@ def test_without_a_path_a_preset_asks_the_hub_for_its_splits(monkeypatch):
         return datasets.Dataset.from_list([other])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("sapo.tasks.hub._hub_answers", lambda library: True)
+    monkeypatch.setattr("sapo.tasks.rows.hub._hub_answers", lambda library: True)
     task = make_task("gsm8k", seed=0)
     assert (task.num_train, task.num_held_out) == (1, 1)
     make_task("aime25", seed=0)

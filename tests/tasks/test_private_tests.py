@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 from sapo.errors import TaskError
-from sapo.tasks.private_tests import decode_private_tests
+from sapo.tasks.verifiers.private_tests import decode_private_tests
 
 TESTS = [
     {"input": "1 2\n", "output": "3\n", "testtype": "stdin"},

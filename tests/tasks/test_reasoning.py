@@ -15,10 +15,16 @@ import pytest
 from sapo.data import Completion, Prompt, Status
 from sapo.errors import TaskError
 from sapo.tasks import ReasoningGymTask, Task, make_task, score_completions
-from sapo.tasks.pool import Home
-from sapo.tasks.reasoning import canonical_sum
-from sapo.tasks.reasoning_audit import REFUSED, SOUND, check_dataset, find_evaluator
-from sapo.tasks.reasoning_scoring import ReasoningGymJudge, evaluate, extract_answer, generate_entry, make_dataset
+from sapo.tasks.generated.reasoning import canonical_sum
+from sapo.tasks.generated.reasoning_audit import REFUSED, SOUND, check_dataset, find_evaluator
+from sapo.tasks.generated.reasoning_scoring import (
+    ReasoningGymJudge,
+    evaluate,
+    extract_answer,
+    generate_entry,
+    make_dataset,
+)
+from sapo.tasks.workers.wire import Home
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
@@ -184,7 +190,7 @@ def test_a_task_s_answers_are_judged_in_a_worker(monkeypatch):
 
 SLOW_JUDGE = """
 import time
-from sapo.tasks.reasoning_scoring import ReasoningGymJudge
+from sapo.tasks.generated.reasoning_scoring import ReasoningGymJudge
 
 class SlowJudge(ReasoningGymJudge):
     def __call__(self, text, prompt):

@@ -7,7 +7,7 @@ import pytest
 from sapo.data import Prompt, Score, Status
 from sapo.errors import TaskError
 from sapo.tasks import make_task
-from sapo.tasks.sums import SumsTask
+from sapo.tasks.generated.sums import SumsTask
 
 
 def operands(text: str) -> tuple[frozenset[int], str] | tuple[tuple[int, int], str]:

@@ -10,7 +10,7 @@ import yaml
 from sapo.config import RunConfig
 from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import PRESETS, TASKS, VERIFIERS, make_task
-from sapo.tasks.reasoning_audit import SOUND
+from sapo.tasks.generated.reasoning_audit import SOUND
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
@@ -38,7 +38,7 @@ def rows(tmp_path, monkeypatch):
     def load_problems(path, **arguments):
         return datasets.Dataset.from_list([{**ROW, "problem": f"{i}?", "answer": "1"} for i in range(60)])
 
-    monkeypatch.setattr("sapo.tasks.hub._hub_answers", lambda library: True)
+    monkeypatch.setattr("sapo.tasks.rows.hub._hub_answers", lambda library: True)
     monkeypatch.setattr(
         datasets, "load_dataset", lambda path, **a: (load_problems if "MATH" in path else load)(path, **a)
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_trainer import make_groups, make_policy
 
-from sapo.diagnose import SYMMETRIC, SymmetricMask, _Measured
 from sapo.objectives import make_objective
+from sapo.workflows.sampler_mismatch import SYMMETRIC, SymmetricMask, _Measured
 
 
 def by_hand(name: str, ratios: list[float], advantage: float) -> list[float]:

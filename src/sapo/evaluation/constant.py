@@ -39,7 +39,7 @@ def best_constant(
 ) -> ConstantAnswer | None:
     """The reference answer that is right on the most of the problems, or None where none can be judged.
 
-    >>> from sapo.tasks.arithmetic import ArithmeticTask
+    >>> from sapo.tasks.generated.arithmetic import ArithmeticTask
     >>> task = ArithmeticTask(operation="modular_chain", terms=1, modulus=3)
     >>> best_constant(task, [Prompt(i, "t", "?", answer=a) for i, a in enumerate("0120")])
     ConstantAnswer(answer='0', share=0.5, judged=3, distinct=3)

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from sapo.comparing.plan import format_rate
 from sapo.report.runs import Run
+from sapo.workflows.comparing.plan import format_rate
 
 # Where and how a run was made, not what it is.
 BESIDE_THE_POINT = (

@@ -1,7 +1,7 @@
 """Comparisons as a report shows them: the figures of results.json, as they stand there, and what they say in words.
 
 While runs go on there is no results.json yet, or one of an earlier stop: then what has ended is counted by
-`sapo.comparing`, which writes that file in the end.
+`sapo.workflows.comparing`, which writes that file in the end.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.comparing.plan import format_rate
 from sapo.errors import ConfigError
 from sapo.report.runs import is_run
 from sapo.utils.text import visible
+from sapo.workflows.comparing.plan import format_rate
 
 FEW_SEEDS = 5
 """Below so many, intervals over seeds are too narrow to conclude from."""
@@ -117,9 +117,9 @@ def count(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the plan or a run is of another version.
     """
-    from sapo.comparing.outcomes import Outcome
-    from sapo.comparing.recipe import load_comparison
-    from sapo.comparing.results import ComparisonResults
+    from sapo.workflows.comparing.config import load_comparison
+    from sapo.workflows.comparing.outcomes import Outcome
+    from sapo.workflows.comparing.results import ComparisonResults
 
     plan = load_comparison(path)
     return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(path)]).to_json()

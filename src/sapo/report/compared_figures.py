@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from sapo.comparing.plan import format_rate
 from sapo.report.arms import Arm
 from sapo.report.compared import Comparison
 from sapo.report.curves import arm_traces, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
+from sapo.workflows.comparing.plan import format_rate
 
 SEED_ABOVE = -0.22
 """Seeds lie above the interval of their arm, by this share of a row."""

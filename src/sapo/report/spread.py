@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from sapo.comparing.plan import format_rate
 from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import Dash, Figure, Mark, Panel, Trace, outline
 from sapo.report.gates import gate_curve, objective_of
 from sapo.report.runs import Run, read_lines
+from sapo.workflows.comparing.plan import format_rate
 
 _STEPS = np.logspace(-4, 1, 41)
 LOG_RATIO_EDGES = np.concatenate([-_STEPS[::-1], _STEPS])

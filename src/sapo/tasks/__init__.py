@@ -5,14 +5,14 @@ A step asks `prompts_for_step` which prompts it needs, a Task for their text, an
 """
 
 from sapo.errors import TaskError
-from sapo.tasks.arithmetic import ALPHABET, ArithmeticTask
 from sapo.tasks.base import FiniteTask, JudgedTask, Task, WorkedTask
-from sapo.tasks.datasets import DatasetTask
-from sapo.tasks.files import FileTask, RowTask
+from sapo.tasks.generated.arithmetic import ALPHABET, ArithmeticTask
+from sapo.tasks.generated.reasoning import ReasoningGymTask
 from sapo.tasks.mixture import prompts_for_step
-from sapo.tasks.presets import PRESETS, Preset
-from sapo.tasks.reasoning import ReasoningGymTask
 from sapo.tasks.registry import TASKS, make_task
+from sapo.tasks.rows.datasets import DatasetTask
+from sapo.tasks.rows.presets import PRESETS, Preset
+from sapo.tasks.rows.task import FileTask, RowTask
 from sapo.tasks.scoring import score_completions, score_groups, status_counts
 from sapo.tasks.verifiers import VERIFIERS, load_verifier
 

@@ -38,7 +38,7 @@ def prompts_for_step(
     Raises:
         TaskError: a weight that is not positive, or rare tasks whose weights have too long a common period.
 
-    >>> from sapo.tasks.arithmetic import ArithmeticTask
+    >>> from sapo.tasks.generated.arithmetic import ArithmeticTask
     >>> add, times = ArithmeticTask(name="add"), ArithmeticTask(name="times", operation="multiply", digits=2)
     >>> [(task.name, index) for task, index in prompts_for_step([(add, 2), (times, 1)], step=1, prompts_per_step=3)]
     [('add', 2), ('add', 3), ('times', 1)]

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from sapo.errors import TaskError
-from sapo.tasks.arithmetic import ArithmeticTask
 from sapo.tasks.base import Task
-from sapo.tasks.datasets import DatasetTask
-from sapo.tasks.files import FileTask
-from sapo.tasks.presets import ALIASES, PRESETS
-from sapo.tasks.reasoning import ReasoningGymTask
-from sapo.tasks.sums import SumsTask
+from sapo.tasks.generated.arithmetic import ArithmeticTask
+from sapo.tasks.generated.reasoning import ReasoningGymTask
+from sapo.tasks.generated.sums import SumsTask
+from sapo.tasks.rows.datasets import DatasetTask
+from sapo.tasks.rows.presets import ALIASES, PRESETS
+from sapo.tasks.rows.task import FileTask
 from sapo.utils.names import did_you_mean
 
 TASKS: dict[str, Callable[..., Task]] = {

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from sapo.data import Completion, Prompt, Score, Status
 from sapo.tasks.base import JudgedTask, Task, checked_score
-from sapo.tasks.pool import Job, shared_pool
 from sapo.tasks.verifiers import Isolated
+from sapo.tasks.workers.pool import shared_pool
+from sapo.tasks.workers.wire import Job
 
 # A verifier's exception may quote the whole completion; the log keeps the beginning.
 MAX_DETAIL = 500
@@ -24,7 +25,7 @@ def score_completions(task: Task, prompt: Prompt, completions: Sequence[Completi
     A completion that did not finish is `truncated` with reward 0 unless the task says `score_truncated = True`. An
     exception in the verifier, or a reward that is no finite number, is `verifier_error` with reward 0 and the reason.
 
-    >>> from sapo.tasks.arithmetic import ArithmeticTask
+    >>> from sapo.tasks.generated.arithmetic import ArithmeticTask
     >>> prompt = Prompt(id=0, task="arithmetic", text="1+1=", answer="2")
     >>> completions = [Completion((), (), "stop", "1+1+0=02;#2"), Completion((), (), "length", "1+1+0=")]
     >>> [(c.score.reward, c.score.status.value) for c in score_completions(ArithmeticTask(), prompt, completions)]

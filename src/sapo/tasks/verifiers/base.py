@@ -18,7 +18,7 @@ class Verifier(Protocol):
     """Judges one completion.
 
     A verifier that must run outside this process, since it may hang, crash or run the user's code, has an attribute
-    `isolated = True` and its `deadline` in seconds; `sapo.tasks.pool` runs it. What it has to load first it may load in
+    `isolated = True` and its `deadline` in seconds; `workers/pool.py` runs it. What it has to load first it may load in
     a method `prepare()`, and make what it needs for a prompt in `prepare_prompt(prompt)`; neither is part of a
     completion's deadline. What it cannot do without, and is cheap to look for, it may look for in `check_machine()`,
     which is called where it is named. `pure = True` says that its scores depend on nothing but the text and the prompt.

@@ -22,10 +22,11 @@ from typing import Any, cast
 
 from sapo.data import Prompt, Score
 from sapo.errors import TaskError
-from sapo.tasks.pool import Home, Job, shared_pool
 from sapo.tasks.verifiers.base import Verifier, check_deadline, check_machine, deadline_of, is_pure
 from sapo.tasks.verifiers.combined import Combined, Term
 from sapo.tasks.verifiers.user import DEFAULT_DEADLINE, UserFunction
+from sapo.tasks.workers.pool import shared_pool
+from sapo.tasks.workers.wire import Home, Job
 from sapo.utils.names import did_you_mean
 
 VerifierSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -49,7 +50,7 @@ VERIFIERS: dict[str, Entry] = {
     "boxed_integer": Entry(f"{_HERE}.boxed:BoxedInteger", needs_answer=True),
     "choice": Entry(f"{_HERE}.choice:Choice", needs_answer=True),
     "zebra": Entry(f"{_HERE}.zebra:Zebra", needs_answer=False),
-    "code": Entry("sapo.tasks.code:code", needs_answer=False),
+    "code": Entry("sapo.tasks.verifiers.code:code", needs_answer=False),
     "regex": Entry(f"{_HERE}.patterns:Regex", needs_answer=True),
     "format": Entry(f"{_HERE}.patterns:Format", needs_answer=False),
     "json_schema": Entry(f"{_HERE}.patterns:JsonSchema", needs_answer=False),

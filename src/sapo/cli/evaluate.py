@@ -1,0 +1,148 @@
+"""`sapo eval`: a model on a task's held-out problems. `sapo eval-compare`: two of these, problem by problem."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sapo.cli.completion import complete_model, complete_task
+from sapo.cli.terminal import console, say, stop_signals
+
+if TYPE_CHECKING:
+    from sapo.workflows.evaluate import Order, Subject
+
+
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A run directory, a checkpoint, a model directory, a .gguf file or a hub id.",
+            autocompletion=complete_model,
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings of the task, as in digits=4, and of its prompts, as in prompt.style=chat or prompt.shots=4.",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A task's name, or a .jsonl or .parquet file; repeatable.",
+            show_default="the run's own tasks",
+            autocompletion=complete_task,
+        ),
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Held-out problems.", show_default="256, or the run's")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions of each problem (n).", show_default="4, or the run's")
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option(help="Which pass@k to estimate, as in 1,4.", show_default="1, or the run's")
+    ] = None,
+    greedy: Annotated[
+        bool | None,
+        typer.Option("--greedy/--no-greedy", help="Draw one more at temperature 0.", show_default="no, or the run's"),
+    ] = None,
+    constant: Annotated[
+        bool | None,
+        typer.Option(
+            "--constant/--no-constant", help="Judge the best constant answer.", show_default="yes, or the run's"
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Smallest reward that counts as right.")] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="1, or the run's")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", show_default="1, or the run's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The directory to write to.", show_default="evals/MODEL-TASK")
+    ] = None,
+) -> None:
+    """Evaluate a model on a task's held-out problems; the same command goes on with a killed one."""
+    from sapo.workflows.evaluate import Subject
+    from sapo.workflows.evaluation_plan import orders
+
+    given = {
+        "problems": problems,
+        "samples": samples,
+        "ks": None if k is None else _parse_ks(k),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "greedy": greedy,
+        "constant": constant,
+    }
+    asked = orders(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
+    subject = Subject.load(model, dtype, device)
+    for order in asked:
+        _carry_out(order, model, subject, out, problems, alone=len(asked) == 1)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's directory, or its results.json.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The one to set against it.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the comparison as JSON.")] = None,
+) -> None:
+    """Compare two evaluations of the same problems, problem by problem, with paired tests."""
+    from sapo.cli.tables import comparison_table
+    from sapo.errors import ConfigError
+    from sapo.evaluation.comparison import compare as compare_results
+    from sapo.evaluation.results import read_results
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already; name another file with --out")
+    result = compare_results(read_results(first), read_results(second), (str(first), str(second)))
+    console.print(comparison_table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        say(f"wrote {out}")
+
+
+def _carry_out(
+    order: Order, model: Path, subject: Subject, out: Path | None, problems: int | None, *, alone: bool
+) -> None:
+    """One task of what was asked for, and what came of it; `problems` are those that were asked for aloud."""
+    from sapo.cli.tables import Progress, evaluation_table
+    from sapo.workflows.evaluation_plan import place
+
+    prompts = order.ask(subject.policy)
+    directory, note = place(model, subject, order, prompts, out, alone=alone)
+    if note:
+        say(f"note: {note}")
+    with Progress(console) as progress, stop_signals() as stop:
+        results = order.carry_out(
+            subject, prompts, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
+        )
+    there = results.evaluation.problems
+    if problems is not None and there < problems:
+        say(f"note: {order.task.name} has {there} held-out problems; {problems} were asked for")
+    console.print(evaluation_table(results.evaluation))
+    say(f"wrote {directory}/results.json, completions.jsonl and the completions to read in {directory}/index.html")
+
+
+def _parse_ks(text: str) -> tuple[int, ...]:
+    from sapo.errors import ConfigError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--k takes whole numbers between commas, as in 1,4; got {text!r}") from None

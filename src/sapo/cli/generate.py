@@ -1,0 +1,91 @@
+"""`sapo generate`: completions of a prompt, as text, with log-probabilities, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sapo.cli.completion import complete_model
+from sapo.utils.text import visible
+
+LONGEST = 256
+
+
+def generate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A Hugging Face model directory, a checkpoint or a run directory.", autocompletion=complete_model
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
+    samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest completion.", show_default="256, or what the model has room for")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Through the chat template; by default where the tokenizer has one."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat, or first paragraph.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Each token with its log-probability.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Complete a prompt with a model; a run's own, in the format of its first task unless told otherwise."""
+    from sapo.errors import ConfigError
+    from sapo.rollout.params import SamplingParams
+    from sapo.run.models import load_model
+    from sapo.workflows.generate import format_of_run
+    from sapo.workflows.generate import generate as draw
+
+    if stop and "" in stop:
+        raise ConfigError("--stop must not be empty; got ''")
+    try:
+        length = max_new_tokens or LONGEST
+        params = SamplingParams(max_new_tokens=length, temperature=temperature, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
+    told = chat is not None or system is not None or bool(stop)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    result = draw(
+        load_model(model, dtype, device)[0],
+        text,
+        params,
+        samples=samples,
+        style="auto" if chat is None else "chat" if chat else "plain",
+        system=system,
+        stop=tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ()),
+        form=None if told else format_of_run(model),
+        shorten=max_new_tokens is None,
+    )
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
+        return
+    spelled = shown_to(terminal=sys.stdout.isatty())
+    for number, (completion, texts) in enumerate(zip(result.completions, result.token_texts, strict=True), 1):
+        if samples > 1:
+            print(f"--- {number} of {samples}, {len(completion)} tokens, {completion.finish_reason}")
+        if not logprobs:
+            print(spelled(completion.text))
+            continue
+        for token, shown, logprob in zip(completion.token_ids, texts, completion.logprobs, strict=True):
+            print(f"{logprob:9.4f}  {token:7d}  {shown!r}")
+        print(f"{sum(completion.logprobs):9.4f}  of {len(completion)} tokens, {completion.finish_reason}")
+
+
+def shown_to(*, terminal: bool) -> Callable[[str], str]:
+    """How a completion is printed: a terminal would obey what a file only holds, which gets it as it was written."""
+    return visible if terminal else str

@@ -1,0 +1,471 @@
+"""The loop: one iteration reads like the algorithm.
+
+    sample a group of completions for each prompt with the weights as they are
+    score them; advantages are relative to the group
+    choose the groups to train on; refill their places if so asked
+    prove (first step) or compute log pi_old at these weights
+    for each mini-batch: one update by the objective
+    log; every so often evaluate and write a checkpoint
+
+All that a resume needs is in `RunState`, between any two of these lines: a run that is killed and resumed writes the
+same metrics, weights and completions, bit for bit, as one that is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sapo.config import RunConfig
+from sapo.data import Group, Prompt
+from sapo.diagnostics import observe, rollout_metrics, step_update_metrics, task_panels
+from sapo.diagnostics.measure import Diagnosis
+from sapo.errors import Interrupted, NonFiniteError
+from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
+from sapo.model.policy import Policy
+from sapo.objectives import make_objective
+from sapo.rollout.engine import Request
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import encode_by_task
+from sapo.rollout.selection import Selection, Selector
+from sapo.rollout.shaping import shape_group
+from sapo.rollout.staleness import Staleness, sampler_weights
+from sapo.run.collapse import (
+    answer_collapse,
+    kept_checkpoints,
+    note_checkpoint,
+    note_non_finite,
+    note_step,
+    note_warning,
+    rollback_record,
+)
+from sapo.run.directory import RunDirectory
+from sapo.run.listener import Listener, Silent
+from sapo.run.loggers.all import LoggerSet
+from sapo.run.preflight import TaskSet
+from sapo.run.profiling import Profiler, phases
+from sapo.run.records import rollout_records, token_gates
+from sapo.run.routing_replay import RoutingReplay, attach_experts
+from sapo.run.self_check import check_old_logprobs, check_sampled
+from sapo.run.state import RolloutBatch, RunState
+from sapo.tasks import Task, score_groups
+from sapo.training.batch import split_minibatches
+from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
+from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.training.trainer import Trainer
+from sapo.utils.hashing import seed_for
+from sapo.utils.machine import give_back_freed_memory
+
+
+@dataclass(frozen=True)
+class StopReason:
+    """Why a run ended before its last step, and where it goes on."""
+
+    checkpoint: Checkpoint
+
+
+class TrainingRun:
+    """One run, from its present state to its last step.
+
+    Args:
+        config: checked.
+        directory: open for writing.
+        policy: at the weights of `state`.
+        tasks: from `load_tasks`.
+        state: a new run's, or a checkpoint's.
+        should_stop: asked wherever work can be left without loss.
+        reference: what a KL penalty keeps close to; None for the policy with its adapter switched off.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        policy: Policy,
+        tasks: TaskSet,
+        state: RunState | None = None,
+        listener: Listener | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        reference: Policy | None = None,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.policy = policy
+        self.state = state or RunState()
+        self.listener = listener or Silent()
+        self.should_stop = should_stop
+        self.tasks = tasks
+        self.reference = reference
+        self.engine = LocalEngine(policy, config.rollout.max_rows, config.rollout.cuda_graphs)
+        self.selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
+        self.replay = RoutingReplay.of(config, policy)
+        train = config.train
+        self.trainer = Trainer(
+            policy,
+            make_objective(config.objective.name, **config.objective.hyperparameters),
+            PolicyOptimizer(
+                [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
+                betas=train.betas,
+                eps=train.adam_eps,
+                weight_decay=train.weight_decay,
+                grad_clip=train.grad_clip,
+            ),
+            temperature=config.rollout.temperature,
+            normalizer=config.objective.normalizer,
+            tokens_per_microbatch=train.tokens_per_microbatch,
+            max_new_tokens=config.rollout.max_new_tokens,
+            activation_checkpointing=train.activation_checkpointing,
+            entropy=train.entropy,
+            kl=None if config.objective.kl is None else config.objective.kl.penalty,
+            routers=None if self.replay is None else self.replay.routers,
+            tis=None if config.objective.tis is None else config.objective.tis.weights,
+        )
+        self._staleness = Staleness(config.rollout.staleness, train.minibatches)
+        self.diagnosis = Diagnosis(config, self.trainer.objective)
+        self._saved_at = self.state.step if state is not None and not self.state.update else -1
+        names = [t.name for t in tasks.train]
+        self.loggers = LoggerSet(
+            config,
+            directory.path,
+            resumed_at=None if state is None else state.step,
+            panels=task_panels(names) if names[1:] else None,
+        )
+        self.profiler = Profiler(config, directory.path, lambda: self.state.seconds)
+        self._phase = self.profiler.phase
+        self._seconds_before = dict(self.state.seconds)
+        self._constants: dict[str, ConstantAnswer] = {}  # of each task: no matter of the policy, so judged once
+
+    def run(self) -> StopReason | None:
+        """Train to the last step, or until asked to stop.
+
+        Raises:
+            NonFiniteError, CollapseError: with step, cause and the checkpoint to resume from.
+        """
+        self.loggers.open()
+        self.listener.started(self.config)
+        try:
+            with self.profiler.run():
+                while True:
+                    if self._evaluation_due():
+                        self.evaluate()
+                    if self._checkpoint_due():
+                        self.checkpoint()
+                    if self.state.step >= self.config.train.steps:
+                        break
+                    with self.profiler.step(self.state.step + 1):
+                        try:
+                            self.step()
+                        except NonFiniteError as error:
+                            self._answer_non_finite(error)
+        except Interrupted:
+            return StopReason(self.checkpoint())
+        self.directory.write_summary(self.summary())
+        return None
+
+    def step(self) -> None:
+        """One rollout batch and its updates."""
+        state = self.state
+        if state.groups is None:
+            self._begin()
+        assert state.groups is not None
+        uneven = self.config.rollout.zero_variance == "drop"
+        minibatches = split_minibatches(state.groups, self.config.train.minibatches, uneven)
+        while state.update < len(minibatches):
+            self._sample_due()
+            self.update(minibatches[state.update])
+        self._log_step(state.groups)
+        state.step, state.update = state.step + 1, 0
+        state.groups, state.dropped, state.step_updates, state.gates = None, [], [], {}
+        note_step(state, self.config)
+        if state.collapse is not None:
+            self._answer_collapse()
+
+    def _begin(self) -> None:
+        """Take up the step's own batch; log pi_old of the current weights is of these."""
+        self._sample_due()
+        batch = self.state.take_next(self.config.train.minibatches)
+        if self.state.old_logprobs == "current":
+            with self._phase("old_logprobs"):
+                self.state.groups = self.trainer.with_old_logprobs(batch.groups, None, self._trainer_records())
+
+    def _sample_due(self) -> None:
+        """The step's own batch, or under staleness a later step's, when its time has come."""
+        state = self.state
+        while state.num_sampled < self._staleness.num_due(state.step, state.update):
+            state.ahead.append(self.rollout())
+
+    def rollout(self) -> RolloutBatch:
+        """Sample, score, advantages, choose, log pi_old: all at the present weights."""
+        state = self.state
+        sampled_at = self.trainer.updates
+        selected = self.selector.select(state.num_sampled, state.position, self._sample)
+        groups = selected.groups
+        check_sampled([*groups, *selected.dropped])
+        with self._phase("old_logprobs"):
+            if state.old_logprobs is None:
+                state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
+            if state.old_logprobs == "trainer":
+                groups = self.trainer.with_old_logprobs(groups, sampled_at, self._trainer_records())
+        if self.trainer.kl is not None:
+            with self._phase("reference"):
+                groups = self.trainer.with_reference_logprobs(groups, self.reference)
+        self._remember(selected)
+        made = state.step * self.config.train.minibatches + state.update
+        return RolloutBatch(groups, selected.dropped, self.selector.figures(selected), made)
+
+    def _trainer_records(self) -> bool:
+        return self.replay is not None and self.replay.trainer_records(self.state.old_logprobs)
+
+    def _sample(self, prompts: list[Prompt]) -> list[Group]:
+        """Prompts to scored groups with their advantages."""
+        rollout, advantage = self.config.rollout, self.config.objective.advantage
+        with self._phase("generate"):
+            give_back_freed_memory()
+            prompts = encode_by_task(self.policy, self.tasks.formats, prompts)
+            experts = None if self.replay is None else self.replay.engine_log(self.state.old_logprobs)
+            with sampler_weights(self.policy, rollout, self.state.step):
+                drawn = self.engine.generate(
+                    [Request(p, rollout.samples_per_prompt) for p in prompts],
+                    self.sampling_params(seed_for(self.config.seed, "rollout")),
+                    self.should_stop,
+                    experts,
+                )
+        with self._phase("score"):
+            by_task = [self.tasks.by_name(p.task) for p in prompts]
+            scored = score_groups(list(zip(by_task, prompts, drawn, strict=True)))
+            coins = seed_for(self.config.seed, "random_rewards")
+            groups = [shape_group(p, c, rollout, advantage, coins) for p, c in zip(prompts, scored, strict=True)]
+            return attach_experts(experts, groups)
+
+    def _remember(self, selected: Selection) -> None:
+        """Take over what a whole batch has changed: a stop before this leaves the state of the step's start."""
+        state = self.state
+        state.position = selected.position
+        tokens = [sum(len(c) for g in groups for c in g.completions) for groups in (selected.groups, selected.dropped)]
+        state.tokens["generated"] += sum(tokens)
+        if self.config.rollout.zero_variance != "keep":
+            state.tokens["dropped"] = state.tokens.get("dropped", 0) + tokens[1]
+        if selected.unfilled and not state.unfilled:
+            self._warn(
+                "unfilled_groups",
+                f"step {state.step + 1}: {selected.unfilled} of {len(selected.groups)} groups of the batch "
+                f"teach nothing after {selected.refill_rounds} refills (rollout.max_refills); said once, counted in "
+                "groups/unfilled",
+            )
+        state.unfilled += selected.unfilled
+
+    def sampling_params(self, seed: int) -> SamplingParams:
+        """The recipe's sampling settings under a seed."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            seed=seed,
+            stop_token_ids=self.policy.stop_token_ids | set(rollout.stop_token_ids),
+        )
+
+    def _choose_old_logprobs(self, groups: list[Group]) -> str:
+        """Which log pi_old this run uses, by the self-check of its first step."""
+        step, full = self.state.step + 1, self.sampling_params(0).full_distribution
+        rounded, both = not self.config.rollout.sampler_is_policy, self.config.objective.tis is not None
+        check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
+        replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
+        self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
+        if check.warning is not None:
+            self._warn("unequal_old_logprobs", check.warning)
+        return check.old_logprobs
+
+    def update(self, groups: tuple[Group, ...]) -> None:
+        """One update from one mini-batch."""
+        state, train = self.state, self.config.train
+        learning_rate = state.learning_rate_scale * learning_rate_at(
+            state.step,
+            peak=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            total_steps=train.steps,
+            schedule=train.schedule,
+            minimum=train.min_learning_rate,
+        )
+        started = time.perf_counter()
+        minibatch = self.trainer.pack(groups)
+        with self._phase("diagnose"):
+            before = self.diagnosis.before(state.step + 1, self.trainer, minibatch, self.should_stop)
+        with self._phase("update"):
+            result = self.trainer.update(minibatch, learning_rate, self.should_stop)
+        with self._phase("diagnose"):
+            measured = self.diagnosis.after(state.step + 1, result, groups)
+        figures = measured.figures | before
+        # Nothing has moved the weights yet since the batch was sampled.
+        on_policy = "rollout/age" not in state.selection and all(u["skipped"] for u in state.step_updates)
+        record = {
+            **{"kind": "update", "step": state.step + 1, "update": state.update},
+            "learning_rate": learning_rate,
+            "on_policy": on_policy,
+            "skipped": result.skipped,
+            **figures,
+            "timing": {"seconds": time.perf_counter() - started},
+        }
+        self._append(record)
+        if measured.distribution is not None:
+            place = {k: record[k] for k in ("step", "update", "on_policy")}
+            self._append({"kind": "distribution", **place, **measured.distribution})
+        state.tokens["trained"] += result.log_ratio_M.numel()
+        if self._rollouts_logged():
+            rollout = self.config.rollout
+            samples = rollout.samples_per_prompt
+            state.gates |= token_gates(result, state.update, train.minibatches, samples, on_policy)
+        state.step_updates.append({"skipped": result.skipped, "on_policy": on_policy, **figures})
+        state.update += 1
+
+    def _answer_collapse(self) -> None:
+        """Go on, stop, or go back to the last healthy checkpoint, as the recipe says."""
+        collapsed = self.state
+        self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer.optimizer, collapsed)
+        if self.state is not collapsed:
+            self._append(rollback_record(collapsed, self.state))
+            self._seconds_before = dict(self.state.seconds)
+            self.loggers.go_back(self.state.step)
+            self.checkpoint()
+
+    def _answer_non_finite(self, error: NonFiniteError) -> None:
+        """Stop, or go back as from a collapse, as the recipe says."""
+        warning = note_non_finite(self.state, self.config, self.directory, error)
+        self.directory.append_metrics(warning.to_json())
+        self.listener.warning(warning.line)
+        self._answer_collapse()
+
+    def evaluate(self) -> None:
+        """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
+        state = self.state
+        with self._phase("evaluate"):
+            give_back_freed_memory()
+            evaluations = [self._evaluate_task(task) for task in self.tasks.held_out]
+        for evaluation in evaluations:
+            record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
+            self._append({**record, "correct": evaluation.correct, "timing": {"seconds": evaluation.seconds}})
+            prefix = "eval/" if len(evaluations) == 1 else f"eval/{evaluation.task}/"
+            self.loggers.log(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
+        figures = evaluations[0].metrics()
+        if len(evaluations) > 1:
+            figures["tasks"] = {e.task: e.metrics() for e in evaluations}
+        state.start_evaluation = state.start_evaluation or figures
+        state.last_evaluation = figures
+        state.evaluated_at = state.step
+
+    def _evaluate_task(self, task: Task) -> Evaluation:
+        settings = self.config.eval
+        params = self.sampling_params(seed_for(settings.seed, "evaluation"))
+        if settings.temperature is not None:
+            params = replace(params, temperature=settings.temperature)
+        known = self._constants.get(task.name)
+        evaluation = evaluate_policy(
+            self.policy,
+            self.engine,
+            task,
+            problems=settings.problems,
+            samples=settings.samples,
+            params=params,
+            ks=settings.k,
+            prompt_format=self.tasks.formats[task.name],
+            greedy=settings.greedy,
+            constant=settings.constant and known is None,
+            should_stop=self.should_stop,
+        )
+        if evaluation.constant is not None:
+            self._constants[task.name] = evaluation.constant
+        return replace(evaluation, constant=evaluation.constant or known)
+
+    def checkpoint(self) -> Checkpoint:
+        """Write a checkpoint of the present state."""
+        state = self.state
+        with self._phase("checkpoint"):
+            note_checkpoint(state, self.config)
+            state.metrics_bytes = self.directory.metrics_bytes()
+            written = save_checkpoint(
+                self.directory.checkpoints,
+                state.step,
+                state.update,
+                policy=self.policy,
+                optimizer_tensors=self.trainer.optimizer.state_tensors(),
+                state=state.to_json(),
+            )
+            prune(self.directory.checkpoints, self.config.checkpoint.keep, kept_checkpoints(state))
+        self._saved_at = -1 if state.update else state.step
+        self.listener.checkpoint(written)
+        return written
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says."""
+        state = self.state
+        return {
+            "objective": self.config.objective.model_dump(),
+            "seed": self.config.seed,
+            "steps": state.step,
+            "old_logprobs": state.old_logprobs,
+            **({} if self.replay is None else self.replay.figures(state.old_logprobs)),
+            "start": state.start_evaluation,
+            "final": state.last_evaluation,
+            **({"rollbacks": state.rollbacks} if state.rollbacks else {}),
+            "tokens": state.tokens,
+            "seconds": {**state.seconds, "total": sum(phases(state.seconds).values())},
+        }
+
+    def _log_step(self, groups: list[Group]) -> None:
+        state = self.state
+        step = state.step + 1
+        names = [t.name for t in self.tasks.train]
+        dropped = None if self.config.rollout.zero_variance == "keep" else state.dropped
+        penalised = self.config.rollout.overlong == "penalty"
+        figures: dict[str, Any] = rollout_metrics(groups, dropped, by_task=len(names) > 1, penalised=penalised)
+        figures |= state.selection
+        figures |= step_update_metrics(state.step_updates, names)
+        seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
+        self._seconds_before = dict(state.seconds)
+        work = sum(
+            seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "reference", "update", "diagnose")
+        )
+        timing = {"seconds": work, **seconds}
+        if work > 0:
+            timing["tokens_per_second"] = figures["tokens/generated"] / work
+        self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
+        self.loggers.log(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
+        if self._rollouts_logged():
+            records = rollout_records(
+                groups, state.gates, sampler_is_old=state.old_logprobs == "engine", dropped=state.dropped
+            )
+            self.directory.write_rollouts(step, records)
+
+    def _rollouts_logged(self) -> bool:
+        step, every = self.state.step + 1, self.config.log.rollouts_every
+        return every > 0 and (step == 1 or step % every == 0)
+
+    def _warn(self, cause: str, text: str) -> None:
+        self.directory.append_metrics({"kind": "warning", "step": self.state.step + 1, "cause": cause, "text": text})
+        self.listener.warning(text)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, and hold the rules of early warning against it."""
+        self.directory.append_metrics(record)
+        self.listener.record(record)
+        self.state.health, warnings = observe(self.state.health, record, self.config.warnings)
+        for warning in warnings:
+            note_warning(self.state, warning)
+            self.directory.append_metrics(warning.to_json())
+            self.listener.warning(warning.line)
+
+    def _evaluation_due(self) -> bool:
+        step, every = self.state.step, self.config.eval.every
+        due = step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
+        return due and self.state.update == 0 and self.state.groups is None and self.state.evaluated_at != step
+
+    def _checkpoint_due(self) -> bool:
+        step, every = self.state.step, self.config.checkpoint.every
+        due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
+        due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # else nothing could be gone back to
+        return due and self._saved_at != step

@@ -1,0 +1,90 @@
+"""The machine of a run: its device and threads, and the record of what decides its bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
+from sapo.rollout.local.cpu.native import kernels_in_use
+from sapo.utils.machine import processor_name
+
+RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+DECIDING_BITS = ("versions", "processor", "cpu_capability", "mkl_cbwr", "kernels")
+"""What of `provenance` has to be the same for the same bits."""
+
+
+def resolve_device(device: str) -> str:
+    """`auto` to what the machine has.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for but this machine has no CUDA device; use cpu or auto")
+    return device
+
+
+def resolve_machine(config: RunConfig) -> RunConfig:
+    """Settle threads and device, and apply the threads: another count is another rounding.
+
+    Raises:
+        ConfigError: a device that is not there, or CUDA graphs on one that has none.
+    """
+    threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    device = resolve_device(config.device)
+    if config.rollout.cuda_graphs is True and not device.startswith("cuda"):
+        raise ConfigError(
+            f"rollout.cuda_graphs=true needs a CUDA device; got device {device}; auto leaves them out there"
+        )
+    return config.model_copy(update={"threads": threads, "device": device})
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine, for config.yaml."""
+    return {
+        "versions": {name: metadata.version(name) for name in RECORDED_PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl_cbwr": os.environ.get("MKL_CBWR"),
+        "kernels": kernels_in_use(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the source checkout, with a mark when it has been changed; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+        changed = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if tracked.returncode:  # some other repository that we happen to be installed under
+        return None
+    return commit + ("+changes" if changed else "")

@@ -1,0 +1,66 @@
+"""Routing replay in a run: who records which experts when, and where it is written down.
+
+R2: the trainer records in the forward that computes log pi_old. R3: the engine records while it samples. In both, every
+forward of the trainer over the groups goes through the recorded experts from then on. Evaluation, a cold start and a
+reference policy route freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sapo.config import RunConfig
+from sapo.config.summary import replay_kind
+from sapo.data import Group
+from sapo.model.policy import Policy
+from sapo.model.routing import Routers
+from sapo.rollout.local.experts import ExpertLog
+from sapo.run.directory import RunDirectory
+
+
+class RoutingReplay:
+    """Routing replay of one run.
+
+    Args:
+        config: with `model.routing_replay`.
+        policy: the one trained.
+
+    Raises:
+        ModelError: a model without routers to replay.
+    """
+
+    def __init__(self, config: RunConfig, policy: Policy) -> None:
+        self._config = config
+        self.routers = Routers(policy)
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: Policy) -> RoutingReplay | None:
+        """That of a run, None where it has none."""
+        return cls(config, policy) if config.model.routing_replay else None
+
+    def engine_log(self, old_logprobs: str | None) -> ExpertLog | None:
+        """What the engine records by; None where the trainer does. Before it is known who does, the engine records:
+        the self-check is made on the first step's batch."""
+        return None if replay_kind(self._config, old_logprobs) == "R2" else ExpertLog(self.routers)
+
+    def trainer_records(self, old_logprobs: str | None) -> bool:
+        """Whether the forward that computes log pi_old is recorded; under R3 it goes through the engine's experts."""
+        return replay_kind(self._config, old_logprobs) == "R2"
+
+    def settle(self, old_logprobs: str, directory: RunDirectory) -> dict[str, Any]:
+        """The self-check has decided: config.yaml says from now on, under provenance, which replay is in force."""
+        figures = self.figures(old_logprobs)
+        written = RunDirectory.read_config(directory.path)  # a new run's own recipe knows no versions and no commit
+        directory.write_config(written.model_copy(update={"provenance": {**(written.provenance or {}), **figures}}))
+        return figures
+
+    def figures(self, old_logprobs: str | None) -> dict[str, Any]:
+        """What metrics.jsonl and summary.json say of it."""
+        kind = replay_kind(self._config, old_logprobs)
+        return {} if kind is None else {"routing_replay": kind}
+
+
+def attach_experts(log: ExpertLog | None, groups: Sequence[Group]) -> list[Group]:
+    """The groups with what the engine recorded of them, if it did."""
+    return list(groups) if log is None else log.attach(groups)

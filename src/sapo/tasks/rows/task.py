@@ -1,0 +1,250 @@
+"""Tasks from rows: prompts, their two sides and their order; and the task of a user's own file.
+
+Rows are read once and checked at once, so that a bad row is reported by its place before anything is computed. The
+held-out side is rows of its own, or a share of the prompts chosen by a hash of their text: copies of a prompt are
+always on the same side, and the choice does not depend on the seed or on the order of rows. A benchmark holds all out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sapo.data import Prompt
+from sapo.errors import TaskError
+from sapo.tasks.base import JudgedTask, check_index
+from sapo.tasks.rows.columns import Columns
+from sapo.tasks.rows.reading import brief, read_rows
+from sapo.tasks.verifiers import Verifier, VerifierSpec, load_verifier, needs_answer
+from sapo.utils.hashing import falls_in_share, hashed_integer
+
+DEFAULT_HELD_OUT_FRACTION = 0.1
+
+
+class RowTask(JudgedTask):
+    """Prompts of two sides, the training side in a new seeded order every epoch.
+
+    Args:
+        name: what logs call it.
+        train, held_out: the two sides. An empty training side is a benchmark's, and training on it is refused.
+        verifier: from `load_verifier`.
+        seed: the order of the rows, not the split.
+        score_truncated: give the verifier completions that did not stop too, for a reward that needs no ending.
+        prefers_chat: the questions are worded for a chat model.
+        finish: applied to a prompt when it is asked for; for what would be too large to make of every row at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        train: list[Prompt],
+        held_out: list[Prompt],
+        verifier: Verifier,
+        seed: int = 0,
+        score_truncated: bool = False,
+        prefers_chat: bool = False,
+        finish: Callable[[Prompt], Prompt] | None = None,
+    ) -> None:
+        self.name = name
+        self.seed = seed
+        self.score_truncated = score_truncated
+        self.prefers_chat = prefers_chat
+        self.verifier = verifier
+        self._finish = finish
+        self._train = train
+        distinct = {prompt.text: prompt for prompt in reversed(held_out)}  # of copies, the first row stays
+        self._held_out = sorted(distinct.values(), key=lambda p: hashed_integer("held_out", seed, p.text))
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def num_train(self) -> int:
+        """Training rows, copies included: the length of an epoch; 0 of a benchmark."""
+        return len(self._train)
+
+    @property
+    def num_held_out(self) -> int:
+        """Distinct held-out prompts: the most that `held_out` can give."""
+        return len(self._held_out)
+
+    def train_prompt(self, index: int) -> Prompt:
+        """Row `index % num_train` of the order of epoch `index // num_train`.
+
+        Raises:
+            TaskError: all rows are held out.
+        """
+        return self._finished(self._train[self.train_row(index)], index)
+
+    def train_row(self, index: int) -> int:
+        """Which of the rows 0..num_train-1 `train_prompt(index)` asks.
+
+        Raises:
+            TaskError: all rows are held out.
+        """
+        check_index(index)
+        self._refuse_without_training_side()
+        epoch, position = divmod(index, len(self._train))
+        return self._epoch_order(epoch)[position]
+
+    def held_out(self, count: int) -> list[Prompt]:
+        """The first `count` of the held-out prompts in a seeded order; fewer when there are no more."""
+        return [self._finished(prompt, index) for index, prompt in enumerate(self._held_out[:count])]
+
+    def shots(self, count: int) -> list[tuple[str, str]]:
+        """`count` distinct training questions with their solutions, the same whatever the seed.
+
+        Raises:
+            TaskError: there are fewer, their rows are chats, or they have no answers.
+        """
+        self._refuse_without_training_side()
+        distinct = {prompt.text: prompt for prompt in reversed(self._train)}
+        chosen = sorted(distinct.values(), key=lambda p: hashed_integer("shots", p.text))[:count]
+        if len(chosen) < count:
+            raise TaskError(f"{self.name}: it has {len(chosen)} distinct training rows; got shots={count}")
+        for prompt in chosen:
+            if "messages" in prompt.metadata or prompt.answer is None:
+                raise TaskError(
+                    f"{self.name}: an example needs a question in text and an answer; got {brief(prompt.text)}; write "
+                    "the examples in the recipe: shots: [{prompt: ..., answer: ...}]"
+                )
+        return [(prompt.text, str(prompt.metadata.get("solution") or prompt.answer)) for prompt in chosen]
+
+    def _refuse_without_training_side(self) -> None:
+        if not self._train:
+            raise TaskError(
+                f"{self.name}: all {self.num_held_out} rows are held out for evaluation and none are left to train on; "
+                "set held_out_fraction=0.1 to train on nine tenths of them, or held_out_path=FILE to hold out others"
+            )
+
+    def _finished(self, prompt: Prompt, index: int) -> Prompt:
+        prompt = replace(prompt, id=index)
+        return prompt if self._finish is None else self._finish(prompt)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        # Only the last epoch is remembered: an order costs a sort, and prompts are asked for epoch by epoch.
+        if self._order[0] != epoch:
+            rows = range(len(self._train))
+            self._order = (epoch, sorted(rows, key=lambda row: hashed_integer("train", self.seed, epoch, row)))
+        return self._order[1]
+
+
+class FileTask(RowTask):
+    """Prompts and answers from a file.
+
+    Args:
+        path: a .jsonl, .json or .parquet file.
+        prompt_field: the field with the prompt: a string, or a list of chat messages {role, content}, which goes to
+            `Prompt.metadata["messages"]` as it is and to `Prompt.text` as "role: content" lines.
+        answer_field: the field with the answer, a string or a number; None when the verifier needs no answer.
+        verifier: a name of VERIFIERS, `module:function`, either with options, or a weighted sum (tasks/verifiers).
+        held_out_path: a file with the held-out rows, or
+        held_out_fraction: the share of distinct prompts of `path` to hold out; 1 makes it a benchmark, whose rows are
+            all evaluated and none trained on. Default 0.1.
+        seed: the order of the rows, not the split.
+        score_truncated: give the verifier completions that did not stop too, for a reward that needs no ending.
+        name: what logs call the task. Default: the file's name without its extension.
+
+    All other fields of a row go to `Prompt.metadata`.
+
+    Raises:
+        TaskError: naming the file, and the row where there is one: `data.jsonl:3` is its third line, `data.parquet:3`
+            its third row.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        prompt_field: str = "prompt",
+        answer_field: str | None = "answer",
+        verifier: VerifierSpec = "exact",
+        held_out_path: str | Path | None = None,
+        held_out_fraction: float | None = None,
+        score_truncated: bool = False,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        if held_out_path is not None and held_out_fraction is not None:
+            raise TaskError(
+                "held-out rows come from a file or are a share of the rows, not both; got held_out_path and "
+                f"held_out_fraction={held_out_fraction!r}; leave one out"
+            )
+        check_fields(prompt_field, answer_field, verifier)
+        judge = load_verifier(verifier)  # before the rows, so that a wrong name is found before a long file is read
+        name = name if name is not None else Path(path).stem
+        columns = Columns(prompt=(prompt_field,), answer=() if answer_field is None else (answer_field,))
+        train = read_prompts(path, columns, name)
+        if held_out_path is not None:
+            held_out = read_prompts(held_out_path, columns, name)
+            refuse_shared_prompts(path, train, held_out_path, held_out)
+        else:
+            fraction = DEFAULT_HELD_OUT_FRACTION if held_out_fraction is None else held_out_fraction
+            train, held_out = split_prompts(path, train, fraction)
+        super().__init__(
+            name=name,
+            train=train,
+            held_out=held_out,
+            verifier=judge,
+            seed=seed,
+            score_truncated=score_truncated,
+        )
+
+
+def read_prompts(path: str | Path, columns: Columns, task: str) -> list[Prompt]:
+    """The prompts of a file's rows, at least one."""
+    return refuse_none(path, columns.prompts(read_rows(Path(path)), task))
+
+
+def refuse_none(where: str | Path, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts, when there is one.
+
+    Raises:
+        TaskError: there is none.
+    """
+    if not prompts:
+        raise TaskError(f"{where}: a task needs at least one row; got none; add rows or name another")
+    return prompts
+
+
+def check_fields(prompt_field: Any, answer_field: Any, verifier: VerifierSpec) -> None:
+    """Refuse one column for both question and answer, and a verifier without the answer it compares with."""
+    if prompt_field == answer_field:
+        raise TaskError(f"prompt_field and answer_field must differ; got {prompt_field!r} for both; change one")
+    if answer_field is None and needs_answer(verifier):
+        raise TaskError(f"verifier {verifier!r} compares with an answer; got answer_field=None; name the field")
+
+
+def split_prompts(where: str | Path, rows: list[Prompt], fraction: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts by a hash of their text; a fraction of 1 holds all out.
+
+    Raises:
+        TaskError: the fraction is outside (0, 1], or a side that must have rows has none.
+    """
+    if isinstance(fraction, bool) or not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
+        raise TaskError(
+            f"held_out_fraction must be between 0 and 1; got {fraction!r}; the default is 0.1, and 1 holds all rows out"
+        )
+    if fraction == 1:
+        return [], rows
+    train = [row for row in rows if not falls_in_share(row.text, fraction)]
+    held_out = [row for row in rows if falls_in_share(row.text, fraction)]
+    if not train or not held_out:
+        raise TaskError(
+            f"{where}: both sides of the split must have rows; got {len(train)} training and {len(held_out)} held-out "
+            f"rows with held_out_fraction={fraction}; change it, add rows, or set held_out_path"
+        )
+    return train, held_out
+
+
+def refuse_shared_prompts(
+    train_place: str | Path, train: list[Prompt], held_out_place: str | Path, held_out: list[Prompt]
+) -> None:
+    """Raise a TaskError when a prompt is on both sides."""
+    shared = {row.text for row in train} & {row.text for row in held_out}
+    if shared:
+        raise TaskError(
+            f"{held_out_place}: no held-out prompt may be in the training rows {train_place}; got {len(shared)} "
+            f"shared, one is {brief(min(shared))}; remove them from one side, or split by held_out_fraction"
+        )

@@ -1,0 +1,301 @@
+"""The verifier `code`: a completion's program is run in the sandbox against tests, and is right when all pass.
+
+Stdin and functional tests are judged here, from what the program printed or returned: it shares no process with its
+judge and cannot know what was expected. Unit tests, as HumanEval and MBPP have them, are Python statements that have to
+run beside the program. They count as passed only when a random token, handed to the test driver and not to the
+program, comes back with them. That stops a program that ends early in any way (sys.exit, os._exit, a crash), prints
+what success looks like, replaces built-in functions that the tests use, or returns an object that is equal to
+everything. It does not stop one that sets out to find the token or the tests in its own process, or that patches a
+library module which the tests use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sapo.data import Prompt, Score, Status
+from sapo.errors import TaskError
+from sapo.sandbox import Limits, Outcome, ProgramResult, SandboxError, SandboxUnavailable, choose_backend, run_program
+from sapo.tasks.verifiers.code_tests import CodeTests
+
+# A program as long as a book is no answer; the interpreter would refuse it with less grace.
+MAX_PROGRAM_LENGTH = 256 * 1024
+
+# All tests of one completion, by the clock. Who has not failed by then is not judged at all, rather than wrongly.
+BUDGET_SECONDS = 240.0
+# The clock's allowance for each second of processor time, since other work may share the machine, and for the start.
+WALL_FACTOR, WALL_EXTRA = 2.5, 10.0
+
+_FENCE = re.compile(r"^[ \t]*```+[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
+_PYTHON = ("python", "python3", "py", "")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was found in a completion.
+
+    >>> find_program("Here it is:\\n```python\\nprint(1)\\n```")
+    Program(source='print(1)\\n', fenced=True)
+    """
+
+    source: str
+    fenced: bool
+    """It stood in a code block; otherwise it is the whole completion, which may be no program at all."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the tests went.
+
+    >>> Verdict(passed=2, total=3, failure="test 3: exit code 1: ZeroDivisionError").passed
+    2
+    """
+
+    passed: int
+    total: int
+    failure: str = ""
+    """The first failure in one line, empty when all passed."""
+    complete: bool = True
+    """All tests were run, or the rest cannot pass, so that `passed` of `total` is measured."""
+    syntax_error: bool = False
+
+
+def code(text: str, prompt: Prompt) -> Score:
+    """Reward 1 when the completion's program passes all tests in `prompt.metadata["tests"]`, else 0.
+
+    The program is the last code block marked as Python, or else the last with no mark; without any block, the whole
+    text, which is `unparseable` when it is no Python. The tests are a `CodeTests` or its JSON; where they have a
+    `prefix`, a program that does not define their function continues it.
+
+    A wrong output, an exception or running out of time or memory is a wrong answer: `scored`, 0, with the reason in
+    `detail`. The share of tests that pass is in `figures["tests_passed"]`.
+
+    Raises:
+        TaskError: the prompt has no tests.
+        SandboxUnavailable: nothing on this machine can contain a program.
+        SandboxError: the sandbox failed, or the tests take longer than `BUDGET_SECONDS`: the program is not judged.
+    """
+    tests = _tests_of(prompt)
+    program = find_program(text)
+    if program is None:
+        return Score(0.0, Status.UNPARSEABLE, "no program in the completion")
+    if len(program.source) > MAX_PROGRAM_LENGTH:
+        return Score(0.0, Status.UNPARSEABLE, f"a program of {len(program.source)} characters")
+    source = complete_program(program, tests)
+    verdict = {"stdin": _judge_stdin, "functional": _judge_functional, "unit": _judge_unit}[tests.kind](source, tests)
+    if verdict.syntax_error and not program.fenced:
+        return Score(0.0, Status.UNPARSEABLE, f"no code block, and the text is no program: {verdict.failure}")
+    figures = {"tests_passed": verdict.passed / verdict.total} if verdict.complete else {}
+    return Score(float(verdict.passed == verdict.total), detail=verdict.failure, figures=figures)
+
+
+def require_sandbox() -> None:
+    """Refuse at the start of a run what would otherwise fail for every completion.
+
+    Raises:
+        TaskError: no sandbox works here; the message says why, and what to install.
+    """
+    try:
+        choose_backend()
+    except SandboxUnavailable as error:
+        raise TaskError(f"verifier 'code': {error}") from error
+
+
+# For the pool that runs verifiers: a worker process may run it, for so long; what to call where it is
+# named, and in the worker.
+code.isolated = True  # type: ignore[attr-defined]
+code.deadline = BUDGET_SECONDS + 60.0  # type: ignore[attr-defined]
+code.check_machine = require_sandbox  # type: ignore[attr-defined]
+code.prepare = require_sandbox  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------------------ the program
+
+
+def find_program(text: str) -> Program | None:
+    """The program in a completion: the last Python block, else the last unmarked one, else the text; None for blank.
+
+    A block that is not closed ends with the text, since a stop string may have taken its end.
+
+    >>> find_program("```\\nx = 1\\n```\\n```bash\\nls\\n```").source
+    'x = 1\\n'
+    """
+    blocks: list[tuple[str, str]] = []
+    opened: re.Match[str] | None = None
+    for fence in _FENCE.finditer(text):
+        if opened is None:
+            opened = fence
+        elif not fence[1]:
+            blocks.append((opened[1].lower(), text[opened.end() + 1 : fence.start()]))
+            opened = None
+    if opened is not None:
+        blocks.append((opened[1].lower(), text[opened.end() + 1 :]))
+    python = [source for mark, source in blocks if mark in _PYTHON[:-1]]
+    unmarked = [source for mark, source in blocks if not mark]
+    for source in reversed(python or unmarked):
+        return Program(source, fenced=True) if source.strip() else None
+    return Program(text, fenced=False) if text.strip() and not blocks else None
+
+
+def complete_program(program: Program, tests: CodeTests) -> str:
+    """The source to run: what continues the tests' prefix is put behind it, and so is what stands by itself.
+
+    A prefix ends with a function's head and docstring, which is a function too: defined once more behind it, it is
+    replaced, and the imports and helpers before it stay.
+    """
+    if not tests.prefix:
+        return program.source
+    names = rf"^(async\s+)?(def|class)\s+{re.escape(tests.function)}\b|^{re.escape(tests.function)}\s*[:=]"
+    if re.search(names, program.source, re.MULTILINE):
+        return f"{tests.prefix}\n{program.source}"
+    lines = program.source.splitlines()
+    first = next(line for line in lines if line.strip())
+    if program.fenced and not first[0].isspace():  # a body that lost its indentation in the block
+        lines = [f"    {line}" for line in lines]
+    return tests.prefix + "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- judging
+
+
+def _judge_stdin(source: str, tests: CodeTests) -> Verdict:
+    begin, passed, failure, run = time.monotonic(), 0, "", 0
+    for number, (given, expected) in enumerate(tests.cases, start=1):
+        _check_budget(begin, number, tests)
+        result = _run("stdin", source, given, tests)
+        run = number
+        if result.succeeded and same_output(result.stdout, expected):
+            passed += 1
+            continue
+        wrong = f"printed {result.stdout.strip()[:60]!r}, expected {expected.strip()[:60]!r}"
+        failure = failure or f"test {number}: {wrong if result.succeeded else result.reason}"
+        if _is_syntax(result.stderr.strip().rpartition("\n")[2]):
+            return Verdict(0, len(tests), failure, syntax_error=True)
+        # Another test would most likely run to the limit too, and each costs that long.
+        if not tests.partial or result.outcome is Outcome.TIMED_OUT:
+            break
+    return Verdict(passed, len(tests), failure, complete=run == len(tests))
+
+
+def _judge_functional(source: str, tests: CodeTests) -> Verdict:
+    calls, expected = [], []
+    for number, (given, answer) in enumerate(tests.cases, start=1):
+        try:
+            calls.append([json.loads(line) for line in given.split("\n") if line.strip()])
+            expected.append(json.loads(answer))
+        except ValueError as error:
+            raise TaskError(f"functional tests must be JSON; test {number} is {given[:40]!r} ({error})") from error
+    order = {"function": tests.function, "calls": calls, "seconds": tests.cpu_seconds}
+    result = _run("functional", source, json.dumps(order), tests, runs=len(calls))
+    reports, unloaded = _reports(result.stdout)
+    passed, failure = 0, unloaded
+    for number, answer in enumerate(expected, start=1):
+        said = reports[number - 1] if number <= len(reports) else {}
+        if "value" in said and said["value"] == answer:
+            passed += 1
+        elif not failure:
+            missing = result.reason if not result.succeeded else "no result"
+            wrong = f"returned {str(said.get('value'))[:60]}, expected {str(answer)[:60]}"
+            failure = f"test {number}: {wrong if 'value' in said else said.get('error', missing)}"
+    return Verdict(passed, len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded))
+
+
+def _judge_unit(source: str, tests: CodeTests) -> Verdict:
+    token = secrets.token_hex(16)
+    statements = [f"{tests.setup}\n{statement}" if tests.setup else statement for statement in tests.statements]
+    order = {"token": token, "tests": statements}
+    result = _run("unit", source, json.dumps(order), tests)
+    reports, unloaded = _reports(result.stdout)
+    passed = {said.get("number") for said in reports if said.get("token") == token}
+    failure = unloaded
+    if len(passed) < len(tests) and not failure:
+        errors = [said["error"] for said in reports if "error" in said]
+        failure = str(errors[0]) if errors else result.reason if not result.succeeded else "it ended before the tests"
+    return Verdict(len(passed), len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded))
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether two outputs are equal line by line, as LiveCodeBench compares them.
+
+    Blanks around the whole and around each line do not count; lines that differ are equal when both are numbers
+    throughout with the same values, exactly.
+
+    >>> same_output("1.0 2\\n", "1 2.00"), same_output("1 2", "1\\n2")
+    (True, False)
+    """
+    ours = [line.strip() for line in printed.strip().split("\n")]
+    theirs = [line.strip() for line in expected.strip().split("\n")]
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    try:
+        return [Decimal(word) for word in printed.split()] == [Decimal(word) for word in expected.split()]
+    except InvalidOperation:  # a word that is no number, or the kind of NaN that refuses to be compared
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+@cache
+def _driver() -> str:
+    return Path(__file__).with_name("code_driver.py").read_text()
+
+
+def _run(kind: str, source: str, stdin: str, tests: CodeTests, runs: int = 1) -> ProgramResult:
+    seconds = max(1, min(tests.cpu_seconds * runs, int((BUDGET_SECONDS - WALL_EXTRA) / WALL_FACTOR)))
+    wall = WALL_EXTRA + WALL_FACTOR * seconds
+    limits = Limits(cpu_seconds=seconds, wall_seconds=wall, memory_bytes=tests.memory_mb * 2**20)
+    # !a writes a literal that holds any text, half surrogates included.
+    return run_program(f"{_driver()}\n\nmain({kind!r}, {source!a})\n", stdin=stdin, limits=limits)
+
+
+def _check_budget(begin: float, number: int, tests: CodeTests) -> None:
+    if time.monotonic() - begin > BUDGET_SECONDS:
+        raise SandboxError(f"{len(tests)} tests take longer than {BUDGET_SECONDS:g} s: stopped before test {number}")
+
+
+def _reports(printed: str) -> tuple[list[dict[str, Any]], str]:
+    """The driver's lines on the tests, and why the program did not load, empty when it did.
+
+    The program may have written among them, to its own harm: what is no such line is passed over.
+    """
+    found: list[dict[str, Any]] = []
+    for line in printed.splitlines():
+        try:
+            said = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(said, dict) and "load" in said:
+            return found, str(said["load"])
+        if isinstance(said, dict):
+            found.append(said)
+    return found, ""
+
+
+def _is_syntax(complaint: str) -> bool:
+    return complaint.startswith(("SyntaxError", "IndentationError", "TabError"))
+
+
+def _tests_of(prompt: Prompt) -> CodeTests:
+    tests = prompt.metadata.get("tests")
+    if isinstance(tests, CodeTests):
+        return tests
+    if isinstance(tests, Mapping):
+        return CodeTests.from_json(tests)
+    raise TaskError(
+        f"verifier 'code' needs tests in the prompt's metadata; got {type(tests).__name__}; "
+        "set metadata['tests'] to CodeTests(...).to_json()"
+    )

@@ -1,0 +1,325 @@
+"""Worker processes for verifiers that may hang, crash, or are the user's: each completion has a deadline from outside.
+
+`WorkerPool.run` gives jobs to workers and returns the scores in the order of the jobs. A worker that dies, or is still
+busy at the deadline and is therefore killed, costs the one completion it had: `verifier_error` with the reason. Workers
+start when they are needed, are kept for later batches, and end with this process, also when it is killed.
+
+They are plain subprocesses, not forks of this one (torch has threads) and not multiprocessing's (which would import the
+user's main module again); they import no torch. Each is a session of its own, out of reach of a Ctrl-C in the terminal.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from sapo.data import Score, Status
+from sapo.errors import TaskError
+from sapo.tasks.workers.wire import HEADER, MAX_DETAIL, Home, Job
+
+WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"
+
+
+LOAD_DEADLINE = 300.0
+"""Seconds for a worker to start and to load a verifier: a user's module may load a model."""
+
+
+RAMP = 0.1
+"""Seconds between two starts while jobs wait: a batch that one worker judges sooner needs no second."""
+
+
+# The worker has our sys.path before it imports anything of ours.
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[3:]; "
+    "from sapo.tasks.verifiers.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+)
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    home: Home
+    served: int = 0
+    job: int | None = None
+    """Index of the job it has."""
+    began: bool = False
+    until: float = 0.0
+    limit: float = 0.0
+    outgoing: bytes = b""
+    incoming: bytearray = field(default_factory=bytearray)
+
+
+class WorkerPool:
+    """Up to `size` workers; by default as many as the processor has cores for this process, or SAPO_VERIFIER_WORKERS.
+
+    Calls from several threads take turns.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.size = default_size() if size is None else size
+        if self.size < 1:
+            raise TaskError(f"a pool must have at least 1 worker; got {self.size}")
+        self._workers: list[_Worker] = []
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
+        # Linux ends a worker with the *thread* that started it, so all are started by one that lives as long as we do.
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sapo-verifier-starter")
+
+    def run(self, jobs: Sequence[Job]) -> list[Score]:
+        """The scores of `jobs`, in their order; a job that fails has the status `verifier_error`."""
+        with self._lock:
+            return [_score(answer) for answer in self._answers(jobs)]
+
+    def check(self, job: Job) -> str | None:
+        """Load the job's verifier in a worker; the reason when that fails, None when it does not."""
+        with self._lock:
+            (answer,) = self._answers([Job(job.spec, None, job.prompt, job.deadline, job.home)])
+        return None if "loaded" in answer else answer.get("refused") or answer["failed"]
+
+    def close(self) -> None:
+        """End all workers. The pool can be used again and then starts new ones."""
+        with self._lock:
+            for worker in list(self._workers):
+                self._end(worker)
+
+    def worker_ids(self) -> list[int]:
+        """Process ids of the workers that exist now."""
+        return [worker.process.pid for worker in self._workers]
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def _answers(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = [{}] * len(jobs)
+        waiting, retried = deque(range(len(jobs))), set[int]()
+        last_start = time.monotonic()
+        try:
+            while waiting or any(worker.job is not None for worker in self._workers):
+                last_start = self._assign(jobs, waiting, answers, last_start)
+                for worker in self._await(last_start + RAMP if waiting else None):
+                    index = worker.job
+                    assert index is not None
+                    answer = self._receive(worker, jobs[index])
+                    if answer is None:
+                        continue
+                    if "died" in answer and worker.served and not worker.began and index not in retried:
+                        retried.add(index)  # it died of something else, between two jobs
+                        waiting.appendleft(index)
+                        continue
+                    answers[index] = answer
+        except BaseException:
+            # Their answers would otherwise be taken for those of the next batch.
+            for worker in [w for w in self._workers if w.job is not None]:
+                self._end(worker)
+            raise
+        return answers
+
+    def _assign(
+        self, jobs: Sequence[Job], waiting: deque[int], answers: list[dict[str, Any]], last_start: float
+    ) -> float:
+        """Give waiting jobs to idle workers, starting one at a time; when the last one was started."""
+        while waiting:
+            job = jobs[waiting[0]]
+            idle = [w for w in self._workers if w.job is None]
+            worker = next((w for w in idle if job.home in (None, w.home)), None)
+            if worker is None:
+                busy = len(self._workers) - len(idle)
+                if busy and (busy >= self.size or time.monotonic() < last_start + RAMP):
+                    break
+                if len(self._workers) >= self.size:
+                    self._end(idle[0])  # it is at home elsewhere
+                worker = self._start(job.home or Home.here())
+                last_start = time.monotonic()
+            index = waiting.popleft()
+            try:
+                frame = _request(job)
+            except Exception as error:  # whatever an object in the metadata does when it is pickled
+                reason = f"the prompt's metadata cannot be sent to a worker: {type(error).__name__}: {error}"
+                answers[index] = {"failed": reason[:MAX_DETAIL]}
+                continue
+            worker.job, worker.began, worker.outgoing = index, False, frame
+            worker.limit = LOAD_DEADLINE
+            worker.until = time.monotonic() + LOAD_DEADLINE
+        return last_start
+
+    def _await(self, wake: float | None) -> list[_Worker]:
+        """Wait until workers have said something, died or are late; those that did, and send what is to be sent."""
+        busy = [worker for worker in self._workers if worker.job is not None]
+        if not busy:
+            return []
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
+                selector.register(worker.channel, events, worker)
+            until = min([worker.until for worker in busy] + ([wake] if wake and len(self._workers) < self.size else []))
+            # Not longer than a second: a child that a verifier left behind may hold the socket of a dead worker open.
+            ready = selector.select(min(1.0, max(0.0, until - time.monotonic())))
+        heard = []
+        for key, events in ready:
+            if events & selectors.EVENT_WRITE:
+                with contextlib.suppress(OSError):  # it has died, which reading will tell
+                    key.data.outgoing = key.data.outgoing[key.data.channel.send(key.data.outgoing) :]
+            if events & selectors.EVENT_READ:
+                heard.append(key.data)
+        now = time.monotonic()
+        return heard + [w for w in busy if w not in heard and (now >= w.until or _has_ended(w.process))]
+
+    def _receive(self, worker: _Worker, job: Job) -> dict[str, Any] | None:
+        """Read what a worker has said; the answer when it is whole, or why there will be none."""
+        ended = False
+        try:
+            while chunk := worker.channel.recv(1 << 16):
+                worker.incoming += chunk
+            ended = True
+        except BlockingIOError:
+            ended = _has_ended(worker.process)
+        except OSError:
+            ended = True
+        while (answer := _next_answer(worker.incoming)) is not None:
+            if "began" in answer:
+                worker.began, worker.limit = True, job.deadline
+                worker.until = time.monotonic() + job.deadline
+                continue
+            worker.job = None
+            worker.served += 1
+            return answer
+        if ended:
+            return {"failed": self._cause_of_death(worker), "died": True}
+        if time.monotonic() >= worker.until:
+            what = "scored" if worker.began else "ready: its worker had not loaded the verifier"
+            self._end(worker)
+            return {"failed": f"TimeoutError: not {what} within {worker.limit:g} s"}
+        return None
+
+    # --------------------------------------------------------------------------------------------------- the processes
+
+    def _start(self, home: Home) -> _Worker:
+        ours, theirs = socket.socketpair()
+        # Errors of the interpreter itself, and what user code prints, go to standard error.
+        command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), *home.path]
+        try:
+            process = self._starter.submit(
+                subprocess.Popen,
+                command,
+                cwd=home.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=_standard_error(),
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            ).result()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        worker = _Worker(process, ours, home)
+        self._workers.append(worker)
+        return worker
+
+    def _cause_of_death(self, worker: _Worker) -> str:
+        """Clear away a worker that has hung up; how it ended."""
+        for _ in range(100):  # the socket closes a moment before the process has ended
+            if _has_ended(worker.process):
+                break
+            time.sleep(0.01)
+        else:
+            self._end(worker)
+            return "the worker process closed its connection; a verifier must leave file descriptors of others alone"
+        code = self._end(worker)
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        return f"the worker process died {'while scoring' if worker.began else 'while loading the verifier'}: {how}"
+
+    def _end(self, worker: _Worker) -> int:
+        """Kill a worker with all that it started in its session; its exit code."""
+        self._workers.remove(worker)
+        worker.channel.close()
+        # Before it is waited for: until then no other process can have its number.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        return worker.process.wait()
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended, which leaves it to be waited for where the system can tell so."""
+    if hasattr(os, "waitid"):
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return process.poll() is not None
+
+
+def default_size() -> int:
+    """SAPO_VERIFIER_WORKERS, or the cores that this process may use."""
+    written = os.environ.get(WORKERS_VARIABLE, "")
+    if written:
+        if not written.isdigit() or int(written) < 1:
+            raise TaskError(f"{WORKERS_VARIABLE} must be an integer of at least 1; got {written!r}; unset it")
+        return int(written)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_shared: WorkerPool | None = None
+
+
+def shared_pool() -> WorkerPool:
+    """The pool of this process, made when it is first asked for."""
+    global _shared
+    if _shared is None or _shared._owner != os.getpid():  # a fork must leave its parent's workers alone
+        _shared = WorkerPool()
+        atexit.register(_shared.close)
+    return _shared
+
+
+def _standard_error() -> int:
+    try:
+        os.fstat(2)
+    except OSError:  # closed, as a daemon's may be
+        return subprocess.DEVNULL
+    return 2
+
+
+def _request(job: Job) -> bytes:
+    prompt = job.prompt
+    fields = (prompt.id, prompt.task, prompt.text, prompt.answer, dict(prompt.metadata))
+    data = pickle.dumps((pickle.dumps(job.spec), job.text, fields), protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(data)) + data
+
+
+def _next_answer(incoming: bytearray) -> dict[str, Any] | None:
+    """The first whole frame, taken out of the buffer."""
+    if len(incoming) < HEADER.size:
+        return None
+    (length,) = HEADER.unpack_from(incoming)
+    if len(incoming) < HEADER.size + length:
+        return None
+    answer: dict[str, Any] = json.loads(bytes(incoming[HEADER.size : HEADER.size + length]))
+    del incoming[: HEADER.size + length]
+    return answer
+
+
+def _score(answer: dict[str, Any]) -> Score:
+    if "reward" not in answer:
+        reason = answer.get("failed") or answer.get("refused") or "no answer"
+        return Score(0.0, Status.VERIFIER_ERROR, reason[:MAX_DETAIL])
+    return Score(
+        reward=answer["reward"],
+        status=Status(answer["status"]),
+        detail=answer["detail"],
+        answer=answer["answer"],
+        figures=answer["figures"],
+    )

@@ -1,0 +1,136 @@
+"""The directory of a comparison: what it leaves behind, and what it needs to be taken up again.
+
+comparisons/NAME/comparison.yaml   what is compared, resolved: `sapo compare comparisons/NAME` goes on with it
+                 runs/             ARM-lrRATE-seedK/: ordinary run directories; failure.json in one that stopped itself
+                 logs/             ARM-lrRATE-seedK.txt: what the process of a run wrote to standard error
+                 results.json      every run and every figure; the clock only in "timing"
+                 table.md          the same to be read
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from sapo.errors import ConfigError, Interrupted
+from sapo.evaluation.store import differing
+from sapo.utils.files import lock_directory, write_whole
+from sapo.workflows.comparing.config import load_comparison
+from sapo.workflows.comparing.plan import ComparisonPlan
+
+COMPARISON_FILE = "comparison.yaml"
+
+
+class ComparisonDirectory:
+    """The files of one comparison. Made by `open`; holds a lock, so that no two processes run one comparison.
+
+    Args:
+        path: an existing directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = lock_directory(path)
+        self.runs_lock: IO[str] | None = None
+        """Inherited by the processes of the runs: as long as one of them lives it cannot be had again."""
+
+    @classmethod
+    def open(cls, path: Path, plan: ComparisonPlan) -> ComparisonDirectory:
+        """Make the directory of a comparison, or open that of the same one, or of one that it grows out of.
+
+        Raises:
+            ConfigError: it holds something else, or another process is at it.
+        """
+        check_directory(path, plan)
+        path.mkdir(parents=True, exist_ok=True)
+        directory = cls(path)
+        try:
+            check_directory(path, plan)  # again, now that no other process can let it grow
+        except ConfigError:
+            directory.close()
+            raise
+        for part in ("runs", "logs"):
+            (path / part).mkdir(exist_ok=True)
+        if not (path / COMPARISON_FILE).exists() or load_comparison(path).to_json() != _plain(plan):
+            directory._write_plan(plan)
+        return directory
+
+    def _write_plan(self, plan: ComparisonPlan) -> None:
+        """Write comparison.yaml; figures of a smaller comparison go, for they would pass for those of the whole."""
+        for stale in ("results.json", "table.md"):
+            (self.path / stale).unlink(missing_ok=True)
+        header = f"# sapo compare {self.path}   goes on with this comparison, or shows its table\n"
+        settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / COMPARISON_FILE, header + settings)
+
+    def wait_for_runs(self, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> None:
+        """Wait until the processes that a killed comparison left behind have saved their runs.
+
+        Raises:
+            Interrupted: when `should_stop` says so.
+        """
+        told = False
+        while self.runs_lock is None:
+            try:
+                self.runs_lock = lock_directory(self.path / "runs")
+            except ConfigError:
+                if not told:
+                    tell("waiting for runs of an earlier process, which was killed, to save themselves")
+                told = True
+                if should_stop():
+                    raise Interrupted from None
+                time.sleep(0.1)
+
+    def write_results(self, results: Mapping[str, Any], table: str) -> None:
+        """Write results.json and table.md, each whole."""
+        write_whole(self.path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        write_whole(self.path / "table.md", table)
+
+    def close(self) -> None:
+        """Give the locks back."""
+        if self.runs_lock is not None:
+            self.runs_lock.close()
+        self._lock.close()
+
+
+def check_directory(path: Path, plan: ComparisonPlan) -> None:
+    """Refuse a directory that holds anything but this comparison, or one that this one only adds to.
+
+    Runs are independent of each other, so more arms, learning rates or seeds leave those that are there as they are.
+
+    Raises:
+        ConfigError: naming what it holds.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file; name a directory with --out")
+    if not (path / COMPARISON_FILE).is_file():
+        strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", "runs", "logs"))
+        if strangers or any(p.name != ".lock" for p in (path / "runs").glob("*")):
+            raise ConfigError(f"{path} holds no comparison but {(strangers or ['runs'])[0]}; name another with --out")
+        return
+    for key, (a, b) in _changes(load_comparison(path).to_json(), _plain(plan)):
+        raise ConfigError(
+            f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` goes on "
+            "with it, --out DIR begins another"
+        )
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
+    """Where `here` does more than add arms, learning rates and seeds to `there`; as `differing`."""
+    kept = {**here, "arms": {arm: settings for arm, settings in here["arms"].items() if arm in there["arms"]}}
+    for key in ("learning_rates", "seeds"):
+        if set(there[key]) <= set(here[key]):
+            kept[key] = there[key]
+    return differing(there, kept)
+
+
+def _plain(plan: ComparisonPlan) -> dict[str, Any]:
+    """As it would be read from a file."""
+    return json.loads(json.dumps(plan.to_json()))

@@ -1,0 +1,243 @@
+"""What one run of a comparison came to, read from its directory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sapo.diagnostics.warnings import OF_THE_SET_UP
+from sapo.errors import ConfigError
+from sapo.evaluation.estimates import bootstrap
+from sapo.run.directory import FAILURE_FILE
+from sapo.workflows.comparing.plan import PlannedRun
+
+COLLAPSED_BELOW = 0.5
+"""Share of a run's best pass@1 below which its last one is a collapse."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One evaluation of a run on one task.
+
+    >>> Look(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
+    0.5
+    """
+
+    step: int
+    samples: int
+    correct: tuple[int, ...]
+    """Right samples of each held-out problem, in order."""
+
+    @property
+    def rates_P(self) -> np.ndarray:
+        """(P,) pass rate of each problem."""
+        return np.array(self.correct) / self.samples
+
+    @property
+    def pass_at_1(self) -> float:
+        """mean@n."""
+        return float(self.rates_P.mean())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The evaluations of a run on one task, from its start on.
+
+    >>> curve = Curve((Look(0, 1, (1, 0, 0, 0)), Look(10, 1, (1, 1, 1, 0)), Look(20, 1, (1, 0, 0, 0))))
+    >>> curve.best.step, curve.collapsed
+    (10, True)
+    """
+
+    looks: tuple[Look, ...]
+
+    @property
+    def start(self) -> Look:
+        """Before the first step."""
+        return self.looks[0]
+
+    @property
+    def final(self) -> Look:
+        """The last one made."""
+        return self.looks[-1]
+
+    @property
+    def best(self) -> Look:
+        """The highest pass@1, the first of equals: a maximum over the evaluations, and flattering."""
+        return max(self.looks, key=lambda look: look.pass_at_1)
+
+    @property
+    def collapsed(self) -> bool:
+        """The last pass@1 is below half of the best, or below the start by more than its problems explain.
+
+        The latter: the 95% interval of the mean of final less start over problems lies below 0.
+        """
+        if self.final.pass_at_1 < COLLAPSED_BELOW * self.best.pass_at_1:
+            return True
+        return bootstrap(self.final.rates_P - self.start.rates_P).high < 0
+
+    @property
+    def collapsed_since(self) -> int | None:
+        """The step of the first evaluation from which on it was collapsed at every one; None unless it is."""
+        since = None
+        for count in range(len(self.looks), 0, -1):
+            if not Curve(self.looks[:count]).collapsed:
+                break
+            since = self.looks[count - 1].step
+        return since
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: how it ended, and its curve on each task.
+
+    `Outcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
+    """
+
+    name: str
+    arm: str
+    learning_rate: float
+    seed: int
+    state: Literal["finished", "failed", "unfinished"]
+    """failed: it stopped itself, as for a loss that is not finite or for a collapse (`warnings.on_collapse: stop`)."""
+    reason: str | None
+    """Why it failed."""
+    steps: int
+    """Whole steps done."""
+    curves: Mapping[str, Curve]
+    """By task; none before the first evaluation."""
+    tokens: Mapping[str, int]
+    """generated and trained; those of a run that failed are not counted, and missing."""
+    warnings: tuple[Mapping[str, Any], ...]
+    """Step, cause and whether it is a collapse, of each early warning of a cause that foretells one."""
+    set_up: Mapping[str, int]
+    """Cause that describes the set-up -> how often the run was warned of it."""
+    last_step: int
+    """That of the last line written, begun or done; a run that went back has lines of later steps before it."""
+    seconds: Mapping[str, float] = field(compare=False)
+    """By phase; of a finished run."""
+
+    @classmethod
+    def of(cls, run: PlannedRun) -> Outcome:
+        """Read a run, as far as it has come.
+
+        Raises:
+            ConfigError: its files are not those of a run.
+        """
+        records = read_metrics(run.directory)
+        summary, failure = (_json(run.directory / name) for name in ("summary.json", FAILURE_FILE))
+        finished = summary is not None and summary["steps"] >= run.config.train.steps
+        state: Any = "finished" if finished else "failed" if failure is not None else "unfinished"
+        return cls(
+            name=run.name,
+            arm=run.arm,
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            state=state,
+            reason=failure["reason"] if failure is not None and state == "failed" else None,
+            steps=max((r["step"] for r in records if r["kind"] == "step"), default=0),
+            curves=_curves(records),
+            tokens=summary["tokens"] if summary is not None and finished else {},
+            warnings=early_warnings(records),
+            set_up=set_up_warnings(records),
+            last_step=records[-1]["step"] if records else 0,
+            seconds=summary["seconds"] if summary is not None and finished else {},
+        )
+
+    @property
+    def ended(self) -> bool:
+        """There is nothing left to do for it."""
+        return self.state != "unfinished"
+
+    def collapsed(self, task: str) -> bool:
+        """Its curve collapsed, or it failed."""
+        return self.state == "failed" or self.curves[task].collapsed
+
+    def collapse_visible(self, task: str) -> int:
+        """Whole steps after which the collapse of a run that has one showed: in an evaluation, else by failing."""
+        since = self.curves[task].collapsed_since
+        return self.last_step if since is None else since
+
+    def final_rates_P(self, task: str) -> np.ndarray:
+        """(P,) pass rate of each problem in the end: 0 of a run that failed, which has no model at its last step."""
+        rates = self.curves[task].final.rates_P
+        return np.zeros_like(rates) if self.state == "failed" else rates
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json has it; the clock only in "timing"."""
+        return {
+            "name": self.name,
+            "arm": self.arm,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "state": self.state,
+            **({"reason": self.reason} if self.reason is not None else {}),
+            "steps": self.steps,
+            "tasks": {
+                task: {
+                    "start": curve.start.pass_at_1,
+                    "final": curve.final.pass_at_1 if self.state == "finished" else None,
+                    "best": curve.best.pass_at_1,
+                    "best_step": curve.best.step,
+                    "collapsed": self.collapsed(task) if self.ended else None,
+                    "pass@1": [[look.step, look.pass_at_1] for look in curve.looks],
+                }
+                for task, curve in self.curves.items()
+            },
+            "tokens": dict(self.tokens),
+            "warnings": [dict(w) for w in self.warnings],
+            "set_up_warnings": dict(self.set_up),
+            "timing": {"seconds": dict(self.seconds)},
+        }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl; none of a run that has not begun.
+
+    Raises:
+        ConfigError: a line that no run wrote.
+    """
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last one
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"{file} is not what a run writes: {error}; move {run} away to make it again") from error
+
+
+def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Alarms as the run gave them, under its own thresholds; those of a collapse that it went back from too."""
+    return tuple(
+        {key: record[key] for key in ("step", "cause", "collapse")}
+        for record in records
+        if record["kind"] == "warning" and record["cause"] not in OF_THE_SET_UP
+    )
+
+
+def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Cause that lies in the set-up and foretells nothing -> lines of it."""
+    causes = [r["cause"] for r in records if r["kind"] == "warning" and r["cause"] in OF_THE_SET_UP]
+    return dict(sorted(Counter(causes).items()))
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    looks: dict[str, list[Look]] = {}
+    for record in records:
+        if record["kind"] == "eval" and "correct" in record:
+            look = Look(record["step"], record["samples"], tuple(record["correct"]))
+            looks.setdefault(record["task"], []).append(look)
+    return {task: Curve(tuple(of_task)) for task, of_task in looks.items()}
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,175 @@
+"""Runs side by side: a process for each, as many at a time as there are places."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from sapo.errors import RunProcessError
+from sapo.workflows.comparing.plan import PlannedRun
+
+POLL_SECONDS = 0.1
+"""How soon a stop that is asked for is heard."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the process of a run says of it.
+
+    `Event("grpo-lr2e-4-seed0", "step", {"step": 12, "reward": 0.41})`; others are began, started, resumed, eval,
+    finished, stopped, failed (it broke: a reason), refused (a mistake of the user's: a message).
+    """
+
+    run: str
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runs go: so many at a time, on GPUs by turns when there are any."""
+
+    count: int
+    gpus: tuple[str, ...] = ()
+
+    def environment(self, place: int) -> dict[str, str]:
+        """Variables of a process in a place."""
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+
+
+def run_side_by_side(
+    runs: Sequence[PlannedRun],
+    places: Places,
+    logs: Path,
+    lock: IO[str],
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Carry out runs until all have ended, or a stop is asked for and those at work are saved.
+
+    Args:
+        runs: those that are not finished.
+        logs: directory of what each process writes to standard error.
+        lock: kept by every process for as long as it lives.
+        on_event: called in this thread, in the order of what happens.
+
+    Raises:
+        RunProcessError: a process ended without saying how; the others were saved.
+    """
+    waiting, free = deque(runs), list(range(places.count))[::-1]
+    at_work: dict[str, _RunProcess] = {}
+    events: queue.Queue[Event] = queue.Queue()
+    fault: str | None = None
+    stopping = False
+    try:
+        while at_work or (waiting and not stopping):
+            while waiting and free and not stopping:
+                run = waiting.popleft()
+                place = free.pop()
+                on_event(Event(run.name, "began"))
+                at_work[run.name] = _RunProcess(run, place, places.environment(place), logs, lock, events)
+            try:
+                event = events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                event = None
+            if event is not None and event.kind == "left":
+                process = at_work.pop(event.run)
+                free.append(process.place)
+                if (explanation := process.fault()) is not None:
+                    fault, stopping = fault or explanation, True
+            elif event is not None:
+                on_event(event)
+                stopping = stopping or event.kind == "refused"
+            stopping = stopping or should_stop()
+            if stopping:
+                for process in at_work.values():
+                    process.ask_to_stop()
+    finally:
+        for process in at_work.values():  # on the way out of an exception: nothing stays behind
+            process.ask_to_stop()
+        for process in at_work.values():
+            process.wait()
+    if fault is not None:
+        raise RunProcessError(fault)
+
+
+class _RunProcess:
+    """One process at work, with the thread that reads what it says."""
+
+    def __init__(
+        self,
+        run: PlannedRun,
+        place: int,
+        environment: Mapping[str, str],
+        logs: Path,
+        lock: IO[str],
+        events: queue.Queue[Event],
+    ) -> None:
+        self.run = run
+        self.place = place
+        self.log = logs / f"{run.name}.txt"
+        self._ended_well = False
+        threads = str(run.config.threads or 1)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                # It finds what this process would: rewards and verifiers of the user's own too.
+                [sys.executable, "-P", "-m", "sapo.workflows.comparing.worker"],
+                env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # Ctrl-C is for the comparison, which asks its runs to stop
+            )
+        self._send(json.dumps(run.config.model_dump(mode="json")) + "\n")
+        self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
+        self._reader.start()
+
+    def ask_to_stop(self) -> None:
+        """Have the run saved and left; asked again, nothing more."""
+        stdin = self._process.stdin
+        if stdin is not None and not stdin.closed:
+            with contextlib.suppress(OSError):  # it is gone already
+                stdin.close()
+
+    def wait(self) -> None:
+        """Until it is gone."""
+        self._process.wait()
+
+    def fault(self) -> str | None:
+        """Why it ended as none should; None when it said how it ended."""
+        if self._ended_well:
+            return None
+        code = self._process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        last = next((line for line in reversed(self.log.read_text(errors="replace").splitlines()) if line.strip()), "")
+        return f"the process of {self.run.name} {how}{': ' + last if code > 0 and last else ''}; its log is {self.log}"
+
+    def _send(self, text: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it ended before it listened: its log says why
+            self._process.stdin.write(text.encode())
+            self._process.stdin.flush()
+
+    def _read(self, events: queue.Queue[Event]) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                fields = json.loads(line)
+            except ValueError:  # half a line: it was killed over it
+                continue
+            kind = fields.pop("event")
+            self._ended_well = kind in ("finished", "stopped", "failed", "refused")
+            events.put(Event(self.run.name, kind, fields))
+        self._process.wait()
+        events.put(Event(self.run.name, "left"))

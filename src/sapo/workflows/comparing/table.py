@@ -1,0 +1,145 @@
+"""The table of a comparison: for a file (markdown) and, from the same rows, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sapo.evaluation.estimates import Estimate
+from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.plan import format_rate
+from sapo.workflows.comparing.results import Cell, ComparisonResults
+
+HEADINGS = ("arm", "lr", "final pass@1", "best", "less {baseline}", "collapsed", "each seed", "tokens", "seconds")
+
+
+def as_markdown(results: ComparisonResults) -> str:
+    """The whole of a comparison: cells, best learning rates, every run.
+
+    No value of a run is left out: what a figure was made of stands beside it.
+    """
+    plan = results.plan
+    lines = [f"# {plan.name}", "", budget_sentence(results), "", *legend(results), ""]
+    for task in results.tasks:
+        lines += [f"## {task}", "", *_markdown(headings(results), cell_rows(results, task)), ""]
+        if len(plan.learning_rates) > 1:
+            lines += ["Each arm at the learning rate of its best mean, chosen on the problems it is judged by:", ""]
+            lines += [*_markdown(("arm", "lr", "final pass@1", f"less {plan.baseline}"), tuned_rows(results, task)), ""]
+        for sentence in alarm_sentences(results, task):
+            lines += [sentence, ""]
+        lines += ["Every run:", "", *_markdown(RUN_HEADINGS, run_rows(results.outcomes, task)), ""]
+    lines += [f"- {note}" for note in notes(results)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def headings(results: ComparisonResults) -> tuple[str, ...]:
+    """Of the table of cells."""
+    return tuple(heading.format(baseline=results.plan.baseline) for heading in HEADINGS)
+
+
+def budget_sentence(results: ComparisonResults) -> str:
+    """What every run was given."""
+    plan, base = results.plan, results.plan.base
+    return (
+        f"{base.train.steps} steps of {base.rollout.prompts_per_step} prompts x {base.rollout.samples_per_prompt}, "
+        f"{base.train.minibatches} mini-batches; {len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}; held-out: "
+        f"{base.eval.problems} problems x {base.eval.samples}"
+    )
+
+
+def legend(results: ComparisonResults) -> list[str]:
+    """How the figures are to be read."""
+    over = "problems" if len(results.plan.seeds) == 1 else "seeds and problems"
+    return [
+        f"Means with 95% bootstrap intervals over {over}; differences are paired by seed and problem. best is a "
+        "maximum over a run's evaluations. collapsed: last pass@1 below half of the run's best, or below its start by "
+        "more than its problems explain; or the run failed, and its last pass@1 counts as 0 (marked x).",
+    ]
+
+
+def cell_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
+    """One row for each arm at each learning rate."""
+    return [
+        (
+            cell.arm,
+            format_rate(cell.learning_rate),
+            str(cell.final),
+            str(cell.best),
+            signed(cell.difference),
+            f"{cell.collapsed} of {len(cell.seeds)}",
+            _each_seed(results, cell),
+            f"{cell.tokens['generated']:,.0f}" if "generated" in cell.tokens else "",
+            f"{cell.seconds['total']:.0f}" if "total" in cell.seconds else "",
+        )
+        for cell in results.cells
+        if cell.task == task
+    ]
+
+
+def tuned_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
+    """One row for each arm."""
+    return [
+        (t.arm, format_rate(t.learning_rate), str(t.final), signed(t.difference))
+        for t in results.tuned
+        if t.task == task
+    ]
+
+
+RUN_HEADINGS = ("run", "state", "start", "best (step)", "final", "collapsed", "tokens", "seconds")
+
+
+def run_rows(outcomes: Sequence[Outcome], task: str) -> list[tuple[str, ...]]:
+    """One row for each run; what it has not is left empty."""
+    rows: list[tuple[str, ...]] = []
+    for run in outcomes:
+        curve = run.curves.get(task)
+        rows.append(
+            (
+                run.name,
+                run.state if run.state == "finished" else f"{run.state} after step {run.steps}",
+                "" if curve is None else f"{curve.start.pass_at_1:.3f}",
+                "" if curve is None else f"{curve.best.pass_at_1:.3f} ({curve.best.step})",
+                f"{curve.final.pass_at_1:.3f}" if curve is not None and run.state == "finished" else "",
+                ("yes" if run.collapsed(task) else "no") if curve is not None and run.ended else "",
+                f"{run.tokens['generated']:,}" if "generated" in run.tokens else "",
+                f"{run.seconds['total']:.0f}" if "total" in run.seconds else "",
+            )
+        )
+    return rows
+
+
+def alarm_sentences(results: ComparisonResults, task: str) -> list[str]:
+    """How early warnings agree with collapses, and what the runs were warned of beside."""
+    alarms = results.alarms(task)
+    return [alarms.sentence, *([] if alarms.set_up_sentence is None else [alarms.set_up_sentence])]
+
+
+def notes(results: ComparisonResults) -> list[str]:
+    """Why runs failed, and which have not ended."""
+    failed = [f"{o.name} failed: {o.reason}" for o in results.outcomes if o.state == "failed"]
+    unfinished = [o.name for o in results.outcomes if not o.ended]
+    left = [f"not ended, and in no figure: {', '.join(unfinished)}"] if unfinished else []
+    return failed + left
+
+
+def signed(estimate: Estimate | None) -> str:
+    """A difference with its interval.
+
+    >>> signed(Estimate(0.05, -0.01, 0.11))
+    '+0.050 [-0.010, +0.110]'
+    """
+    return "" if estimate is None else f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def _each_seed(results: ComparisonResults, cell: Cell) -> str:
+    """The last pass@1 of each seed that has ended, in their order."""
+    runs = [o for o in results.outcomes if (o.arm, o.learning_rate) == (cell.arm, cell.learning_rate) and o.ended]
+    finals = [
+        "x" if o.state == "failed" else f"{o.curves[cell.task].final.pass_at_1:.3f}".removeprefix("0")
+        for o in runs
+        if cell.task in o.curves
+    ]
+    return " ".join(finals)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]

@@ -1,0 +1,143 @@
+"""A dry run: everything a run would load and check, what memory it would take, and what the model would see.
+
+Nothing is written, and no cold start is made: where the cache has none, an untrained model of its shape stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sapo.config import RunConfig
+from sapo.data import Prompt
+from sapo.model.adapters import add_adapter
+from sapo.model.policy import Policy
+from sapo.rollout.prompting import encode_by_task
+from sapo.rollout.selection import Position, Selector
+from sapo.run.preflight import check_prompts, load_tasks
+from sapo.utils.hashing import seed_for
+from sapo.workflows.coldstart import coldstart_path, fresh_policy
+from sapo.workflows.memory import MemoryEstimate, baseline_bytes, estimate_memory
+
+SHOWN_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class SeenPrompt:
+    """A prompt as the model sees it.
+
+    >>> SeenPrompt("add4", (1, 2, 10, 3, 11), ("1", "2", "+", "3", "="), "12+3=", "15", ("\\n",)).text
+    '12+3='
+    """
+
+    task: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    """Each token's own text, special tokens by their names."""
+    text: str
+    """All of them decoded, special tokens visible."""
+    answer: str | None
+    stop: tuple[str, ...]
+    """Strings that end a completion, beside the end token."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a recipe would do. See `session.dry_run`."""
+
+    config: RunConfig
+    batch_sentence: str
+    model: str
+    """Architecture, parameters, precision, device."""
+    coldstart_missing: bool
+    """The starting model is not in the cache: a run would make it first."""
+    held_out: dict[str, int]
+    """Held-out problems found, by task."""
+    prompts: tuple[SeenPrompt, ...]
+    memory: MemoryEstimate
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value, the recipe left out."""
+        return {
+            "batches": self.batch_sentence,
+            "model": self.model,
+            "coldstart_missing": self.coldstart_missing,
+            "held_out": self.held_out,
+            "prompts": [dict(p.__dict__) for p in self.prompts],
+            "memory": self.memory.to_json(),
+        }
+
+
+def rehearse(
+    config: RunConfig,
+    load: Callable[[RunConfig], Policy],
+    load_reference: Callable[[RunConfig], Policy | None] = lambda _: None,
+) -> DryRun:
+    """Load tasks and model, check what a run checks, estimate its memory.
+
+    Args:
+        config: threads and device settled.
+        load: the policy of a recipe, from its directory or the cold start's cache.
+        load_reference: the frozen policy a run keeps beside it, when it keeps one.
+
+    Raises:
+        ConfigError, ModelError, TaskError: what a run would raise before it begins.
+    """
+    tasks = load_tasks(config)
+    missing = config.model.coldstart is not None and not (coldstart_path(config) / "coldstart.json").is_file()
+    policy = _stand_in(config) if missing else load(config)
+    check_prompts(config, policy, tasks)
+    selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
+    prompts = encode_by_task(policy, tasks.formats, selector.first_prompts(0, Position()))
+    reference = _stand_in(config) if missing and _copy_is_kept(config) else load_reference(config)
+    baseline = baseline_bytes(*(p for p in (policy, reference) if p is not None))
+    return DryRun(
+        config=config,
+        batch_sentence=config.batch_sentence(),
+        model=(
+            f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters, {str(policy.dtype)[6:]} on "
+            f"{policy.device}"
+        ),
+        coldstart_missing=missing,
+        held_out={t.name: len(t.held_out(config.eval.problems)) for t in tasks.held_out},
+        prompts=tuple(_seen(policy, p) for p in _one_of_each_task(prompts)),
+        memory=estimate_memory(config, policy, prompts, baseline, reference),
+    )
+
+
+def _one_of_each_task(prompts: list[Prompt]) -> list[Prompt]:
+    """Two prompts, of different tasks where there are several."""
+    first_of_task = list({p.task: p for p in reversed(prompts)}.values())
+    rest = [p for p in prompts if p not in first_of_task]
+    return [*reversed(first_of_task), *rest][:SHOWN_PROMPTS]
+
+
+def _seen(policy: Policy, prompt: Prompt) -> SeenPrompt:
+    ids = list(prompt.token_ids)
+    decode = policy.tokenizer.decode
+    return SeenPrompt(
+        task=prompt.task,
+        token_ids=prompt.token_ids,
+        tokens=tuple(decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids),
+        text=decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        answer=prompt.answer,
+        stop=prompt.stop,
+    )
+
+
+def _stand_in(config: RunConfig) -> Policy:
+    assert config.model.coldstart is not None
+    policy = fresh_policy(config.model.coldstart)
+    if config.model.dtype == "bfloat16":
+        policy.model.bfloat16()
+    policy.model.to(config.device)
+    if config.model.lora is not None:
+        add_adapter(policy, **config.model.lora.model_dump(), seed=seed_for(config.seed, "adapter"))
+    return policy
+
+
+def _copy_is_kept(config: RunConfig) -> bool:
+    """Whether a run keeps a frozen copy of the model it starts from, for a KL penalty."""
+    kl = config.objective.kl
+    return kl is not None and kl.reference is None and config.model.lora is None

@@ -1,0 +1,295 @@
+"""One evaluation from what was ordered to what is written: the model, the task, how much is drawn, where it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo.config import PromptConfig
+from sapo.data import Prompt
+from sapo.errors import ConfigError
+from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
+from sapo.evaluation.examination import Keeper, Memory
+from sapo.model.policy import Policy
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
+from sapo.run.machine import DECIDING_BITS, provenance
+from sapo.run.models import load_model
+from sapo.tasks import Task
+
+CHUNK_SEQUENCES = 256
+"""Sequences drawn, judged and kept together: as many as the engine decodes at once, so that a kill loses no more than
+that. The price is waiting for the last sequence of each chunk with part of the rows idle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is drawn, and how.
+
+    >>> Settings(samples=16, ks=(1, 4, 16)).problems
+    256
+    """
+
+    problems: int = 256
+    samples: int = 4
+    ks: tuple[int, ...] = (1,)
+    threshold: float = 1.0
+    greedy: bool = False
+    constant: bool = False
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=64))
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if not self.ks or min(self.ks) < 1 or max(self.ks) > self.samples:
+            text = ",".join(map(str, self.ks))
+            raise ConfigError(f"every k must lie in 1..samples ({self.samples}); got {text}; raise --samples")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is evaluated."""
+
+    policy: Policy
+    path: str
+    """How the record names it."""
+    weights: str
+    """Names its weights, wherever they lie."""
+
+    @classmethod
+    def load(cls, model: str | Path | Policy, dtype: str | None = None, device: str = "auto") -> Subject:
+        """A model directory, or the newest whole checkpoint of a run.
+
+        Args:
+            dtype: that of a run's own recipe, else float32, when None.
+
+        Raises:
+            ConfigError, ModelError: it cannot be used.
+        """
+        if isinstance(model, Policy):
+            return cls(model, "a loaded policy", model.fingerprint())
+        policy, directory = load_model(model, dtype, device)
+        return cls(policy, str(directory), policy.fingerprint())
+
+    def about(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return {
+            "path": self.path,
+            "weights": self.weights,
+            "dtype": str(self.policy.dtype).removeprefix("torch."),
+            "parameters": self.policy.num_parameters,
+        }
+
+
+@dataclass(frozen=True)
+class Order:
+    """A task to be evaluated on, as `evaluate` takes it in many arguments."""
+
+    task: Task
+    prompt_format: PromptFormat
+    settings: Settings
+    task_about: Mapping[str, Any]
+    """What the record says of the task."""
+
+    def carry_out(
+        self,
+        subject: Subject,
+        prompts: Sequence[Prompt] | None = None,
+        *,
+        out: str | Path | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> Results:
+        """Evaluate, or go on with what `out` keeps, and write what came of it there.
+
+        Args:
+            prompts: what `ask` made; it is asked here when None.
+            on_progress: told the problems done, and all of them, as they are.
+            tell: told in words what `out` held already.
+
+        Raises:
+            ConfigError: `out` holds another evaluation.
+            Interrupted: `should_stop` said so.
+        """
+        policy = subject.policy
+        prompts = self.ask(policy) if prompts is None else prompts
+        about = self._about(subject)
+        machine = {**provenance(), "threads": torch.get_num_threads()}
+        if out is None:
+            evaluation = self._evaluate(policy, prompts, Memory(), should_stop, on_progress)
+            return Results({**about, "machine": machine}, evaluation)
+        with EvaluationStore(Path(out), self._asked(about, prompts), machine) as store:
+            _tell_of_what_is_there(store, len(prompts), machine, tell)
+            torch.set_num_threads(store.machine["threads"])  # another count is another rounding
+            evaluation = self._evaluate(policy, prompts, store, should_stop, on_progress)
+            results = Results({**about, "machine": store.machine}, evaluation)
+            store.finish(results.to_json())
+            write_page(results, Path(out) / "index.html")
+        return results
+
+    def _evaluate(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        keeper: Keeper,
+        should_stop: Callable[[], bool],
+        on_progress: Callable[[int, int], None],
+    ) -> Evaluation:
+        settings = self.settings
+        examine(
+            policy,
+            LocalEngine(policy),
+            self.task,
+            prompts,
+            keeper,
+            chunk=self._chunk,
+            samples=settings.samples,
+            params=self._params(policy),
+            greedy=settings.greedy,
+            should_stop=should_stop,
+            on_progress=on_progress,
+        )
+        best = None
+        if settings.constant:
+            best = best_constant(self.task, prompts, threshold=settings.threshold, should_stop=should_stop)
+        return Evaluation.of(
+            self.task.name,
+            keeper.answered,
+            ks=settings.ks,
+            threshold=settings.threshold,
+            constant=best,
+            clock=keeper.clock,
+        )
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, CHUNK_SEQUENCES // self.settings.samples)
+
+    def _params(self, policy: Policy) -> SamplingParams:
+        params = self.settings.params
+        return replace(params, stop_token_ids=params.stop_token_ids | policy.stop_token_ids)
+
+    def asked(self, subject: Subject, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What names this evaluation to its directory."""
+        return self._asked(self._about(subject), prompts)
+
+    def ask(self, policy: Policy) -> list[Prompt]:
+        """The held-out problems as the model will see them.
+
+        Raises:
+            ConfigError: one leaves no room for a completion.
+        """
+        prompts = ask(policy, self.task, self.settings.problems, self.prompt_format)
+        longest, room = max(prompts, key=lambda p: len(p.token_ids)), self.settings.params.max_new_tokens
+        if policy.max_length is not None and len(longest.token_ids) + room > policy.max_length:
+            raise ConfigError(
+                f"--max-new-tokens must leave room for the prompt; got {room} with a prompt of "
+                f"{len(longest.token_ids)} tokens ({longest.text[:32]!r}) in a model of {policy.max_length}"
+            )
+        return prompts
+
+    def _about(self, subject: Subject) -> dict[str, Any]:
+        sampling = asdict(self._params(subject.policy))
+        return {
+            "model": subject.about(),
+            "task": dict(self.task_about),
+            "prompt": asdict(self.prompt_format),
+            "sampling": {**sampling, "stop_token_ids": sorted(sampling["stop_token_ids"])},
+        }
+
+    def _asked(self, about: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What changes a completion or its judgement. Not where the model lies, nor what is counted in the end."""
+        model = about["model"]
+        return {
+            "samples": self.settings.samples,
+            "greedy": self.settings.greedy,
+            "sampling": about["sampling"],
+            "task": about["task"],
+            "prompt": about["prompt"],
+            "problems": {"count": len(prompts), "rows": _digest(prompts)},
+            "model": {"dtype": model["dtype"], "weights": model["weights"]},
+            "chunk": self._chunk,
+        }
+
+
+def evaluate(
+    model: str | Path | Policy,
+    task: Task,
+    *,
+    problems: int = 256,
+    samples: int = 4,
+    ks: tuple[int, ...] = (1,),
+    threshold: float = 1.0,
+    greedy: bool = False,
+    constant: bool = False,
+    params: SamplingParams | None = None,
+    max_new_tokens: int = 64,
+    prompt_format: PromptFormat | PromptConfig | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    out: str | Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate a model directory, a run's newest weights or a loaded policy on a task's held-out problems.
+
+    Args:
+        problems: how many; all there are, when there are fewer.
+        samples: n, completions of each problem.
+        ks: which pass@k to estimate, each at most `samples`.
+        threshold: smallest reward that counts as correct.
+        greedy: draw one more completion of each problem, at temperature 0.
+        constant: judge the best constant answer as well.
+        params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
+        prompt_format: how the questions are put; as they are when None.
+        out: a directory to keep it in, so that a killed one goes on; in the end results.json, completions.jsonl and
+            index.html are there.
+
+    Raises:
+        ConfigError, ModelError, TaskError: it cannot be done as asked.
+        Interrupted: `should_stop` said so; what `out` keeps is kept.
+    """
+    settings = Settings(
+        problems=problems,
+        samples=samples,
+        ks=tuple(ks),
+        threshold=threshold,
+        greedy=greedy,
+        constant=constant,
+        params=params or SamplingParams(max_new_tokens=max_new_tokens),
+    )
+    if not isinstance(prompt_format, PromptFormat):
+        prompt_format = PromptFormat.of(prompt_format or PromptConfig(), task)
+    subject = Subject.load(model, dtype, device)
+    order = Order(task, prompt_format, settings, {"name": task.name})
+    return order.carry_out(subject, out=out, should_stop=should_stop).evaluation
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Names the rows: another row, answer, tokenizer or prompt format is another name."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        # repr of what JSON does not know: rows from Parquet hold dates and decimals.
+        row = json.dumps([p.id, p.text, p.answer, p.token_ids, p.stop, dict(p.metadata)], sort_keys=True, default=repr)
+        digest.update(row.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _tell_of_what_is_there(
+    store: EvaluationStore, problems: int, machine: Mapping[str, Any], tell: Callable[[str], None]
+) -> None:
+    if store.finished:
+        tell(f"{store.path} is finished already; its completions are counted again")
+    elif store.answered:
+        tell(f"{store.path} has {len(store.answered)} of {problems} problems already; going on")
+    for key in DECIDING_BITS:
+        if not store.finished and key in store.machine and store.machine[key] != machine[key]:
+            tell(f"{key}: {store.machine[key]} before, {machine[key]} now: it goes on, but not bit for bit")

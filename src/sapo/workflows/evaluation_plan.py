@@ -1,0 +1,183 @@
+"""What `sapo eval` was asked for: tasks by name with their settings, or those of a run as it evaluates them itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sapo.config import PromptConfig
+from sapo.config.recipes import parse_override, parse_prompt
+from sapo.data import Prompt
+from sapo.errors import ConfigError
+from sapo.evaluation.store import difference
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
+from sapo.run.directory import RunDirectory
+from sapo.run.models import run_of
+from sapo.tasks import make_task
+from sapo.tasks.rows.reading import EXTENSIONS
+from sapo.utils.hashing import seed_for
+from sapo.workflows.evaluate import Order, Settings, Subject
+
+DEFAULT_SEED = 12345
+
+# Settings of a prompt that are text: on a command line they are taken as they stand, which YAML would not do with the
+# colon and braces of "Q: {prompt}".
+_TEXTS = ("prompt.system", "prompt.template", "prompt.answer_template")
+
+
+def orders(
+    model: Path,
+    tasks: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    seed: int | None = None,
+    threshold: float = 1.0,
+    **given: Any,
+) -> list[Order]:
+    """What a command asks for: the tasks named, or a run's own, each made and checked.
+
+    Args:
+        model: the model; a run directory, or a checkpoint in one, brings tasks where none are named.
+        tasks: names of TASKS, or files.
+        overrides: `key=value`; those of `prompt.` say how questions are put, others are the tasks' own.
+        seed: of the draws and of the choice of problems; both are then those of a run whose eval.seed it is.
+        given: of Settings and SamplingParams; None where nothing was said. A run's own stand in then; without a run
+            the best constant answer is judged, and no greedy completion drawn.
+
+    Raises:
+        ConfigError, TaskError: what is wrong with it.
+    """
+    given = {name: value for name, value in given.items() if value is not None} | {"threshold": threshold}
+    if tasks:
+        seed = DEFAULT_SEED if seed is None else seed
+        settings = _settings({"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given)
+        return [order_of_task(name, overrides, settings, seed) for name in tasks]
+    run = run_of(model)
+    if run is None:
+        raise ConfigError(f"{model} is not a run directory, so it has no tasks of its own; name one with --task")
+    return orders_of_run(run, overrides, given, seed)
+
+
+def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed: int = DEFAULT_SEED) -> Order:
+    """A task by its name, or a file, with its settings and those of its prompts.
+
+    >>> order = order_of_task("arithmetic", ["digits=2", "prompt.template={prompt} Answer:"], Settings())
+    >>> order.task.name, order.prompt_format.template
+    ('add2', '{prompt} Answer:')
+
+    Raises:
+        ConfigError, TaskError: what is wrong with it.
+    """
+    options, prompt = split_overrides(overrides)
+    if Path(name).suffix in EXTENSIONS:
+        name, options = "file", {"path": name, **options}
+    return _order(name, options, seed, parse_prompt(prompt), settings)
+
+
+def orders_of_run(
+    run: Path, overrides: Sequence[str], given: Mapping[str, Any], seed: int | None = None
+) -> list[Order]:
+    """The tasks of a run as it evaluates them itself, but for what is given.
+
+    Raises:
+        ConfigError, TaskError: no run, or an override of a task's own settings.
+    """
+    config = RunDirectory.read_config(run)
+    options, prompt = split_overrides(overrides)
+    if options:
+        raise ConfigError(
+            f"the settings of a run's tasks are in its config.yaml; got {next(iter(options))}=...; name the task with "
+            "--task to evaluate it otherwise, or change prompt.* only"
+        )
+    asked, rollout = config.eval, config.rollout
+    seed = asked.seed if seed is None else seed
+    sampling = {
+        "max_new_tokens": rollout.max_new_tokens,
+        "temperature": rollout.temperature if asked.temperature is None else asked.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "min_p": rollout.min_p,
+        "seed": seed_for(seed, "evaluation"),
+        "stop_token_ids": frozenset(rollout.stop_token_ids),
+    }
+    # With fewer samples than the run drew, its own k are taken as far as they go.
+    ks = tuple(k for k in asked.k if k <= given.get("samples", asked.samples)) or (1,)
+    own = {"problems": asked.problems, "samples": asked.samples, "ks": ks}
+    settings = _settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
+    return [
+        _order(
+            t.name,
+            t.options,
+            seed,
+            parse_prompt({**(t.prompt or config.prompt).model_dump(), **prompt}),
+            settings,
+        )
+        for t in config.tasks
+    ]
+
+
+def _order(kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: Settings) -> Order:
+    task = make_task(kind, seed=seed, **options)
+    about = {"name": task.name, "kind": kind, "options": dict(options), "seed": seed}
+    return Order(task, PromptFormat.of(prompt, task), settings, about)
+
+
+def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """Settings and SamplingParams from their defaults and what is given for either."""
+    names = {f.name for f in fields(SamplingParams)}
+    try:
+        params = SamplingParams(**{**sampling, **{k: v for k, v in given.items() if k in names}})
+    except ValueError as error:
+        name, _, rule = str(error).partition(" ")
+        raise ConfigError(f"--{name.replace('_', '-')} {rule}") from error
+    return Settings(**{**own, **{k: v for k, v in given.items() if k not in names}}, params=params)
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a task, and those of how its questions are put (`prompt.`), which come without the prefix.
+
+    >>> split_overrides(["path=sums.jsonl", "prompt.style=chat", "prompt.thinking=true", 'prompt.stop=["\\\\n"]'])
+    ({'path': 'sums.jsonl'}, {'style': 'chat', 'thinking': True, 'stop': ['\\n']})
+    """
+    options: dict[str, Any] = {}
+    prompt: dict[str, Any] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if key in _TEXTS and separator and not text.startswith(('"', "'")) and text != "null":
+            value: Any = text.replace("\\n", "\n").replace("\\t", "\t")
+        else:
+            key, value = parse_override(override)
+        if key.startswith("prompt."):
+            prompt[key.removeprefix("prompt.")] = value
+        else:
+            options[key] = value
+    return options, prompt
+
+
+def place(
+    model: Path, subject: Subject, order: Order, prompts: Sequence[Prompt], out: Path | None, *, alone: bool
+) -> tuple[Path, str | None]:
+    """The directory of an evaluation of `prompts`, which `order.ask` made, and what to tell of the choice.
+
+    `out` is the user's and taken as it is, with a directory for each task below it where there are several. Without it
+    the directory is evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
+    """
+    task = re.sub(r"[^\w.-]+", "_", order.task.name)
+    if out is not None:
+        return (out if alone else out / task), None
+    run = run_of(model)
+    name = model.resolve().name
+    if run is not None and run.resolve() != model.resolve():
+        name = f"{run.resolve().name}-{name}"
+    first = Path("evals") / f"{name}-{task}"
+    asked = order.asked(subject, prompts)
+    candidate, number, reason = first, 1, None
+    while (found := difference(candidate, asked)) is not None:
+        reason = reason or f"{first} holds {found}"
+        number += 1
+        candidate = first.with_name(f"{first.name}-{number}")
+    return candidate, reason and f"{reason}; this one goes to {candidate}"

@@ -1,0 +1,112 @@
+"""Completions of one prompt of one's own: what `sapo generate` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sapo.data import Completion, Prompt
+from sapo.errors import ConfigError
+from sapo.model.policy import Policy
+from sapo.rollout.engine import Request
+from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.prompting import PromptFormat
+from sapo.run.directory import RunDirectory
+from sapo.tasks import make_task
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A prompt as it was put, and completions of it.
+
+    >>> prompt = Prompt(0, "generate", "1+1=", token_ids=(1, 10, 1, 14))
+    >>> completion = Completion((2, 17), (-0.1, -0.2), "stop", "2")
+    >>> Generation(prompt, "1+1=", (completion,), (("2", "<eos>"),)).to_json()["completions"][0]["text"]
+    '2'
+    """
+
+    prompt: Prompt
+    seen: str
+    """What the model saw, special tokens visible."""
+    completions: tuple[Completion, ...]
+    token_texts: tuple[tuple[str, ...], ...]
+    """Each completion's tokens one by one, special ones by their names."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return {
+            "prompt": self.seen,
+            "prompt_token_ids": list(self.prompt.token_ids),
+            "completions": [
+                {
+                    "text": c.text,
+                    "finish_reason": c.finish_reason,
+                    "token_ids": list(c.token_ids),
+                    "tokens": list(texts),
+                    "logprobs": list(c.logprobs),
+                }
+                for c, texts in zip(self.completions, self.token_texts, strict=True)
+            ],
+        }
+
+
+def format_of_run(run: Path) -> PromptFormat | None:
+    """How a run puts the questions of its first task; None for a directory that is not a run.
+
+    Raises:
+        ConfigError, TaskError: its recipe or its task cannot be read.
+    """
+    if not (run / "config.yaml").is_file():
+        return None
+    config = RunDirectory.read_config(run)
+    first = config.tasks[0]
+    return PromptFormat.of(first.prompt or config.prompt, make_task(first.name, seed=config.eval.seed, **first.options))
+
+
+def generate(
+    policy: Policy,
+    text: str,
+    params: SamplingParams,
+    *,
+    samples: int = 1,
+    style: Literal["auto", "plain", "chat"] = "auto",
+    system: str | None = None,
+    stop: tuple[str, ...] = (),
+    form: PromptFormat | None = None,
+    shorten: bool = False,
+) -> Generation:
+    """Draw completions of a text.
+
+    Args:
+        text: the question; through the tokenizer's chat template when style is chat, or auto and there is one.
+        params: of sampling; the model's own stop tokens are added.
+        stop: strings that end a completion.
+        form: how the text is put, in place of style, system and stop.
+        shorten: lower max_new_tokens to what the model has room for.
+
+    Raises:
+        ModelError: a chat with a model that has no template, or text it has no tokens for.
+        ConfigError: prompt and completion do not fit the model's positions.
+    """
+    form = form or PromptFormat(style=style, system=system, stop=stop, prefers_chat=True)
+    prompt = form.encode(policy, [Prompt(0, "generate", text)])[0]
+    length, limit = params.max_new_tokens, policy.max_length
+    if shorten and limit is not None:
+        length = max(1, min(length, limit - len(prompt.token_ids)))
+    if limit is not None and len(prompt.token_ids) + length > limit:
+        raise ConfigError(
+            f"prompt and completion must fit the model's {limit} positions; got a prompt of {len(prompt.token_ids)} "
+            f"tokens and max_new_tokens {length}; shorten one of them"
+        )
+    stops = params.stop_token_ids | policy.stop_token_ids
+    params = replace(params, max_new_tokens=length, stop_token_ids=stops)
+    [completions] = LocalEngine(policy).generate([Request(prompt, samples)], params)
+
+    def decode(ids: tuple[int, ...]) -> str:
+        shown: str = policy.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return shown
+
+    texts = tuple(tuple(decode((i,)) for i in c.token_ids) for c in completions)
+    return Generation(prompt, decode(prompt.token_ids), completions, texts)

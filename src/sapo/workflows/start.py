@@ -1,0 +1,62 @@
+"""The policies a run starts from: the model, its adapter, and the reference of a KL penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
+from sapo.model.adapters import add_adapter
+from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
+from sapo.run.routing_replay import RoutingReplay
+from sapo.utils.hashing import seed_for
+from sapo.workflows.coldstart import ColdStartProgress, ensure_coldstart
+
+
+def starting_policy(
+    config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
+) -> Policy:
+    policy = starting_model(config, on_coldstart, should_stop)
+    if (lora := config.model.lora) is not None:
+        seed = seed_for(config.seed, "adapter")
+        add_adapter(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    RoutingReplay.of(config, policy)  # refused before anything is written
+    return policy
+
+
+def starting_model(
+    config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
+) -> Policy:
+    if config.model.coldstart is not None:
+        path = ensure_coldstart(config, on_coldstart, should_stop)[0]
+        return load_policy(path, config.model.dtype, config.device)
+    assert config.model.path is not None
+    policy = load_policy(config.model.path, config.model.dtype, config.device, **config.model.load_options)
+    if policy.adapter is not None and config.model.lora is not None:
+        raise ConfigError(f"{config.model.path} is an adapter already; leave model.lora out to train it further")
+    return policy
+
+
+def reference_policy(config: RunConfig, should_stop: Callable[[], bool]) -> Policy | None:
+    """What a KL penalty keeps close to; None when there is none, or when switching an adapter off gives it."""
+    kl = config.objective.kl
+    if kl is None or (config.model.lora is not None and kl.reference is None):
+        return None
+    if kl.reference is not None:
+        trusted = config.model.trust_remote_code
+        reference = load_policy(kl.reference, config.model.dtype, config.device, trust_remote_code=trusted)
+    else:
+        reference = starting_model(config, lambda _: None, should_stop)
+    for parameter in reference.model.parameters():
+        parameter.requires_grad_(False)
+    return reference
+
+
+def check_same_tokens(policy: Policy, reference: Policy | None) -> None:
+    """Refuse a reference to which the same ids are other text: log pi_ref would be of another completion."""
+    if reference is not None and policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise ConfigError(
+            f"objective.kl.reference must have the tokens of the trained model; {reference.source} has "
+            f"{len(reference.tokenizer)} and the model {len(policy.tokenizer)}, or the same number of others"
+        )

@@ -1,0 +1,175 @@
+"""From a checked recipe to a finished run: everything around the loop that starts, resumes and stops it.
+
+The Python surface (`sapo.train`, `sapo.resume`) and the command line both come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sapo.config import RunConfig
+from sapo.config.recipes import override_run
+from sapo.errors import CollapseError, ConfigError, NonFiniteError
+from sapo.model.loading import load_policy
+from sapo.run.directory import RunDirectory
+from sapo.run.listener import Listener, Silent
+from sapo.run.loggers.all import check_loggers
+from sapo.run.loop import StopReason, TrainingRun
+from sapo.run.machine import DECIDING_BITS, provenance, resolve_machine
+from sapo.run.preflight import check_prompts, load_tasks
+from sapo.run.state import RunState
+from sapo.training.checkpoint import newest_whole, set_broken_aside
+from sapo.workflows.coldstart import ColdStartProgress
+from sapo.workflows.dry_run import DryRun, rehearse
+from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `train` and `resume` return."""
+
+    directory: Path
+    config: RunConfig
+    summary: dict[str, Any]
+    stopped: StopReason | None
+    """None when the run reached its last step."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_coldstart: Callable[[ColdStartProgress], None] = lambda _: None,
+) -> Run:
+    """Run a recipe from its start.
+
+    Args:
+        config: from `load_recipe`.
+        listener: told of progress.
+        should_stop: asked wherever work can be left without loss; when it says so a checkpoint is written.
+        on_coldstart: told of each evaluation while the starting model is made, if the cache has none.
+
+    Raises:
+        ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
+        NonFiniteError, CollapseError: the run stopped itself; the message, which failure.json keeps, names step, cause
+            and checkpoint.
+    """
+    config = resolve_machine(config)
+    if config.run_dir is None:
+        raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
+    RunDirectory.check_free(Path(config.run_dir))
+    check_loggers(config)
+    tasks = load_tasks(config)
+    policy = starting_policy(config, on_coldstart, should_stop)
+    check_prompts(config, policy, tasks)
+    reference = reference_policy(config, should_stop)
+    check_same_tokens(policy, reference)
+    directory = RunDirectory.create(config.model_copy(update={"provenance": provenance()}))
+    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
+
+
+def dry_run(config: RunConfig) -> DryRun:
+    """Load and check everything a run would, and say what it would do; nothing is written.
+
+    Raises:
+        ConfigError, ModelError, TaskError: the recipe cannot be run.
+    """
+    config = resolve_machine(config)
+    if config.run_dir is not None:
+        RunDirectory.check_free(Path(config.run_dir))
+    check_loggers(config)
+    return rehearse(
+        config,
+        load=lambda c: starting_policy(c, lambda _: None, lambda: False),
+        load_reference=lambda c: reference_policy(c, lambda: False),
+    )
+
+
+def resume(
+    run: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Take a run up again from its newest whole checkpoint; on the same machine it goes on bit for bit.
+
+    Args:
+        run: the run directory.
+        overrides: `key=value` for the few settings that may change in mid-run (`train.steps`, ...).
+
+    Raises:
+        ConfigError: not a run directory, or an override that would make it another run.
+    """
+    directory, config = RunDirectory.open(run)
+    try:
+        training = _resumed(directory, config, str(run), overrides or [], listener or Silent(), should_stop)
+    except BaseException:
+        directory.close()
+        raise
+    return _finish(training)
+
+
+def _resumed(
+    directory: RunDirectory,
+    config: RunConfig,
+    run: str,
+    overrides: list[str],
+    listener: Listener,
+    should_stop: Callable[[], bool],
+) -> TrainingRun:
+    """The run at its newest whole checkpoint; its files are changed only when nothing can be refused any more."""
+    config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
+    _warn_of_another_machine(config, listener)
+    check_loggers(config)
+    tasks = load_tasks(config)
+    checkpoint = newest_whole(
+        directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
+    )
+    state = None
+    if checkpoint is None:
+        listener.warning(f"{run} has no checkpoint yet: the run starts over from its first step")
+        policy = starting_policy(config, lambda _: None, should_stop)
+    else:
+        listener.resumed(checkpoint)
+        policy = load_policy(
+            checkpoint.path,
+            config.model.dtype,
+            config.device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        state = RunState.from_json(checkpoint.state())
+    reference = reference_policy(config, should_stop)
+    check_same_tokens(policy, reference)
+    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
+    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
+    if checkpoint is not None:
+        training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+    set_broken_aside(directory.checkpoints, checkpoint)
+    if overrides:
+        directory.write_config(config)
+    return training
+
+
+def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
+    """Bit for bit holds on one machine with one set of versions: say when these are others."""
+    before, now = config.provenance or {}, provenance()
+    for key in DECIDING_BITS:
+        if key in before and before[key] != now[key]:
+            listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run goes on, but not bit for bit")
+
+
+def _finish(training: TrainingRun) -> Run:
+    try:
+        stopped = training.run()
+        return Run(training.directory.path, training.config, training.summary(), stopped)
+    except (NonFiniteError, CollapseError) as error:
+        training.directory.write_failure(str(error))
+        raise
+    finally:
+        training.loggers.close()
+        training.directory.close()
