@@ -47,8 +47,8 @@ bench: .venv/installed-dev bench-vllm ## measurements against peers, about an ho
 bench-vllm:
 	PYTHON=$(PYTHON) bench/vllm_cpu.sh
 
-evidence: .venv/installed-dev ## the runs behind docs/evidence.md, two to three hours on two cores; goes on where it was
-	$(BIN)/python -m evidence
+evidence: .venv/installed-dev ## the runs behind research/evidence.md, two to three hours on two cores; goes on where it was
+	$(BIN)/python -m research.evidence
 
 clean: ## what was built; runs/ stays
 	rm -rf .venv .venv-verl dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

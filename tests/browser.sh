@@ -2,7 +2,7 @@
 # Installs a Chromium for the tests of pages, where there is none: the system's package where we may install one, else
 # Playwright's own build, which it downloads from its makers.
 set -eu
-found() { PYTHONPATH=tests "$BIN/python" -c 'import browser, sys; print(browser.CHROMIUM or ""); sys.exit(not browser.CHROMIUM)'; }
+found() { PYTHONPATH=tests "$BIN/python" -c 'from support import browser; import sys; print(browser.CHROMIUM or ""); sys.exit(not browser.CHROMIUM)'; }
 if found; then
     exit 0
 fi

@@ -13,9 +13,9 @@ import pytest
 
 import sapo
 import sapo.diagnostics.warnings
-from runs import REWARD, fingerprint, metrics, write_model, write_recipe
 from sapo.diagnostics.warnings import Finding
 from sapo.workflows.train import resume
+from support.runs import REWARD, fingerprint, metrics, write_model, write_recipe
 
 STEPS = 7
 EVERYTHING: dict[str, Any] = {

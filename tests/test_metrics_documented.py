@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import sapo
-from runs import write_mixture, write_model, write_recipe
 from sapo.errors import CollapseError
+from support.runs import write_mixture, write_model, write_recipe
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
 

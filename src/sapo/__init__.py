@@ -16,7 +16,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # On some processors MKL rounds a product differently with the alignment of its buffers, and a resumed run would not be
-# the run it continues. Read when MKL is first used, hence before torch. docs/log.md has what was measured.
+# the run it continues. Read when MKL is first used, hence before torch. research/log.md has what was measured.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # The library under torch.profiler tells of its stages on stderr below this level; read when torch is loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation_cases import answered, counted, results, sample
 from sapo.errors import ConfigError
 from sapo.evaluation import comparison
 from sapo.evaluation.comparison import Discordance, compare, sign_flip_p_value
+from support.evaluation_cases import answered, counted, results, sample
 
 
 def compared(a, b, **more):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_cases import WrittenTask
 from sapo.data import Prompt, Score, Status
 from sapo.errors import Interrupted
 from sapo.evaluation import best_constant, constant
 from sapo.tasks import FileTask
 from sapo.tasks.generated.arithmetic import ArithmeticTask
+from support.evaluation_cases import WrittenTask
 
 
 class BoxedTask(WrittenTask):

@@ -8,12 +8,12 @@ from math import nan
 
 import pytest
 
-from evaluation_cases import PlainPolicy, ScriptedEngine, WrittenTask, answered, sample
 from sapo.data import Completion, Prompt, Score, Status
 from sapo.errors import Interrupted, TaskError
 from sapo.evaluation import Evaluation, Sample, evaluate_policy
 from sapo.evaluation.records import groups_of
 from sapo.rollout.params import SamplingParams
+from support.evaluation_cases import PlainPolicy, ScriptedEngine, WrittenTask, answered, sample
 
 TASK = WrittenTask(("one", "1", {}), ("two", "2", {}))
 TEXTS = [["1", "1", "3", "cut"], ["2", "1", "bug", "1"]]

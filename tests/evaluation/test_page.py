@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_cases import answered, results, sample
 from sapo.evaluation import ConstantAnswer, page_data, write_page
 from sapo.evaluation.page import part
 from sapo.utils.html import content_security_policy, embedded
+from support.evaluation_cases import answered, results, sample
 
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'><!-- & \u2028 \ud800 {{data}}"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from browser import CHROMIUM, MISSING, Browser
-from evaluation_cases import answered, results, sample
 from sapo.data import Status
 from sapo.evaluation import write_page
+from support.browser import CHROMIUM, MISSING, Browser
+from support.evaluation_cases import answered, results, sample
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 

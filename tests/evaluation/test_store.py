@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_cases import PlainPolicy, ScriptedEngine, WrittenTask, answered, results, sample
 from sapo.data import Status
 from sapo.errors import ConfigError
 from sapo.evaluation import EvaluationStore, Results, ask, examine, read_results
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.store import difference
 from sapo.rollout.params import SamplingParams
+from support.evaluation_cases import PlainPolicy, ScriptedEngine, WrittenTask, answered, results, sample
 
 ASKED = {"samples": 4, "sampling": {"temperature": 1.0, "stop": [2]}, "model": {"weights": "abc"}}
 MACHINE = {"threads": 1}

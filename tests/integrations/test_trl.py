@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import compute_in_double
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import OBJECTIVES, gate_weight, policy_loss
+from support.policies import compute_in_double
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

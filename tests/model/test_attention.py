@@ -4,32 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
-from tree_cases import TREES, chain, leaves_of, path_of, positions_of, visible_NN
 
 from sapo.data import Segment
 from sapo.model.attention import TreeLayout, gather_rows, shared_prefix_attention
 from sapo.model.loading import prepare_policy
 from sapo.model.tiny import ARCHITECTURES
+from support.attention_cases import attention_by_definition, normal, query_key_value
+from support.tree_cases import TREES, chain, leaves_of, path_of, positions_of, visible_NN
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_window = pytest.mark.parametrize("window", [None, 1, 3, 17])
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def query_key_value(num_tokens, dtype=torch.float64, heads=4, kv_heads=2):
-    shapes = ((num_tokens, heads, 8), (num_tokens, kv_heads, 8), (num_tokens, kv_heads, 8))
-    return tuple(normal(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes))
-
-
-def attention_by_definition(query, key, value, visible, scaling):
-    """softmax(q k / scale) v over what each token sees, one N x N matrix, query heads in groups per key head."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value)
 
 
 @every_window

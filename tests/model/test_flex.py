@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from test_attention import attention_by_definition, normal, query_key_value
 from torch.nn.attention import flex_attention as torch_flex
-from tree_cases import TREES, chain, visible_NN
 
 from sapo.errors import ModelError
 from sapo.model import attention, flex
 from sapo.model.attention import TreeLayout
 from sapo.model.flex import BLOCK, TreeMask, padded_length
+from support.attention_cases import attention_by_definition, normal, query_key_value
+from support.flex_cases import TREE, WIDE
+from support.tree_cases import TREES, chain, visible_NN
 
 CPU = torch.device("cpu")
 every_window = pytest.mark.parametrize("window", [None, 1, 3, 17])
-
-# A preamble, two prompts, responses of several lengths: four blocks of tokens, some seen whole and some not at all.
-WIDE = chain([150, 90, 40, 7, 60, 30, 20], [-1, 0, 1, 1, 0, 4, 4])
-TREE = chain([9, 5, 1, 12, 4, 8], [-1, 0, 1, 1, 0, -1])
 
 
 @pytest.fixture(autouse=True)

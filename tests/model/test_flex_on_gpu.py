@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from test_attention import attention_by_definition, normal, query_key_value
-from test_flex import TREE, WIDE
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tree_cases import chain, visible_NN
 
 from sapo.model.attention import TreeLayout, attention
 from sapo.model.flex import takes_flex
 from sapo.model.loading import prepare_policy
+from support.attention_cases import attention_by_definition, normal, query_key_value
+from support.flex_cases import TREE, WIDE
+from support.tree_cases import chain, visible_NN
 
 pytestmark = pytest.mark.gpu
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_cases import EXPERTS, FAMILIES, PER_TOKEN, SHAPE, TOKENIZER, ByHand, make_moe, mixture_layers, perturb
 from sapo.data import Segment
 from sapo.errors import ModelError
 from sapo.model.adapters import add_adapter
 from sapo.model.attention import TreeLayout
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers, pack_experts, routed_experts
+from support.moe_cases import EXPERTS, FAMILIES, PER_TOKEN, SHAPE, TOKENIZER, ByHand, make_moe, mixture_layers, perturb
 
 # A prompt of 5 tokens and two responses to it.
 SEGMENTS = (Segment(0, 5, -1), Segment(5, 4, 0), Segment(9, 3, 0))

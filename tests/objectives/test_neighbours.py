@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from objective_cases import LENGTHS, flat_batch, leaf, padded_batch
 
 from sapo.objectives import gate_weight, make_objective, policy_loss
+from support.objective_cases import LENGTHS, flat_batch, leaf, padded_batch
 
 
 def token(log_ratio, advantage):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from objective_cases import UNGATED, VARIANT_IDS, VARIANTS, evaluate, flat_batch, leaf
 
 from sapo.objectives import GATES, LOG_RATIO_LIMIT, OBJECTIVES, make_objective
 from sapo.objectives.theory import sequence_mean
+from support.objective_cases import UNGATED, VARIANT_IDS, VARIANTS, evaluate, flat_batch, leaf
 
 every_variant = pytest.mark.parametrize(("name", "hyper"), VARIANTS, ids=VARIANT_IDS)
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from objective_cases import leaf
 
 from sapo.objectives import make_objective, policy_loss
+from support.objective_cases import leaf
 
 TRL_CASES = {
     "sapo": ("sapo", {}, {"loss_type": "sapo"}),

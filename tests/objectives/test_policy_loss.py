@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
-from objective_cases import (
+
+from sapo.objectives import NORMALIZERS, OBJECTIVES, gate_weight, make_objective, policy_loss
+from support.objective_cases import (
     ADVANTAGES,
     AMPLIFYING,
     LENGTHS,
@@ -16,8 +18,6 @@ from objective_cases import (
     leaf,
     padded_batch,
 )
-
-from sapo.objectives import NORMALIZERS, OBJECTIVES, gate_weight, make_objective, policy_loss
 
 every_variant = pytest.mark.parametrize(("name", "hyper"), VARIANTS, ids=VARIANT_IDS)
 every_normalizer = pytest.mark.parametrize("options", NORMALIZER_OPTIONS, ids=NORMALIZERS)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import CHROMIUM
+from support.browser import CHROMIUM
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from report_page import Visit
+    from support.report_page import Visit
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def browser() -> Iterator[Browser]:
     assert shutil.which(CHROMIUM) or Path(CHROMIUM).exists()
     from playwright.sync_api import sync_playwright
 
-    from report_page import PATIENCE
+    from support.report_page import PATIENCE
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
@@ -33,7 +33,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Visit]:
-    from report_page import Visit
+    from support.report_page import Visit
 
     made = Visit(browser)
     yield made

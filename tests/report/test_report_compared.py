@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from report_cases import FINALS, RATES, write_comparison
 from sapo.errors import ConfigError
 from sapo.report import make_report
 from sapo.report.compared import read_comparison, words_of
 from sapo.report.figure import Figure
+from support.report_cases import FINALS, RATES, write_comparison
 
 
 def figures_of(path: Path) -> dict[str, Figure]:

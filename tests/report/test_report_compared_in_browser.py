@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from browser import CHROMIUM, MISSING
-from report_cases import settings, step_records, write_comparison, write_run
-from report_page import Visit, texts, wait
 from sapo.report import make_report, write_page
+from support.browser import CHROMIUM, MISSING
+from support.report_cases import settings, step_records, write_comparison, write_run
+from support.report_page import Visit, texts, wait
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 

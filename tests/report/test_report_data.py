@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from report_cases import default_rows, rollout_row, settings, step_records, write_run
 from sapo.diagnostics import distributions
 from sapo.errors import ConfigError
 from sapo.report import make_report
@@ -20,6 +19,7 @@ from sapo.report.figure import Figure
 from sapo.report.gates import gate_curve, objective_of
 from sapo.report.runs import find_runs, read_runs, thinned
 from sapo.report.spread import LOG_RATIO_EDGES, VARIANCE_EDGES, spread_of
+from support.report_cases import default_rows, rollout_row, settings, step_records, write_run
 
 
 def figures_of(report) -> dict[str, Figure]:

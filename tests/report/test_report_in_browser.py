@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from browser import CHROMIUM, MISSING
-from report_cases import ATTACKS, END, default_rows, rollout_row, settings, step_records, write_run
-from report_page import Visit, texts, wait
-from runs import write_recipe
 from sapo.config.recipes import load_recipe
 from sapo.report import make_report, write_page
 from sapo.workflows.train import train
+from support.browser import CHROMIUM, MISSING
+from support.report_cases import ATTACKS, END, default_rows, rollout_row, settings, step_records, write_run
+from support.report_page import Visit, texts, wait
+from support.runs import write_recipe
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from report_cases import ATTACKS, END, default_rows, rollout_row, settings, write_run
 from sapo.report.runs import read_runs
 from sapo.report.tokens import Chunk, token_view
+from support.report_cases import ATTACKS, END, default_rows, rollout_row, settings, write_run
 
 
 def unpack(chunk: Chunk) -> dict:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from report_cases import ATTACKS, default_rows, settings, step_records, write_run, write_summary
 from sapo.cli import main
 from sapo.errors import ConfigError
 from sapo.report import make_report
 from sapo.report.images import draw, write_images
 from sapo.report.live import fingerprint, watch
 from sapo.report.page import write_page
+from support.report_cases import ATTACKS, default_rows, settings, step_records, write_run, write_summary
 
 
 def append(run: Path, *records: dict) -> None:

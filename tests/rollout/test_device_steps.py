@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_engine import assert_same, flat, params, ragged_requests, random_ids, request
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,6 +21,7 @@ from sapo.rollout.local.device_steps import DeviceSteps, StepShape, size_for
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.sampling import sample_tokens
 from sapo.rollout.params import SamplingParams
+from support.engine_cases import assert_same, flat, params, ragged_requests, random_ids, request
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ device; and that nothing of a graph is left behind.
 
 import pytest
 import torch
-from test_engine import assert_same, flat, params, plain_logprobs, ragged_requests
 
 from sapo.model.loading import prepare_policy
 from sapo.rollout.local import engine as local
 from sapo.rollout.local.device_steps import CudaCapture, DeviceSteps
 from sapo.rollout.local.engine import LocalEngine
+from support.engine_cases import assert_same, flat, params, plain_logprobs, ragged_requests
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from sandbox_cases import Sandbox, machine_allows, start_server
 
 from sapo.sandbox.choice import BACKENDS
+from support.sandbox_cases import Sandbox, machine_allows, start_server
 
 
 @pytest.fixture(scope="session", params=[(b, u) for b in BACKENDS for u in ("root", "plain user")], ids=" as ".join)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sandbox_cases import SERVER, left_behind, machine_allows
 
 import sapo
 from sapo.sandbox import (
@@ -33,6 +32,7 @@ from sapo.sandbox import (
 from sapo.sandbox.bubblewrap import Bubblewrap, find_bubblewrap
 from sapo.sandbox.landlock import Landlock
 from sapo.sandbox.supervisor import Launch
+from support.sandbox_cases import SERVER, left_behind, machine_allows
 
 USABLE = [report.name for report in describe() if report.usable]
 needs_any = pytest.mark.skipif(not USABLE, reason=f"no sandbox here: {'; '.join(map(str, describe()))}")

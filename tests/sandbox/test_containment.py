@@ -10,9 +10,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from sandbox_cases import PLAIN_USER, SECRET, attempts
 
 import sapo
+from support.sandbox_cases import PLAIN_USER, SECRET, attempts
 
 # ------------------------------------------------------------------------------------------------------- the network
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from sandbox_cases import attempts, drop
 
 from sapo.sandbox.supervisor import memory_file
+from support.sandbox_cases import attempts, drop
 
 # --------------------------------------------------------------------------------------------------------- resources
 

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from test_trainer import make_groups, make_policy
 
 from sapo.objectives import make_objective
 from sapo.workflows.sampler_mismatch import SYMMETRIC, SymmetricMask, _Measured
+from support.trainer_cases import make_groups, make_policy
 
 
 def by_hand(name: str, ratios: list[float], advantage: float) -> list[float]:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import assert_same, make_groups, make_policy, make_trainer, packed_gradient
 
 from sapo.data import Group
 from sapo.diagnostics import update_metrics
 from sapo.errors import NonFiniteError
 from sapo.objectives import OBJECTIVES, TIS, TIS_CAPS, KLPenalty, make_objective
+from support.trainer_cases import assert_same, make_groups, make_policy, make_trainer, packed_gradient
 
 
 def groups_with_both(old: float = 0.6) -> list[Group]:

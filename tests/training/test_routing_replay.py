@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_cases import EXPERTS, LAYERS, PER_TOKEN, ByHand, make_moe, perturb
 from sapo.data import Completion, Group, Prompt, RoutedExperts, Score
 from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.model.policy import Policy
@@ -26,6 +25,7 @@ from sapo.training.batch import split_minibatches
 from sapo.training.experts import without_experts
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.trainer import Trainer
+from support.moe_cases import EXPERTS, LAYERS, PER_TOKEN, ByHand, make_moe, perturb
 
 MAX_NEW_TOKENS = 12
 PREAMBLE = tuple(range(16)) + (3, 1)

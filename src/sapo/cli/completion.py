@@ -12,14 +12,16 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
+from sapo.utils.shipped import shipped_recipes
+
 MODEL_FILE, RUN_FILE, COMPARISON_FILE = "config.json", "config.yaml", "comparison.yaml"
 
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Shipped recipes, and YAML files below the directory being written."""
-    here = Path(__file__).resolve().parent
-    shipped = {f.stem for d in (here / "recipes", here.parents[1] / "recipes") for f in d.glob("*.yaml")}
-    return _starting_with(incomplete, [*sorted(shipped), *_paths(incomplete, lambda p: p.suffix in (".yaml", ".yml"))])
+    return _starting_with(
+        incomplete, [*sorted(shipped_recipes()), *_paths(incomplete, lambda p: p.suffix in (".yaml", ".yml"))]
+    )
 
 
 def complete_run(incomplete: str) -> list[str]:

@@ -80,7 +80,7 @@ class WarningsConfig(Section):
     """Early warning: when a figure of the run counts as bad, and what is done about it.
 
     A rule that compares with the run's own beginning takes the mean of the first `reference_steps` steps. Rules of a
-    step must hold for `patience` steps on end. docs/metrics.md has the rules in full, docs/log.md what the defaults
+    step must hold for `patience` steps on end. docs/metrics.md has the rules in full, research/log.md what the defaults
     were held against.
     """
 

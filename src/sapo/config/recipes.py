@@ -22,30 +22,23 @@ from sapo.config import ObjectiveConfig, PromptConfig, RunConfig
 from sapo.errors import ConfigError
 from sapo.objectives import OBJECTIVES
 from sapo.utils.names import nearest
+from sapo.utils.shipped import shipped_recipes
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 _ARMS = re.compile(r"^arms:", re.MULTILINE)
 
 
-def recipe_directories() -> list[Path]:
-    """Where recipes are found by name: inside the installed package, or beside a source checkout."""
-    here = Path(__file__).resolve().parent
-    return [d for d in (here / "recipes", here.parents[1] / "recipes") if d.is_dir()]
-
-
 def known_recipes() -> dict[str, Path]:
     """Name -> file of the recipes of a run."""
-    return {name: file for name, file in _shipped().items() if not _ARMS.search(file.read_text(encoding="utf-8"))}
+    return {
+        name: file for name, file in shipped_recipes().items() if not _ARMS.search(file.read_text(encoding="utf-8"))
+    }
 
 
 def known_comparisons() -> dict[str, Path]:
     """Name -> file of the recipes of a comparison: those with arms."""
-    return {name: file for name, file in _shipped().items() if _ARMS.search(file.read_text(encoding="utf-8"))}
-
-
-def _shipped() -> dict[str, Path]:
-    return {f.stem: f for d in reversed(recipe_directories()) for f in sorted(d.glob("*.yaml"))}
+    return {name: file for name, file in shipped_recipes().items() if _ARMS.search(file.read_text(encoding="utf-8"))}
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
@@ -193,7 +186,7 @@ def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    recipes = _shipped()
+    recipes = shipped_recipes()
     if str(name_or_path) in recipes:
         return recipes[str(name_or_path)]
     if path.is_dir() and (path / "config.yaml").is_file():

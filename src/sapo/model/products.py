@@ -2,7 +2,7 @@
 
 In float32 on an x86 processor torch multiplies with MKL. oneDNN, which is in every build of torch, is up to a tenth
 faster on the shapes of a decoder where both are good, and by a half where the output is as wide as a vocabulary and the
-rows are few (measured on Zen 4, docs/log.md). `linear` and `product` take oneDNN there, the right operand as it lies.
+rows are few (measured on Zen 4, research/log.md). `linear` and `product` take oneDNN there, the right operand as it is.
 The gradient of a weight has its left operand transposed, which oneDNN copies first: there it is taken on AMD's Zen 5
 alone, for which MKL has kernels of half the width (not measured, for want of such a machine). bfloat16 goes to oneDNN
 by torch's own hand; float64 (tests), CUDA and other processors are left to torch.

@@ -54,7 +54,7 @@ PARTS = 8
 """Parts of the prompts that the noise is measured by, where there are so many prompts."""
 
 HARMLESS, NEARLY_HARMLESS, HARMFUL = 0.001, 0.006, 0.011
-"""Doses at which runs on toy models were unharmed, nearly unharmed, and harmed under sharp clips (docs/log.md)."""
+"""Doses at which runs on toy models were unharmed, nearly unharmed, and harmed under sharp clips (research/log.md)."""
 
 SMALL_FORCE = 0.1
 """A bias of a tenth of the policy gradient is lost in the noise of a batch."""

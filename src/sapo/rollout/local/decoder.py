@@ -54,7 +54,7 @@ PACKED_ELEMENTS = 2**18
 PACKED_CALLS = 6
 
 PACKED_ROWS = 64
-"""The rows that oneDNN chooses the packed order for. What it chooses serves 1 to 300 rows as well (docs/log.md)."""
+"""The rows that oneDNN chooses the packed order for. What it chooses serves 1 to 300 rows as well (research/log.md)."""
 
 
 Packing = bool | Panels

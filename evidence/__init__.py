@@ -1,1 +1,0 @@
-"""The runs behind docs/evidence.md: which comparisons, how they are run, and their tables."""

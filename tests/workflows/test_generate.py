@@ -1,0 +1,164 @@
+"""`sapo generate`: the text, its log-probabilities and JSON agree with each other and with the model."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sapo.cli import main
+from sapo.config.recipes import load_recipe
+from sapo.errors import ConfigError, ModelError
+from sapo.model.loading import load_policy
+from sapo.rollout.params import SamplingParams
+from sapo.run.models import newest_model
+from sapo.workflows.generate import format_of_run, generate
+from sapo.workflows.train import train
+from support.runs import write_model, write_recipe
+
+GREEDY = SamplingParams(max_new_tokens=10, temperature=0.0)
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] | replace('u', '1') | replace('s', '2') }}{{ m['content'] }};{% endfor %}#"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("generate") / "model")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_model(tmp_path_factory.mktemp("generate") / "chat")
+    policy = load_policy(directory)
+    policy.tokenizer.chat_template = TEMPLATE
+    policy.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def sapo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["sapo", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    output = capsys.readouterr()
+    return stopped.value.code, output.out, output.err
+
+
+def test_greedy_text_is_what_transformers_generates(model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ours = generate(load_policy(model), "12+3=", GREEDY)
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    ids = torch.tensor([tokenizer("12+3=")["input_ids"]])
+    output = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10)
+    assert list(ours.completions[0].token_ids) == output[0, ids.shape[1] :].tolist()
+
+
+def test_logprobs_are_the_models(model: Path) -> None:
+    policy = load_policy(model)
+    found = generate(policy, "7*8=", SamplingParams(max_new_tokens=6, seed=3), samples=3)
+    for completion in found.completions:
+        ids = torch.tensor([[*found.prompt.token_ids, *completion.token_ids]])
+        policy.model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            logp = policy.model(ids).logits[0].log_softmax(-1)
+        policy.model.set_attn_implementation("sapo_shared_prefix")
+        start = len(found.prompt.token_ids)
+        expected = [logp[start + i - 1, t].item() for i, t in enumerate(completion.token_ids)]
+        assert list(completion.logprobs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_chat_template_is_used_where_there_is_one_unless_told_otherwise(chat_model: Path) -> None:
+    policy = load_policy(chat_model)
+    assert generate(policy, "5+5=", GREEDY).seen == "15+5=;#"
+    assert generate(policy, "5+5=", GREEDY, system="9").seen == "29;15+5=;#"
+    assert generate(policy, "5+5=", GREEDY, style="plain").seen == "5+5="
+
+
+def test_a_chat_with_a_model_without_template_is_refused(model: Path) -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        generate(load_policy(model), "5+5=", GREEDY, style="chat")
+
+
+def test_a_stop_string_ends_the_completion_and_is_left_out_of_its_text(model: Path) -> None:
+    policy = load_policy(model)
+    long = generate(policy, "1+1=", SamplingParams(max_new_tokens=30, seed=1)).completions[0]
+    stop = long.text[2]
+    cut = generate(policy, "1+1=", SamplingParams(max_new_tokens=30, seed=1), stop=(stop,)).completions[0]
+    assert cut.text == long.text[: long.text.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_a_prompt_that_leaves_no_room_is_the_users_mistake(model: Path) -> None:
+    with pytest.raises(ConfigError, match="must fit the model's 64 positions"):
+        generate(load_policy(model), "1" * 60, GREEDY)
+
+
+def test_text_json_and_logprobs_tell_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("generate", str(model), "12+3=", "--max-new-tokens", "8", "--seed", "5", "--samples", "2")
+    code, out, _ = sapo(monkeypatch, capsys, *arguments, "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["prompt"] == "12+3="
+    assert len(record["completions"]) == 2
+    _, text, _ = sapo(monkeypatch, capsys, *arguments)
+    lines = text.splitlines()
+    assert [lines[1], lines[3]] == [c["text"] for c in record["completions"]]
+    _, table, _ = sapo(monkeypatch, capsys, *arguments, "--logprobs")
+    first = record["completions"][0]
+    rows = [line.split() for line in table.splitlines() if not line.startswith("---")]
+    for row, token, logprob in zip(rows, first["token_ids"], first["logprobs"], strict=False):
+        assert (float(row[0]), int(row[1])) == (pytest.approx(logprob, abs=1e-4), token)
+
+
+def test_the_prompt_comes_from_standard_input_with_a_dash(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12+3="))
+    _, out, _ = sapo(monkeypatch, capsys, "generate", str(model), "-", "--temperature", "0", "--json")
+    record = json.loads(out) if out else {}
+    assert record["prompt"] == "12+3="
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--top-p", "0"), "--top-p must lie in (0, 1]"),
+        (("--dtype", "int8"), "--dtype must be float32 or bfloat16; got 'int8'"),
+        (("--chat",), "no chat template"),
+        (("--stop", ""), "--stop must not be empty"),
+        (("--max-new-tokens", "100"), "must fit the model's 64 positions"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = sapo(monkeypatch, capsys, "generate", str(model), "1+1=", "--max-new-tokens", "8", *arguments)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert message in err
+
+
+def test_a_run_puts_a_question_as_its_first_task_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = write_recipe(
+        tmp_path,
+        train__steps=1,
+        prompt={"template": "={prompt}*", "shots": [{"prompt": "1", "answer": "2"}], "answer_template": "{answer}-"},
+    )
+    train(load_recipe(recipe))
+    form = format_of_run(tmp_path / "run")
+    assert form is not None
+    result = generate(load_policy(newest_model(tmp_path / "run")), "5", SamplingParams(max_new_tokens=2), form=form)
+    assert result.seen == "=1*2-=5*"
+    assert format_of_run(tmp_path / "model") is None
