@@ -1,6 +1,6 @@
-"""Settings of what a run measures beside its loss, and of what it does when the measurements turn bad.
+"""What a run measures beside its loss, and what it does when the measurements turn bad.
 
-They are a part of the recipe (config.py) in a file of their own. None of them changes a healthy run.
+None of these settings changes a healthy run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from sapo.objectives import make_objective
 
 
 class CounterfactualConfig(BaseModel):
-    """An objective that is asked what it would have made of a batch. Further settings are its own, checked by it."""
+    """An objective whose gate is evaluated on the batch of another. Further settings are its own, checked by it."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     name: str
     """One of sapo.objectives.OBJECTIVES."""
     label: str | None = None
-    """What its figures are called, as in counterfactual/LABEL/eur; the objective's name when null."""
+    """Name in metrics, as in counterfactual/LABEL/eur; the objective's name when null."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -55,18 +55,18 @@ def default_counterfactuals() -> list[CounterfactualConfig]:
 
 
 class DiagnosticsConfig(Section):
-    """Figures that are not taken of every update, for what they cost. Figures of every update need no setting."""
+    """Diagnostics that are too costly to measure at every update. Those of every update need no setting."""
 
     distributions_every: int = Field(10, ge=0)
-    """Steps between lines of kind "distribution": histograms and a scatter that a figure can be drawn from. The first
-    step has them too; 0 writes none."""
+    """Steps between lines of kind "distribution" in metrics.jsonl: histograms and a scatter for the report. The
+    first step has them too. 0 writes none."""
     counterfactuals_every: int = Field(10, ge=0)
-    """Steps between figures of the counterfactual gates. The first step has them too; 0 takes none."""
+    """Steps between measurements of the counterfactual gates. The first step has them too. 0 measures none."""
     counterfactuals: list[CounterfactualConfig] = Field(default_factory=default_counterfactuals)
-    """Objectives asked what they would have weighed each token of the same batch; [] asks none."""
+    """Objectives whose gate weights are computed for each token of the same batch; [] computes none."""
     true_gradient_every: int = Field(0, ge=0)
-    """Steps between comparisons of the parameters' gradients under the counterfactual objectives; each of these costs
-    one more backward pass. 0 makes none."""
+    """Steps between comparisons of the parameter gradients of the counterfactual objectives. Each costs one more
+    backward pass. 0 compares none."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> DiagnosticsConfig:
@@ -77,17 +77,17 @@ class DiagnosticsConfig(Section):
 
 
 class WarningsConfig(Section):
-    """Early warning: when a figure of the run counts as bad, and what is done about it.
+    """Early warnings: the thresholds of each rule, and the response to a collapse.
 
-    A rule that compares with the run's own beginning takes the mean of the first `reference_steps` steps. Rules of a
-    step must hold for `patience` steps on end. docs/metrics.md has the rules in full, research/log.md what the defaults
+    A rule that compares with the start of the run takes the mean of the first `reference_steps` steps. Rules of a step
+    must hold for `patience` consecutive steps. docs/metrics.md has the rules in full, research/log.md what the defaults
     were held against.
     """
 
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
-    """When a cause that counts as a collapse is found. warn: say so and go on. stop: end the run, its newest checkpoint
-    the last healthy one. rollback: go on from there with a learning rate times `rollback_learning_rate`; from an
-    earlier one if that collapses too. A loss that is not finite is such a cause, and under warn ends the run."""
+    """Response to a collapse. warn: report it and go on. stop: end the run at its last healthy checkpoint. rollback:
+    go on from that checkpoint with the learning rate times `rollback_learning_rate`, and from an earlier one if that
+    collapses too. A non-finite loss is a collapse as well; under warn it ends the run."""
     collapse_causes: list[
         Literal[
             "entropy_collapse",
@@ -99,41 +99,42 @@ class WarningsConfig(Section):
             "gradient_spike",
         ]
     ] = Field(["entropy_collapse", "entropy_explosion", "zero_variance_flood", "length_collapse", "reward_collapse"])
-    """Causes that count as a collapse. A heavy tail or a spike foretells one, and may pass."""
+    """Causes that count as a collapse. A heavy tail or a gradient spike may precede one, and may pass."""
     rollback_learning_rate: float = Field(0.5, gt=0, le=1)
-    """Factor of the learning rate at each rollback, on top of the schedule and of earlier rollbacks."""
+    """Factor applied to the learning rate at each rollback, on top of the schedule and of earlier rollbacks."""
     max_rollbacks: int = Field(3, ge=1)
-    """The next collapse after so many rollbacks stops the run."""
+    """Number of rollbacks; the next collapse after them stops the run."""
     reference_steps: int = Field(5, ge=1)
-    """First steps whose mean is what entropy and length are held against."""
+    """Number of first steps whose mean is the reference for entropy and length."""
     patience: int = Field(3, ge=1)
-    """Steps on end for which a rule of a step must hold."""
+    """Number of consecutive steps for which a rule of a step must hold."""
     entropy_low: float = Field(0.1, ge=0, lt=1)
     """entropy_collapse: entropy below this share of the reference."""
     entropy_solved: float = 0.8
-    """entropy_collapse: not at a mean reward from here on, where little is left to be unsure of."""
+    """entropy_collapse: the rule is off at a mean reward from here on, where low entropy is expected."""
     entropy_high: float = Field(3.0, gt=1)
     """entropy_explosion: entropy above this multiple of the reference."""
     ratio_tail: float = Field(20.0, gt=1)
     """ratio_tail: more than one token in a hundred of an update beyond this factor, up or down."""
     zero_variance: float = Field(0.7, gt=0, le=1)
-    """zero_variance_flood: share of groups without spread in which no completion is right. Groups that are all right
-    teach nothing either, but are what was wanted."""
+    """zero_variance_flood: share of zero-variance groups in which no completion is right. Groups that are all right
+    do not count."""
     length_low: float = Field(0.5, gt=0, lt=1)
     """length_collapse: mean length below this share of the reference, at a reward no better than the reference's."""
     reward_low: float = Field(0.5, gt=0, lt=1)
     """reward_collapse: mean reward of `reward_steps` steps below this share of the best such mean so far, or of the
     reference."""
     reward_steps: int = Field(10, ge=1)
-    """See `reward_low`."""
+    """Number of steps that `reward_low` averages over."""
     unparseable: float = Field(0.5, gt=0, le=1)
-    """reward_status: share of a step's completions that were unparseable, or truncated where that is no answer."""
+    """reward_status: share of a step's completions that were unparseable, or truncated where that gives no answer."""
     verifier_errors: float = Field(0.05, gt=0, le=1)
     """reward_status: share of a step's completions on which the verifier failed."""
     gradient_spike: float = Field(10.0, gt=1)
     """gradient_spike: gradient norm of an update above this multiple of the median of the last `gradient_updates`."""
     gradient_updates: int = Field(50, ge=5)
-    """See `gradient_spike`; nothing is said before a fifth of so many are known."""
+    """Number of last updates whose median gradient norm `gradient_spike` compares with. The rule is off before a
+    fifth of them are known."""
     unfaithful: float = Field(0.01, gt=0)
-    """unfaithful_old_logprobs: mean |r - 1| of a step's first update. On policy it is 0; from .011 on, prototype runs
-    saw sharp clips chase the difference."""
+    """unfaithful_old_logprobs: mean |r - 1| of a step's first update. On policy it is 0; from .011 on, prototype
+    runs saw hard clips follow the difference."""

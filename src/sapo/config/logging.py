@@ -13,13 +13,13 @@ class WandbConfig(Section):
     """A run of Weights & Biases (extra `wandb`)."""
 
     project: str = "sapo"
-    """The project it belongs to."""
+    """Project of the run."""
     name: str | None = None
-    """What the run is called; the run directory's name when null."""
+    """Name of the run; the run directory's name when null."""
     entity: str | None = None
-    """User or team; the one logged in when null."""
+    """User or team that owns the run; the one logged in when null."""
     group: str | None = None
-    """Runs shown together, several seeds for instance."""
+    """Group of runs that are shown together, for example several seeds."""
     tags: list[str] = Field([])
     """Labels of the run."""
     mode: Literal["online", "offline", "disabled"] | None = None
@@ -30,9 +30,9 @@ class TrackioConfig(Section):
     """A run of trackio (extra `trackio`)."""
 
     project: str = "sapo"
-    """The project it belongs to."""
+    """Project of the run."""
     name: str | None = None
-    """What the run is called; the run directory's name when null. An id is added, since trackio knows runs by name."""
+    """Name of the run; the run directory's name when null. An id is added, because trackio tells runs apart by name."""
     space_id: str | None = None
     """A Space of the hub to log to; null keeps everything on this machine, in $TRACKIO_DIR."""
 
@@ -41,11 +41,11 @@ class LogConfig(Section):
     """What is written beside metrics.jsonl."""
 
     tensorboard: bool = True
-    """Write tensorboard/."""
+    """Write TensorBoard event files to tensorboard/ in the run directory."""
     wandb: WandbConfig | None = None
-    """Log to Weights & Biases as well; null does not."""
+    """Also log to Weights & Biases; null does not."""
     trackio: TrackioConfig | None = None
-    """Log to trackio as well; null does not."""
+    """Also log to trackio; null does not."""
     rollouts_every: int = Field(10, ge=0)
     """Steps between files in rollouts/; 0 writes none."""
 

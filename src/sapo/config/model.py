@@ -50,7 +50,8 @@ class ColdStartConfig(Section):
     eval_problems: int = Field(128, ge=8)
     """Problems of an evaluation, one sample each: the training side's next ones after the examples."""
     seed: int = 0
-    """Of the initial weights and the order of examples. Not the run's seed: runs of all seeds share a cold start."""
+    """Random seed of the initial weights and of the order of examples. It is not the run's seed: runs of all seeds
+    share one cold start."""
 
     @model_validator(mode="after")
     def _shape(self) -> ColdStartConfig:
@@ -74,7 +75,7 @@ class LoraConfig(Section):
     alpha: float = Field(32.0, gt=0)
     """The update is alpha / rank x B A."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the layers that get one; all-linear is every linear layer but the output embedding."""
+    """Names of the layers that get an adapter; all-linear is every linear layer but the output embedding."""
 
 
 class ModelConfig(Section):
@@ -93,9 +94,9 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights; learning rates want to be some 30 times higher."""
     routing_replay: bool | Literal["R2", "R3"] = False
-    """Of a mixture of experts: in all updates of a batch, send each token to the experts that it went to at the weights
-    that sampled. R2: in the trainer's forward that computes log pi_old, which the run then makes. R3: in the engine.
-    true: R3 where log pi_old is the engine's, R2 where the trainer computes it."""
+    """Routing replay for mixtures of experts: in all updates of a batch, each token goes to the experts it went to at
+    the weights that sampled. R2: recorded by the trainer's forward pass that computes log pi_old. R3: recorded by the
+    engine while it samples. true: R3 where log pi_old is the engine's, R2 where the trainer computes it. false: none."""
 
     @field_validator("routing_replay", mode="before")
     @classmethod

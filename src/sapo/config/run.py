@@ -25,28 +25,40 @@ class RunConfig(Section):
     """A whole recipe."""
 
     run_dir: str | None = None
-    """Where the run is written; runs/<recipe name> by default."""
+    """Directory the run is written to; runs/<recipe name> by default."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the order of prompts and of sampling."""
+    """Random seed of the order of prompts and of sampling."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads; recorded in the run, since another count is another rounding. null takes what the machine has."""
+    """Number of CPU threads; null takes what the machine has. The run records it, because results are equal bit for bit
+    only with the same number."""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda or cuda:N."""
     model: ModelConfig
+    """The model that is trained."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """The objective and its regularisation."""
     prompt: PromptConfig = PromptConfig()
+    """Format of the prompts of all tasks."""
     tasks: list[TaskConfig] = Field(min_length=1)
+    """Sources of prompts, with the verifiers that score completions."""
     curriculum: CurriculumConfig | None = None
-    """Of all tasks; null asks every row equally often."""
+    """Curriculum of all tasks; null samples every row equally often."""
     rollout: RolloutConfig = RolloutConfig()
+    """Sampling of completions."""
     train: TrainConfig
+    """Updates of the policy."""
     eval: EvalConfig = EvalConfig()
+    """Evaluation on held-out problems during training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and kept."""
     log: LogConfig = LogConfig()
+    """Loggers beside metrics.jsonl."""
     profile: ProfileConfig | None = None
     """`true` times the parts of each phase and writes a Chrome trace of a step to profile/; null and `false` do not."""
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    """Which diagnostics are measured, and how often."""
     warnings: WarningsConfig = WarningsConfig()
+    """Early warnings, and the response to a collapse."""
     provenance: dict[str, Any] | None = None
     """Written by the run (versions, commit, machine), never read by it."""
 
@@ -98,8 +110,8 @@ class RunConfig(Section):
         sequences = r.prompts_per_step * r.samples_per_prompt
         ending = {
             "keep": "",
-            "drop": " Groups that teach nothing leave the batch, so updates may be smaller.",
-            "refill": " Groups that teach nothing give their places to further prompts, in up to"
+            "drop": " Zero-variance groups leave the batch, so updates may be smaller.",
+            "refill": " Zero-variance groups are replaced by groups of further prompts, in up to"
             f" {r.refill_rounds} more round{'s' * (r.refill_rounds > 1)} of sampling.",
         }[r.zero_variance]
         return (

@@ -27,16 +27,15 @@ class PromptConfig(Section):
     system: str | None = None
     """System message of a chat, unless the row brings one; the first paragraph of a plain prompt."""
     thinking: bool | None = None
-    """Switch of the chat template (enable_thinking); null leaves it to the template."""
+    """Value of the chat template's enable_thinking; null leaves it to the template."""
     template: str = "{prompt}"
-    """The question's own wording, as in "Q: {prompt}\\nA:"."""
+    """Wording around the question, as in "Q: {prompt}\\nA:"."""
     answer_template: str = " {answer}\n"
-    """How the answer of an example follows it in a plain prompt; in a chat it is the assistant's turn."""
+    """Wording of an example's answer in a plain prompt; in a chat the answer is the assistant's turn."""
     shots: int | list[ShotConfig] = 0
-    """Examples before the question: written here, or a number of them, which the task then chooses from its training
-    side."""
+    """Few-shot examples before the question: a list, or a number that the task picks from its training split."""
     stop: list[str] = Field([])
-    """Strings that end a completion; every token that completes one stops, is kept and carries loss."""
+    """Strings that end a completion. The token that completes one is kept and carries loss."""
 
     @model_validator(mode="after")
     def _holds_its_places(self) -> PromptConfig:
@@ -54,13 +53,13 @@ class CurriculumConfig(Section):
     """Rows that are too easy or too hard are asked less often. For tasks with a finite number of rows."""
 
     low: float = Field(0.1, ge=0, le=1)
-    """Rows with a pass rate below this are asked less."""
+    """Rows with a pass rate below this are sampled less often."""
     high: float = Field(0.9, ge=0, le=1)
-    """Rows with a pass rate above this are asked less."""
+    """Rows with a pass rate above this are sampled less often."""
     outside: float = Field(0.25, gt=0, le=1)
-    """Chance that such a row is asked when its turn comes; it is never 0, so that a row can come back."""
+    """Probability that such a row is sampled when its turn comes. Never 0, so that its pass rate stays current."""
     memory: float = Field(0.5, ge=0, lt=1)
-    """Weight of the earlier pass rate of a row when it is asked again; 0 keeps the last visit alone."""
+    """Weight of a row's earlier pass rate when it is sampled again; 0 keeps the newest pass rate only."""
 
     @model_validator(mode="after")
     def _band(self) -> CurriculumConfig:
@@ -77,13 +76,13 @@ class TaskConfig(BaseModel):
     name: str
     """One of sapo.tasks.TASKS."""
     label: str | None = None
-    """What logs call it; the task's own name when null. Two tasks of one kind may need it."""
+    """Name in logs and metrics; the task's own name when null. Two tasks of one kind need different labels."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Share of the prompts of each step, relative to the other tasks."""
     prompt: PromptConfig | None = None
-    """How this task's questions are put; the recipe's `prompt` when null."""
+    """Prompt format of this task; the recipe's `prompt` when null."""
     curriculum: CurriculumConfig | None = None
-    """Which of this task's rows are asked less; the recipe's `curriculum` when null."""
+    """Curriculum of this task; the recipe's `curriculum` when null."""
 
     @property
     def options(self) -> dict[str, Any]:

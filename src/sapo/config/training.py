@@ -13,7 +13,7 @@ class TrainConfig(Section):
     """How the policy is updated."""
 
     steps: int = Field(ge=1)
-    """Rollout batches."""
+    """Training steps; each samples one rollout batch and makes `minibatches` updates from it."""
     minibatches: int = Field(4, ge=1)
     """Updates per rollout batch: all but the first are off-policy."""
     tokens_per_microbatch: int = Field(8192, ge=1)
@@ -21,26 +21,27 @@ class TrainConfig(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear learning-rate warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; linear and cosine fall towards `min_learning_rate`."""
     min_learning_rate: float = Field(0.0, ge=0)
-    """What a decaying schedule falls to, reached one step after the last."""
+    """Learning rate at the end of a decaying schedule, reached one step after the last."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """Decay rates of AdamW's first and second moments (beta1, beta2)."""
     adam_eps: float = Field(1e-8, gt=0)
-    """Of AdamW."""
+    """AdamW's epsilon, added to the root of the second moment for numerical stability."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW."""
+    """AdamW's decoupled weight decay."""
     grad_clip: float | None = Field(1.0, gt=0)
-    """Largest gradient norm; null leaves it."""
+    """Clip the global gradient norm to this value; null does not clip."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     old_logprobs: Literal["auto", "engine", "trainer", "current"] = "auto"
-    """Where log pi_old comes from: the engine if the self-check of the first step proves it equal to the trainer's
-    (auto), always the engine, or always a forward pass of the trainer at the weights that sampled. current, for
-    experiments with rollout.staleness: a forward pass of the trainer at the weights of the batch's first update, so
-    that the drift since the sampling is in no ratio (with objective.tis it is in w)."""
+    """Source of log pi_old, the log-probabilities in the denominator of the ratio r. auto: the engine's, if the
+    self-check of the first step finds them equal to the trainer's, else the trainer's. engine: always the engine's.
+    trainer: always a forward pass of the trainer at the weights that sampled. current: a forward pass of the trainer at
+    the weights of the batch's first update; for experiments with stale batches, since r then leaves out the drift since
+    sampling (with objective.tis the drift is in the weight w)."""
     self_check_tolerance: float = Field(1e-3, gt=0)
     """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
     entropy: bool = True
@@ -79,11 +80,11 @@ class EvalConfig(Section):
     temperature: float | None = Field(None, ge=0)
     """Sampling temperature; null takes the rollout's."""
     greedy: bool = False
-    """Draw one more completion of each problem at temperature 0."""
+    """Also draw one completion of each problem at temperature 0 (greedy decoding)."""
     constant: bool = False
-    """Judge the best constant answer beside the model: what one answer to every problem would get."""
+    """Also score the best constant answer: the accuracy of giving one fixed answer to every problem."""
     seed: int = 12345
-    """Of the evaluation's draws: the same at every evaluation, so that curves are paired."""
+    """Random seed of the evaluation's sampling. It is the same at every evaluation, so that curves are paired."""
 
     @model_validator(mode="after")
     def _k_within_samples(self) -> EvalConfig:
@@ -93,9 +94,9 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run can be taken up again."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(50, ge=0)
     """Steps between checkpoints; 0 writes only the last one."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep; beside them the last that early warning has found healthy."""
+    """Number of newest checkpoints to keep. The last one that the early warnings found healthy is kept as well."""

@@ -15,7 +15,7 @@ import sapo
 from sapo.errors import CollapseError
 from support.runs import write_mixture, write_model, write_recipe
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 REWARD = '''
 from sapo.data import Score
