@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test browser test-gpu test-verl lint types bench bench-vllm evidence clean
+.PHONY: quickstart demo test browser test-gpu test-verl reference lint types bench bench-vllm evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -25,6 +25,10 @@ browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's 
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
+
+reference: .venv/installed-dev ## docs/reference.md and the table of packages, made from the code
+	$(BIN)/python -m scripts.reference
+	$(BIN)/python -m scripts.layout
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

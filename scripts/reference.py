@@ -50,7 +50,8 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Yield the settings of a section, those of the sections inside it included."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        yield Key(key, type_in_words(field.annotation), default_in_words(field), " ".join((field.description or "").split()))
+        meaning = " ".join((field.description or "").split())
+        yield Key(key, type_in_words(field.annotation), default_in_words(field), meaning)
         for inner, is_list in sections_in(field.annotation):
             yield from keys_of(inner, f"{key}.N." if is_list else f"{key}.")
 
@@ -76,11 +77,12 @@ def type_in_words(annotation: Any) -> str:
         return " or ".join([*names, "null"] if type(None) in inner else names)
     if origin is Literal:
         return ", ".join(map(yaml_value, inner))
-    if origin in (list, tuple, dict):
-        held = [type_in_words(a) for a in inner]
-        return f"list of {held[0]}" if origin is list else f"mapping of {held[0]} to {held[-1]}" if origin is dict else (
-            f"{len(held)} {held[0]}s"
-        )
+    if origin is list:
+        return f"list of {type_in_words(inner[0])}"
+    if origin is dict:
+        return f"mapping of {type_in_words(inner[0])} to {type_in_words(inner[1])}"
+    if origin is tuple:
+        return f"{len(inner)} {type_in_words(inner[0])}s"
     if hasattr(annotation, "__metadata__"):
         return type_in_words(annotation.__origin__)
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
@@ -93,6 +95,8 @@ def default_in_words(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        return f"{len(value)} sections"
     return "see below" if isinstance(value, BaseModel) else yaml_value(value)
 
 

@@ -96,7 +96,7 @@ class ModelConfig(Section):
     routing_replay: bool | Literal["R2", "R3"] = False
     """Routing replay for mixtures of experts: in all updates of a batch, each token goes to the experts it went to at
     the weights that sampled. R2: recorded by the trainer's forward pass that computes log pi_old. R3: recorded by the
-    engine while it samples. true: R3 where log pi_old is the engine's, R2 where the trainer computes it. false: none."""
+    engine while it samples. true: R3 where log pi_old is the engine's, else R2. false: none."""
 
     @field_validator("routing_replay", mode="before")
     @classmethod

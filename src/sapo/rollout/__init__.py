@@ -1,0 +1,5 @@
+"""Sampling: prompts to scored groups.
+
+`engine.py` is what every engine answers to, `registry.py` finds one by name, `local/` is the engine that samples with
+the trainer's own weights. Around it: prompt formats, the choice of prompts, curricula, reward shaping and staleness.
+"""

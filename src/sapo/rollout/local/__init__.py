@@ -1,0 +1,1 @@
+"""The local engine: continuous decoding with the trainer's own weights."""

@@ -1,0 +1,1 @@
+"""Loggers: views of metrics.jsonl in TensorBoard, Weights & Biases and trackio."""

@@ -1,0 +1,1 @@
+"""Tasks whose prompts are generated: arithmetic, sums, reasoning-gym."""

@@ -1,0 +1,1 @@
+"""Tasks whose prompts are rows: files, data sets, presets of benchmarks."""
