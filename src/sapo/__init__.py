@@ -12,6 +12,7 @@ importing a part of the package costs only that part.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # The library under torch.profiler tells of its stages on stderr below this level; read when torch is loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+# transformers imports torchao where it is installed, which warns of each library for GPUs it cannot load and of its
+# enums: no matter of ours, and on the standard error of every command.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from sapo.config import RunConfig

@@ -1,1 +1,1 @@
-"""One file for each verb of the front door: train, evaluate, compare, generate, export, diagnose; and what they share."""
+"""One file for each verb of the front door: train, evaluate, compare, generate, export and diagnose."""
