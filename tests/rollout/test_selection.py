@@ -154,7 +154,7 @@ def test_a_state_read_back_goes_on_where_it_was(weights: list[float]) -> None:
     whole = steps(choice, Sampler.of_shares(shares), 12)
     state = RunState()
     for step, expected in enumerate(whole):
-        state = RunState.from_json(json.loads(json.dumps(state.to_json())))
+        state = RunState.deserialise(json.loads(json.dumps(state.serialise()[0])), {})
         selection = choice.select(step, state.position, Sampler.of_shares(shares))
         assert selection == expected
         state.position = selection.position

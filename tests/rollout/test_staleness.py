@@ -98,7 +98,7 @@ def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on
     config = sapo.load_recipe(write_recipe(tmp_path, rollout__staleness=2, train__old_logprobs="current"))
     run = TrainingRun(config, RunDirectory.create(config), load_policy(config.model.path), load_tasks(config))
     run.step()
-    assert not any(c.old_logprobs for g in run.state.ahead[0].groups for c in g.completions), "not yet"
+    assert not any(len(c.old_logprobs) for g in run.state.ahead[0].groups for c in g.completions), "not yet"
     drawn = [[c.logprobs for c in g.completions] for g in run.state.ahead[0].groups]
     now = run.trainer.logprobs(run.state.ahead[0].groups)
     assert furthest(drawn, now) > 1e-3, "two updates have moved the policy since"

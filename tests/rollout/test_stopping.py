@@ -26,7 +26,7 @@ def test_a_completion_ends_with_the_first_token_that_completes_a_stop_string(pol
     assert any(c.finish_reason == "stop" and c.token_ids[-1] not in policy.stop_token_ids for c in stopped)
     for without, completion in zip(free, stopped, strict=True):
         # The draws are the same: only where they end differs.
-        assert without.token_ids[: len(completion)] == completion.token_ids
+        assert tuple(without.token_ids[: len(completion)]) == tuple(completion.token_ids)
         parts = [policy.decode(without.token_ids[:n]) for n in range(1, len(without) + 1)]
         complete = [n for n, text in enumerate(parts, start=1) if any(string in text for string in stop)]
         if complete:
@@ -48,7 +48,7 @@ def test_rows_of_one_batch_keep_their_own_stop_strings(policies) -> None:
     together = LocalEngine(policy, max_rows=8).generate([Request(p, 8) for p in prompts], params)
     for prompt, completions in zip(prompts, together, strict=True):
         (alone,) = LocalEngine(policy).generate([Request(prompt, 8)], params)
-        assert [c.token_ids for c in completions] == [c.token_ids for c in alone]
+        assert [tuple(c.token_ids) for c in completions] == [tuple(c.token_ids) for c in alone]
         assert [c.text for c in completions] == [c.text for c in alone]
 
 

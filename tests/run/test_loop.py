@@ -396,8 +396,7 @@ def _perturb_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def perturbed(self, *args, **kwargs):
         return [
-            tuple(replace(c, logprobs=tuple(p - 0.05 for p in c.logprobs)) for c in group)
-            for group in generate(self, *args, **kwargs)
+            tuple(replace(c, logprobs=c.logprobs - 0.05) for c in group) for group in generate(self, *args, **kwargs)
         ]
 
     monkeypatch.setattr(LocalEngine, "generate", perturbed)

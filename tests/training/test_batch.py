@@ -66,7 +66,7 @@ def test_a_long_common_beginning_becomes_one_segment_for_all_prompts() -> None:
         Segment(MIN_PREAMBLE + 3, 2, 0),
     ]
     assert tree.leaves == [1, 2, 3]
-    assert tree.position_ids[-2:] == [MIN_PREAMBLE, MIN_PREAMBLE + 1]
+    assert tree.position_ids[-2:].tolist() == [MIN_PREAMBLE, MIN_PREAMBLE + 1]
 
 
 def test_a_short_common_beginning_stays_with_each_prompt() -> None:
@@ -143,7 +143,7 @@ def test_every_teaching_token_is_a_target_once_predicted_by_its_own_past(groups:
             prompt, completion, advantage = flat[i]
             seen.append(i)
             own = batch.sequence_M == b
-            assert tuple(batch.target_M[own].tolist()) == completion.token_ids
+            assert batch.target_M[own].tolist() == completion.token_ids.tolist()
             assert batch.advantages_B[b].item() == advantage
             assert batch.weights_B[b].item() == 1 / (len(completion) * total)
             for t, predictor in enumerate(batch.predictor_M[own].tolist()):

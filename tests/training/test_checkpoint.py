@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,10 @@ def policy(tmp_path: Path) -> Policy:
 
 def save(policy: Policy, directory: Path, step: int, update: int = 0, **state):
     tensors = {"exp_avg/x": torch.arange(3.0), "step/x": torch.tensor(4.0)}
-    return save_checkpoint(directory, step, update, policy=policy, optimizer_tensors=tensors, state=state)
+    batches = {"token_ids": np.arange(5, dtype=np.int32), "logprobs": np.zeros(0, np.float32)}
+    return save_checkpoint(
+        directory, step, update, policy=policy, optimizer_tensors=tensors, state=state, batches=batches
+    )
 
 
 def test_a_checkpoint_gives_back_what_it_was_given(policy: Policy, tmp_path: Path) -> None:
@@ -34,6 +38,11 @@ def test_a_checkpoint_gives_back_what_it_was_given(policy: Policy, tmp_path: Pat
     tensors = checkpoint.optimizer_tensors()
     assert torch.equal(tensors["exp_avg/x"], torch.arange(3.0))
     assert tensors["step/x"].item() == 4.0
+    batches = checkpoint.batches()
+    assert sorted(batches) == ["logprobs", "token_ids"]
+    assert np.array_equal(batches["token_ids"], np.arange(5))
+    assert (batches["token_ids"].dtype, batches["logprobs"].dtype) == (np.int32, np.float32)
+    assert not len(batches["logprobs"])
 
 
 def test_a_checkpoint_is_an_ordinary_hugging_face_directory(policy: Policy, tmp_path: Path) -> None:
@@ -72,6 +81,9 @@ def flip(file: Path) -> None:
         (flip, "model.safetensors", "SHA-256 differs"),
         (flip, "optimizer.safetensors", "SHA-256 differs"),
         (Path.unlink, "state.json", "is missing"),
+        (flip, "batches.safetensors", "SHA-256 differs"),
+        (cut, "batches.safetensors", r"holds \d+ bytes where \d+ were written"),
+        (Path.unlink, "batches.safetensors", "is missing"),
         (Path.unlink, "manifest.json", "no readable manifest"),
         (cut, "manifest.json", "no readable manifest"),
     ],

@@ -43,7 +43,7 @@ def test_the_gradients_are_those_of_the_definition(name: str) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for group in groups:
         for completion, advantage in zip(group.completions, group.advantages, strict=True):
-            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            ids = torch.tensor([[*group.prompt.token_ids, *completion.token_ids]])
             logits = model(input_ids=ids, use_cache=False).logits[0]
             start = len(group.prompt.token_ids) - 1
             logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]

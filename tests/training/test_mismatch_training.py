@@ -37,7 +37,7 @@ def autograd_gradient(policy, groups: list[Group], name: str, tis: TIS) -> dict[
     loss = torch.zeros((), dtype=torch.float64)
     for group in groups:
         for completion, advantage in zip(group.completions, group.advantages, strict=True):
-            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            ids = torch.tensor([[*group.prompt.token_ids, *completion.token_ids]])
             logits = model(input_ids=ids, use_cache=False).logits[0]
             start = len(group.prompt.token_ids) - 1
             logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]
@@ -85,8 +85,7 @@ def test_a_penalty_is_not_weighted() -> None:
         for g in groups_with_both(old=0.0)
     ]
     silent = [
-        replace(g, completions=tuple(replace(c, old_logprobs=tuple(x - 9 for x in c.logprobs)) for c in g.completions))
-        for g in groups
+        replace(g, completions=tuple(replace(c, old_logprobs=c.logprobs - 9) for c in g.completions)) for g in groups
     ]
     flat = [replace(g, advantages=(0.0,) * len(g.completions)) for g in groups]
     kl = KLPenalty(coefficient=0.5, estimator="k2")

@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ def plain_gradient(
     longest = max(len(c) for _, c, _ in rows)
     logps, olds, masks = [], [], []
     for prompt, completion, _ in rows:
-        ids = torch.tensor([prompt.token_ids + completion.token_ids])
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
         logits = model(input_ids=ids, use_cache=False).logits[0] / temperature
         start = len(prompt.token_ids) - 1
         logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]
@@ -296,7 +297,7 @@ def test_recomputed_old_logprobs_make_the_first_update_exactly_on_policy() -> No
     policy, groups = make_policy(torch.float32), make_groups()
     trainer = make_trainer(policy)
     recomputed = trainer.with_old_logprobs(groups, sampled_at=0)
-    assert recomputed[1].completions[0].old_logprobs == (), "a group that teaches nothing costs nothing"
+    assert len(recomputed[1].completions[0].old_logprobs) == 0, "a group that teaches nothing costs nothing"
     result = trainer.update(trainer.pack(recomputed), 1e-3)
     assert result.log_ratio_M.abs().max().item() < 1e-6
     with pytest.raises(AssertionError, match="sampled at update 0, weights are at 1"):
@@ -395,7 +396,7 @@ def plain_kl_gradient(policy: Policy, groups: list[Group], estimator: str, coeff
     rows = [(g.prompt, c) for g in groups for c in g.completions]
     total = torch.zeros((), dtype=torch.float64)
     for prompt, completion in rows:
-        ids = torch.tensor([prompt.token_ids + completion.token_ids])
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
         logits = model(input_ids=ids, use_cache=False).logits[0]
         start = len(prompt.token_ids) - 1
         logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]
@@ -435,7 +436,9 @@ def test_reference_logprobs_are_those_of_the_reference_policy() -> None:
     trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.1))
     found = trainer.with_reference_logprobs(groups, reference)
     expected = make_trainer(reference).logprobs(groups)
-    assert [[c.reference_logprobs for c in g.completions] for g in found] == expected
+    for group, per_group in zip(found, expected, strict=True):
+        for completion, logprobs in zip(group.completions, per_group, strict=True):
+            assert np.array_equal(completion.reference_logprobs, logprobs)
     result = trainer.update(trainer.pack(found), 1e-9)
     d = torch.cat([torch.tensor(p) for per_group in trainer.logprobs(groups) for p in per_group]).double()
     d -= torch.cat([torch.tensor(p) for per_group in expected for p in per_group])

@@ -83,7 +83,7 @@ def generate(
             continue
         for token, shown, logprob in zip(completion.token_ids, texts, completion.logprobs, strict=True):
             print(f"{logprob:9.4f}  {token:7d}  {shown!r}")
-        print(f"{sum(completion.logprobs):9.4f}  of {len(completion)} tokens, {completion.finish_reason}")
+        print(f"{sum(completion.logprobs.tolist()):9.4f}  of {len(completion)} tokens, {completion.finish_reason}")
 
 
 def shown_to(*, terminal: bool) -> Callable[[str], str]:

@@ -6,15 +6,15 @@ once, for the verifier and the log, and never turned back into ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-# For the annotations only: the processes that judge answers need the text, not a tensor library.
+# For the annotations only: the processes that judge answers need the text, not an array library.
 if TYPE_CHECKING:
-    pass
-
+    import numpy as np
+    from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length"]
 
@@ -49,6 +49,10 @@ class Score:
     None when it found none, or does not say."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Further figures of this completion, as the share of right cells of a puzzle; logged as means."""
+
+
+NOT_SCORED = Score(0.0)
+"""The score of a completion that no verifier has seen."""
 
 
 @dataclass(frozen=True)
@@ -99,32 +103,74 @@ class RoutedExperts:
         return len(self.indices) // (self.layers * self.per_token * (1 + self.wide))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, eq=False)
 class Completion:
     """One sampled response: what the engine emitted, token by token, and what the verifier said of it.
 
     `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was sampled from (after
     temperature and truncation of the tail). The stop token, when one came, is the last token and carries loss.
 
+    Token data may be given as any sequence of numbers and is kept in read-only arrays, which `arrays.read_only` copies
+    unless they are read-only already. Completions are equal when their arrays are, byte by byte, and all else is.
+
     >>> c = Completion(token_ids=(7, 9, 1), logprobs=(-0.1, -0.2, -0.01), finish_reason="stop", text="46")
-    >>> len(c), c.score.status.value
-    (3, 'scored')
+    >>> len(c), c.token_ids.dtype.name, c.logprobs.dtype.name, c.score.status.value
+    (3, 'int32', 'float32', 'scored')
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
     finish_reason: FinishReason
-    text: str = ""
-    score: Score = field(default_factory=lambda: Score(0.0))
-    old_logprobs: tuple[float, ...] = ()
+    text: str
+    score: Score
+    old_logprobs: NDArray[np.float32]
     """log pi_old when the trainer recomputed it at the weights that sampled; empty when `logprobs` are log pi_old."""
-    reference_logprobs: tuple[float, ...] = ()
+    reference_logprobs: NDArray[np.float32]
     """log pi_ref of each token; empty without a reference policy."""
-    experts: RoutedExperts | None = None
+    experts: RoutedExperts | None
     """With routing replay, of its tokens but the last, which is no input; None where nothing was recorded."""
+
+    def __init__(
+        self,
+        token_ids: Sequence[int] | NDArray[np.integer],
+        logprobs: Sequence[float] | NDArray[np.floating],
+        finish_reason: FinishReason,
+        text: str = "",
+        score: Score = NOT_SCORED,
+        old_logprobs: Sequence[float] | NDArray[np.floating] = (),
+        reference_logprobs: Sequence[float] | NDArray[np.floating] = (),
+        experts: RoutedExperts | None = None,
+    ) -> None:
+        from sapo.data.arrays import LOGPROBS, TOKEN_IDS, read_only  # numpy, which is not loaded before it is needed
+
+        put = object.__setattr__  # the class is frozen
+        put(self, "token_ids", read_only(token_ids, TOKEN_IDS))
+        put(self, "logprobs", read_only(logprobs, LOGPROBS))
+        put(self, "finish_reason", finish_reason)
+        put(self, "text", text)
+        put(self, "score", score)
+        put(self, "old_logprobs", read_only(old_logprobs, LOGPROBS))
+        put(self, "reference_logprobs", read_only(reference_logprobs, LOGPROBS))
+        put(self, "experts", experts)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Completion):
+            return NotImplemented
+        return (self._bytes(), self.score, self.experts) == (other._bytes(), other.score, other.experts)
+
+    def __hash__(self) -> int:
+        return hash(self._bytes())  # without the score, whose figures may be a dict
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and unpickle through the constructor: numpy's own way gives arrays that may be written to."""
+        return Completion, tuple(getattr(self, f.name) for f in fields(self))
+
+    def _bytes(self) -> tuple[bytes | str, ...]:
+        arrays = (self.token_ids, self.logprobs, self.old_logprobs, self.reference_logprobs)
+        return (self.finish_reason, self.text, *(a.tobytes() for a in arrays))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None, penalised: 
         "length/max": int(lengths.max()),
         "length/at_limit": sum(c.finish_reason == "length" for c in completions) / len(completions),
         "tokens/generated": int(lengths.sum()),
-        "logprob/sampled_mean": sum(sum(c.logprobs) for c in completions) / int(lengths.sum()),
+        "logprob/sampled_mean": sum(sum(c.logprobs.tolist()) for c in completions) / int(lengths.sum()),
     }
     for status in Status:
         metrics[f"status/{status.value}"] = sum(c.score.status is status for c in completions)

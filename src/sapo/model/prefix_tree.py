@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sapo.data import Segment
 
 # A common beginning of all prompts shorter than this is not worth a segment of its own.
@@ -16,12 +19,12 @@ class PrefixTree:
     """Prompts as a tree [preamble | prompt 1 .. P], packed.
 
     >>> tree = prefix_tree([(5, 6), (5, 7, 8)])
-    >>> tree.token_ids, tree.position_ids, tree.leaves
+    >>> tree.token_ids.tolist(), tree.position_ids.tolist(), tree.leaves
     ([5, 6, 5, 7, 8], [0, 1, 0, 1, 2], [0, 1])
     """
 
-    token_ids: list[int]
-    position_ids: list[int]
+    token_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
     segments: list[Segment]
     leaves: list[int]
     """Which segment ends each prompt."""
@@ -39,27 +42,28 @@ def prefix_tree(prompts: Sequence[tuple[int, ...]], min_preamble: int = MIN_PREA
         prompts: token ids, at least one each.
         min_preamble: a shorter common beginning is left with each prompt.
     """
-    shared = _common_prefix(prompts) if len(prompts) > 1 else 0
+    arrays = [np.array(p, np.int64) for p in prompts]
+    shared = _common_prefix(arrays) if len(prompts) > 1 else 0
     if shared < min_preamble:
         shared = 0
-    token_ids = list(prompts[0][:shared])
-    position_ids = list(range(shared))
+    token_ids, position_ids = [arrays[0][:shared]], [np.arange(shared)]
     segments = [Segment(0, shared, -1)] if shared else []
-    root = 0 if shared else -1
+    root, start = (0, shared) if shared else (-1, 0)
     leaves = []
-    for prompt in prompts:
+    for ids in arrays:
         leaves.append(len(segments))
-        segments.append(Segment(len(token_ids), len(prompt) - shared, root))
-        token_ids += prompt[shared:]
-        position_ids += range(shared, len(prompt))
-    return PrefixTree(token_ids, position_ids, segments, leaves)
+        segments.append(Segment(start, len(ids) - shared, root))
+        start += len(ids) - shared
+        token_ids.append(ids[shared:])
+        position_ids.append(np.arange(shared, len(ids)))
+    return PrefixTree(np.concatenate(token_ids), np.concatenate(position_ids), segments, leaves)
 
 
-def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+def _common_prefix(prompts: Sequence[NDArray[np.int64]]) -> int:
     """Tokens all prompts begin with; at least one token stays with each prompt."""
-    first, last = min(prompts), max(prompts)  # in lexical order the extremes differ first
-    limit = min(len(p) for p in prompts) - 1
-    shared = 0
-    while shared < limit and first[shared] == last[shared]:
-        shared += 1
+    shared = min(map(len, prompts)) - 1
+    for prompt in prompts[1:]:
+        differs = prompts[0][:shared] != prompt[:shared]
+        if differs.any():
+            shared = int(differs.argmax())
     return shared

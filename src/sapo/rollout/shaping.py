@@ -48,7 +48,7 @@ def random_reward(seed: int, prompt: Prompt, sample: int, completion: Completion
     >>> [random_reward(0, Prompt(7, "t", "?"), sample, completion) for sample in range(6)]
     [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     """
-    about = f"{seed}/{prompt.task}/{prompt.id}/{sample}/{completion.token_ids}"
+    about = f"{seed}/{prompt.task}/{prompt.id}/{sample}/{tuple(completion.token_ids.tolist())}"
     return float(hashlib.blake2b(about.encode(), digest_size=1).digest()[0] & 1)
 
 

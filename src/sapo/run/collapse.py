@@ -159,7 +159,7 @@ def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, optimizer
             parameter.copy_(weights[name])
     optimizer.adam.state.clear()  # the checkpoint of a run's start has no moments to overwrite the present ones with
     optimizer.load_state_tensors(checkpoint.optimizer_tensors())
-    return RunState.from_json(checkpoint.state())
+    return RunState.deserialise(checkpoint.state(), checkpoint.batches())
 
 
 def set_collapsed_aside(directory: RunDirectory, healthy: Checkpoint) -> None:

@@ -387,13 +387,15 @@ class TrainingRun:
         with self._phase("checkpoint"):
             note_checkpoint(state, self.config)
             state.metrics_bytes = self.directory.metrics_bytes()
+            fields, batches = state.serialise()
             written = save_checkpoint(
                 self.directory.checkpoints,
                 state.step,
                 state.update,
                 policy=self.policy,
                 optimizer_tensors=self.trainer.optimizer.state_tensors(),
-                state=state.to_json(),
+                state=fields,
+                batches=batches,
             )
             prune(self.directory.checkpoints, self.config.checkpoint.keep, kept_checkpoints(state))
         self._saved_at = -1 if state.update else state.step

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from sapo.data import Group
 from sapo.training.trainer import UpdateResult
 
@@ -12,7 +14,7 @@ from sapo.training.trainer import UpdateResult
 def token_gates(
     result: UpdateResult, update: int, minibatches: int, samples: int, on_policy: bool
 ) -> dict[str, dict[str, Any]]:
-    """What an update measured token by token, by sequence of the step.
+    """Return what an update measured token by token, as arrays by sequence of the step.
 
     Args:
         update: which of the step's `minibatches`.
@@ -21,12 +23,12 @@ def token_gates(
     """
     lengths = result.sequence_M.bincount().tolist()
     measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
-    by_name = {name: values.split(lengths) for name, values in measured.items() if values is not None}
+    by_name = {name: values.cpu().split(lengths) for name, values in measured.items() if values is not None}
     gates: dict[str, dict[str, Any]] = {}
     for number, sequence in enumerate(result.sequence_ids):
         group, sample = divmod(sequence, samples)
         place = (update + group * minibatches) * samples + sample  # the inverse of split_minibatches
-        own = {name: parts[number].tolist() for name, parts in by_name.items()}
+        own = {name: parts[number].numpy() for name, parts in by_name.items()}
         gates[str(place)] = {"update": update, "on_policy": on_policy, **own}
     return gates
 
@@ -51,7 +53,10 @@ def rollout_records(
     sequence = 0
     for place, group in enumerate((*groups, *dropped)):
         for sample, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
-            old = completion.old_logprobs or (completion.logprobs if sampler_is_old else ())
+            old = completion.old_logprobs
+            if sampler_is_old and not len(old):
+                old = completion.logprobs
+            measured = gates.get(str(sequence), {})
             yield {
                 "prompt_id": group.prompt.id,
                 "task": group.prompt.task,
@@ -69,9 +74,9 @@ def rollout_records(
                 "advantage": advantage,
                 "finish_reason": completion.finish_reason,
                 "prompt_token_ids": list(group.prompt.token_ids),
-                "token_ids": list(completion.token_ids),
-                "logprobs": list(completion.logprobs),
-                **({"old_logprobs": list(old)} if old else {}),
-                **gates.get(str(sequence), {}),
+                "token_ids": completion.token_ids.tolist(),
+                "logprobs": completion.logprobs.tolist(),
+                **({"old_logprobs": old.tolist()} if len(old) else {}),
+                **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in measured.items()},
             }
             sequence += 1

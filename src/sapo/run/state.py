@@ -1,14 +1,19 @@
-"""The state of a run, and its rollout batch, as JSON: what a checkpoint holds beside weights and optimiser.
+"""The state of a run, and its rollout batches: what a checkpoint holds beside weights and optimiser.
 
-Floats survive exactly: Python writes the shortest decimal that reads back as the same number.
+Token data is kept apart as flat arrays (batches.safetensors), all else as JSON (state.json). Floats survive exactly:
+Python writes the shortest decimal that reads back as the same number, and arrays go as bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from sapo.data import Group
+from sapo.data.arrays import ArrayReader, FlatArrays
 from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.diagnostics.warnings import Health
 from sapo.rollout.selection import Position
@@ -59,7 +64,8 @@ class RunState:
     step_updates: list[dict[str, Any]] = field(default_factory=list)
     """Figures of the present step's updates, for the step's own line."""
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For a step whose rollouts are logged: sequence of the step -> what its update measured token by token."""
+    """For a step whose rollouts are logged: sequence of the step -> what its update measured; token by token in arrays.
+    """
     evaluated_at: int = -1
     """The step at which the last evaluation was made."""
     old_logprobs: str | None = None
@@ -100,36 +106,63 @@ class RunState:
             self.selection["rollout/age"] = age
         return batch
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value that `from_json` turns back into an equal state; floats survive exactly."""
-        fields = dict(self.__dict__)
-        fields["groups"] = None if self.groups is None else [group_to_json(g) for g in self.groups]
-        fields["dropped"] = [group_to_json(g) for g in self.dropped]
-        fields["ahead"] = [
-            {**b.__dict__, "groups": [*map(group_to_json, b.groups)], "dropped": [*map(group_to_json, b.dropped)]}
-            for b in self.ahead
-        ]
-        fields["position"] = asdict(self.position)
-        fields["health"] = asdict(self.health)
-        return fields
+    def serialise(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return a JSON value without token data, and the token data as flat arrays; `deserialise` is the inverse."""
+        arrays = FlatArrays()
+        fields = {
+            **_batch_to_json(vars(self), arrays),
+            "ahead": [_batch_to_json(vars(batch), arrays) for batch in self.ahead],
+            "gates": {sequence: _without_arrays(gate, arrays) for sequence, gate in self.gates.items()},
+            "position": asdict(self.position),
+            "health": asdict(self.health),
+        }
+        return fields, arrays.joined()
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> RunState:
-        """The inverse of `to_json`."""
-        groups, position = fields["groups"], fields["position"]
+    def deserialise(cls, fields: dict[str, Any], joined: Mapping[str, np.ndarray]) -> RunState:
+        """Return the state that `serialise` was called on; the JSON value may have been through text.
+
+        Raises:
+            CheckpointError: the arrays are not those of this JSON value.
+        """
+        arrays, position = ArrayReader(joined), fields["position"]
         rates = {task: {int(row): rate for row, rate in of.items()} for task, of in position["pass_rates"].items()}
         return cls(
             **{
-                **fields,
-                "groups": None if groups is None else [group_from_json(g) for g in groups],
-                "dropped": [group_from_json(g) for g in fields["dropped"]],
-                "ahead": [_batch_from_json(b) for b in fields.get("ahead", [])],
+                **_batch_from_json(fields, arrays),
+                "ahead": [RolloutBatch(**_batch_from_json(batch, arrays)) for batch in fields.get("ahead", [])],
+                "gates": {sequence: _with_arrays(gate, arrays) for sequence, gate in fields["gates"].items()},
                 "position": Position(position["offsets"], rates),
                 "health": Health.from_json(fields.get("health", {})),
             }
         )
 
 
-def _batch_from_json(value: dict[str, Any]) -> RolloutBatch:
-    groups = {k: [group_from_json(g) for g in value[k]] for k in ("groups", "dropped")}
-    return RolloutBatch(**{**value, **groups})
+def _batch_to_json(batch: Mapping[str, Any], arrays: FlatArrays) -> dict[str, Any]:
+    """Replace the groups of a batch, or of the present step, by JSON values."""
+    groups, dropped = (
+        None if found is None else [group_to_json(g, arrays) for g in found]
+        for found in (batch["groups"], batch["dropped"])
+    )
+    return {**batch, "groups": groups, "dropped": dropped}
+
+
+def _batch_from_json(value: Mapping[str, Any], arrays: ArrayReader) -> dict[str, Any]:
+    groups, dropped = (
+        None if found is None else [group_from_json(g, arrays) for g in found]
+        for found in (value["groups"], value["dropped"])
+    )
+    return {**value, "groups": groups, "dropped": dropped}
+
+
+def _without_arrays(gate: dict[str, Any], arrays: FlatArrays) -> dict[str, Any]:
+    names = [name for name, value in gate.items() if isinstance(value, np.ndarray)]
+    for name in names:
+        arrays.put(f"gates.{name}", gate[name])
+    return {**{k: v for k, v in gate.items() if k not in names}, "arrays": names}
+
+
+def _with_arrays(gate: dict[str, Any], arrays: ArrayReader) -> dict[str, Any]:
+    """The inverse; checkpoints of earlier versions hold lists in the JSON value."""
+    names = gate.get("arrays", [])
+    return {k: v for k, v in gate.items() if k != "arrays"} | {name: arrays.take(f"gates.{name}") for name in names}

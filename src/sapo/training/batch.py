@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sapo.data import Completion, Group, PackedBatch, Segment
@@ -131,44 +132,48 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
             groups.append(member.group)
     tree = prefix_tree([g.prompt.token_ids for g in groups])
     leaf_of = {id(group): leaf for group, leaf in zip(groups, tree.leaves, strict=True)}
-    token_ids, position_ids, segments = tree.token_ids, tree.position_ids, list(tree.segments)
-    predictor: list[int] = []
-    target: list[int] = []
-    sequence: list[int] = []
-    old_logprobs: list[float] = []
-    reference_logprobs: list[float] = []
-    for b, member in enumerate(members):
-        leaf = leaf_of[id(member.group)]
-        prompt_length = len(member.group.prompt.token_ids)
-        ids = member.completion.token_ids
-        start = len(token_ids)
-        if member.num_inputs:
-            segments.append(Segment(start, member.num_inputs, leaf))
-            token_ids += ids[:-1]
-            position_ids += range(prompt_length, prompt_length + member.num_inputs)
-        predictor += [segments[leaf].stop - 1, *range(start, start + member.num_inputs)]
-        target += ids
-        sequence += [b] * len(ids)
-        old_logprobs += member.completion.old_logprobs or member.completion.logprobs
-        reference_logprobs += member.completion.reference_logprobs
+    leaves = [leaf_of[id(m.group)] for m in members]
+    completions = [m.completion for m in members]
+    lengths_B, inputs_B = np.array([*map(len, completions)]), np.array([m.num_inputs for m in members])
+    starts_B = len(tree.token_ids) + np.cumsum(inputs_B) - inputs_B
+    predictor_M = _counted(starts_B - 1, lengths_B)
+    predictor_M[np.cumsum(lengths_B) - lengths_B] = [tree.segments[leaf].stop - 1 for leaf in leaves]
+    prompts_B = np.array([len(m.group.prompt.token_ids) for m in members])
+    responses = [Segment(*place) for place in zip(starts_B.tolist(), inputs_B.tolist(), leaves, strict=True)]
     which = [m.sequence for m in members]
+    references = [c.reference_logprobs for c in completions]
     return PackedBatch(
-        token_ids_N=torch.tensor(token_ids, device=device),
-        position_ids_N=torch.tensor(position_ids, device=device),
-        segments=tuple(segments),
-        predictor_M=torch.tensor(predictor, device=device),
-        target_M=torch.tensor(target, device=device),
-        sequence_M=torch.tensor(sequence, device=device),
+        token_ids_N=_joined([tree.token_ids, *(c.token_ids[:-1] for c in completions)], np.int64, device),
+        position_ids_N=_joined([tree.position_ids, _counted(prompts_B, inputs_B)], np.int64, device),
+        segments=(*tree.segments, *(s for s in responses if s.length)),
+        predictor_M=torch.from_numpy(predictor_M).to(device),
+        target_M=_joined([c.token_ids for c in completions], np.int64, device),
+        sequence_M=torch.from_numpy(np.repeat(np.arange(len(members)), lengths_B)).to(device),
         advantages_B=torch.tensor([m.advantage for m in members], dtype=torch.float64, device=device),
         weights_B=weights_B[which].to(device),
-        old_logprobs_M=torch.tensor(old_logprobs, dtype=torch.float32, device=device),
-        sequence_ids=tuple(which),
-        reference_logprobs_M=(
-            torch.tensor(reference_logprobs, dtype=torch.float32, device=device) if reference_logprobs else None
+        old_logprobs_M=_joined(
+            [c.old_logprobs if len(c.old_logprobs) else c.logprobs for c in completions], np.float32, device
         ),
+        sequence_ids=tuple(which),
+        reference_logprobs_M=_joined(references, np.float32, device) if any(map(len, references)) else None,
         experts_Nlk=_pack_experts(members, groups, tree, device),
-        sampler_logprobs_M=_sampler_logprobs(members, device),
+        sampler_logprobs_M=_sampler_logprobs(completions, device),
     )
+
+
+def _counted(starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    """Join ranges end to end: as many numbers as its length, counted from each start.
+
+    >>> _counted(np.array([5, 0]), np.array([2, 3]))
+    array([5, 6, 0, 1, 2])
+    """
+    before_B = np.cumsum(lengths_B) - lengths_B
+    return np.arange(lengths_B.sum()) + np.repeat(starts_B - before_B, lengths_B)
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic], device: torch.device | str) -> torch.Tensor:
+    """Join arrays end to end in a tensor of its own."""
+    return torch.from_numpy(np.concatenate(parts, dtype=dtype)).to(device)
 
 
 def _pack_experts(
@@ -184,9 +189,8 @@ def _pack_experts(
     return pack_experts(spans).to(device)
 
 
-def _sampler_logprobs(members: Sequence[_Member], device: torch.device | str) -> torch.Tensor | None:
-    """log mu of the members' tokens, where log pi_old is not the same."""
-    completions = [m.completion for m in members]
-    if not all(c.old_logprobs for c in completions):
+def _sampler_logprobs(completions: Sequence[Completion], device: torch.device | str) -> torch.Tensor | None:
+    """log mu of the completions' tokens, where log pi_old is not the same."""
+    if not all(len(c.old_logprobs) for c in completions):
         return None
-    return torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32, device=device)
+    return _joined([c.logprobs for c in completions], np.float32, device)

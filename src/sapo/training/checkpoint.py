@@ -4,7 +4,8 @@ checkpoints/step-000100/             after 100 whole steps
 checkpoints/step-000100-update-2/    in the middle of the 101st step, after two of its updates
     model.safetensors, config.json, tokenizer.json ...   an ordinary Hugging Face directory
     optimizer.safetensors            moments, step counts, float32 masters
-    state.json                       step, update in the step, rollout buffer, counters
+    state.json                       step, update in the step, prompts, texts and scores of batches, counters
+    batches.safetensors              token data of those batches: flat arrays with their offsets
     manifest.json                    size and SHA-256 of every file
 """
 
@@ -15,11 +16,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,6 +74,11 @@ class Checkpoint:
         state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
         return state
 
+    def batches(self) -> dict[str, np.ndarray]:
+        """Return the token data that was given to `save_checkpoint`; none of a checkpoint of an earlier version."""
+        file = self.path / "batches.safetensors"
+        return safetensors.numpy.load_file(file) if file.exists() else {}
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state, as it was given to `save_checkpoint`."""
         return load_file(self.path / "optimizer.safetensors")
@@ -84,12 +92,14 @@ def save_checkpoint(
     policy: Policy,
     optimizer_tensors: dict[str, Tensor],
     state: dict[str, Any],
+    batches: Mapping[str, np.ndarray],
 ) -> Checkpoint:
     """Write a checkpoint aside, then rename it: a reader sees all of it or nothing.
 
     Args:
         directory: the run's checkpoints/.
         step: whole steps done; `update`: updates done in the step after them.
+        state, batches: the run's state, as `RunState.serialise` gives it.
     """
     name = f"step-{step:06d}" + (f"-update-{update}" if update else "")
     directory.mkdir(parents=True, exist_ok=True)
@@ -99,6 +109,7 @@ def save_checkpoint(
     policy.save(aside)
     save_file({k: v.detach().cpu().contiguous() for k, v in optimizer_tensors.items()}, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps(state))
+    safetensors.numpy.save_file(dict(batches), aside / "batches.safetensors")
     manifest = {
         str(f.relative_to(aside)): {"size": f.stat().st_size, "sha256": _sha256(f)}
         for f in sorted(aside.rglob("*"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,22 +267,23 @@ class Trainer:
         include_all: bool = True,
         policy: Policy | None = None,
         record: RecordedExperts | None = None,
-    ) -> list[list[tuple[float, ...]]]:
-        """log pi of every completion at the present weights, by the forward pass that training uses.
+    ) -> list[list[np.ndarray]]:
+        """log pi of every completion at the present weights, float32, by the forward pass that training uses.
 
-        Groups that teach nothing are left out (empty tuples) unless `include_all`. `policy`: another than the trained.
+        Groups that teach nothing are left out (empty arrays) unless `include_all`. `policy`: another than the trained.
         Experts that the groups carry are replayed; `record` collects those of groups that carry none.
         """
-        found: dict[int, tuple[float, ...]] = {}
+        found: dict[int, np.ndarray] = {}
         for batch in self.pack(groups, include_all).microbatches:
             with self.replaying(batch), self._recording(batch, record):
                 hidden_MH = self._hidden(batch, policy)
-            logprob_M = self._token_logprobs(hidden_MH, batch, policy).float()
-            lengths = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).tolist()
-            for sequence, part in zip(batch.sequence_ids, logprob_M.cpu().split(lengths), strict=True):
-                found[sequence] = tuple(part.tolist())
+            logprob_M = self._token_logprobs(hidden_MH, batch, policy).float().cpu().numpy()
+            logprob_M.flags.writeable = False  # completions keep views: those of a micro-batch live equally long
+            ends = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).cumsum(0).tolist()
+            found |= zip(batch.sequence_ids, np.split(logprob_M, ends[:-1]), strict=True)
         flat = iter(range(sum(len(g.completions) for g in groups)))
-        return [[found.get(next(flat), ()) for _ in g.completions] for g in groups]
+        nothing = np.zeros(0, np.float32)
+        return [[found.get(next(flat), nothing) for _ in g.completions] for g in groups]
 
     @contextmanager
     def _recording(self, batch: PackedBatch, record: RecordedExperts | None) -> Iterator[None]:
@@ -341,8 +343,8 @@ class Trainer:
 
 def _with_logprobs(
     groups: Sequence[Group],
-    found: list[list[tuple[float, ...]]],
-    put: Callable[[Completion, tuple[float, ...]], Completion],
+    found: list[list[np.ndarray]],
+    put: Callable[[Completion, np.ndarray], Completion],
 ) -> list[Group]:
     """The groups with one more set of log-probabilities at each completion."""
     return [

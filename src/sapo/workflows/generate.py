@@ -43,9 +43,9 @@ class Generation:
                 {
                     "text": c.text,
                     "finish_reason": c.finish_reason,
-                    "token_ids": list(c.token_ids),
+                    "token_ids": c.token_ids.tolist(),
                     "tokens": list(texts),
-                    "logprobs": list(c.logprobs),
+                    "logprobs": c.logprobs.tolist(),
                 }
                 for c, texts in zip(self.completions, self.token_texts, strict=True)
             ],
@@ -108,5 +108,5 @@ def generate(
         shown: str = policy.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return shown
 
-    texts = tuple(tuple(decode((i,)) for i in c.token_ids) for c in completions)
+    texts = tuple(tuple(decode((i,)) for i in c.token_ids.tolist()) for c in completions)
     return Generation(prompt, decode(prompt.token_ids), completions, texts)

@@ -142,7 +142,7 @@ def _resumed(
             config.device,
             trust_remote_code=config.model.trust_remote_code,
         )
-        state = RunState.from_json(checkpoint.state())
+        state = RunState.deserialise(checkpoint.state(), checkpoint.batches())
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
     directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)

@@ -279,13 +279,13 @@ class _Decoding:
 
     def _completion(self, row: int) -> Completion:
         count = int(self.generated[row])
-        token_ids = tuple(self.tokens[row, :count].tolist())
+        token_ids = self.tokens[row, :count].cpu()
         stopped = bool(self.stopped[row])
-        return Completion(
-            token_ids=token_ids,
-            logprobs=tuple(self.logprobs[row, :count].tolist()),
+        return Completion(  # which copies: another request takes the row
+            token_ids=token_ids.numpy(),
+            logprobs=self.logprobs[row, :count].cpu().numpy(),
             finish_reason="stop" if stopped else "length",
-            text=self.rules.text(int(self.stop_set[row]), token_ids),
+            text=self.rules.text(int(self.stop_set[row]), token_ids.tolist()),
         )
 
     def completions(self) -> list[tuple[Completion, ...]]:
