@@ -27,9 +27,9 @@ from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
 from sapo.objectives import group_advantages, make_objective
 from sapo.rollout.engine import Request
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cpu.native import Kernels
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.local.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.run.directory import RunDirectory
 from sapo.run.loop import TrainingRun
@@ -44,12 +44,10 @@ Work = Callable[[Limits], tuple[float, Facts]]
 """Limits of each sample to seconds and facts."""
 
 
-class FixedLengths:
+class FixedLengths(LocalEngine):
     """An engine that gives every sample the length it is told to have, whatever ends it might draw."""
 
-    def __init__(self, engine: LocalEngine, limits: Limits) -> None:
-        self.engine = engine
-        self.limits = limits
+    limits: Limits = []  # noqa: RUF012 (set before it draws)
 
     def generate(
         self,
@@ -60,7 +58,7 @@ class FixedLengths:
     ) -> list[tuple[Completion, ...]]:
         """See `LocalEngine.generate`."""
         held = [replace(r, limits=tuple(limits)) for r, limits in zip(requests, self.limits, strict=True)]
-        return self.engine.generate(held, replace(params, stop_token_ids=frozenset()), should_stop, experts)
+        return super().generate(held, replace(params, stop_token_ids=frozenset()), should_stop, experts)
 
 
 def rollout(settings: dict[str, Any], device: torch.device) -> Work:
@@ -72,7 +70,7 @@ def rollout_of(policy: Policy, settings: dict[str, Any], device: torch.device) -
     """The same with a policy at hand."""
     prompts = [Prompt(i, "bench", "", tuple(ids)) for i, ids in enumerate(settings["prompts"])]
     sequences = sum(map(len, settings["limits"]))
-    engine = FixedLengths(LocalEngine(policy, max_rows=max(256, sequences)), settings["limits"])
+    engine = FixedLengths(policy, max_rows=max(256, sequences))
     params = SamplingParams(max_new_tokens=max(map(max, settings["limits"])))
 
     def work(limits: Limits) -> tuple[float, Facts]:
@@ -156,8 +154,8 @@ def step_of(settings: dict[str, Any], device: torch.device) -> tuple[Work, Train
     """The same, and the run."""
     run = _training_run(settings, device)
     run.loggers.open()
-    engine = FixedLengths(run.engine, settings["limits"])
-    run.engine = engine  # type: ignore[assignment]
+    engine = FixedLengths.from_settings(run.policy, run.config.rollout)
+    run.engine = run.collector.engine = engine
 
     def work(limits: Limits) -> tuple[float, Facts]:
         engine.limits = limits

@@ -1,13 +1,10 @@
-"""Rounded weights: exactly torch's casts while the sampler reads them, and the policy's own again after."""
+"""Rounded weights: exactly torch's casts, in copies."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 
-from sapo.errors import Interrupted
 from sapo.model.rounding import ROUNDED_DTYPES, Rounding, rounded_weights
 
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2")
@@ -77,62 +74,43 @@ def test_unknown_names_are_refused(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
-def test_matrices_are_rounded_and_come_back_to_the_bit(new_policy, architecture: str) -> None:
+def test_matrices_are_rounded_in_copies_and_vectors_pass_as_they_are(new_policy, architecture: str) -> None:
     policy = new_policy(architecture)
-    model = policy.model
-    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
+    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in policy.model.named_parameters()}
     rounding = Rounding("float8_e4m3fn")
-    with rounded_weights(policy, rounding):
-        for name, parameter in model.named_parameters():
-            own = before[name][1]
-            rounded = parameter.dim() > 1
-            assert torch.equal(parameter, rounding.round(own) if rounded else own), name
-            assert torch.equal(parameter, own) != rounded, name
-    for name, parameter in model.named_parameters():
+    got = dict(rounded_weights(policy.weights(), rounding))
+    assert got.keys() == before.keys()
+    for name, weight in got.items():
         pointer, own = before[name]
-        assert parameter.data_ptr() == pointer, "the very tensor comes back"
-        assert torch.equal(parameter, own)
+        rounded = weight.dim() > 1
+        assert torch.equal(weight, rounding.round(own) if rounded else own), name
+        assert torch.equal(weight, own) != rounded, name
+        assert (weight.data_ptr() == pointer) != rounded, name
+    for name, parameter in policy.model.named_parameters():
+        pointer, own = before[name]
+        assert parameter.data_ptr() == pointer
+        assert torch.equal(parameter, own), "the policy's are never touched"
 
 
 def test_vectors_are_rounded_where_asked(new_policy) -> None:
     policy = new_policy("qwen3")
-    own = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     rounding = Rounding("float8_e4m3fn", "none", vectors=True)
     with torch.no_grad():
         policy.model.model.norm.weight.mul_(1.03)  # a norm of 1 is its own rounding
-        own["model.norm.weight"] *= 1.03
-    with rounded_weights(policy, rounding):
-        assert all(torch.equal(p, rounding.round(own[n])) for n, p in policy.model.named_parameters())
-        assert policy.model.model.norm.weight[0] == 1.0, "by hand: e4m3 has 1 and 1.125"
-    assert all(torch.equal(p, own[n]) for n, p in policy.model.named_parameters())
+    got = dict(rounded_weights(policy.weights(), rounding))
+    assert all(torch.equal(got[n], rounding.round(p.detach())) for n, p in policy.model.named_parameters())
+    assert got["model.norm.weight"][0] == 1.0, "by hand: e4m3 has 1 and 1.125"
 
 
-def test_tied_weights_are_rounded_as_one(new_policy) -> None:
+def test_tied_weights_come_once(new_policy) -> None:
     policy = new_policy("qwen3")
-    embedding = policy.model.get_input_embeddings().weight
-    policy.model.get_output_embeddings().weight = embedding
-    own = embedding.detach().clone()
-    with rounded_weights(policy, Rounding("float8_e5m2")):
-        assert torch.equal(policy.head_weight, policy.model.get_input_embeddings().weight)
-        assert not torch.equal(policy.head_weight, own)
-    assert torch.equal(policy.head_weight, own)
+    policy.model.get_output_embeddings().weight = policy.model.get_input_embeddings().weight
+    names = [name for name, _ in rounded_weights(policy.weights(), Rounding("float8_e5m2"))]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
 
 
-def test_an_interrupted_sampler_gives_the_weights_back(new_policy) -> None:
+def test_none_yields_the_very_weights(new_policy) -> None:
     policy = new_policy("qwen3")
-    own = policy.head_weight.detach().clone()
-
-    def sample() -> None:
-        with rounded_weights(policy, Rounding("float8_e5m2")):
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        sample()
-    assert torch.equal(policy.head_weight, own)
-
-
-def test_none_leaves_the_weights_alone(new_policy) -> None:
-    policy = new_policy("qwen3")
-    own = copy.deepcopy(policy.model.state_dict())
-    with rounded_weights(policy, None):
-        assert all(torch.equal(own[n], t) for n, t in policy.model.state_dict().items())
+    own = {n: p.data_ptr() for n, p in policy.model.named_parameters()}
+    assert {n: w.data_ptr() for n, w in rounded_weights(policy.weights(), None)} == own

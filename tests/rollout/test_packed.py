@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sapo.data import Prompt
-from sapo.model.routing import Routers
+from sapo.data import Group, Prompt
 from sapo.rollout.engine import Request
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cpu import native
 from sapo.rollout.local.cpu.packed import PackedBlocks, Panels
 from sapo.rollout.local.decoder import PACKED_CALLS, FastDecoder, copied_bytes
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.local.experts import ExpertLog
 from sapo.rollout.local.layouts import Arrangement
 from sapo.rollout.params import SamplingParams
 from support.decoder_cases import MODELS, make
@@ -172,12 +171,16 @@ def test_weights_that_do_not_fit_are_left_to_other_products():
 
 def recorded(policy, asked):
     """Drawn completions, and the experts of each one's tokens: (tokens, layers, experts of a token)."""
-    log = ExpertLog(Routers(policy))
-    groups = LocalEngine(policy, max_rows=8).generate(asked, settings(), experts=log)
-    prompts = {
-        i: np.frombuffer(p.indices, np.uint8).reshape(-1, p.layers, p.per_token) for i, p in log._prompts.items()
-    }
-    return groups, prompts, log._by_completion()
+    log = ExpertLog()
+    drawn = LocalEngine(policy, max_rows=8).generate(asked, settings(), experts=log)
+
+    def array(experts):
+        return np.frombuffer(experts.indices, np.uint8).reshape(-1, experts.layers, experts.per_token)
+
+    groups = log.attach([Group(r.prompt, completions) for r, completions in zip(asked, drawn, strict=True)])
+    prompts = {i: array(group.prompt_experts) for i, group in enumerate(groups)}
+    decoded = {(i, j): array(c.experts) for i, group in enumerate(groups) for j, c in enumerate(group.completions)}
+    return drawn, prompts, decoded
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -194,7 +197,7 @@ def test_the_experts_told_are_those_that_transformers_chooses(name):
             logprobs_of(model, request.prompt, completion)
             expected_Nlk = torch.stack(told, dim=1).numpy()
             # The last token drawn went through no model.
-            ours = np.concatenate([prompts[i], decoded.get((i, j), prompts[i][:0])])
+            ours = np.concatenate([prompts[i], decoded[i, j]])
             assert np.array_equal(ours, expected_Nlk[: len(ours)])
             assert len(ours) == len(expected_Nlk) - 1
     assert len(set(np.concatenate(list(decoded.values())).ravel().tolist())) == 6  # all of MOE's experts

@@ -40,14 +40,15 @@ def test_sampling_settings_reach_the_engine_and_the_loss(build) -> None:
         "rollout={max_new_tokens: 7, temperature: 0.6, top_p: 0.9, top_k: 5, min_p: 0.01, stop_token_ids: [3], "
         "prompts_per_step: 4, samples_per_prompt: 4, max_rows: 9}"
     )
-    params = run.sampling_params(11)
-    assert (params.max_new_tokens, params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (
-        (7, 0.6, 0.9, 5, 0.01, 11)
+    params = run.collector.params
+    assert (params.max_new_tokens, params.temperature, params.top_p, params.top_k, params.min_p) == (
+        (7, 0.6, 0.9, 5, 0.01)
     )
     assert params.stop_token_ids == {3} | run.policy.stop_token_ids
     assert run.trainer.temperature == 0.6
     assert run.trainer.max_new_tokens == 7
     assert run.engine.max_rows == 9
+    assert run.collector.engine is run.held_out.engine is run.engine
 
 
 def test_optimiser_settings_reach_the_optimiser(build) -> None:
@@ -81,7 +82,7 @@ def test_the_advantage_setting_reaches_the_groups(build) -> None:
 
 def test_a_prompt_met_again_draws_anew_and_another_seed_asks_another_order(build, tmp_path: Path) -> None:
     run, _ = build()
-    first, second = (run.selector.first_prompts(step, run.state.position) for step in (0, 1))
+    first, second = (run.collector.selector.first_prompts(step, run.state.position) for step in (0, 1))
     assert not {p.id for p in first} & {p.id for p in second}
     other = load_tasks(sapo.load_recipe(tmp_path / "recipe.yaml", ["seed=1"]))
     assert [other.train[0].train_prompt(i).text for i in range(8)] != [

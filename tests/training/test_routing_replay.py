@@ -19,8 +19,8 @@ from sapo.model.policy import Policy
 from sapo.model.routing import Routers, routed_experts
 from sapo.objectives import OBJECTIVES, KLPenalty, group_advantages, make_objective
 from sapo.rollout.engine import Request
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.local.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.training.batch import split_minibatches
 from sapo.training.experts import without_experts
@@ -242,7 +242,7 @@ def sample_groups(policy: Policy, max_rows: int = 256, preamble: tuple[int, ...]
         Request(Prompt(i, "t", "", preamble + tuple(generator.integers(0, 17, 2 + 3 * i).tolist())), 4)
         for i in range(6)
     ]
-    log = ExpertLog(Routers(policy))
+    log = ExpertLog()
     params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=3, stop_token_ids=frozenset({1, 2, 3}))
     drawn = LocalEngine(policy, max_rows).generate(requests, params, experts=log)
     groups = [
@@ -305,7 +305,7 @@ def test_an_engines_record_is_replayed_in_every_update() -> None:
 def test_a_log_that_does_not_fit_its_completions_is_an_error(change: str) -> None:
     policy = make_moe()
     request = Request(Prompt(0, "t", "", (1, 2, 3)), 2)
-    log = ExpertLog(Routers(policy))
+    log = ExpertLog()
     params = SamplingParams(max_new_tokens=6, seed=3)
     (drawn,) = LocalEngine(policy).generate([request], params, experts=log)
     cuts: dict[str, Callable[[Completion], tuple[Completion, ...]]] = {

@@ -12,6 +12,7 @@ import sapo
 from sapo.config import PromptConfig
 from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation import Results, read_results
+from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.tasks import FileTask, make_task
 from sapo.workflows import evaluate as evaluation_order
@@ -80,7 +81,7 @@ def test_a_finished_one_is_counted_again_without_drawing(model: Path, tmp_path: 
     task = make_task("arithmetic", seed=0, digits=2)
     sapo.evaluate(model, task, out=tmp_path / "e", **QUICK)
     before, clock = without_clock(tmp_path / "e"), read_results(tmp_path / "e")["timing"]
-    monkeypatch.setattr(evaluation_order.LocalEngine, "generate", None)
+    monkeypatch.setattr(LocalEngine, "generate", lambda *_: pytest.fail("it draws"))
     result = sapo.evaluate(model, task, out=tmp_path / "e", ks=(1, 2), **QUICK)
     assert set(result.pass_at) == {1, 2}
     after = without_clock(tmp_path / "e")

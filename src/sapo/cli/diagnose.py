@@ -70,6 +70,10 @@ def diagnose(
     seed: Annotated[
         int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="The engine: local, or module:Class.", show_default="local, or the run's"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
     ] = None,
@@ -102,6 +106,7 @@ def diagnose(
         samples=samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        engine=engine,
     )
     policy, directory = load_model(model, dtype, device)
     if as_json:

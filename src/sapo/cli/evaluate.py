@@ -68,6 +68,10 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="The engine: local, or module:Class.", show_default="local, or the run's"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
     ] = None,
@@ -89,6 +93,7 @@ def evaluate(
         "top_p": top_p,
         "greedy": greedy,
         "constant": constant,
+        "engine": engine,
     }
     asked = orders(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
     subject = Subject.load(model, dtype, device)

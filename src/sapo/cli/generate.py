@@ -37,6 +37,7 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat, or first paragraph.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
+    engine: Annotated[str, typer.Option(help="The engine: local, or module:Class of your own.")] = "local",
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
     ] = None,
@@ -70,6 +71,7 @@ def generate(
         stop=tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ()),
         form=None if told else format_of_run(model),
         shorten=max_new_tokens is None,
+        engine=engine,
     )
     if as_json:
         print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))

@@ -26,8 +26,9 @@ class SamplerSwitchConfig(Section):
 class RolloutConfig(Section):
     """How completions are drawn."""
 
-    engine: Literal["local"] = "local"
-    """The engine: `local` samples with the trainer's own weights."""
+    engine: str = "local"
+    """What draws completions: `local`, which samples with the trainer's own weights, or `module:Class`, an engine of
+    your own (rollout/engine.py has the protocol)."""
     prompts_per_step: int = Field(32, ge=1)
     """Prompts of one rollout batch."""
     samples_per_prompt: int = Field(8, ge=2)

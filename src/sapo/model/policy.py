@@ -94,6 +94,11 @@ class Policy:
         """The parameters training changes."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter by name, where it lies and without autograd; tied ones once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
     @property
     def num_parameters(self) -> int:
         """Parameters, tied ones once."""

@@ -1,4 +1,4 @@
-"""Weights rounded to fewer bits for as long as a sampler reads them: those of an engine of that precision.
+"""Round weights to fewer bits, as an engine of that precision has them.
 
 A weight goes to the narrow dtype and back, so that everything is still computed in the policy's own precision: this is
 the rounding of the weights alone, not of activations or of the cache, which an engine may round as well.
@@ -11,14 +11,11 @@ those of an adapter are rounded each by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from sapo.model.policy import Policy
 
 ROUNDED_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -75,25 +72,13 @@ class Rounding:
         return torch.where(peak > 0, peak / largest, torch.ones_like(peak))
 
 
-@contextmanager
-def rounded_weights(policy: Policy, rounding: Rounding | None) -> Iterator[None]:
-    """Within it the policy's matrices, or all its weights, are their rounded selves; after it the tensors they were.
-
-    The originals are set aside, not overwritten: they come back to the bit, and whoever reads the policy's parameters
-    in between (the engine) reads the rounded ones, tied weights included. Costs a second copy of the weights.
+def rounded_weights(weights: Iterable[tuple[str, Tensor]], rounding: Rounding | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights by name, rounded: matrices in copies, vectors as they are unless `rounding` takes them too.
 
     Args:
-        rounding: None leaves everything as it is.
+        weights: never changed.
+        rounding: None yields all of them as they are.
     """
-    if rounding is None:
-        yield
-        return
-    parameters = [p for p in policy.model.parameters() if p.dim() > 1 or rounding.vectors]
-    kept = [p.data for p in parameters]
-    try:
-        for parameter in parameters:
-            parameter.data = rounding.round(parameter.data)
-        yield
-    finally:
-        for parameter, own in zip(parameters, kept, strict=True):
-            parameter.data = own
+    for name, weight in weights:
+        takes_it = rounding is not None and (weight.dim() > 1 or rounding.vectors)
+        yield name, rounding.round(weight) if rounding is not None and takes_it else weight

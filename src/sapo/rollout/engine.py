@@ -1,13 +1,27 @@
-"""What every rollout engine answers to, and the requests it takes."""
+"""The protocol of rollout engines: what an engine takes, what it gives, and what it can do.
+
+Engines are found by name in registry.py. Whoever draws speaks to this protocol and knows no engine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
+from torch import Tensor
+
+from sapo.config import RolloutConfig
 from sapo.data import Completion, Prompt
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
+
+# For the annotation only: the protocol needs no transformers.
+if TYPE_CHECKING:
+    from sapo.model.policy import Policy
+
+Weights = Iterator[tuple[str, Tensor]]
+"""Parameters by name, one after the other, so that no more than one needs a copy at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +50,79 @@ class Request:
             )
 
 
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do, so that a recipe that asks for more is refused before the run begins.
+
+    >>> Capabilities(records_experts=True).stop_strings
+    True
+    """
+
+    records_experts: bool = False
+    """`generate` fills the `ExpertLog` it is given. Routing replay R3 needs it."""
+    stop_strings: bool = True
+    """A completion ends at the strings of `Prompt.stop`."""
+    exact_logprobs: bool = True
+    """A token's log-probability is that of the distribution it was drawn from. Log pi_old can be taken from the engine,
+    and objective.tis weigh by it, only where that holds."""
+
+
 class Engine(Protocol):
-    """Draws completions from the current policy."""
+    """Draws completions. A class that a recipe names in `rollout.engine` has all of this.
+
+    An engine samples with the weights it was given last. The driver of a run wakes it, gives it weights, draws, and
+    lets it sleep again (`weights.loaded`), so that an engine may leave the device's memory to the trainer in between.
+    """
+
+    capabilities: ClassVar[Capabilities]
+    version: int
+    """Updates made by the weights it holds, skipped ones counted."""
+
+    @classmethod
+    def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
+        """Make the engine of a recipe.
+
+        Args:
+            policy: the one trained. Its model, tokenizer and device may be read and are not to be changed.
+            settings: the recipe's section `rollout`.
+        """
+        ...
 
     def generate(
         self,
         requests: Sequence[Request],
         params: SamplingParams,
         should_stop: Callable[[], bool] = lambda: False,
+        experts: ExpertLog | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """The completions of each request, in order; token ids, log-probabilities and text, not yet scored.
+        """Return the completions of each request, in order: token ids, log-probabilities and text, not yet scored.
+
+        Args:
+            experts: takes down which experts every token went through; given only to an engine that can record them.
 
         Raises:
             Interrupted: when `should_stop` says so between two tokens.
         """
+        ...
+
+    def set_weights(self, weights: Weights, version: int) -> None:
+        """Take the weights to sample with, until the next ones are set.
+
+        Args:
+            weights: every parameter of the policy by its name there, tied ones once. The tensors may be the trainer's
+                own: they are read, never written, and hold these values only until the next update.
+            version: updates made by these weights.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give back the memory of weights and cache; nothing is drawn until `wake`, after which weights are set."""
+        ...
+
+    def wake(self) -> None:
+        """Make ready to take weights again."""
+        ...
+
+    def close(self) -> None:
+        """End for good: give back all memory, processes and connections."""
         ...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from sapo.config import RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,23 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, seed: int, stop_token_ids: Iterable[int]) -> SamplingParams:
+        """Make the sampling settings of a recipe under a seed.
+
+        Args:
+            stop_token_ids: the model's own; the recipe's are added.
+        """
+        return cls(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            seed=seed,
+            stop_token_ids=frozenset(stop_token_ids) | set(rollout.stop_token_ids),
+        )
 
     def __post_init__(self) -> None:
         rules = (

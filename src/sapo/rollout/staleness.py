@@ -15,20 +15,18 @@ anyway, against as many copies of the weights.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from sapo.config import RolloutConfig
-from sapo.model.policy import Policy
 from sapo.model.rounding import Rounding, rounded_weights
+from sapo.rollout.engine import Weights
 
 
-def sampler_weights(policy: Policy, rollout: RolloutConfig, step: int) -> AbstractContextManager[None]:
-    """Within it the policy has the weights that the sampler of step 0, 1, ... reads."""
+def sampler_weights(weights: Weights, rollout: RolloutConfig, step: int) -> Weights:
+    """Yield the weights that the sampler of step 0, 1, ... reads, made from the policy's."""
     dtype = rollout.sampler_dtype_at(step)
-    return rounded_weights(
-        policy, None if dtype is None else Rounding(dtype, rollout.sampler_scaling, rollout.sampler_vectors)
-    )
+    rounding = None if dtype is None else Rounding(dtype, rollout.sampler_scaling, rollout.sampler_vectors)
+    return rounded_weights(weights, rounding)
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sapo.config import RunConfig
-from sapo.data import Group, Prompt
-from sapo.diagnostics import observe, rollout_metrics, step_update_metrics, task_panels
+from sapo.data import Group
+from sapo.diagnostics import task_panels
 from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import Interrupted, NonFiniteError
-from sapo.evaluation import ConstantAnswer, Evaluation, evaluate_policy
 from sapo.model.policy import Policy
 from sapo.objectives import make_objective
-from sapo.rollout.engine import Request
-from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.params import SamplingParams
-from sapo.rollout.prompting import encode_by_task
-from sapo.rollout.selection import Selection, Selector
-from sapo.rollout.shaping import shape_group
+from sapo.rollout.collector import Collector
+from sapo.rollout.registry import make_engine
+from sapo.rollout.selection import Selection
 from sapo.rollout.staleness import Staleness, sampler_weights
 from sapo.run.collapse import (
     answer_collapse,
@@ -39,24 +35,23 @@ from sapo.run.collapse import (
     note_checkpoint,
     note_non_finite,
     note_step,
-    note_warning,
     rollback_record,
 )
 from sapo.run.directory import RunDirectory
+from sapo.run.held_out import HeldOutEvaluations
+from sapo.run.journal import Journal
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import LoggerSet
 from sapo.run.preflight import TaskSet
 from sapo.run.profiling import Profiler, phases
-from sapo.run.records import rollout_records, token_gates
-from sapo.run.routing_replay import RoutingReplay, attach_experts
+from sapo.run.records import token_gates
+from sapo.run.routing_replay import RoutingReplay
 from sapo.run.self_check import check_old_logprobs, check_sampled
 from sapo.run.state import RolloutBatch, RunState
-from sapo.tasks import Task, score_groups
 from sapo.training.batch import split_minibatches
 from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.training.trainer import Trainer
-from sapo.utils.hashing import seed_for
 from sapo.utils.machine import give_back_freed_memory
 
 
@@ -99,8 +94,7 @@ class TrainingRun:
         self.should_stop = should_stop
         self.tasks = tasks
         self.reference = reference
-        self.engine = LocalEngine(policy, config.rollout.max_rows, config.rollout.cuda_graphs)
-        self.selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
+        self.engine = make_engine(policy, config.rollout)
         self.replay = RoutingReplay.of(config, policy)
         train = config.train
         self.trainer = Trainer(
@@ -135,8 +129,19 @@ class TrainingRun:
         )
         self.profiler = Profiler(config, directory.path, lambda: self.state.seconds)
         self._phase = self.profiler.phase
-        self._seconds_before = dict(self.state.seconds)
-        self._constants: dict[str, ConstantAnswer] = {}  # of each task: no matter of the policy, so judged once
+        self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state)
+        self._append, self._warn = self.journal.append, self.journal.warn
+        self.collector = Collector(
+            config,
+            policy,
+            self.engine,
+            tasks.train,
+            tasks.formats,
+            tasks.curricula,
+            phase=self._phase,
+            should_stop=should_stop,
+        )
+        self.held_out = HeldOutEvaluations(config, policy, self.engine, tasks, should_stop)
 
     def run(self) -> StopReason | None:
         """Train to the last step, or until asked to stop.
@@ -176,7 +181,7 @@ class TrainingRun:
         while state.update < len(minibatches):
             self._sample_due()
             self.update(minibatches[state.update])
-        self._log_step(state.groups)
+        self.journal.log_step(state.groups)
         state.step, state.update = state.step + 1, 0
         state.groups, state.dropped, state.step_updates, state.gates = None, [], [], {}
         note_step(state, self.config)
@@ -200,10 +205,23 @@ class TrainingRun:
     def rollout(self) -> RolloutBatch:
         """Sample, score, advantages, choose, log pi_old: all at the present weights."""
         state = self.state
-        sampled_at = self.trainer.updates
-        selected = self.selector.select(state.num_sampled, state.position, self._sample)
-        groups = selected.groups
-        check_sampled([*groups, *selected.dropped])
+        weights = sampler_weights(self.policy.weights(), self.config.rollout, state.step)
+        selected = self.collector.collect(
+            state.num_sampled, state.position, weights, self._version, self._engine_records()
+        )
+        check_sampled([*selected.groups, *selected.dropped])
+        groups = self._with_logprobs(selected)
+        self._remember(selected)
+        return RolloutBatch(groups, selected.dropped, self.collector.selector.figures(selected), self.engine.version)
+
+    @property
+    def _version(self) -> int:
+        """Updates made by the present weights, skipped ones counted."""
+        return self.state.step * self.config.train.minibatches + self.state.update
+
+    def _with_logprobs(self, selected: Selection) -> list[Group]:
+        """The groups to train on with log pi_old and log pi_ref, where the trainer computes these."""
+        state, groups, sampled_at = self.state, selected.groups, self.trainer.updates
         with self._phase("old_logprobs"):
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
@@ -212,33 +230,13 @@ class TrainingRun:
         if self.trainer.kl is not None:
             with self._phase("reference"):
                 groups = self.trainer.with_reference_logprobs(groups, self.reference)
-        self._remember(selected)
-        made = state.step * self.config.train.minibatches + state.update
-        return RolloutBatch(groups, selected.dropped, self.selector.figures(selected), made)
+        return groups
+
+    def _engine_records(self) -> bool:
+        return self.replay is not None and self.replay.engine_records(self.state.old_logprobs)
 
     def _trainer_records(self) -> bool:
         return self.replay is not None and self.replay.trainer_records(self.state.old_logprobs)
-
-    def _sample(self, prompts: list[Prompt]) -> list[Group]:
-        """Prompts to scored groups with their advantages."""
-        rollout, advantage = self.config.rollout, self.config.objective.advantage
-        with self._phase("generate"):
-            give_back_freed_memory()
-            prompts = encode_by_task(self.policy, self.tasks.formats, prompts)
-            experts = None if self.replay is None else self.replay.engine_log(self.state.old_logprobs)
-            with sampler_weights(self.policy, rollout, self.state.step):
-                drawn = self.engine.generate(
-                    [Request(p, rollout.samples_per_prompt) for p in prompts],
-                    self.sampling_params(seed_for(self.config.seed, "rollout")),
-                    self.should_stop,
-                    experts,
-                )
-        with self._phase("score"):
-            by_task = [self.tasks.by_name(p.task) for p in prompts]
-            scored = score_groups(list(zip(by_task, prompts, drawn, strict=True)))
-            coins = seed_for(self.config.seed, "random_rewards")
-            groups = [shape_group(p, c, rollout, advantage, coins) for p, c in zip(prompts, scored, strict=True)]
-            return attach_experts(experts, groups)
 
     def _remember(self, selected: Selection) -> None:
         """Take over what a whole batch has changed: a stop before this leaves the state of the step's start."""
@@ -257,22 +255,10 @@ class TrainingRun:
             )
         state.unfilled += selected.unfilled
 
-    def sampling_params(self, seed: int) -> SamplingParams:
-        """The recipe's sampling settings under a seed."""
-        rollout = self.config.rollout
-        return SamplingParams(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            seed=seed,
-            stop_token_ids=self.policy.stop_token_ids | set(rollout.stop_token_ids),
-        )
-
     def _choose_old_logprobs(self, groups: list[Group]) -> str:
         """Which log pi_old this run uses, by the self-check of its first step."""
-        step, full = self.state.step + 1, self.sampling_params(0).full_distribution
+        step = self.state.step + 1
+        full = self.collector.params.full_distribution and self.engine.capabilities.exact_logprobs
         rounded, both = not self.config.rollout.sampler_is_policy, self.config.objective.tis is not None
         check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
@@ -316,7 +302,7 @@ class TrainingRun:
             place = {k: record[k] for k in ("step", "update", "on_policy")}
             self._append({"kind": "distribution", **place, **measured.distribution})
         state.tokens["trained"] += result.log_ratio_M.numel()
-        if self._rollouts_logged():
+        if self.journal.logs_rollouts:
             rollout = self.config.rollout
             samples = rollout.samples_per_prompt
             state.gates |= token_gates(result, state.update, train.minibatches, samples, on_policy)
@@ -329,8 +315,7 @@ class TrainingRun:
         self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer.optimizer, collapsed)
         if self.state is not collapsed:
             self._append(rollback_record(collapsed, self.state))
-            self._seconds_before = dict(self.state.seconds)
-            self.loggers.go_back(self.state.step)
+            self.journal.roll_back()
             self.checkpoint()
 
     def _answer_non_finite(self, error: NonFiniteError) -> None:
@@ -345,7 +330,7 @@ class TrainingRun:
         state = self.state
         with self._phase("evaluate"):
             give_back_freed_memory()
-            evaluations = [self._evaluate_task(task) for task in self.tasks.held_out]
+            evaluations = self.held_out.evaluate(self._version)
         for evaluation in evaluations:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
             self._append({**record, "correct": evaluation.correct, "timing": {"seconds": evaluation.seconds}})
@@ -357,29 +342,6 @@ class TrainingRun:
         state.start_evaluation = state.start_evaluation or figures
         state.last_evaluation = figures
         state.evaluated_at = state.step
-
-    def _evaluate_task(self, task: Task) -> Evaluation:
-        settings = self.config.eval
-        params = self.sampling_params(seed_for(settings.seed, "evaluation"))
-        if settings.temperature is not None:
-            params = replace(params, temperature=settings.temperature)
-        known = self._constants.get(task.name)
-        evaluation = evaluate_policy(
-            self.policy,
-            self.engine,
-            task,
-            problems=settings.problems,
-            samples=settings.samples,
-            params=params,
-            ks=settings.k,
-            prompt_format=self.tasks.formats[task.name],
-            greedy=settings.greedy,
-            constant=settings.constant and known is None,
-            should_stop=self.should_stop,
-        )
-        if evaluation.constant is not None:
-            self._constants[task.name] = evaluation.constant
-        return replace(evaluation, constant=evaluation.constant or known)
 
     def checkpoint(self) -> Checkpoint:
         """Write a checkpoint of the present state."""
@@ -417,49 +379,6 @@ class TrainingRun:
             "tokens": state.tokens,
             "seconds": {**state.seconds, "total": sum(phases(state.seconds).values())},
         }
-
-    def _log_step(self, groups: list[Group]) -> None:
-        state = self.state
-        step = state.step + 1
-        names = [t.name for t in self.tasks.train]
-        dropped = None if self.config.rollout.zero_variance == "keep" else state.dropped
-        penalised = self.config.rollout.overlong == "penalty"
-        figures: dict[str, Any] = rollout_metrics(groups, dropped, by_task=len(names) > 1, penalised=penalised)
-        figures |= state.selection
-        figures |= step_update_metrics(state.step_updates, names)
-        seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in state.seconds.items()}
-        self._seconds_before = dict(state.seconds)
-        work = sum(
-            seconds.get(k, 0.0) for k in ("generate", "score", "old_logprobs", "reference", "update", "diagnose")
-        )
-        timing = {"seconds": work, **seconds}
-        if work > 0:
-            timing["tokens_per_second"] = figures["tokens/generated"] / work
-        self._append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
-        self.loggers.log(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
-        if self._rollouts_logged():
-            records = rollout_records(
-                groups, state.gates, sampler_is_old=state.old_logprobs == "engine", dropped=state.dropped
-            )
-            self.directory.write_rollouts(step, records)
-
-    def _rollouts_logged(self) -> bool:
-        step, every = self.state.step + 1, self.config.log.rollouts_every
-        return every > 0 and (step == 1 or step % every == 0)
-
-    def _warn(self, cause: str, text: str) -> None:
-        self.directory.append_metrics({"kind": "warning", "step": self.state.step + 1, "cause": cause, "text": text})
-        self.listener.warning(text)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl, and hold the rules of early warning against it."""
-        self.directory.append_metrics(record)
-        self.listener.record(record)
-        self.state.health, warnings = observe(self.state.health, record, self.config.warnings)
-        for warning in warnings:
-            note_warning(self.state, warning)
-            self.directory.append_metrics(warning.to_json())
-            self.listener.warning(warning.line)
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every

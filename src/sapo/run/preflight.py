@@ -26,10 +26,6 @@ class TaskSet:
     curricula: dict[str, Curriculum] = field(default_factory=dict)
     """Which rows are asked less, of the tasks that have a curriculum, by name."""
 
-    def by_name(self, name: str) -> Task:
-        """The training side of a task."""
-        return next(t for t in self.train if t.name == name)
-
 
 def load_tasks(config: RunConfig) -> TaskSet:
     """Make the tasks of a recipe; their files are read and checked here.

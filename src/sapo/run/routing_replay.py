@@ -7,15 +7,12 @@ reference policy route freely.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sapo.config import RunConfig
 from sapo.config.summary import replay_kind
-from sapo.data import Group
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
-from sapo.rollout.local.experts import ExpertLog
 from sapo.run.directory import RunDirectory
 
 
@@ -39,10 +36,10 @@ class RoutingReplay:
         """That of a run, None where it has none."""
         return cls(config, policy) if config.model.routing_replay else None
 
-    def engine_log(self, old_logprobs: str | None) -> ExpertLog | None:
-        """What the engine records by; None where the trainer does. Before it is known who does, the engine records:
-        the self-check is made on the first step's batch."""
-        return None if replay_kind(self._config, old_logprobs) == "R2" else ExpertLog(self.routers)
+    def engine_records(self, old_logprobs: str | None) -> bool:
+        """Whether the engine records as it samples. Before it is known who does, the engine does: the self-check is
+        made on the first step's batch."""
+        return replay_kind(self._config, old_logprobs) != "R2"
 
     def trainer_records(self, old_logprobs: str | None) -> bool:
         """Whether the forward that computes log pi_old is recorded; under R3 it goes through the engine's experts."""
@@ -59,8 +56,3 @@ class RoutingReplay:
         """What metrics.jsonl and summary.json say of it."""
         kind = replay_kind(self._config, old_logprobs)
         return {} if kind is None else {"routing_replay": kind}
-
-
-def attach_experts(log: ExpertLog | None, groups: Sequence[Group]) -> list[Group]:
-    """The groups with what the engine recorded of them, if it did."""
-    return list(groups) if log is None else log.attach(groups)

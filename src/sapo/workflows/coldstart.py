@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sapo.config import ColdStartConfig, PromptConfig, RunConfig
+from sapo.config import ColdStartConfig, PromptConfig, RolloutConfig, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.errors import ColdStartError, ConfigError, Interrupted
 from sapo.model.attention import TreeLayout, gather_rows
@@ -32,9 +33,10 @@ from sapo.model.policy import Policy
 from sapo.model.sources import cache_directory
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.rollout.engine import Request
-from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.registry import make_engine
+from sapo.rollout.weights import loaded
 from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
 from sapo.training.batch import pack
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
@@ -265,8 +267,10 @@ def _pass_at_1(policy: Policy, config: RunConfig, first: int, count: int) -> flo
         seed=_section(config).seed,
         stop_token_ids=policy.stop_token_ids,
     )
-    engine = LocalEngine(policy, cuda_graphs=config.rollout.cuda_graphs)
-    drawn = engine.generate([Request(p, 1) for p in prompts], params)
+    # The local engine, whichever draws for the run: the model is cached, and runs of several engines share it.
+    made = make_engine(policy, RolloutConfig(cuda_graphs=config.rollout.cuda_graphs))
+    with closing(made) as engine, loaded(engine, policy.weights(), version=0):
+        drawn = engine.generate([Request(p, 1) for p in prompts], params)
     scored = score_groups([(task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     return float(np.mean([c.score.reward >= 1.0 for completions in scored for c in completions]))
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sapo.config import PromptConfig
+from sapo.config import PromptConfig, RolloutConfig
 from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
 from sapo.evaluation.examination import Keeper, Memory
 from sapo.model.policy import Policy
-from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.registry import make_engine, require
+from sapo.rollout.weights import loaded
 from sapo.run.machine import DECIDING_BITS, provenance
 from sapo.run.models import load_model
 from sapo.tasks import Task
@@ -43,6 +45,8 @@ class Settings:
     threshold: float = 1.0
     greedy: bool = False
     constant: bool = False
+    engine: str = "local"
+    """What draws, as `rollout.engine` names it."""
     params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=64))
 
     def __post_init__(self) -> None:
@@ -145,19 +149,21 @@ class Order:
         on_progress: Callable[[int, int], None],
     ) -> Evaluation:
         settings = self.settings
-        examine(
-            policy,
-            LocalEngine(policy),
-            self.task,
-            prompts,
-            keeper,
-            chunk=self._chunk,
-            samples=settings.samples,
-            params=self._params(policy),
-            greedy=settings.greedy,
-            should_stop=should_stop,
-            on_progress=on_progress,
-        )
+        made = make_engine(policy, RolloutConfig(engine=settings.engine))
+        with closing(made) as engine, loaded(engine, policy.weights(), version=0):
+            examine(
+                policy,
+                engine,
+                self.task,
+                prompts,
+                keeper,
+                chunk=self._chunk,
+                samples=settings.samples,
+                params=self._params(policy),
+                greedy=settings.greedy,
+                should_stop=should_stop,
+                on_progress=on_progress,
+            )
         best = None
         if settings.constant:
             best = best_constant(self.task, prompts, threshold=settings.threshold, should_stop=should_stop)
@@ -186,8 +192,10 @@ class Order:
         """The held-out problems as the model will see them.
 
         Raises:
-            ConfigError: one leaves no room for a completion.
+            ConfigError: one leaves no room for a completion, or ends in a way that the engine cannot.
         """
+        if self.prompt_format.stop:
+            require(self.settings.engine, "stop_strings", "prompt.stop", "leave it out")
         prompts = ask(policy, self.task, self.settings.problems, self.prompt_format)
         longest, room = max(prompts, key=lambda p: len(p.token_ids)), self.settings.params.max_new_tokens
         if policy.max_length is not None and len(longest.token_ids) + room > policy.max_length:
@@ -204,6 +212,7 @@ class Order:
             "task": dict(self.task_about),
             "prompt": asdict(self.prompt_format),
             "sampling": {**sampling, "stop_token_ids": sorted(sampling["stop_token_ids"])},
+            **({} if self.settings.engine == "local" else {"engine": self.settings.engine}),
         }
 
     def _asked(self, about: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -213,6 +222,7 @@ class Order:
             "samples": self.settings.samples,
             "greedy": self.settings.greedy,
             "sampling": about["sampling"],
+            **({"engine": about["engine"]} if "engine" in about else {}),
             "task": about["task"],
             "prompt": about["prompt"],
             "problems": {"count": len(prompts), "rows": _digest(prompts)},
@@ -234,6 +244,7 @@ def evaluate(
     params: SamplingParams | None = None,
     max_new_tokens: int = 64,
     prompt_format: PromptFormat | PromptConfig | None = None,
+    engine: str = "local",
     dtype: str | None = None,
     device: str = "auto",
     out: str | Path | None = None,
@@ -250,6 +261,7 @@ def evaluate(
         constant: judge the best constant answer as well.
         params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
         prompt_format: how the questions are put; as they are when None.
+        engine: what draws, as `rollout.engine` names it.
         out: a directory to keep it in, so that a killed one goes on; in the end results.json, completions.jsonl and
             index.html are there.
 
@@ -264,6 +276,7 @@ def evaluate(
         threshold=threshold,
         greedy=greedy,
         constant=constant,
+        engine=engine,
         params=params or SamplingParams(max_new_tokens=max_new_tokens),
     )
     if not isinstance(prompt_format, PromptFormat):

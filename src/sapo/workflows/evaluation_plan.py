@@ -106,7 +106,7 @@ def orders_of_run(
     }
     # With fewer samples than the run drew, its own k are taken as far as they go.
     ks = tuple(k for k in asked.k if k <= given.get("samples", asked.samples)) or (1,)
-    own = {"problems": asked.problems, "samples": asked.samples, "ks": ks}
+    own = {"problems": asked.problems, "samples": asked.samples, "ks": ks, "engine": rollout.engine}
     settings = _settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
     return [
         _order(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sapo.config import RolloutConfig
 from sapo.data import Completion, Prompt
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.rollout.engine import Request
-from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.registry import make_engine, require
+from sapo.rollout.weights import loaded
 from sapo.run.directory import RunDirectory
 from sapo.tasks import make_task
 
@@ -76,6 +79,7 @@ def generate(
     stop: tuple[str, ...] = (),
     form: PromptFormat | None = None,
     shorten: bool = False,
+    engine: str = "local",
 ) -> Generation:
     """Draw completions of a text.
 
@@ -85,12 +89,15 @@ def generate(
         stop: strings that end a completion.
         form: how the text is put, in place of style, system and stop.
         shorten: lower max_new_tokens to what the model has room for.
+        engine: what draws, as `rollout.engine` names it.
 
     Raises:
         ModelError: a chat with a model that has no template, or text it has no tokens for.
-        ConfigError: prompt and completion do not fit the model's positions.
+        ConfigError: prompt and completion do not fit the model's positions, or an engine that cannot do it.
     """
     form = form or PromptFormat(style=style, system=system, stop=stop, prefers_chat=True)
+    if form.stop:
+        require(engine, "stop_strings", "a stop string", "leave it out")
     prompt = form.encode(policy, [Prompt(0, "generate", text)])[0]
     length, limit = params.max_new_tokens, policy.max_length
     if shorten and limit is not None:
@@ -102,7 +109,9 @@ def generate(
         )
     stops = params.stop_token_ids | policy.stop_token_ids
     params = replace(params, max_new_tokens=length, stop_token_ids=stops)
-    [completions] = LocalEngine(policy).generate([Request(prompt, samples)], params)
+    made = make_engine(policy, RolloutConfig(engine=engine))
+    with closing(made) as drawer, loaded(drawer, policy.weights(), version=0):
+        [completions] = drawer.generate([Request(prompt, samples)], params)
 
     def decode(ids: tuple[int, ...]) -> str:
         shown: str = policy.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -30,12 +30,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sapo.config import RolloutConfig
 from sapo.data import Group, PackedBatch
 from sapo.errors import ConfigError
 from sapo.model.attention import TreeLayout, gather_rows
@@ -45,7 +47,8 @@ from sapo.model.rounding import Rounding, rounded_weights
 from sapo.objectives import LOG_RATIO_LIMIT, Objective, Surrogate, group_advantages
 from sapo.objectives.surrogates import bound_log_ratio, make_surrogate
 from sapo.rollout.engine import Request
-from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.registry import make_engine, require
+from sapo.rollout.weights import loaded
 from sapo.tasks import score_groups
 from sapo.training.batch import pack
 from sapo.workflows.evaluate import Order
@@ -233,8 +236,10 @@ def _draw(policy: Policy, order: Order, rounding: Rounding) -> list[Group]:
         raise ConfigError("a diagnosis needs a sampler that draws; got temperature 0; give --temperature 1")
     params = replace(settings.params, stop_token_ids=settings.params.stop_token_ids | policy.stop_token_ids)
     prompts = order.ask(policy)
-    with rounded_weights(policy, rounding):
-        drawn = LocalEngine(policy).generate([Request(p, settings.samples) for p in prompts], params)
+    require(settings.engine, "exact_logprobs", "a diagnosis", "give --engine local")
+    weights = rounded_weights(policy.weights(), rounding)
+    with closing(make_engine(policy, RolloutConfig(engine=settings.engine))) as engine, loaded(engine, weights, 0):
+        drawn = engine.generate([Request(p, settings.samples) for p in prompts], params)
     scored = score_groups([(order.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     groups = []
     for prompt, completions in zip(prompts, scored, strict=True):

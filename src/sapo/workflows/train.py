@@ -14,6 +14,7 @@ from sapo.config import RunConfig
 from sapo.config.recipes import override_run
 from sapo.errors import CollapseError, ConfigError, NonFiniteError
 from sapo.model.loading import load_policy
+from sapo.rollout.registry import check_engine
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import check_loggers
@@ -63,6 +64,7 @@ def train(
         raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
     RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
+    check_engine(config)
     tasks = load_tasks(config)
     policy = starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
@@ -82,6 +84,7 @@ def dry_run(config: RunConfig) -> DryRun:
     if config.run_dir is not None:
         RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
+    check_engine(config)
     return rehearse(
         config,
         load=lambda c: starting_policy(c, lambda _: None, lambda: False),
@@ -126,6 +129,7 @@ def _resumed(
     config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
     _warn_of_another_machine(config, listener)
     check_loggers(config)
+    check_engine(config)
     tasks = load_tasks(config)
     checkpoint = newest_whole(
         directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
@@ -173,3 +177,4 @@ def _finish(training: TrainingRun) -> Run:
     finally:
         training.loggers.close()
         training.directory.close()
+        training.engine.close()

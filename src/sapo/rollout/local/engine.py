@@ -3,8 +3,9 @@
 Each prompt is prefilled once and kept once for all its samples, and what all prompts begin with once for all
 (cache.py); rows that finish leave the batch and waiting prompts take their place; one uniform per token comes from a
 counter (rng.py). On a GPU the host looks every few tokens only (device_steps.py). The weights are the trainer's,
-arranged anew for each call where the model allows a faster forward (model/fast.py), so that there is nothing to
-synchronise, and the log-probabilities of the draws are log pi_old.
+arranged anew for each call where the model allows a faster forward (decoder.py), so that there is nothing to
+synchronise, and the log-probabilities of the draws are log pi_old. Weights that are not the trainer's (a sampler of
+another precision) lie in a twin of the policy (twin.py).
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sapo.config import RolloutConfig
 from sapo.data import Completion
 from sapo.errors import Interrupted
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import prefix_tree
-from sapo.rollout.engine import Request
+from sapo.rollout.engine import Capabilities, Request, Weights
+from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
 from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
-from sapo.rollout.local.experts import ExpertLog
+from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.local.sampling import sample_tokens
 from sapo.rollout.local.stopping import StopRules
+from sapo.rollout.local.twin import Twin
 from sapo.rollout.params import SamplingParams
 from sapo.utils.rng import token_uniforms
 from sapo.utils.spans import span
@@ -37,7 +42,7 @@ PREFILL_TOKENS = 8192
 
 
 class LocalEngine:
-    """Samples completions with the policy's own weights.
+    """Samples completions with the policy's own weights, or with others that it was given.
 
     Args:
         policy: the model; its weights are read where they are.
@@ -46,10 +51,21 @@ class LocalEngine:
         cuda_graphs: see device_steps.py.
     """
 
+    capabilities: ClassVar[Capabilities] = Capabilities(records_experts=True)
+
     def __init__(self, policy: Policy, max_rows: int = 256, cuda_graphs: GraphChoice = "auto") -> None:
         self.policy = policy
         self.max_rows = max_rows
         self.cuda_graphs = cuda_graphs
+        self.version = 0
+        self._twin: Twin | None = None
+        self._sampler = policy
+        self._asleep = False
+
+    @classmethod
+    def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
+        """See `Engine.from_settings`."""
+        return cls(policy, settings.max_rows, settings.cuda_graphs)
 
     @torch.no_grad()
     def generate(
@@ -59,12 +75,14 @@ class LocalEngine:
         should_stop: Callable[[], bool] = lambda: False,
         experts: ExpertLog | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """See `Engine.generate`. `experts`: told which experts every token went through."""
+        """See `Engine.generate`."""
+        assert not self._asleep, "an engine draws after `wake` and `set_weights`, not while it sleeps"
         if not requests:
             return []
         self._check_lengths(requests, params)
-        decoding = _Decoding(self.policy, requests, params, self.max_rows, experts, self.cuda_graphs)
-        with nullcontext() if experts is None else experts.recording(hooked=decoding.decoder is self.policy):
+        recorder = None if experts is None else ExpertRecorder(self._sampler, experts)
+        decoding = _Decoding(self._sampler, requests, params, self.max_rows, recorder, self.cuda_graphs)
+        with nullcontext() if recorder is None else recorder.recording(hooked=decoding.decoder is self._sampler):
             while decoding.unfinished:
                 if should_stop():
                     raise Interrupted
@@ -73,6 +91,35 @@ class LocalEngine:
                 decoding.step()
                 decoding.retire()
         return decoding.completions()
+
+    def set_weights(self, weights: Weights, version: int) -> None:
+        """See `Engine.set_weights`. The policy's own tensors are read where they are; others make a twin of it."""
+        given, own = dict(weights), dict(self.policy.weights())
+        if given.keys() != own.keys():
+            odd = sorted(given.keys() ^ own.keys())
+            raise ValueError(f"weights must be those of the policy, each by its name; {odd[0]!r} is of one side only")
+        if all(given[name].data_ptr() == own[name].data_ptr() for name in own):
+            self._sampler = self.policy
+        else:
+            self._twin = self._twin or Twin(self.policy)
+            self._twin.put(given)
+            self._sampler = self._twin.policy
+        self.version = version
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`. Between two calls only weights that are not the policy's own take memory."""
+        if self._twin is not None:
+            self._twin.release()
+        self._sampler, self._asleep = self.policy, True
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        self._asleep = False
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.sleep()
+        self._twin = None
 
     def _check_lengths(self, requests: Sequence[Request], params: SamplingParams) -> None:
         limit = self.policy.max_length
@@ -98,7 +145,7 @@ class _Decoding:
         requests: Sequence[Request],
         params: SamplingParams,
         max_rows: int,
-        experts: ExpertLog | None,
+        experts: ExpertRecorder | None,
         cuda_graphs: GraphChoice,
     ) -> None:
         self.policy = policy

@@ -16,6 +16,7 @@ import torch
 
 from sapo.config import RunConfig
 from sapo.errors import ConfigError
+from sapo.rollout.registry import check_engine
 from sapo.run.loggers.all import check_loggers
 from sapo.run.machine import resolve_device
 from sapo.run.preflight import load_tasks
@@ -140,6 +141,7 @@ def _check_runs(runs: Sequence[PlannedRun]) -> None:
     """Find the mistakes that would stop the first run of each arm, before anything is written."""
     for run in {run.arm: run for run in runs}.values():
         check_loggers(run.config)
+        check_engine(run.config)
     load_tasks(runs[0].config)
 
 
