@@ -213,20 +213,20 @@ def test_a_checkpoint_kept_alone_outlives_a_broken_one_that_was_newer(tmp_path: 
 
 
 def test_a_stop_in_the_second_tasks_evaluation_logs_neither_twice(tmp_path: Path, monkeypatch) -> None:
-    import sapo.run.loop
+    import sapo.run.held_out
 
     settings = sapo.load_recipe(write_recipe(tmp_path)).model_dump(mode="json")
     settings["tasks"].append({**settings["tasks"][0], "label": "other"})
     (tmp_path / "two.yaml").write_text(json.dumps(settings))
     evaluated = 0
-    original = sapo.run.loop.evaluate_policy
+    original = sapo.run.held_out.evaluate_policy
 
     def counting(*args, **kwargs):
         nonlocal evaluated
         evaluated += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sapo.run.loop, "evaluate_policy", counting)
+    monkeypatch.setattr(sapo.run.held_out, "evaluate_policy", counting)
     run = sapo.train(sapo.load_recipe(tmp_path / "two.yaml"), should_stop=lambda: evaluated == 4).directory
     resume(run)
     seen = [(m["step"], m["task"]) for m in metrics(run) if m["kind"] == "eval"]
