@@ -335,7 +335,7 @@ def test_a_run_that_goes_on_on_another_processor_says_so(tmp_path: Path, monkeyp
     run = run_recipe(tmp_path, train__steps=1)
     had = yaml.safe_load((run / "config.yaml").read_text())["provenance"]["processor"]
     assert had == processor_name()
-    monkeypatch.setattr(sapo.workflows.train, "processor_name", lambda: "Abacus 1")
+    monkeypatch.setattr("sapo.run.machine.processor_name", lambda: "Abacus 1")
     listener = Recorder()
     resume(run, listener=listener)
     expected = f"processor: {had} before, Abacus 1 now: the run goes on, but not bit for bit"
