@@ -13,7 +13,7 @@ import sapo
 from sapo.config import RolloutConfig
 from sapo.errors import ConfigError
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.registry import engine_class, make_engine
+from sapo.rollout.registry import METHODS, NEEDS, engine_class, make_engine
 from sapo.workflows.train import resume
 from support.list_engine import TEXTS, ListEngine
 from support.runs import REWARD, fingerprint, metrics, write_recipe
@@ -146,3 +146,12 @@ def test_an_evaluation_of_a_run_is_drawn_by_the_runs_engine_unless_told_otherwis
     assert ListEngine.received == [("weights", 0), ("closed", 0)]
     with pytest.raises(ConfigError, match=r"prompt\.stop needs an engine that ends"):
         sapo.evaluate(run, task, engine=LIST, prompt_format=sapo.config.PromptConfig(stop=["="]))
+
+
+def test_the_engine_of_the_page_trains_as_it_stands_there(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    (tmp_path / "engine_of_the_page.py").write_text(page.split("```python\n")[1].split("```")[0])
+    recipe = write_recipe(tmp_path, rollout__engine="engine_of_the_page:ListEngine", train__steps=2)
+    run = sapo.train(sapo.load_recipe(recipe)).directory
+    assert [m["step"] for m in metrics(run) if m["kind"] == "step"] == [1, 2]
+    assert all(f'"{name}"' in page or f"`{name}" in page for name in (*METHODS, *NEEDS))

@@ -49,7 +49,6 @@ class Collector:
         tasks: Sequence[Task],
         formats: Mapping[str, PromptFormat],
         curricula: Mapping[str, Curriculum],
-        *,
         phase: Phase = nullcontext,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:

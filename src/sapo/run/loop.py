@@ -132,14 +132,7 @@ class TrainingRun:
         self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state)
         self._append, self._warn = self.journal.append, self.journal.warn
         self.collector = Collector(
-            config,
-            policy,
-            self.engine,
-            tasks.train,
-            tasks.formats,
-            tasks.curricula,
-            phase=self._phase,
-            should_stop=should_stop,
+            config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula, self._phase, should_stop
         )
         self.held_out = HeldOutEvaluations(config, policy, self.engine, tasks, should_stop)
 
@@ -204,24 +197,28 @@ class TrainingRun:
 
     def rollout(self) -> RolloutBatch:
         """Sample, score, advantages, choose, log pi_old: all at the present weights."""
-        state = self.state
+        state, sampled_at = self.state, self.trainer.updates
         weights = sampler_weights(self.policy.weights(), self.config.rollout, state.step)
         selected = self.collector.collect(
             state.num_sampled, state.position, weights, self._version, self._engine_records()
         )
         check_sampled([*selected.groups, *selected.dropped])
-        groups = self._with_logprobs(selected)
+        groups = self._with_logprobs(selected, sampled_at)
         self._remember(selected)
         return RolloutBatch(groups, selected.dropped, self.collector.selector.figures(selected), self.engine.version)
 
     @property
     def _version(self) -> int:
-        """Updates made by the present weights, skipped ones counted."""
+        """Count the updates made by the present weights, skipped ones too."""
         return self.state.step * self.config.train.minibatches + self.state.update
 
-    def _with_logprobs(self, selected: Selection) -> list[Group]:
-        """The groups to train on with log pi_old and log pi_ref, where the trainer computes these."""
-        state, groups, sampled_at = self.state, selected.groups, self.trainer.updates
+    def _with_logprobs(self, selected: Selection, sampled_at: int) -> list[Group]:
+        """Return the groups to train on, with log pi_old and log pi_ref where the trainer computes these.
+
+        Args:
+            sampled_at: the trainer's `updates` when they were sampled.
+        """
+        state, groups = self.state, selected.groups
         with self._phase("old_logprobs"):
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
