@@ -136,7 +136,7 @@ def sample(policy: Policy, prompt_BT: Tensor, max_new_tokens: int, generator: to
 
 
 def group_advantages(rewards_PG: Tensor) -> Tensor:
-    """(2): how much better than the other attempts at the same prompt. A group without spread teaches nothing: 0."""
+    """(2): how much better than the other attempts at the same prompt. A zero-variance group: 0."""
     std_P1, mean_P1 = torch.std_mean(rewards_PG, dim=1, keepdim=True)
     return torch.where(std_P1 > 0, (rewards_PG - mean_P1) / std_P1, 0.0)
 

@@ -215,16 +215,16 @@ def test_the_batch_sentence_does_the_sums() -> None:
     )
 
 
-def test_the_batch_sentence_says_what_becomes_of_groups_that_teach_nothing() -> None:
+def test_the_batch_sentence_says_what_becomes_of_zero_variance_groups() -> None:
     assert (
         parse_recipe(changed(rollout__zero_variance="drop"))
         .batch_sentence()
-        .endswith("steps make 4 updates. Groups that teach nothing leave the batch, so updates may be smaller.")
+        .endswith("steps make 4 updates. Zero-variance groups leave the batch, so updates may be smaller.")
     )
     assert (
         parse_recipe(changed(rollout={"zero_variance": "refill", "max_refills": 1}))
         .batch_sentence()
-        .endswith("give their places to further prompts, in up to 1 more round of sampling.")
+        .endswith("replaced by groups of further prompts, in up to 1 more round of sampling.")
     )
 
 

@@ -80,7 +80,7 @@ def test_a_ratio_far_outside_stays_finite() -> None:
     assert all(math.isfinite(v) for v in figures.values())
 
 
-def test_rollout_figures_count_statuses_and_groups_that_teach_nothing() -> None:
+def test_rollout_figures_count_statuses_and_zero_variance_groups() -> None:
     def completion(reward: float, length: int, status: Status = Status.SCORED) -> Completion:
         return Completion((1,) * length, (-0.5,) * length, "stop", score=Score(reward, status))
 
@@ -243,7 +243,7 @@ def test_updates_at_the_weights_that_sampled_are_told_from_later_ones() -> None:
     assert figures["off_policy/gate/eur"] == pytest.approx(0.6)
 
 
-def test_groups_that_are_all_right_teach_nothing_and_are_no_flood() -> None:
+def test_groups_that_are_all_right_have_zero_variance_and_are_no_flood() -> None:
     right = Group(Prompt(0, "a", ""), (completion_of(1.0, 2), completion_of(1.0, 4)), (0, 0))
     wrong = Group(Prompt(1, "a", ""), (completion_of(0.0, 2), completion_of(0.0, 4)), (0, 0))
     mixed = Group(Prompt(2, "a", ""), (completion_of(0.0, 2), completion_of(1.0, 4)), (-0.7, 0.7))

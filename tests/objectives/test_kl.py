@@ -43,7 +43,7 @@ def test_the_expected_pull_is_the_gradient_of_the_divergence_the_table_names(est
     torch.testing.assert_close(expectations(estimator)[1], divergence(of)[1], rtol=1e-12, atol=1e-14)
 
 
-def test_the_derivative_of_k1_itself_would_teach_nothing() -> None:
+def test_the_derivative_of_k1_itself_would_be_noise_alone() -> None:
     logits_V = LOGITS_V.clone().requires_grad_(True)
     logp_V = torch.log_softmax(logits_V, -1)
     gradient_V = torch.autograd.grad((logp_V.detach().exp() * logp_V).sum(), logits_V)[0]

@@ -40,7 +40,7 @@ def group(prompt: Prompt, flat: bool) -> Group:
 
 
 class Sampler:
-    """Groups of which a share, chosen by name and number, teaches nothing; remembers what it was asked."""
+    """Groups of which a share, chosen by name and number, has zero variance; remembers what it was asked."""
 
     def __init__(self, is_flat: Callable[[Prompt], bool]) -> None:
         self.is_flat = is_flat
@@ -135,10 +135,10 @@ def test_every_number_is_asked_once_and_nothing_sampled_is_lost(
         exact = Counter(name for name, _ in prompts_for_step(mixture, step, prompts))
         if mode == "refill":
             assert Counter(g.prompt.task for g in selection.groups) == exact
-            assert sum(g.teaches_nothing for g in selection.groups) == selection.unfilled
+            assert sum(g.zero_variance for g in selection.groups) == selection.unfilled
         else:
-            assert not any(g.teaches_nothing for g in selection.groups)
-        assert all(g.teaches_nothing for g in selection.dropped), "no group with spread is thrown away"
+            assert not any(g.zero_variance for g in selection.groups)
+        assert all(g.zero_variance for g in selection.dropped), "no group with spread is thrown away"
     asked = [(p.task, int(p.text)) for r in sampler.rounds for p in r]
     for name, _ in mixture:
         own = [index for task, index in asked if task == name]

@@ -46,8 +46,8 @@ def test_a_penalty_shapes_the_advantages_and_leaves_the_verifiers_reward() -> No
 
 def test_a_penalty_gives_spread_to_a_group_of_equal_rewards() -> None:
     right = [completion(5, 1.0), completion(19, 1.0)]
-    assert shaped(right).teaches_nothing
-    assert not shaped(right, overlong="penalty", overlong_buffer=4).teaches_nothing
+    assert shaped(right).zero_variance
+    assert not shaped(right, overlong="penalty", overlong_buffer=4).zero_variance
 
 
 def test_a_mask_takes_the_loss_and_leaves_the_statistics() -> None:
@@ -64,10 +64,10 @@ def test_only_truncation_masks_not_length() -> None:
     assert shaped([last_token_stops, completion(20, 0.0)], overlong="mask").masked == (False, True)
 
 
-def test_a_group_of_masked_completions_teaches_nothing_whatever_its_rewards() -> None:
+def test_a_group_of_masked_completions_has_zero_variance_whatever_its_rewards() -> None:
     cut = [completion(20, reward) for reward in (0.0, 0.5)]  # a task may judge truncated completions
-    assert not shaped(cut).teaches_nothing
-    assert shaped(cut, overlong="mask").teaches_nothing
+    assert not shaped(cut).zero_variance
+    assert shaped(cut, overlong="mask").zero_variance
 
 
 def test_without_options_a_group_is_the_verifiers() -> None:
@@ -99,7 +99,7 @@ def test_advantages_of_random_rewards_are_of_the_coins_and_the_verifiers_reward_
     coins = tuple(random_reward(0, PROMPT, s, c) for s, c in enumerate(answers))
     assert group.shaped_rewards == coins
     assert group.advantages == pytest.approx([c - sum(coins) / 8 for c in coins])
-    assert not group.teaches_nothing
+    assert not group.zero_variance
     assert not any(name.startswith("overlong/") for name in rollout_metrics([group], penalised=False))
     assert rollout_metrics([group], penalised=False)["reward/shaped_mean"] == sum(coins) / 8
 

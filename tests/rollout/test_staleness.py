@@ -87,7 +87,7 @@ def test_log_pi_old_of_a_stale_batch_is_of_the_weights_that_sampled_it(tmp_path:
     policy = load_policy(config.model.path)
     run = TrainingRun(config, RunDirectory.create(config), policy, load_tasks(config))
     run.step()  # batch 1 was sampled before its updates, and waits
-    groups = [g for g in run.state.ahead[0].groups if not g.teaches_nothing]
+    groups = [g for g in run.state.ahead[0].groups if not g.zero_variance]
     kept = [[c.old_logprobs if source == "trainer" else c.logprobs for c in g.completions] for g in groups]
     as_sampled = TrainingRun(config, run.directory, load_policy(config.model.path), load_tasks(config))
     assert furthest(kept, as_sampled.trainer.logprobs(groups)) < 1e-5
@@ -109,7 +109,7 @@ def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on
     # Mini-batches take the groups of a batch in turn: the first of two has groups 0 and 2, the second 1 and 3.
     for groups, places in zip(trained_on, ((0, 2), (1, 3)), strict=True):
         for group, place in zip(groups, places, strict=True):
-            if not group.teaches_nothing:
+            if not group.zero_variance:
                 assert furthest([[c.old_logprobs for c in group.completions]], [now[place]]) < 1e-5
 
 

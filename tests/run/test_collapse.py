@@ -212,7 +212,7 @@ def test_a_run_gone_back_from_what_is_not_finite_goes_on_bit_for_bit(tmp_path: P
 
 
 def test_weights_that_are_infinite_are_found_by_their_first_completions(tmp_path: Path) -> None:
-    # One update a step, so that no further one meets the weights, and a batch that teaches nothing would hide them.
+    # One update a step, so that no further one meets the weights, and a batch of zero-variance groups would hide them.
     settings = {**BREAKING, "train__minibatches": 1, "train__learning_rate": 1e39}
     settings["warnings"] = {"on_collapse": "rollback", "rollback_learning_rate": 1e-41}
     run = run_recipe(tmp_path, **settings)

@@ -169,7 +169,7 @@ def test_refills_that_are_spent_are_said_once_and_counted(tmp_path: Path) -> Non
         assert step["groups/unfilled"] >= 2
         assert step["groups/kept"] == 8
     (warning,) = listener.warnings
-    assert "teach nothing after 2 refills (rollout.max_refills)" in warning
+    assert "have zero variance after 2 refills (rollout.max_refills)" in warning
 
 
 def test_the_penalty_shapes_advantages_and_the_rest_is_the_verifiers(tmp_path: Path) -> None:

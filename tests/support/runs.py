@@ -19,7 +19,7 @@ def share_of_sevens(completion, answer):
 
 
 def enough_sevens(completion, metadata):
-    """All or nothing, so that some groups teach nothing; harder the more a row asks for."""
+    """All or nothing, so that some groups have zero variance; harder the more a row asks for."""
     return 1.0 if completion.count("7") >= metadata["sevens"] else 0.0
 '''
 

@@ -52,7 +52,7 @@ def make_groups(count: int = 4, samples: int = 3, seed: int = 0) -> list[Group]:
         for j in range(samples):
             length = integers(1, MAX_NEW_TOKENS + 1, 1)[0]
             noise = (0.4 * torch.randn(length, generator=generator)).tolist()
-            reward = 1.0 if i == 1 else float((i + j) % 2)  # the group of prompt 1 teaches nothing
+            reward = 1.0 if i == 1 else float((i + j) % 2)  # the group of prompt 1 has zero variance
             completions.append(
                 Completion(tuple(integers(0, 18, length)), tuple(-2.9 + n for n in noise), "stop", score=Score(reward))
             )

@@ -157,7 +157,7 @@ def test_every_teaching_token_is_a_target_once_predicted_by_its_own_past(groups:
 def _members_of_teaching_groups(groups: list[Group]) -> list[int]:
     members, first = [], 0
     for g in groups:
-        if not g.teaches_nothing:
+        if not g.zero_variance:
             members += range(first, first + len(g.completions))
         first += len(g.completions)
     return members

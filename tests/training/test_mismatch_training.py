@@ -98,7 +98,7 @@ def test_the_figures_are_of_the_tokens_that_carried_a_gradient() -> None:
     trainer = make_trainer(make_policy(), tis=TIS())
     result = trainer.update(trainer.pack(groups), 0.0)
     figures = update_metrics(result)
-    teaching = [c for g in groups if not g.teaches_nothing for c in g.completions]
+    teaching = [c for g in groups if not g.zero_variance for c in g.completions]
     # by hand, in plain Python, from float32 log-probabilities
     ratio = [
         torch.tensor(o - m).exp().item() for c in teaching for o, m in zip(c.old_logprobs, c.logprobs, strict=True)

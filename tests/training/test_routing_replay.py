@@ -160,10 +160,10 @@ def test_the_trainer_records_what_its_old_logprobs_were_computed_by() -> None:
     trainer = make_trainer(policy, tokens_per_microbatch=40)
     recorded = trainer.with_old_logprobs(groups, sampled_at=0, record=True)
     for group in recorded:
-        assert (group.prompt_experts is None) == group.teaches_nothing, "what carries no gradient is not run"
+        assert (group.prompt_experts is None) == group.zero_variance, "what carries no gradient is not run"
         for completion in group.completions:
-            assert (completion.experts is None) == group.teaches_nothing
-    teaching = [g for g in recorded if not g.teaches_nothing]
+            assert (completion.experts is None) == group.zero_variance
+    teaching = [g for g in recorded if not g.zero_variance]
     olds = [torch.tensor(c.old_logprobs) for g in teaching for c in g.completions]
     with torch.no_grad():
         for old, by_hand in zip(olds, logprobs_by_hand(policy, teaching), strict=True):

@@ -117,11 +117,11 @@ def count_block_calls(policy: Policy) -> dict[str, int]:
     return calls
 
 
-def test_groups_that_teach_nothing_cost_no_compute_but_stay_in_the_denominators() -> None:
+def test_zero_variance_groups_cost_no_compute_but_stay_in_the_denominators() -> None:
     policy, groups = make_policy(), make_groups()
     trainer = make_trainer(policy, normalizer="token_mean")
     minibatch = trainer.pack(groups)
-    teaching = [g for g in groups if not g.teaches_nothing]
+    teaching = [g for g in groups if not g.zero_variance]
     assert len(teaching) == len(groups) - 1
     assert minibatch.num_targets == sum(len(c) for g in teaching for c in g.completions)
     assert minibatch.num_tokens == sum(len(c) for g in groups for c in g.completions)
@@ -133,7 +133,7 @@ def test_groups_that_teach_nothing_cost_no_compute_but_stay_in_the_denominators(
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_the_gradient_with_dropped_groups_is_that_of_the_smaller_batch(objective: str, normalizer: str) -> None:
     policy, groups = make_policy(), make_groups()
-    kept = [g for g in groups if not g.teaches_nothing]
+    kept = [g for g in groups if not g.zero_variance]
     assert len(kept) == len(groups) - 1
     trainer = make_trainer(policy, objective, normalizer=normalizer)
     assert_same(packed_gradient(trainer, kept), plain_gradient(policy, kept, objective, normalizer))
@@ -297,7 +297,7 @@ def test_recomputed_old_logprobs_make_the_first_update_exactly_on_policy() -> No
     policy, groups = make_policy(torch.float32), make_groups()
     trainer = make_trainer(policy)
     recomputed = trainer.with_old_logprobs(groups, sampled_at=0)
-    assert len(recomputed[1].completions[0].old_logprobs) == 0, "a group that teaches nothing costs nothing"
+    assert len(recomputed[1].completions[0].old_logprobs) == 0, "a zero-variance group costs nothing"
     result = trainer.update(trainer.pack(recomputed), 1e-3)
     assert result.log_ratio_M.abs().max().item() < 1e-6
     with pytest.raises(AssertionError, match="sampled at update 0, weights are at 1"):
@@ -424,7 +424,7 @@ def test_the_penalty_adds_its_own_gradient_under_the_same_normaliser(
 
 def test_a_group_without_spread_still_feels_the_reference() -> None:
     policy, groups = make_policy(), with_reference(make_groups())
-    flat = [g for g in groups if g.teaches_nothing]
+    flat = [g for g in groups if g.zero_variance]
     assert flat
     assert not make_trainer(policy).pack(flat).microbatches
     trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.3, estimator="k2"))
@@ -474,7 +474,7 @@ def test_figures_of_the_gate_leave_out_what_only_the_penalty_brought_along() -> 
 
 
 def test_a_mini_batch_that_only_the_penalty_moves_has_no_figures_of_a_gate() -> None:
-    flat = [g for g in with_reference(make_groups()) if g.teaches_nothing]
+    flat = [g for g in with_reference(make_groups()) if g.zero_variance]
     trainer = make_trainer(make_policy(), kl=KLPenalty(coefficient=0.1))
     figures = update_metrics(trainer.update(trainer.pack(flat), 1e-9))
     assert figures["kl"] > 0

@@ -51,12 +51,13 @@ class RolloutConfig(Section):
     stop_token_ids: list[int] = Field([])
     """Stop tokens beside the model's own end of sequence."""
     zero_variance: Literal["keep", "drop", "refill"] = "keep"
-    """Groups that teach nothing, all rewards being equal. keep: they cost no update and stay in the denominators. drop:
-    they leave the batch and its denominators (DAPO's filter). refill: their places are taken by groups of further
-    prompts of the same task (DAPO's dynamic sampling), so that the batch has its full size and exact mixture."""
+    """What becomes of zero-variance groups, whose rewards are all equal. keep: they cost no update and stay in the
+    denominators. drop: they leave the batch and its denominators (DAPO's filter). refill: their places are taken by
+    groups of further prompts of the same task (DAPO's dynamic sampling), so that the batch has its full size and exact
+    mixture."""
     max_refills: int | None = Field(None, ge=1)
     """For refill: further rounds of sampling in a step, each of as many prompts as places are free; 4 when null. When
-    they are spent, groups that teach nothing take the places that are left."""
+    they are spent, zero-variance groups take the places that are left."""
     overlong: Literal["zero", "mask", "penalty"] = "zero"
     """Completions that reach max_new_tokens. zero: they are judged as truncated, nothing more. mask: they carry no loss
     and leave the denominators; the group's mean and deviation keep their rewards (DAPO's overlong filtering). penalty:

@@ -181,7 +181,7 @@ class Group:
     >>> good = Completion((2, 0), (-0.7, -0.1), "stop", "2", Score(1.0))
     >>> bad = Completion((3, 0), (-0.9, -0.1), "stop", "3", Score(0.0))
     >>> group = Group(prompt, (good, bad), advantages=(0.7071, -0.7071))
-    >>> group.rewards, group.teaches_nothing
+    >>> group.rewards, group.zero_variance
     ((1.0, 0.0), False)
     """
 
@@ -211,8 +211,8 @@ class Group:
         return tuple(not m for m in self.masked) or (True,) * len(self.completions)
 
     @property
-    def teaches_nothing(self) -> bool:
-        """True when every reward of the group is the same, so that all advantages are 0, or every completion is masked:
-        there is no gradient."""
+    def zero_variance(self) -> bool:
+        """Return whether the group has no gradient: its rewards are all equal, so that every advantage is 0, or all
+        its completions are masked."""
         rewards = self.training_rewards
         return max(rewards) == min(rewards) or not any(self.counted)

@@ -1,4 +1,4 @@
-"""Figures of one rollout batch: rewards, lengths, statuses, and how many groups teach nothing.
+"""Figures of one rollout batch: rewards, lengths, statuses, and how many groups have zero variance.
 
 They are over all that was sampled, groups that left the batch included: what is measured of the policy must not depend
 on what is trained on.
@@ -52,8 +52,8 @@ def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None, penalised: 
         "reward/std": float(rewards.std()),
         "pass@1": float((rewards >= 1.0).mean()),
         "groups": len(groups),
-        "groups/zero_variance": float(np.mean([g.teaches_nothing for g in groups])),
-        "groups/none_right": float(np.mean([g.teaches_nothing and max(g.rewards) < 1.0 for g in groups])),
+        "groups/zero_variance": float(np.mean([g.zero_variance for g in groups])),
+        "groups/none_right": float(np.mean([g.zero_variance and max(g.rewards) < 1.0 for g in groups])),
         "length/mean": float(lengths.mean()),
         "length/max": int(lengths.max()),
         "length/at_limit": sum(c.finish_reason == "length" for c in completions) / len(completions),
@@ -80,7 +80,7 @@ def minibatch_metrics(groups: Sequence[Group]) -> dict[str, float]:
         return {}
     metrics: dict[str, float] = {
         "batch/groups": len(groups),
-        "batch/zero_variance": sum(g.teaches_nothing for g in groups) / len(groups),
+        "batch/zero_variance": sum(g.zero_variance for g in groups) / len(groups),
         "batch/reward_mean": sum(c.score.reward for c in completions) / len(completions),
         "batch/length_mean": sum(len(c) for c in completions) / len(completions),
         "batch/at_limit": sum(c.finish_reason == "length" for c in completions) / len(completions),

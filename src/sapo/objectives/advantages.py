@@ -27,7 +27,7 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
 
     Returns:
         Tensor of the same shape, in the dtype of the rewards (float32 for integers). Groups whose rewards are all
-        equal, a group of one among them, are exactly 0: they teach nothing.
+        equal, a group of one among them, are exactly 0: zero-variance groups.
 
     Raises:
         ValueError: unknown kind, no samples, or a reward that is not finite.

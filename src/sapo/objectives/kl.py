@@ -10,7 +10,7 @@ With d = log pi(y) - log pi_ref(y) of a sampled token y (http://joschu.net/blog/
 
 k3 is the one of GRPO (https://arxiv.org/abs/2402.03300). Departure: k1's coefficient is that of a penalty on the
 reward, d grad log pi, as PPO for language models has it. Its own derivative is 1, and E[grad log pi] = 0: as a loss it
-would teach nothing but noise. The penalty is added token by token with the weight that the policy term has there.
+would be nothing but noise. The penalty is added token by token with the weight that the policy term has there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures over the steps of runs: reward, pass@1, entropy, groups that teach nothing, what routing replay changed.
+"""Figures over the steps of runs: reward, pass@1, entropy, zero-variance groups, what routing replay changed.
 
 An arm of several seeds is a line, the mean, in a band from the lowest to the highest seed; each seed is a thin line of
 its own. A single run is one line. Points are what metrics.jsonl holds, unless a caption says otherwise.
@@ -122,7 +122,7 @@ def in_figure(key: str, title: str, panels: Sequence[Panel], *, caption: str = "
 
 
 def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """Reward, pass@1, entropy and the share of groups that teach nothing."""
+    """Reward, pass@1, entropy and the share of zero-variance groups."""
     long = any(len(run.of_kind("step")) > MOST_POINTS for arm in arms for run in arm.runs)
     note = f" Of the longest runs every n-th step is drawn, {MOST_POINTS} points at most." if long else ""
     several = f" {SEEDS}" if any(len(arm.runs) > 1 for arm in arms) else ""
@@ -152,7 +152,7 @@ def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
         ),
         in_figure(
             "zero_variance",
-            "Groups that teach nothing",
+            "Zero-variance groups",
             step_panels(arms, "groups/zero_variance", "share of groups"),
             caption="Share of the prompts whose samples all have the same reward: every advantage is 0." + several,
             missing="no step is done yet.",

@@ -87,7 +87,7 @@ class Collector:
         experts = ExpertLog() if record_experts else None
         with self._phase("generate"):
             give_back_freed_memory()
-            prompts = encode_by_task(self.policy, self.formats, prompts)
+            prompts = encode_by_task(self.policy, self.formats, self._task.values(), prompts)
             requests = [Request(p, self.config.rollout.samples_per_prompt) for p in prompts]
             drawn = self.engine.generate(requests, self.params, self._should_stop, experts)
         with self._phase("score"):

@@ -6,8 +6,8 @@ rows not yet seen are always asked. The chance is decided by a counter-based dra
 that what is asked depends on the seed and on the recorded pass rates alone.
 
 Prioritising prompts by their success rate is common practice (Kimi k1.5, https://arxiv.org/abs/2501.12599, samples in
-proportion to 1 - s_i); a band with a floor is our choice: also the rows never solved teach nothing, and a row that is
-out must be able to come back.
+proportion to 1 - s_i); a band with a floor is our choice: the rows never solved have no gradient either, and a row
+that is out must be able to come back.
 """
 
 from __future__ import annotations

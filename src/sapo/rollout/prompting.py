@@ -6,14 +6,16 @@ the cold start alike. Text is encoded once, here; what the model emits is never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from sapo.config import PromptConfig, RunConfig
 from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
+from sapo.rollout.encoded import EncodedPrompts
 from sapo.tasks import Task
 
 
@@ -66,14 +68,18 @@ class PromptFormat:
             prefers_chat=getattr(task, "prefers_chat", False),
         )
 
-    def encode(self, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts with their token ids and stop strings.
+    def encode(self, policy: Policy, prompts: Sequence[Prompt], *, keep: bool = True) -> list[Prompt]:
+        """Return the prompts with their token ids and stop strings.
+
+        Args:
+            keep: keep the token ids, so that a prompt that comes again is not encoded again.
 
         Raises:
             ModelError: a chat for a tokenizer without a template, or text it has no tokens for.
             ConfigError: rows of chat messages where the recipe asks for plain text.
         """
-        return [replace(p, token_ids=self._token_ids(policy, p), stop=self.stop) for p in prompts]
+        self._encoded.reset_for(policy.tokenizer)
+        return [replace(p, token_ids=self._token_ids(policy, p, keep), stop=self.stop) for p in prompts]
 
     def text(self, prompt: Prompt) -> str:
         """The whole of a plain prompt."""
@@ -102,7 +108,20 @@ class PromptFormat:
     def _question(self, text: str) -> str:
         return self.template.replace("{prompt}", text)  # not format(): questions hold braces of their own
 
-    def _token_ids(self, policy: Policy, prompt: Prompt) -> tuple[int, ...]:
+    @cached_property  # not a field, so that equality, hashing and asdict() leave it out
+    def _encoded(self) -> EncodedPrompts:
+        return EncodedPrompts()
+
+    def _token_ids(self, policy: Policy, prompt: Prompt, keep: bool) -> tuple[int, ...]:
+        """Return the token ids of a prompt: those kept from before, or new ones."""
+        token_ids = self._encoded.find(prompt)
+        if token_ids is None:
+            token_ids = self._new_token_ids(policy, prompt)
+            if keep:
+                self._encoded.add(prompt, token_ids)
+        return token_ids
+
+    def _new_token_ids(self, policy: Policy, prompt: Prompt) -> tuple[int, ...]:
         is_chat = "messages" in prompt.metadata
         if is_chat and self.style == "plain":
             raise ConfigError(
@@ -125,6 +144,12 @@ def formats_of(config: RunConfig, tasks: Sequence[Task]) -> dict[str, PromptForm
     }
 
 
-def encode_by_task(policy: Policy, formats: Mapping[str, PromptFormat], prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts of several tasks, each in the format of its task."""
-    return [formats[p.task].encode(policy, [p])[0] for p in prompts]
+def encode_by_task(
+    policy: Policy, formats: Mapping[str, PromptFormat], tasks: Iterable[Task], prompts: Sequence[Prompt]
+) -> list[Prompt]:
+    """Return training prompts with their token ids, each in the format of its task.
+
+    The token ids of a finite task's rows are kept for the next epoch. Prompts of an endless task do not come again.
+    """
+    finite = {task.name: hasattr(task, "num_train") for task in tasks}
+    return [formats[p.task].encode(policy, [p], keep=finite[p.task])[0] for p in prompts]

@@ -2,13 +2,13 @@
 
 Without options a step asks the mixture's prompts and trains on all their groups. Three options change that.
 
-- zero_variance=drop: groups that teach nothing leave the batch (DAPO's filter, https://arxiv.org/abs/2503.14476,
+- zero_variance=drop: zero-variance groups leave the batch (DAPO's filter, https://arxiv.org/abs/2503.14476,
   section 3.2, without its resampling).
 - zero_variance=refill: their places go to further prompts, drawn in rounds at the same weights until the batch is full
   (DAPO's dynamic sampling). Departures: the paper draws whole batches from one source until there are enough; here
   each round draws as many prompts of each task as that task has free places. So no group with spread is thrown away,
-  and the batch keeps the mixture's exact ratio, which the first draw has too. After the last round, groups that teach
-  nothing fill what is left.
+  and the batch keeps the mixture's exact ratio, which the first draw has too. After the last round,
+  zero-variance groups fill what is left.
 - A curriculum passes over rows (curriculum.py).
 
 The prompts of a task are numbered, and every number is used once, in order. The mixture says as a pure function of the
@@ -50,8 +50,8 @@ class Selection:
 
     >>> from sapo.data import Completion, Score
     >>> good, bad = (Completion((1,), (-0.1,), "stop", score=Score(reward)) for reward in (1.0, 0.0))
-    >>> teaches, flat = Group(Prompt(0, "t", ""), (good, bad)), Group(Prompt(1, "t", ""), (bad, bad))
-    >>> Selection([teaches], [flat], Position(), refill_rounds=0, unfilled=0, passed_over={}).dropped == [flat]
+    >>> kept, flat = Group(Prompt(0, "t", ""), (good, bad)), Group(Prompt(1, "t", ""), (bad, bad))
+    >>> Selection([kept], [flat], Position(), refill_rounds=0, unfilled=0, passed_over={}).dropped == [flat]
     True
     """
 
@@ -64,7 +64,7 @@ class Selection:
     refill_rounds: int
     """Rounds of sampling after the first."""
     unfilled: int
-    """Groups that teach nothing in the batch, where refilling was to leave none."""
+    """Zero-variance groups in the batch, where refilling was to leave none."""
     passed_over: Mapping[str, int]
     """Prompts not asked, of each task with a curriculum."""
 
@@ -104,10 +104,10 @@ class _Queue:
         if self.rule is not None:
             assert isinstance(self.task, FiniteTask)
             self.visits.append((self.task.train_row(index), group))
-        (self.flat if sort_out and group.teaches_nothing else self.kept).append(group)
+        (self.flat if sort_out and group.zero_variance else self.kept).append(group)
 
     def fill_up(self) -> int:
-        """Give the places that are still free to groups that teach nothing; how many."""
+        """Give the places that are still free to zero-variance groups; how many."""
         count = self.missing
         self.kept += self.flat[:count]
         del self.flat[:count]

@@ -247,8 +247,8 @@ class TrainingRun:
             self._warn(
                 "unfilled_groups",
                 f"step {state.step + 1}: {selected.unfilled} of {len(selected.groups)} groups of the batch "
-                f"teach nothing after {selected.refill_rounds} refills (rollout.max_refills); said once, counted in "
-                "groups/unfilled",
+                f"have zero variance after {selected.refill_rounds} refills (rollout.max_refills); said once, counted "
+                "in groups/unfilled",
             )
         state.unfilled += selected.unfilled
 

@@ -9,7 +9,7 @@ from sapo.config import RunConfig
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.rollout.curriculum import Curriculum, curricula
-from sapo.rollout.prompting import PromptFormat, formats_of
+from sapo.rollout.prompting import PromptFormat, encode_by_task, formats_of
 from sapo.tasks import Task, make_task
 from sapo.utils.hashing import seed_for
 
@@ -62,8 +62,10 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
         rows = getattr(train, "num_train", 1)  # a file has an end; a mistake in its last row is found now
         # One at a time: a row may hold megabytes of tests. A benchmark has no row to train on, and says so when asked.
         asked = (train.train_prompt(i) for i in range(max(rows, 1)))
-        for question in itertools.chain(asked, held_out.held_out(config.eval.problems)):
-            (prompt,) = tasks.formats[train.name].encode(policy, [question])
+        encoded = (encode_by_task(policy, tasks.formats, [train], [question]) for question in asked)
+        problems = held_out.held_out(config.eval.problems)
+        encoded_problems = (tasks.formats[train.name].encode(policy, [problem]) for problem in problems)
+        for (prompt,) in itertools.chain(encoded, encoded_problems):
             if policy.max_length is not None and len(prompt.token_ids) + room > policy.max_length:
                 raise ConfigError(
                     f"rollout.max_new_tokens must leave room for the prompt; got {room} with a prompt of "

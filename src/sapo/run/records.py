@@ -45,8 +45,8 @@ def rollout_records(
     What a completion does not have (a shaped reward, a mask, further figures of its verifier) is left out.
 
     Args:
-        gates: sequence number in the step -> update, log-ratios, gate weights and entropies; a completion whose group
-            taught nothing has none, and its record leaves them out.
+        gates: sequence number in the step -> update, log-ratios, gate weights and entropies; a completion of a
+            zero-variance group has none, and its record leaves them out.
         sampler_is_old: log pi_old is the sampler's; otherwise it is left out where the trainer computed none.
         dropped: groups that were sampled and left the batch; they come last and say so.
     """

@@ -60,7 +60,7 @@ class RunState:
     selection: dict[str, float] = field(default_factory=dict)
     """Figures of how the present step's batch was chosen, for the step's own line."""
     unfilled: int = 0
-    """Groups that teach nothing in the batches so far, where refilling was to leave none."""
+    """Zero-variance groups in the batches so far, where refilling was to leave none."""
     step_updates: list[dict[str, Any]] = field(default_factory=list)
     """Figures of the present step's updates, for the step's own line."""
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)

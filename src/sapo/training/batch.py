@@ -24,7 +24,7 @@ from sapo.objectives import sequence_weights
 class MiniBatch:
     """One update's worth of groups, packed.
 
-    `num_sequences` and `num_tokens` count the groups that teach nothing too: the normalisers are theirs as well. Masked
+    `num_sequences` and `num_tokens` count the zero-variance groups too: the normalisers are theirs as well. Masked
     completions are not counted.
     """
 
@@ -88,7 +88,7 @@ def pack(
         members = [_Member(group, c, sequence + i, group.advantages[i]) for i, c in enumerate(group.completions)]
         sequence += len(members)
         if not include_all:
-            if group.teaches_nothing and not include_flat:
+            if group.zero_variance and not include_flat:
                 continue
             members = [m for m, counts in zip(members, group.counted, strict=True) if counts]
         prompt_tokens = len(group.prompt.token_ids)

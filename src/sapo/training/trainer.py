@@ -33,7 +33,7 @@ from sapo.utils.spans import span
 class UpdateResult:
     """What one update did, token by token, over the response tokens that carried a gradient.
 
-    The tensors are empty and `skipped` is true when every group of the mini-batch taught nothing.
+    The tensors are empty and `skipped` is true when every group of the mini-batch has zero variance.
     """
 
     loss: float
@@ -48,7 +48,7 @@ class UpdateResult:
     sequence_M: Tensor
     """Sequence of each token, numbered from 0 without gaps."""
     sequence_ids: tuple[int, ...]
-    """Where each of those sequences stands in the mini-batch, groups that teach nothing counted."""
+    """Where each of those sequences stands in the mini-batch, zero-variance groups counted."""
     entropy_M: Tensor | None
     num_packed_tokens: int
     """Tokens that went through the model, prompts once per group."""
@@ -270,7 +270,7 @@ class Trainer:
     ) -> list[list[np.ndarray]]:
         """log pi of every completion at the present weights, float32, by the forward pass that training uses.
 
-        Groups that teach nothing are left out (empty arrays) unless `include_all`. `policy`: another than the trained.
+        Zero-variance groups are left out (empty arrays) unless `include_all`. `policy`: another than the trained.
         Experts that the groups carry are replayed; `record` collects those of groups that carry none.
         """
         found: dict[int, np.ndarray] = {}

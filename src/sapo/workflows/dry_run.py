@@ -89,7 +89,7 @@ def rehearse(
     policy = _stand_in(config) if missing else load(config)
     check_prompts(config, policy, tasks)
     selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
-    prompts = encode_by_task(policy, tasks.formats, selector.first_prompts(0, Position()))
+    prompts = encode_by_task(policy, tasks.formats, tasks.train, selector.first_prompts(0, Position()))
     reference = _stand_in(config) if missing and _copy_is_kept(config) else load_reference(config)
     baseline = baseline_bytes(*(p for p in (policy, reference) if p is not None))
     return DryRun(
