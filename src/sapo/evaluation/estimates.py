@@ -19,6 +19,9 @@ import numpy as np
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
+DRAWN_AT_ONCE = 2**20
+"""Draws of a bootstrap that are held in memory together."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -85,14 +88,21 @@ def majority_share(answers: Sequence[str | None], right: Sequence[bool]) -> floa
 
 
 def bootstrap(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of one value per problem with a percentile interval over resampled problems.
+    """Return the mean of one value per problem with a percentile interval over resampled problems.
 
     Where every problem has the same value the interval is that value: resampling cannot show what it never saw.
+
+    `scipy.stats.bootstrap` draws the same resamples and gives the same interval to the last bit or next to it. It is
+    not called: every run that evaluates would import scipy.stats, which takes 1.7 s and 21 MiB.
     """
     values = np.asarray(values, dtype=np.float64)
     generator = np.random.Generator(np.random.PCG64(seed))
-    means = np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
-    return _with_interval(float(values.mean()), means)
+    rows = max(1, DRAWN_AT_ONCE // len(values))
+    means = [
+        values[generator.integers(len(values), size=(min(rows, resamples - first), len(values)))].mean(axis=1)
+        for first in range(0, resamples, rows)
+    ]
+    return _with_interval(float(values.mean()), np.concatenate(means))
 
 
 def bootstrap_crossed(values_SP: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:

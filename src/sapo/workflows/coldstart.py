@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -40,6 +38,7 @@ from sapo.rollout.weights import loaded
 from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
 from sapo.training.batch import pack
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.utils.files import new_directory
 
 RECIPE_VERSION = 1
 """Counted up when the same recipe would make another model."""
@@ -93,10 +92,6 @@ def ensure_coldstart(
     if (path / "coldstart.json").is_file():
         return path, False
     policy, history = train_coldstart(config, on_progress, should_stop)
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    policy.save(aside)
     record = {
         "coldstart": _section(config).model_dump(mode="json"),
         "task": config.tasks[0].model_dump(mode="json"),
@@ -106,11 +101,9 @@ def ensure_coldstart(
         "pass@1": _recorded_pass_at_1(policy, config),
         "seconds": history[-1].seconds,
     }
-    (aside / "coldstart.json").write_text(json.dumps(record, indent=2) + "\n")
-    try:
-        aside.rename(path)
-    except OSError:  # another process made it meanwhile: the same model
-        shutil.rmtree(aside)
+    with new_directory(path, shared=True) as aside:
+        policy.save(aside)
+        (aside / "coldstart.json").write_text(json.dumps(record, indent=2) + "\n")
     return path, True
 
 

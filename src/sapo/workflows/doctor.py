@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from packaging.requirements import Requirement
 
 from sapo.utils.machine import cpuinfo_field, processor_name
@@ -133,9 +134,7 @@ def _machine() -> Iterator[Finding]:
         "machine", "processor", "note", f"{processor_name()}, {os.cpu_count()} cores, {allowed} for this process"
     )
     total, available = _memory()
-    if total is not None:
-        free = "" if available is None else f", {_gib(available)} available"
-        yield Finding("machine", "memory", "note", f"{_gib(total)}{free}")
+    yield Finding("machine", "memory", "note", f"{_gib(total)}, {_gib(available)} available")
     limit = _memory_limit()
     if limit is not None:
         yield Finding("machine", "memory limit", "note", f"{_gib(limit)} for this container")
@@ -235,13 +234,10 @@ def _cpu_flags() -> set[str]:
     return set((cpuinfo_field("flags") or cpuinfo_field("Features") or "").split())
 
 
-def _memory() -> tuple[int | None, int | None]:
-    """Total and available bytes, as far as the system says."""
-    kib = {line.partition(":")[0]: line.partition(":")[2].split()[0] for line in _lines("/proc/meminfo")}
-    total, available = (int(kib[k]) * 1024 if k in kib else None for k in ("MemTotal", "MemAvailable"))
-    if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return total, available
+def _memory() -> tuple[int, int]:
+    """Return total and available bytes."""
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
 
 
 def _memory_limit() -> int | None:

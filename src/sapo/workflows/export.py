@@ -6,7 +6,6 @@ those of a later one.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sapo.model.adapters import merged
 from sapo.model.loading import load_policy
 from sapo.model.policy import DTYPES, Policy
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, newest_whole
+from sapo.utils.files import new_directory
 
 CARD = "README.md"
 
@@ -94,15 +94,10 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
     policy = whole_policy(source, config)
     precision = dtype or config.model.dtype
     policy.model.to(DTYPES[precision])
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    policy.save(aside)
-    card = model_card(target.name, source, config, policy, precision)
-    (aside / CARD).write_text(card, encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    aside.rename(target)
+    with new_directory(target) as aside:
+        policy.save(aside)
+        card = model_card(target.name, source, config, policy, precision)
+        (aside / CARD).write_text(card, encoding="utf-8")
     return source
 
 

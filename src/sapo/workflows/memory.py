@@ -37,10 +37,10 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from sapo.config import RunConfig
@@ -220,13 +220,6 @@ def resident_bytes() -> int:
     """Resident memory of this process, what the allocator holds back for later given back first."""
     with suppress(OSError, AttributeError):  # with another C library the figure is an upper bound
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    import psutil  # a system without /proc
-
     return int(psutil.Process().memory_info().rss)
 
 

@@ -12,7 +12,6 @@ The parts serve other pages too: `page_data` and `embedded` give the data, `part
 from __future__ import annotations
 
 import html
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 from sapo.evaluation.figures import Evaluation
 from sapo.evaluation.records import GROUPINGS
 from sapo.evaluation.results import Results
-from sapo.utils.html import content_security_policy, embedded
+from sapo.utils.files import write_whole
+from sapo.utils.html import content_security_policy, embedded, filled
 
 
 def write_page(results: Results, path: str | Path) -> Path:
@@ -34,11 +34,7 @@ def write_page(results: Results, path: str | Path) -> Path:
         "data": embedded(page_data(results)),
         "script": script,
     }
-    # One pass, so that a field's contents are never searched for the marks of another.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: fields[mark[1]], part("completions.html"))
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(page, encoding="utf-8")
-    aside.rename(path)
+    write_whole(path, filled(part("completions.html"), fields))
     return path
 
 

@@ -9,14 +9,13 @@ held to hashes: Plotly makes its own.)
 from __future__ import annotations
 
 import html
-import re
 from importlib import resources
 from pathlib import Path
 
 from sapo.errors import ConfigError
 from sapo.report.assemble import Report
 from sapo.utils.files import write_whole
-from sapo.utils.html import content_security_policy, embedded
+from sapo.utils.html import content_security_policy, embedded, filled
 
 
 def write_page(report: Report, path: Path, *, reload_every: float | None = None) -> Path:
@@ -42,8 +41,7 @@ def write_page(report: Report, path: Path, *, reload_every: float | None = None)
         "data": embedded(data),
         "chunks": "\n".join(_chunk(i, chunk.data) for i, chunk in enumerate(report.tokens.chunks)),
     }
-    # One pass, so that a field's contents are never searched for the marks of another.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: fields[mark[1]], part("report.html"))
+    page = filled(part("report.html"), fields)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
