@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo.workflows.coldstart import ColdStartProgress
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan, format_rate
-from sapo.workflows.comparing.processes import Event, Places
+from sapo.workflows.comparing.processes import Event, RunSlots
 from sapo.workflows.comparing.results import ComparisonResults
 from sapo.workflows.comparing.table import (
     alarm_sentences,
@@ -87,7 +87,7 @@ class ComparisonDisplay:
         if progress.update % 100 == 0:
             self.note(f"cold start: update {progress.update}, pass@1 {progress.pass_at_1:.3f}")
 
-    def runs(self, outcomes: Sequence[Outcome], places: Places) -> None:
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None:
         """The runs begin, or go on."""
         for outcome in outcomes:
             key = (outcome.arm, outcome.learning_rate, outcome.seed)
@@ -97,7 +97,7 @@ class ComparisonDisplay:
                 seen.start, seen.pass_at_1 = curve.start.pass_at_1, curve.final.pass_at_1
             self._seen[key] = seen
         done = sum(o.ended for o in outcomes)
-        where = f"{places.count} at a time" + (f" on {len(places.gpus)} GPUs" if places.gpus else "")
+        where = f"{slots.count} at a time" + (f" on {len(slots.gpus)} GPUs" if slots.gpus else "")
         before = f", {done} of them already there" if done else ""
         self.note(f"{len(outcomes)} runs of {self.steps} steps, {where}{before}")
         if self.console.is_terminal and done < len(outcomes):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sapo.objectives import Objective
-    from sapo.workflows.sampler_mismatch import Diagnosis
+    from sapo.workflows.sampler_mismatch import MismatchDiagnosis
 
 DEFAULT_OBJECTIVES = "sapo,grpo,gspo,cispo"
 
@@ -89,7 +89,7 @@ def diagnose(
     from sapo.errors import ConfigError
     from sapo.model.rounding import Rounding
     from sapo.run.models import load_model
-    from sapo.workflows.evaluation_plan import orders
+    from sapo.workflows.evaluation_plan import plan_evaluations
     from sapo.workflows.sampler_mismatch import diagnose as measure
 
     try:
@@ -97,7 +97,7 @@ def diagnose(
     except ValueError as error:
         raise ConfigError(f"--sampler-{error}") from error
     chosen = _objectives(model, objectives)
-    asked = orders(
+    asked = plan_evaluations(
         model,
         task or [],
         overrides or [],
@@ -141,7 +141,7 @@ def _objectives(model: Path, names: str) -> dict[str, Objective]:
     return chosen
 
 
-def table(found: Diagnosis) -> Table:
+def table(found: MismatchDiagnosis) -> Table:
     """The forces, an objective a row."""
     from rich.table import Table
     from rich.text import Text
@@ -160,7 +160,7 @@ def table(found: Diagnosis) -> Table:
     return shown
 
 
-def lines(found: Diagnosis) -> list[str]:
+def lines(found: MismatchDiagnosis) -> list[str]:
     """What is said below the table: how to read it, what was measured, what follows."""
     from sapo.workflows.sampler_mismatch import SYMMETRIC
 

@@ -12,7 +12,7 @@ from sapo.cli.completion import complete_model, complete_task
 from sapo.cli.terminal import console, say, stop_signals
 
 if TYPE_CHECKING:
-    from sapo.workflows.evaluate import Order, Subject
+    from sapo.workflows.evaluate import EvaluatedModel, PlannedEvaluation
 
 
 def evaluate(
@@ -81,8 +81,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on a task's held-out problems; the same command goes on with a killed one."""
-    from sapo.workflows.evaluate import Subject
-    from sapo.workflows.evaluation_plan import orders
+    from sapo.workflows.evaluate import EvaluatedModel
+    from sapo.workflows.evaluation_plan import plan_evaluations
 
     given = {
         "problems": problems,
@@ -95,10 +95,10 @@ def evaluate(
         "constant": constant,
         "engine": engine,
     }
-    asked = orders(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
-    subject = Subject.load(model, dtype, device)
-    for order in asked:
-        _carry_out(order, model, subject, out, problems, alone=len(asked) == 1)
+    asked = plan_evaluations(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
+    subject = EvaluatedModel.load(model, dtype, device)
+    for planned in asked:
+        _evaluate_task(planned, model, subject, out, problems, alone=len(asked) == 1)
 
 
 def compare(
@@ -122,24 +122,30 @@ def compare(
         say(f"wrote {out}")
 
 
-def _carry_out(
-    order: Order, model: Path, subject: Subject, out: Path | None, problems: int | None, *, alone: bool
+def _evaluate_task(
+    planned: PlannedEvaluation,
+    model: Path,
+    subject: EvaluatedModel,
+    out: Path | None,
+    problems: int | None,
+    *,
+    alone: bool,
 ) -> None:
     """One task of what was asked for, and what came of it; `problems` are those that were asked for aloud."""
     from sapo.cli.tables import Progress, evaluation_table
-    from sapo.workflows.evaluation_plan import place
+    from sapo.workflows.evaluation_plan import output_directory
 
-    prompts = order.ask(subject.policy)
-    directory, note = place(model, subject, order, prompts, out, alone=alone)
+    prompts = planned.ask(subject.policy)
+    directory, note = output_directory(model, subject, planned, prompts, out, alone=alone)
     if note:
         say(f"note: {note}")
     with Progress(console) as progress, stop_signals() as stop:
-        results = order.carry_out(
-            subject, prompts, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
+        results = planned.run(
+            subject, prompts, out=directory, should_stop=stop, on_progress=progress, report=progress.note
         )
     there = results.evaluation.problems
     if problems is not None and there < problems:
-        say(f"note: {order.task.name} has {there} held-out problems; {problems} were asked for")
+        say(f"note: {planned.task.name} has {there} held-out problems; {problems} were asked for")
     console.print(evaluation_table(results.evaluation))
     say(f"wrote {directory}/results.json, completions.jsonl and the completions to read in {directory}/index.html")
 

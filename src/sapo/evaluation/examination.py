@@ -24,7 +24,7 @@ from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import Task, score_groups
 
 
-class Keeper(Protocol):
+class ProgressStore(Protocol):
     """Where an evaluation is kept while it goes on, so that it can be killed: see `store.EvaluationStore`."""
 
     answered: list[Answered]
@@ -36,10 +36,10 @@ class Keeper(Protocol):
         ...
 
 
-class Memory:
+class InMemoryStore:
     """Keeps an evaluation as long as the process lives.
 
-    >>> memory = Memory()
+    >>> memory = InMemoryStore()
     >>> memory.keep([], Clock(generate=1.0))
     >>> memory.clock
     Clock(generate=1.0, score=0.0)
@@ -50,7 +50,7 @@ class Memory:
         self.clock = Clock()
 
     def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
-        """See `Keeper.keep`."""
+        """See `ProgressStore.keep`."""
         self.answered += chunk
         self.clock += clock
 
@@ -87,7 +87,7 @@ def evaluate_policy(
         TaskError: the task has no held-out problem.
     """
     prompts = ask(policy, task, problems, prompt_format)
-    memory = Memory()
+    memory = InMemoryStore()
     examine(
         policy,
         engine,
@@ -121,7 +121,7 @@ def examine(
     engine: Engine,
     task: Task,
     prompts: Sequence[Prompt],
-    keeper: Keeper,
+    keeper: ProgressStore,
     *,
     chunk: int,
     samples: int,

@@ -63,10 +63,10 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Figure:
+class VerifierFigure:
     """A further figure of the verifier, as cell accuracy: its mean over the completions that have it.
 
-    >>> Figure(Estimate(0.5, 0.4, 0.6), completions=12).to_json()
+    >>> VerifierFigure(Estimate(0.5, 0.4, 0.6), completions=12).to_json()
     {'value': 0.5, 'low': 0.4, 'high': 0.6, 'completions': 12}
     """
 
@@ -119,7 +119,7 @@ class Evaluation:
     statuses: dict[str, int]
     finish_reasons: dict[str, int]
     """stop and length: a completion of `length` was cut, even where its task scores it nonetheless."""
-    figures: dict[str, Figure]
+    figures: dict[str, VerifierFigure]
     slices: dict[str, list[Slice]]
     """By subject, level, difficulty, those the prompts have two values of at least."""
     length_mean: float
@@ -274,14 +274,14 @@ def _statuses(samples: Sequence[Sample]) -> dict[str, int]:
     return {status.value: sum(s.status is status for s in samples) for status in Status}
 
 
-def _figures(answered: Sequence[Answered]) -> dict[str, Figure]:
+def _figures(answered: Sequence[Answered]) -> dict[str, VerifierFigure]:
     names = sorted({name for problem in answered for s in problem.samples for name in s.figures})
     found = {}
     for name in names:
         values = [[s.figures[name] for s in problem.samples if name in s.figures] for problem in answered]
         counts = np.array([len(v) for v in values])
         mean = bootstrap_ratio(np.array([sum(v) for v in values]), counts)
-        found[name] = Figure(mean, int(counts.sum()))
+        found[name] = VerifierFigure(mean, int(counts.sum()))
     return found
 
 

@@ -25,7 +25,7 @@ from sapo.utils.files import lock_directory, write_whole
 
 
 class EvaluationStore:
-    """The files of one evaluation, locked, so that no two processes write one. A `Keeper`.
+    """The files of one evaluation, locked, so that no two processes write one. A `ProgressStore`.
 
     Args:
         path: the directory; made where there is none.

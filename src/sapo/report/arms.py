@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.workflows.comparing.plan import format_rate
 
 # Where and how a run was made, not what it is.
@@ -47,13 +47,13 @@ class Arm:
     """Runs of one setting, their seeds side by side.
 
     >>> from pathlib import Path
-    >>> run = Run("q", Path("runs/q"), {"seed": 3, "objective": {"name": "sapo"}}, (), None)
+    >>> run = ReportedRun("q", Path("runs/q"), {"seed": 3, "objective": {"name": "sapo"}}, (), None)
     >>> Arm("sapo", (run,)).seeds
     (3,)
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     color: int = 0
     """Which of the palette."""
     rate: str = ""
@@ -78,9 +78,9 @@ class Arm:
         return found
 
 
-def group_runs(runs: Sequence[Run]) -> list[Arm]:
+def group_runs(runs: Sequence[ReportedRun]) -> list[Arm]:
     """Arms in the order in which their first runs come; those of a comparison in the order of its plan."""
-    groups: dict[str, list[Run]] = defaultdict(list)
+    groups: dict[str, list[ReportedRun]] = defaultdict(list)
     for run in runs:
         groups[_identity(run)].append(run)
     compared = [_in_comparison(members[0]) for members in groups.values()]
@@ -103,7 +103,7 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     return arms
 
 
-def _of_comparison(groups: Sequence[list[Run]]) -> list[Arm]:
+def _of_comparison(groups: Sequence[list[ReportedRun]]) -> list[Arm]:
     """All runs are of one comparison: a colour for each arm, axes for each learning rate."""
     found = [(of, members) for members in groups if (of := _in_comparison(members[0])) is not None]
     planned, rates = plan_of(found[0][0][0])
@@ -165,13 +165,13 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _identity(run: Run) -> str:
+def _identity(run: ReportedRun) -> str:
     if (of := _in_comparison(run)) is not None:
         return "\0".join(map(str, of))
     return json.dumps(flatten(run.settings), sort_keys=True, default=str)
 
 
-def _in_comparison(run: Run) -> tuple[Path, str, str] | None:
+def _in_comparison(run: ReportedRun) -> tuple[Path, str, str] | None:
     """Comparison, arm and learning rate by the directory's name, where a comparison gave it."""
     parent = run.path.resolve().parent
     found = _OF_A_COMPARISON.fullmatch(run.path.resolve().name)
@@ -194,7 +194,7 @@ def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _label(run: Run, flat: dict[str, Any], differing: Sequence[str]) -> str:
+def _label(run: ReportedRun, flat: dict[str, Any], differing: Sequence[str]) -> str:
     if (of := _in_comparison(run)) is not None:
         return f"{of[1]}, lr {of[2]}"
     parts = [_objective(run)]
@@ -215,7 +215,7 @@ def _told(flat: dict[str, Any], differing: Sequence[str]) -> list[str]:
     return own + ["tasks"] * any(k.startswith("tasks.") for k in differing)
 
 
-def _by_name(members: Sequence[Run], flat: dict[str, Any], differing: Sequence[str]) -> str:
+def _by_name(members: Sequence[ReportedRun], flat: dict[str, Any], differing: Sequence[str]) -> str:
     """Of runs that share too little to be told apart by it: the first run's name, its objective and learning rate."""
     more = f" and {len(members) - 1} more" if len(members) > 1 else ""
     rate = [key for key in differing if key == "train.learning_rate" and key in flat]
@@ -224,7 +224,7 @@ def _by_name(members: Sequence[Run], flat: dict[str, Any], differing: Sequence[s
     )
 
 
-def _objective(run: Run) -> str:
+def _objective(run: ReportedRun) -> str:
     """The objective's name with its routing replay, as the run settled it: GRPO-R2, GRPO-R3."""
     name = str(run.settings["objective"].get("name", "?")).upper()
     setting = run.setting("model.routing_replay")
@@ -236,7 +236,7 @@ def _objective(run: Run) -> str:
     return f"{name} with routing replay" if kind is None else f"{name}-{kind}"
 
 
-def _tasks(run: Run) -> str:
+def _tasks(run: ReportedRun) -> str:
     """The tasks of a run by the names its evaluations have, in brief."""
     names = list(dict.fromkeys(str(r["task"]) for r in run.of_kind("eval")))
     names = names or [

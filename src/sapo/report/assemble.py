@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sapo.report.arms import Arm, group_runs
-from sapo.report.compared import Comparison, find_comparisons
+from sapo.report.compared import ReportedComparison, find_comparisons
 from sapo.report.compared_figures import comparison_figures
 from sapo.report.costs import timing_figure
 from sapo.report.curves import learning_figures
 from sapo.report.figure import Figure
 from sapo.report.paper import paper_figures
-from sapo.report.runs import Run, find_runs, read_runs, to_come
+from sapo.report.runs import ReportedRun, find_runs, read_runs, to_come
 from sapo.report.spread import spread_figures, spread_of
 from sapo.report.story import RunLine, headline, run_line, warnings_of
 from sapo.report.tokens import DEFAULT_TOKENS, TokenView, token_view
@@ -22,10 +22,10 @@ from sapo.report.weights import gate_figures
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """Everything that is shown. Made by `make_report`.
 
-    >>> Report("q", (), (), (), (), (), TokenView((), 0, ()), True).to_json()["title"]
+    >>> RunReport("q", (), (), (), (), (), TokenView((), 0, ()), True).to_json()["title"]
     'q'
     """
 
@@ -39,7 +39,7 @@ class Report:
     tokens: TokenView
     finished: bool
     """Whether nothing more is to come: every run has ended, and no run of a comparison is still to begin."""
-    compared: tuple[tuple[Comparison, tuple[Figure, ...]], ...] = ()
+    compared: tuple[tuple[ReportedComparison, tuple[Figure, ...]], ...] = ()
     """Comparisons among the paths, with their figures."""
     problems: tuple[str, ...] = ()
     """What could not be shown."""
@@ -68,7 +68,7 @@ class Report:
         }
 
 
-def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -> Report:
+def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -> RunReport:
     """Read runs, comparisons and directories of runs.
 
     Args:
@@ -83,7 +83,7 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
     spreads = [spread_of(arm) for arm in arms]
     by_run = {run.name: run_line(run, arm) for arm in arms for run in arm.runs}
     comparisons, problems = find_comparisons(paths)
-    return Report(
+    return RunReport(
         title=_title(arms, runs, comparisons),
         headlines=tuple(headline(arm, [by_run[run.name] for run in arm.runs]) for arm in arms),
         story=(
@@ -104,8 +104,8 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
 
 
 def _compared(
-    comparisons: Sequence[Comparison], runs: Sequence[Run]
-) -> Iterator[tuple[Comparison, tuple[Figure, ...]]]:
+    comparisons: Sequence[ReportedComparison], runs: Sequence[ReportedRun]
+) -> Iterator[tuple[ReportedComparison, tuple[Figure, ...]]]:
     for place, made in enumerate(comparisons, 1):
         directory = (made.path / "runs").resolve()
         own = [run for run in runs if run.path.resolve().parent == directory]
@@ -113,7 +113,7 @@ def _compared(
         yield made, tuple(comparison_figures(made, group_runs(own), prefix))
 
 
-def _title(arms: Sequence[Arm], runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+def _title(arms: Sequence[Arm], runs: Sequence[ReportedRun], comparisons: Sequence[ReportedComparison]) -> str:
     if len(runs) == 1:
         return runs[0].name
     named = f"{', '.join(made.name for made in comparisons)}: " if comparisons else ""

@@ -22,10 +22,10 @@ FEW_SEEDS = 5
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReportedComparison:
     """One comparison. Made by `find_comparisons`.
 
-    >>> made = Comparison("fig4", Path("comparisons/fig4"), {"runs": [], "cells": []}, "results.json", ())
+    >>> made = ReportedComparison("fig4", Path("comparisons/fig4"), {"runs": [], "cells": []}, "results.json", ())
     >>> made.tasks, made.state({"name": "sapo-lr1e-4-seed0", "state": "unfinished"})
     ([], 'to come')
     """
@@ -68,7 +68,7 @@ class Comparison:
         }
 
 
-def find_comparisons(paths: Sequence[Path]) -> tuple[list[Comparison], list[str]]:
+def find_comparisons(paths: Sequence[Path]) -> tuple[list[ReportedComparison], list[str]]:
     """The comparisons among these paths, and a sentence for each that cannot be counted.
 
     Raises:
@@ -88,7 +88,7 @@ class UncountableError(ValueError):
     """A comparison that has not ended, of a plan that this version does not know."""
 
 
-def read_comparison(path: Path) -> Comparison:
+def read_comparison(path: Path) -> ReportedComparison:
     """One comparison.
 
     Raises:
@@ -99,12 +99,12 @@ def read_comparison(path: Path) -> Comparison:
     begun = tuple(p.name for p in sorted((path / "runs").glob("*")) if is_run(p))
     written = _written(path / "results.json")
     if written is not None and all(run["state"] != "unfinished" for run in written["runs"]):
-        return Comparison(name, path, written, "results.json", begun)
+        return ReportedComparison(name, path, written, "results.json", begun)
     try:
-        return Comparison(name, path, count(path), "the runs that have ended so far", begun)
+        return ReportedComparison(name, path, count(path), "the runs that have ended so far", begun)
     except ConfigError as error:
         if written is not None:
-            return Comparison(name, path, written, "results.json, of an earlier stop", begun)
+            return ReportedComparison(name, path, written, "results.json, of an earlier stop", begun)
         raise UncountableError(
             f"The comparison {name} cannot be counted, and its runs are shown without a table: "
             f"{visible(str(error).splitlines()[0])}"
@@ -118,11 +118,11 @@ def count(path: Path) -> dict[str, Any]:
         ConfigError: the plan or a run is of another version.
     """
     from sapo.workflows.comparing.config import load_comparison
-    from sapo.workflows.comparing.outcomes import Outcome
+    from sapo.workflows.comparing.outcomes import RunOutcome
     from sapo.workflows.comparing.results import ComparisonResults
 
     plan = load_comparison(path)
-    return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(path)]).to_json()
+    return ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(path)]).to_json()
 
 
 def _written(file: Path) -> dict[str, Any] | None:
@@ -148,7 +148,7 @@ def _by_cause(run: Mapping[str, Any]) -> dict[str, int] | None:
     return {cause: causes.count(cause) for cause in dict.fromkeys(causes)}
 
 
-def alarms_by_cause(comparison: Comparison, task: str) -> list[dict[str, Any]]:
+def alarms_by_cause(comparison: ReportedComparison, task: str) -> list[dict[str, Any]]:
     """Of each named cause: how many of the collapsed and of the healthy runs it warned of.
 
     The counts of all causes together are `results["warnings"][task]`.
@@ -170,7 +170,7 @@ def alarms_by_cause(comparison: Comparison, task: str) -> list[dict[str, Any]]:
     ]
 
 
-def words_of(comparison: Comparison) -> list[str]:
+def words_of(comparison: ReportedComparison) -> list[str]:
     """The comparison in sentences: what it consists of, and of each task what came out."""
     results = comparison.results
     states = [comparison.state(run) for run in results["runs"]]
@@ -193,7 +193,7 @@ def words_of(comparison: Comparison) -> list[str]:
     return [first, *(sentence for task in comparison.tasks for sentence in _words_of_task(comparison, task))]
 
 
-def _words_of_task(comparison: Comparison, task: str) -> list[str]:
+def _words_of_task(comparison: ReportedComparison, task: str) -> list[str]:
     results = comparison.results
     tuned = [t for t in results["tuned"] if t["task"] == task]
     ordered = sorted(tuned, key=lambda t: -t["final"]["value"])

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sapo.report.arms import Arm
-from sapo.report.compared import Comparison
+from sapo.report.compared import ReportedComparison
 from sapo.report.curves import arm_traces, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 from sapo.workflows.comparing.plan import format_rate
@@ -18,7 +18,7 @@ SEED_ABOVE = -0.22
 MOST_COLUMNS = 4
 
 
-def comparison_figures(comparison: Comparison, arms: Sequence[Arm], prefix: str = "compared") -> list[Figure]:
+def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], prefix: str = "compared") -> list[Figure]:
     """Of one comparison.
 
     Args:
@@ -62,11 +62,11 @@ def _figure(key: str, title: str, caption: str, panels: Sequence[Panel]) -> Figu
     return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=min(len(panels), 3))
 
 
-Draw = Callable[[Comparison, str, float, Sequence[str]], tuple[list[Trace], float]]
+Draw = Callable[[ReportedComparison, str, float, Sequence[str]], tuple[list[Trace], float]]
 """Traces at one learning rate, and where the dotted line lies."""
 
 
-def _panels(comparison: Comparison, task: str, draw: Draw, x: str) -> list[Panel]:
+def _panels(comparison: ReportedComparison, task: str, draw: Draw, x: str) -> list[Panel]:
     """For each learning rate; a row for each arm."""
     names, rates = list(comparison.results["arms"]), comparison.results["learning_rates"]
     panels = []
@@ -78,7 +78,7 @@ def _panels(comparison: Comparison, task: str, draw: Draw, x: str) -> list[Panel
     return share_axis(panels, "x")
 
 
-def _final(comparison: Comparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
+def _final(comparison: ReportedComparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
     traces: list[Trace] = []
     cells = [c for c in comparison.cells(task) if c["learning_rate"] == rate]
     for cell in cells:
@@ -94,7 +94,9 @@ def _final(comparison: Comparison, task: str, rate: float, names: Sequence[str])
     return traces, sum(starts) / len(starts) if starts else 0.0
 
 
-def _difference(comparison: Comparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
+def _difference(
+    comparison: ReportedComparison, task: str, rate: float, names: Sequence[str]
+) -> tuple[list[Trace], float]:
     traces: list[Trace] = []
     baseline = {
         r["seed"]: final
@@ -114,7 +116,7 @@ def _difference(comparison: Comparison, task: str, rate: float, names: Sequence[
     return traces, 0.0
 
 
-def _runs(comparison: Comparison, arm: str, rate: float) -> list[Any]:
+def _runs(comparison: ReportedComparison, arm: str, rate: float) -> list[Any]:
     return [r for r in comparison.results["runs"] if r["arm"] == arm and r["learning_rate"] == rate]
 
 

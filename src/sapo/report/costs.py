@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sapo.report.arms import Arm
 from sapo.report.figure import Figure, Panel, Trace
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 
 PHASES = ("generate", "score", "old_logprobs", "reference", "update", "diagnose", "evaluate", "checkpoint")
 
@@ -14,7 +14,7 @@ MOST_BARS = 12
 """Of single runs: the names of more cannot be read."""
 
 
-def phase_seconds(run: Run) -> dict[str, float]:
+def phase_seconds(run: ReportedRun) -> dict[str, float]:
     """Seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
 
     Parts of a phase, which a profile has beside it as "update/backward", are in it already.

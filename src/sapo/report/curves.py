@@ -12,10 +12,10 @@ from functools import partial
 
 from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
-from sapo.report.runs import MOST_POINTS, Run, thinned
+from sapo.report.runs import MOST_POINTS, ReportedRun, thinned
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]
-Reader = Callable[[Run], Series]
+Reader = Callable[[ReportedRun], Series]
 
 MOST_BANDS = 5
 """Arms on one pair of axes that have bands: those of more would hide each other. The seeds' lines stay."""
@@ -76,14 +76,14 @@ def step_panels(arms: Sequence[Arm], metric: str, y: str) -> list[Panel]:
     return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, lambda run: run.series(metric)))
 
 
-def evaluated(run: Run, metric: str, task: str | None = None) -> Series:
+def evaluated(run: ReportedRun, metric: str, task: str | None = None) -> Series:
     """A metric of the evaluations of a task; of the first when None."""
     records = [r for r in run.of_kind("eval") if metric in r]
     task = task or (records[0]["task"] if records else None)
     return thinned([(r["step"], r[metric]) for r in records if r["task"] == task])
 
 
-def pass_at_1(run: Run, task: str | None = None) -> Series:
+def pass_at_1(run: ReportedRun, task: str | None = None) -> Series:
     """Held-out pass@1 by step, under whichever name the evaluation gives it."""
     found = evaluated(run, "pass@1", task)
     if found[0]:

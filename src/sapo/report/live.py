@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sapo.report.assemble import Report, make_report
+from sapo.report.assemble import RunReport, make_report
 from sapo.report.page import write_page
 from sapo.report.runs import find_runs
 
@@ -26,16 +26,16 @@ def watch(
     *,
     tokens: int | None,
     should_stop: Callable[[], bool],
-    told: Callable[[Report], None] = lambda _: None,
+    on_report: Callable[[RunReport], None] = lambda _: None,
     wait: Callable[[float], None] = time.sleep,
     reload_every: float = RELOAD_EVERY,
-) -> Report:
+) -> RunReport:
     """Write the page when there is something new, until every run has ended or it is asked to stop.
 
     The last page that is written reloads itself no more: an open one that meets it comes to rest.
 
     Args:
-        told: of every report that was written.
+        on_report: of every report that was written.
         wait: sleeps for so many seconds.
 
     Raises:
@@ -50,7 +50,7 @@ def watch(
             report = make_report(paths, tokens=tokens)
             over = report.finished or should_stop()
             write_page(report, out, reload_every=None if over else reload_every)
-            told(report)
+            on_report(report)
             if over:
                 return report
             seen, took = now, time.monotonic() - started
@@ -61,7 +61,7 @@ def watch(
         if should_stop():
             report = make_report(paths, tokens=tokens)
             write_page(report, out)
-            told(report)
+            on_report(report)
             return report
 
 

@@ -10,7 +10,7 @@ from sapo.report.arms import Arm, flatten
 from sapo.report.curves import SEEDS, Series, arm_traces, pass_at_1, pass_panels, step_panels
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.gates import gates_figure
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.report.spread import MISSING, Spread, notes_of, source_of, spread_panels
 
 
@@ -135,7 +135,7 @@ def _tasks(arms: Sequence[Arm]) -> Figure:
     )
 
 
-def reward_of(run: Run, task: str) -> Series:
+def reward_of(run: ReportedRun, task: str) -> Series:
     """Training reward of one task."""
     return run.series(f"task/{task}/reward/mean")
 

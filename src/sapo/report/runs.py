@@ -25,10 +25,11 @@ MOST_POINTS = 1500
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run. Made by `read_run`.
 
-    >>> run = Run("q", Path("runs/q"), {"train": {"steps": 2}}, ({"kind": "step", "step": 1, "pass@1": 0.5},), None)
+    >>> step = {"kind": "step", "step": 1, "pass@1": 0.5}
+    >>> run = ReportedRun("q", Path("runs/q"), {"train": {"steps": 2}}, (step,), None)
     >>> run.series("pass@1")
     ((1,), (0.5,))
     >>> run.finished, run.steps
@@ -179,7 +180,7 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
     """The runs at these directories, with names that tell them apart.
 
     Raises:
@@ -190,7 +191,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [read_run(p, name if clear else str(p)) for p, name in zip(paths, names, strict=True)]
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> ReportedRun:
     """One run.
 
     Raises:
@@ -202,7 +203,7 @@ def read_run(path: Path, name: str) -> Run:
         raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("objective"), dict):
         raise ConfigError(f"{path / 'config.yaml'} must hold a run's settings with an objective; it does not")
-    return Run(name, path, settings, read_lines(path / "metrics.jsonl"), _read_summary(path / "summary.json"))
+    return ReportedRun(name, path, settings, read_lines(path / "metrics.jsonl"), _read_summary(path / "summary.json"))
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ import numpy as np
 from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import Dash, Figure, Mark, Panel, Trace, outline
 from sapo.report.gates import gate_curve, objective_of
-from sapo.report.runs import Run, read_lines
+from sapo.report.runs import ReportedRun, read_lines
 from sapo.workflows.comparing.plan import format_rate
 
 _STEPS = np.logspace(-4, 1, 41)
@@ -121,7 +121,7 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)] if most > 1 else list(items[-1:])
 
 
-def _add_rollouts(total: Spread, run: Run) -> None:
+def _add_rollouts(total: Spread, run: ReportedRun) -> None:
     import torch
 
     from sapo.objectives import gate_discrepancy, variance
@@ -150,7 +150,7 @@ def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
 
 
-def temperatures(run: Run) -> tuple[float, float]:
+def temperatures(run: ReportedRun) -> tuple[float, float]:
     """tau_pos and tau_neg of the run's objective; the paper's where it has none."""
     objective = run.settings["objective"]
     return float(objective.get("tau_pos", 1.0)), float(objective.get("tau_neg", 1.05))

@@ -8,15 +8,15 @@ from typing import Any
 
 from sapo.report.arms import Arm
 from sapo.report.costs import phase_seconds
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.utils.text import visible
 
 
 @dataclass(frozen=True)
-class Measured:
+class PassEstimate:
     """A pass@1 with its interval, at a step.
 
-    >>> Measured("add4", 0, 0.25, 0.2, 0.3).words
+    >>> PassEstimate("add4", 0, 0.25, 0.2, 0.3).words
     '0.250 [0.200, 0.300]'
     """
 
@@ -48,8 +48,8 @@ class RunLine:
     state: str
     steps: int
     planned: int | None
-    start: tuple[Measured, ...]
-    final: tuple[Measured, ...]
+    start: tuple[PassEstimate, ...]
+    final: tuple[PassEstimate, ...]
     tokens: int | None
     seconds: float | None
     reward: float | None
@@ -62,7 +62,7 @@ class RunLine:
         return asdict(self)
 
 
-def run_line(run: Run, arm: Arm) -> RunLine:
+def run_line(run: ReportedRun, arm: Arm) -> RunLine:
     """The row of a run."""
     steps = run.of_kind("step")
     tokens = (run.summary or {}).get("tokens", {}).get("generated")
@@ -87,14 +87,14 @@ def run_line(run: Run, arm: Arm) -> RunLine:
     )
 
 
-def _evaluations(run: Run) -> dict[str, list[Measured]]:
-    by_task: dict[str, list[Measured]] = {}
+def _evaluations(run: ReportedRun) -> dict[str, list[PassEstimate]]:
+    by_task: dict[str, list[PassEstimate]] = {}
     for record in run.of_kind("eval"):
         names = ["pass@1", *(k for k in record if k.startswith("mean@"))]
         name = next((n for n in names if n in record), None)
         if name is not None:
             low, high = record.get(f"{name}/low"), record.get(f"{name}/high")
-            measured = Measured(record["task"], record["step"], record[name], low, high)
+            measured = PassEstimate(record["task"], record["step"], record[name], low, high)
             by_task.setdefault(record["task"], []).append(measured)
     return by_task
 
@@ -148,7 +148,7 @@ def _pass_words(lines: Sequence[RunLine], task: str) -> str:
     return f"{start:.3f} → {sum(values) / len(values):.3f}{spread}{of} on {task}"
 
 
-def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def warnings_of(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """Every warning with its run, step and, where it has a name, its cause; first the runs that broke. A run that went
     back to a checkpoint says so after the warning that made it."""
     broken = [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 
 
 class TokenTexts:
@@ -18,7 +18,7 @@ class TokenTexts:
             none has, a token is shown by its number.
     """
 
-    def __init__(self, run: Run, others: Sequence[Run] = ()) -> None:
+    def __init__(self, run: ReportedRun, others: Sequence[ReportedRun] = ()) -> None:
         self._tokenizer: Any = None
         self.numbers_only = True
         alike = (other for other in others if _vocabulary(other) == _vocabulary(run))
@@ -47,12 +47,12 @@ class TokenTexts:
         return texts
 
 
-def _vocabulary(run: Run) -> tuple[Any, ...]:
+def _vocabulary(run: ReportedRun) -> tuple[Any, ...]:
     """What a run's tokenizer follows from: its model, and the tasks whose characters a cold start's tokenizer knows."""
     return tuple(run.setting(key) for key in ("model.path", "model.coldstart", "tasks"))
 
 
-def tokenizer_file(run: Run) -> Path | None:
+def tokenizer_file(run: ReportedRun) -> Path | None:
     """tokenizer.json of the newest checkpoint, or of the model the run began with where that is a directory."""
     directories = [*reversed(run.checkpoints)]
     if run.setting("model.path"):

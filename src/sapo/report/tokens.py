@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sapo.report.gates import objective_of
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.report.spread import evenly, is_off_policy, rollouts_of
 from sapo.report.texts import TokenTexts
 
@@ -71,7 +71,7 @@ class TokenView:
         return {**asdict(self), "chunks": [c.to_json() for c in self.chunks], "numbers_only": list(self.numbers_only)}
 
 
-def token_view(runs: Sequence[Run], budget: int | None = DEFAULT_TOKENS) -> TokenView:
+def token_view(runs: Sequence[ReportedRun], budget: int | None = DEFAULT_TOKENS) -> TokenView:
     """Logged steps of all runs: all of them, or as many, evenly spaced and the last first, as a page may hold.
 
     Args:
@@ -89,7 +89,7 @@ def token_view(runs: Sequence[Run], budget: int | None = DEFAULT_TOKENS) -> Toke
     return TokenView(tuple(chunks), sum(map(len, logged.values())), tuple(numbers_only))
 
 
-def _chunks(run: Run, place: int, files: dict[int, Any], texts: TokenTexts, share: int | None) -> list[Chunk]:
+def _chunks(run: ReportedRun, place: int, files: dict[int, Any], texts: TokenTexts, share: int | None) -> list[Chunk]:
     steps = list(files)
     if share is not None:
         last = _tokens_of(rollouts_of(files[steps[-1]]))
@@ -133,7 +133,7 @@ def pack(value: Any) -> str:
     return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 6, mtime=0)).decode("ascii")
 
 
-def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> dict[str, Any]:
+def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> dict[str, Any]:
     """A step as the page reads it: texts of tokens once each, and prompts with their samples.
 
     Prompts, samples and updates have the numbers of the file. A sample's lists have an entry for each token:
@@ -185,7 +185,7 @@ def number_in_step(prompt_id: Any) -> Any:
     return prompt_id & 0xFFFFFFFF if isinstance(prompt_id, int) else prompt_id
 
 
-def _judge(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _judge(run: ReportedRun, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was measured of each row's tokens, the slope of the run's own objective, and the verdicts of the others."""
     import torch
 

@@ -16,7 +16,7 @@ from sapo.report.arms import Arm
 from sapo.report.curves import Series, arm_traces, in_figure, rate_panels
 from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
 from sapo.report.gates import gate_curve, objective_of
-from sapo.report.runs import Run, thinned
+from sapo.report.runs import ReportedRun, thinned
 
 LAST_UPDATE = "Values of each step's last update, the farthest off policy, as logged."
 
@@ -146,7 +146,7 @@ def _above(trace: Trace, floor: float) -> Iterator[Trace]:
             stretch = []
 
 
-def _of_last_updates(run: Run, metric: str, lost: bool = False) -> Series:
+def _of_last_updates(run: ReportedRun, metric: str, lost: bool = False) -> Series:
     """A metric of the updates, or with `lost` what it lacks of 1."""
     return thinned([(r["step"], 1 - r[metric] if lost else r[metric]) for r in run.last_updates if metric in r])
 
@@ -177,7 +177,7 @@ def is_hard(arm: Arm) -> bool:
     """Whether the arm's gate is a clip: no weight but 1 and 0, and 0 somewhere.
 
     >>> from pathlib import Path
-    >>> is_hard(Arm("grpo", (Run("q", Path("q"), {"objective": {"name": "grpo"}}, (), None),)))
+    >>> is_hard(Arm("grpo", (ReportedRun("q", Path("q"), {"objective": {"name": "grpo"}}, (), None),)))
     True
     """
     objective = objective_of(arm.objective)

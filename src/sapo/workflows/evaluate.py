@@ -16,7 +16,7 @@ from sapo.config import PromptConfig, RolloutConfig
 from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
-from sapo.evaluation.examination import Keeper, Memory
+from sapo.evaluation.examination import InMemoryStore, ProgressStore
 from sapo.model.policy import Policy
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
@@ -32,10 +32,10 @@ that. The price is waiting for the last sequence of each chunk with part of the 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class EvaluationSettings:
     """How much is drawn, and how.
 
-    >>> Settings(samples=16, ks=(1, 4, 16)).problems
+    >>> EvaluationSettings(samples=16, ks=(1, 4, 16)).problems
     256
     """
 
@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model that is evaluated."""
 
     policy: Policy
@@ -69,7 +69,7 @@ class Subject:
     """Names its weights, wherever they lie."""
 
     @classmethod
-    def load(cls, model: str | Path | Policy, dtype: str | None = None, device: str = "auto") -> Subject:
+    def load(cls, model: str | Path | Policy, dtype: str | None = None, device: str = "auto") -> EvaluatedModel:
         """A model directory, or the newest whole checkpoint of a run.
 
         Args:
@@ -94,31 +94,31 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Order:
+class PlannedEvaluation:
     """A task to be evaluated on, as `evaluate` takes it in many arguments."""
 
     task: Task
     prompt_format: PromptFormat
-    settings: Settings
+    settings: EvaluationSettings
     task_about: Mapping[str, Any]
     """What the record says of the task."""
 
-    def carry_out(
+    def run(
         self,
-        subject: Subject,
+        subject: EvaluatedModel,
         prompts: Sequence[Prompt] | None = None,
         *,
         out: str | Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
-        tell: Callable[[str], None] = lambda text: None,
+        report: Callable[[str], None] = lambda text: None,
     ) -> Results:
         """Evaluate, or go on with what `out` keeps, and write what came of it there.
 
         Args:
             prompts: what `ask` made; it is asked here when None.
             on_progress: told the problems done, and all of them, as they are.
-            tell: told in words what `out` held already.
+            report: called with a sentence on what `out` held already.
 
         Raises:
             ConfigError: `out` holds another evaluation.
@@ -129,10 +129,10 @@ class Order:
         about = self._about(subject)
         machine = {**provenance(), "threads": torch.get_num_threads()}
         if out is None:
-            evaluation = self._evaluate(policy, prompts, Memory(), should_stop, on_progress)
+            evaluation = self._evaluate(policy, prompts, InMemoryStore(), should_stop, on_progress)
             return Results({**about, "machine": machine}, evaluation)
         with EvaluationStore(Path(out), self._asked(about, prompts), machine) as store:
-            _tell_of_what_is_there(store, len(prompts), machine, tell)
+            _report_kept_work(store, len(prompts), machine, report)
             torch.set_num_threads(store.machine["threads"])  # another count is another rounding
             evaluation = self._evaluate(policy, prompts, store, should_stop, on_progress)
             results = Results({**about, "machine": store.machine}, evaluation)
@@ -144,7 +144,7 @@ class Order:
         self,
         policy: Policy,
         prompts: Sequence[Prompt],
-        keeper: Keeper,
+        keeper: ProgressStore,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
     ) -> Evaluation:
@@ -184,7 +184,7 @@ class Order:
         params = self.settings.params
         return replace(params, stop_token_ids=params.stop_token_ids | policy.stop_token_ids)
 
-    def asked(self, subject: Subject, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def asked(self, subject: EvaluatedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """What names this evaluation to its directory."""
         return self._asked(self._about(subject), prompts)
 
@@ -205,7 +205,7 @@ class Order:
             )
         return prompts
 
-    def _about(self, subject: Subject) -> dict[str, Any]:
+    def _about(self, subject: EvaluatedModel) -> dict[str, Any]:
         sampling = asdict(self._params(subject.policy))
         return {
             "model": subject.about(),
@@ -269,7 +269,7 @@ def evaluate(
         ConfigError, ModelError, TaskError: it cannot be done as asked.
         Interrupted: `should_stop` said so; what `out` keeps is kept.
     """
-    settings = Settings(
+    settings = EvaluationSettings(
         problems=problems,
         samples=samples,
         ks=tuple(ks),
@@ -281,9 +281,9 @@ def evaluate(
     )
     if not isinstance(prompt_format, PromptFormat):
         prompt_format = PromptFormat.of(prompt_format or PromptConfig(), task)
-    subject = Subject.load(model, dtype, device)
-    order = Order(task, prompt_format, settings, {"name": task.name})
-    return order.carry_out(subject, out=out, should_stop=should_stop).evaluation
+    subject = EvaluatedModel.load(model, dtype, device)
+    planned = PlannedEvaluation(task, prompt_format, settings, {"name": task.name})
+    return planned.run(subject, out=out, should_stop=should_stop).evaluation
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
@@ -296,13 +296,13 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tell_of_what_is_there(
-    store: EvaluationStore, problems: int, machine: Mapping[str, Any], tell: Callable[[str], None]
+def _report_kept_work(
+    store: EvaluationStore, problems: int, machine: Mapping[str, Any], report: Callable[[str], None]
 ) -> None:
     if store.finished:
-        tell(f"{store.path} is finished already; its completions are counted again")
+        report(f"{store.path} is finished already; its completions are counted again")
     elif store.answered:
-        tell(f"{store.path} has {len(store.answered)} of {problems} problems already; going on")
+        report(f"{store.path} has {len(store.answered)} of {problems} problems already; going on")
     for key in DECIDING_BITS:
         if not store.finished and key in store.machine and store.machine[key] != machine[key]:
-            tell(f"{key}: {store.machine[key]} before, {machine[key]} now: it goes on, but not bit for bit")
+            report(f"{key}: {store.machine[key]} before, {machine[key]} now: it goes on, but not bit for bit")

@@ -20,7 +20,7 @@ from sapo.run.models import run_of
 from sapo.tasks import make_task
 from sapo.tasks.rows.reading import EXTENSIONS
 from sapo.utils.hashing import seed_for
-from sapo.workflows.evaluate import Order, Settings, Subject
+from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
 DEFAULT_SEED = 12345
 
@@ -29,7 +29,7 @@ DEFAULT_SEED = 12345
 _TEXTS = ("prompt.system", "prompt.template", "prompt.answer_template")
 
 
-def orders(
+def plan_evaluations(
     model: Path,
     tasks: Sequence[str],
     overrides: Sequence[str],
@@ -37,7 +37,7 @@ def orders(
     seed: int | None = None,
     threshold: float = 1.0,
     **given: Any,
-) -> list[Order]:
+) -> list[PlannedEvaluation]:
     """What a command asks for: the tasks named, or a run's own, each made and checked.
 
     Args:
@@ -45,8 +45,8 @@ def orders(
         tasks: names of TASKS, or files.
         overrides: `key=value`; those of `prompt.` say how questions are put, others are the tasks' own.
         seed: of the draws and of the choice of problems; both are then those of a run whose eval.seed it is.
-        given: of Settings and SamplingParams; None where nothing was said. A run's own stand in then; without a run
-            the best constant answer is judged, and no greedy completion drawn.
+        given: fields of EvaluationSettings and SamplingParams; None leaves the run's own value. Without a run the
+            defaults are used, and the best constant answer is judged.
 
     Raises:
         ConfigError, TaskError: what is wrong with it.
@@ -55,18 +55,21 @@ def orders(
     if tasks:
         seed = DEFAULT_SEED if seed is None else seed
         settings = _settings({"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given)
-        return [order_of_task(name, overrides, settings, seed) for name in tasks]
+        return [plan_task_evaluation(name, overrides, settings, seed) for name in tasks]
     run = run_of(model)
     if run is None:
         raise ConfigError(f"{model} is not a run directory, so it has no tasks of its own; name one with --task")
-    return orders_of_run(run, overrides, given, seed)
+    return plan_run_evaluations(run, overrides, given, seed)
 
 
-def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed: int = DEFAULT_SEED) -> Order:
+def plan_task_evaluation(
+    name: str, overrides: Sequence[str], settings: EvaluationSettings, seed: int = DEFAULT_SEED
+) -> PlannedEvaluation:
     """A task by its name, or a file, with its settings and those of its prompts.
 
-    >>> order = order_of_task("arithmetic", ["digits=2", "prompt.template={prompt} Answer:"], Settings())
-    >>> order.task.name, order.prompt_format.template
+    >>> overrides = ["digits=2", "prompt.template={prompt} Answer:"]
+    >>> planned = plan_task_evaluation("arithmetic", overrides, EvaluationSettings())
+    >>> planned.task.name, planned.prompt_format.template
     ('add2', '{prompt} Answer:')
 
     Raises:
@@ -78,9 +81,9 @@ def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed:
     return _order(name, options, seed, parse_prompt(prompt), settings)
 
 
-def orders_of_run(
+def plan_run_evaluations(
     run: Path, overrides: Sequence[str], given: Mapping[str, Any], seed: int | None = None
-) -> list[Order]:
+) -> list[PlannedEvaluation]:
     """The tasks of a run as it evaluates them itself, but for what is given.
 
     Raises:
@@ -120,13 +123,15 @@ def orders_of_run(
     ]
 
 
-def _order(kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: Settings) -> Order:
+def _order(
+    kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: EvaluationSettings
+) -> PlannedEvaluation:
     task = make_task(kind, seed=seed, **options)
     about = {"name": task.name, "kind": kind, "options": dict(options), "seed": seed}
-    return Order(task, PromptFormat.of(prompt, task), settings, about)
+    return PlannedEvaluation(task, PromptFormat.of(prompt, task), settings, about)
 
 
-def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> EvaluationSettings:
     """Settings and SamplingParams from their defaults and what is given for either."""
     names = {f.name for f in fields(SamplingParams)}
     try:
@@ -134,7 +139,7 @@ def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mappin
     except ValueError as error:
         name, _, rule = str(error).partition(" ")
         raise ConfigError(f"--{name.replace('_', '-')} {rule}") from error
-    return Settings(**{**own, **{k: v for k, v in given.items() if k not in names}}, params=params)
+    return EvaluationSettings(**{**own, **{k: v for k, v in given.items() if k not in names}}, params=params)
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,15 +163,21 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str,
     return options, prompt
 
 
-def place(
-    model: Path, subject: Subject, order: Order, prompts: Sequence[Prompt], out: Path | None, *, alone: bool
+def output_directory(
+    model: Path,
+    subject: EvaluatedModel,
+    planned: PlannedEvaluation,
+    prompts: Sequence[Prompt],
+    out: Path | None,
+    *,
+    alone: bool,
 ) -> tuple[Path, str | None]:
-    """The directory of an evaluation of `prompts`, which `order.ask` made, and what to tell of the choice.
+    """The directory of an evaluation of `prompts`, which `planned.ask` made, and what to tell of the choice.
 
     `out` is the user's and taken as it is, with a directory for each task below it where there are several. Without it
     the directory is evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
     """
-    task = re.sub(r"[^\w.-]+", "_", order.task.name)
+    task = re.sub(r"[^\w.-]+", "_", planned.task.name)
     if out is not None:
         return (out if alone else out / task), None
     run = run_of(model)
@@ -174,7 +185,7 @@ def place(
     if run is not None and run.resolve() != model.resolve():
         name = f"{run.resolve().name}-{name}"
     first = Path("evals") / f"{name}-{task}"
-    asked = order.asked(subject, prompts)
+    asked = planned.asked(subject, prompts)
     candidate, number, reason = first, 1, None
     while (found := difference(candidate, asked)) is not None:
         reason = reason or f"{first} holds {found}"

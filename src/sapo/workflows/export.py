@@ -33,11 +33,11 @@ LIMITS = """\
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint and the run it belongs to.
 
     >>> run = Path("runs/quickstart")
-    >>> Source(run, Checkpoint(run / "checkpoints" / "step-000250", 250, 0)).checkpoint.label
+    >>> ExportSource(run, Checkpoint(run / "checkpoints" / "step-000250", 250, 0)).checkpoint.label
     'step 250'
     """
 
@@ -45,7 +45,7 @@ class Source:
     checkpoint: Checkpoint
 
     @classmethod
-    def of(cls, path: Path) -> Source:
+    def of(cls, path: Path) -> ExportSource:
         """The newest whole checkpoint of a run directory, or the checkpoint itself.
 
         Raises:
@@ -72,7 +72,7 @@ class Source:
         return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")))
 
 
-def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> Source:
+def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> ExportSource:
     """Write a run's model as an ordinary Hugging Face directory: weights, config, tokenizer, generation config, card.
 
     Args:
@@ -89,7 +89,7 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
         raise ConfigError(f"{target} exists already and is not empty; name another directory")
     if dtype is not None and dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be float32 or bfloat16; got {dtype!r}")
-    source = Source.of(Path(path))
+    source = ExportSource.of(Path(path))
     config = source.config()
     policy = whole_policy(source, config)
     precision = dtype or config.model.dtype
@@ -101,14 +101,14 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
     return source
 
 
-def whole_policy(source: Source, config: RunConfig) -> Policy:
+def whole_policy(source: ExportSource, config: RunConfig) -> Policy:
     """The model of a checkpoint as one set of weights: what a run keeps apart from them is merged here."""
     trusted = config.model.trust_remote_code
     policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu", trust_remote_code=trusted)
     return policy if policy.adapter is None else Policy(merged(policy), policy.tokenizer, policy.source)
 
 
-def model_card(name: str, source: Source, config: RunConfig, policy: Policy, dtype: str) -> str:
+def model_card(name: str, source: ExportSource, config: RunConfig, policy: Policy, dtype: str) -> str:
     """README.md of an exported model, in the form of the hub's model cards."""
     state = source.checkpoint.state()
     tags = ["sapo", "reinforcement-learning", config.objective.name]
@@ -150,7 +150,7 @@ def _is_hub_id(path: str | None) -> bool:
     return not Path(path).exists()
 
 
-def _training(source: Source, config: RunConfig, state: dict[str, Any]) -> str:
+def _training(source: ExportSource, config: RunConfig, state: dict[str, Any]) -> str:
     done = source.checkpoint
     of = "" if done.step == config.train.steps and not done.update else f" of {config.train.steps}"
     rollout = config.rollout

@@ -51,7 +51,7 @@ from sapo.rollout.registry import make_engine, require
 from sapo.rollout.weights import loaded
 from sapo.tasks import score_groups
 from sapo.training.batch import pack
-from sapo.workflows.evaluate import Order
+from sapo.workflows.evaluate import PlannedEvaluation
 
 PARTS = 8
 """Parts of the prompts that the noise is measured by, where there are so many prompts."""
@@ -104,10 +104,10 @@ class Force:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class MismatchDiagnosis:
     """The mismatch of a sampler and what follows from it.
 
-    >>> Diagnosis("m", "float8_e4m3fn", "tensor", False, ("add4",), 64, 2000, 0.02, 0.3, 0.25, 0.1).verdict
+    >>> MismatchDiagnosis("m", "float8_e4m3fn", "tensor", False, ("add4",), 64, 2000, 0.02, 0.3, 0.25, 0.1).verdict
     'harmful to sharp clips'
     """
 
@@ -176,21 +176,21 @@ SYMMETRIC = "symmetric mask"
 
 def diagnose(
     policy: Policy,
-    orders: Sequence[Order],
+    evaluations: Sequence[PlannedEvaluation],
     rounding: Rounding,
     objectives: Mapping[str, Objective],
     *,
     name: str = "",
     tokens_per_microbatch: int = 4096,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Diagnosis:
+) -> MismatchDiagnosis:
     """Draw completions from rounded weights and measure what they would do to each objective.
 
     Memory: beside the policy, its rounded copy and activations, one gradient for each objective and four more.
 
     Args:
         policy: left as it was.
-        orders: which problems of which tasks, how many samples of each, and how they are drawn.
+        evaluations: which problems of which tasks, how many samples of each, and how they are drawn.
         objectives: by the name to show.
         name: how the record names the model.
         on_progress: told the parts measured, and all of them.
@@ -198,27 +198,27 @@ def diagnose(
     Raises:
         ConfigError: fewer than 2 problems or samples, or a sampler that is greedy.
     """
-    groups = [group for order in orders for group in _draw(policy, order, rounding)]
+    groups = [group for planned in evaluations for group in _draw(policy, planned, rounding)]
     if len(groups) < 2 or min(len(g.completions) for g in groups) < 2:
         raise ConfigError(
             f"a diagnosis needs 2 problems and 2 samples of each; got {len(groups)} and "
             f"{min(len(g.completions) for g in groups)}; raise --problems and --samples"
         )
     parts = [groups[i :: min(PARTS, len(groups))] for i in range(min(PARTS, len(groups)))]
-    [temperature] = {o.settings.params.temperature for o in orders}
-    measured = _Measured(policy, {**objectives, SYMMETRIC: SymmetricMask()}, temperature)
+    [temperature] = {e.settings.params.temperature for e in evaluations}
+    measured = _GradientSums(policy, {**objectives, SYMMETRIC: SymmetricMask()}, temperature)
     for done, part in enumerate(parts):
         on_progress(done, len(parts))
         measured.add(part, tokens_per_microbatch)
     on_progress(len(parts), len(parts))
     deviation_M = torch.cat(measured.log_ratios).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1().abs().sort().values
     rewards = [r for g in groups for r in g.rewards]
-    return Diagnosis(
+    return MismatchDiagnosis(
         model=name or policy.source,
         sampler_dtype=rounding.dtype,
         sampler_scaling=rounding.scaling if rounding.dtype != "bfloat16" else "none",
         sampler_vectors=rounding.vectors,
-        tasks=tuple(o.task.name for o in orders),
+        tasks=tuple(e.task.name for e in evaluations),
         completions=len(rewards),
         tokens=len(deviation_M),
         dose=deviation_M.mean().item(),
@@ -229,18 +229,18 @@ def diagnose(
     )
 
 
-def _draw(policy: Policy, order: Order, rounding: Rounding) -> list[Group]:
+def _draw(policy: Policy, planned: PlannedEvaluation, rounding: Rounding) -> list[Group]:
     """Scored groups of an order's problems, drawn from rounded weights."""
-    settings = order.settings
+    settings = planned.settings
     if settings.params.temperature == 0:
         raise ConfigError("a diagnosis needs a sampler that draws; got temperature 0; give --temperature 1")
     params = replace(settings.params, stop_token_ids=settings.params.stop_token_ids | policy.stop_token_ids)
-    prompts = order.ask(policy)
+    prompts = planned.ask(policy)
     require(settings.engine, "exact_logprobs", "a diagnosis", "give --engine local")
     weights = rounded_weights(policy.weights(), rounding)
     with closing(make_engine(policy, RolloutConfig(engine=settings.engine))) as engine, loaded(engine, weights, 0):
         drawn = engine.generate([Request(p, settings.samples) for p in prompts], params)
-    scored = score_groups([(order.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
+    scored = score_groups([(planned.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     groups = []
     for prompt, completions in zip(prompts, scored, strict=True):
         rewards = torch.tensor([c.score.reward for c in completions], dtype=torch.float64)
@@ -248,7 +248,7 @@ def _draw(policy: Policy, order: Order, rounding: Rounding) -> list[Group]:
     return groups
 
 
-class _Measured:
+class _GradientSums:
     """Sums over parts of the gradients of several coefficients on grad log pi, and the norms of each part's."""
 
     def __init__(self, policy: Policy, objectives: Mapping[str, Any], temperature: float) -> None:

@@ -13,12 +13,12 @@ from importlib import resources
 from pathlib import Path
 
 from sapo.errors import ConfigError
-from sapo.report.assemble import Report
+from sapo.report.assemble import RunReport
 from sapo.utils.files import write_whole
 from sapo.utils.html import content_security_policy, embedded, filled
 
 
-def write_page(report: Report, path: Path, *, reload_every: float | None = None) -> Path:
+def write_page(report: RunReport, path: Path, *, reload_every: float | None = None) -> Path:
     """Write the page, aside and renamed.
 
     Args:

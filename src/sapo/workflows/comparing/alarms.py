@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Alarms:
     """That have ended."""
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], task: str) -> Alarms:
+    def of(cls, outcomes: Sequence[RunOutcome], task: str) -> Alarms:
         """Count the runs that have ended and were evaluated on a task."""
         ended = [o for o in outcomes if o.ended and task in o.curves]
         collapsed = [o for o in ended if o.collapsed(task)]
@@ -134,11 +134,11 @@ class Alarms:
         }
 
 
-def _collapse(outcome: Outcome, task: str) -> Collapse:
+def _collapse(outcome: RunOutcome, task: str) -> Collapse:
     first = min(outcome.warnings, key=lambda w: w["step"], default=None)  # the first of equals
     seen = outcome.collapse_visible(task)
     return Collapse(outcome.name, seen, *((None, None) if first is None else (first["cause"], first["step"])))
 
 
-def _with(outcomes: Sequence[Outcome], cause: str) -> int:
+def _with(outcomes: Sequence[RunOutcome], cause: str) -> int:
     return sum(any(w["cause"] == cause for w in o.warnings) for o in outcomes)

@@ -22,9 +22,9 @@ from sapo.run.machine import resolve_device
 from sapo.run.preflight import load_tasks
 from sapo.workflows.coldstart import ColdStartProgress, coldstart_path, ensure_coldstart
 from sapo.workflows.comparing.directory import ComparisonDirectory, check_directory
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan, PlannedRun
-from sapo.workflows.comparing.processes import Event, Places, run_side_by_side
+from sapo.workflows.comparing.processes import Event, RunSlots, run_side_by_side
 from sapo.workflows.comparing.results import ComparisonResults
 from sapo.workflows.comparing.table import as_markdown
 
@@ -35,7 +35,7 @@ class ComparisonListener(Protocol):
     def coldstart(self, progress: ColdStartProgress) -> None:
         """An evaluation while a starting model is made."""
 
-    def runs(self, outcomes: Sequence[Outcome], places: Places) -> None:
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None:
         """The runs begin, or go on; what there is of them already."""
 
     def event(self, event: Event) -> None:
@@ -50,7 +50,7 @@ class Quiet:
 
     def coldstart(self, progress: ColdStartProgress) -> None: ...
 
-    def runs(self, outcomes: Sequence[Outcome], places: Places) -> None: ...
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None: ...
 
     def event(self, event: Event) -> None: ...
 
@@ -100,25 +100,25 @@ def compare(
     check_directory(path, plan)
     runs = plan.runs(path)
     # A comparison that is over is counted again even where its device or its data are gone.
-    places = None if all(Outcome.of(run).ended for run in runs) else find_places(plan.base, jobs)
-    if places is not None:
+    slots = None if all(RunOutcome.of(run).ended for run in runs) else find_slots(plan.base, jobs)
+    if slots is not None:
         _check_runs(runs)
     kept = ComparisonDirectory.open(path, plan)
     try:
         kept.wait_for_runs(should_stop, listener.note)
-        if places is None:
+        if slots is None:
             listener.note(f"all {len(runs)} runs have ended: nothing is run, the figures are counted again")
         else:
             _make_starts(runs, listener, should_stop)
-            _carry_out(runs, kept, places, listener, should_stop)
-        results = ComparisonResults.of(plan, [Outcome.of(run) for run in runs])
+            _execute_runs(runs, kept, slots, listener, should_stop)
+        results = ComparisonResults.of(plan, [RunOutcome.of(run) for run in runs])
         kept.write_results(results.to_json(), as_markdown(results))
         return ComparedRuns(path, results)
     finally:
         kept.close()
 
 
-def find_places(base: RunConfig, jobs: int | None = None) -> Places:
+def find_slots(base: RunConfig, jobs: int | None = None) -> RunSlots:
     """How many runs go side by side, and on which GPUs.
 
     Raises:
@@ -129,12 +129,12 @@ def find_places(base: RunConfig, jobs: int | None = None) -> Places:
     device = resolve_device(base.device)
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Places(jobs or max(1, cores // (base.threads or 1)))
+        return RunSlots(jobs or max(1, cores // (base.threads or 1)))
     if device != "cuda":  # one GPU was named: all runs are on it
-        return Places(jobs or 1)
+        return RunSlots(jobs or 1)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-    return Places(jobs or len(gpus), tuple(gpus))
+    return RunSlots(jobs or len(gpus), tuple(gpus))
 
 
 def _check_runs(runs: Sequence[PlannedRun]) -> None:
@@ -148,15 +148,15 @@ def _check_runs(runs: Sequence[PlannedRun]) -> None:
 def _make_starts(runs: Sequence[PlannedRun], listener: ComparisonListener, should_stop: Callable[[], bool]) -> None:
     """The cold start of all runs, made once: one for each model, where arms have models of their own."""
     torch.set_num_threads(runs[0].config.threads or 1)  # another count is another rounding, and another cold start
-    waiting = [run.config for run in runs if not Outcome.of(run).ended and run.config.model.coldstart is not None]
+    waiting = [run.config for run in runs if not RunOutcome.of(run).ended and run.config.model.coldstart is not None]
     for config in {coldstart_path(config): config for config in waiting}.values():
         ensure_coldstart(config, listener.coldstart, should_stop)
 
 
-def _carry_out(
+def _execute_runs(
     runs: Sequence[PlannedRun],
     kept: ComparisonDirectory,
-    places: Places,
+    slots: RunSlots,
     listener: ComparisonListener,
     should_stop: Callable[[], bool],
 ) -> None:
@@ -165,8 +165,8 @@ def _carry_out(
     Raises:
         ConfigError: a run was refused; the others were saved.
     """
-    outcomes = [Outcome.of(run) for run in runs]
-    listener.runs(outcomes, places)
+    outcomes = [RunOutcome.of(run) for run in runs]
+    listener.runs(outcomes, slots)
     refused: list[str] = []
 
     def hear(event: Event) -> None:
@@ -176,6 +176,6 @@ def _carry_out(
 
     waiting = [run for run, outcome in zip(runs, outcomes, strict=True) if not outcome.ended]
     assert kept.runs_lock is not None
-    run_side_by_side(waiting, places, kept.path / "logs", kept.runs_lock, hear, should_stop)
+    run_side_by_side(waiting, slots, kept.path / "logs", kept.runs_lock, hear, should_stop)
     if refused:
         raise ConfigError(refused[0])

@@ -68,7 +68,7 @@ class ComparisonDirectory:
         settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
         write_whole(self.path / COMPARISON_FILE, header + settings)
 
-    def wait_for_runs(self, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> None:
+    def wait_for_runs(self, should_stop: Callable[[], bool], report: Callable[[str], None]) -> None:
         """Wait until the processes that a killed comparison left behind have saved their runs.
 
         Raises:
@@ -80,7 +80,7 @@ class ComparisonDirectory:
                 self.runs_lock = lock_directory(self.path / "runs")
             except ConfigError:
                 if not told:
-                    tell("waiting for runs of an earlier process, which was killed, to save themselves")
+                    report("waiting for runs of an earlier process, which was killed, to save themselves")
                 told = True
                 if should_stop():
                     raise Interrupted from None

@@ -22,10 +22,10 @@ COLLAPSED_BELOW = 0.5
 
 
 @dataclass(frozen=True)
-class Look:
+class EvaluationPoint:
     """One evaluation of a run on one task.
 
-    >>> Look(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
+    >>> EvaluationPoint(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
     0.5
     """
 
@@ -49,27 +49,28 @@ class Look:
 class Curve:
     """The evaluations of a run on one task, from its start on.
 
-    >>> curve = Curve((Look(0, 1, (1, 0, 0, 0)), Look(10, 1, (1, 1, 1, 0)), Look(20, 1, (1, 0, 0, 0))))
+    >>> points = [EvaluationPoint(step, 1, right) for step, right in ((0, (1, 0, 0)), (10, (1, 1, 1)), (20, (1, 0, 0)))]
+    >>> curve = Curve(tuple(points))
     >>> curve.best.step, curve.collapsed
     (10, True)
     """
 
-    looks: tuple[Look, ...]
+    points: tuple[EvaluationPoint, ...]
 
     @property
-    def start(self) -> Look:
+    def start(self) -> EvaluationPoint:
         """Before the first step."""
-        return self.looks[0]
+        return self.points[0]
 
     @property
-    def final(self) -> Look:
+    def final(self) -> EvaluationPoint:
         """The last one made."""
-        return self.looks[-1]
+        return self.points[-1]
 
     @property
-    def best(self) -> Look:
+    def best(self) -> EvaluationPoint:
         """The highest pass@1, the first of equals: a maximum over the evaluations, and flattering."""
-        return max(self.looks, key=lambda look: look.pass_at_1)
+        return max(self.points, key=lambda point: point.pass_at_1)
 
     @property
     def collapsed(self) -> bool:
@@ -85,18 +86,18 @@ class Curve:
     def collapsed_since(self) -> int | None:
         """The step of the first evaluation from which on it was collapsed at every one; None unless it is."""
         since = None
-        for count in range(len(self.looks), 0, -1):
-            if not Curve(self.looks[:count]).collapsed:
+        for count in range(len(self.points), 0, -1):
+            if not Curve(self.points[:count]).collapsed:
                 break
-            since = self.looks[count - 1].step
+            since = self.points[count - 1].step
         return since
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """One run: how it ended, and its curve on each task.
 
-    `Outcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
+    `RunOutcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
     """
 
     name: str
@@ -123,7 +124,7 @@ class Outcome:
     """By phase; of a finished run."""
 
     @classmethod
-    def of(cls, run: PlannedRun) -> Outcome:
+    def of(cls, run: PlannedRun) -> RunOutcome:
         """Read a run, as far as it has come.
 
         Raises:
@@ -185,7 +186,7 @@ class Outcome:
                     "best": curve.best.pass_at_1,
                     "best_step": curve.best.step,
                     "collapsed": self.collapsed(task) if self.ended else None,
-                    "pass@1": [[look.step, look.pass_at_1] for look in curve.looks],
+                    "pass@1": [[point.step, point.pass_at_1] for point in curve.points],
                 }
                 for task, curve in self.curves.items()
             },
@@ -228,12 +229,12 @@ def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    looks: dict[str, list[Look]] = {}
+    points: dict[str, list[EvaluationPoint]] = {}
     for record in records:
         if record["kind"] == "eval" and "correct" in record:
-            look = Look(record["step"], record["samples"], tuple(record["correct"]))
-            looks.setdefault(record["task"], []).append(look)
-    return {task: Curve(tuple(of_task)) for task, of_task in looks.items()}
+            point = EvaluationPoint(record["step"], record["samples"], tuple(record["correct"]))
+            points.setdefault(record["task"], []).append(point)
+    return {task: Curve(tuple(of_task)) for task, of_task in points.items()}
 
 
 def _json(file: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Runs side by side: a process for each, as many at a time as there are places."""
+"""Runs side by side: a process for each, as many at a time as there are slots."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Places:
+class RunSlots:
     """Where runs go: so many at a time, on GPUs by turns when there are any."""
 
     count: int
     gpus: tuple[str, ...] = ()
 
-    def environment(self, place: int) -> dict[str, str]:
-        """Variables of a process in a place."""
-        return {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+    def environment(self, slot: int) -> dict[str, str]:
+        """Variables of a process in a slot."""
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
 
 
 def run_side_by_side(
     runs: Sequence[PlannedRun],
-    places: Places,
+    slots: RunSlots,
     logs: Path,
     lock: IO[str],
     on_event: Callable[[Event], None],
@@ -66,7 +66,7 @@ def run_side_by_side(
     Raises:
         RunProcessError: a process ended without saying how; the others were saved.
     """
-    waiting, free = deque(runs), list(range(places.count))[::-1]
+    waiting, free = deque(runs), list(range(slots.count))[::-1]
     at_work: dict[str, _RunProcess] = {}
     events: queue.Queue[Event] = queue.Queue()
     fault: str | None = None
@@ -75,16 +75,16 @@ def run_side_by_side(
         while at_work or (waiting and not stopping):
             while waiting and free and not stopping:
                 run = waiting.popleft()
-                place = free.pop()
+                slot = free.pop()
                 on_event(Event(run.name, "began"))
-                at_work[run.name] = _RunProcess(run, place, places.environment(place), logs, lock, events)
+                at_work[run.name] = _RunProcess(run, slot, slots.environment(slot), logs, lock, events)
             try:
                 event = events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 event = None
             if event is not None and event.kind == "left":
                 process = at_work.pop(event.run)
-                free.append(process.place)
+                free.append(process.slot)
                 if (explanation := process.fault()) is not None:
                     fault, stopping = fault or explanation, True
             elif event is not None:
@@ -109,14 +109,14 @@ class _RunProcess:
     def __init__(
         self,
         run: PlannedRun,
-        place: int,
+        slot: int,
         environment: Mapping[str, str],
         logs: Path,
         lock: IO[str],
         events: queue.Queue[Event],
     ) -> None:
         self.run = run
-        self.place = place
+        self.slot = slot
         self.log = logs / f"{run.name}.txt"
         self._ended_well = False
         threads = str(run.config.threads or 1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from sapo.evaluation.estimates import Estimate, bootstrap_crossed
 from sapo.workflows.comparing.alarms import Alarms
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan
 
 SCHEMA = "sapo.comparison_of_runs/1"
@@ -104,12 +104,12 @@ class ComparisonResults:
     """
 
     plan: ComparisonPlan
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RunOutcome, ...]
     cells: tuple[Cell, ...]
     tuned: tuple[Tuned, ...]
 
     @classmethod
-    def of(cls, plan: ComparisonPlan, outcomes: Sequence[Outcome]) -> ComparisonResults:
+    def of(cls, plan: ComparisonPlan, outcomes: Sequence[RunOutcome]) -> ComparisonResults:
         """Count what has ended; what has not is named, and left out of every figure."""
         tasks = list(dict.fromkeys(task for o in outcomes if o.ended for task in o.curves))
         cells = [
@@ -154,7 +154,9 @@ class ComparisonResults:
         }
 
 
-def _cell(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str, arm: str, learning_rate: float) -> Cell | None:
+def _cell(
+    plan: ComparisonPlan, outcomes: Sequence[RunOutcome], task: str, arm: str, learning_rate: float
+) -> Cell | None:
     runs = _ended(outcomes, task, arm, learning_rate)
     if not runs:
         return None
@@ -176,8 +178,8 @@ def _cell(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str, arm: str
     )
 
 
-def _tuned(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str) -> list[Tuned]:
-    best: dict[str, list[Outcome]] = {}
+def _tuned(plan: ComparisonPlan, outcomes: Sequence[RunOutcome], task: str) -> list[Tuned]:
+    best: dict[str, list[RunOutcome]] = {}
     for arm in plan.arms:
         tried = [runs for rate in plan.learning_rates if (runs := _ended(outcomes, task, arm, rate))]
         if tried:
@@ -195,11 +197,11 @@ def _tuned(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str) -> list
     ]
 
 
-def _ended(outcomes: Sequence[Outcome], task: str, arm: str, learning_rate: float) -> list[Outcome]:
+def _ended(outcomes: Sequence[RunOutcome], task: str, arm: str, learning_rate: float) -> list[RunOutcome]:
     return [o for o in outcomes if o.ended and o.arm == arm and o.learning_rate == learning_rate and task in o.curves]
 
 
-def _difference(runs: Sequence[Outcome], against: Sequence[Outcome], task: str) -> Estimate | None:
+def _difference(runs: Sequence[RunOutcome], against: Sequence[RunOutcome], task: str) -> Estimate | None:
     """Final less final, over the seeds that have ended in both."""
     other = {o.seed: o for o in against}
     pairs = [(r, other[r.seed]) for r in runs if r.seed in other]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sapo.evaluation.estimates import Estimate
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import format_rate
 from sapo.workflows.comparing.results import Cell, ComparisonResults
 
@@ -87,7 +87,7 @@ def tuned_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
 RUN_HEADINGS = ("run", "state", "start", "best (step)", "final", "collapsed", "tokens", "seconds")
 
 
-def run_rows(outcomes: Sequence[Outcome], task: str) -> list[tuple[str, ...]]:
+def run_rows(outcomes: Sequence[RunOutcome], task: str) -> list[tuple[str, ...]]:
     """One row for each run; what it has not is left empty."""
     rows: list[tuple[str, ...]] = []
     for run in outcomes:

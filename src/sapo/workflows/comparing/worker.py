@@ -80,7 +80,7 @@ class Reporter:
         self.send("resumed", step=checkpoint.step)
 
 
-def carry_out(config: RunConfig, listener: Listener, should_stop: Callable[[], bool]) -> Run:
+def execute(config: RunConfig, listener: Listener, should_stop: Callable[[], bool]) -> Run:
     """Begin a run, or take it up where it was killed or stopped.
 
     Raises:
@@ -118,7 +118,7 @@ def main() -> None:
     config = parse_recipe(json.loads(sys.stdin.readline()))
     reporter.watch_input()
     try:
-        run = carry_out(config, reporter, reporter.should_stop)
+        run = execute(config, reporter, reporter.should_stop)
     except UserError as error:
         reporter.send("refused", message=str(error))
     except (NonFiniteError, CollapseError) as error:  # a result of the comparison: the run is not tried again
