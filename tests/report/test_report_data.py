@@ -311,15 +311,15 @@ def test_of_a_hard_clip_the_share_of_tokens_it_clips_is_shown(tmp_path: Path) ->
         ("A > 0", (0.0, 0.02, 0.005, 0.03)),
         ("A ≤ 0", (0.1, 0.2, 0.3, 0.4)),
     ]
-    assert panel.y == "share of tokens, f' < 0.5"
+    assert panel.y == "gate weight below 1/2 (share of tokens)"
     assert "A hard clip weighs a token 1 or 0" in alone.caption
     write_run(tmp_path / "soft", records=with_updates(gate__p01_pos=[0.9] * 4, gate__p01_neg=[0.8] * 4))
     both = figures_of(make_report([tmp_path]))["low_weights"]
     assert [(p.title, p.y, [t.name for t in p.traces]) for p in both.panels] == [
-        ("A > 0", "1% quantile of the weight", ["SAPO"]),
-        ("A ≤ 0", "1% quantile of the weight", ["SAPO"]),
-        ("A > 0", "share of tokens, f' < 0.5", ["GRPO"]),
-        ("A ≤ 0", "share of tokens, f' < 0.5", ["GRPO"]),
+        ("A > 0", "1% quantile of the gate weight", ["SAPO"]),
+        ("A ≤ 0", "1% quantile of the gate weight", ["SAPO"]),
+        ("A > 0", "gate weight below 1/2 (share of tokens)", ["GRPO"]),
+        ("A ≤ 0", "gate weight below 1/2 (share of tokens)", ["GRPO"]),
     ]
     assert "A hard clip (GRPO) weighs" in both.caption
 

@@ -203,14 +203,18 @@ def _report_end(run: Any, stop: StopSignal) -> None:
         say(f"stopped at {run.stopped.checkpoint.label}, saved in {run.stopped.checkpoint.path}")
         say(f"next: sapo resume {run.directory}")
         raise typer.Exit(128 + (stop.received or signal.SIGINT))
+    from sapo.diagnostics.titles import metric_title
+
     summary = run.summary
     start, final = summary["start"], summary["final"]
     if start and final and "pass@1" in final:
-        say(f"held-out pass@1 {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {summary['steps']} steps")
+        say(
+            f"{metric_title('eval', 'pass@1').title} {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {summary['steps']} steps"
+        )
         if "greedy" in final:
             say(f"         greedy {start['greedy']:.3f} -> {final['greedy']:.3f}")
         if "constant" in final:
-            say(f"  best constant answer {final['constant']:.3f}, the same for every problem")
+            say(f"  best constant {final['constant']:.3f}, one answer for every problem")
     _report_seconds(run)
     model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
     rollouts = ", rollouts/" if run.config.log.rollouts_every else ""

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sapo.diagnostics.titles import metric_title
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan, format_rate
@@ -144,7 +145,8 @@ class ComparisonDisplay:
     def _table(self) -> Table:
         """A row for each arm at each learning rate, a column for each seed."""
         ended = sum(s.state in ("finished", "failed") for s in self._seen.values())
-        title = f"{ended} of {len(self._seen)} runs, {time.monotonic() - self._began:.0f} s; pass@1, step"
+        figure = metric_title("eval", "pass@1").title
+        title = f"{ended} of {len(self._seen)} runs, {time.monotonic() - self._began:.0f} s; {figure}, step"
         table = Table(title=title, title_justify="left")
         for column in ("arm", "lr", *(f"seed {seed}" for seed in self.plan.seeds)):
             table.add_column(column)

@@ -16,16 +16,18 @@ from rich.text import Text
 from sapo.config import RunConfig
 from sapo.config.summary import replay_sentence
 from sapo.data import Status
+from sapo.diagnostics.titles import metric_title
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.text import visible
 from sapo.workflows.coldstart import ColdStartProgress
 
 COLUMNS = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("pass@1", "pass@1", "{:.3f}"),
-    ("entropy", "update/entropy", "{:.3f}"),
-    ("EUR", "update/gate/eur", "{:.4f}"),
+    ("reward/mean", "{:.3f}"),
+    ("pass@1", "{:.3f}"),
+    ("update/entropy", "{:.3f}"),
+    ("update/gate/eur", "{:.4f}"),
 )
+"""Metrics of a step that the live display shows, and how."""
 
 
 class Display:
@@ -101,7 +103,11 @@ class Display:
                 f"{record['learning_rate_scale']:g} (rollback {record['rollbacks']})"
             )
         elif kind == "step" and self.console.is_terminal:
-            figures = [f"{name} {text.format(record[key])}" for name, key, text in COLUMNS if key in record]
+            figures = [
+                f"{metric_title('step', name).title} {text.format(record[name])}"
+                for name, text in COLUMNS
+                if name in record
+            ]
             if "tokens_per_second" in record["timing"]:
                 figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")
             self._show("training", record["step"], self.steps, "  ".join(figures))
@@ -159,14 +165,12 @@ class _TwoLines(Progress):
 def _evaluation_line(record: dict[str, Any]) -> str:
     """One evaluation in one line: pass@1 with its interval, and what was not simply right or wrong."""
     pass_at_1 = record[f"mean@{record['samples']}"]  # the same number, whichever k were asked for
-    line = f"step {record['step']}: held-out pass@1 {pass_at_1:.3f}"
+    line = f"step {record['step']}: {metric_title('eval', 'pass@1').title} {pass_at_1:.3f}"
     if "pass@1/low" in record:
         line += f" [{record['pass@1/low']:.3f}, {record['pass@1/high']:.3f}]"
     line += f" on {record['task']}, {record['problems']} x {record['samples']}"
     line += "".join(
-        f", {name} {record[key]:.3f}"
-        for name, key in (("greedy", "greedy"), ("best constant", "constant"))
-        if key in record
+        f", {metric_title('eval', name).title} {record[name]:.3f}" for name in ("greedy", "constant") if name in record
     )
     odd = [s for s in Status if s is not Status.SCORED and record[f"status/{s.value}"]]
     return line + "".join(f", {record[f'status/{s.value}']} {s.value.replace('_', ' ')}" for s in odd)

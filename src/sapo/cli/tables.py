@@ -17,6 +17,7 @@ from rich.text import Text
 
 from sapo.conformance.laws import LAWS
 from sapo.conformance.report import Report
+from sapo.diagnostics.titles import metric_title
 from sapo.evaluation.comparison import Comparison, Discordance
 from sapo.evaluation.estimates import Estimate
 from sapo.evaluation.figures import Evaluation, Slice
@@ -116,13 +117,15 @@ def evaluation_table(result: Evaluation) -> RenderableType:
             table.add_row(name, *_columns(estimate))
     if result.constant is not None:
         answer = visible(result.constant.answer.splitlines()[0][:24])
-        table.add_row("best constant", f"{result.constant.share:.3f}", escape(f"always {answer}"))
+        table.add_row(
+            metric_title("eval", "constant").title, f"{result.constant.share:.3f}", escape(f"always {answer}")
+        )
     table.add_section()
     total = result.problems * n
     for status, count in result.statuses.items():
         table.add_row(status.replace("_", " "), str(count), f"{count / total:.1%}")
     table.add_section()
-    table.add_row("mean length", f"{result.length_mean:.1f}", "tokens")
+    table.add_row(metric_title("eval", "length/mean").title, f"{result.length_mean:.1f}", "tokens")
     table.add_row("tokens", f"{result.tokens + result.greedy_tokens:,}", "")
     if result.tokens_per_second is not None:
         table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}", "")

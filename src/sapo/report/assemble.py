@@ -1,4 +1,5 @@
-"""A report from run directories: read, group, draw, tell. What the page and the images show."""
+"""Make a report from run directories: read runs, group them, draw figures, write the headlines. The page and the images
+show it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from sapo.report.weights import gate_figures
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that is shown. Made by `make_report`.
+    """Everything that a page and images show. Made by `make_report`.
 
     >>> RunReport("q", (), (), (), (), (), TokenView((), 0, ()), True).to_json()["title"]
     'q'
@@ -48,11 +49,11 @@ class RunReport:
 
     @property
     def figures(self) -> tuple[Figure, ...]:
-        """All, in the order of the page."""
+        """Return all figures, in the order of the page."""
         return (*(f for _, own in self.compared for f in own), *self.story, *self.paper)
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value; the token view's chunks are not in it, only what they are."""
+        """Return a JSON value. Of the token view it has the list of chunks, without their data."""
         return {
             "title": self.title,
             "headlines": list(self.headlines),
@@ -69,7 +70,7 @@ class RunReport:
 
 
 def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -> RunReport:
-    """Read runs, comparisons and directories of runs.
+    """Read runs, comparisons and directories of runs, and make their report.
 
     Args:
         paths: of runs, of comparisons, or of directories with runs in them.

@@ -1,4 +1,4 @@
-"""Comparisons as a report shows them: the figures of results.json, as they stand there, and what they say in words.
+"""Comparisons as a report shows them: the figures of results.json, as they stand there, and sentences on them.
 
 While runs go on there is no results.json yet, or one of an earlier stop: then what has ended is counted by
 `sapo.workflows.comparing`, which writes that file in the end.
@@ -41,19 +41,19 @@ class ReportedComparison:
 
     @property
     def tasks(self) -> list[str]:
-        """Those that any run that has ended was evaluated on."""
+        """Return the tasks that some run that has ended was evaluated on."""
         return list(dict.fromkeys(cell["task"] for cell in self.results["cells"]))
 
     def cells(self, task: str) -> list[Mapping[str, Any]]:
-        """Of a task: arms at learning rates, in the order of the plan."""
+        """Return the cells of a task, an arm at a learning rate each, in the order of the plan."""
         return [cell for cell in self.results["cells"] if cell["task"] == task]
 
     def state(self, run: Mapping[str, Any]) -> str:
-        """finished, failed, unfinished, or to come."""
+        """Return finished, failed, unfinished, or to come."""
         return "to come" if run["state"] == "unfinished" and run["name"] not in self.begun else str(run["state"])
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value: results.json with states of the runs as `state` has them and their warnings by cause."""
+        """Return a JSON value: results.json with the states that `state` gives and each run's warnings by cause."""
         runs = [
             {**run, "state": self.state(run), "warnings": _by_cause(run), "reason": visible(run.get("reason") or "")}
             for run in self.results["runs"]
@@ -69,7 +69,7 @@ class ReportedComparison:
 
 
 def find_comparisons(paths: Sequence[Path]) -> tuple[list[ReportedComparison], list[str]]:
-    """The comparisons among these paths, and a sentence for each that cannot be counted.
+    """Read the comparisons among these paths; return them with a sentence for each that cannot be evaluated.
 
     Raises:
         ConfigError: results.json of one is not what `sapo compare` writes.
@@ -85,11 +85,11 @@ def find_comparisons(paths: Sequence[Path]) -> tuple[list[ReportedComparison], l
 
 
 class UncountableError(ValueError):
-    """A comparison that has not ended, of a plan that this version does not know."""
+    """A comparison that has not ended and whose plan this version cannot read."""
 
 
 def read_comparison(path: Path) -> ReportedComparison:
-    """One comparison.
+    """Read one comparison.
 
     Raises:
         ConfigError: its results.json is not what `sapo compare` writes.
@@ -112,7 +112,7 @@ def read_comparison(path: Path) -> ReportedComparison:
 
 
 def count(path: Path) -> dict[str, Any]:
-    """What `sapo compare` would write of the runs that have ended.
+    """Compute what `sapo compare` would write of the runs that have ended.
 
     Raises:
         ConfigError: the plan or a run is of another version.
@@ -141,7 +141,7 @@ def _written(file: Path) -> dict[str, Any] | None:
 
 
 def _by_cause(run: Mapping[str, Any]) -> dict[str, int] | None:
-    """Early warnings of a run by cause; None where they were not counted."""
+    """Count the early warnings of a run by cause; None where results.json does not have them."""
     if run.get("warnings") is None:
         return None
     causes = [str(warning["cause"]) for warning in run["warnings"]]
@@ -149,7 +149,7 @@ def _by_cause(run: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def alarms_by_cause(comparison: ReportedComparison, task: str) -> list[dict[str, Any]]:
-    """Of each named cause: how many of the collapsed and of the healthy runs it warned of.
+    """Count, for each cause of early warnings, the collapsed and the healthy runs that had one.
 
     The counts of all causes together are `results["warnings"][task]`.
     """
@@ -171,7 +171,7 @@ def alarms_by_cause(comparison: ReportedComparison, task: str) -> list[dict[str,
 
 
 def words_of(comparison: ReportedComparison) -> list[str]:
-    """The comparison in sentences: what it consists of, and of each task what came out."""
+    """Write the comparison in sentences: its arms, rates and seeds, then the result on each task."""
     results = comparison.results
     states = [comparison.state(run) for run in results["runs"]]
     parts = [
@@ -226,7 +226,7 @@ def _words_of_task(comparison: ReportedComparison, task: str) -> list[str]:
 
 
 def _ends(estimate: Mapping[str, float]) -> str:
-    """Of an interval that excludes 0, by size."""
+    """Format the ends of an interval that excludes 0, by size."""
     low, high = sorted((abs(estimate["low"]), abs(estimate["high"])))
     return f"{low:.3f}, {high:.3f}"
 

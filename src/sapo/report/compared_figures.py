@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm
 from sapo.report.compared import ReportedComparison
-from sapo.report.curves import arm_traces, pass_traces
+from sapo.report.curves import HELD_OUT, arm_traces, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 from sapo.workflows.comparing.plan import format_rate
 
@@ -19,7 +20,7 @@ MOST_COLUMNS = 4
 
 
 def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], prefix: str = "compared") -> list[Figure]:
-    """Of one comparison.
+    """Make the figures of one comparison.
 
     Args:
         arms: those of its runs.
@@ -36,10 +37,11 @@ def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], pref
         differences = _panels(comparison, task, _difference, f"final pass@1 less that of {baseline}")
         if differences:
             figures.append(_figure(f"{key}-difference", f"Difference from {baseline}{of}", DIFFERENCE, differences))
-        curves = _curves(arms, "pass@1", partial(pass_traces, task=task))
-        figures += _by_arm(f"{key}-pass1", f"Held-out pass@1 by arm{of}", curves)
-    rewards = _curves(arms, "mean reward", _reward_traces)
-    return [*figures, *_by_arm(f"{prefix}-reward", "Training reward by arm", rewards)]
+        curves = _curves(arms, HELD_OUT.label, partial(pass_traces, task=task))
+        figures += _by_arm(f"{key}-pass1", f"{HELD_OUT.heading} by arm{of}", curves)
+    reward = metric_title("step", "reward/mean")
+    rewards = _curves(arms, reward.label, _reward_traces)
+    return [*figures, *_by_arm(f"{prefix}-reward", f"{reward.heading} by arm", rewards)]
 
 
 FINAL = (
@@ -67,7 +69,7 @@ Draw = Callable[[ReportedComparison, str, float, Sequence[str]], tuple[list[Trac
 
 
 def _panels(comparison: ReportedComparison, task: str, draw: Draw, x: str) -> list[Panel]:
-    """For each learning rate; a row for each arm."""
+    """Draw a panel for each learning rate, with a row for each arm."""
     names, rates = list(comparison.results["arms"]), comparison.results["learning_rates"]
     panels = []
     for rate in rates:
@@ -121,7 +123,7 @@ def _runs(comparison: ReportedComparison, arm: str, rate: float) -> list[Any]:
 
 
 def _final_of(run: Any, task: str) -> float | None:
-    """As it counts: 0 of a run that failed; None of one that has not ended."""
+    """Return the final pass@1 that counts: 0 of a run that failed, None of one that has not ended."""
     if run["state"] == "unfinished" or task not in run["tasks"]:
         return None
     return 0.0 if run["state"] == "failed" else float(run["tasks"][task]["final"])
@@ -146,7 +148,7 @@ def _reward_traces(arm: Arm, *, color: int | None = None, name: str = "") -> lis
 
 
 def _curves(arms: Sequence[Arm], y: str, draw: Callable[..., list[Trace]]) -> list[Panel]:
-    """Axes for each arm; where there are several learning rates, each has a colour."""
+    """Draw axes for each arm; several learning rates have a color each."""
     rates = list(dict.fromkeys(arm.rate for arm in arms))
     panels = []
     for name in dict.fromkeys(arm.name for arm in arms):

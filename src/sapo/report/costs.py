@@ -15,7 +15,7 @@ MOST_BARS = 12
 
 
 def phase_seconds(run: ReportedRun) -> dict[str, float]:
-    """Seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
+    """Return seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
 
     Parts of a phase, which a profile has beside it as "update/backward", are in it already.
     """
@@ -34,7 +34,7 @@ def phase_seconds(run: ReportedRun) -> dict[str, float]:
 
 
 def timing_figure(arms: Sequence[Arm]) -> Figure:
-    """Stacked bars: one for each run, or of many runs one for each arm."""
+    """Draw stacked bars of the phases: one for each run, or one for each arm where there are many runs."""
     runs = [run for arm in arms for run in arm.runs]
     by_run = {run.name: seconds for run in runs if (seconds := phase_seconds(run))}
     found = {phase for seconds in by_run.values() for phase in seconds}
@@ -55,7 +55,7 @@ def timing_figure(arms: Sequence[Arm]) -> Figure:
 
 
 def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each phase over the runs that have begun; of those without it 0 s."""
+    """Average each phase over the runs that have begun; a run without the phase counts as 0 s."""
     begun = [seconds for seconds in runs if seconds]
     phases = dict.fromkeys(phase for seconds in begun for phase in seconds)
     return {phase: sum(s.get(phase, 0.0) for s in begun) / len(begun) for phase in phases}

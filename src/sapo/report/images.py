@@ -1,4 +1,4 @@
-"""The figures as PNG and PDF in a style fit for a paper: the same data as on the page, drawn by matplotlib."""
+"""The figures as PNG and PDF in a style fit for a paper: the data of the page, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MOST_IN_LEGEND = 10
 
 
 def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
-    """KEY.png and KEY.pdf for every figure that was measured.
+    """Write KEY.png and KEY.pdf for every figure that was measured.
 
     Raises:
         ConfigError: matplotlib is not installed, or the directory cannot be written.
@@ -78,7 +78,7 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
 
 
 def draw(figure: Figure) -> Any:
-    """A matplotlib figure: its panels in one row, four of them in two."""
+    """Draw a figure by matplotlib: its panels in one row, four of them in two."""
     import matplotlib.pyplot as plt
 
     columns = figure.columns or (2 if len(figure.panels) == 4 else min(len(figure.panels), 3))
@@ -106,7 +106,7 @@ def draw(figure: Figure) -> Any:
 
 
 def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
-    """Name -> what stands for it: the first strong line, or whatever has the name."""
+    """Return name -> artist of the legend: the first strong line of that name, else whatever has it."""
     from matplotlib.lines import Line2D
 
     handles: dict[str, Any] = {}
@@ -194,12 +194,12 @@ def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: P
 
 
 def _plain(text: str) -> str:
-    """A name that somebody gave, without meaning to matplotlib: $ begins a formula, and a leading _ hides a legend."""
+    """Escape a name for matplotlib: $ begins a formula there, and a leading _ hides a legend."""
     return visible(text).replace("$", r"\$").lstrip("_") or "-"
 
 
 def _math(text: str) -> str:
-    """An axis of ours as a formula where it is one; else as text."""
+    """Return an axis label as a formula where it is one of ours, else as text."""
     known = {"Var_i": r"$\mathrm{Var}_i$", "D_i": "$D_i$", "r": "$r$", "value f(r)": "value $f(r)$"}
     known["weight f'(r)"] = "weight $f'(r)$"
     known["A > 0"], known["A ≤ 0"] = "$A > 0$", r"$A \leq 0$"

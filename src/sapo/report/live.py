@@ -1,4 +1,4 @@
-"""A report that is written anew while its runs go on."""
+"""A report that is written again while its runs go on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def watch(
     wait: Callable[[float], None] = time.sleep,
     reload_every: float = RELOAD_EVERY,
 ) -> RunReport:
-    """Write the page when there is something new, until every run has ended or it is asked to stop.
+    """Write the page whenever there is something new, until every run has ended or a stop is asked for.
 
     The last page that is written reloads itself no more: an open one that meets it comes to rest.
 
@@ -66,7 +66,7 @@ def watch(
 
 
 def fingerprint(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a run writes: size and time of its metrics and of how it ended, and how many steps are logged.
+    """Return what changes when a run writes: size and time of its metrics, summary, failure and rollouts.
 
     Raises:
         ConfigError: as `find_runs`.

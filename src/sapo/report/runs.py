@@ -1,4 +1,4 @@
-"""Run directories as a report reads them: settings, figures, rollouts; those of runs that go on, too.
+"""Run directories as a report reads them: settings, figures and rollouts, of runs under way too.
 
 Nothing is locked and nothing written. The settings are taken as they stand in config.yaml, so that a run of another
 version of the package can be reported.
@@ -47,7 +47,7 @@ class ReportedRun:
     """summary.json, once there is one."""
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Records of a kind, in the order they were written."""
+        """Return the records of a kind, in the order they were written."""
         return self._by_kind.get(kind, [])
 
     @cached_property
@@ -58,38 +58,38 @@ class ReportedRun:
         return kinds
 
     def series(self, metric: str, kind: str = "step") -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Steps and values of a metric, where it was logged; of a very long run every n-th (`MOST_POINTS`)."""
+        """Return steps and values of a metric where it was logged; every n-th of a very long run (`MOST_POINTS`)."""
         return thinned([(r["step"], r[metric]) for r in self.of_kind(kind) if metric in r])
 
     @cached_property
     def last_updates(self) -> list[dict[str, Any]]:
-        """Of each step the last update that moved the weights: the farthest off policy."""
+        """Return the last update of each step that moved the weights: the farthest off policy."""
         last = {r["step"]: r for r in self.of_kind("update") if not r.get("skipped")}
         return list(last.values())
 
     @property
     def steps(self) -> int:
-        """Whole steps done."""
+        """Return the number of whole steps done."""
         return max((r["step"] for r in self.of_kind("step")), default=0)
 
     @property
     def planned_steps(self) -> int | None:
-        """train.steps."""
+        """Return train.steps."""
         return self.setting("train.steps")
 
     @property
     def finished(self) -> bool:
-        """Whether it has made all its steps and said so."""
+        """Tell whether all steps are done and the summary is written."""
         return self.summary is not None and self.summary.get("steps") == self.planned_steps
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it: it is finished, or stopped itself."""
+        """Tell whether the run is over: finished, or stopped by itself."""
         return self.finished or self.failure is not None
 
     @property
     def failure(self) -> str | None:
-        """Why a run stopped itself, by its failure.json; None where it did not, or has ended since."""
+        """Return why a run stopped itself, from its failure.json; None where it did not, or finished since."""
         if self.finished:
             return None
         try:
@@ -99,7 +99,7 @@ class ReportedRun:
             return None
 
     def setting(self, key: str) -> Any:
-        """A dotted key of config.yaml; None where there is none."""
+        """Return a dotted key of config.yaml; None where there is none."""
         value: Any = self.settings
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -107,7 +107,7 @@ class ReportedRun:
 
     @property
     def is_mixture_of_experts(self) -> bool:
-        """By the cold start's architecture, or by the config.json of its newest checkpoint."""
+        """Tell it from the cold start's architecture, or from the config.json of the newest checkpoint."""
         if (architecture := self.setting("model.coldstart.architecture")) is not None:
             return "moe" in str(architecture)
         for checkpoint in reversed(self.checkpoints):
@@ -120,18 +120,18 @@ class ReportedRun:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Directories of checkpoints, the newest last."""
+        """Return the directories of checkpoints, the newest last."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
     @property
     def rollouts(self) -> dict[int, Path]:
-        """Step -> file of its completions."""
+        """Return step -> file of its completions."""
         files = sorted((self.path / "rollouts").glob("step-*.jsonl"))
         return {int(f.stem.removeprefix("step-")): f for f in files if f.stem.removeprefix("step-").isdigit()}
 
 
 def thinned(points: Sequence[tuple[int, Any]]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Points as x and y, every n-th and the last of them where there are too many."""
+    """Split points into x and y; where there are too many keep every n-th and the last."""
     every = -(-len(points) // MOST_POINTS) or 1
     kept = [*points[::every]]
     if points and (len(points) - 1) % every:
@@ -140,7 +140,8 @@ def thinned(points: Sequence[tuple[int, Any]]) -> tuple[tuple[int, ...], tuple[A
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories in the order given: a run itself, the runs of a comparison (DIR/runs/*), or those in a directory.
+    """Return run directories in the order given: a run itself, the runs of a comparison (DIR/runs/*), or those in a
+    directory.
 
     Raises:
         ConfigError: nothing is there, or no run is in it.
@@ -163,7 +164,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def to_come(paths: Sequence[Path]) -> int:
-    """Runs of comparisons among these paths that have not begun: their directories are not there yet."""
+    """Count the runs of comparisons among these paths that have no directory yet."""
     missing = 0
     for path in paths:
         try:
@@ -176,12 +177,12 @@ def to_come(paths: Sequence[Path]) -> int:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a run's."""
+    """Tell whether a directory is a run's."""
     return (path / "config.yaml").is_file()
 
 
 def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
-    """The runs at these directories, with names that tell them apart.
+    """Read the runs at these directories, under names that tell them apart.
 
     Raises:
         ConfigError: a file of one is not what a run writes.
@@ -192,7 +193,7 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 
 
 def read_run(path: Path, name: str) -> ReportedRun:
-    """One run.
+    """Read one run.
 
     Raises:
         ConfigError: a file of it is not what a run writes.
@@ -215,7 +216,7 @@ def _read_summary(file: Path) -> dict[str, Any] | None:
 
 
 def read_lines(file: Path) -> tuple[dict[str, Any], ...]:
-    """Records of a file of JSON lines; a last line that is being written is left for the next reading.
+    """Read the records of a file of JSON lines; a last line that is still being written is left out.
 
     Raises:
         ConfigError: another line is no record.

@@ -10,7 +10,7 @@ from sapo.report.runs import ReportedRun
 
 
 class TokenTexts:
-    """Token ids to texts that join to what the model wrote, special tokens by their names.
+    """Maps token ids to texts that join to what the model wrote; special tokens appear by name.
 
     Args:
         run: whose newest checkpoint, or model directory, has a tokenizer.json.
@@ -32,7 +32,8 @@ class TokenTexts:
             self._special = {i: t.content for i, t in added.items() if t.special}
 
     def of(self, token_ids: Sequence[int]) -> list[str]:
-        """One text per token. A token that ends in the middle of a character has none: the next has it whole."""
+        """Return one text for each token. A token that ends within a character has an empty one; the next has the
+        character."""
         if self._tokenizer is None:
             return [f"[{i}]" for i in token_ids]
         from tokenizers.decoders import DecodeStream
@@ -48,12 +49,12 @@ class TokenTexts:
 
 
 def _vocabulary(run: ReportedRun) -> tuple[Any, ...]:
-    """What a run's tokenizer follows from: its model, and the tasks whose characters a cold start's tokenizer knows."""
+    """Return what decides a run's tokenizer: its model, and the tasks whose characters a cold start's tokenizer has."""
     return tuple(run.setting(key) for key in ("model.path", "model.coldstart", "tasks"))
 
 
 def tokenizer_file(run: ReportedRun) -> Path | None:
-    """tokenizer.json of the newest checkpoint, or of the model the run began with where that is a directory."""
+    """Find tokenizer.json of the newest checkpoint, or of the starting model where that is a directory."""
     directories = [*reversed(run.checkpoints)]
     if run.setting("model.path"):
         directories.append(Path(str(run.setting("model.path"))))

@@ -1,4 +1,4 @@
-"""What the gate took: 1 - EUR by the sign of the advantage, its lowest weights, and what other gates would have taken.
+"""What the gate takes away: 1 - EUR by the sign of the advantage, the lowest weights, and what other gates would take.
 
 1 - EUR is the share of the gradient's weight that is lost. Gates differ by powers of ten there, so its axes are
 logarithmic, over the six decades below the largest value; what is less, 0 too, is a gap and counted in the caption.
@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm
 from sapo.report.curves import Series, arm_traces, in_figure, rate_panels
 from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
@@ -20,12 +21,12 @@ from sapo.report.runs import ReportedRun, thinned
 
 LAST_UPDATE = "Values of each step's last update, the farthest off policy, as logged."
 
-LOST = "1 - EUR"
+LOST = f"1 - {metric_title('update', 'gate/eur').label}"
 
 
 def gate_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """The share of the weight that is lost and the lower end of the gate weights, positive and negative advantages
-    apart; and the share that other gates would have lost."""
+    """Make the figures of the weight that is lost and of the lowest gate weights, by sign, and of what other gates
+    would have lost."""
     return [_lost(arms), _low_weights(arms), _counterfactuals(arms)]
 
 
@@ -50,7 +51,7 @@ NO_COUNTERFACTUALS = (
 
 
 def _counterfactuals(arms: Sequence[Arm]) -> Figure:
-    """What other gates would have lost of the same tokens: a line for each gate, axes for each arm that asked."""
+    """Draw what other gates would have lost of the same tokens: a line for each gate, axes for each arm."""
     key, title, prefix, ending = "counterfactual", "What other gates would have taken away", "counterfactual/", "/eur"
     asked = [
         (arm, dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix)))
@@ -83,7 +84,7 @@ DECADES = 6
 
 
 def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
-    """Panels of one logarithmic range, and a sentence on the values that it does not show: gaps in the lines.
+    """Give panels one logarithmic range; return them with a sentence on the values that become gaps.
 
     What stands alone between two gaps is a point. A band has a gap where it would reach below the range.
     """
@@ -102,7 +103,7 @@ def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
 
 
 def _unseen(panels: Sequence[Panel], floor: float) -> str:
-    """How many logged values are gaps, and which lines are nothing else."""
+    """Return how many logged values are gaps, and which lines are nothing but gaps."""
     lines = [(p, t) for p in panels for t in p.traces if t.kind == "line"]
     averaged = {(id(p), t.name) for p, t in lines if t.faint}
     logged = [(p, t) for p, t in lines if t.faint or (id(p), t.name) not in averaged]
@@ -125,7 +126,8 @@ def _unseen(panels: Sequence[Panel], floor: float) -> str:
 
 
 def _above(trace: Trace, floor: float) -> Iterator[Trace]:
-    """A line with gaps where it is below the floor, and what stands alone in it; of a band what lies above it whole."""
+    """Leave gaps where a line is below the floor, and make points of what stands alone; of a band keep what lies above
+    the floor."""
     if trace.kind != "band":
         y = tuple(v if v is not None and v >= floor else None for v in trace.y)
         if any(v is not None for v in y):
@@ -147,12 +149,12 @@ def _above(trace: Trace, floor: float) -> Iterator[Trace]:
 
 
 def _of_last_updates(run: ReportedRun, metric: str, lost: bool = False) -> Series:
-    """A metric of the updates, or with `lost` what it lacks of 1."""
+    """Return a metric of each step's last update, or with `lost` 1 less it."""
     return thinned([(r["step"], 1 - r[metric] if lost else r[metric]) for r in run.last_updates if metric in r])
 
 
 def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str, *, together: bool, lost: bool = False) -> list[Panel]:
-    """Each sign on axes of its own; or, of an arm that is shown alone, both together."""
+    """Draw each sign on axes of its own, or both together where one arm is shown alone."""
     if together:
         signs: dict[str, tuple[int, Dash]] = {"A > 0": (0, "solid"), "A ≤ 0": (1, "dash")}
         traces: list[Trace] = []
@@ -174,7 +176,7 @@ _PROBED = np.exp(np.linspace(-6.0, 6.0, 241))
 
 
 def is_hard(arm: Arm) -> bool:
-    """Whether the arm's gate is a clip: no weight but 1 and 0, and 0 somewhere.
+    """Tell whether the arm's gate is a clip: every weight is 1 or 0, and some are 0.
 
     >>> from pathlib import Path
     >>> is_hard(Arm("grpo", (ReportedRun("q", Path("q"), {"objective": {"name": "grpo"}}, (), None),)))
@@ -188,18 +190,18 @@ def is_hard(arm: Arm) -> bool:
 
 
 def _low_weights(arms: Sequence[Arm]) -> Figure:
-    """How low the gate goes: quantiles by sign of a soft gate, the smallest weight where they were not logged; and of a
-    hard clip, whose quantiles are 0 or 1, the share of tokens that it clips."""
+    """Draw how low the gate goes: quantiles by sign of a soft gate, or the smallest weight where these were not logged;
+    of a hard clip, whose quantiles are 0 or 1, the share of clipped tokens."""
     key, title, missing = "low_weights", "The gate's lowest weights", "no update logged its gate weights."
     hard = [arm for arm in arms if is_hard(arm)]
     clips = {arm.label for arm in hard}
     soft = [arm for arm in arms if arm.label not in clips]
     panels, captions = [], []
     together = len(arms) == 1
-    low, share = "1% quantile of the weight", "share of tokens, f' < 0.5"
+    low, share = (metric_title("update", name).label for name in ("gate/p01_pos", "gate/below_half"))
     if own := _by_sign(soft, {"pos": "gate/p01_pos", "neg": "gate/p01_neg"}, low, together=together):
         captions.append("One token in a hundred weighs less than the 1% quantile.")
-    elif own := _of_all(soft, "gate/min", "smallest gate weight"):
+    elif own := _of_all(soft, "gate/min", metric_title("update", "gate/min").label):
         captions.append("The smallest gate weight of any token; quantiles by sign were not logged.")
     panels += own
     own = _by_sign(hard, {"pos": "gate/below_half_pos", "neg": "gate/below_half_neg"}, share, together=together)
@@ -214,6 +216,6 @@ def _low_weights(arms: Sequence[Arm]) -> Figure:
 
 
 def _of_all(arms: Sequence[Arm], metric: str, y: str) -> list[Panel]:
-    """Over the tokens of both signs."""
+    """Draw a metric over the tokens of both signs."""
     read = partial(_of_last_updates, metric=metric)
     return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, read))

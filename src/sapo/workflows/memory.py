@@ -20,10 +20,8 @@ of them trained:
                         one more for each batch sampled ahead; with routing replay one byte (two above 256 experts)
                         for each expert of a token
 
-Activations are not derived from an architecture but measured on it: `measure_activations` runs the forward pass of
-training on a few tokens, counts the storages that autograd keeps, and solves for bytes per packed token, per query and
-key of the attention kernel, and per pair of them. They grow exactly so, since everything but attention works token by
-token. The baseline (interpreter, libraries, tokenizer, tasks) is measured in the process that asks.
+Activations are measured (activations.py). The baseline (interpreter, libraries, tokenizer, tasks) is measured in the
+process that asks.
 
 On a CPU a quarter is added to all beyond the baseline: glibc keeps freed blocks of up to 32 MiB and cannot always use
 them again. The share was measured, and `bench/memory.py` holds the whole against peaks of real runs (docs/memory.md).
@@ -33,19 +31,15 @@ Completions are taken at their full length and prompts as those of the first ste
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 
 from sapo.config import RunConfig
-from sapo.data import Completion, Group, PackedBatch, Prompt
-from sapo.model.attention import TreeLayout, gather_rows
+from sapo.data import Prompt
+from sapo.model.attention import TreeLayout
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import prefix_tree
@@ -53,7 +47,17 @@ from sapo.model.routing import Routers
 from sapo.rollout.local.cache import KVCache, cache_dtype
 from sapo.rollout.local.decoder import copied_bytes
 from sapo.rollout.local.engine import PREFILL_TOKENS
-from sapo.training.batch import MiniBatch, pack, split_minibatches
+from sapo.training.batch import split_minibatches
+from sapo.utils.machine import resident_bytes
+from sapo.workflows.activations import (
+    ActivationCost,
+    Counts,
+    full_length_group,
+    measure_activations,
+    pack_groups,
+    probe_batch,
+    run_forward,
+)
 
 PYTHON_BYTES_PER_TOKEN = 100
 """A token id and a log-probability as Python objects (28 and 24 bytes), their places in two tuples (16), and what is
@@ -70,55 +74,6 @@ SAMPLER_LOGITS_CUT = 6.5
 ALLOCATOR_SHARE = 0.25
 """What glibc holds back of all that is allocated and freed in an update: .19 to .34 of what lies beyond the baseline in
 five runs of two models (docs/memory.md)."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The size of a micro-batch, as memory sees it: a prompt of 3 tokens with two responses of 2 inputs each.
-
-    >>> Counts(tokens=7, queries=9, keys=15, pairs=45).tokens
-    7
-    """
-
-    tokens: int
-    """Packed tokens: no padding."""
-    queries: int
-    """Queries of the attention kernel, padding included."""
-    keys: int
-    """Keys, padding included; a prompt's count once for every segment that attends to them."""
-    pairs: int
-    """(query, key) rectangles."""
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Counts:
-        """The counts of a packed batch."""
-        sizes = [bucket.size for bucket in TreeLayout(batch.segments).buckets]
-        queries = sum(rows * q for rows, q, _ in sizes)
-        keys = sum(rows * k for rows, _, k in sizes)
-        return cls(batch.num_tokens, queries, keys, sum(rows * q * k for rows, q, k in sizes))
-
-
-@dataclass(frozen=True)
-class ActivationCost:
-    """Bytes that the backward pass needs, as the forward leaves them.
-
-    >>> cost = ActivationCost(per_token=100.0, per_query=8.0, per_key=16.0, per_pair=4.0, layers=2)
-    >>> cost.bytes(Counts(tokens=10, queries=12, keys=20, pairs=60))
-    1656.0
-    """
-
-    per_token: float
-    """All layers together, as everything here."""
-    per_query: float
-    per_key: float
-    per_pair: float
-    """The mask, and the scores where the attention kernel keeps them."""
-    layers: int
-
-    def bytes(self, counts: Counts) -> float:
-        """Bytes of a micro-batch of that size."""
-        coefficients = (self.per_token, self.per_query, self.per_key, self.per_pair)
-        return sum(c * n for c, n in zip(coefficients, astuple(counts), strict=True))
 
 
 @dataclass(frozen=True)
@@ -216,56 +171,6 @@ def baseline_bytes(*policies: Policy) -> int:
     return resident_bytes() - _bytes_of(weights)
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process, what the allocator holds back for later given back first."""
-    with suppress(OSError, AttributeError):  # with another C library the figure is an upper bound
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
-
-
-def measure_activations(policy: Policy, checkpointing: bool = False) -> ActivationCost:
-    """What autograd keeps of a forward pass of training, by the size of the micro-batch.
-
-    A few small micro-batches of different shapes are run and the storages kept for the backward pass are counted;
-    their sizes are linear in the four counts of `ActivationCost`.
-    """
-    shapes = [(1, 6, 2, 5), (1, 14, 2, 5), (1, 6, 2, 13), (1, 6, 6, 5), (2, 9, 3, 7), (3, 12, 2, 4)]
-    counts, kept = [], []
-    for prompts, prompt_tokens, samples, new_tokens in shapes:
-        batch = _probe(prompts, prompt_tokens, samples, new_tokens)
-        counts.append(astuple(Counts.of(batch)))
-        kept.append(kept_bytes(policy, batch, checkpointing))
-    solution, *_ = np.linalg.lstsq(np.array(counts, dtype=np.float64), np.array(kept, dtype=np.float64), rcond=None)
-    per_token, per_query, per_key, per_pair = (max(0.0, float(x)) for x in solution)
-    return ActivationCost(per_token, per_query, per_key, per_pair, layers=_num_layers(policy))
-
-
-def kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
-    """Bytes of the storages that a forward pass keeps for its backward pass, the weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # as it is, an operation that saves its own result would hold itself for ever
-
-    was_on = bool(getattr(policy.model, "is_gradient_checkpointing", False))
-    if checkpointing and not was_on:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.model.train(checkpointing)
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            hidden_NH = _run(policy, batch, TreeLayout(batch.segments, policy.device))
-            gather_rows(hidden_NH, batch.predictor_M.to(policy.device))
-    finally:
-        policy.model.eval()
-        if checkpointing and not was_on:
-            policy.model.gradient_checkpointing_disable()
-    return sum(kept.values())
-
-
 class _Update:
     """The largest mini-batch of a step in which every completion has its full length, and its largest micro-batch."""
 
@@ -273,7 +178,7 @@ class _Update:
         rollout, train = config.rollout, config.train
         groups = [full_length_group(p, rollout.samples_per_prompt, rollout.max_new_tokens) for p in prompts]
         minibatches = [
-            _pack(part, train.tokens_per_microbatch, rollout.max_new_tokens)
+            pack_groups(part, train.tokens_per_microbatch, rollout.max_new_tokens)
             for part in split_minibatches(groups, train.minibatches)
         ]
         kept = measure_activations(policy)
@@ -350,22 +255,6 @@ def _generate_parts(
     }
 
 
-def full_length_group(prompt: Prompt, samples: int, length: int) -> Group:
-    """A group whose completions have their full length and an advantage each, for its size alone."""
-    completion = Completion((0,) * length, (0.0,) * length, "length", "")
-    return Group(prompt, (completion,) * samples, tuple(1.0 if i % 2 else -1.0 for i in range(samples)))
-
-
-def _pack(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> MiniBatch:
-    return pack(
-        groups,
-        normalizer="sequence_mean",
-        tokens_per_microbatch=tokens_per_microbatch,
-        max_new_tokens=max_new_tokens,
-        include_all=True,
-    )
-
-
 def _chunk_bytes(policy: Policy, targets: int) -> int:
     vocabulary = policy.head_weight.shape[0]
     itemsize = policy.dtype.itemsize
@@ -383,28 +272,10 @@ def _cache_bytes_per_token(policy: Policy) -> int:
         itemsize = cache_dtype(key.dtype, key.device).itemsize
         sizes.append((key.numel() + value.numel()) * itemsize // key.shape[0])
 
-    batch = _probe(1, 2, 2, 2)
+    batch = probe_batch(1, 2, 2, 2)
     with torch.no_grad():
-        _run(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure))
+        run_forward(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure))
     return sum(sizes)
-
-
-def _probe(prompts: int, prompt_tokens: int, samples: int, new_tokens: int) -> PackedBatch:
-    """A small micro-batch of a given shape; its prompts differ in their first token, so they share no preamble."""
-    groups = [
-        full_length_group(Prompt(i, "probe", "", (i, *(0,) * (prompt_tokens - 1))), samples, new_tokens)
-        for i in range(prompts)
-    ]
-    return _pack(groups, 10**6, new_tokens).microbatches[0]
-
-
-def _run(policy: Policy, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
-    device = policy.device
-    return policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout)
-
-
-def _num_layers(policy: Policy) -> int:
-    return int(policy.model.config.get_text_config().num_hidden_layers)
 
 
 def _bytes_of(parameters: Sequence[torch.Tensor]) -> int:

@@ -19,7 +19,7 @@ from sapo.utils.html import content_security_policy, embedded, filled
 
 
 def write_page(report: RunReport, path: Path, *, reload_every: float | None = None) -> Path:
-    """Write the page, aside and renamed.
+    """Write the page, whole or not at all.
 
     Args:
         reload_every: seconds between the page's reloads of itself, while it is written anew; None for never.
@@ -51,7 +51,7 @@ def write_page(report: RunReport, path: Path, *, reload_every: float | None = No
 
 
 def plotly_script() -> str:
-    """Plotly's script, from its package.
+    """Return Plotly's script, from its package.
 
     Raises:
         ConfigError: it is not installed.
@@ -65,13 +65,13 @@ def plotly_script() -> str:
 
 
 def policy(scripts: list[str]) -> str:
-    """The content security policy: these scripts, styles of the page and of Plotly, images made in the page."""
+    """Return the content security policy: these scripts, styles of the page and of Plotly, images made in the page."""
     strict = content_security_policy(scripts, [])
     return strict.replace("style-src ", "style-src 'unsafe-inline'") + "; img-src data: blob:"
 
 
 def part(name: str) -> str:
-    """A file of the page as it is in the package."""
+    """Read a file of the page from the package."""
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
