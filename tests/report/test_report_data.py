@@ -285,7 +285,7 @@ def test_what_is_lost_is_on_a_log_axis_and_exact_zeros_are_gaps_and_counted(tmp_
     [panel] = figures["counterfactual"].panels
     assert [(t.name, t.y) for t in panel.traces if t.kind == "line"] == [("soft", (1 - 0.99, 1 - 0.999, None, 0.5))]
     assert "5 of 8 values are 0" in figures["counterfactual"].caption
-    assert "Nothing at all is drawn of never." in figures["counterfactual"].caption
+    assert "No value of never is drawn." in figures["counterfactual"].caption
 
 
 def test_a_band_that_would_reach_down_to_0_has_a_gap_there(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_run_that_went_back_says_so_after_the_warning_that_made_it(tmp_path: P
     back = {"kind": "rollback", "step": 3, "to": 1, "cause": "ratio_tail", "rollbacks": 1, "learning_rate_scale": 0.5}
     report = make_report([write_run(tmp_path / "a", records=[*step_records(4), warning, back])])
     assert [(w["cause"], w["step"]) for w in report.warnings] == [("ratio_tail", 3), ("rollback", 3)]
-    assert "went back to step 1 and goes on at 0.5 times the learning rate" in report.warnings[1]["text"]
+    assert "rollback to step 1, continued at 0.5 times the learning rate" in report.warnings[1]["text"]
     assert report.lines[0].warnings == 1
 
 

@@ -245,7 +245,7 @@ def test_the_place_is_free_or_holds_the_same_evaluation(tmp_path: Path, monkeypa
     directory, note = output_directory(model, subject, other, other_asked, None, alone=True)
     assert directory == Path("evals/model-add1-2")
     assert note == (
-        "evals/model-add1 holds another evaluation, with samples=1 where this one has 2; this one goes to "
+        "evals/model-add1 holds another evaluation, with samples=1 where this one has 2; this one is written to "
         "evals/model-add1-2"
     )
     assert output_directory(model, subject, other, other_asked, Path("mine"), alone=True) == (Path("mine"), None)

@@ -1,7 +1,7 @@
 """The words for metrics: one table that the report, the terminal and docs/metrics.md read.
 
-A metric has one name, that of metrics.jsonl; TensorBoard and the other loggers show it. Where a person reads words in its
-place, the words are these.
+A metric has one name, that of metrics.jsonl; TensorBoard and the other loggers show it. Where a person reads words in
+its place, the words are these.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import yaml
 from sapo.report.runs import ReportedRun
 from sapo.workflows.comparing.plan import format_rate
 
-# Where and how a run was made, not what it is.
+# Settings of where and how a run was made. They do not identify it.
 BESIDE_THE_POINT = (
     *("seed", "run_dir", "threads", "device", "provenance"),
     *("log", "checkpoint", "eval", "diagnostics", "profile"),
@@ -34,11 +34,11 @@ SHORT = {
     "train.steps": "steps",
     "model.path": "",
 }
-"""How settings are called in a label; an empty one leaves its value to speak for itself."""
+"""Short names of settings in a label; an empty name shows the value alone."""
 
 MOST_IN_A_LABEL = 3
 
-# Sections that are told by one of their settings: the others follow from it, or are told by the run's name.
+# Sections that one of their settings identifies: the others follow from it, or the run's name has them.
 TOLD_BY = {"model.coldstart.": "model.coldstart.architecture"}
 
 
@@ -55,11 +55,11 @@ class Arm:
     label: str
     runs: tuple[ReportedRun, ...]
     color: int = 0
-    """Which of the palette."""
+    """Index into the palette."""
     rate: str = ""
-    """Its learning rate, in a comparison of several: the axes it is drawn on."""
+    """Its learning rate, where a comparison has several: each rate has axes of its own."""
     legend: str = ""
-    """What a figure calls it, where that is shorter than its label."""
+    """Its name in figures, where that is shorter than its label."""
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[Arm]:
     if None not in compared and len({of[0] for of in compared if of is not None}) == 1:
         return _of_comparison(list(groups.values()))
     flat = [flatten(members[0].settings) for members in groups.values()]
-    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective's name tells it
+    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective's name has it
     labels = [_label(members[0], own, differing) for members, own in zip(groups.values(), flat, strict=True)]
     if any(len(_told(own, differing)) > MOST_IN_A_LABEL for own in flat):
         labels = [
@@ -104,7 +104,7 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[Arm]:
 
 
 def _of_comparison(groups: Sequence[list[ReportedRun]]) -> list[Arm]:
-    """Make the arms of one comparison: a color for each arm, axes for each learning rate."""
+    """Make the arms of one comparison: a colour for each arm, axes for each learning rate."""
     found = [(of, members) for members in groups if (of := _in_comparison(members[0])) is not None]
     planned, rates = plan_of(found[0][0][0])
     planned += sorted({arm for (_, arm, _), _ in found} - set(planned))
@@ -212,7 +212,7 @@ def _told(flat: dict[str, Any], differing: Sequence[str]) -> list[str]:
     for section, key in TOLD_BY.items():
         own = [k for k in own if not k.startswith(section) or k == key or key not in differing]
     own = [k for k in own if not k.startswith("tasks.")]
-    # Temperatures and rates first: they are what one compares.
+    # Temperatures and rates first: they are compared the most.
     own.sort(key=lambda k: (not k.startswith("objective."), k != "train.learning_rate", not k.startswith("model.")))
     return own + ["tasks"] * any(k.startswith("tasks.") for k in differing)
 

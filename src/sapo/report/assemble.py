@@ -39,13 +39,13 @@ class RunReport:
     warnings: tuple[dict[str, Any], ...]
     tokens: TokenView
     finished: bool
-    """Whether nothing more is to come: every run has ended, and no run of a comparison is still to begin."""
+    """True when every run has ended and no run of a comparison is still to begin."""
     compared: tuple[tuple[ReportedComparison, tuple[Figure, ...]], ...] = ()
     """Comparisons among the paths, with their figures."""
     problems: tuple[str, ...] = ()
-    """What could not be shown."""
+    """Sentences on what could not be shown."""
     colors: tuple[int, ...] = ()
-    """Of the arms in the figures: one for each headline."""
+    """Colour of the arm of each headline, as an index into the palette."""
 
     @property
     def figures(self) -> tuple[Figure, ...]:

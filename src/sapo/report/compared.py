@@ -1,7 +1,7 @@
 """Comparisons as a report shows them: the figures of results.json, as they stand there, and sentences on them.
 
-While runs go on there is no results.json yet, or one of an earlier stop: then what has ended is counted by
-`sapo.workflows.comparing`, which writes that file in the end.
+While runs are under way there is no results.json yet, or one of an earlier stop. Then `sapo.workflows.comparing`, which
+writes that file at the end, computes the figures of the runs that have ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sapo.utils.text import visible
 from sapo.workflows.comparing.plan import format_rate
 
 FEW_SEEDS = 5
-"""Below so many, intervals over seeds are too narrow to conclude from."""
+"""With fewer seeds than this, intervals over seeds are too narrow to conclude from."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class ReportedComparison:
     name: str
     path: Path
     results: Mapping[str, Any]
-    """What results.json holds."""
+    """Content of results.json."""
     source: str
-    """results.json, or that it was counted now."""
+    """Where the figures come from: results.json, or the runs that have ended so far."""
     begun: tuple[str, ...]
     """Names of the runs that have directories."""
 
@@ -106,7 +106,7 @@ def read_comparison(path: Path) -> ReportedComparison:
         if written is not None:
             return ReportedComparison(name, path, written, "results.json, of an earlier stop", begun)
         raise UncountableError(
-            f"The comparison {name} cannot be counted, and its runs are shown without a table: "
+            f"The figures of the comparison {name} cannot be computed, so its runs are shown without a table: "
             f"{visible(str(error).splitlines()[0])}"
         ) from error
 

@@ -14,7 +14,7 @@ from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 from sapo.workflows.comparing.plan import format_rate
 
 SEED_ABOVE = -0.22
-"""Seeds lie above the interval of their arm, by this share of a row."""
+"""How far the points of seeds lie above their arm's interval, as a share of a row."""
 
 MOST_COLUMNS = 4
 
@@ -65,7 +65,7 @@ def _figure(key: str, title: str, caption: str, panels: Sequence[Panel]) -> Figu
 
 
 Draw = Callable[[ReportedComparison, str, float, Sequence[str]], tuple[list[Trace], float]]
-"""Traces at one learning rate, and where the dotted line lies."""
+"""Returns the traces at one learning rate, and the place of the dotted line."""
 
 
 def _panels(comparison: ReportedComparison, task: str, draw: Draw, x: str) -> list[Panel]:
@@ -148,7 +148,7 @@ def _reward_traces(arm: Arm, *, color: int | None = None, name: str = "") -> lis
 
 
 def _curves(arms: Sequence[Arm], y: str, draw: Callable[..., list[Trace]]) -> list[Panel]:
-    """Draw axes for each arm; several learning rates have a color each."""
+    """Draw axes for each arm; several learning rates have a colour each."""
     rates = list(dict.fromkeys(arm.rate for arm in arms))
     panels = []
     for name in dict.fromkeys(arm.name for arm in arms):

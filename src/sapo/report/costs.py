@@ -11,13 +11,13 @@ from sapo.report.runs import ReportedRun
 PHASES = ("generate", "score", "old_logprobs", "reference", "update", "diagnose", "evaluate", "checkpoint")
 
 MOST_BARS = 12
-"""Of single runs: the names of more cannot be read."""
+"""Largest number of runs with a bar each: the names of more bars cannot be read."""
 
 
 def phase_seconds(run: ReportedRun) -> dict[str, float]:
     """Return seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
 
-    Parts of a phase, which a profile has beside it as "update/backward", are in it already.
+    The parts of a phase that a profile adds, such as "update/backward", are in the phase already.
     """
     if run.summary is not None and isinstance(run.summary.get("seconds"), dict):
         return {k: v for k, v in run.summary["seconds"].items() if k != "total" and "/" not in k}
@@ -26,7 +26,7 @@ def phase_seconds(run: ReportedRun) -> dict[str, float]:
         for phase, value in record.get("timing", {}).items():
             if phase not in ("seconds", "tokens_per_second") and "/" not in phase:
                 seconds[phase] = seconds.get(phase, 0.0) + value
-    # What a step's line does not know yet: the evaluations since.
+    # Evaluations since the last step's line are not in it yet.
     logged = sum(r.get("timing", {}).get("seconds", 0.0) for r in run.of_kind("eval"))
     if logged > seconds.get("evaluate", 0.0):
         seconds["evaluate"] = logged

@@ -21,7 +21,7 @@ Reader = Callable[[ReportedRun], Series]
 HELD_OUT = metric_title("eval", "pass@1")
 
 MOST_BANDS = 5
-"""Arms on one pair of axes that have bands: those of more would hide each other. The seeds' lines stay."""
+"""Largest number of arms with bands on one pair of axes: more bands would hide each other. The seeds' lines stay."""
 
 SEEDS = (
     "Several seeds of an arm: the mean in a band from the lowest to the highest, each seed a thin line"
@@ -46,7 +46,7 @@ def arm_traces(
     for _, x, y in measured:
         for at, value in zip(x, y, strict=True):
             values.setdefault(at, []).append(value)
-    # Where a seed is not yet, a mean would be that of other seeds: the line ends with the slowest.
+    # The mean ends with the slowest seed: beyond it, it would be a mean of other seeds.
     common = sorted(at for at, found in values.items() if len(found) == len(measured))
     low, high = (tuple(pick(values[at]) for at in common) for pick in (min, max))
     mean = tuple(sum(values[at]) / len(values[at]) for at in common)

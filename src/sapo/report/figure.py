@@ -30,11 +30,11 @@ class Trace:
     """None leaves a gap. A band has `low` and `high` instead."""
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-    """Edges of a band; for intervals, which lie along x, the ends of each."""
+    """Edges of a band, or the ends of intervals, which lie along x."""
     name: str = ""
     """Traces of one name are shown and hidden together; the legend has each name once."""
     color: int = 0
-    """Which of the palette; -1 is the colour of text."""
+    """Index into the palette; -1 is the colour of text."""
     dash: Dash = "solid"
     faint: bool = False
     """A line in the background: one seed of several."""
@@ -42,11 +42,11 @@ class Trace:
     second: bool = False
     """On the axis at the right."""
     hover: str = ""
-    """What a point says beside its numbers."""
+    """Text that a point shows beside its numbers."""
     hovers: tuple[str, ...] = ()
-    """What each point says, where they differ."""
+    """Text of each point, where the points differ."""
     crossed: bool = False
-    """Points that stand for no measurement: crosses."""
+    """True for points that stand for no measurement: they are drawn as crosses."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value without the fields that have their defaults."""
@@ -83,13 +83,13 @@ class Panel:
     traces: tuple[Trace, ...]
     title: str = ""
     second: str = ""
-    """Name of the axis at the right, where there is one: it goes from 0 to a little above its largest value."""
+    """Name of the axis at the right, where there is one. The axis goes from 0 to a little above its largest value."""
     x_log: bool = False
     y_log: bool = False
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     y_names: tuple[str, ...] = ()
-    """What stands at y = 0, 1, ... from the top down, in place of numbers."""
+    """Names at y = 0, 1, ... from the top down, in place of numbers."""
     marks: tuple[Mark, ...] = ()
     stacked: bool = False
 
@@ -115,11 +115,11 @@ class Figure:
     caption: str = ""
     panels: tuple[Panel, ...] = ()
     missing: str = ""
-    """Why there is nothing to show, and how to have it measured; empty where there are panels."""
+    """Why there is nothing to show, and how to measure it; empty where there are panels."""
     wide: bool = False
-    """Whether it takes the whole width of the page."""
+    """True if it takes the whole width of the page."""
     columns: int = 0
-    """Panels beside each other; 0 leaves it to who draws."""
+    """Panels beside each other; 0 leaves the choice to the page or the image."""
 
     def __post_init__(self) -> None:
         assert bool(self.panels) != bool(self.missing), f"{self.key} has panels or says why not"

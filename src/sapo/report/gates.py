@@ -20,7 +20,7 @@ SHOWN: tuple[tuple[str, str, dict[str, Any], Dash], ...] = (
     ("SAPO, tau 10 / 10.5", "sapo", {"tau_pos": 10.0, "tau_neg": 10.5}, "dash"),
 )
 
-# The edges of both bands among the points, from both sides, so that a step is drawn where it is.
+# The edges of both clipping bands are among the points, from both sides, so that a step is drawn where it is.
 _EDGES = (1 - 0.2, 1 + 0.27, 1 - 3e-4, 1 + 4e-4)
 RATIOS = np.unique(np.concatenate([np.linspace(0.0, 4.0, 161)[1:], _EDGES, np.array(_EDGES) * (1 + 1e-6)]))
 

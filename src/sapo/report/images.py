@@ -13,7 +13,7 @@ from sapo.report.figure import Figure, Panel, Trace
 from sapo.utils.text import visible
 
 PALETTE = ("#0b62b0", "#c9550a", "#0a7d5c", "#8a3f9e", "#9a7400", "#2f87b3", "#b5305c", "#5b6470", "#5c771c", "#7a4b2a")
-"""The page's, in the light."""
+"""The colours of the page in its light theme."""
 
 STYLE: dict[str, Any] = {
     "font.family": "serif",
@@ -68,7 +68,7 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
                 drawn = draw(figure)
                 for ending in ("png", "pdf"):
                     file = directory / f"{figure.key}.{ending}"
-                    # Without a date the same figure is the same file.
+                    # Without a date the same figure gives the same file.
                     drawn.savefig(file, metadata={"CreationDate": None} if ending == "pdf" else None)
                     written.append(file)
                 plt.close(drawn)
@@ -94,7 +94,7 @@ def draw(figure: Figure) -> Any:
     for place in list(axes.flat)[len(figure.panels) :]:
         place.set_axis_off()
     handles = _legend(figure, axes)
-    # Names of rows, or titles of panels, say it already.
+    # Names of rows, or titles of panels, have the names already.
     said = all(p.y_names or {t.name for t in p.traces} == {p.title} for p in figure.panels)
     if len(handles) > 1 and not said:
         per_row = max(1, min(len(handles), 2 * columns))
@@ -123,7 +123,7 @@ def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
     for trace in (t for panel in figure.panels for t in panel.traces):
         colors.setdefault(trace.name, set()).add(trace.color)
     for name, artist in handles.items():
-        # A dash that stands for lines of several colours has none of them.
+        # A dash that stands for lines of several colours is drawn in grey.
         if len(colors[name]) > 1 and hasattr(artist, "get_linestyle"):
             handles[name] = Line2D([], [], color="0.35", linestyle=artist.get_linestyle(), linewidth=1.2)
     return dict(list(handles.items())[:MOST_IN_LEGEND])
@@ -151,7 +151,7 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.set_ylim(len(panel.y_names) - 0.5, -0.6)
     if right is not None:
         for own in (axes, right):
-            own.margins(x=0)  # a gate goes on to the end of the axis
+            own.margins(x=0)  # a gate reaches to the end of the axis
         right.set_ylabel(_math(panel.second))
         right.set_ylim(0, right.get_ylim()[1] * 1.02)
         right.grid(False)

@@ -17,7 +17,7 @@ RELOAD_EVERY = 10.0
 """Seconds between the page's own reloads."""
 
 REST = 4.0
-"""Of the time since the last writing: a report takes at most a fifth of a core, however many runs it has."""
+"""Rest after a report, in multiples of the time it took: a report takes at most a fifth of a core."""
 
 
 def watch(
@@ -32,10 +32,10 @@ def watch(
 ) -> RunReport:
     """Write the page whenever there is something new, until every run has ended or a stop is asked for.
 
-    The last page that is written reloads itself no more: an open one that meets it comes to rest.
+    The last page does not reload itself: a browser that loads it stops reloading.
 
     Args:
-        on_report: of every report that was written.
+        on_report: called with every report that was written.
         wait: sleeps for so many seconds.
 
     Raises:

@@ -39,7 +39,7 @@ def _spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> li
                 if experts
                 else "no run of a dense model; `sapo train quickstart` makes one."
             )
-            figures.append(Figure(key, title, missing=f"Not measured: among these runs is {lacking}", wide=True))
+            figures.append(Figure(key, title, missing=f"Not measured: there is {lacking}", wide=True))
         elif not measured:
             figures.append(Figure(key, title, missing=MISSING, wide=True))
         else:
@@ -66,7 +66,7 @@ NO_TASKS = (
 
 
 SHARED = ("model.", "tasks.", "rollout.sampler_", "rollout.staleness", "objective.tis")
-"""What arms of one figure have in common: another sampler, or a correction for it, is another experiment."""
+"""Settings that the arms of one figure share: another sampler, or a correction for it, is another experiment."""
 
 
 def _objectives(arms: Sequence[Arm]) -> list[int]:
@@ -107,7 +107,7 @@ def _learning(key: str, title: str, arms: Sequence[Arm], places: Sequence[int], 
     panels = (*rewards, *passes)
     if not panels:
         return Figure(key, title, missing="Not measured: no step is done yet.", wide=True)
-    columns = 2 if len(rewards) < 2 else min(len(rewards), 3)  # the rates beside each other, pass@1 under reward
+    columns = 2 if len(rewards) < 2 else min(len(rewards), 3)  # learning rates side by side, pass@1 below reward
     caption = f"Mean reward and held-out pass@1. {SEEDS}"
     return Figure(key, title, caption, panels, wide=True, columns=columns)
 

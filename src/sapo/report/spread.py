@@ -1,8 +1,8 @@
 """How ratios spread: histogram of r under the gate, Var_i, and D_i against its bound; Figures 2 and 3 of the paper.
 
-A run's own records of kind "distribution" are taken where it wrote them. Otherwise the figures are made from the
-completions in rollouts/, with the same bins. Only off-policy updates are counted, as in the paper: in a step's first
-update r = 1 but for rounding.
+The figures come from a run's records of kind "distribution". A run without them is counted from the completions in
+rollouts/, with the same bins. Only off-policy updates are counted, as in the paper: in a step's first update r = 1 up
+to rounding.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from sapo.workflows.comparing.plan import format_rate
 
 _STEPS = np.logspace(-4, 1, 41)
 LOG_RATIO_EDGES = np.concatenate([-_STEPS[::-1], _STEPS])
-"""Of log r, in nats: eight bins to a decade on both sides of a bin that holds |log r| < 1e-4."""
+"""Edges of the bins of log r, in nats: eight bins to a decade on both sides of a bin that holds |log r| < 1e-4."""
 
 VARIANCE_EDGES = np.logspace(-8, 2, 41)
-"""Of Var_i, in nats squared, four bins to a decade."""
+"""Edges of the bins of Var_i, in nats squared, four bins to a decade."""
 
 VARIANCE = metric_title("distribution", "variance")
 
 LOW_VARIANCE = 0.02
-"""Where the paper's Figures 2 and 3 find most sequences: assumption A2."""
+"""Assumption A2: most sequences of the paper's Figures 2 and 3 have a smaller Var_i."""
 
 MOST_FILES = 6
-"""Files of rollouts/ that are read of a run that wrote no distributions, evenly spaced."""
+"""Largest number of files of rollouts/ read for a run that wrote no distributions, evenly spaced."""
 
 MOST_PAIRS = 500
-"""Points of an arm's scatter, evenly spaced in the order of Var_i."""
+"""Largest number of points in an arm's scatter, evenly spaced in the order of Var_i."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _add_records(total: Spread, records: Iterable[dict[str, Any]]) -> None:
         ratios, variance, scatter = record["log_ratio"], record["variance"], record["scatter"]
         edges = np.array(ratios["edges"])
         if total.tokens and (len(edges) != len(total.log_ratio_edges) or not np.allclose(edges, total.log_ratio_edges)):
-            continue  # of another version: bins of two kinds do not add up
+            continue  # of another version: bins with other edges do not add up
         if not total.tokens:
             total.log_ratio_edges, total.variance_edges = edges, np.array(variance["edges"])
             total.log_ratio = {s: np.zeros(len(edges) + 1) for s in ("pos", "neg")}
@@ -140,7 +140,7 @@ def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> lis
     captions = {
         "ratios": "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log "
         "axes; over it the gate weight (right axis).",
-        "variance": "Var_i, the variance of log r over the tokens of a response: how unlike its tokens' ratios are. "
+        "variance": "Var_i, the variance of log r over the tokens of a response: how far its tokens' ratios differ. "
         "Assumption A2 asks it to be small; in the paper most lie below 0.02.",
         "bound": "D_i, how far the mean token gate of a response is from one gate on its sequence ratio, against "
         "Var_i; the lines are the bound (τ²/4) Var_i of equation (21), which no point may exceed.",
@@ -205,7 +205,7 @@ Own = Sequence[tuple[Arm, Spread]]
 
 
 def spread_panels(own: Own) -> tuple[list[Panel], list[Panel], list[Panel]]:
-    """Draw ratios, variances and scatter of some arms, each with its color, on axes for each learning rate."""
+    """Draw ratios, variances and scatter of some arms, each with its colour, on axes for each learning rate."""
     spreads = {id(arm): spread for arm, spread in own}
     ratios: list[Panel] = []
     variances: list[Panel] = []
@@ -253,7 +253,7 @@ def _density(spread: Spread, sides: tuple[str, ...], name: str, color: int) -> T
 
 
 def _variance_shares(spread: Spread) -> tuple[np.ndarray, np.ndarray]:
-    """Return edges and shares that sum to 1; what lies beyond the edges has a bin as wide as its neighbor."""
+    """Return edges and shares that sum to 1; what lies beyond the edges has a bin as wide as its neighbour."""
     edges = spread.variance_edges
     low, high = edges[0] ** 2 / edges[1], edges[-1] ** 2 / edges[-2]
     return np.concatenate([[low], edges, [high]]), spread.variance / spread.variance.sum()
@@ -281,7 +281,7 @@ class _Gate:
 
 
 _TELLING = np.linspace(0.05, 20.0, 400)
-"""Ratios far beyond those of a figure: gates that differ only outside of it are not the same."""
+"""Ratios at which gates are compared, far beyond those of a figure: gates that differ only there are not the same."""
 
 
 def _gates(arms: Sequence[Arm]) -> tuple[list[_Gate], dict[str, list[Arm]]]:

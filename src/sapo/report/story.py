@@ -135,7 +135,7 @@ def _ending(lines: Sequence[RunLine]) -> str:
 
 def _pass_words(lines: Sequence[RunLine], task: str) -> str:
     starts = [e for line in lines for e in line.start if e.task == task]
-    # Where some have ended, the others' evaluations so far would be those of other steps.
+    # Where some have ended, the last evaluations of the others are of other steps.
     ended = [line for line in lines if line.state != "not finished"] or lines
     finals = [e for line in ended for e in line.final if e.task == task]
     if len(lines) == 1:
@@ -170,4 +170,4 @@ def warnings_of(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
 
 def _rollback_words(record: dict[str, Any]) -> str:
     scale = f"{record['learning_rate_scale']:g} times the learning rate"
-    return f"step {record['step']}: went back to step {record['to']} and goes on at {scale}; see rolled-back/"
+    return f"step {record['step']}: rollback to step {record['to']}, continued at {scale}; see rolled-back/"

@@ -13,9 +13,9 @@ class TokenTexts:
     """Maps token ids to texts that join to what the model wrote; special tokens appear by name.
 
     Args:
-        run: whose newest checkpoint, or model directory, has a tokenizer.json.
-        others: runs among which one of the same model and tasks has it, where this one has no checkpoint yet. Where
-            none has, a token is shown by its number.
+        run: its newest checkpoint, or its model directory, has a tokenizer.json.
+        others: further runs. One of the same model and tasks stands in where this run has no checkpoint yet. Where none
+            has a tokenizer, a token is shown by its number.
     """
 
     def __init__(self, run: ReportedRun, others: Sequence[ReportedRun] = ()) -> None:

@@ -20,10 +20,10 @@ from sapo.report.runs import ReportedRun
 from sapo.report.texts import TokenTexts
 
 DEFAULT_TOKENS = 200_000
-"""Response tokens that a page holds when nothing else is asked for: about three megabytes."""
+"""Response tokens that a page holds by default: about three megabytes."""
 
 CLIPS: dict[str, tuple[str, str]] = {"grpo": ("GRPO", "0.2 / 0.27"), "gspo": ("GSPO", "3e-4 / 4e-4")}
-"""What is compared with, at the papers' settings, which are the objectives' defaults."""
+"""Objectives to compare with, at the papers' settings, which are the objectives' defaults."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chunk:
     """
 
     run: int
-    """Place of the run in the report."""
+    """Index of the run in the report."""
     step: int
     samples: int
     tokens: int
@@ -62,7 +62,7 @@ class TokenView:
 
     chunks: tuple[Chunk, ...]
     logged_steps: int
-    """Files of rollouts/ there are, over all runs."""
+    """Number of files of rollouts/ over all runs."""
     numbers_only: tuple[int, ...]
     """Runs without a tokenizer: their tokens are shown by number."""
 
@@ -170,7 +170,7 @@ def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTex
         }
         if row.get("dropped"):
             sample["dropped"] = True
-        if "shaped_reward" in row:  # else the advantage would be of a reward that is not shown
+        if "shaped_reward" in row:  # the reward that the advantage was computed from
             sample["shaped"] = row["shaped_reward"]
         prompt["samples"].append(sample)
     return {"texts": list(known), "prompts": list(prompts.values())}

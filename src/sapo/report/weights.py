@@ -1,7 +1,7 @@
 """What the gate takes away: 1 - EUR by the sign of the advantage, the lowest weights, and what other gates would take.
 
-1 - EUR is the share of the gradient's weight that is lost. Gates differ by powers of ten there, so its axes are
-logarithmic, over the six decades below the largest value; what is less, 0 too, is a gap and counted in the caption.
+1 - EUR is the share of the gradient's weight that is lost. Gates differ in it by powers of ten, so its axes are
+logarithmic, over the six decades below the largest value. Smaller values and 0 are gaps, and the caption counts them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _lost(arms: Sequence[Arm]) -> Figure:
     panels, words = on_log_axes(_by_sign(arms, names, LOST, together=len(arms) == 1, lost=True))
     return in_figure(
         "eur",
-        "How much the gate takes away, by sign",
+        "Gradient weight lost to the gate, by sign",
         panels,
         caption="1 - EUR, the share of the gradient's weight that is lost: 1 less the mean gate weight of tokens of "
         "positive and of negative advantage. For a hard clip it is the share of tokens that are clipped. "
@@ -45,14 +45,19 @@ def _lost(arms: Sequence[Arm]) -> Figure:
 
 
 NO_COUNTERFACTUALS = (
-    "Not measured: no update was asked what other gates would have weighed its tokens; "
-    "diagnostics.counterfactuals_every=N asks every N steps."
+    "Not measured: no update computed the weights that other gates would have given its tokens; "
+    "diagnostics.counterfactuals_every=N does so every N steps."
 )
 
 
 def _counterfactuals(arms: Sequence[Arm]) -> Figure:
     """Draw what other gates would have lost of the same tokens: a line for each gate, axes for each arm."""
-    key, title, prefix, ending = "counterfactual", "What other gates would have taken away", "counterfactual/", "/eur"
+    key, title, prefix, ending = (
+        "counterfactual",
+        "Gradient weight that other gates would have lost",
+        "counterfactual/",
+        "/eur",
+    )
     asked = [
         (arm, dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix)))
         for arm in arms
@@ -80,13 +85,13 @@ def _counterfactuals(arms: Sequence[Arm]) -> Figure:
 
 
 DECADES = 6
-"""Below the largest value of a figure, that are drawn: what is lost where all ratios are 1 is rounding, near 1e-14."""
+"""Decades below the largest value that a figure shows: where all ratios are 1, the loss is rounding, near 1e-14."""
 
 
 def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
     """Give panels one logarithmic range; return them with a sentence on the values that become gaps.
 
-    What stands alone between two gaps is a point. A band has a gap where it would reach below the range.
+    A value alone between two gaps is a point. A band has a gap where it would reach below the range.
     """
     every = [v for p in panels for t in p.traces for v in (*t.y, *t.low, *t.high) if v is not None and v > 0]
     if not every:
@@ -96,7 +101,7 @@ def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
     made = []
     for panel in panels:
         found = [own for trace in panel.traces for own in _above(trace, floor)]
-        found.sort(key=lambda trace: trace.kind == "points")  # last, so that the lines keep their order
+        found.sort(key=lambda trace: trace.kind == "points")  # points last, so that the lines keep their order
         if found:
             made.append(replace(panel, y_log=True, y_range=None, traces=tuple(found)))
     return share_axis(share_axis(made), "x"), _unseen(panels, floor)
@@ -121,7 +126,7 @@ def _unseen(panels: Sequence[Panel], floor: float) -> str:
     if below:
         words += f" {below:,} of {len(values):,} values are below 0, of weights above 1: gaps."
     if whole:
-        words += f" Nothing at all is drawn of {'; '.join(whole)}."
+        words += f" No value of {'; '.join(whole)} is drawn."
     return words
 
 
@@ -172,7 +177,7 @@ def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str, *, together: bo
 
 
 _PROBED = np.exp(np.linspace(-6.0, 6.0, 241))
-"""Ratios at which a gate is asked whether it knows anything between 1 and 0."""
+"""Ratios at which a gate is probed for weights between 0 and 1."""
 
 
 def is_hard(arm: Arm) -> bool:
@@ -208,8 +213,8 @@ def _low_weights(arms: Sequence[Arm]) -> Figure:
     if own := own or _of_all(hard, "gate/below_half", share):
         whose = f" ({', '.join(dict.fromkeys(arm.name for arm in hard))})" if len(arms) > 1 else ""
         captions.append(
-            f"A hard clip{whose} weighs a token 1 or 0, and so would its quantiles be: here is the share of tokens "
-            "that weigh less than a half, those that it clips."
+            f"A hard clip{whose} weighs a token 1 or 0, so that its quantiles are 1 or 0 too: the share of tokens that "
+            "weigh less than a half is shown, which it clips."
         )
     panels += own
     return in_figure(key, title, panels, caption=" ".join([*captions, LAST_UPDATE]), missing=missing)

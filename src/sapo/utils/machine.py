@@ -12,8 +12,8 @@ import psutil
 CPUINFO = Path("/proc/cpuinfo")
 
 WORTH_A_LOOK = 256 * 2**20
-"""Bytes of free blocks below which nothing is given back: its pages are zeroed anew when they are next used, which the
-half second of a small model's step would feel."""
+"""Bytes of free blocks below which nothing is given back: the system zeroes such pages when they are used again, which
+a small model's step of half a second would notice."""
 
 
 def cpuinfo_lines() -> list[str]:

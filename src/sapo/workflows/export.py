@@ -1,7 +1,6 @@
-"""A run's model for use elsewhere: a clean Hugging Face directory with a model card, without anything of the trainer.
+"""Export of a run's model: a clean Hugging Face directory with a model card, without anything of the trainer.
 
-What is exported is one checkpoint, and the card says what was measured on it: the evaluations in its own state, not
-those of a later one.
+One checkpoint is exported. The card has the evaluations in that checkpoint's own state, not later ones.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class ExportSource:
 
     @classmethod
     def of(cls, path: Path) -> ExportSource:
-        """The newest whole checkpoint of a run directory, or the checkpoint itself.
+        """Find the newest whole checkpoint of a run directory, or take the checkpoint itself.
 
         Raises:
             ConfigError: neither a run nor one of its checkpoints, or not whole.
@@ -68,7 +67,7 @@ class ExportSource:
         return cls(run, found[0])
 
     def config(self) -> RunConfig:
-        """The recipe the run was made by."""
+        """Read the recipe the run was made by."""
         return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")))
 
 
@@ -102,14 +101,14 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
 
 
 def whole_policy(source: ExportSource, config: RunConfig) -> Policy:
-    """The model of a checkpoint as one set of weights: what a run keeps apart from them is merged here."""
+    """Load the model of a checkpoint as one set of weights; an adapter is merged into them."""
     trusted = config.model.trust_remote_code
     policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu", trust_remote_code=trusted)
     return policy if policy.adapter is None else Policy(merged(policy), policy.tokenizer, policy.source)
 
 
 def model_card(name: str, source: ExportSource, config: RunConfig, policy: Policy, dtype: str) -> str:
-    """README.md of an exported model, in the form of the hub's model cards."""
+    """Write README.md of an exported model, in the form of the hub's model cards."""
     state = source.checkpoint.state()
     tags = ["sapo", "reinforcement-learning", config.objective.name]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -144,7 +143,7 @@ def _base_model(config: RunConfig) -> str:
 
 
 def _is_hub_id(path: str | None) -> bool:
-    """owner/name, and no directory of this machine."""
+    """Tell whether a path is owner/name and no directory of this machine."""
     if path is None or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return False
     return not Path(path).exists()

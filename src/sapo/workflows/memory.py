@@ -1,4 +1,5 @@
-"""How much memory a run will take: an estimate from parts, each counted as this trainer and this engine really keep it.
+"""An estimate of how much memory a run takes, from parts that are each counted as this trainer and this engine keep
+them.
 
 The phases of a step follow each other, and the run's peak is that of the largest. With P parameters of e bytes each, T
 of them trained:
@@ -72,7 +73,7 @@ SAMPLER_LOGITS = 1.0
 SAMPLER_LOGITS_CUT = 6.5
 
 ALLOCATOR_SHARE = 0.25
-"""What glibc holds back of all that is allocated and freed in an update: .19 to .34 of what lies beyond the baseline in
+"""Memory that glibc keeps of freed blocks after an update, as a share of what lies beyond the baseline: .19 to .34 in
 five runs of two models (docs/memory.md)."""
 
 
@@ -88,20 +89,21 @@ class MemoryEstimate:
 
     phases: dict[str, dict[str, int]]
     device: str
-    """Where all of it lies; on CUDA the baseline and the rollout batch, which lie elsewhere, are left out."""
+    """Device whose memory is counted; on CUDA the baseline and the rollout batch, which are in main memory, are left
+    out."""
 
     @property
     def peak(self) -> int:
-        """Bytes of the largest phase."""
+        """Return the bytes of the largest phase."""
         return max(sum(parts.values()) for parts in self.phases.values())
 
     @property
     def largest_phase(self) -> str:
-        """The phase that needs the most."""
+        """Return the phase that needs the most."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {
             "peak": self.peak,
             "largest_phase": self.largest_phase,
@@ -113,7 +115,7 @@ class MemoryEstimate:
 def estimate_memory(
     config: RunConfig, policy: Policy, prompts: Sequence[Prompt], baseline: int, reference: Policy | None = None
 ) -> MemoryEstimate:
-    """The memory of a run by phase.
+    """Estimate the memory of a run by phase.
 
     Args:
         policy: the loaded model; a few tokens are run through it.
@@ -158,13 +160,13 @@ def _with_allocator(parts: dict[str, int], policy: Policy) -> dict[str, int]:
 
 
 def baseline_bytes(*policies: Policy) -> int:
-    """What this process holds beside the weights of its policies: interpreter, libraries, tokenizer, tasks.
+    """Measure what this process holds beside the weights of its policies: interpreter, libraries, tokenizer, tasks.
 
     Asked after everything is loaded. Imports that come only with the first update are made here.
     """
     weights = [p for policy in policies for p in policy.model.parameters() if p.device.type == "cpu"]
     for parameter in weights:
-        parameter.detach().sum()  # weights are mapped from their file: what was not read yet would not be counted
+        parameter.detach().sum()  # weights are mapped from their file: pages not read yet would not be counted
     dummy = torch.nn.Parameter(torch.zeros(1))
     dummy.grad = torch.zeros(1)
     torch.optim.AdamW([dummy], fused=True).step()
@@ -192,12 +194,12 @@ class _Update:
         self.checkpointing = train.activation_checkpointing
 
     def compared(self) -> dict[str, int]:
-        """The gradient that those of counterfactual objectives are held against, one after the other."""
+        """Count the gradient that those of counterfactual objectives are compared with, one after the other."""
         asked = self.diagnostics.true_gradient_every > 0 and self.diagnostics.counterfactuals
         return {"gradient to compare with": self._gradients()} if asked else {}
 
     def forward_parts(self) -> dict[str, int]:
-        """The end of a micro-batch's forward: all its activations, and the head at work."""
+        """Count what exists at the end of a micro-batch's forward pass: all activations, and the head at work."""
         vocabulary, hidden = self.policy.head_weight.shape
         targets = self.batch.num_targets
         parts = {
@@ -212,7 +214,7 @@ class _Update:
         return parts
 
     def backward_parts(self) -> dict[str, int]:
-        """The end of a backward pass: the gradients of all parameters are there and the activations are gone."""
+        """Count what exists at the end of a backward pass: the gradients of all parameters, and no activations."""
         parts = {"gradients": self._gradients()}
         if any(p.element_size() < 4 for p in self.trained) and self.num_microbatches > 1:
             parts["16-bit gradients"] = _bytes_of(self.trained)
@@ -232,7 +234,7 @@ class _Update:
 def _generate_parts(
     config: RunConfig, policy: Policy, prompts: Sequence[Prompt], cost: ActivationCost
 ) -> dict[str, int]:
-    """A full batch of rows in its last step, or its prefill."""
+    """Count the parts of generation, with a full batch of rows in its last step, or in its prefill."""
     rollout = config.rollout
     samples = rollout.samples_per_prompt
     rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
@@ -265,7 +267,7 @@ def _chunk_bytes(policy: Policy, targets: int) -> int:
 
 
 def _cache_bytes_per_token(policy: Policy) -> int:
-    """Bytes of keys and values of one token, over all layers, as the engine keeps them."""
+    """Measure the bytes of keys and values of one token, over all layers, as the engine keeps them."""
     sizes: list[int] = []
 
     def measure(_: int, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -208,7 +208,8 @@ def test_what_describes_the_set_up_is_counted_apart_and_is_no_alarm(tmp_path: Pa
     assert counts(results) == {"collapsed": 0, "detected": 0, "in_time": 0, "healthy": 2, "false_alarms": 0}
     assert results.to_json()["warnings"]["add4"]["set_up"] == {"unfaithful_old_logprobs": 2}
     assert results.to_json()["runs"][0]["set_up_warnings"] == {"unfaithful_old_logprobs": 2}, "in two steps of the run"
-    assert "Of the set-up, no alarms: unfaithful_old_logprobs in 2 of 2 runs" in as_markdown(results)
+    said = "Warnings about the set-up, which predict no collapse: unfaithful_old_logprobs in 2 of 2 runs"
+    assert said in as_markdown(results)
 
 
 def test_each_arm_is_also_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:

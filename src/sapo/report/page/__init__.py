@@ -1,9 +1,9 @@
 """The report as one HTML file that needs nothing else: no server, no network; Plotly's script is in it.
 
-What runs named and models wrote is only ever data: the figures and tables stand in the page as JSON, the token view as
-compressed chunks that are unpacked when they are asked for. The page's content security policy admits its own four
-scripts by their hashes and no connection, so that markup could do nothing even if it became markup. (Styles are not
-held to hashes: Plotly makes its own.)
+Names of runs and texts of models are only ever data: figures and tables are JSON in the page, the token view is
+compressed chunks that are unpacked on demand. The page's content security policy admits its own four scripts by their
+hashes and no connection, so that text of a model could do nothing even if it became markup. (Styles are not restricted
+to hashes: Plotly makes its own.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def write_page(report: RunReport, path: Path, *, reload_every: float | None = No
     """Write the page, whole or not at all.
 
     Args:
-        reload_every: seconds between the page's reloads of itself, while it is written anew; None for never.
+        reload_every: seconds between the page's reloads of itself, while its runs are under way; None for never.
 
     Raises:
         ConfigError: Plotly is not installed, or the file cannot be written.

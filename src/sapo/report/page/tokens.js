@@ -135,7 +135,7 @@ function showTokens(root, data, memory) {
     listed = step.prompts.flatMap((prompt) => (only && String(prompt.number) !== only ? [] : prompt.samples.map((sample) => ({ prompt, sample }))));
     if (key) listed = listed.map((item) => [key(item.sample), item]).sort((a, b) => (a[0] === b[0] ? 0 : a[0] - b[0])).map(([, item]) => item);
     const silent = listed.filter((item) => !item.sample.z).length;
-    count.textContent = `${listed.length.toLocaleString("en")} samples${silent ? `, ${silent} of them taught nothing` : ""}`;
+    count.textContent = `${listed.length.toLocaleString("en")} samples${silent ? `, ${silent} of them in zero-variance groups` : ""}`;
     box.scrollTop = 0;
     choose(listed.find((item) => name(item) === memory.get("sample")) ?? (key ? listed[0] : listed.find((item) => item.sample.off) ?? listed.find((item) => item.sample.z) ?? listed[0]), false);
   }
@@ -184,7 +184,7 @@ function showTokens(root, data, memory) {
   }
 
   function verdicts(sample) {
-    if (!sample.z) return element("span", {}, element("b", {}, "not measured "), sample.dropped ? "its group left the batch" : "its group taught nothing, or it carried no loss");
+    if (!sample.z) return element("span", {}, element("b", {}, "not measured "), sample.dropped ? "its group left the batch" : "its group has zero variance, or it carried no loss");
     const clipped = [...sample.grpo].filter((k) => k === "0").length;
     return [
       fact("measured in", `update ${sample.update}, ${sample.off ? "off policy" : "on policy"}`),

@@ -1,4 +1,4 @@
-"""What one run of a comparison came to, read from its directory."""
+"""The outcome of one run of a comparison, read from its directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sapo.run.directory import FAILURE_FILE
 from sapo.workflows.comparing.plan import PlannedRun
 
 COLLAPSED_BELOW = 0.5
-"""Share of a run's best pass@1 below which its last one is a collapse."""
+"""A run has collapsed if its last pass@1 is below this share of its best one."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class EvaluationPoint:
 
     @property
     def rates_P(self) -> np.ndarray:
-        """(P,) pass rate of each problem."""
+        """Return the pass rate of each problem, (P,)."""
         return np.array(self.correct) / self.samples
 
     @property
     def pass_at_1(self) -> float:
-        """mean@n."""
+        """Return the mean pass rate, mean@n."""
         return float(self.rates_P.mean())
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The evaluations of a run on one task, from its start on.
+    """The evaluations of a run on one task, from the start on.
 
     >>> points = [EvaluationPoint(step, 1, right) for step, right in ((0, (1, 0, 0)), (10, (1, 1, 1)), (20, (1, 0, 0)))]
     >>> curve = Curve(tuple(points))
@@ -59,22 +59,23 @@ class Curve:
 
     @property
     def start(self) -> EvaluationPoint:
-        """Before the first step."""
+        """Return the evaluation before the first step."""
         return self.points[0]
 
     @property
     def final(self) -> EvaluationPoint:
-        """The last one made."""
+        """Return the last evaluation."""
         return self.points[-1]
 
     @property
     def best(self) -> EvaluationPoint:
-        """The highest pass@1, the first of equals: a maximum over the evaluations, and flattering."""
+        """Return the evaluation of the highest pass@1, the first of equals. A maximum over evaluations is biased
+        upwards."""
         return max(self.points, key=lambda point: point.pass_at_1)
 
     @property
     def collapsed(self) -> bool:
-        """The last pass@1 is below half of the best, or below the start by more than its problems explain.
+        """Tell whether the last pass@1 is below half of the best, or below the start by more than its problems explain.
 
         The latter: the 95% interval of the mean of final less start over problems lies below 0.
         """
@@ -84,7 +85,7 @@ class Curve:
 
     @property
     def collapsed_since(self) -> int | None:
-        """The step of the first evaluation from which on it was collapsed at every one; None unless it is."""
+        """Return the step from which on every evaluation was collapsed; None unless the last one is."""
         since = None
         for count in range(len(self.points), 0, -1):
             if not Curve(self.points[:count]).collapsed:
@@ -105,23 +106,23 @@ class RunOutcome:
     learning_rate: float
     seed: int
     state: Literal["finished", "failed", "unfinished"]
-    """failed: it stopped itself, as for a loss that is not finite or for a collapse (`warnings.on_collapse: stop`)."""
+    """failed: the run stopped itself, for a loss that is not finite or a collapse (`warnings.on_collapse: stop`)."""
     reason: str | None
     """Why it failed."""
     steps: int
     """Whole steps done."""
     curves: Mapping[str, Curve]
-    """By task; none before the first evaluation."""
+    """Curves by task; none before the first evaluation."""
     tokens: Mapping[str, int]
-    """generated and trained; those of a run that failed are not counted, and missing."""
+    """Tokens generated and trained; of a run that failed they are not known and left out."""
     warnings: tuple[Mapping[str, Any], ...]
-    """Step, cause and whether it is a collapse, of each early warning of a cause that foretells one."""
+    """Alarms: step, cause, and whether the warning is of a collapse itself."""
     set_up: Mapping[str, int]
-    """Cause that describes the set-up -> how often the run was warned of it."""
+    """Warnings about the set-up: cause -> count."""
     last_step: int
-    """That of the last line written, begun or done; a run that went back has lines of later steps before it."""
+    """Step of the last line written. After a rollback, lines of later steps stand before it."""
     seconds: Mapping[str, float] = field(compare=False)
-    """By phase; of a finished run."""
+    """Seconds by phase of a finished run."""
 
     @classmethod
     def of(cls, run: PlannedRun) -> RunOutcome:
@@ -152,25 +153,26 @@ class RunOutcome:
 
     @property
     def ended(self) -> bool:
-        """There is nothing left to do for it."""
+        """Tell whether the run has finished or failed."""
         return self.state != "unfinished"
 
     def collapsed(self, task: str) -> bool:
-        """Its curve collapsed, or it failed."""
+        """Tell whether its curve collapsed or the run failed."""
         return self.state == "failed" or self.curves[task].collapsed
 
     def collapse_visible(self, task: str) -> int:
-        """Whole steps after which the collapse of a run that has one showed: in an evaluation, else by failing."""
+        """Return the whole steps after which a collapse showed: in an evaluation, else in the failure."""
         since = self.curves[task].collapsed_since
         return self.last_step if since is None else since
 
     def final_rates_P(self, task: str) -> np.ndarray:
-        """(P,) pass rate of each problem in the end: 0 of a run that failed, which has no model at its last step."""
+        """Return the final pass rate of each problem, (P,): 0 of a run that failed, which has no model at its last
+        step."""
         rates = self.curves[task].final.rates_P
         return np.zeros_like(rates) if self.state == "failed" else rates
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it; the clock only in "timing"."""
+        """Return the value in results.json; the clock is in "timing" alone."""
         return {
             "name": self.name,
             "arm": self.arm,
@@ -198,7 +200,7 @@ class RunOutcome:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of metrics.jsonl; none of a run that has not begun.
+    """Read the whole lines of metrics.jsonl; none of a run that has not begun.
 
     Raises:
         ConfigError: a line that no run wrote.
@@ -214,7 +216,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Alarms as the run gave them, under its own thresholds; those of a collapse that it went back from too."""
+    """Return the alarms that the run gave, under its own thresholds; those before a rollback too."""
     return tuple(
         {key: record[key] for key in ("step", "cause", "collapse")}
         for record in records
@@ -223,7 +225,7 @@ def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, A
 
 
 def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Cause that lies in the set-up and foretells nothing -> lines of it."""
+    """Count the warnings about the set-up, which predict no collapse, by cause."""
     causes = [r["cause"] for r in records if r["kind"] == "warning" and r["cause"] in OF_THE_SET_UP]
     return dict(sorted(Counter(causes).items()))
 
