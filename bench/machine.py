@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from datetime import date
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from bench.contest import Machine
+from sapo.utils.machine import processor_name
 
 PACKAGES = ("torch", "transformers", "trl", "liger_kernel")
 
@@ -19,7 +18,7 @@ def describe_machine(machine: Machine) -> dict[str, Any]:
 
     about = {
         "date": date.today().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": machine.threads,
         "device": machine.device if machine.device == "cpu" else torch.cuda.get_device_name(),
@@ -33,12 +32,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [s.split(":", 1)[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import sapo
+from sapo.diagnostics.titles import TITLES, titles_table
 from sapo.errors import CollapseError
 from support.runs import write_mixture, write_model, write_recipe
 
@@ -146,3 +147,12 @@ def test_every_documented_name_is_written_by_some_run(keys: dict[str, set[str]])
         kind: sorted(n for n in of_kind if not any(matches(n, k) for k in keys.get(kind, ())))
         for kind, of_kind in documented().items()
     } == {kind: [] for kind in documented()}
+
+
+def test_the_titles_of_the_report_and_the_terminal_are_in_the_document() -> None:
+    assert "\n\n" + "\n".join(titles_table()) + "\n\n" in DOCUMENT.read_text()
+
+
+def test_every_title_is_of_a_documented_name() -> None:
+    names = documented()
+    assert [(kind, name) for kind, name in TITLES if not any(matches(n, name) or n == name for n in names[kind])] == []

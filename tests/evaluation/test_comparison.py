@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from fractions import Fraction
 
@@ -119,10 +120,15 @@ def test_the_interval_is_that_of_the_problems_differences() -> None:
     ],
 )
 def test_mcnemars_p_value_is_that_of_fair_coins(only_a: int, only_b: int, expected: float) -> None:
-    found = Discordance(only_a, only_b)
-    assert found.p_value == pytest.approx(expected)
-    if only_a + only_b:
-        assert found.p_value == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
+    assert Discordance(only_a, only_b).p_value == pytest.approx(expected, rel=1e-12)
+
+
+def test_mcnemars_p_value_is_exact_up_to_rounding() -> None:
+    for only_a, only_b in itertools.product(range(0, 60, 7), repeat=2):
+        n, fewer = only_a + only_b, min(only_a, only_b)
+        tails = Fraction(2 * sum(math.comb(n, i) for i in range(fewer + 1)), 2**n)  # of Python's exact integers
+        expected = float(min(Fraction(1), tails))
+        assert Discordance(only_a, only_b).p_value == pytest.approx(expected, rel=1e-13), (only_a, only_b)
 
 
 def test_with_one_sample_of_each_the_two_tests_are_the_same() -> None:

@@ -7,7 +7,9 @@ from math import comb
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from sapo.evaluation import estimates
 from sapo.evaluation.estimates import bootstrap, bootstrap_ratio, majority_share, pass_at_k
 
 
@@ -45,6 +47,24 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> 
         covered += estimate.low <= 0.3 <= estimate.high
     # 95% of 200 is 190, with a standard deviation of 3.1; percentile intervals fall a little short.
     assert 180 <= covered <= 199
+
+
+@pytest.mark.parametrize("problems", [2, 17, 256, 1000])
+def test_the_bootstrap_interval_is_that_of_scipy(problems: int) -> None:
+    values = np.random.Generator(np.random.PCG64(problems)).binomial(4, 0.3, size=problems) / 4
+    own = bootstrap(values, seed=5)
+    resampled = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.Generator(np.random.PCG64(5))
+    )
+    # The same draws; the percentiles are interpolated at shares that may differ in their last bit.
+    assert (own.low, own.high) == pytest.approx(tuple(resampled.confidence_interval), rel=1e-14)
+
+
+def test_many_problems_are_resampled_in_parts_without_another_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.Generator(np.random.PCG64(1)).random(100)
+    at_once = bootstrap(values)
+    monkeypatch.setattr(estimates, "DRAWN_AT_ONCE", 250)
+    assert bootstrap(values) == at_once
 
 
 def test_the_bootstrap_resamples_problems_and_not_completions() -> None:

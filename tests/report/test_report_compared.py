@@ -134,7 +134,8 @@ def test_a_plan_of_another_version_is_said_and_its_runs_are_shown(tmp_path: Path
     report = make_report([tmp_path / "made"])
     assert report.compared == ()
     [problem] = report.problems
-    assert problem.startswith("The comparison made cannot be counted, and its runs are shown without a table: ")
+    said = "The figures of the comparison made cannot be computed, so its runs are shown without a table: "
+    assert problem.startswith(said)
     assert len(report.lines) == 7
 
 

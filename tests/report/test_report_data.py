@@ -285,7 +285,7 @@ def test_what_is_lost_is_on_a_log_axis_and_exact_zeros_are_gaps_and_counted(tmp_
     [panel] = figures["counterfactual"].panels
     assert [(t.name, t.y) for t in panel.traces if t.kind == "line"] == [("soft", (1 - 0.99, 1 - 0.999, None, 0.5))]
     assert "5 of 8 values are 0" in figures["counterfactual"].caption
-    assert "Nothing at all is drawn of never." in figures["counterfactual"].caption
+    assert "No value of never is drawn." in figures["counterfactual"].caption
 
 
 def test_a_band_that_would_reach_down_to_0_has_a_gap_there(tmp_path: Path) -> None:
@@ -311,15 +311,15 @@ def test_of_a_hard_clip_the_share_of_tokens_it_clips_is_shown(tmp_path: Path) ->
         ("A > 0", (0.0, 0.02, 0.005, 0.03)),
         ("A ≤ 0", (0.1, 0.2, 0.3, 0.4)),
     ]
-    assert panel.y == "share of tokens, f' < 0.5"
+    assert panel.y == "gate weight below 1/2 (share of tokens)"
     assert "A hard clip weighs a token 1 or 0" in alone.caption
     write_run(tmp_path / "soft", records=with_updates(gate__p01_pos=[0.9] * 4, gate__p01_neg=[0.8] * 4))
     both = figures_of(make_report([tmp_path]))["low_weights"]
     assert [(p.title, p.y, [t.name for t in p.traces]) for p in both.panels] == [
-        ("A > 0", "1% quantile of the weight", ["SAPO"]),
-        ("A ≤ 0", "1% quantile of the weight", ["SAPO"]),
-        ("A > 0", "share of tokens, f' < 0.5", ["GRPO"]),
-        ("A ≤ 0", "share of tokens, f' < 0.5", ["GRPO"]),
+        ("A > 0", "1% quantile of the gate weight", ["SAPO"]),
+        ("A ≤ 0", "1% quantile of the gate weight", ["SAPO"]),
+        ("A > 0", "gate weight below 1/2 (share of tokens)", ["GRPO"]),
+        ("A ≤ 0", "gate weight below 1/2 (share of tokens)", ["GRPO"]),
     ]
     assert "A hard clip (GRPO) weighs" in both.caption
 
@@ -433,7 +433,7 @@ def test_a_run_that_went_back_says_so_after_the_warning_that_made_it(tmp_path: P
     back = {"kind": "rollback", "step": 3, "to": 1, "cause": "ratio_tail", "rollbacks": 1, "learning_rate_scale": 0.5}
     report = make_report([write_run(tmp_path / "a", records=[*step_records(4), warning, back])])
     assert [(w["cause"], w["step"]) for w in report.warnings] == [("ratio_tail", 3), ("rollback", 3)]
-    assert "went back to step 1 and goes on at 0.5 times the learning rate" in report.warnings[1]["text"]
+    assert "rollback to step 1, continued at 0.5 times the learning rate" in report.warnings[1]["text"]
     assert report.lines[0].warnings == 1
 
 

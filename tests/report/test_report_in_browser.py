@@ -212,7 +212,7 @@ def test_a_figure_between_two_roundings_is_the_same_in_the_table_and_in_the_sent
     seconds = {"generate": 5.0, "update": 1.25, "total": 6.25}
     (run / "summary.json").write_text(json.dumps({"steps": 4, "tokens": {"generated": 108836.5}, "seconds": seconds}))
     page = visit.open(write_page(make_report([run]), tmp_path / "report.html"))
-    assert "108,836 tokens sampled; 6.2 s." in texts(page, "#headlines li")[0]
+    assert "108,836 sampled tokens; 6.2 s." in texts(page, "#headlines li")[0]
     row = texts(page, "#run-table tbody td")
     assert {"108,836", "6.2"} <= set(row)
 

@@ -46,7 +46,7 @@ def test_watching_writes_when_something_is_new_and_ends_with_the_run(tmp_path: P
             write_summary(run, 4)
         assert waits < 1000
 
-    last = watch([run], page, tokens=None, should_stop=lambda: False, told=told.append, wait=wait)
+    last = watch([run], page, tokens=None, should_stop=lambda: False, on_report=told.append, wait=wait)
     assert [r.lines[0].steps for r in told] == [2, 3, 4]
     assert last.finished
     assert not watched(page), "the last page reloads itself no more"

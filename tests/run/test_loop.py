@@ -323,7 +323,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path, monkeypat
     run = run_recipe(tmp_path)
     for switch, expected in (
         ("1", []),
-        ("0", [f"kernels: {had} before, torch now: the run goes on, but not bit for bit"]),
+        ("0", [f"kernels: {had} before, torch now: the run is resumed, but not bit for bit"]),
     ):
         monkeypatch.setenv("SAPO_NATIVE", switch)
         listener = Recorder()
@@ -338,7 +338,7 @@ def test_a_run_that_goes_on_on_another_processor_says_so(tmp_path: Path, monkeyp
     monkeypatch.setattr("sapo.run.machine.processor_name", lambda: "Abacus 1")
     listener = Recorder()
     resume(run, listener=listener)
-    expected = f"processor: {had} before, Abacus 1 now: the run goes on, but not bit for bit"
+    expected = f"processor: {had} before, Abacus 1 now: the run is resumed, but not bit for bit"
     assert [w for w in listener.warnings if "bit for bit" in w] == [expected]
 
 

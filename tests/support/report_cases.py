@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer, decoders, models
 
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan
 from sapo.workflows.comparing.results import ComparisonResults
 
@@ -203,7 +203,7 @@ def write_comparison(
         written = write_run(run.directory, config=config, records=records, finished=not stopped)
         if run.name in failed:
             (written / "failure.json").write_text(json.dumps({"reason": "step 3: the loss is <b>nan</b>"}))
-    results = ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(path)])
+    results = ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(path)])
     if not (under_way or to_come):
         (path / "results.json").write_text(json.dumps(results.to_json()))
     return results

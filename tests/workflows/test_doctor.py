@@ -14,10 +14,10 @@ import pytest
 
 from sapo.utils.machine import processor_name
 from sapo.workflows import doctor
-from sapo.workflows.doctor import Finding, examine, is_broken
+from sapo.workflows.doctor import CheckResult, examine, is_broken
 
 
-def by_name(findings: list[Finding]) -> dict[str, Finding]:
+def by_name(findings: list[CheckResult]) -> dict[str, CheckResult]:
     return {f.name: f for f in findings}
 
 

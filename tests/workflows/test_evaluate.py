@@ -16,7 +16,7 @@ from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.tasks import FileTask, make_task
 from sapo.workflows import evaluate as evaluation_order
-from sapo.workflows.evaluation_plan import orders
+from sapo.workflows.evaluation_plan import plan_evaluations
 from support.runs import metrics, write_model, write_recipe
 
 QUICK = {"problems": 12, "samples": 3, "max_new_tokens": 8, "device": "cpu"}
@@ -156,8 +156,8 @@ def test_a_run_evaluated_again_gives_the_figures_it_logged_last(tmp_path: Path, 
     monkeypatch.setattr(evaluation_order, "CHUNK_SEQUENCES", 256)  # one chunk, as the loop draws them
     run = sapo.train(sapo.load_recipe(write_recipe(tmp_path)))
     logged = [line for line in metrics(run.directory) if line["kind"] == "eval"][-1]
-    (order,) = orders(run.directory, [], [])
+    (planned,) = plan_evaluations(run.directory, [], [])
     subject = evaluation_order.Subject.load(run.directory)
-    again = order.carry_out(subject).evaluation.metrics()
+    again = planned.run(subject).evaluation.metrics()
     assert {k: again[k] for k in again if k in logged} == {k: logged[k] for k in again if k in logged}
     assert {"mean@2", "pass@1", "reward/mean", "status/scored"} <= set(again) & set(logged)

@@ -71,7 +71,7 @@ def test_a_killed_evaluation_goes_on_to_the_bit(tmp_path: Path, uninterrupted: d
         killed += kill_when(start(*evaluate(tmp_path), cwd=tmp_path), chosen)
     assert killed >= 3, "the evaluation ended before it could be killed"
     output = finish(start(*evaluate(tmp_path), cwd=tmp_path))
-    assert "of 150 problems already; going on" in output or "finished already" in output
+    assert "of 150 problems already; resuming" in output or "finished already" in output
     assert outcome(tmp_path) == uninterrupted
 
 

@@ -11,8 +11,8 @@ from sapo.config import PromptConfig
 from sapo.errors import ConfigError, TaskError
 from sapo.run.directory import RunDirectory
 from sapo.utils.hashing import seed_for
-from sapo.workflows.evaluate import Settings, Subject
-from sapo.workflows.evaluation_plan import order_of_task, orders, place, split_overrides
+from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings
+from sapo.workflows.evaluation_plan import output_directory, plan_evaluations, plan_task_evaluation, split_overrides
 from support.runs import write_model, write_recipe
 
 
@@ -56,11 +56,13 @@ def test_an_override_of_the_prompt_is_read_as_it_is_meant(override: str, key: st
 
 
 def test_the_prompt_settings_reach_the_prompt_and_the_others_the_task() -> None:
-    order = order_of_task("arithmetic", ["digits=2", "prompt.template=Q: {prompt}", 'prompt.stop=[";"]'], Settings())
-    assert order.task.name == "add2"
-    assert order.prompt_format.template == "Q: {prompt}"
-    assert order.prompt_format.stop == (";",)
-    assert order.task_about["options"] == {"digits": 2}
+    planned = plan_task_evaluation(
+        "arithmetic", ["digits=2", "prompt.template=Q: {prompt}", 'prompt.stop=[";"]'], EvaluationSettings()
+    )
+    assert planned.task.name == "add2"
+    assert planned.prompt_format.template == "Q: {prompt}"
+    assert planned.prompt_format.stop == (";",)
+    assert planned.task_about["options"] == {"digits": 2}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_the_prompt_settings_reach_the_prompt_and_the_others_the_task() -> None:
 )
 def test_a_mistake_in_an_override_is_one_clear_line(overrides: list[str], words: str) -> None:
     with pytest.raises((ConfigError, TaskError)) as refusal:
-        orders(Path("nowhere"), ["arithmetic"], overrides)
+        plan_evaluations(Path("nowhere"), ["arithmetic"], overrides)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -85,26 +87,28 @@ def test_a_mistake_in_an_override_is_one_clear_line(overrides: list[str], words:
 def test_a_file_is_a_task(tmp_path: Path) -> None:
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(40)))
-    (order,) = orders(Path("nowhere"), [str(file)], ["verifier=last_number"], samples=8, ks=(1, 8))
-    assert order.task.name == "sums"
-    assert order.task_about["options"] == {"path": str(file), "verifier": "last_number"}
-    assert (order.settings.samples, order.settings.ks) == (8, (1, 8))
+    (planned,) = plan_evaluations(Path("nowhere"), [str(file)], ["verifier=last_number"], samples=8, ks=(1, 8))
+    assert planned.task.name == "sums"
+    assert planned.task_about["options"] == {"path": str(file), "verifier": "last_number"}
+    assert (planned.settings.samples, planned.settings.ks) == (8, (1, 8))
 
 
 def test_several_tasks_make_several_evaluations() -> None:
-    made = orders(Path("nowhere"), ["arithmetic", "arithmetic"], ["digits=3"], temperature=0.5, max_new_tokens=9)
+    made = plan_evaluations(
+        Path("nowhere"), ["arithmetic", "arithmetic"], ["digits=3"], temperature=0.5, max_new_tokens=9
+    )
     assert [o.task.name for o in made] == ["add3", "add3"]
     assert {o.settings.params.temperature for o in made} == {0.5}
     assert {o.settings.params.max_new_tokens for o in made} == {9}
 
 
 def test_the_defaults_are_those_that_help_shows() -> None:
-    (order,) = orders(Path("nowhere"), ["arithmetic"], [], samples=None, temperature=None)
-    params = order.settings.params
-    assert (order.settings.problems, order.settings.samples, order.settings.ks) == (256, 4, (1,))
+    (planned,) = plan_evaluations(Path("nowhere"), ["arithmetic"], [], samples=None, temperature=None)
+    params = planned.settings.params
+    assert (planned.settings.problems, planned.settings.samples, planned.settings.ks) == (256, 4, (1,))
     assert (params.max_new_tokens, params.temperature, params.top_p) == (64, 1.0, 1.0)
-    assert (params.seed, order.task_about["seed"]) == (seed_for(12345, "evaluation"), 12345)
-    assert (order.settings.greedy, order.settings.constant) == (False, True)
+    assert (params.seed, planned.task_about["seed"]) == (seed_for(12345, "evaluation"), 12345)
+    assert (planned.settings.greedy, planned.settings.constant) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_the_defaults_are_those_that_help_shows() -> None:
 )
 def test_a_mistake_in_an_option_is_one_clear_line(given: dict, words: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        orders(Path("nowhere"), ["arithmetic"], [], **given)
+        plan_evaluations(Path("nowhere"), ["arithmetic"], [], **given)
     assert words in str(refusal.value)
 
 
@@ -132,27 +136,27 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(tmp_path: Path) -> None:
         rollout__stop_token_ids=[3],
         eval={"problems": 7, "samples": 3, "k": [1, 3], "seed": 99},
     )
-    (order,) = orders(run, [], [])
-    params = order.settings.params
-    assert order.task.name == "prompts"
-    assert order.task.score_truncated
-    assert order.prompt_format.template == "Q: {prompt}"
-    assert order.prompt_format.stop == (";",)
-    assert (order.settings.problems, order.settings.samples, order.settings.ks) == (7, 3, (1, 3))
+    (planned,) = plan_evaluations(run, [], [])
+    params = planned.settings.params
+    assert planned.task.name == "prompts"
+    assert planned.task.score_truncated
+    assert planned.prompt_format.template == "Q: {prompt}"
+    assert planned.prompt_format.stop == (";",)
+    assert (planned.settings.problems, planned.settings.samples, planned.settings.ks) == (7, 3, (1, 3))
     assert (params.temperature, params.top_p, params.top_k, params.max_new_tokens) == (0.8, 0.9, 5, 12)
     assert params.stop_token_ids == frozenset({3})
     assert params.seed == seed_for(99, "evaluation"), "as in the loop: the same draws"
-    assert order.task_about["seed"] == 99
+    assert planned.task_about["seed"] == 99
 
 
 def test_what_is_said_of_a_run_is_changed_and_nothing_else(tmp_path: Path) -> None:
     run = run_of(tmp_path, prompt__template="Q: {prompt}", eval={"problems": 7, "samples": 4, "k": [1, 4]})
-    (order,) = orders(run, [], ["prompt.system=Think."], samples=2, temperature=0.0)
-    assert (order.settings.problems, order.settings.samples, order.settings.ks) == (7, 2, (1,))
-    assert order.settings.params.temperature == 0.0
-    assert (order.prompt_format.template, order.prompt_format.system) == ("Q: {prompt}", "Think.")
+    (planned,) = plan_evaluations(run, [], ["prompt.system=Think."], samples=2, temperature=0.0)
+    assert (planned.settings.problems, planned.settings.samples, planned.settings.ks) == (7, 2, (1,))
+    assert planned.settings.params.temperature == 0.0
+    assert (planned.prompt_format.template, planned.prompt_format.system) == ("Q: {prompt}", "Think.")
     with pytest.raises(ConfigError, match=r"got verifier=...; name the task with --task"):
-        orders(run, [], ["verifier=exact"])
+        plan_evaluations(run, [], ["verifier=exact"])
 
 
 @pytest.mark.parametrize("own", [{"greedy": True, "constant": True}, {"greedy": False, "constant": False}])
@@ -162,8 +166,8 @@ def test_a_run_s_greedy_completion_and_constant_answer_are_its_own_unless_the_co
     run = run_of(tmp_path, eval=own)
 
     def figures(**given: bool | None) -> tuple[bool, bool]:
-        (order,) = orders(run, [], [], **given)
-        return order.settings.greedy, order.settings.constant
+        (planned,) = plan_evaluations(run, [], [], **given)
+        return planned.settings.greedy, planned.settings.constant
 
     assert figures(greedy=None, constant=None) == (own["greedy"], own["constant"])
     assert figures(greedy=not own["greedy"]) == (not own["greedy"], own["constant"])
@@ -173,10 +177,10 @@ def test_a_run_s_greedy_completion_and_constant_answer_are_its_own_unless_the_co
 def test_a_seed_that_is_given_draws_as_a_run_of_that_seed_does(tmp_path: Path) -> None:
     run = run_of(tmp_path, eval__seed=7)
     file = tmp_path / "prompts.jsonl"
-    (own,) = orders(run, [], [])
-    (given,) = orders(run, [], [], seed=7)
-    (named,) = orders(Path("nowhere"), [str(file)], ["verifier=exact"], seed=7)
-    (other,) = orders(run, [], [], seed=8)
+    (own,) = plan_evaluations(run, [], [])
+    (given,) = plan_evaluations(run, [], [], seed=7)
+    (named,) = plan_evaluations(Path("nowhere"), [str(file)], ["verifier=exact"], seed=7)
+    (other,) = plan_evaluations(run, [], [], seed=8)
     assert own.settings.params.seed == given.settings.params.seed == named.settings.params.seed
     assert [p.text for p in own.task.held_out(2)] == [p.text for p in named.task.held_out(2)]
     assert other.settings.params.seed == seed_for(8, "evaluation")
@@ -188,7 +192,7 @@ def test_each_task_of_a_run_is_put_in_its_own_format(tmp_path: Path) -> None:
         {"name": "arithmetic", "digits": 1},
         {"name": "arithmetic", "digits": 2, "label": "two", "prompt": {"template": "{prompt}?"}},
     ]
-    made = orders(run_of(tmp_path, tasks=tasks, eval__temperature=0.3), [], [])
+    made = plan_evaluations(run_of(tmp_path, tasks=tasks, eval__temperature=0.3), [], [])
     assert [(o.task.name, o.prompt_format.template) for o in made] == [("add1", "{prompt}"), ("two", "{prompt}?")]
     assert made[0].settings.params.temperature == 0.3, "the evaluation's own, where it has one"
 
@@ -197,31 +201,31 @@ def test_a_checkpoint_of_a_run_brings_the_run_s_tasks(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     checkpoint = run / "checkpoints" / "step-000002"
     write_model(checkpoint)
-    (order,) = orders(checkpoint, [], [])
-    assert order.task.name == "prompts"
-    subject = Subject.load(checkpoint, device="cpu")
-    directory, _ = place(checkpoint, subject, order, order.ask(subject.policy), None, alone=True)
+    (planned,) = plan_evaluations(checkpoint, [], [])
+    assert planned.task.name == "prompts"
+    subject = EvaluatedModel.load(checkpoint, device="cpu")
+    directory, _ = output_directory(checkpoint, subject, planned, planned.ask(subject.policy), None, alone=True)
     assert directory == Path("evals/run-step-000002-prompts")
 
 
 def test_a_model_that_is_no_run_needs_a_task(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not a run directory, so it has no tasks of its own; .* --task"):
-        orders(write_model(tmp_path / "model"), [], [])
+        plan_evaluations(write_model(tmp_path / "model"), [], [])
 
 
 def test_a_runs_own_precision_is_taken_unless_another_is_named(tmp_path: Path) -> None:
     run = run_of(tmp_path, model__dtype="bfloat16")
     write_model(run / "checkpoints" / "step-000002")
     checkpoint = run / "checkpoints" / "step-000002"
-    assert Subject.load(checkpoint, device="cpu").about()["dtype"] == "bfloat16"
-    assert Subject.load(checkpoint, "float32", "cpu").about()["dtype"] == "float32"
+    assert EvaluatedModel.load(checkpoint, device="cpu").about()["dtype"] == "bfloat16"
+    assert EvaluatedModel.load(checkpoint, "float32", "cpu").about()["dtype"] == "float32"
     with pytest.raises(ConfigError, match="--dtype must be float32 or bfloat16; got 'int8'"):
-        Subject.load(checkpoint, "int8")
+        EvaluatedModel.load(checkpoint, "int8")
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path) -> None:
     names = {
-        name: Subject.load(write_model(tmp_path / name, seed=seed), device="cpu").weights
+        name: EvaluatedModel.load(write_model(tmp_path / name, seed=seed), device="cpu").weights
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     }
     assert names["a"] == names["b"] != names["c"]
@@ -230,19 +234,19 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path) 
 def test_the_place_is_free_or_holds_the_same_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / "model")
-    subject = Subject.load(model, device="cpu")
+    subject = EvaluatedModel.load(model, device="cpu")
     small = {"problems": 2, "max_new_tokens": 4}
-    (first,) = orders(model, ["arithmetic"], ["digits=1"], samples=1, **small)
-    (other,) = orders(model, ["arithmetic"], ["digits=1"], samples=2, **small)
+    (first,) = plan_evaluations(model, ["arithmetic"], ["digits=1"], samples=1, **small)
+    (other,) = plan_evaluations(model, ["arithmetic"], ["digits=1"], samples=2, **small)
     first_asked, other_asked = first.ask(subject.policy), other.ask(subject.policy)
-    assert place(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
-    first.carry_out(subject, out="evals/model-add1")
-    assert place(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
-    directory, note = place(model, subject, other, other_asked, None, alone=True)
+    assert output_directory(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
+    first.run(subject, out="evals/model-add1")
+    assert output_directory(model, subject, first, first_asked, None, alone=True) == (Path("evals/model-add1"), None)
+    directory, note = output_directory(model, subject, other, other_asked, None, alone=True)
     assert directory == Path("evals/model-add1-2")
     assert note == (
-        "evals/model-add1 holds another evaluation, with samples=1 where this one has 2; this one goes to "
+        "evals/model-add1 holds another evaluation, with samples=1 where this one has 2; this one is written to "
         "evals/model-add1-2"
     )
-    assert place(model, subject, other, other_asked, Path("mine"), alone=True) == (Path("mine"), None)
-    assert place(model, subject, other, other_asked, Path("mine"), alone=False) == (Path("mine/add1"), None)
+    assert output_directory(model, subject, other, other_asked, Path("mine"), alone=True) == (Path("mine"), None)
+    assert output_directory(model, subject, other, other_asked, Path("mine"), alone=False) == (Path("mine/add1"), None)

@@ -19,7 +19,7 @@ from sapo.model.loading import load_policy
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
-from sapo.workflows.export import Source, export_model
+from sapo.workflows.export import ExportSource, export_model
 from support.runs import write_recipe
 
 QUESTIONS = ("1+2=", "7*8=", "20-3=")
@@ -125,7 +125,9 @@ def broken_checkpoint(run: Path, directory: Path) -> Path:
 
 def test_a_broken_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:
     cut = broken_checkpoint(run, tmp_path)
-    assert Source.of(cut).checkpoint.step == 5 or Source.of(cut).checkpoint.step == 4, "the newest whole one is taken"
+    assert ExportSource.of(cut).checkpoint.step == 5 or ExportSource.of(cut).checkpoint.step == 4, (
+        "the newest whole one is taken"
+    )
     with pytest.raises(ConfigError, match="the checkpoint is not whole"):
         export_model(cut / "checkpoints" / "step-000006", tmp_path / "out")
     assert not (tmp_path / "out").exists()

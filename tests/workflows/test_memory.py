@@ -24,7 +24,8 @@ from sapo.model.tiny import character_tokenizer
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.layouts import PrefillLayout
 from sapo.training.batch import pack
-from sapo.workflows.memory import Counts, estimate_memory, full_length_group, kept_bytes, measure_activations
+from sapo.workflows.activations import Counts, full_length_group, kept_bytes, measure_activations
+from sapo.workflows.memory import estimate_memory
 from support.moe_cases import make_moe
 from support.runs import write_recipe
 

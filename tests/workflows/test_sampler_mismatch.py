@@ -14,8 +14,8 @@ from sapo.errors import ConfigError
 from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
 from sapo.objectives import make_objective
-from sapo.workflows.evaluation_plan import orders
-from sapo.workflows.sampler_mismatch import PARTS, SYMMETRIC, Diagnosis, Force, diagnose
+from sapo.workflows.evaluation_plan import plan_evaluations
+from sapo.workflows.sampler_mismatch import PARTS, SYMMETRIC, Force, MismatchDiagnosis, diagnose
 from support.runs import REWARD, write_recipe
 
 
@@ -29,7 +29,7 @@ def test_without_a_right_answer_there_is_no_gradient_to_compare_with(tmp_path: P
     model = Path(str(sapo.load_recipe(write_recipe(tmp_path)).model.path))
     policy = load_policy(model)
     before = policy.fingerprint()
-    asked = orders(model, ["arithmetic"], ["digits=1"], problems=4, samples=2, max_new_tokens=8)
+    asked = plan_evaluations(model, ["arithmetic"], ["digits=1"], problems=4, samples=2, max_new_tokens=8)
     found = diagnose(policy, asked, Rounding("float8_e5m2", "none"), {"grpo": make_objective("grpo")})
     assert policy.fingerprint() == before
     assert found.completions == 8
@@ -50,7 +50,7 @@ def test_without_a_right_answer_there_is_no_gradient_to_compare_with(tmp_path: P
 )
 def test_the_verdict_is_by_the_doses_that_were_tried(dose: float, verdict: str) -> None:
     forces = (Force("sapo", 1.0, 0.0, 0.01), Force("grpo", 0.99, 0.01, 1.4), Force(SYMMETRIC, 0.9, 0.1, 0.0))
-    found = Diagnosis("m", "float8_e4m3fn", "none", False, ("t",), 8, 100, dose, 10 * dose, 0.5, 1.0, forces)
+    found = MismatchDiagnosis("m", "float8_e4m3fn", "none", False, ("t",), 8, 100, dose, 10 * dose, 0.5, 1.0, forces)
     assert found.verdict == verdict
     assert ("sapo would not chase the mismatch" in found.recommendation) == (dose > 0.006)
     assert ("grpo would" in found.recommendation) == (dose > 0.006)
@@ -113,7 +113,7 @@ def test_mistakes_end_in_one_line(
 
 def test_two_problems_are_the_least(tmp_path: Path) -> None:
     model = Path(str(sapo.load_recipe(write_recipe(tmp_path)).model.path))
-    asked = orders(model, ["arithmetic"], [], problems=1, samples=2, max_new_tokens=8)
+    asked = plan_evaluations(model, ["arithmetic"], [], problems=1, samples=2, max_new_tokens=8)
     with pytest.raises(ConfigError, match="needs 2 problems and 2 samples of each; got 1 and 2"):
         diagnose(load_policy(model), asked, Rounding("bfloat16"), {})
     assert PARTS >= 2

@@ -1,4 +1,4 @@
-"""The command line: parse, say what will happen, call the library, say what was written and what to run next.
+"""The command line: parse arguments, call the library, print what was written and what to run next.
 
 Exit codes: 0 done; 2 the user's mistake, in one line; 1 the run's failure, or ours (with its traceback); 130 and 143
 stopped by Ctrl-C or a termination signal, with everything saved.
@@ -40,7 +40,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Settings that differ from the recipe's.",
+        help="Settings to change, as in train.steps=100.",
         autocompletion=complete_override,
     ),
 ]
@@ -58,7 +58,9 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Load and check everything, say what would happen and in what memory, stop."),
+        typer.Option(
+            "--dry-run", help="Load and check everything, print what the run would do and its memory, and stop."
+        ),
     ] = False,
 ) -> None:
     """Train a policy by a recipe."""
@@ -86,7 +88,7 @@ def resume(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Take a run up again from its newest whole checkpoint."""
+    """Resume a run from its newest whole checkpoint."""
     from sapo.cli.progress import Display
     from sapo.workflows.train import resume as resume_training
 
@@ -126,16 +128,18 @@ def conformance(
         list[str] | None,
         typer.Argument(
             metavar="[SUBJECT]... [KEY=VALUE]...",
-            help="sapo, trl, liger, verl, or a loss of yours as module:function with its settings; sapo when left out.",
+            help="sapo, trl, liger, verl, or a loss of yours as module:function with its settings; default: sapo.",
         ),
     ] = None,
-    objective: Annotated[str, typer.Option(help="The objective that a loss of yours is.")] = "sapo",
-    normalizer: Annotated[str | None, typer.Option(help="Its normaliser; that of the objective when left out.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the whole as a page of markdown.")] = None,
+    objective: Annotated[str, typer.Option(help="The objective that your own loss implements.")] = "sapo",
+    normalizer: Annotated[
+        str | None, typer.Option(help="Normaliser of your own loss; default: that of the objective.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the results as markdown to this file.")] = None,
 ) -> None:
     """Judge policy losses by the laws they should obey.
 
-    Exit code 1 when sapo or a loss of yours breaks one; 0 whatever the neighbours do.
+    Exit code 1 when sapo or a loss of yours breaks one; 0 otherwise, whatever the other libraries do.
     """
     from sapo.conformance.peers import FAMILIES
     from sapo.conformance.report import Report, judge_family, judge_function
@@ -144,7 +148,7 @@ def conformance(
     words = subjects or []
     names = [word for word in words if "=" not in word] or ["sapo"]
     settings = _settings([word for word in words if "=" in word])
-    sys.path.insert(0, "")  # a loss of the user's, beside which the command was given
+    sys.path.insert(0, "")  # a loss of the user's, in the directory of the command
     reports: list[Report] = []
     for name in names:
         if ":" in name:
@@ -175,7 +179,7 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for the user's mistakes, tracebacks for ours."""
+    """Run the command line: one line and exit code 2 for a user's mistake, a traceback for ours."""
     try:
         code = app(standalone_mode=False)  # the code of a typer.Exit, None otherwise
     except TyperException as error:  # an unknown command or option, a value of the wrong type
@@ -188,7 +192,7 @@ def main() -> None:
     except RunFailure as error:
         _fail(str(error), code=1)
     except Interrupted:
-        _fail("stopped; nothing was lost: the same command starts again", code=128 + StopSignal.last)
+        _fail("stopped; nothing was lost: run the same command again", code=128 + StopSignal.last)
     sys.exit(code or 0)
 
 
@@ -203,14 +207,17 @@ def _report_end(run: Any, stop: StopSignal) -> None:
         say(f"stopped at {run.stopped.checkpoint.label}, saved in {run.stopped.checkpoint.path}")
         say(f"next: sapo resume {run.directory}")
         raise typer.Exit(128 + (stop.received or signal.SIGINT))
+    from sapo.diagnostics.titles import metric_title
+
     summary = run.summary
     start, final = summary["start"], summary["final"]
     if start and final and "pass@1" in final:
-        say(f"held-out pass@1 {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {summary['steps']} steps")
+        title = metric_title("eval", "pass@1").title
+        say(f"{title} {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {summary['steps']} steps")
         if "greedy" in final:
             say(f"         greedy {start['greedy']:.3f} -> {final['greedy']:.3f}")
         if "constant" in final:
-            say(f"  best constant answer {final['constant']:.3f}, the same for every problem")
+            say(f"  best constant {final['constant']:.3f}, one answer for every problem")
     _report_seconds(run)
     model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
     rollouts = ", rollouts/" if run.config.log.rollouts_every else ""
@@ -244,7 +251,7 @@ def _print_conformance(report: Any) -> None:
     from sapo.cli.tables import conformance_table
     from sapo.conformance.report import counterexamples, summary
 
-    # No column is cut: what a table of fifteen objectives needs is more than most terminals have.
+    # No column is cut: a table of fifteen objectives is wider than most terminals.
     Console(width=max(console.width, 48 + 10 * len(report.subjects))).print(conformance_table(report))
     for line in counterexamples(report):
         say(line)

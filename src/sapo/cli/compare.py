@@ -36,7 +36,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings of all runs that differ from the recipe's.",
+            help="Settings to change in all runs, as in train.steps=100.",
             autocompletion=complete_override,
         ),
     ] = None,
@@ -53,7 +53,8 @@ def compare(
         typer.Option(help="Some arms of a comparison recipe.", show_default="all", autocompletion=complete_arm),
     ] = None,
     learning_rates: Annotated[
-        str | None, typer.Option(help="As in 1e-4,2e-4: every arm at each.", show_default="the recipe's")
+        str | None,
+        typer.Option(help="Learning rates, as in 1e-4,2e-4: every arm is run at each.", show_default="the recipe's"),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="How many, as in 3, or which, as in 0,1,2.", show_default="the recipe's, or 3")
@@ -61,12 +62,12 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="The arm that the others are set against.",
+            help="The arm that the others are compared with.",
             show_default="the recipe's, or the first",
             autocompletion=complete_baseline,
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The small form: to see that it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run the small form, to see that everything works.")] = False,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", help="Runs at a time.", show_default="a run for each core or GPU")
     ] = None,
@@ -74,7 +75,7 @@ def compare(
         Path | None, typer.Option("--out", "-o", help="The directory to write to.", show_default="comparisons/RECIPE")
     ] = None,
 ) -> None:
-    """Compare objectives over learning rates and seeds; the same command goes on with a killed one."""
+    """Compare objectives over learning rates and seeds; the same command resumes a killed comparison."""
     from sapo.cli.comparison_display import ComparisonDisplay
     from sapo.workflows.comparing import compare as compare_runs
     from sapo.workflows.comparing import load_comparison
@@ -102,7 +103,7 @@ def _report_end(compared: ComparedRuns, stop: StopSignal) -> None:
     show_results(compared.results, console)
     say(f"wrote {compared.directory}/table.md (every run), results.json and runs/")
     if compared.unfinished:
-        say(f"stopped with {len(compared.unfinished)} runs not ended; those at work are saved")
+        say(f"stopped with {len(compared.unfinished)} runs not ended; the active ones are saved")
         say(f"next: sapo compare {compared.directory}")
         raise typer.Exit(128 + (stop.received or signal.SIGINT))
     say(f"next: sapo report {compared.directory}")
@@ -113,7 +114,7 @@ def _words(text: str | None) -> list[str] | None:
 
 
 def _seeds(text: str | None) -> int | list[int] | None:
-    """`3` is a number of seeds; `0,1,2`, and `5,`, are the seeds themselves."""
+    """Read seeds: `3` is a number of seeds; `0,1,2`, and `5,`, are the seeds themselves."""
     numbers = _numbers(text, int, "--seeds", "3, or 0,1,2")
     return numbers[0] if numbers is not None and text is not None and "," not in text else numbers
 

@@ -1,4 +1,4 @@
-"""What a person sees while a comparison goes on: one live table on a terminal, a few plain lines elsewhere."""
+"""The display of a comparison under way: one live table on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sapo.diagnostics.titles import metric_title
 from sapo.workflows.coldstart import ColdStartProgress
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan, format_rate
-from sapo.workflows.comparing.processes import Event, Places
+from sapo.workflows.comparing.processes import Event, RunSlots
 from sapo.workflows.comparing.results import ComparisonResults
 from sapo.workflows.comparing.table import (
     alarm_sentences,
@@ -31,7 +32,7 @@ STYLES = {"finished": "green", "failed": "bold red", "at work": "", "waiting": "
 
 @dataclass
 class _Seen:
-    """What is known of a run while it goes on."""
+    """What the display knows of a run under way."""
 
     state: str
     step: int = 0
@@ -39,7 +40,7 @@ class _Seen:
     start: float | None = None
 
     def text(self, steps: int) -> Text:
-        """A cell of the live table."""
+        """Return a cell of the live table."""
         figure = "" if self.pass_at_1 is None else f"{self.pass_at_1:.3f}".removeprefix("0")
         if self.state == "at work":
             figure = f"{figure} {self.step}/{steps}".strip()
@@ -76,19 +77,19 @@ class ComparisonDisplay:
             self._live = None
 
     def note(self, text: str) -> None:
-        """A line of plain text, above the table."""
+        """Print a line of plain text above the table."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def coldstart(self, progress: ColdStartProgress) -> None:
-        """An evaluation while a starting model is made."""
+        """Report an evaluation while a starting model is made."""
         if not self._told_coldstart:
-            self.note("cold start: making the model that all runs start from; it is kept for other runs of the recipe")
+            self.note("cold start: making the model that all runs start from; later runs of the recipe reuse it")
             self._told_coldstart = True
         if progress.update % 100 == 0:
             self.note(f"cold start: update {progress.update}, pass@1 {progress.pass_at_1:.3f}")
 
-    def runs(self, outcomes: Sequence[Outcome], places: Places) -> None:
-        """The runs begin, or go on."""
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None:
+        """Begin to show the runs."""
         for outcome in outcomes:
             key = (outcome.arm, outcome.learning_rate, outcome.seed)
             self._keys[outcome.name] = key
@@ -97,7 +98,7 @@ class ComparisonDisplay:
                 seen.start, seen.pass_at_1 = curve.start.pass_at_1, curve.final.pass_at_1
             self._seen[key] = seen
         done = sum(o.ended for o in outcomes)
-        where = f"{places.count} at a time" + (f" on {len(places.gpus)} GPUs" if places.gpus else "")
+        where = f"{slots.count} at a time" + (f" on {len(slots.gpus)} GPUs" if slots.gpus else "")
         before = f", {done} of them already there" if done else ""
         self.note(f"{len(outcomes)} runs of {self.steps} steps, {where}{before}")
         if self.console.is_terminal and done < len(outcomes):
@@ -105,7 +106,7 @@ class ComparisonDisplay:
             self._live.start()
 
     def event(self, event: Event) -> None:
-        """Something happened to a run."""
+        """Show an event of a run."""
         seen = self._seen[self._keys[event.run]]
         if event.kind in ("began", "started"):
             seen.state = "at work"
@@ -124,7 +125,7 @@ class ComparisonDisplay:
             self._say(event, seen)
 
     def _main_task(self, event: Event) -> str:
-        """The task whose pass@1 is shown: the first that is evaluated."""
+        """Return the task whose pass@1 is shown: the first that is evaluated."""
         if self._task is None:
             self._task = event.fields["task"]
         return self._task
@@ -133,7 +134,7 @@ class ComparisonDisplay:
         ended = sum(s.state in ("finished", "failed") for s in self._seen.values())
         count = f"({ended} of {len(self._seen)}, {time.monotonic() - self._began:.0f} s)"
         if event.kind == "resumed":
-            self.note(f"{event.run}: goes on from step {seen.step}")
+            self.note(f"{event.run}: resumed from step {seen.step}")
         elif event.kind == "finished" and seen.start is not None:
             self.note(f"{event.run}: pass@1 {seen.start:.3f} -> {seen.pass_at_1:.3f} {count}")
         elif event.kind == "failed":
@@ -142,9 +143,10 @@ class ComparisonDisplay:
             self.note(f"{event.run}: saved at step {seen.step}")
 
     def _table(self) -> Table:
-        """A row for each arm at each learning rate, a column for each seed."""
+        """Make the live table: a row for each arm at each learning rate, a column for each seed."""
         ended = sum(s.state in ("finished", "failed") for s in self._seen.values())
-        title = f"{ended} of {len(self._seen)} runs, {time.monotonic() - self._began:.0f} s; pass@1, step"
+        figure = metric_title("eval", "pass@1").title
+        title = f"{ended} of {len(self._seen)} runs, {time.monotonic() - self._began:.0f} s; {figure}, step"
         table = Table(title=title, title_justify="left")
         for column in ("arm", "lr", *(f"seed {seed}" for seed in self.plan.seeds)):
             table.add_column(column)
@@ -156,8 +158,8 @@ class ComparisonDisplay:
 
 
 def show_results(results: ComparisonResults, console: Console) -> None:
-    """The table of a comparison, with every seed, and how to read it."""
-    # No column is cut: a table with intervals needs more than most terminals have.
+    """Print the table of a comparison, with every seed, and how to read it."""
+    # No column is cut: a table with intervals is wider than most terminals.
     wide = Console(width=max(console.width, 150), file=console.file)
     lines = [budget_sentence(results), *legend(results)]
     for task in results.tasks:

@@ -18,40 +18,40 @@ MODEL_FILE, RUN_FILE, COMPARISON_FILE = "config.json", "config.yaml", "compariso
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Shipped recipes, and YAML files below the directory being written."""
+    """Complete shipped recipes, and YAML files below the directory being typed."""
     return _starting_with(
         incomplete, [*sorted(shipped_recipes()), *_paths(incomplete, lambda p: p.suffix in (".yaml", ".yml"))]
     )
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Run directories: those with a config.yaml."""
+    """Complete run directories: those with a config.yaml."""
     return _starting_with(incomplete, [*_runs(), *_paths(incomplete, lambda p: (p / RUN_FILE).is_file())])
 
 
 def complete_comparison(incomplete: str) -> list[str]:
-    """Recipes, and directories of comparisons that were begun."""
+    """Complete recipes, and directories of comparisons that were begun."""
     begun = sorted(str(f.parent) for f in Path("comparisons").glob(f"*/{COMPARISON_FILE}"))
     elsewhere = _paths(incomplete, lambda p: (p / COMPARISON_FILE).is_file())
     return _starting_with(incomplete, [*begun, *complete_recipe(incomplete), *elsewhere])
 
 
 def complete_reported(incomplete: str) -> list[str]:
-    """What a report can be made of: runs, and comparisons that were begun."""
+    """Complete what a report can be made of: runs, and comparisons that were begun."""
     begun = sorted(str(f.parent) for f in Path("comparisons").glob(f"*/{COMPARISON_FILE}"))
     elsewhere = _paths(incomplete, lambda p: any((p / file).is_file() for file in (RUN_FILE, COMPARISON_FILE)))
     return _starting_with(incomplete, [*_runs(), *begun, *elsewhere])
 
 
 def complete_rounded(incomplete: str) -> list[str]:
-    """Precisions of a sampler."""
+    """Complete precisions of a sampler."""
     from sapo.config import SamplerDtype
 
     return _starting_with(incomplete, list(get_args(SamplerDtype)))
 
 
 def complete_objective(incomplete: str) -> list[str]:
-    """Objectives between commas."""
+    """Complete objectives between commas."""
     from sapo.objectives import OBJECTIVES
 
     before, comma, last = incomplete.rpartition(",")
@@ -59,7 +59,7 @@ def complete_objective(incomplete: str) -> list[str]:
 
 
 def complete_arm(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Arms of the comparison recipe that was named, between commas, each once."""
+    """Complete arms of the comparison recipe on the line, between commas, each once."""
     before, comma, last = incomplete.rpartition(",")
     taken = before.split(",")
     names = [name for name in _arms(ctx) if name.startswith(last) and name not in taken]
@@ -67,7 +67,7 @@ def complete_arm(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_baseline(ctx: typer.Context, incomplete: str) -> list[str]:
-    """One of the arms: those of --arms, or of --objectives, where they were given, else all of the recipe's."""
+    """Complete one of the arms: those of --arms or --objectives where given, else all of the recipe's."""
     given = ctx.params.get("arms") or ctx.params.get("objectives")
     arms = _arms(ctx)
     if not arms:  # a recipe of one run
@@ -78,13 +78,13 @@ def complete_baseline(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Run directories, and directories with a model."""
+    """Complete run directories, and directories with a model."""
     models = _paths(incomplete, lambda p: (p / RUN_FILE).is_file() or (p / MODEL_FILE).is_file())
     return _starting_with(incomplete, [*_runs(), *models])
 
 
 def complete_task(incomplete: str) -> list[str]:
-    """Tasks by name, and files of rows."""
+    """Complete tasks by name, and files of rows."""
     from sapo.tasks import TASKS
     from sapo.tasks.rows.reading import EXTENSIONS
 
@@ -93,7 +93,7 @@ def complete_task(incomplete: str) -> list[str]:
 
 
 def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
-    """KEY= of a recipe, one section at a time, or the value of a key that has a few.
+    """Complete KEY= of a recipe, one section at a time, or the value of a key that has few values.
 
     bash cuts words at "=": there `objective.name=sa` arrives as three words, of which only the last is completed.
     """
@@ -109,7 +109,7 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _keys(incomplete: str) -> list[str]:
-    """Keys of the section that is being written: sections end in a dot, settings in an equals sign."""
+    """Return the keys of the section being typed: sections end in a dot, settings in an equals sign."""
     from sapo.config import RunConfig
 
     parent, _, _ = incomplete.rpartition(".")
@@ -128,7 +128,7 @@ def _keys(incomplete: str) -> list[str]:
 
 
 def _values(key: str, value: str) -> list[str]:
-    """The values a key may have, where they are few."""
+    """Return the values a key may have, where they are few."""
     from sapo.config import RunConfig
     from sapo.objectives import NORMALIZERS, OBJECTIVES
 
@@ -147,7 +147,8 @@ def _values(key: str, value: str) -> list[str]:
 
 
 def _section(section: Any, parts: list[str]) -> Any:
-    """The settings that a dotted key leads to; a number stands for an item of a list. None when it leads nowhere."""
+    """Return the settings that a dotted key leads to, a number standing for an item of a list; None when it leads
+    nowhere."""
     for part in parts:
         if part.isdigit():  # tasks.0: the list's own kind was found on the way
             continue
@@ -160,14 +161,14 @@ def _section(section: Any, parts: list[str]) -> Any:
 
 
 def _sections_in(annotation: Any) -> list[Any]:
-    """Sections (pydantic models) in a type, through lists and alternatives."""
+    """Return the sections (pydantic models) in a type, through lists and alternatives."""
     if hasattr(annotation, "model_fields"):
         return [annotation]
     return [found for inner in get_args(annotation) for found in _sections_in(inner)]
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The words a type allows."""
+    """Return the words a type allows."""
     if annotation is bool:
         return ["true", "false"]
     if annotation is type(None):
@@ -180,7 +181,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _objective_keys() -> list[str]:
-    """The recipe's own settings of an objective, then those of the objectives."""
+    """Return the recipe's own settings of an objective, then the hyperparameters of the objectives."""
     from dataclasses import fields
 
     from sapo.config import ObjectiveConfig
@@ -191,11 +192,11 @@ def _objective_keys() -> list[str]:
 
 
 def _arms(ctx: typer.Context) -> list[str]:
-    """Names of the arms of the recipe, or of the comparison's directory, on the line; none of a recipe of one run."""
+    """Return the arms of the comparison recipe or directory on the line; none of a recipe of one run."""
     from sapo.config.recipes import read_recipe
     from sapo.errors import ConfigError
 
-    # Of a line that ends in an option without its value click has not told apart the arguments yet.
+    # Where a line ends in an option without its value, click has not parsed the arguments yet.
     recipe = ctx.params.get("recipe") or next(iter(ctx.args), None)
     if recipe is None:
         return []
@@ -213,7 +214,7 @@ def _runs() -> list[str]:
 
 
 def _paths(incomplete: str, wanted: Any) -> list[str]:
-    """Entries of the directory being written that are wanted, and directories on the way to some."""
+    """Return the entries of the directory being typed that are wanted, and directories that may lead to some."""
     directory, _, start = incomplete.rpartition("/")
     base = Path(directory + "/" if directory or incomplete.startswith("/") else ".")
     found = []

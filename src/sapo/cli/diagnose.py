@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sapo.objectives import Objective
-    from sapo.workflows.sampler_mismatch import Diagnosis
+    from sapo.workflows.sampler_mismatch import MismatchDiagnosis
 
 DEFAULT_OBJECTIVES = "sapo,grpo,gspo,cispo"
 
@@ -56,7 +56,7 @@ def diagnose(
     objectives: Annotated[
         str,
         typer.Option(
-            help="Names of objectives, between commas, at their own defaults.", autocompletion=complete_objective
+            help="Names of objectives, between commas, each at its defaults.", autocompletion=complete_objective
         ),
     ] = DEFAULT_OBJECTIVES,
     problems: Annotated[int, typer.Option(min=2, help="Held-out problems of each task.")] = 64,
@@ -65,10 +65,11 @@ def diagnose(
         int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Of the sampler.", show_default="1, or the run's")
+        float | None, typer.Option(min=0.0, help="Temperature of the sampler.", show_default="1, or the run's")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
+        int | None,
+        typer.Option(help="Seed of the draws and of the choice of problems.", show_default="12345, or the run's"),
     ] = None,
     engine: Annotated[
         str | None,
@@ -78,18 +79,18 @@ def diagnose(
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the mismatch of a sampler of another precision, and what it would do to each objective.
 
-    The completions are drawn from the model's weights rounded to the sampler's precision and read by the weights as
-    they are. Nothing is trained and nothing written.
+    The completions are drawn from the model's weights, rounded to the sampler's precision, and scored by the weights as
+    they are. Nothing is trained or written.
     """
     from sapo.cli.tables import Progress
     from sapo.errors import ConfigError
     from sapo.model.rounding import Rounding
     from sapo.run.models import load_model
-    from sapo.workflows.evaluation_plan import orders
+    from sapo.workflows.evaluation_plan import plan_evaluations
     from sapo.workflows.sampler_mismatch import diagnose as measure
 
     try:
@@ -97,7 +98,7 @@ def diagnose(
     except ValueError as error:
         raise ConfigError(f"--sampler-{error}") from error
     chosen = _objectives(model, objectives)
-    asked = orders(
+    asked = plan_evaluations(
         model,
         task or [],
         overrides or [],
@@ -120,7 +121,7 @@ def diagnose(
 
 
 def _objectives(model: Path, names: str) -> dict[str, Objective]:
-    """The objectives named, at their defaults, and before them a run's own where its settings are others."""
+    """Make the objectives named, at their defaults, and before them the run's own where its settings differ."""
     from sapo.errors import ConfigError
     from sapo.objectives import make_objective
     from sapo.run.directory import RunDirectory
@@ -141,27 +142,27 @@ def _objectives(model: Path, names: str) -> dict[str, Objective]:
     return chosen
 
 
-def table(found: Diagnosis) -> Table:
-    """The forces, an objective a row."""
+def table(found: MismatchDiagnosis) -> Table:
+    """Make the table of forces, an objective a row."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(f"a sampler in {found.sampler_dtype}, were its log-probabilities taken for log pi_old"))
-    for column in ("objective", "gate weight", "silenced", "bias force", "beyond noise", "towards sampler"):
+    shown = Table(title=Text(f"a sampler in {found.sampler_dtype} whose log-probabilities are taken for log pi_old"))
+    for column in ("objective", "EUR", "silenced", "bias force", "beyond noise", "towards sampler"):
         shown.add_column(column, justify="left" if column == "objective" else "right")
     for force in found.forces:
         figures = (force.force, force.force_unbiased, force.cosine)
         shown.add_row(
             Text(force.objective),
-            f"{force.gate_weight:.4f}",
+            f"{force.eur:.4f}",
             f"{force.silenced:.4f}",
             *("-" if figure is None else f"{figure:.3f}" for figure in figures),
         )
     return shown
 
 
-def lines(found: Diagnosis) -> list[str]:
-    """What is said below the table: how to read it, what was measured, what follows."""
+def lines(found: MismatchDiagnosis) -> list[str]:
+    """Return the lines below the table: how to read it, what was measured, what to do."""
     from sapo.workflows.sampler_mismatch import SYMMETRIC
 
     scaling = {"none": "without scales", "tensor": "a scale a matrix", "channel": "a scale a row"}
@@ -170,13 +171,13 @@ def lines(found: Diagnosis) -> list[str]:
     control = any(force.objective == SYMMETRIC for force in found.forces)
     what = "weights, norms and biases too," if found.sampler_vectors else "weights"
     return [
-        "bias force: the pull on the policy of shuffled advantages over the norm of its policy gradient; 1 is as",
-        "hard as rewards pull. beyond noise: with a batch's noise taken off; - where that cannot be told.",
+        "bias force: the pull of random advantages on the policy, over the norm of its policy gradient; 1 is as",
+        "hard as rewards pull. beyond noise: the batch's noise subtracted; - where the batch does not resolve it.",
         "towards sampler: cosine of that pull with the direction to the sampler's policy",
-        *[f"{SYMMETRIC}: the control, a clip that does not ask for the sign of A"] * control,
+        *[f"{SYMMETRIC}: the control, a clip that does not depend on the sign of A"] * control,
         f"{found.completions} completions of {', '.join(found.tasks)}, {found.tokens} tokens, mean reward "
         f"{found.reward:.3f}; {what} in {found.sampler_dtype}{how}",
         f"mean |r - 1| {found.dose:.4f} (99% below {found.dose_p99:.3f}): {found.verdict}",
-        *(["no group has rewards that differ, so there is no policy gradient to measure a force by"] * no_gradient),
+        *(["every group has zero variance, so there is no policy gradient to compare a force with"] * no_gradient),
         f"recommendation: {found.recommendation}",
     ]

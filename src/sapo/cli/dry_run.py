@@ -25,7 +25,7 @@ def show_dry_run(run: DryRun, console: Console) -> None:
         say(sentence)
     say(f"model: {run.model}")
     if run.coldstart_missing:
-        say("the starting model is not made yet: an untrained one of its shape stands in for it here")
+        say("the starting model is not made yet: an untrained model of its shape is used here")
     say("held-out problems: " + ", ".join(f"{task} {count}" for task, count in run.held_out.items()))
     for number, prompt in enumerate(run.prompts, 1):
         say(f"\nprompt {number} of the first step, as the model sees it:\n" + describe_prompt(prompt))
@@ -35,7 +35,7 @@ def show_dry_run(run: DryRun, console: Console) -> None:
 
 
 def describe_prompt(prompt: SeenPrompt) -> str:
-    r"""Task, text between bars, token ids with their texts, and what ends a completion.
+    r"""Write a prompt as text: its task, its text between bars, token ids with their texts, and what ends a completion.
 
     >>> print(describe_prompt(SeenPrompt("sums", (5, 0), ("7=", "<end>"), "7=<end>", "7", ("\n",))))
       task sums, 2 tokens, answer '7'
@@ -52,7 +52,7 @@ def describe_prompt(prompt: SeenPrompt) -> str:
 
 
 def _memory_table(memory: MemoryEstimate) -> Table:
-    """The largest phase part by part, and what the others come to."""
+    """Make the table of the largest phase part by part, with the totals of the others."""
     table = Table(title="memory, every completion at its full length", title_justify="left")
     table.add_column(f"{memory.largest_phase}, on {memory.device}")
     table.add_column("MiB", justify="right")
@@ -63,5 +63,5 @@ def _memory_table(memory: MemoryEstimate) -> Table:
     table.add_section()
     for phase, parts in memory.phases.items():
         if phase != memory.largest_phase:
-            table.add_row(f"in all: {phase}", f"{sum(parts.values()) / MIB:,.0f}")
+            table.add_row(f"total: {phase}", f"{sum(parts.values()) / MIB:,.0f}")
     return table

@@ -12,7 +12,7 @@ from sapo.cli.completion import complete_model, complete_task
 from sapo.cli.terminal import console, say, stop_signals
 
 if TYPE_CHECKING:
-    from sapo.workflows.evaluate import Order, Subject
+    from sapo.workflows.evaluate import EvaluatedModel, PlannedEvaluation
 
 
 def evaluate(
@@ -45,16 +45,18 @@ def evaluate(
         int | None, typer.Option(min=1, help="Completions of each problem (n).", show_default="4, or the run's")
     ] = None,
     k: Annotated[
-        str | None, typer.Option(help="Which pass@k to estimate, as in 1,4.", show_default="1, or the run's")
+        str | None, typer.Option(help="The k of pass@k to estimate, as in 1,4.", show_default="1, or the run's")
     ] = None,
     greedy: Annotated[
         bool | None,
-        typer.Option("--greedy/--no-greedy", help="Draw one more at temperature 0.", show_default="no, or the run's"),
+        typer.Option(
+            "--greedy/--no-greedy", help="Draw one more completion at temperature 0.", show_default="no, or the run's"
+        ),
     ] = None,
     constant: Annotated[
         bool | None,
         typer.Option(
-            "--constant/--no-constant", help="Judge the best constant answer.", show_default="yes, or the run's"
+            "--constant/--no-constant", help="Measure the best constant answer.", show_default="yes, or the run's"
         ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Smallest reward that counts as right.")] = 1.0,
@@ -66,7 +68,8 @@ def evaluate(
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", show_default="1, or the run's")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the draws and the choice of problems.", show_default="12345, or the run's")
+        int | None,
+        typer.Option(help="Seed of the draws and of the choice of problems.", show_default="12345, or the run's"),
     ] = None,
     engine: Annotated[
         str | None,
@@ -80,9 +83,9 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="The directory to write to.", show_default="evals/MODEL-TASK")
     ] = None,
 ) -> None:
-    """Evaluate a model on a task's held-out problems; the same command goes on with a killed one."""
-    from sapo.workflows.evaluate import Subject
-    from sapo.workflows.evaluation_plan import orders
+    """Evaluate a model on a task's held-out problems; the same command resumes a killed evaluation."""
+    from sapo.workflows.evaluate import EvaluatedModel
+    from sapo.workflows.evaluation_plan import plan_evaluations
 
     given = {
         "problems": problems,
@@ -95,15 +98,15 @@ def evaluate(
         "constant": constant,
         "engine": engine,
     }
-    asked = orders(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
-    subject = Subject.load(model, dtype, device)
-    for order in asked:
-        _carry_out(order, model, subject, out, problems, alone=len(asked) == 1)
+    asked = plan_evaluations(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
+    subject = EvaluatedModel.load(model, dtype, device)
+    for planned in asked:
+        _evaluate_task(planned, model, subject, out, problems, alone=len(asked) == 1)
 
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's directory, or its results.json.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The one to set against it.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The evaluation to compare it with.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the comparison as JSON.")] = None,
 ) -> None:
     """Compare two evaluations of the same problems, problem by problem, with paired tests."""
@@ -122,24 +125,30 @@ def compare(
         say(f"wrote {out}")
 
 
-def _carry_out(
-    order: Order, model: Path, subject: Subject, out: Path | None, problems: int | None, *, alone: bool
+def _evaluate_task(
+    planned: PlannedEvaluation,
+    model: Path,
+    subject: EvaluatedModel,
+    out: Path | None,
+    problems: int | None,
+    *,
+    alone: bool,
 ) -> None:
-    """One task of what was asked for, and what came of it; `problems` are those that were asked for aloud."""
+    """Run one of the planned evaluations and print its figures. `problems` is what the user asked for, or None."""
     from sapo.cli.tables import Progress, evaluation_table
-    from sapo.workflows.evaluation_plan import place
+    from sapo.workflows.evaluation_plan import output_directory
 
-    prompts = order.ask(subject.policy)
-    directory, note = place(model, subject, order, prompts, out, alone=alone)
+    prompts = planned.ask(subject.policy)
+    directory, note = output_directory(model, subject, planned, prompts, out, alone=alone)
     if note:
         say(f"note: {note}")
     with Progress(console) as progress, stop_signals() as stop:
-        results = order.carry_out(
-            subject, prompts, out=directory, should_stop=stop, on_progress=progress, tell=progress.note
+        results = planned.run(
+            subject, prompts, out=directory, should_stop=stop, on_progress=progress, report=progress.note
         )
     there = results.evaluation.problems
     if problems is not None and there < problems:
-        say(f"note: {order.task.name} has {there} held-out problems; {problems} were asked for")
+        say(f"note: {planned.task.name} has {there} held-out problems; {problems} were asked for")
     console.print(evaluation_table(results.evaluation))
     say(f"wrote {directory}/results.json, completions.jsonl and the completions to read in {directory}/index.html")
 

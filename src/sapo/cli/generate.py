@@ -30,22 +30,25 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Through the chat template; by default where the tokenizer has one."),
+        typer.Option("--chat/--no-chat", help="Use the chat template; default: where the tokenizer has one."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message of the chat, or first paragraph.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message of the chat, or first paragraph of a plain prompt.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
     engine: Annotated[str, typer.Option(help="The engine: local, or module:Class of your own.")] = "local",
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    logprobs: Annotated[bool, typer.Option("--logprobs", help="Each token with its log-probability.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Complete a prompt with a model; a run's own, in the format of its first task unless told otherwise."""
+    """Complete a prompt with a model; a run's model uses the format of its first task unless an option says
+    otherwise."""
     from sapo.errors import ConfigError
     from sapo.rollout.params import SamplingParams
     from sapo.run.models import load_model
@@ -89,5 +92,5 @@ def generate(
 
 
 def shown_to(*, terminal: bool) -> Callable[[str], str]:
-    """How a completion is printed: a terminal would obey what a file only holds, which gets it as it was written."""
+    """Return how a completion is printed: escaped on a terminal, which would obey it, and as it is to a file."""
     return visible if terminal else str

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live display on a terminal, a few plain lines elsewhere.
+"""The display of a run under way: one live bar on a terminal, a few plain lines elsewhere.
 
 Everything shown that came from a model or a file is printed as plain text, never as markup.
 """
@@ -16,16 +16,18 @@ from rich.text import Text
 from sapo.config import RunConfig
 from sapo.config.summary import replay_sentence
 from sapo.data import Status
+from sapo.diagnostics.titles import metric_title
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.text import visible
 from sapo.workflows.coldstart import ColdStartProgress
 
 COLUMNS = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("pass@1", "pass@1", "{:.3f}"),
-    ("entropy", "update/entropy", "{:.3f}"),
-    ("EUR", "update/gate/eur", "{:.4f}"),
+    ("reward/mean", "{:.3f}"),
+    ("pass@1", "{:.3f}"),
+    ("update/entropy", "{:.3f}"),
+    ("update/gate/eur", "{:.4f}"),
 )
+"""Metrics of a step that the live display shows, with their formats."""
 
 
 class Display:
@@ -49,13 +51,13 @@ class Display:
         self.stop()
 
     def stop(self) -> None:
-        """Take the live bar down; what it said last stays."""
+        """Take the live bar down; the lines above it stay."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def started(self, config: RunConfig) -> None:
-        """The loop begins, or goes on: say what will happen."""
+        """Print what the run will do, when its loop begins or resumes."""
         self._end_coldstart()
         self.steps = config.train.steps
         self.say(config.batch_sentence())
@@ -63,13 +65,13 @@ class Display:
             self.say(replay)
 
     def say(self, text: str) -> None:
-        """Print a line of plain text above the bar, what would steer the terminal spelled out."""
+        """Print a line of plain text above the bar, with control characters escaped."""
         self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def coldstart(self, progress: ColdStartProgress) -> None:
-        """An evaluation of the cold start."""
+        """Show an evaluation of the cold start."""
         if self._coldstart is None and not self.console.is_terminal:
-            self.say("cold start: making the starting model; it is kept for other runs of the recipe")
+            self.say("cold start: making the starting model; later runs of the recipe reuse it")
         self._coldstart = progress
         if self.console.is_terminal:
             self._show(
@@ -82,14 +84,14 @@ class Display:
             self.say(f"cold start: update {progress.update}, loss {progress.loss:.3f}, pass@1 {progress.pass_at_1:.3f}")
 
     def _end_coldstart(self) -> None:
-        """Say once what the cold start came to, when the run begins."""
+        """Print once what the cold start reached, when the run begins."""
         if self._coldstart is not None:
             last, self._coldstart = self._coldstart, None
             self.stop()
             self.say(f"cold start: reached pass@1 {last.pass_at_1:.3f}, {last.update} updates, {last.seconds:.0f} s")
 
     def record(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl was written."""
+        """Show a line of metrics.jsonl."""
         kind = record["kind"]
         if kind == "self_check":
             self._self_check(record)
@@ -97,24 +99,28 @@ class Display:
             self.say(_evaluation_line(record))
         elif kind == "rollback":
             self.say(
-                f"step {record['step']}: back to the weights of step {record['to']}, learning rate from here on times "
-                f"{record['learning_rate_scale']:g} (rollback {record['rollbacks']})"
+                f"step {record['step']}: rollback {record['rollbacks']} to the weights of step {record['to']}, "
+                f"learning rate times {record['learning_rate_scale']:g} from here on"
             )
         elif kind == "step" and self.console.is_terminal:
-            figures = [f"{name} {text.format(record[key])}" for name, key, text in COLUMNS if key in record]
+            figures = [
+                f"{metric_title('step', name).title} {text.format(record[name])}"
+                for name, text in COLUMNS
+                if name in record
+            ]
             if "tokens_per_second" in record["timing"]:
                 figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")
             self._show("training", record["step"], self.steps, "  ".join(figures))
 
     def warning(self, text: str) -> None:
-        """Something the user should know."""
+        """Print a warning."""
         self.console.print(f"[yellow]warning:[/yellow] {escape(visible(text))}", highlight=False, soft_wrap=True)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint was written: nothing to show, the last one is named at the end."""
+        """Show nothing: the last checkpoint is named at the end."""
 
     def resumed(self, checkpoint: Checkpoint) -> None:
-        """The run goes on from a checkpoint."""
+        """Print which checkpoint the run resumes from."""
         self.say(f"resuming from {checkpoint.path} ({checkpoint.label})")
 
     def _self_check(self, record: dict[str, Any]) -> None:
@@ -148,7 +154,7 @@ class Display:
 
 
 class _TwoLines(Progress):
-    """The figures on a line of their own: beside a bar they would not fit 80 columns."""
+    """Shows the figures on a line of their own: beside a bar they would not fit 80 columns."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         for task in self.tasks:
@@ -157,16 +163,14 @@ class _TwoLines(Progress):
 
 
 def _evaluation_line(record: dict[str, Any]) -> str:
-    """One evaluation in one line: pass@1 with its interval, and what was not simply right or wrong."""
-    pass_at_1 = record[f"mean@{record['samples']}"]  # the same number, whichever k were asked for
-    line = f"step {record['step']}: held-out pass@1 {pass_at_1:.3f}"
+    """Write one evaluation in one line: pass@1 with its interval, and completions that could not be scored."""
+    pass_at_1 = record[f"mean@{record['samples']}"]  # equal to pass@1, which is there only where k has 1
+    line = f"step {record['step']}: {metric_title('eval', 'pass@1').title} {pass_at_1:.3f}"
     if "pass@1/low" in record:
         line += f" [{record['pass@1/low']:.3f}, {record['pass@1/high']:.3f}]"
     line += f" on {record['task']}, {record['problems']} x {record['samples']}"
     line += "".join(
-        f", {name} {record[key]:.3f}"
-        for name, key in (("greedy", "greedy"), ("best constant", "constant"))
-        if key in record
+        f", {metric_title('eval', name).title} {record[name]:.3f}" for name in ("greedy", "constant") if name in record
     )
     odd = [s for s in Status if s is not Status.SCORED and record[f"status/{s.value}"]]
     return line + "".join(f", {record[f'status/{s.value}']} {s.value.replace('_', ' ')}" for s in odd)

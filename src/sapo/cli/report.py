@@ -22,7 +22,7 @@ def report(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     watch: Annotated[
-        bool, typer.Option("--watch", help="Write it anew while runs go on, until they end or Ctrl-C.")
+        bool, typer.Option("--watch", help="Rewrite the page while runs are under way, until they end or Ctrl-C.")
     ] = False,
     png: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write the figures there, as PNG and PDF for a paper.")
@@ -45,7 +45,9 @@ def report(
     budget = DEFAULT_TOKENS if tokens is None else tokens or None
     if watch:
         with stop_signals() as stop:
-            say(f"writing {out} as the runs go on; open it in a browser, it reloads itself; Ctrl-C ends this")
+            say(
+                f"writing {out} while the runs are under way; open it in a browser, it reloads itself; Ctrl-C ends this"
+            )
             made = keep_writing(runs, out, tokens=budget, should_stop=stop)
     else:
         made = make_report(runs, tokens=budget)
@@ -59,7 +61,7 @@ def report(
         say(line)
     missing = [f for f in made.figures if f.missing]
     if missing:
-        say(f"not measured: {', '.join(f.title for f in missing)}; the page says how to have them")
+        say(f"not measured: {', '.join(f.title for f in missing)}; the page says how to measure them")
     chunks = len(made.tokens.chunks)
     count = f"{chunks} step" if chunks == 1 else f"{chunks} steps"
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {count} token by token)")

@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as a person sees them on a terminal.
+"""Evaluations and comparisons as tables on a terminal.
 
 What came from a model or a file is printed as plain text, never as markup.
 """
@@ -17,20 +17,21 @@ from rich.text import Text
 
 from sapo.conformance.laws import LAWS
 from sapo.conformance.report import Report
+from sapo.diagnostics.titles import metric_title
 from sapo.evaluation.comparison import Comparison, Discordance
 from sapo.evaluation.estimates import Estimate
 from sapo.evaluation.figures import Evaluation, Slice
 from sapo.utils.text import visible
 
 LINES = 10
-"""Lines of progress where there is no terminal to draw a bar on, at most."""
+"""Largest number of lines of progress where there is no terminal to draw a bar on."""
 
 MOST_SLICES = 40
-"""Rows of a table by subject; results.json has them all."""
+"""Largest number of rows of a table by subject; results.json has all."""
 
 
 def seconds_table(seconds: Mapping[str, float]) -> Table:
-    """Where a run's time went: each phase, and under it the parts that were timed.
+    """Make the table of where a run's time went: each phase, and under it the parts that were timed.
 
     Args:
         seconds: of phases ("update") and parts ("update/head"), with the "total" of the phases.
@@ -47,7 +48,7 @@ def seconds_table(seconds: Mapping[str, float]) -> Table:
 
 
 def _by_weight(seconds: Mapping[str, float], parent: str = "") -> list[str]:
-    """Names in the order of a tree, the heaviest branch first."""
+    """Return names in the order of a tree, the heaviest branch first."""
     depth = parent.count("/") + 1 if parent else 0
     children = [n for n in seconds if n != "total" and n.count("/") == depth and n.startswith(parent and parent + "/")]
     ordered = sorted(children, key=lambda n: -seconds[n])
@@ -77,7 +78,7 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """So many problems are done."""
+        """Show how many problems are done."""
         if self.console.is_terminal:
             self._show(done, total)
         elif done < total and done * LINES // total > self._told:
@@ -85,7 +86,7 @@ class Progress:
             self.console.print(f"{done} of {total} {self.what}", markup=False, highlight=False)
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Print a note."""
         self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, done: int, total: int) -> None:
@@ -98,7 +99,7 @@ class Progress:
 
 
 def evaluation_table(result: Evaluation) -> RenderableType:
-    """The figures of an evaluation, and below them those of its subjects."""
+    """Make the table of an evaluation's figures, with those of its subjects below."""
     n = result.samples
     table = Table(title=escape(f"{result.task}: {result.problems} held-out problems x {n} samples"))
     table.add_column("figure")
@@ -116,13 +117,15 @@ def evaluation_table(result: Evaluation) -> RenderableType:
             table.add_row(name, *_columns(estimate))
     if result.constant is not None:
         answer = visible(result.constant.answer.splitlines()[0][:24])
-        table.add_row("best constant", f"{result.constant.share:.3f}", escape(f"always {answer}"))
+        table.add_row(
+            metric_title("eval", "constant").title, f"{result.constant.share:.3f}", escape(f"always {answer}")
+        )
     table.add_section()
     total = result.problems * n
     for status, count in result.statuses.items():
         table.add_row(status.replace("_", " "), str(count), f"{count / total:.1%}")
     table.add_section()
-    table.add_row("mean length", f"{result.length_mean:.1f}", "tokens")
+    table.add_row(metric_title("eval", "length/mean").title, f"{result.length_mean:.1f}", "tokens")
     table.add_row("tokens", f"{result.tokens + result.greedy_tokens:,}", "")
     if result.tokens_per_second is not None:
         table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}", "")
@@ -145,7 +148,7 @@ def _slice_table(name: str, rows: list[Slice], samples: int) -> Table:
 
 
 def comparison_table(result: Comparison) -> RenderableType:
-    """Two models side by side, and the difference with its tests."""
+    """Make the table of two models and their difference with its tests."""
     table = Table(title=f"{result.problems} problems, the same for both")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -177,7 +180,7 @@ def _discordance(pairs: Discordance) -> str:
 
 
 def conformance_table(report: Report) -> Table:
-    """Which laws each loss of a family obeys."""
+    """Make the table of the laws that each loss of a family keeps."""
     styles = {"held": "[green]held[/]", "broken": "[red]broken[/]", "does not apply": "-"}
     table = Table(title=f"{report.family} {report.version}".rstrip())
     table.add_column("law", no_wrap=True)

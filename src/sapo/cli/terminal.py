@@ -1,4 +1,4 @@
-"""What the commands share: the two consoles, and a stop that is asked for by a signal."""
+"""The two consoles that the commands share, and a stop that is asked for by a signal."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ errors = Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print a line as it is: what stands in brackets is no markup, nothing is cut, and what steers is spelled out."""
+    """Print a line as plain text: no markup, nothing cut, control characters escaped."""
     console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class StopSignal:
-    """True once Ctrl-C or a termination signal has come; a second one stops at once."""
+    """Is true once Ctrl-C or a termination signal has come; a second signal stops at once."""
 
     last: int = signal.SIGINT
-    """The signal that came, for the exit code."""
+    """The signal that came; the exit code names it."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -34,9 +34,9 @@ class StopSignal:
         return self.received is not None
 
     def handle(self, number: int, _: Any) -> None:
-        """The handler of both signals."""
+        """Handle either signal."""
         if self.received is not None:
-            os._exit(128 + number)  # asked twice: the newest checkpoint on disk is what there is
+            os._exit(128 + number)  # asked twice: the newest checkpoint on disk is kept
         self.received = number
         StopSignal.last = number
         errors.print("stopping at the next safe point; once more stops at once", markup=False)
@@ -44,7 +44,7 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Within it Ctrl-C and a termination signal are heard by what is given, and stop nothing by themselves."""
+    """Catch Ctrl-C and termination signals for the duration of the block; what is given says whether one came."""
     stop = StopSignal()
     previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,10 +1,10 @@
-"""The best constant answer: how many problems the same words would get right, whatever was asked.
+"""The best constant answer: how many problems one answer would get right, whatever was asked.
 
-A pass rate means little beside a constant that does as well (on counting the letters of words "0" may be right nine
-times in ten), so the figure is measured and not supposed. The task's own verifier judges: every distinct reference
-answer is written as a completion and put to every problem. Verifiers want answers written in their own way (in a box,
-after hashes); the way that makes most problems' own reference answers right is used. A task whose reference answers
-are right in none of them, as one judged by running tests, has no best constant: None, not 0.
+A pass rate means little where a constant does as well: on counting the letters of words, "0" may be right nine times in
+ten. The task's own verifier judges: every distinct reference answer is written as a completion and judged on every
+problem. Verifiers expect answers in a spelling of their own (in a box, after hashes); the spelling that makes the most
+reference answers right is used. A task whose reference answers are right in no spelling, such as one judged by running
+tests, has no best constant: None, not 0.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PROBED = 8
 """Problems on which the spellings are compared."""
 
 MOST_JUDGEMENTS = 5000
-"""Of constants on problems. Where all distinct answers times all problems are more, the most frequent answers are
-judged; a verifier may take milliseconds for each."""
+"""Largest number of judgements, constants times problems. Above it only the most frequent answers are judged: a
+verifier may take milliseconds for each."""
 
 AT_ONCE = 32
-"""Problems between two looks at whether to stop."""
+"""Problems judged between two checks of `should_stop`."""
 
 
 def best_constant(
@@ -37,7 +37,7 @@ def best_constant(
     threshold: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ConstantAnswer | None:
-    """The reference answer that is right on the most of the problems, or None where none can be judged.
+    """Find the reference answer that is right on the most problems; None where none can be judged.
 
     >>> from sapo.tasks.generated.arithmetic import ArithmeticTask
     >>> task = ArithmeticTask(operation="modular_chain", terms=1, modulus=3)
@@ -53,7 +53,7 @@ def best_constant(
     spelling = _spelling(task, answered, threshold)
     if spelling is None:
         return None
-    # The verifier's own reading of each reference tells which are the same: "70" and "the sum is 70 #### 70".
+    # References are the same if the verifier reads the same answer: "70" and "the sum is 70 #### 70".
     own = _judge(task, [(p, [_spell(spelling, p)]) for p in answered])
     text_of: dict[str, str] = {}
     count: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def best_constant(
         for judged in _judge(task, [(p, texts) for p in prompts[first : first + AT_ONCE]]):
             for name, completion in zip(candidates, judged, strict=True):
                 right[name] += completion.score.reward >= threshold
-    best, hits = right.most_common(1)[0]  # of equals the one that is more often the reference
+    best, hits = right.most_common(1)[0]  # of equals the one that is the reference more often
     return ConstantAnswer(best, hits / len(prompts), judged=len(candidates), distinct=len(count))
 
 

@@ -1,7 +1,7 @@
-"""The run of an evaluation: ask, draw, judge, count.
+"""The steps of an evaluation: ask, draw, judge, count.
 
-A kept evaluation goes chunk by chunk, each chunk a fixed run of problems that is drawn by one call of the engine: which
-sequences share a batch decides how their sums are rounded, so it must not depend on where an evaluation was killed.
+An evaluation goes chunk by chunk. A chunk is a fixed run of problems that one call of the engine draws: which sequences
+share a batch decides how their sums are rounded, so it must not depend on where an evaluation was killed.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import Task, score_groups
 
 
-class Keeper(Protocol):
-    """Where an evaluation is kept while it goes on, so that it can be killed: see `store.EvaluationStore`."""
+class ProgressStore(Protocol):
+    """Keeps the problems of an evaluation that are done, so that a killed one can go on: see
+    `store.EvaluationStore`."""
 
     answered: list[Answered]
-    """The problems that are done, in order."""
+    """Problems that are done, in order."""
     clock: Clock
 
     def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
-        """Take the next problems, and the time they took, for good."""
+        """Store the next problems and the time they took."""
         ...
 
 
-class Memory:
-    """Keeps an evaluation as long as the process lives.
+class InMemoryStore:
+    """Keeps an evaluation for as long as the process lives.
 
-    >>> memory = Memory()
+    >>> memory = InMemoryStore()
     >>> memory.keep([], Clock(generate=1.0))
     >>> memory.clock
     Clock(generate=1.0, score=0.0)
@@ -50,7 +51,7 @@ class Memory:
         self.clock = Clock()
 
     def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
-        """See `Keeper.keep`."""
+        """See `ProgressStore.keep`."""
         self.answered += chunk
         self.clock += clock
 
@@ -70,7 +71,7 @@ def evaluate_policy(
     constant: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate on a task's held-out problems, all drawn by one call of the engine.
+    """Evaluate a policy on a task's held-out problems, all drawn by one call of the engine.
 
     Args:
         problems: how many; all there are, when there are fewer.
@@ -87,7 +88,7 @@ def evaluate_policy(
         TaskError: the task has no held-out problem.
     """
     prompts = ask(policy, task, problems, prompt_format)
-    memory = Memory()
+    memory = InMemoryStore()
     examine(
         policy,
         engine,
@@ -105,7 +106,7 @@ def evaluate_policy(
 
 
 def ask(policy: Policy, task: Task, problems: int, prompt_format: PromptFormat | None = None) -> list[Prompt]:
-    """The held-out problems, numbered and encoded.
+    """Number and encode the held-out problems.
 
     Raises:
         TaskError: there is none.
@@ -121,7 +122,7 @@ def examine(
     engine: Engine,
     task: Task,
     prompts: Sequence[Prompt],
-    keeper: Keeper,
+    keeper: ProgressStore,
     *,
     chunk: int,
     samples: int,
@@ -130,12 +131,12 @@ def examine(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Have the prompts that the keeper does not hold yet completed and judged.
+    """Draw and judge completions of the prompts that the store does not hold yet.
 
     Args:
         prompts: encoded; those that are done come first, whole chunks of them.
         chunk: problems of one call of the engine.
-        on_progress: told the problems done, and all of them, after each chunk.
+        on_progress: called with the problems done, and all of them, after each chunk.
     """
     for first in range(len(keeper.answered), len(prompts), chunk):
         part = prompts[first : first + chunk]
@@ -168,7 +169,7 @@ def _judge(
     drawn: Sequence[Sequence[Completion]],
     likeliest: Sequence[Completion] | None,
 ) -> list[Answered]:
-    """One scoring of everything, so that slow verifiers work side by side."""
+    """Score all completions in one call, so that slow verifiers work side by side."""
     extra: list[list[Completion]] = [[] for _ in prompts] if likeliest is None else [[c] for c in likeliest]
     together = [(task, p, [*c, *e]) for p, c, e in zip(prompts, drawn, extra, strict=True)]
     answered = []

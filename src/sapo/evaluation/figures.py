@@ -12,13 +12,13 @@ from sapo.data import Status
 from sapo.evaluation.estimates import Estimate, bootstrap, bootstrap_ratio, majority_share, pass_at_k
 from sapo.evaluation.records import GROUPINGS, Answered, Sample
 
-# Words that have an order of their own; other values are sorted as numbers where they are, else as text.
+# Words with an order of their own. Other values are sorted as numbers where they are numbers, else as text.
 _ORDERED = ("very easy", "easy", "medium", "hard", "very hard")
 
 
 @dataclass(frozen=True)
 class ConstantAnswer:
-    """The best a model could do that gives the same answer to every problem.
+    """The best answer for a model that gives the same answer to every problem.
 
     >>> ConstantAnswer(answer="7", share=0.25, judged=8, distinct=8).to_json()
     {'answer': '7', 'share': 0.25, 'judged': 8, 'distinct': 8}
@@ -30,10 +30,10 @@ class ConstantAnswer:
     judged: int
     """Distinct reference answers that were tried as a constant, the most frequent first."""
     distinct: int
-    """Distinct reference answers there are."""
+    """Number of distinct reference answers."""
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {"answer": self.answer, "share": self.share, "judged": self.judged, "distinct": self.distinct}
 
 
@@ -52,7 +52,7 @@ class Slice:
     statuses: Mapping[str, int]
 
     def to_json(self, samples: int) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {
             "value": self.value,
             "problems": self.problems,
@@ -63,10 +63,10 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A further figure of the verifier, as cell accuracy: its mean over the completions that have it.
+class VerifierFigure:
+    """A further figure of the verifier, such as cell accuracy: its mean over the completions that have it.
 
-    >>> Figure(Estimate(0.5, 0.4, 0.6), completions=12).to_json()
+    >>> VerifierFigure(Estimate(0.5, 0.4, 0.6), completions=12).to_json()
     {'value': 0.5, 'low': 0.4, 'high': 0.6, 'completions': 12}
     """
 
@@ -74,13 +74,13 @@ class Figure:
     completions: int
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {**self.mean.to_json(), "completions": self.completions}
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Where the time went; the only part of an evaluation that differs from one run of it to the next.
+    """Seconds of generation and scoring: the only part of an evaluation that differs when it is repeated.
 
     >>> Clock(generate=1.5, score=0.25) + Clock(generate=0.5, score=0.25)
     Clock(generate=2.0, score=0.5)
@@ -94,7 +94,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Both."""
+        """Return the seconds of generation and scoring together."""
         return self.generate + self.score
 
 
@@ -118,10 +118,10 @@ class Evaluation:
     reward_mean: float
     statuses: dict[str, int]
     finish_reasons: dict[str, int]
-    """stop and length: a completion of `length` was cut, even where its task scores it nonetheless."""
-    figures: dict[str, Figure]
+    """Completions by stop and length. One of `length` was cut, even where its task scores it."""
+    figures: dict[str, VerifierFigure]
     slices: dict[str, list[Slice]]
-    """By subject, level, difficulty, those the prompts have two values of at least."""
+    """Figures by subject, level and difficulty, where the prompts have at least two values of it."""
     length_mean: float
     length_max: int
     tokens: int
@@ -143,7 +143,7 @@ class Evaluation:
         constant: ConstantAnswer | None = None,
         clock: Clock | None = None,
     ) -> Evaluation:
-        """The figures of judged completions; every problem has the same number of them."""
+        """Compute the figures of judged completions; every problem has the same number of them."""
         samples = len(answered[0].samples)
         flat = [s for problem in answered for s in problem.samples]
         correct_P = np.array([count_right(problem, threshold) for problem in answered])
@@ -173,21 +173,22 @@ class Evaluation:
 
     @property
     def correct(self) -> list[int]:
-        """(P,) c of each problem, in order: what comparisons of runs are paired by."""
+        """Return c of each problem, (P,), in order: comparisons of runs are paired by it."""
         return [count_right(problem, self.threshold) for problem in self.answered]
 
     @property
     def seconds(self) -> float:
-        """Of generation and scoring together."""
+        """Return the seconds of generation and scoring together."""
         return self.clock.seconds
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of generation, greedy completions included; None when no time was measured."""
+        """Return tokens per second of generation, greedy completions included; None when no time was measured."""
         return (self.tokens + self.greedy_tokens) / self.clock.generate if self.clock.generate > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures but the clock, and what each problem contributes to them; no text of completions."""
+        """Return all figures but the clock, with what each problem contributes to them; completions' texts are left
+        out."""
         return {
             "task": self.task,
             "problems": self.problems,
@@ -220,7 +221,7 @@ class Evaluation:
         }
 
     def timing(self) -> dict[str, Any]:
-        """The clock, for where it is written apart."""
+        """Return the figures of the clock, which are written apart."""
         return {
             "seconds": self.seconds,
             "generate_seconds": self.clock.generate,
@@ -229,7 +230,7 @@ class Evaluation:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """Flat figures for metrics.jsonl, the clock left out."""
+        """Return flat figures for metrics.jsonl, without the clock."""
         metrics: dict[str, Any] = {
             "task": self.task,
             "problems": self.problems,
@@ -256,7 +257,7 @@ class Evaluation:
 
 
 def count_right(problem: Answered, threshold: float) -> int:
-    """c: samples whose reward reaches the threshold."""
+    """Return c, the samples whose reward reaches the threshold."""
     return sum(s.reward >= threshold for s in problem.samples)
 
 
@@ -274,14 +275,14 @@ def _statuses(samples: Sequence[Sample]) -> dict[str, int]:
     return {status.value: sum(s.status is status for s in samples) for status in Status}
 
 
-def _figures(answered: Sequence[Answered]) -> dict[str, Figure]:
+def _figures(answered: Sequence[Answered]) -> dict[str, VerifierFigure]:
     names = sorted({name for problem in answered for s in problem.samples for name in s.figures})
     found = {}
     for name in names:
         values = [[s.figures[name] for s in problem.samples if name in s.figures] for problem in answered]
         counts = np.array([len(v) for v in values])
         mean = bootstrap_ratio(np.array([sum(v) for v in values]), counts)
-        found[name] = Figure(mean, int(counts.sum()))
+        found[name] = VerifierFigure(mean, int(counts.sum()))
     return found
 
 

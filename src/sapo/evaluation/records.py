@@ -1,7 +1,7 @@
-"""What was drawn and judged, without the tensors: a line of completions.jsonl, and all that a figure is computed from.
+"""Records of judged completions without their tensors: the lines of completions.jsonl, from which all figures are
+computed.
 
-An evaluation that was just made and one read back from its files go through the same records, so that their figures
-are the same to the bit.
+A new evaluation and one read from its files go through the same records, so that their figures are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUPINGS = ("subject", "level", "difficulty")
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion as it was judged.
+    """One judged completion.
 
     >>> Sample(text="46", reward=1.0, status=Status.SCORED, answer="46", finish_reason="stop", tokens=3).to_json()
     {'text': '46', 'reward': 1.0, 'status': 'scored', 'answer': '46', 'finish_reason': 'stop', 'tokens': 3}
@@ -33,13 +33,13 @@ class Sample:
     finish_reason: str
     tokens: int
     answer: str | None = None
-    """What the verifier took as the answer; None when it found none, or does not say."""
+    """The answer that the verifier read; None when it found none or does not name it."""
     detail: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, completion: Completion) -> Sample:
-        """A scored completion's record. A figure that is no finite number was not measured and is left out."""
+        """Make the record of a scored completion; a figure that is not a finite number is left out."""
         score = completion.score
         return cls(
             text=completion.text,
@@ -53,7 +53,7 @@ class Sample:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value; `detail` and `figures` only where there are any."""
+        """Return a JSON value; `detail` and `figures` only where there are any."""
         record: dict[str, Any] = {
             "text": self.text,
             "reward": self.reward,
@@ -70,7 +70,7 @@ class Sample:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Sample:
-        """The inverse of `to_json`."""
+        """Read what `to_json` made."""
         return cls(**{**record, "status": Status(record["status"])})
 
 
@@ -86,21 +86,21 @@ class Answered:
     """
 
     id: int
-    """Its number in the evaluation, from 0; names its draws to the sampler."""
+    """Its number in the evaluation, from 0; the sampler's draws depend on it."""
     prompt: str
     """The task's question."""
     seen: str
-    """What the model saw: the question in its prompt format, special tokens and all."""
+    """The prompt as the model saw it: the question in its format, special tokens included."""
     answer: str | None
     groups: Mapping[str, tuple[str, ...]]
-    """Its values of GROUPINGS, those it has; several where a problem is of two subjects."""
+    """The values of GROUPINGS that it has; several where a problem has two subjects."""
     samples: tuple[Sample, ...]
     greedy: Sample | None = None
     """A completion at temperature 0, where one was asked for."""
 
     @property
     def key(self) -> str:
-        """Names the problem to another evaluation of it, whatever format the question was put in.
+        """Return a name that the problem has in every evaluation of it, in whatever format it was asked.
 
         >>> Answered(id=0, prompt="12+34=", seen="", answer="46", groups={}, samples=()).key
         '53c57f690e83f389'
@@ -109,7 +109,7 @@ class Answered:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """A line of completions.jsonl."""
+        """Return a line of completions.jsonl."""
         return {
             "id": self.id,
             "prompt": self.prompt,
@@ -122,7 +122,7 @@ class Answered:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Answered:
-        """The inverse of `to_json`."""
+        """Read what `to_json` made."""
         greedy = record["greedy"]
         return cls(
             **{
@@ -135,7 +135,7 @@ class Answered:
 
 
 def groups_of(prompt: Prompt) -> dict[str, tuple[str, ...]]:
-    """A prompt's values of GROUPINGS as text.
+    """Return a prompt's values of GROUPINGS as text.
 
     >>> groups_of(Prompt(id=0, task="t", text="?", metadata={"subject": ["Algebra", "Geometry"], "level": 3}))
     {'subject': ('Algebra', 'Geometry'), 'level': ('3',)}

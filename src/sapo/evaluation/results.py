@@ -1,4 +1,4 @@
-"""Results as they are written and read: results.json with completions.jsonl. Their schema is in docs/evaluation.md."""
+"""Results of an evaluation on disk: results.json with completions.jsonl. docs/evaluation.md has their schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = "sapo.evaluation/1"
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation with what it is an evaluation of.
+    """An evaluation with the model, task, prompt and sampling it belongs to.
 
     `Results.read("evals/run-add4").evaluation.mean` is the mean@n that results.json there has.
     """
@@ -27,7 +27,7 @@ class Results:
     evaluation: Evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """results.json; the clock only in "timing"."""
+        """Return results.json; the clock is in "timing" alone."""
         return {
             "schema": SCHEMA,
             **self.about,
@@ -37,7 +37,7 @@ class Results:
 
     @classmethod
     def read(cls, directory: str | Path) -> Results:
-        """A finished evaluation from its directory, completions and all.
+        """Read a finished evaluation from its directory, completions included.
 
         Raises:
             ConfigError: it is none.
@@ -59,7 +59,7 @@ class Results:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """results.json by its own path, or that of its directory.
+    """Read results.json, by its own path or its directory's.
 
     Raises:
         ConfigError: there is none, or it is not what an evaluation of this version writes.

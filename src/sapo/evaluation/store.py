@@ -1,10 +1,9 @@
-"""An evaluation on disk: kept chunk by chunk while it goes on, so that a killed one goes on where it was.
+"""An evaluation on disk: stored chunk by chunk while it is under way, so that a killed one can be resumed.
 
 evals/NAME/config.json        what was asked: model, problems, sampling; an evaluation of anything else is refused here
-           progress.jsonl     while it goes on: the problems done and, after each chunk of them, its line and the clock
-           completions.jsonl  when it is done: one line per problem with all its completions (`records.Answered`)
-           results.json       the figures, see docs/evaluation.md
-           index.html         the completions, to be read
+           progress.jsonl     while it is under way: the problems done and, after each chunk of them, its line and the
+           clock completions.jsonl  when it is done: one line per problem with all its completions (`records.Answered`)
+           results.json       the figures, see docs/evaluation.md index.html         the completions, to be read
 
 A chunk is done when the line that closes it is on the disk; what a kill left behind after the last such line is cut off
 and drawn again. completions.jsonl, results.json and index.html are each written aside and renamed.
@@ -25,15 +24,15 @@ from sapo.utils.files import lock_directory, write_whole
 
 
 class EvaluationStore:
-    """The files of one evaluation, locked, so that no two processes write one. A `Keeper`.
+    """The files of one evaluation, under a lock, so that no two processes write them. A `ProgressStore`.
 
     Args:
         path: the directory; made where there is none.
         asked: what names the evaluation, a JSON value: whatever changes a completion or its judgement.
-        machine: where it is made; one that goes on elsewhere keeps the machine it was begun on.
+        machine: where it is made; an evaluation that is resumed elsewhere keeps the machine it was begun on.
 
     Raises:
-        ConfigError: what is there is of another evaluation, or no evaluation, or another process writes it.
+        ConfigError: the directory holds another evaluation, or something else, or another process writes it.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
@@ -56,11 +55,11 @@ class EvaluationStore:
 
     @property
     def finished(self) -> bool:
-        """Whether completions.jsonl holds them all."""
+        """Tell whether completions.jsonl holds all problems."""
         return (self.path / "completions.jsonl").exists()
 
     def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
-        """Take a chunk for good: it is on the disk when this returns."""
+        """Append a chunk and flush it: it is on the disk when this returns."""
         if self._progress is None:
             self._progress = (self.path / "progress.jsonl").open("ab")
         closing = {"chunk": len(chunk), "timing": {"generate": clock.generate, "score": clock.score}}
@@ -72,7 +71,7 @@ class EvaluationStore:
         self.clock += clock
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json and completions.jsonl, in this order; the progress is needed no more."""
+        """Write results.json, then completions.jsonl, and delete progress.jsonl."""
         write_whole(self.path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
         if not self.finished:
             write_whole(self.path / "completions.jsonl", "".join(_line(p.to_json()) for p in self.answered))
@@ -82,7 +81,7 @@ class EvaluationStore:
         (self.path / "progress.jsonl").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the files and give the lock back."""
+        """Close the files and release the lock."""
         if self._progress is not None:
             self._progress.close()
             self._progress = None
@@ -110,7 +109,7 @@ class EvaluationStore:
             try:
                 record = json.loads(line)
             except ValueError:
-                break  # cut in the middle by a kill; nothing after it was promised
+                break  # a kill cut the line; nothing after it was flushed
             if "chunk" not in record:
                 chunk.append(Answered.from_json(record))
                 continue
@@ -121,7 +120,8 @@ class EvaluationStore:
 
 
 def difference(path: Path, asked: Mapping[str, Any]) -> str | None:
-    """What a directory holds that is not the evaluation asked for; None when it holds that, or nothing yet.
+    """Describe what a directory holds in place of the evaluation asked for; None when it holds that one, or nothing
+    yet.
 
     The words follow "PATH holds".
     """
@@ -144,7 +144,7 @@ def difference(path: Path, asked: Mapping[str, Any]) -> str | None:
 
 
 def read_completions(directory: Path) -> list[Answered]:
-    """completions.jsonl of a finished evaluation.
+    """Read completions.jsonl of a finished evaluation.
 
     Raises:
         ConfigError: there is none, or it is not what an evaluation writes.
@@ -159,7 +159,7 @@ def read_completions(directory: Path) -> list[Answered]:
 
 
 def differing(there: Any, here: Any, prefix: str = "") -> list[tuple[str, tuple[str, str]]]:
-    """Where two JSON values differ: dotted key, and both values in brief.
+    """List where two JSON values differ: the dotted key, and both values in brief.
 
     >>> differing({"task": {"name": "add4"}}, {"task": {"name": "add2"}})
     [('task.name', ('"add4"', '"add2"'))]

@@ -15,12 +15,14 @@ import importlib.util
 import io
 import os
 import re
-import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from sapo.errors import ModelError
+from sapo.utils.files import new_directory
 from sapo.utils.text import first_line
 
 PACKAGE_PREFIX = "package:"
@@ -28,10 +30,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def cache_directory() -> Path:
-    """Where made and converted models are kept: $SAPO_CACHE, or sapo under $XDG_CACHE_HOME or ~/.cache."""
+    """Return where made and converted models are kept: $SAPO_CACHE, else the user's cache directory.
+
+    On Linux that is sapo under $XDG_CACHE_HOME, or ~/.cache/sapo; on macOS ~/Library/Caches/sapo.
+    """
     if "SAPO_CACHE" in os.environ:
         return Path(os.environ["SAPO_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sapo"
+    return platformdirs.user_cache_path("sapo", appauthor=False)
 
 
 def model_directory(source: str | Path, revision: str | None = None) -> Path:
@@ -93,16 +98,8 @@ def _from_file(path: Path) -> Path:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     directory = cache_directory() / "models" / f"{path.stem}-{digest}"
     if not (directory / "config.json").is_file():
-        aside = directory.with_name(f".{directory.name}-{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
+        with new_directory(directory, shared=True) as aside:
             _convert_gguf(path, aside)
-            aside.rename(directory)
-        except OSError:
-            if not (directory / "config.json").is_file():  # otherwise another process made it meanwhile
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     return directory
 
 
@@ -126,7 +123,6 @@ def _convert_gguf(path: Path, directory: Path) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    directory.mkdir(parents=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -3,7 +3,7 @@
 `assemble.make_report` reads runs and makes everything that is shown, as data; page and images draw the same data.
 """
 
-from sapo.report.assemble import Report, make_report
+from sapo.report.assemble import RunReport, make_report
 from sapo.report.page import write_page
 
-__all__ = ["Report", "make_report", "write_page"]
+__all__ = ["RunReport", "make_report", "write_page"]

@@ -1,4 +1,4 @@
-"""Arms: runs that differ in nothing but their seed are drawn as one, and named by what tells them from the others.
+"""Arms: runs that differ in their seed alone are drawn as one, under a name that tells them from the others.
 
 In a comparison an arm at another learning rate is another `Arm` here, of the same colour and name: each learning rate
 has axes of its own, so that a figure has as many colours as the comparison has arms.
@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.workflows.comparing.plan import format_rate
 
-# Where and how a run was made, not what it is.
+# Settings of where and how a run was made. They do not identify it.
 BESIDE_THE_POINT = (
     *("seed", "run_dir", "threads", "device", "provenance"),
     *("log", "checkpoint", "eval", "diagnostics", "profile"),
@@ -34,60 +34,60 @@ SHORT = {
     "train.steps": "steps",
     "model.path": "",
 }
-"""How settings are called in a label; an empty one leaves its value to speak for itself."""
+"""Short names of settings in a label; an empty name shows the value alone."""
 
 MOST_IN_A_LABEL = 3
 
-# Sections that are told by one of their settings: the others follow from it, or are told by the run's name.
+# Sections that one of their settings identifies: the others follow from it, or the run's name has them.
 TOLD_BY = {"model.coldstart.": "model.coldstart.architecture"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one setting, their seeds side by side.
+    """Runs of one setting, one for each seed.
 
     >>> from pathlib import Path
-    >>> run = Run("q", Path("runs/q"), {"seed": 3, "objective": {"name": "sapo"}}, (), None)
+    >>> run = ReportedRun("q", Path("runs/q"), {"seed": 3, "objective": {"name": "sapo"}}, (), None)
     >>> Arm("sapo", (run,)).seeds
     (3,)
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     color: int = 0
-    """Which of the palette."""
+    """Index into the palette."""
     rate: str = ""
-    """Its learning rate, in a comparison of several: the axes it is drawn on."""
+    """Its learning rate, where a comparison has several: each rate has axes of its own."""
     legend: str = ""
-    """What a figure calls it, where that is shorter than its label."""
+    """Its name in figures, where that is shorter than its label."""
 
     @property
     def name(self) -> str:
-        """In figures."""
+        """Return the name that figures use."""
         return self.legend or self.label
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """Of each run."""
+        """Return the seed of each run."""
         return tuple(run.setting("seed") for run in self.runs)
 
     @property
     def objective(self) -> dict[str, Any]:
-        """Name and settings of the objective."""
+        """Return the name and settings of the objective."""
         found: dict[str, Any] = self.runs[0].settings["objective"]
         return found
 
 
-def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """Arms in the order in which their first runs come; those of a comparison in the order of its plan."""
-    groups: dict[str, list[Run]] = defaultdict(list)
+def group_runs(runs: Sequence[ReportedRun]) -> list[Arm]:
+    """Group runs into arms, in the order of their first runs; those of one comparison in the order of its plan."""
+    groups: dict[str, list[ReportedRun]] = defaultdict(list)
     for run in runs:
         groups[_identity(run)].append(run)
     compared = [_in_comparison(members[0]) for members in groups.values()]
     if None not in compared and len({of[0] for of in compared if of is not None}) == 1:
         return _of_comparison(list(groups.values()))
     flat = [flatten(members[0].settings) for members in groups.values()]
-    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective's name tells it
+    differing = [key for key in _differing(flat) if key != "model.routing_replay"]  # the objective's name has it
     labels = [_label(members[0], own, differing) for members, own in zip(groups.values(), flat, strict=True)]
     if any(len(_told(own, differing)) > MOST_IN_A_LABEL for own in flat):
         labels = [
@@ -103,8 +103,8 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     return arms
 
 
-def _of_comparison(groups: Sequence[list[Run]]) -> list[Arm]:
-    """All runs are of one comparison: a colour for each arm, axes for each learning rate."""
+def _of_comparison(groups: Sequence[list[ReportedRun]]) -> list[Arm]:
+    """Make the arms of one comparison: a colour for each arm, axes for each learning rate."""
     found = [(of, members) for members in groups if (of := _in_comparison(members[0])) is not None]
     planned, rates = plan_of(found[0][0][0])
     planned += sorted({arm for (_, arm, _), _ in found} - set(planned))
@@ -125,8 +125,8 @@ def _of_comparison(groups: Sequence[list[Run]]) -> list[Arm]:
 
 
 def plan_of(comparison: Path) -> tuple[list[str], list[str]]:
-    """Names of a comparison's arms and its learning rates as its runs are named, in their order; none that are not
-    told."""
+    """Read the names of a comparison's arms and its learning rates as its runs are named, both in their order. Both are
+    empty where the plan cannot be read."""
     try:
         plan = yaml.safe_load((comparison / "comparison.yaml").read_text(encoding="utf-8"))
         return [str(arm) for arm in plan["arms"]], [format_rate(float(rate)) for rate in plan["learning_rates"]]
@@ -135,7 +135,7 @@ def plan_of(comparison: Path) -> tuple[list[str], list[str]]:
 
 
 def by_rate(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:
-    """Arms that share axes: those of one learning rate of a comparison of several; all of them elsewhere.
+    """Group arms that share axes: in a comparison of several learning rates those of one rate, elsewhere all.
 
     >>> [(rate, [arm.name for arm in own]) for rate, own in by_rate([Arm("a", ()), Arm("b", ())])]
     [('', ['a', 'b'])]
@@ -147,7 +147,7 @@ def by_rate(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of what makes a run what it is.
+    """Return the settings that identify a run, under dotted keys.
 
     >>> flatten({"seed": 1, "train": {"steps": 5}, "tasks": [{"name": "add"}]})
     {'train.steps': 5, 'tasks.0.name': 'add'}
@@ -165,14 +165,15 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _identity(run: Run) -> str:
+def _identity(run: ReportedRun) -> str:
     if (of := _in_comparison(run)) is not None:
         return "\0".join(map(str, of))
     return json.dumps(flatten(run.settings), sort_keys=True, default=str)
 
 
-def _in_comparison(run: Run) -> tuple[Path, str, str] | None:
-    """Comparison, arm and learning rate by the directory's name, where a comparison gave it."""
+def _in_comparison(run: ReportedRun) -> tuple[Path, str, str] | None:
+    """Return the comparison, arm and learning rate that a directory's name gives, or None where no comparison made
+    it."""
     parent = run.path.resolve().parent
     found = _OF_A_COMPARISON.fullmatch(run.path.resolve().name)
     if found is None or parent.name != "runs" or not (parent.parent / "comparison.yaml").is_file():
@@ -181,7 +182,7 @@ def _in_comparison(run: Run) -> tuple[Path, str, str] | None:
 
 
 def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys whose values are not the same in all arms; the objective's own only among arms of that objective."""
+    """Return the keys whose values differ between arms; settings of an objective are compared among its own arms."""
     keys = dict.fromkeys(key for own in flat for key in own)
     found = []
     for key in keys:
@@ -194,7 +195,7 @@ def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _label(run: Run, flat: dict[str, Any], differing: Sequence[str]) -> str:
+def _label(run: ReportedRun, flat: dict[str, Any], differing: Sequence[str]) -> str:
     if (of := _in_comparison(run)) is not None:
         return f"{of[1]}, lr {of[2]}"
     parts = [_objective(run)]
@@ -205,18 +206,20 @@ def _label(run: Run, flat: dict[str, Any], differing: Sequence[str]) -> str:
 
 
 def _told(flat: dict[str, Any], differing: Sequence[str]) -> list[str]:
-    """Settings that tell an arm from the others, those first that one compares; "tasks" for all of its tasks."""
+    """Return the settings that tell an arm from the others, the most compared first; "tasks" stands for all of its
+    tasks."""
     own = [key for key in differing if key in flat]
     for section, key in TOLD_BY.items():
         own = [k for k in own if not k.startswith(section) or k == key or key not in differing]
     own = [k for k in own if not k.startswith("tasks.")]
-    # Temperatures and rates first: they are what one compares.
+    # Temperatures and rates first: they are compared the most.
     own.sort(key=lambda k: (not k.startswith("objective."), k != "train.learning_rate", not k.startswith("model.")))
     return own + ["tasks"] * any(k.startswith("tasks.") for k in differing)
 
 
-def _by_name(members: Sequence[Run], flat: dict[str, Any], differing: Sequence[str]) -> str:
-    """Of runs that share too little to be told apart by it: the first run's name, its objective and learning rate."""
+def _by_name(members: Sequence[ReportedRun], flat: dict[str, Any], differing: Sequence[str]) -> str:
+    """Return a label for runs that differ in too many settings: the first run's name, its objective and learning
+    rate."""
     more = f" and {len(members) - 1} more" if len(members) > 1 else ""
     rate = [key for key in differing if key == "train.learning_rate" and key in flat]
     return ", ".join(
@@ -224,8 +227,8 @@ def _by_name(members: Sequence[Run], flat: dict[str, Any], differing: Sequence[s
     )
 
 
-def _objective(run: Run) -> str:
-    """The objective's name with its routing replay, as the run settled it: GRPO-R2, GRPO-R3."""
+def _objective(run: ReportedRun) -> str:
+    """Return the objective's name, with the kind of routing replay that was used: GRPO-R2, GRPO-R3."""
     name = str(run.settings["objective"].get("name", "?")).upper()
     setting = run.setting("model.routing_replay")
     if not setting:
@@ -236,8 +239,8 @@ def _objective(run: Run) -> str:
     return f"{name} with routing replay" if kind is None else f"{name}-{kind}"
 
 
-def _tasks(run: Run) -> str:
-    """The tasks of a run by the names its evaluations have, in brief."""
+def _tasks(run: ReportedRun) -> str:
+    """Return the tasks of a run under the names of its evaluations, or their number where there are several."""
     names = list(dict.fromkeys(str(r["task"]) for r in run.of_kind("eval")))
     names = names or [
         str(t.get("label") or t.get("name")) for t in run.settings.get("tasks", []) if isinstance(t, dict)

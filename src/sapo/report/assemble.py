@@ -1,4 +1,5 @@
-"""A report from run directories: read, group, draw, tell. What the page and the images show."""
+"""Make a report from run directories: read runs, group them, draw figures, write the headlines. The page and the images
+show it."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sapo.report.arms import Arm, group_runs
-from sapo.report.compared import Comparison, find_comparisons
+from sapo.report.compared import ReportedComparison, find_comparisons
 from sapo.report.compared_figures import comparison_figures
 from sapo.report.costs import timing_figure
 from sapo.report.curves import learning_figures
 from sapo.report.figure import Figure
 from sapo.report.paper import paper_figures
-from sapo.report.runs import Run, find_runs, read_runs, to_come
+from sapo.report.runs import ReportedRun, find_runs, read_runs, to_come
 from sapo.report.spread import spread_figures, spread_of
 from sapo.report.story import RunLine, headline, run_line, warnings_of
 from sapo.report.tokens import DEFAULT_TOKENS, TokenView, token_view
@@ -22,10 +23,10 @@ from sapo.report.weights import gate_figures
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that is shown. Made by `make_report`.
+class RunReport:
+    """Everything that a page and images show. Made by `make_report`.
 
-    >>> Report("q", (), (), (), (), (), TokenView((), 0, ()), True).to_json()["title"]
+    >>> RunReport("q", (), (), (), (), (), TokenView((), 0, ()), True).to_json()["title"]
     'q'
     """
 
@@ -38,21 +39,21 @@ class Report:
     warnings: tuple[dict[str, Any], ...]
     tokens: TokenView
     finished: bool
-    """Whether nothing more is to come: every run has ended, and no run of a comparison is still to begin."""
-    compared: tuple[tuple[Comparison, tuple[Figure, ...]], ...] = ()
+    """True when every run has ended and no run of a comparison is still to begin."""
+    compared: tuple[tuple[ReportedComparison, tuple[Figure, ...]], ...] = ()
     """Comparisons among the paths, with their figures."""
     problems: tuple[str, ...] = ()
-    """What could not be shown."""
+    """Sentences on what could not be shown."""
     colors: tuple[int, ...] = ()
-    """Of the arms in the figures: one for each headline."""
+    """Colour of the arm of each headline, as an index into the palette."""
 
     @property
     def figures(self) -> tuple[Figure, ...]:
-        """All, in the order of the page."""
+        """Return all figures, in the order of the page."""
         return (*(f for _, own in self.compared for f in own), *self.story, *self.paper)
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value; the token view's chunks are not in it, only what they are."""
+        """Return a JSON value. Of the token view it has the list of chunks, without their data."""
         return {
             "title": self.title,
             "headlines": list(self.headlines),
@@ -68,8 +69,8 @@ class Report:
         }
 
 
-def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -> Report:
-    """Read runs, comparisons and directories of runs.
+def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -> RunReport:
+    """Read runs, comparisons and directories of runs, and make their report.
 
     Args:
         paths: of runs, of comparisons, or of directories with runs in them.
@@ -83,7 +84,7 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
     spreads = [spread_of(arm) for arm in arms]
     by_run = {run.name: run_line(run, arm) for arm in arms for run in arm.runs}
     comparisons, problems = find_comparisons(paths)
-    return Report(
+    return RunReport(
         title=_title(arms, runs, comparisons),
         headlines=tuple(headline(arm, [by_run[run.name] for run in arm.runs]) for arm in arms),
         story=(
@@ -104,8 +105,8 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
 
 
 def _compared(
-    comparisons: Sequence[Comparison], runs: Sequence[Run]
-) -> Iterator[tuple[Comparison, tuple[Figure, ...]]]:
+    comparisons: Sequence[ReportedComparison], runs: Sequence[ReportedRun]
+) -> Iterator[tuple[ReportedComparison, tuple[Figure, ...]]]:
     for place, made in enumerate(comparisons, 1):
         directory = (made.path / "runs").resolve()
         own = [run for run in runs if run.path.resolve().parent == directory]
@@ -113,7 +114,7 @@ def _compared(
         yield made, tuple(comparison_figures(made, group_runs(own), prefix))
 
 
-def _title(arms: Sequence[Arm], runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+def _title(arms: Sequence[Arm], runs: Sequence[ReportedRun], comparisons: Sequence[ReportedComparison]) -> str:
     if len(runs) == 1:
         return runs[0].name
     named = f"{', '.join(made.name for made in comparisons)}: " if comparisons else ""

@@ -1,7 +1,7 @@
-"""Comparisons as a report shows them: the figures of results.json, as they stand there, and what they say in words.
+"""Comparisons as a report shows them: the figures of results.json, as they stand there, and sentences on them.
 
-While runs go on there is no results.json yet, or one of an earlier stop: then what has ended is counted by
-`sapo.workflows.comparing`, which writes that file in the end.
+While runs are under way there is no results.json yet, or one of an earlier stop. Then `sapo.workflows.comparing`, which
+writes that file at the end, computes the figures of the runs that have ended.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sapo.utils.text import visible
 from sapo.workflows.comparing.plan import format_rate
 
 FEW_SEEDS = 5
-"""Below so many, intervals over seeds are too narrow to conclude from."""
+"""With fewer seeds than this, intervals over seeds are too narrow to conclude from."""
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReportedComparison:
     """One comparison. Made by `find_comparisons`.
 
-    >>> made = Comparison("fig4", Path("comparisons/fig4"), {"runs": [], "cells": []}, "results.json", ())
+    >>> made = ReportedComparison("fig4", Path("comparisons/fig4"), {"runs": [], "cells": []}, "results.json", ())
     >>> made.tasks, made.state({"name": "sapo-lr1e-4-seed0", "state": "unfinished"})
     ([], 'to come')
     """
@@ -33,27 +33,27 @@ class Comparison:
     name: str
     path: Path
     results: Mapping[str, Any]
-    """What results.json holds."""
+    """Content of results.json."""
     source: str
-    """results.json, or that it was counted now."""
+    """Where the figures come from: results.json, or the runs that have ended so far."""
     begun: tuple[str, ...]
     """Names of the runs that have directories."""
 
     @property
     def tasks(self) -> list[str]:
-        """Those that any run that has ended was evaluated on."""
+        """Return the tasks that some run that has ended was evaluated on."""
         return list(dict.fromkeys(cell["task"] for cell in self.results["cells"]))
 
     def cells(self, task: str) -> list[Mapping[str, Any]]:
-        """Of a task: arms at learning rates, in the order of the plan."""
+        """Return the cells of a task, an arm at a learning rate each, in the order of the plan."""
         return [cell for cell in self.results["cells"] if cell["task"] == task]
 
     def state(self, run: Mapping[str, Any]) -> str:
-        """finished, failed, unfinished, or to come."""
+        """Return finished, failed, unfinished, or to come."""
         return "to come" if run["state"] == "unfinished" and run["name"] not in self.begun else str(run["state"])
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value: results.json with states of the runs as `state` has them and their warnings by cause."""
+        """Return a JSON value: results.json with the states that `state` gives and each run's warnings by cause."""
         runs = [
             {**run, "state": self.state(run), "warnings": _by_cause(run), "reason": visible(run.get("reason") or "")}
             for run in self.results["runs"]
@@ -68,8 +68,8 @@ class Comparison:
         }
 
 
-def find_comparisons(paths: Sequence[Path]) -> tuple[list[Comparison], list[str]]:
-    """The comparisons among these paths, and a sentence for each that cannot be counted.
+def find_comparisons(paths: Sequence[Path]) -> tuple[list[ReportedComparison], list[str]]:
+    """Read the comparisons among these paths; return them with a sentence for each that cannot be evaluated.
 
     Raises:
         ConfigError: results.json of one is not what `sapo compare` writes.
@@ -85,11 +85,11 @@ def find_comparisons(paths: Sequence[Path]) -> tuple[list[Comparison], list[str]
 
 
 class UncountableError(ValueError):
-    """A comparison that has not ended, of a plan that this version does not know."""
+    """A comparison that has not ended and whose plan this version cannot read."""
 
 
-def read_comparison(path: Path) -> Comparison:
-    """One comparison.
+def read_comparison(path: Path) -> ReportedComparison:
+    """Read one comparison.
 
     Raises:
         ConfigError: its results.json is not what `sapo compare` writes.
@@ -99,30 +99,30 @@ def read_comparison(path: Path) -> Comparison:
     begun = tuple(p.name for p in sorted((path / "runs").glob("*")) if is_run(p))
     written = _written(path / "results.json")
     if written is not None and all(run["state"] != "unfinished" for run in written["runs"]):
-        return Comparison(name, path, written, "results.json", begun)
+        return ReportedComparison(name, path, written, "results.json", begun)
     try:
-        return Comparison(name, path, count(path), "the runs that have ended so far", begun)
+        return ReportedComparison(name, path, count(path), "the runs that have ended so far", begun)
     except ConfigError as error:
         if written is not None:
-            return Comparison(name, path, written, "results.json, of an earlier stop", begun)
+            return ReportedComparison(name, path, written, "results.json, of an earlier stop", begun)
         raise UncountableError(
-            f"The comparison {name} cannot be counted, and its runs are shown without a table: "
+            f"The figures of the comparison {name} cannot be computed, so its runs are shown without a table: "
             f"{visible(str(error).splitlines()[0])}"
         ) from error
 
 
 def count(path: Path) -> dict[str, Any]:
-    """What `sapo compare` would write of the runs that have ended.
+    """Compute what `sapo compare` would write of the runs that have ended.
 
     Raises:
         ConfigError: the plan or a run is of another version.
     """
     from sapo.workflows.comparing.config import load_comparison
-    from sapo.workflows.comparing.outcomes import Outcome
+    from sapo.workflows.comparing.outcomes import RunOutcome
     from sapo.workflows.comparing.results import ComparisonResults
 
     plan = load_comparison(path)
-    return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(path)]).to_json()
+    return ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(path)]).to_json()
 
 
 def _written(file: Path) -> dict[str, Any] | None:
@@ -141,15 +141,15 @@ def _written(file: Path) -> dict[str, Any] | None:
 
 
 def _by_cause(run: Mapping[str, Any]) -> dict[str, int] | None:
-    """Early warnings of a run by cause; None where they were not counted."""
+    """Count the early warnings of a run by cause; None where results.json does not have them."""
     if run.get("warnings") is None:
         return None
     causes = [str(warning["cause"]) for warning in run["warnings"]]
     return {cause: causes.count(cause) for cause in dict.fromkeys(causes)}
 
 
-def alarms_by_cause(comparison: Comparison, task: str) -> list[dict[str, Any]]:
-    """Of each named cause: how many of the collapsed and of the healthy runs it warned of.
+def alarms_by_cause(comparison: ReportedComparison, task: str) -> list[dict[str, Any]]:
+    """Count, for each cause of early warnings, the collapsed and the healthy runs that had one.
 
     The counts of all causes together are `results["warnings"][task]`.
     """
@@ -170,8 +170,8 @@ def alarms_by_cause(comparison: Comparison, task: str) -> list[dict[str, Any]]:
     ]
 
 
-def words_of(comparison: Comparison) -> list[str]:
-    """The comparison in sentences: what it consists of, and of each task what came out."""
+def words_of(comparison: ReportedComparison) -> list[str]:
+    """Write the comparison in sentences: its arms, rates and seeds, then the result on each task."""
     results = comparison.results
     states = [comparison.state(run) for run in results["runs"]]
     parts = [
@@ -193,7 +193,7 @@ def words_of(comparison: Comparison) -> list[str]:
     return [first, *(sentence for task in comparison.tasks for sentence in _words_of_task(comparison, task))]
 
 
-def _words_of_task(comparison: Comparison, task: str) -> list[str]:
+def _words_of_task(comparison: ReportedComparison, task: str) -> list[str]:
     results = comparison.results
     tuned = [t for t in results["tuned"] if t["task"] == task]
     ordered = sorted(tuned, key=lambda t: -t["final"]["value"])
@@ -226,7 +226,7 @@ def _words_of_task(comparison: Comparison, task: str) -> list[str]:
 
 
 def _ends(estimate: Mapping[str, float]) -> str:
-    """Of an interval that excludes 0, by size."""
+    """Format the ends of an interval that excludes 0, by size."""
     low, high = sorted((abs(estimate["low"]), abs(estimate["high"])))
     return f"{low:.3f}, {high:.3f}"
 

@@ -6,20 +6,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm
-from sapo.report.compared import Comparison
-from sapo.report.curves import arm_traces, pass_traces
+from sapo.report.compared import ReportedComparison
+from sapo.report.curves import HELD_OUT, arm_traces, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 from sapo.workflows.comparing.plan import format_rate
 
 SEED_ABOVE = -0.22
-"""Seeds lie above the interval of their arm, by this share of a row."""
+"""How far the points of seeds lie above their arm's interval, as a share of a row."""
 
 MOST_COLUMNS = 4
 
 
-def comparison_figures(comparison: Comparison, arms: Sequence[Arm], prefix: str = "compared") -> list[Figure]:
-    """Of one comparison.
+def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], prefix: str = "compared") -> list[Figure]:
+    """Make the figures of one comparison.
 
     Args:
         arms: those of its runs.
@@ -36,10 +37,11 @@ def comparison_figures(comparison: Comparison, arms: Sequence[Arm], prefix: str 
         differences = _panels(comparison, task, _difference, f"final pass@1 less that of {baseline}")
         if differences:
             figures.append(_figure(f"{key}-difference", f"Difference from {baseline}{of}", DIFFERENCE, differences))
-        curves = _curves(arms, "pass@1", partial(pass_traces, task=task))
-        figures += _by_arm(f"{key}-pass1", f"Held-out pass@1 by arm{of}", curves)
-    rewards = _curves(arms, "mean reward", _reward_traces)
-    return [*figures, *_by_arm(f"{prefix}-reward", "Training reward by arm", rewards)]
+        curves = _curves(arms, HELD_OUT.label, partial(pass_traces, task=task))
+        figures += _by_arm(f"{key}-pass1", f"{HELD_OUT.heading} by arm{of}", curves)
+    reward = metric_title("step", "reward/mean")
+    rewards = _curves(arms, reward.label, _reward_traces)
+    return [*figures, *_by_arm(f"{prefix}-reward", f"{reward.heading} by arm", rewards)]
 
 
 FINAL = (
@@ -62,12 +64,12 @@ def _figure(key: str, title: str, caption: str, panels: Sequence[Panel]) -> Figu
     return Figure(key, title, caption, tuple(panels), wide=len(panels) > 1, columns=min(len(panels), 3))
 
 
-Draw = Callable[[Comparison, str, float, Sequence[str]], tuple[list[Trace], float]]
-"""Traces at one learning rate, and where the dotted line lies."""
+Draw = Callable[[ReportedComparison, str, float, Sequence[str]], tuple[list[Trace], float]]
+"""Returns the traces at one learning rate, and the place of the dotted line."""
 
 
-def _panels(comparison: Comparison, task: str, draw: Draw, x: str) -> list[Panel]:
-    """For each learning rate; a row for each arm."""
+def _panels(comparison: ReportedComparison, task: str, draw: Draw, x: str) -> list[Panel]:
+    """Draw a panel for each learning rate, with a row for each arm."""
     names, rates = list(comparison.results["arms"]), comparison.results["learning_rates"]
     panels = []
     for rate in rates:
@@ -78,7 +80,7 @@ def _panels(comparison: Comparison, task: str, draw: Draw, x: str) -> list[Panel
     return share_axis(panels, "x")
 
 
-def _final(comparison: Comparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
+def _final(comparison: ReportedComparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
     traces: list[Trace] = []
     cells = [c for c in comparison.cells(task) if c["learning_rate"] == rate]
     for cell in cells:
@@ -94,7 +96,9 @@ def _final(comparison: Comparison, task: str, rate: float, names: Sequence[str])
     return traces, sum(starts) / len(starts) if starts else 0.0
 
 
-def _difference(comparison: Comparison, task: str, rate: float, names: Sequence[str]) -> tuple[list[Trace], float]:
+def _difference(
+    comparison: ReportedComparison, task: str, rate: float, names: Sequence[str]
+) -> tuple[list[Trace], float]:
     traces: list[Trace] = []
     baseline = {
         r["seed"]: final
@@ -114,12 +118,12 @@ def _difference(comparison: Comparison, task: str, rate: float, names: Sequence[
     return traces, 0.0
 
 
-def _runs(comparison: Comparison, arm: str, rate: float) -> list[Any]:
+def _runs(comparison: ReportedComparison, arm: str, rate: float) -> list[Any]:
     return [r for r in comparison.results["runs"] if r["arm"] == arm and r["learning_rate"] == rate]
 
 
 def _final_of(run: Any, task: str) -> float | None:
-    """As it counts: 0 of a run that failed; None of one that has not ended."""
+    """Return the final pass@1 that counts: 0 of a run that failed, None of one that has not ended."""
     if run["state"] == "unfinished" or task not in run["tasks"]:
         return None
     return 0.0 if run["state"] == "failed" else float(run["tasks"][task]["final"])
@@ -144,7 +148,7 @@ def _reward_traces(arm: Arm, *, color: int | None = None, name: str = "") -> lis
 
 
 def _curves(arms: Sequence[Arm], y: str, draw: Callable[..., list[Trace]]) -> list[Panel]:
-    """Axes for each arm; where there are several learning rates, each has a colour."""
+    """Draw axes for each arm; several learning rates have a colour each."""
     rates = list(dict.fromkeys(arm.rate for arm in arms))
     panels = []
     for name in dict.fromkeys(arm.name for arm in arms):

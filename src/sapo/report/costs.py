@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 from sapo.report.arms import Arm
 from sapo.report.figure import Figure, Panel, Trace
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 
 PHASES = ("generate", "score", "old_logprobs", "reference", "update", "diagnose", "evaluate", "checkpoint")
 
 MOST_BARS = 12
-"""Of single runs: the names of more cannot be read."""
+"""Largest number of runs with a bar each: the names of more bars cannot be read."""
 
 
-def phase_seconds(run: Run) -> dict[str, float]:
-    """Seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
+def phase_seconds(run: ReportedRun) -> dict[str, float]:
+    """Return seconds by phase: the summary's, or the sum over the steps and evaluations that were logged so far.
 
-    Parts of a phase, which a profile has beside it as "update/backward", are in it already.
+    The parts of a phase that a profile adds, such as "update/backward", are in the phase already.
     """
     if run.summary is not None and isinstance(run.summary.get("seconds"), dict):
         return {k: v for k, v in run.summary["seconds"].items() if k != "total" and "/" not in k}
@@ -26,7 +26,7 @@ def phase_seconds(run: Run) -> dict[str, float]:
         for phase, value in record.get("timing", {}).items():
             if phase not in ("seconds", "tokens_per_second") and "/" not in phase:
                 seconds[phase] = seconds.get(phase, 0.0) + value
-    # What a step's line does not know yet: the evaluations since.
+    # Evaluations since the last step's line are not in it yet.
     logged = sum(r.get("timing", {}).get("seconds", 0.0) for r in run.of_kind("eval"))
     if logged > seconds.get("evaluate", 0.0):
         seconds["evaluate"] = logged
@@ -34,7 +34,7 @@ def phase_seconds(run: Run) -> dict[str, float]:
 
 
 def timing_figure(arms: Sequence[Arm]) -> Figure:
-    """Stacked bars: one for each run, or of many runs one for each arm."""
+    """Draw stacked bars of the phases: one for each run, or one for each arm where there are many runs."""
     runs = [run for arm in arms for run in arm.runs]
     by_run = {run.name: seconds for run in runs if (seconds := phase_seconds(run))}
     found = {phase for seconds in by_run.values() for phase in seconds}
@@ -55,7 +55,7 @@ def timing_figure(arms: Sequence[Arm]) -> Figure:
 
 
 def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each phase over the runs that have begun; of those without it 0 s."""
+    """Average each phase over the runs that have begun; a run without the phase counts as 0 s."""
     begun = [seconds for seconds in runs if seconds]
     phases = dict.fromkeys(phase for seconds in begun for phase in seconds)
     return {phase: sum(s.get(phase, 0.0) for s in begun) / len(begun) for phase in phases}

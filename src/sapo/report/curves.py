@@ -1,4 +1,4 @@
-"""Figures over the steps of runs: reward, pass@1, entropy, zero-variance groups, what routing replay changed.
+"""Figures over the steps of runs: mean reward, pass@1, entropy, zero-variance groups, what routing replay changed.
 
 An arm of several seeds is a line, the mean, in a band from the lowest to the highest seed; each seed is a thin line of
 its own. A single run is one line. Points are what metrics.jsonl holds, unless a caption says otherwise.
@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
-from sapo.report.runs import MOST_POINTS, Run, thinned
+from sapo.report.runs import MOST_POINTS, ReportedRun, thinned
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]
-Reader = Callable[[Run], Series]
+Reader = Callable[[ReportedRun], Series]
+
+HELD_OUT = metric_title("eval", "pass@1")
 
 MOST_BANDS = 5
-"""Arms on one pair of axes that have bands: those of more would hide each other. The seeds' lines stay."""
+"""Largest number of arms with bands on one pair of axes: more bands would hide each other. The seeds' lines stay."""
 
 SEEDS = (
     "Several seeds of an arm: the mean in a band from the lowest to the highest, each seed a thin line"
@@ -29,7 +32,8 @@ SEEDS = (
 def arm_traces(
     arm: Arm, read: Reader, *, color: int | None = None, name: str = "", dash: Dash = "solid"
 ) -> list[Trace]:
-    """The line of an arm, with band and seeds where it has several runs that measured the metric; or nothing."""
+    """Draw the line of an arm, with band and seeds where several of its runs have the metric; nothing where none
+    has."""
     name, color = name or arm.name, arm.color if color is None else color
     measured = [(run, *read(run)) for run in arm.runs]
     measured = [(run, x, y) for run, x, y in measured if x]
@@ -42,7 +46,7 @@ def arm_traces(
     for _, x, y in measured:
         for at, value in zip(x, y, strict=True):
             values.setdefault(at, []).append(value)
-    # Where a seed is not yet, a mean would be that of other seeds: the line ends with the slowest.
+    # The mean ends with the slowest seed: beyond it, it would be a mean of other seeds.
     common = sorted(at for at, found in values.items() if len(found) == len(measured))
     low, high = (tuple(pick(values[at]) for at in common) for pick in (min, max))
     mean = tuple(sum(values[at]) / len(values[at]) for at in common)
@@ -59,8 +63,8 @@ def arm_traces(
 def rate_panels(
     arms: Sequence[Arm], x: str, y: str, draw: Callable[[Arm], list[Trace]], title: str = ""
 ) -> list[Panel]:
-    """What `draw` makes of each arm, on axes for each learning rate that a comparison has; none where it makes
-    nothing."""
+    """Draw each arm by `draw`, on one pair of axes for each learning rate of a comparison; axes without a trace are
+    left out."""
     panels = []
     for rate, own in by_rate(arms):
         traces = [trace for arm in own for trace in draw(arm)]
@@ -71,20 +75,21 @@ def rate_panels(
     return share_axis(share_axis(panels), "x")
 
 
-def step_panels(arms: Sequence[Arm], metric: str, y: str) -> list[Panel]:
-    """A metric of kind "step" for every arm that has it."""
-    return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, lambda run: run.series(metric)))
+def step_panels(arms: Sequence[Arm], metric: str) -> list[Panel]:
+    """Draw a metric of kind "step" of every arm that has it."""
+    label = metric_title("step", metric).label
+    return rate_panels(arms, "step", label, lambda arm: arm_traces(arm, lambda run: run.series(metric)))
 
 
-def evaluated(run: Run, metric: str, task: str | None = None) -> Series:
-    """A metric of the evaluations of a task; of the first when None."""
+def evaluated(run: ReportedRun, metric: str, task: str | None = None) -> Series:
+    """Return a metric of the evaluations of a task by step; of the first task when None."""
     records = [r for r in run.of_kind("eval") if metric in r]
     task = task or (records[0]["task"] if records else None)
     return thinned([(r["step"], r[metric]) for r in records if r["task"] == task])
 
 
-def pass_at_1(run: Run, task: str | None = None) -> Series:
-    """Held-out pass@1 by step, under whichever name the evaluation gives it."""
+def pass_at_1(run: ReportedRun, task: str | None = None) -> Series:
+    """Return held-out pass@1 by step, from mean@n where the evaluation has no pass@1."""
     found = evaluated(run, "pass@1", task)
     if found[0]:
         return found
@@ -93,12 +98,12 @@ def pass_at_1(run: Run, task: str | None = None) -> Series:
 
 
 def pass_panels(arms: Sequence[Arm], task: str | None = None) -> list[Panel]:
-    """Held-out pass@1; a single run lies in the band of its own 95% interval over problems."""
-    return rate_panels(arms, "step", "pass@1", partial(pass_traces, task=task))
+    """Draw held-out pass@1; a single run has the band of its 95% interval over problems."""
+    return rate_panels(arms, "step", HELD_OUT.label, partial(pass_traces, task=task))
 
 
 def pass_traces(arm: Arm, task: str | None = None, *, color: int | None = None, name: str = "") -> list[Trace]:
-    """Held-out pass@1 of one arm."""
+    """Draw held-out pass@1 of one arm."""
     lines = arm_traces(arm, lambda run: pass_at_1(run, task), color=color, name=name)
     if len(lines) == 1:
         [run] = [r for r in arm.runs if pass_at_1(r, task)[0]]
@@ -114,7 +119,7 @@ def _with_markers(trace: Trace) -> Trace:
 
 
 def in_figure(key: str, title: str, panels: Sequence[Panel], *, caption: str = "", missing: str = "") -> Figure:
-    """A figure of these panels, or why there is none."""
+    """Make a figure of these panels, or a figure that says why there are none."""
     if not panels:
         return Figure(key, title, missing=f"Not measured: {missing}")
     columns = 3 if len(panels) % 3 == 0 else min(len(panels), 2)
@@ -122,21 +127,21 @@ def in_figure(key: str, title: str, panels: Sequence[Panel], *, caption: str = "
 
 
 def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """Reward, pass@1, entropy and the share of zero-variance groups."""
+    """Make the figures of mean reward, held-out pass@1, entropy and zero-variance groups."""
     long = any(len(run.of_kind("step")) > MOST_POINTS for arm in arms for run in arm.runs)
     note = f" Of the longest runs every n-th step is drawn, {MOST_POINTS} points at most." if long else ""
     several = f" {SEEDS}" if any(len(arm.runs) > 1 for arm in arms) else ""
     return [
         in_figure(
             "reward",
-            "Training reward",
-            step_panels(arms, "reward/mean", "mean reward"),
-            caption="Mean reward of all that a step sampled." + several + note,
+            metric_title("step", "reward/mean").heading,
+            step_panels(arms, "reward/mean"),
+            caption="Mean reward of all completions that a step sampled." + several + note,
             missing="no step is done yet.",
         ),
         in_figure(
             "pass1",
-            "Held-out pass@1",
+            HELD_OUT.heading,
             pass_panels(arms),
             caption="Mean over held-out problems of the share of right completions. A single run: with its 95% "
             "bootstrap interval over problems." + several,
@@ -144,17 +149,17 @@ def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
         ),
         in_figure(
             "entropy",
-            "Entropy",
-            step_panels(arms, "update/entropy", "nats per token"),
+            metric_title("step", "update/entropy").heading,
+            step_panels(arms, "update/entropy"),
             caption="Entropy of the policy at response tokens that carried a gradient, mean over the step's updates."
             + several,
             missing="entropy was not asked for; train.entropy=true logs it.",
         ),
         in_figure(
             "zero_variance",
-            "Zero-variance groups",
-            step_panels(arms, "groups/zero_variance", "share of groups"),
-            caption="Share of the prompts whose samples all have the same reward: every advantage is 0." + several,
+            metric_title("step", "groups/zero_variance").heading,
+            step_panels(arms, "groups/zero_variance"),
+            caption="Share of the groups whose samples all have the same reward: every advantage is 0." + several,
             missing="no step is done yet.",
         ),
         *_routing(arms, several),
@@ -162,12 +167,13 @@ def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
 
 
 def _routing(arms: Sequence[Arm], several: str) -> list[Figure]:
-    """What routing replay changed; none where no run replays, as most do not."""
-    panels = step_panels(arms, "update/routing/changed_share", "share of choices")
+    """Make the figure of what routing replay changed; no figure where no run replays."""
+    metric = "update/routing/changed_share"
+    panels = step_panels(arms, metric)
     if not panels:
         return []
     caption = (
         "Routing replay: the experts a batch was sampled with are those of all its updates. Share of these choices "
         "(token, layer, place) that the live router would not have made, mean over the step's updates." + several
     )
-    return [in_figure("routing", "Choices of experts that were replayed against the router", panels, caption=caption)]
+    return [in_figure("routing", metric_title("step", metric).heading, panels, caption=caption)]

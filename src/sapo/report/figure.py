@@ -1,4 +1,4 @@
-"""What a figure is before anyone draws it: numbers, names and axes.
+"""The data of a figure, before anyone draws it: numbers, names and axes.
 
 The page hands these to Plotly and `images` hands them to matplotlib, so that both show the same numbers. Numbers that
 stand in metrics.jsonl arrive here as they are there, never rounded.
@@ -30,11 +30,11 @@ class Trace:
     """None leaves a gap. A band has `low` and `high` instead."""
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-    """Edges of a band; for intervals, which lie along x, the ends of each."""
+    """Edges of a band, or the ends of intervals, which lie along x."""
     name: str = ""
     """Traces of one name are shown and hidden together; the legend has each name once."""
     color: int = 0
-    """Which of the palette; -1 is the colour of text."""
+    """Index into the palette; -1 is the colour of text."""
     dash: Dash = "solid"
     faint: bool = False
     """A line in the background: one seed of several."""
@@ -42,20 +42,20 @@ class Trace:
     second: bool = False
     """On the axis at the right."""
     hover: str = ""
-    """What a point says beside its numbers."""
+    """Text that a point shows beside its numbers."""
     hovers: tuple[str, ...] = ()
-    """What each point says, where they differ."""
+    """Text of each point, where the points differ."""
     crossed: bool = False
-    """Points that stand for no measurement: crosses."""
+    """True for points that stand for no measurement: they are drawn as crosses."""
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value; what has its default is left out."""
+        """Return a JSON value without the fields that have their defaults."""
         return _compact(self)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A line through a whole panel: an edge, a threshold.
+    """A line through a whole panel: an edge or a threshold.
 
     >>> Mark("x", 0.02, "A2: Var < 0.02").to_json()
     {'axis': 'x', 'at': 0.02, 'text': 'A2: Var < 0.02'}
@@ -66,13 +66,13 @@ class Mark:
     text: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return _compact(self)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A pair of axes and what is drawn on them.
+    """A pair of axes with their traces.
 
     >>> Panel("step", "reward", (Trace("line", (1,), (0.5,)),)).to_json()["x"]
     'step'
@@ -83,18 +83,18 @@ class Panel:
     traces: tuple[Trace, ...]
     title: str = ""
     second: str = ""
-    """Name of the axis at the right, where there is one: it goes from 0 to a little above its largest value."""
+    """Name of the axis at the right, where there is one. The axis goes from 0 to a little above its largest value."""
     x_log: bool = False
     y_log: bool = False
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     y_names: tuple[str, ...] = ()
-    """What stands at y = 0, 1, ... from the top down, in place of numbers."""
+    """Names at y = 0, 1, ... from the top down, in place of numbers."""
     marks: tuple[Mark, ...] = ()
     stacked: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         own = _compact(self)
         own["traces"] = [t.to_json() for t in self.traces]
         if self.marks:
@@ -104,7 +104,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels with a title and what is to be known of them; or why there are none.
+    """Panels with a title and a caption, or the reason why there are none.
 
     >>> Figure("entropy", "Entropy", missing="not measured: train.entropy=true logs it").to_json()["missing"]
     'not measured: train.entropy=true logs it'
@@ -115,17 +115,17 @@ class Figure:
     caption: str = ""
     panels: tuple[Panel, ...] = ()
     missing: str = ""
-    """Why there is nothing to show, and how to have it measured; empty where there are panels."""
+    """Why there is nothing to show, and how to measure it; empty where there are panels."""
     wide: bool = False
-    """Whether it takes the whole width of the page."""
+    """True if it takes the whole width of the page."""
     columns: int = 0
-    """Panels beside each other; 0 leaves it to who draws."""
+    """Panels beside each other; 0 leaves the choice to the page or the image."""
 
     def __post_init__(self) -> None:
         assert bool(self.panels) != bool(self.missing), f"{self.key} has panels or says why not"
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         own = _compact(self)
         if self.panels:
             own["panels"] = [p.to_json() for p in self.panels]
@@ -135,7 +135,7 @@ class Figure:
 def outline(
     edges: Sequence[float], values: Sequence[float], *, to_zero: bool = False
 ) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
-    """x and y of a histogram's outline: every bin that holds something is a line of its own width.
+    """Return x and y of a histogram's outline: each bin that is not empty is a line of its width.
 
     Args:
         edges: (K + 1,) of the bins.
@@ -165,7 +165,7 @@ def outline(
 
 
 def share_axis(panels: Sequence[Panel], axis: Literal["x", "y"] = "y") -> list[Panel]:
-    """Panels with one range of an axis, so that they can be compared by eye.
+    """Give panels one range of an axis, so that they can be compared by eye.
 
     >>> low, high = (Panel("step", "y", (Trace("line", (1, 2), y),)) for y in ((0.0, 1.0), (0.0, 2.0)))
     >>> [panel.y_range for panel in share_axis([low, high])]
@@ -192,7 +192,7 @@ def share_axis(panels: Sequence[Panel], axis: Literal["x", "y"] = "y") -> list[P
 
 
 def _compact(value: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults; the panels' and figures' parts are put in by their owners."""
+    """Return the fields that differ from their defaults; panels and figures add their parts themselves."""
     found: dict[str, Any] = {}
     for field in fields(value):
         own = getattr(value, field.name)

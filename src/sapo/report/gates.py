@@ -1,4 +1,5 @@
-"""Figure 1 of the paper: value and weight of each gate against the ratio. It needs no run: sapo.objectives has them."""
+"""Figure 1 of the paper: value and weight of each gate against the ratio. It needs no run: the gates are those of
+sapo.objectives."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ SHOWN: tuple[tuple[str, str, dict[str, Any], Dash], ...] = (
     ("SAPO, tau 10 / 10.5", "sapo", {"tau_pos": 10.0, "tau_neg": 10.5}, "dash"),
 )
 
-# The edges of both bands among the points, from both sides, so that a step is drawn where it is.
+# The edges of both clipping bands are among the points, from both sides, so that a step is drawn where it is.
 _EDGES = (1 - 0.2, 1 + 0.27, 1 - 3e-4, 1 + 4e-4)
 RATIOS = np.unique(np.concatenate([np.linspace(0.0, 4.0, 161)[1:], _EDGES, np.array(_EDGES) * (1 + 1e-6)]))
 
 
 def objective_of(settings: dict[str, Any]) -> Any:
-    """The objective of a recipe's section; None where this package does not know it, or not with these settings."""
+    """Make the objective of a recipe's section; None where this package does not know it or refuses its settings."""
     from sapo.objectives import OBJECTIVES
 
     kind = OBJECTIVES.get(str(settings.get("name")))
@@ -39,7 +40,7 @@ def objective_of(settings: dict[str, Any]) -> Any:
 
 
 def gate_curve(objective: Any, ratios: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray]:
-    """f(r) and f'(r) of an objective for an advantage of +1 or -1, each ratio a sequence of its own.
+    """Compute f(r) and f'(r) of an objective for an advantage of +1 or -1, each ratio in a sequence of its own.
 
     Args:
         ratios: (K,), positive.
@@ -56,7 +57,7 @@ def gate_curve(objective: Any, ratios: np.ndarray, sign: int) -> tuple[np.ndarra
 
 
 def gates_figure() -> Figure:
-    """Four panels: value and weight, for positive and for negative advantages."""
+    """Draw four panels: value and weight, for positive and for negative advantages."""
     panels = []
     for sign, words in ((1, "A > 0"), (-1, "A ≤ 0")):
         for which, y in ((0, "value f(r)"), (1, "weight f'(r)")):

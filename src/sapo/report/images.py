@@ -1,4 +1,4 @@
-"""The figures as PNG and PDF in a style fit for a paper: the same data as on the page, drawn by matplotlib."""
+"""The figures as PNG and PDF in a style fit for a paper: the data of the page, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sapo.report.figure import Figure, Panel, Trace
 from sapo.utils.text import visible
 
 PALETTE = ("#0b62b0", "#c9550a", "#0a7d5c", "#8a3f9e", "#9a7400", "#2f87b3", "#b5305c", "#5b6470", "#5c771c", "#7a4b2a")
-"""The page's, in the light."""
+"""The colours of the page in its light theme."""
 
 STYLE: dict[str, Any] = {
     "font.family": "serif",
@@ -46,7 +46,7 @@ MOST_IN_LEGEND = 10
 
 
 def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
-    """KEY.png and KEY.pdf for every figure that was measured.
+    """Write KEY.png and KEY.pdf for every figure that was measured.
 
     Raises:
         ConfigError: matplotlib is not installed, or the directory cannot be written.
@@ -68,7 +68,7 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
                 drawn = draw(figure)
                 for ending in ("png", "pdf"):
                     file = directory / f"{figure.key}.{ending}"
-                    # Without a date the same figure is the same file.
+                    # Without a date the same figure gives the same file.
                     drawn.savefig(file, metadata={"CreationDate": None} if ending == "pdf" else None)
                     written.append(file)
                 plt.close(drawn)
@@ -78,7 +78,7 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
 
 
 def draw(figure: Figure) -> Any:
-    """A matplotlib figure: its panels in one row, four of them in two."""
+    """Draw a figure by matplotlib: its panels in one row, four of them in two."""
     import matplotlib.pyplot as plt
 
     columns = figure.columns or (2 if len(figure.panels) == 4 else min(len(figure.panels), 3))
@@ -94,7 +94,7 @@ def draw(figure: Figure) -> Any:
     for place in list(axes.flat)[len(figure.panels) :]:
         place.set_axis_off()
     handles = _legend(figure, axes)
-    # Names of rows, or titles of panels, say it already.
+    # Names of rows, or titles of panels, have the names already.
     said = all(p.y_names or {t.name for t in p.traces} == {p.title} for p in figure.panels)
     if len(handles) > 1 and not said:
         per_row = max(1, min(len(handles), 2 * columns))
@@ -106,7 +106,7 @@ def draw(figure: Figure) -> Any:
 
 
 def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
-    """Name -> what stands for it: the first strong line, or whatever has the name."""
+    """Return name -> artist of the legend: the first strong line of that name, else whatever has it."""
     from matplotlib.lines import Line2D
 
     handles: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
     for trace in (t for panel in figure.panels for t in panel.traces):
         colors.setdefault(trace.name, set()).add(trace.color)
     for name, artist in handles.items():
-        # A dash that stands for lines of several colours has none of them.
+        # A dash that stands for lines of several colours is drawn in grey.
         if len(colors[name]) > 1 and hasattr(artist, "get_linestyle"):
             handles[name] = Line2D([], [], color="0.35", linestyle=artist.get_linestyle(), linewidth=1.2)
     return dict(list(handles.items())[:MOST_IN_LEGEND])
@@ -151,7 +151,7 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.set_ylim(len(panel.y_names) - 0.5, -0.6)
     if right is not None:
         for own in (axes, right):
-            own.margins(x=0)  # a gate goes on to the end of the axis
+            own.margins(x=0)  # a gate reaches to the end of the axis
         right.set_ylabel(_math(panel.second))
         right.set_ylim(0, right.get_ylim()[1] * 1.02)
         right.grid(False)
@@ -194,12 +194,12 @@ def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: P
 
 
 def _plain(text: str) -> str:
-    """A name that somebody gave, without meaning to matplotlib: $ begins a formula, and a leading _ hides a legend."""
+    """Escape a name for matplotlib: $ begins a formula there, and a leading _ hides a legend."""
     return visible(text).replace("$", r"\$").lstrip("_") or "-"
 
 
 def _math(text: str) -> str:
-    """An axis of ours as a formula where it is one; else as text."""
+    """Return an axis label as a formula where it is one of ours, else as text."""
     known = {"Var_i": r"$\mathrm{Var}_i$", "D_i": "$D_i$", "r": "$r$", "value f(r)": "value $f(r)$"}
     known["weight f'(r)"] = "weight $f'(r)$"
     known["A > 0"], known["A ≤ 0"] = "$A > 0$", r"$A \leq 0$"

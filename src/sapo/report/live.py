@@ -1,4 +1,4 @@
-"""A report that is written anew while its runs go on."""
+"""A report that is written again while its runs go on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sapo.report.assemble import Report, make_report
+from sapo.report.assemble import RunReport, make_report
 from sapo.report.page import write_page
 from sapo.report.runs import find_runs
 
@@ -17,7 +17,7 @@ RELOAD_EVERY = 10.0
 """Seconds between the page's own reloads."""
 
 REST = 4.0
-"""Of the time since the last writing: a report takes at most a fifth of a core, however many runs it has."""
+"""Rest after a report, in multiples of the time it took: a report takes at most a fifth of a core."""
 
 
 def watch(
@@ -26,16 +26,16 @@ def watch(
     *,
     tokens: int | None,
     should_stop: Callable[[], bool],
-    told: Callable[[Report], None] = lambda _: None,
+    on_report: Callable[[RunReport], None] = lambda _: None,
     wait: Callable[[float], None] = time.sleep,
     reload_every: float = RELOAD_EVERY,
-) -> Report:
-    """Write the page when there is something new, until every run has ended or it is asked to stop.
+) -> RunReport:
+    """Write the page whenever there is something new, until every run has ended or a stop is asked for.
 
-    The last page that is written reloads itself no more: an open one that meets it comes to rest.
+    The last page does not reload itself: a browser that loads it stops reloading.
 
     Args:
-        told: of every report that was written.
+        on_report: called with every report that was written.
         wait: sleeps for so many seconds.
 
     Raises:
@@ -50,7 +50,7 @@ def watch(
             report = make_report(paths, tokens=tokens)
             over = report.finished or should_stop()
             write_page(report, out, reload_every=None if over else reload_every)
-            told(report)
+            on_report(report)
             if over:
                 return report
             seen, took = now, time.monotonic() - started
@@ -61,12 +61,12 @@ def watch(
         if should_stop():
             report = make_report(paths, tokens=tokens)
             write_page(report, out)
-            told(report)
+            on_report(report)
             return report
 
 
 def fingerprint(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a run writes: size and time of its metrics and of how it ended, and how many steps are logged.
+    """Return what changes when a run writes: size and time of its metrics, summary, failure and rollouts.
 
     Raises:
         ConfigError: as `find_runs`.

@@ -1,4 +1,4 @@
-"""Figures 2 to 6 of the paper from the runs at hand; each that they cannot give says which runs would."""
+"""Figures 1 to 6 of the paper from the runs at hand; a figure that they cannot give says which runs would."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm, flatten
-from sapo.report.curves import SEEDS, Series, arm_traces, pass_at_1, pass_panels, step_panels
+from sapo.report.curves import HELD_OUT, SEEDS, Series, arm_traces, pass_at_1, pass_panels, step_panels
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.gates import gates_figure
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.report.spread import MISSING, Spread, notes_of, source_of, spread_panels
 
 
 def paper_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
-    """Figures 1 to 6."""
+    """Make figures 1 to 6."""
     return [
         gates_figure(),
         *_spread_figures(arms, spreads),
@@ -38,7 +39,7 @@ def _spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> li
                 if experts
                 else "no run of a dense model; `sapo train quickstart` makes one."
             )
-            figures.append(Figure(key, title, missing=f"Not measured: among these runs is {lacking}", wide=True))
+            figures.append(Figure(key, title, missing=f"Not measured: there is {lacking}", wide=True))
         elif not measured:
             figures.append(Figure(key, title, missing=MISSING, wide=True))
         else:
@@ -65,12 +66,12 @@ NO_TASKS = (
 
 
 SHARED = ("model.", "tasks.", "rollout.sampler_", "rollout.staleness", "objective.tis")
-"""What arms of one figure have in common: another sampler, or a correction for it, is another experiment."""
+"""Settings that the arms of one figure share: another sampler, or a correction for it, is another experiment."""
 
 
 def _objectives(arms: Sequence[Arm]) -> list[int]:
-    """Places of arms that train the same model on the same tasks, by the same sampler, by several objectives: the
-    largest such family."""
+    """Return the places of arms that train the same model on the same tasks with the same sampler by several
+    objectives: the largest such family."""
     families: dict[Any, list[int]] = {}
     for place, arm in enumerate(arms):
         flat = flatten(arm.runs[0].settings)
@@ -81,7 +82,7 @@ def _objectives(arms: Sequence[Arm]) -> list[int]:
 
 
 def _temperatures(arms: Sequence[Arm]) -> list[int]:
-    """Places of arms that are SAPO and share everything but tau_neg: the largest such family."""
+    """Return the places of SAPO arms that differ in tau_neg alone: the largest such family."""
     families: dict[Any, list[int]] = {}
     for place, arm in enumerate(arms):
         if arm.objective.get("name") == "sapo" and "tau_neg" in arm.objective:
@@ -92,33 +93,33 @@ def _temperatures(arms: Sequence[Arm]) -> list[int]:
 
 
 def _largest(families: dict[Any, list[int]], value: Callable[[int], Any]) -> list[int]:
-    """The largest family in which a value is not everywhere the same; none where there is none."""
+    """Return the largest family in which a value is not the same everywhere; empty where there is none."""
     several = [f for f in families.values() if len({value(place) for place in f}) > 1]
     return max(several, key=len, default=[])
 
 
 def _learning(key: str, title: str, arms: Sequence[Arm], places: Sequence[int], missing: str) -> Figure:
-    """Training reward and held-out pass@1 of some arms, in the colours they have elsewhere."""
+    """Draw mean reward and held-out pass@1 of some arms, in the colours they have elsewhere."""
     if not places:
         return Figure(key, title, missing=missing, wide=True)
     own = [arms[place] for place in places]
-    rewards, passes = step_panels(own, "reward/mean", "training reward"), pass_panels(own)
+    rewards, passes = step_panels(own, "reward/mean"), pass_panels(own)
     panels = (*rewards, *passes)
     if not panels:
         return Figure(key, title, missing="Not measured: no step is done yet.", wide=True)
-    columns = 2 if len(rewards) < 2 else min(len(rewards), 3)  # the rates beside each other, pass@1 under reward
-    caption = f"Training reward and held-out pass@1. {SEEDS}"
+    columns = 2 if len(rewards) < 2 else min(len(rewards), 3)  # learning rates side by side, pass@1 below reward
+    caption = f"Mean reward and held-out pass@1. {SEEDS}"
     return Figure(key, title, caption, panels, wide=True, columns=columns)
 
 
 def _tasks(arms: Sequence[Arm]) -> Figure:
-    """Reward and pass@1 by task, a panel for each arm."""
+    """Draw reward and pass@1 by task, a panel for each arm."""
     title, panels = "Fig. 6: by task", []
     for arm in arms:
         names = task_names(arm)
         if len(names) < 2:
             continue
-        for y, read in (("training reward", reward_of), ("pass@1", pass_at_1)):
+        for y, read in ((metric_title("step", "reward/mean").label, reward_of), (HELD_OUT.label, pass_at_1)):
             traces: list[Trace] = []
             for color, name in enumerate(names):
                 traces += arm_traces(arm, partial(read, task=name), color=color, name=name)
@@ -129,19 +130,19 @@ def _tasks(arms: Sequence[Arm]) -> Figure:
     return Figure(
         "fig6",
         title,
-        f"Training reward and held-out pass@1 of each task of a mixture. {SEEDS}",
+        f"Mean reward and held-out pass@1 of each task of a mixture. {SEEDS}",
         tuple(panels),
         wide=True,
     )
 
 
-def reward_of(run: Run, task: str) -> Series:
-    """Training reward of one task."""
+def reward_of(run: ReportedRun, task: str) -> Series:
+    """Return the mean reward of one task by step."""
     return run.series(f"task/{task}/reward/mean")
 
 
 def task_names(arm: Arm) -> list[str]:
-    """Tasks that were evaluated or trained on, in the order in which they were first logged."""
+    """Return the tasks that were evaluated or trained on, in the order in which they were first logged."""
     names: dict[str, None] = {}
     for run in arm.runs:
         names |= dict.fromkeys(r["task"] for r in run.of_kind("eval"))

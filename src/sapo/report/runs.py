@@ -1,7 +1,7 @@
-"""Run directories as a report reads them: settings, figures, rollouts; those of runs that go on, too.
+"""Run directories as a report reads them: settings, figures and rollouts, of runs under way too.
 
-Nothing is locked and nothing written. The settings are taken as they stand in config.yaml, so that a run of another
-version of the package can be reported.
+Nothing is locked or written. Settings are taken as they are in config.yaml, without validation, so that a run of
+another version of the package can be reported.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ import yaml
 
 from sapo.errors import ConfigError
 
-# The one in C, where it was built, reads the settings of forty runs in a tenth of the time.
+# The loader in C, where it was built, is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MOST_POINTS = 1500
-"""Of one curve of one run: of longer ones every second, third, ... step is drawn, never an average."""
+"""Largest number of points of one curve of one run. Of a longer one every second, third, ... point is drawn, no
+average."""
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run. Made by `read_run`.
 
-    >>> run = Run("q", Path("runs/q"), {"train": {"steps": 2}}, ({"kind": "step", "step": 1, "pass@1": 0.5},), None)
+    >>> step = {"kind": "step", "step": 1, "pass@1": 0.5}
+    >>> run = ReportedRun("q", Path("runs/q"), {"train": {"steps": 2}}, (step,), None)
     >>> run.series("pass@1")
     ((1,), (0.5,))
     >>> run.finished, run.steps
@@ -36,7 +38,7 @@ class Run:
     """
 
     name: str
-    """The last part of its path, or as much of it as tells it from the other runs."""
+    """The last part of its path, or its whole path where two runs share the last part."""
     path: Path
     settings: dict[str, Any]
     """config.yaml."""
@@ -46,7 +48,7 @@ class Run:
     """summary.json, once there is one."""
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Records of a kind, in the order they were written."""
+        """Return the records of a kind, in the order they were written."""
         return self._by_kind.get(kind, [])
 
     @cached_property
@@ -57,38 +59,38 @@ class Run:
         return kinds
 
     def series(self, metric: str, kind: str = "step") -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Steps and values of a metric, where it was logged; of a very long run every n-th (`MOST_POINTS`)."""
+        """Return steps and values of a metric where it was logged; every n-th of a very long run (`MOST_POINTS`)."""
         return thinned([(r["step"], r[metric]) for r in self.of_kind(kind) if metric in r])
 
     @cached_property
     def last_updates(self) -> list[dict[str, Any]]:
-        """Of each step the last update that moved the weights: the farthest off policy."""
+        """Return the last update of each step that moved the weights: the farthest off policy."""
         last = {r["step"]: r for r in self.of_kind("update") if not r.get("skipped")}
         return list(last.values())
 
     @property
     def steps(self) -> int:
-        """Whole steps done."""
+        """Return the number of whole steps done."""
         return max((r["step"] for r in self.of_kind("step")), default=0)
 
     @property
     def planned_steps(self) -> int | None:
-        """train.steps."""
+        """Return train.steps."""
         return self.setting("train.steps")
 
     @property
     def finished(self) -> bool:
-        """Whether it has made all its steps and said so."""
+        """Tell whether all steps are done and the summary is written."""
         return self.summary is not None and self.summary.get("steps") == self.planned_steps
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it: it is finished, or stopped itself."""
+        """Tell whether the run is over: finished, or stopped by itself."""
         return self.finished or self.failure is not None
 
     @property
     def failure(self) -> str | None:
-        """Why a run stopped itself, by its failure.json; None where it did not, or has ended since."""
+        """Return why a run stopped itself, from its failure.json; None where it did not, or finished since."""
         if self.finished:
             return None
         try:
@@ -98,7 +100,7 @@ class Run:
             return None
 
     def setting(self, key: str) -> Any:
-        """A dotted key of config.yaml; None where there is none."""
+        """Return a dotted key of config.yaml; None where there is none."""
         value: Any = self.settings
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -106,7 +108,7 @@ class Run:
 
     @property
     def is_mixture_of_experts(self) -> bool:
-        """By the cold start's architecture, or by the config.json of its newest checkpoint."""
+        """Tell it from the cold start's architecture, or from the config.json of the newest checkpoint."""
         if (architecture := self.setting("model.coldstart.architecture")) is not None:
             return "moe" in str(architecture)
         for checkpoint in reversed(self.checkpoints):
@@ -119,18 +121,18 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Directories of checkpoints, the newest last."""
+        """Return the directories of checkpoints, the newest last."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
     @property
     def rollouts(self) -> dict[int, Path]:
-        """Step -> file of its completions."""
+        """Return step -> file of its completions."""
         files = sorted((self.path / "rollouts").glob("step-*.jsonl"))
         return {int(f.stem.removeprefix("step-")): f for f in files if f.stem.removeprefix("step-").isdigit()}
 
 
 def thinned(points: Sequence[tuple[int, Any]]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Points as x and y, every n-th and the last of them where there are too many."""
+    """Split points into x and y; where there are too many keep every n-th and the last."""
     every = -(-len(points) // MOST_POINTS) or 1
     kept = [*points[::every]]
     if points and (len(points) - 1) % every:
@@ -139,7 +141,8 @@ def thinned(points: Sequence[tuple[int, Any]]) -> tuple[tuple[int, ...], tuple[A
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories in the order given: a run itself, the runs of a comparison (DIR/runs/*), or those in a directory.
+    """Return run directories in the order given: a run itself, the runs of a comparison (DIR/runs/*), or those in a
+    directory.
 
     Raises:
         ConfigError: nothing is there, or no run is in it.
@@ -162,25 +165,25 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def to_come(paths: Sequence[Path]) -> int:
-    """Runs of comparisons among these paths that have not begun: their directories are not there yet."""
+    """Count the runs of comparisons among these paths that have no directory yet."""
     missing = 0
     for path in paths:
         try:
             plan = yaml.safe_load((path / "comparison.yaml").read_text(encoding="utf-8"))
             planned = len(plan["arms"]) * len(plan["learning_rates"]) * len(plan["seeds"])
         except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-            continue  # no comparison, or none that says what it consists of
+            continue  # no comparison, or one whose plan cannot be read
         missing += max(0, planned - sum(is_run(p) for p in (path / "runs").glob("*")))
     return missing
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a run's."""
+    """Tell whether a directory is a run's."""
     return (path / "config.yaml").is_file()
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs at these directories, with names that tell them apart.
+def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
+    """Read the runs at these directories, under names that tell them apart.
 
     Raises:
         ConfigError: a file of one is not what a run writes.
@@ -190,8 +193,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [read_run(p, name if clear else str(p)) for p, name in zip(paths, names, strict=True)]
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One run.
+def read_run(path: Path, name: str) -> ReportedRun:
+    """Read one run.
 
     Raises:
         ConfigError: a file of it is not what a run writes.
@@ -202,7 +205,7 @@ def read_run(path: Path, name: str) -> Run:
         raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("objective"), dict):
         raise ConfigError(f"{path / 'config.yaml'} must hold a run's settings with an objective; it does not")
-    return Run(name, path, settings, read_lines(path / "metrics.jsonl"), _read_summary(path / "summary.json"))
+    return ReportedRun(name, path, settings, read_lines(path / "metrics.jsonl"), _read_summary(path / "summary.json"))
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:
@@ -214,7 +217,7 @@ def _read_summary(file: Path) -> dict[str, Any] | None:
 
 
 def read_lines(file: Path) -> tuple[dict[str, Any], ...]:
-    """Records of a file of JSON lines; a last line that is being written is left for the next reading.
+    """Read the records of a file of JSON lines; a last line that is still being written is left out.
 
     Raises:
         ConfigError: another line is no record.

@@ -1,46 +1,48 @@
 """How ratios spread: histogram of r under the gate, Var_i, and D_i against its bound; Figures 2 and 3 of the paper.
 
-A run's own records of kind "distribution" are taken where it wrote them. Otherwise the figures are made from the
-completions in rollouts/, with the same bins. Only off-policy updates are counted, as in the paper: in a step's first
-update r = 1 but for rounding.
+The figures come from a run's records of kind "distribution". A run without them is counted from the completions in
+rollouts/, with the same bins. Only off-policy updates are counted, as in the paper: in a step's first update r = 1 up
+to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import Dash, Figure, Mark, Panel, Trace, outline
 from sapo.report.gates import gate_curve, objective_of
-from sapo.report.runs import Run, read_lines
+from sapo.report.rollouts import evenly, is_off_policy, rollouts_of
+from sapo.report.runs import ReportedRun
 from sapo.workflows.comparing.plan import format_rate
 
 _STEPS = np.logspace(-4, 1, 41)
 LOG_RATIO_EDGES = np.concatenate([-_STEPS[::-1], _STEPS])
-"""Of log r, in nats: eight bins to a decade on both sides of a bin that holds |log r| < 1e-4."""
+"""Edges of the bins of log r, in nats: eight bins to a decade on both sides of a bin that holds |log r| < 1e-4."""
 
 VARIANCE_EDGES = np.logspace(-8, 2, 41)
-"""Of Var_i, in nats squared, four bins to a decade."""
+"""Edges of the bins of Var_i, in nats squared, four bins to a decade."""
+
+VARIANCE = metric_title("distribution", "variance")
 
 LOW_VARIANCE = 0.02
-"""Where the paper's Figures 2 and 3 find most sequences: assumption A2."""
+"""Assumption A2: most sequences of the paper's Figures 2 and 3 have a smaller Var_i."""
 
 MOST_FILES = 6
-"""Files of rollouts/ that are read of a run that wrote no distributions, evenly spaced."""
+"""Largest number of files of rollouts/ read for a run that wrote no distributions, evenly spaced."""
 
 MOST_PAIRS = 500
-"""Points of an arm's scatter, evenly spaced in the order of Var_i."""
+"""Largest number of points in an arm's scatter, evenly spaced in the order of Var_i."""
 
 
 @dataclass
 class Spread:
-    """Counts of one arm; lists of counts have what lies beyond the edges at either end."""
+    """Counts of one arm; each list of counts has an entry more at either end, for what lies beyond the edges."""
 
     log_ratio: dict[str, np.ndarray] = field(
         default_factory=lambda: {s: np.zeros(len(LOG_RATIO_EDGES) + 1) for s in ("pos", "neg")}
@@ -55,12 +57,12 @@ class Spread:
 
     @property
     def tokens(self) -> int:
-        """Counted in the histogram of ratios."""
+        """Return the tokens counted in the histogram of ratios."""
         return int(sum(c.sum() for c in self.log_ratio.values()))
 
 
 def spread_of(arm: Arm) -> Spread | None:
-    """All off-policy updates of an arm's runs; None where none was logged."""
+    """Sum all off-policy updates of an arm's runs; None where none was logged."""
     total = Spread()
     for run in arm.runs:
         records = [r for r in run.of_kind("distribution") if is_off_policy(r)]
@@ -72,17 +74,12 @@ def spread_of(arm: Arm) -> Spread | None:
     return total if total.tokens else None
 
 
-def is_off_policy(record: dict[str, Any]) -> bool:
-    """Whether an update was made of samples of other weights: as its record says, or because another came before it."""
-    return not record["on_policy"] if "on_policy" in record else record.get("update", 0) > 0
-
-
 def _add_records(total: Spread, records: Iterable[dict[str, Any]]) -> None:
     for record in records:
         ratios, variance, scatter = record["log_ratio"], record["variance"], record["scatter"]
         edges = np.array(ratios["edges"])
         if total.tokens and (len(edges) != len(total.log_ratio_edges) or not np.allclose(edges, total.log_ratio_edges)):
-            continue  # of another version: bins of two kinds do not add up
+            continue  # of another version: bins with other edges do not add up
         if not total.tokens:
             total.log_ratio_edges, total.variance_edges = edges, np.array(variance["edges"])
             total.log_ratio = {s: np.zeros(len(edges) + 1) for s in ("pos", "neg")}
@@ -95,33 +92,7 @@ def _add_records(total: Spread, records: Iterable[dict[str, Any]]) -> None:
         total.updates += 1
 
 
-@lru_cache(maxsize=64)
-def read_rollouts(path: Path, changed_at: int) -> tuple[dict[str, Any], ...]:
-    """Completions of a logged step. `changed_at` is its time of change: a file that is written anew is read anew."""
-    return read_lines(path)
-
-
-def rollouts_of(path: Path) -> tuple[dict[str, Any], ...]:
-    """Completions of a logged step.
-
-    Raises:
-        ConfigError: a line of the file is no record.
-    """
-    return read_rollouts(path, path.stat().st_mtime_ns)
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many items, evenly spaced, the first and the last among them; the last alone where one is asked for.
-
-    >>> evenly([1, 2, 3, 4, 5], 3), evenly([1, 2, 3], 1)
-    ([1, 3, 5], [3])
-    """
-    if len(items) <= most:
-        return list(items)
-    return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)] if most > 1 else list(items[-1:])
-
-
-def _add_rollouts(total: Spread, run: Run) -> None:
+def _add_rollouts(total: Spread, run: ReportedRun) -> None:
     import torch
 
     from sapo.objectives import gate_discrepancy, variance
@@ -150,8 +121,8 @@ def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
 
 
-def temperatures(run: Run) -> tuple[float, float]:
-    """tau_pos and tau_neg of the run's objective; the paper's where it has none."""
+def temperatures(run: ReportedRun) -> tuple[float, float]:
+    """Return tau_pos and tau_neg of the run's objective; the paper's where it has none."""
     objective = run.settings["objective"]
     return float(objective.get("tau_pos", 1.0)), float(objective.get("tau_neg", 1.05))
 
@@ -163,13 +134,13 @@ MISSING = (
 
 
 def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list[Figure]:
-    """The three figures of all arms that measured their ratios."""
+    """Make the three figures of all arms that measured their ratios."""
     own = [(arm, s) for arm, s in zip(arms, spreads, strict=True) if s is not None]
     found = [s for _, s in own]
     captions = {
         "ratios": "How the ratios r of off-policy tokens spread: share of tokens for each factor e of r, on two log "
         "axes; over it the gate weight (right axis).",
-        "variance": "Var_i, the variance of log r over the tokens of a response: how unlike its tokens' ratios are. "
+        "variance": "Var_i, the variance of log r over the tokens of a response: how far its tokens' ratios differ. "
         "Assumption A2 asks it to be small; in the paper most lie below 0.02.",
         "bound": "D_i, how far the mean token gate of a response is from one gate on its sequence ratio, against "
         "Var_i; the lines are the bound (τ²/4) Var_i of equation (21), which no point may exceed.",
@@ -192,7 +163,7 @@ def spread_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> lis
 
 
 def source_of(spreads: Sequence[Spread]) -> str:
-    """Where the counts come from, as a sentence."""
+    """Return a sentence on where the counts come from."""
     tokens, updates = sum(s.tokens for s in spreads), sum(s.updates for s in spreads)
     words = f"{tokens:,} tokens of {updates} off-policy updates that were logged"
     if any(s.from_rollouts for s in spreads):
@@ -201,7 +172,7 @@ def source_of(spreads: Sequence[Spread]) -> str:
 
 
 def notes_of(own: Own) -> str:
-    """What the three figures do not show, and the key of the gates."""
+    """Return sentences on what the three figures do not show, and the key of the gates."""
     found = [s for _, s in own]
     return _beyond(found) + gate_words(own) + _variance_beyond(own) + _at_zero(found)
 
@@ -212,7 +183,7 @@ def _beyond(spreads: Sequence[Spread]) -> str:
 
 
 def _variance_beyond(own: Own) -> str:
-    """Which bins hold what lies beyond the others, and how much that is."""
+    """Return a sentence on the bins that hold what lies beyond the others, with its share."""
     words = ""
     for place, side, end in ((0, "below", 0), (-1, "above", -1)):
         shares = [(arm, float(s.variance[place] / s.variance.sum())) for arm, s in own if s.variance[place]]
@@ -234,8 +205,7 @@ Own = Sequence[tuple[Arm, Spread]]
 
 
 def spread_panels(own: Own) -> tuple[list[Panel], list[Panel], list[Panel]]:
-    """Ratios, variances and scatter of some arms, each with its colour; on axes for each learning rate of a
-    comparison."""
+    """Draw ratios, variances and scatter of some arms, each with its colour, on axes for each learning rate."""
     spreads = {id(arm): spread for arm, spread in own}
     ratios: list[Panel] = []
     variances: list[Panel] = []
@@ -270,8 +240,8 @@ def _panels(own: Own, title: str) -> tuple[Panel, Panel, Panel]:
             "r", "density (log)", tuple(ratio_traces), title, x_log=True, y_log=True, second="gate weight",
             marks=(Mark("x", 1.0, ""),),
         ),
-        Panel("Var_i", "share of responses", tuple(variance_traces), title, x_log=True, marks=(mark,)),
-        Panel("Var_i", "D_i", (*points, *_bounds(own)), title, x_log=True, y_log=True),
+        Panel(VARIANCE.label, "share of responses", tuple(variance_traces), title, x_log=True, marks=(mark,)),
+        Panel(VARIANCE.label, "D_i", (*points, *_bounds(own)), title, x_log=True, y_log=True),
     )  # fmt: skip
 
 
@@ -283,15 +253,14 @@ def _density(spread: Spread, sides: tuple[str, ...], name: str, color: int) -> T
 
 
 def _variance_shares(spread: Spread) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and shares that sum to 1: what lies beyond the edges has a bin more on its side, as wide as its
-    neighbour."""
+    """Return edges and shares that sum to 1; what lies beyond the edges has a bin as wide as its neighbour."""
     edges = spread.variance_edges
     low, high = edges[0] ** 2 / edges[1], edges[-1] ** 2 / edges[-2]
     return np.concatenate([[low], edges, [high]]), spread.variance / spread.variance.sum()
 
 
 def _used(edges: np.ndarray, values: np.ndarray) -> tuple[list[float], list[float]]:
-    """From the first bin that holds something to the last."""
+    """Return the part from the first bin that is not empty to the last."""
     used = np.flatnonzero(values)
     first, last = (int(used[0]), int(used[-1])) if len(used) else (0, -1)
     return edges[first : last + 2].tolist(), values[first : last + 1].tolist()
@@ -299,24 +268,24 @@ def _used(edges: np.ndarray, values: np.ndarray) -> tuple[list[float], list[floa
 
 @dataclass(frozen=True)
 class _Gate:
-    """A gate that one or several arms have, and f' for A > 0 and A <= 0 at ratios that tell it from others."""
+    """A gate that one or several arms have, with f' for A > 0 and A <= 0 at ratios that tell it from others."""
 
     arms: tuple[Arm, ...]
     told_by: tuple[np.ndarray, np.ndarray]
 
     def weights(self, ratios: np.ndarray, sign: int) -> np.ndarray:
-        """f' at some ratios."""
+        """Return f' at some ratios."""
         objective = objective_of(self.arms[0].objective)
         assert objective is not None
         return gate_curve(objective, ratios, sign)[1]
 
 
 _TELLING = np.linspace(0.05, 20.0, 400)
-"""Ratios far beyond those of a figure: gates that differ only outside of it are not the same."""
+"""Ratios at which gates are compared, far beyond those of a figure: gates that differ only there are not the same."""
 
 
 def _gates(arms: Sequence[Arm]) -> tuple[list[_Gate], dict[str, list[Arm]]]:
-    """The different gates of some arms, and the arms without one by the reason."""
+    """Return the different gates of some arms, and the arms without a gate by the reason."""
     found: list[_Gate] = []
     without: dict[str, list[Arm]] = {}
     for arm in arms:
@@ -344,7 +313,7 @@ GATE_NAMES: dict[int, tuple[str, Dash]] = {1: ("gate, A > 0", "dash"), -1: ("gat
 
 
 def gate_words(own: Own) -> str:
-    """The key of the gates: what dashes and dots are, who shares one and who has none."""
+    """Return the key of the gates: the meaning of dashes and dots, arms that share a gate, arms that have none."""
     arms = list({arm.name: arm for arm, _ in own}.values())
     gates, without = _gates(arms)
     words = ""
@@ -367,7 +336,7 @@ def _listed(arms: Sequence[Arm]) -> str:
 
 
 def _curves(own: Own) -> list[Trace]:
-    """The gates over the range of the ratios, each once; of objectives that gate a token by its own ratio alone."""
+    """Draw each gate once over the range of the ratios; only objectives that gate a token by its own ratio have one."""
     logs = [
         (edges[used[0]], edges[used[-1] + 1])
         for edges, used in ((s.log_ratio_edges, np.flatnonzero(c[1:-1])) for _, s in own for c in s.log_ratio.values())
@@ -400,7 +369,7 @@ def _points(arm: Arm, spread: Spread, single: bool) -> list[Trace]:
 
 
 def _bounds(own: Own) -> list[Trace]:
-    """A line for each temperature; of more than two the legend has one entry for all of them."""
+    """Draw a line for each temperature; of more than two the legend has one entry for all of them."""
     values = [v for _, s in own for v, d, _ in s.pairs if v > 0 and d > 0]
     if not values:
         return []

@@ -1,4 +1,4 @@
-"""The story in words: what each arm did from start to end, every run in a table, and what was warned of."""
+"""The story in words: what each arm did from start to end, every run in a table, and all warnings."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm
 from sapo.report.costs import phase_seconds
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 from sapo.utils.text import visible
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A pass@1 with its interval, at a step.
+class PassEstimate:
+    """A held-out pass@1 with its interval, at a step.
 
-    >>> Measured("add4", 0, 0.25, 0.2, 0.3).words
+    >>> PassEstimate("add4", 0, 0.25, 0.2, 0.3).words
     '0.250 [0.200, 0.300]'
     """
 
@@ -28,14 +29,14 @@ class Measured:
 
     @property
     def words(self) -> str:
-        """The value and, where it was logged, its interval."""
+        """Return the value and, where it was logged, its interval."""
         interval = "" if self.low is None or self.high is None else f" [{self.low:.3f}, {self.high:.3f}]"
         return f"{self.value:.3f}{interval}"
 
 
 @dataclass(frozen=True)
 class RunLine:
-    """A row of the table of runs. None and an empty list: not measured.
+    """A row of the table of runs. None and an empty list mean: not measured.
 
     >>> line = RunLine("q", "SAPO", 0, "done", 20, 20, (), (), 51200, 19.6, None, 0, "")
     >>> line.to_json()["tokens"]
@@ -48,8 +49,8 @@ class RunLine:
     state: str
     steps: int
     planned: int | None
-    start: tuple[Measured, ...]
-    final: tuple[Measured, ...]
+    start: tuple[PassEstimate, ...]
+    final: tuple[PassEstimate, ...]
     tokens: int | None
     seconds: float | None
     reward: float | None
@@ -58,12 +59,12 @@ class RunLine:
     models: str
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return asdict(self)
 
 
-def run_line(run: Run, arm: Arm) -> RunLine:
-    """The row of a run."""
+def run_line(run: ReportedRun, arm: Arm) -> RunLine:
+    """Make the row of a run."""
     steps = run.of_kind("step")
     tokens = (run.summary or {}).get("tokens", {}).get("generated")
     if tokens is None and steps:
@@ -87,39 +88,40 @@ def run_line(run: Run, arm: Arm) -> RunLine:
     )
 
 
-def _evaluations(run: Run) -> dict[str, list[Measured]]:
-    by_task: dict[str, list[Measured]] = {}
+def _evaluations(run: ReportedRun) -> dict[str, list[PassEstimate]]:
+    by_task: dict[str, list[PassEstimate]] = {}
     for record in run.of_kind("eval"):
         names = ["pass@1", *(k for k in record if k.startswith("mean@"))]
         name = next((n for n in names if n in record), None)
         if name is not None:
             low, high = record.get(f"{name}/low"), record.get(f"{name}/high")
-            measured = Measured(record["task"], record["step"], record[name], low, high)
+            measured = PassEstimate(record["task"], record["step"], record[name], low, high)
             by_task.setdefault(record["task"], []).append(measured)
     return by_task
 
 
 def headline(arm: Arm, lines: Sequence[RunLine]) -> str:
-    """What an arm did, in one sentence with the numbers of metrics.jsonl and summary.json."""
+    """Write what an arm did in one sentence, with the numbers of metrics.jsonl and summary.json."""
     single = len(lines) == 1
     steps = sorted({line.steps for line in lines})
     count = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     words = f"{arm.label}" + ("" if single else f", {len(lines)} seeds")
     words += f": {count} steps" + _ending(lines)
     passes = [_pass_words(lines, task) for task in dict.fromkeys(e.task for line in lines for e in line.start)]
-    words += "; held-out pass@1 " + ", ".join(passes) if passes else "; pass@1 not measured"
+    held_out = metric_title("eval", "pass@1").title
+    words += f"; {held_out} {', '.join(passes)}" if passes else f"; {held_out} not measured"
     tokens = [line.tokens for line in lines if line.tokens is not None]
     seconds = [line.seconds for line in lines if line.seconds is not None]
     each = "" if single else " each"
     if tokens:
-        words += f"; {sum(tokens) / len(tokens):,.0f} tokens sampled{each}"
+        words += f"; {sum(tokens) / len(tokens):,.0f} {metric_title('step', 'tokens/generated').title}{each}"
     if seconds:
         words += f"; {sum(seconds) / len(seconds):,.1f} s{each}"
     return words + "."
 
 
 def _ending(lines: Sequence[RunLine]) -> str:
-    """After the number of steps: how many were planned and what became of the runs that did not make them."""
+    """Return how many steps were planned and what became of the runs that did not make them."""
     states = [line.state for line in lines]
     short = [f"{states.count(state)} {state}" for state in ("failed", "not finished") if state in states]
     if not short:
@@ -133,7 +135,7 @@ def _ending(lines: Sequence[RunLine]) -> str:
 
 def _pass_words(lines: Sequence[RunLine], task: str) -> str:
     starts = [e for line in lines for e in line.start if e.task == task]
-    # Where some have ended, the others' evaluations so far would be those of other steps.
+    # Where some have ended, the last evaluations of the others are of other steps.
     ended = [line for line in lines if line.state != "not finished"] or lines
     finals = [e for line in ended for e in line.final if e.task == task]
     if len(lines) == 1:
@@ -148,9 +150,9 @@ def _pass_words(lines: Sequence[RunLine], task: str) -> str:
     return f"{start:.3f} → {sum(values) / len(values):.3f}{spread}{of} on {task}"
 
 
-def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every warning with its run, step and, where it has a name, its cause; first the runs that broke. A run that went
-    back to a checkpoint says so after the warning that made it."""
+def warnings_of(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
+    """List every warning with its run, step and cause, the failed runs first. A rollback follows the warning that
+    caused it."""
     broken = [
         {"run": run.name, "step": run.steps, "cause": "failed", "text": visible(run.failure)}
         for run in runs
@@ -168,4 +170,4 @@ def warnings_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _rollback_words(record: dict[str, Any]) -> str:
     scale = f"{record['learning_rate_scale']:g} times the learning rate"
-    return f"step {record['step']}: went back to step {record['to']} and goes on at {scale}; see rolled-back/"
+    return f"step {record['step']}: rollback to step {record['to']}, continued at {scale}; see rolled-back/"

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sapo.report.runs import Run
+from sapo.report.runs import ReportedRun
 
 
 class TokenTexts:
-    """Token ids to texts that join to what the model wrote, special tokens by their names.
+    """Maps token ids to texts that join to what the model wrote; special tokens appear by name.
 
     Args:
-        run: whose newest checkpoint, or model directory, has a tokenizer.json.
-        others: runs among which one of the same model and tasks has it, where this one has no checkpoint yet. Where
-            none has, a token is shown by its number.
+        run: its newest checkpoint, or its model directory, has a tokenizer.json.
+        others: further runs. One of the same model and tasks stands in where this run has no checkpoint yet. Where none
+            has a tokenizer, a token is shown by its number.
     """
 
-    def __init__(self, run: Run, others: Sequence[Run] = ()) -> None:
+    def __init__(self, run: ReportedRun, others: Sequence[ReportedRun] = ()) -> None:
         self._tokenizer: Any = None
         self.numbers_only = True
         alike = (other for other in others if _vocabulary(other) == _vocabulary(run))
@@ -32,7 +32,8 @@ class TokenTexts:
             self._special = {i: t.content for i, t in added.items() if t.special}
 
     def of(self, token_ids: Sequence[int]) -> list[str]:
-        """One text per token. A token that ends in the middle of a character has none: the next has it whole."""
+        """Return one text for each token. A token that ends within a character has an empty one; the next has the
+        character."""
         if self._tokenizer is None:
             return [f"[{i}]" for i in token_ids]
         from tokenizers.decoders import DecodeStream
@@ -47,13 +48,13 @@ class TokenTexts:
         return texts
 
 
-def _vocabulary(run: Run) -> tuple[Any, ...]:
-    """What a run's tokenizer follows from: its model, and the tasks whose characters a cold start's tokenizer knows."""
+def _vocabulary(run: ReportedRun) -> tuple[Any, ...]:
+    """Return what decides a run's tokenizer: its model, and the tasks whose characters a cold start's tokenizer has."""
     return tuple(run.setting(key) for key in ("model.path", "model.coldstart", "tasks"))
 
 
-def tokenizer_file(run: Run) -> Path | None:
-    """tokenizer.json of the newest checkpoint, or of the model the run began with where that is a directory."""
+def tokenizer_file(run: ReportedRun) -> Path | None:
+    """Find tokenizer.json of the newest checkpoint, or of the starting model where that is a directory."""
     directories = [*reversed(run.checkpoints)]
     if run.setting("model.path"):
         directories.append(Path(str(run.setting("model.path"))))

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sapo.report.gates import objective_of
-from sapo.report.runs import Run
-from sapo.report.spread import evenly, is_off_policy, rollouts_of
+from sapo.report.rollouts import evenly, is_off_policy, rollouts_of
+from sapo.report.runs import ReportedRun
 from sapo.report.texts import TokenTexts
 
 DEFAULT_TOKENS = 200_000
-"""Response tokens that a page holds when nothing else is asked for: about three megabytes."""
+"""Response tokens that a page holds by default: about three megabytes."""
 
 CLIPS: dict[str, tuple[str, str]] = {"grpo": ("GRPO", "0.2 / 0.27"), "gspo": ("GSPO", "3e-4 / 4e-4")}
-"""What is compared with, at the papers' settings, which are the objectives' defaults."""
+"""Objectives to compare with, at the papers' settings, which are the objectives' defaults."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chunk:
     """
 
     run: int
-    """Place of the run in the report."""
+    """Index of the run in the report."""
     step: int
     samples: int
     tokens: int
@@ -46,7 +46,7 @@ class Chunk:
     """gzip of JSON in base64: see `step_value`."""
 
     def to_json(self) -> dict[str, Any]:
-        """What the page says of the chunk; the data stand in an element of their own."""
+        """Return what the page says of the chunk; its data have an element of their own."""
         fields = asdict(self)
         del fields["data"]
         return fields
@@ -54,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TokenView:
-    """Chunks, and how much was left out.
+    """Chunks, with counts of what was left out.
 
     >>> TokenView((), logged_steps=26, numbers_only=()).to_json()
     {'chunks': [], 'logged_steps': 26, 'numbers_only': []}
@@ -62,17 +62,17 @@ class TokenView:
 
     chunks: tuple[Chunk, ...]
     logged_steps: int
-    """Files of rollouts/ there are, over all runs."""
+    """Number of files of rollouts/ over all runs."""
     numbers_only: tuple[int, ...]
     """Runs without a tokenizer: their tokens are shown by number."""
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {**asdict(self), "chunks": [c.to_json() for c in self.chunks], "numbers_only": list(self.numbers_only)}
 
 
-def token_view(runs: Sequence[Run], budget: int | None = DEFAULT_TOKENS) -> TokenView:
-    """Logged steps of all runs: all of them, or as many, evenly spaced and the last first, as a page may hold.
+def token_view(runs: Sequence[ReportedRun], budget: int | None = DEFAULT_TOKENS) -> TokenView:
+    """Choose the logged steps of all runs that a page holds: all, or as many as fit, evenly spaced, the last first.
 
     Args:
         budget: response tokens in all; every run has the same share of it. None for no limit.
@@ -89,7 +89,7 @@ def token_view(runs: Sequence[Run], budget: int | None = DEFAULT_TOKENS) -> Toke
     return TokenView(tuple(chunks), sum(map(len, logged.values())), tuple(numbers_only))
 
 
-def _chunks(run: Run, place: int, files: dict[int, Any], texts: TokenTexts, share: int | None) -> list[Chunk]:
+def _chunks(run: ReportedRun, place: int, files: dict[int, Any], texts: TokenTexts, share: int | None) -> list[Chunk]:
     steps = list(files)
     if share is not None:
         last = _tokens_of(rollouts_of(files[steps[-1]]))
@@ -110,8 +110,8 @@ def _tokens_of(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]]:
-    """Whole prompts from the first on, as many as there is room for; of a single longer one as many samples, one at
-    least."""
+    """Keep whole prompts from the first on, as many as there is room for; of one longer prompt as many samples, at
+    least one."""
     if room is None or _tokens_of(rows) <= room:
         return rows
     kept: list[dict[str, Any]] = []
@@ -128,13 +128,13 @@ def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]
 
 
 def pack(value: Any) -> str:
-    """gzip of JSON in base64; the same value gives the same text."""
+    """Return gzip of JSON in base64; the same value gives the same text."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 6, mtime=0)).decode("ascii")
 
 
-def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> dict[str, Any]:
-    """A step as the page reads it: texts of tokens once each, and prompts with their samples.
+def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> dict[str, Any]:
+    """Return a step as the page reads it: texts of tokens once each, and prompts with their samples.
 
     Prompts, samples and updates have the numbers of the file. A sample's lists have an entry for each token:
     `t` place in `texts`, `p` log pi_old, and where its update measured
@@ -170,14 +170,14 @@ def step_value(run: Run, rows: Sequence[dict[str, Any]], texts: TokenTexts) -> d
         }
         if row.get("dropped"):
             sample["dropped"] = True
-        if "shaped_reward" in row:  # else the advantage would be of a reward that is not shown
+        if "shaped_reward" in row:  # the reward that the advantage was computed from
             sample["shaped"] = row["shaped_reward"]
         prompt["samples"].append(sample)
     return {"texts": list(known), "prompts": list(prompts.values())}
 
 
 def number_in_step(prompt_id: Any) -> Any:
-    """The prompt's number within its step, from 0: a prompt_id is that, and above 32 bits the steps before.
+    """Return the prompt's number within its step, from 0: the low 32 bits of its prompt_id; the others count steps.
 
     >>> number_in_step(7 << 32 | 5)
     5
@@ -185,8 +185,9 @@ def number_in_step(prompt_id: Any) -> Any:
     return prompt_id & 0xFFFFFFFF if isinstance(prompt_id, int) else prompt_id
 
 
-def _judge(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured of each row's tokens, the slope of the run's own objective, and the verdicts of the others."""
+def _judge(run: ReportedRun, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what was measured of each row's tokens, the slope of the run's own objective, and the verdicts of the
+    others."""
     import torch
 
     from sapo.objectives import make_objective
@@ -228,5 +229,5 @@ def _judge(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
-    """To five significant digits."""
+    """Round to five significant digits."""
     return [float(f"{v:.5g}") for v in values]

@@ -1,7 +1,7 @@
-"""What the gate took: 1 - EUR by the sign of the advantage, its lowest weights, and what other gates would have taken.
+"""What the gate takes away: 1 - EUR by the sign of the advantage, the lowest weights, and what other gates would take.
 
-1 - EUR is the share of the gradient's weight that is lost. Gates differ by powers of ten there, so its axes are
-logarithmic, over the six decades below the largest value; what is less, 0 too, is a gap and counted in the caption.
+1 - EUR is the share of the gradient's weight that is lost. Gates differ in it by powers of ten, so its axes are
+logarithmic, over the six decades below the largest value. Smaller values and 0 are gaps, and the caption counts them.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from functools import partial
 
 import numpy as np
 
+from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm
 from sapo.report.curves import Series, arm_traces, in_figure, rate_panels
 from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
 from sapo.report.gates import gate_curve, objective_of
-from sapo.report.runs import Run, thinned
+from sapo.report.runs import ReportedRun, thinned
 
 LAST_UPDATE = "Values of each step's last update, the farthest off policy, as logged."
 
-LOST = "1 - EUR"
+LOST = f"1 - {metric_title('update', 'gate/eur').label}"
 
 
 def gate_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """The share of the weight that is lost and the lower end of the gate weights, positive and negative advantages
-    apart; and the share that other gates would have lost."""
+    """Make the figures of the weight that is lost and of the lowest gate weights, by sign, and of what other gates
+    would have lost."""
     return [_lost(arms), _low_weights(arms), _counterfactuals(arms)]
 
 
@@ -34,7 +35,7 @@ def _lost(arms: Sequence[Arm]) -> Figure:
     panels, words = on_log_axes(_by_sign(arms, names, LOST, together=len(arms) == 1, lost=True))
     return in_figure(
         "eur",
-        "How much the gate takes away, by sign",
+        "Gradient weight lost to the gate, by sign",
         panels,
         caption="1 - EUR, the share of the gradient's weight that is lost: 1 less the mean gate weight of tokens of "
         "positive and of negative advantage. For a hard clip it is the share of tokens that are clipped. "
@@ -44,14 +45,19 @@ def _lost(arms: Sequence[Arm]) -> Figure:
 
 
 NO_COUNTERFACTUALS = (
-    "Not measured: no update was asked what other gates would have weighed its tokens; "
-    "diagnostics.counterfactuals_every=N asks every N steps."
+    "Not measured: no update computed the weights that other gates would have given its tokens; "
+    "diagnostics.counterfactuals_every=N does so every N steps."
 )
 
 
 def _counterfactuals(arms: Sequence[Arm]) -> Figure:
-    """What other gates would have lost of the same tokens: a line for each gate, axes for each arm that asked."""
-    key, title, prefix, ending = "counterfactual", "What other gates would have taken away", "counterfactual/", "/eur"
+    """Draw what other gates would have lost of the same tokens: a line for each gate, axes for each arm."""
+    key, title, prefix, ending = (
+        "counterfactual",
+        "Gradient weight that other gates would have lost",
+        "counterfactual/",
+        "/eur",
+    )
     asked = [
         (arm, dict.fromkeys(k for run in arm.runs for r in run.last_updates for k in r if k.startswith(prefix)))
         for arm in arms
@@ -79,13 +85,13 @@ def _counterfactuals(arms: Sequence[Arm]) -> Figure:
 
 
 DECADES = 6
-"""Below the largest value of a figure, that are drawn: what is lost where all ratios are 1 is rounding, near 1e-14."""
+"""Decades below the largest value that a figure shows: where all ratios are 1, the loss is rounding, near 1e-14."""
 
 
 def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
-    """Panels of one logarithmic range, and a sentence on the values that it does not show: gaps in the lines.
+    """Give panels one logarithmic range; return them with a sentence on the values that become gaps.
 
-    What stands alone between two gaps is a point. A band has a gap where it would reach below the range.
+    A value alone between two gaps is a point. A band has a gap where it would reach below the range.
     """
     every = [v for p in panels for t in p.traces for v in (*t.y, *t.low, *t.high) if v is not None and v > 0]
     if not every:
@@ -95,14 +101,14 @@ def on_log_axes(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
     made = []
     for panel in panels:
         found = [own for trace in panel.traces for own in _above(trace, floor)]
-        found.sort(key=lambda trace: trace.kind == "points")  # last, so that the lines keep their order
+        found.sort(key=lambda trace: trace.kind == "points")  # points last, so that the lines keep their order
         if found:
             made.append(replace(panel, y_log=True, y_range=None, traces=tuple(found)))
     return share_axis(share_axis(made), "x"), _unseen(panels, floor)
 
 
 def _unseen(panels: Sequence[Panel], floor: float) -> str:
-    """How many logged values are gaps, and which lines are nothing else."""
+    """Return how many logged values are gaps, and which lines are nothing but gaps."""
     lines = [(p, t) for p in panels for t in p.traces if t.kind == "line"]
     averaged = {(id(p), t.name) for p, t in lines if t.faint}
     logged = [(p, t) for p, t in lines if t.faint or (id(p), t.name) not in averaged]
@@ -120,12 +126,13 @@ def _unseen(panels: Sequence[Panel], floor: float) -> str:
     if below:
         words += f" {below:,} of {len(values):,} values are below 0, of weights above 1: gaps."
     if whole:
-        words += f" Nothing at all is drawn of {'; '.join(whole)}."
+        words += f" No value of {'; '.join(whole)} is drawn."
     return words
 
 
 def _above(trace: Trace, floor: float) -> Iterator[Trace]:
-    """A line with gaps where it is below the floor, and what stands alone in it; of a band what lies above it whole."""
+    """Leave gaps where a line is below the floor, and make points of what stands alone; of a band keep what lies above
+    the floor."""
     if trace.kind != "band":
         y = tuple(v if v is not None and v >= floor else None for v in trace.y)
         if any(v is not None for v in y):
@@ -146,13 +153,13 @@ def _above(trace: Trace, floor: float) -> Iterator[Trace]:
             stretch = []
 
 
-def _of_last_updates(run: Run, metric: str, lost: bool = False) -> Series:
-    """A metric of the updates, or with `lost` what it lacks of 1."""
+def _of_last_updates(run: ReportedRun, metric: str, lost: bool = False) -> Series:
+    """Return a metric of each step's last update, or with `lost` 1 less it."""
     return thinned([(r["step"], 1 - r[metric] if lost else r[metric]) for r in run.last_updates if metric in r])
 
 
 def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str, *, together: bool, lost: bool = False) -> list[Panel]:
-    """Each sign on axes of its own; or, of an arm that is shown alone, both together."""
+    """Draw each sign on axes of its own, or both together where one arm is shown alone."""
     if together:
         signs: dict[str, tuple[int, Dash]] = {"A > 0": (0, "solid"), "A ≤ 0": (1, "dash")}
         traces: list[Trace] = []
@@ -170,14 +177,14 @@ def _by_sign(arms: Sequence[Arm], names: dict[str, str], y: str, *, together: bo
 
 
 _PROBED = np.exp(np.linspace(-6.0, 6.0, 241))
-"""Ratios at which a gate is asked whether it knows anything between 1 and 0."""
+"""Ratios at which a gate is probed for weights between 0 and 1."""
 
 
 def is_hard(arm: Arm) -> bool:
-    """Whether the arm's gate is a clip: no weight but 1 and 0, and 0 somewhere.
+    """Tell whether the arm's gate is a clip: every weight is 1 or 0, and some are 0.
 
     >>> from pathlib import Path
-    >>> is_hard(Arm("grpo", (Run("q", Path("q"), {"objective": {"name": "grpo"}}, (), None),)))
+    >>> is_hard(Arm("grpo", (ReportedRun("q", Path("q"), {"objective": {"name": "grpo"}}, (), None),)))
     True
     """
     objective = objective_of(arm.objective)
@@ -188,32 +195,32 @@ def is_hard(arm: Arm) -> bool:
 
 
 def _low_weights(arms: Sequence[Arm]) -> Figure:
-    """How low the gate goes: quantiles by sign of a soft gate, the smallest weight where they were not logged; and of a
-    hard clip, whose quantiles are 0 or 1, the share of tokens that it clips."""
+    """Draw how low the gate goes: quantiles by sign of a soft gate, or the smallest weight where these were not logged;
+    of a hard clip, whose quantiles are 0 or 1, the share of clipped tokens."""
     key, title, missing = "low_weights", "The gate's lowest weights", "no update logged its gate weights."
     hard = [arm for arm in arms if is_hard(arm)]
     clips = {arm.label for arm in hard}
     soft = [arm for arm in arms if arm.label not in clips]
     panels, captions = [], []
     together = len(arms) == 1
-    low, share = "1% quantile of the weight", "share of tokens, f' < 0.5"
+    low, share = (metric_title("update", name).label for name in ("gate/p01_pos", "gate/below_half"))
     if own := _by_sign(soft, {"pos": "gate/p01_pos", "neg": "gate/p01_neg"}, low, together=together):
         captions.append("One token in a hundred weighs less than the 1% quantile.")
-    elif own := _of_all(soft, "gate/min", "smallest gate weight"):
+    elif own := _of_all(soft, "gate/min", metric_title("update", "gate/min").label):
         captions.append("The smallest gate weight of any token; quantiles by sign were not logged.")
     panels += own
     own = _by_sign(hard, {"pos": "gate/below_half_pos", "neg": "gate/below_half_neg"}, share, together=together)
     if own := own or _of_all(hard, "gate/below_half", share):
         whose = f" ({', '.join(dict.fromkeys(arm.name for arm in hard))})" if len(arms) > 1 else ""
         captions.append(
-            f"A hard clip{whose} weighs a token 1 or 0, and so would its quantiles be: here is the share of tokens "
-            "that weigh less than a half, those that it clips."
+            f"A hard clip{whose} weighs a token 1 or 0, so that its quantiles are 1 or 0 too: the share of tokens that "
+            "weigh less than a half is shown, which it clips."
         )
     panels += own
     return in_figure(key, title, panels, caption=" ".join([*captions, LAST_UPDATE]), missing=missing)
 
 
 def _of_all(arms: Sequence[Arm], metric: str, y: str) -> list[Panel]:
-    """Over the tokens of both signs."""
+    """Draw a metric over the tokens of both signs."""
     read = partial(_of_last_updates, metric=metric)
     return rate_panels(arms, "step", y, lambda arm: arm_traces(arm, read))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from sapo.errors import CheckpointError
 from sapo.model.policy import Policy
+from sapo.utils.files import replace_directory
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})(?:-update-(\d+))?")
@@ -116,16 +116,8 @@ def save_checkpoint(
         if f.is_file()
     }
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in (*aside.rglob("*"), aside):
-        _sync(file)
     final = directory / name
-    replaced = directory / f".replaced-{name}"
-    if final.exists():  # the same state written again, after a resume; a kill between the two renames loses only it
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    aside.rename(final)
-    _sync(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
+    replace_directory(aside, final, directory / f".replaced-{name}")  # after a resume the same state is written again
     return Checkpoint(final, step, update)
 
 
@@ -174,12 +166,3 @@ def prune(directory: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush to the disk, so that the rename never gets there before the content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

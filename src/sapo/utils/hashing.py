@@ -12,7 +12,7 @@ HASH_BITS = 512
 
 
 def hashed_integer(*parts: str | int) -> int:
-    """A uniform integer of HASH_BITS bits named by `parts`; `% n` has a bias below n / 2**HASH_BITS.
+    """Return a uniform integer of HASH_BITS bits named by `parts`; `% n` has a bias below n / 2**HASH_BITS.
 
     >>> hashed_integer("train", 0, 7) % 1000 == hashed_integer("train", 0, 7) % 1000
     True
@@ -24,7 +24,7 @@ def hashed_integer(*parts: str | int) -> int:
 
 
 def falls_in_share(text: str, share: float) -> bool:
-    """True for a fixed `share` of all texts; a smaller share is a subset of a larger one.
+    """Tell whether a text falls into a fixed `share` of all texts; a smaller share is a subset of a larger one.
 
     >>> sum(falls_in_share(str(i), 0.25) for i in range(4000)) // 100
     10

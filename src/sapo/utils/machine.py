@@ -7,11 +7,13 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 CPUINFO = Path("/proc/cpuinfo")
 
 WORTH_A_LOOK = 256 * 2**20
-"""Bytes of free blocks below which nothing is given back: its pages are zeroed anew when they are next used, which the
-half second of a small model's step would feel."""
+"""Bytes of free blocks below which nothing is given back: the system zeroes such pages when they are used again, which
+a small model's step of half a second would notice."""
 
 
 def cpuinfo_lines() -> list[str]:
@@ -71,3 +73,14 @@ def _glibc() -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     return libc
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process, after freed blocks were given back to the system.
+
+    With another C library than glibc freed blocks may be counted: the figure is then an upper bound.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)

@@ -17,7 +17,7 @@ _ROUNDS = 10
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox-4x32-10 of counters (..., 4) under one key: four 32-bit words each, as uint64 (..., 4).
+    """Compute Philox-4x32-10 of counters (..., 4) under one key: four 32-bit words each, as uint64 (..., 4).
 
     The known-answer vectors of the authors' Random123 library are in tests/rollout/test_rng.py.
     """
@@ -36,7 +36,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def token_uniforms(seed: int, prompt_id: int, samples: np.ndarray, positions: int) -> np.ndarray:
-    """Uniforms in (0, 1) for the first tokens of some samples of one prompt.
+    """Draw uniforms in (0, 1) for the first tokens of some samples of one prompt.
 
     Args:
         seed: 64 bits.

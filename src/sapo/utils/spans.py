@@ -40,7 +40,7 @@ class SpanRecorder:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """One span; its time counts even when it ends in an exception."""
+        """Time one span; its time counts even when it ends in an exception."""
         self._path.append(name)
         path = "/".join(self._path)
         self._settle()
@@ -56,7 +56,7 @@ class SpanRecorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this lasts, `span` anywhere in the package is measured here."""
+        """Have `span` anywhere in the package measured here for the duration of the block."""
         global _listener
         before, _listener = _listener, self
         try:
@@ -70,5 +70,5 @@ _NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A part of a phase; measured while a profile is taken, free of charge otherwise."""
+    """Time a part of a phase; measured while a profile is taken, free of charge otherwise."""
     return _NOTHING if _listener is None else _listener.measure(name)

@@ -19,7 +19,7 @@ _HIDDEN = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""The text with every character that steers and does not show as its escape; tab and newline stay.
+    r"""Return the text with escapes in place of characters that steer a terminal; tab and newline stay.
 
     >>> visible("a\x1b[2Jb\u202ec\r\n")
     'a\\x1b[2Jb\\u202ec\\x0d\n'

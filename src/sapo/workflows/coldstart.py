@@ -1,4 +1,4 @@
-"""Cold start: a tiny model from scratch, taught worked examples until it is right now and then.
+"""Cold start: a tiny model from scratch, trained on worked examples until it sometimes answers right.
 
 Reinforcement learning needs a policy that sometimes succeeds. This one is trained on the task's own worked examples by
 maximum likelihood and stopped at a chosen pass@1 on the training side's next problems, never the held-out ones. It is
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -40,14 +38,15 @@ from sapo.rollout.weights import loaded
 from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
 from sapo.training.batch import pack
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.utils.files import new_directory
 
 RECIPE_VERSION = 1
-"""Counted up when the same recipe would make another model."""
+"""Increased when the same recipe would make another model."""
 
 TOKENS_PER_MICROBATCH = 16384
 
 RECORDED_PROBLEMS = 512
-"""Fresh problems behind the pass@1 that coldstart.json records."""
+"""Number of fresh problems behind the pass@1 in coldstart.json."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class ColdStartProgress:
 
 
 def coldstart_path(config: RunConfig) -> Path:
-    """The cache entry of a recipe's cold start: a hash of everything that shapes the model, and of nothing else."""
+    """Return the cache entry of a recipe's cold start: a hash of everything that shapes the model, and of nothing
+    else."""
     recipe = {
         "version": RECIPE_VERSION,
         "torch": torch.__version__,
@@ -81,7 +81,7 @@ def ensure_coldstart(
     on_progress: Callable[[ColdStartProgress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Path, bool]:
-    """The model directory of a recipe's cold start, made if the cache has none; and whether it was made now.
+    """Return the model directory of a recipe's cold start, made if the cache has none, and whether it was made now.
 
     Raises:
         ConfigError: a task without worked examples, or a prompt format that it cannot be put in.
@@ -93,10 +93,6 @@ def ensure_coldstart(
     if (path / "coldstart.json").is_file():
         return path, False
     policy, history = train_coldstart(config, on_progress, should_stop)
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    policy.save(aside)
     record = {
         "coldstart": _section(config).model_dump(mode="json"),
         "task": config.tasks[0].model_dump(mode="json"),
@@ -106,11 +102,9 @@ def ensure_coldstart(
         "pass@1": _recorded_pass_at_1(policy, config),
         "seconds": history[-1].seconds,
     }
-    (aside / "coldstart.json").write_text(json.dumps(record, indent=2) + "\n")
-    try:
-        aside.rename(path)
-    except OSError:  # another process made it meanwhile: the same model
-        shutil.rmtree(aside)
+    with new_directory(path, shared=True) as aside:
+        policy.save(aside)
+        (aside / "coldstart.json").write_text(json.dumps(record, indent=2) + "\n")
     return path, True
 
 
@@ -119,7 +113,7 @@ def train_coldstart(
     on_progress: Callable[[ColdStartProgress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Policy, list[ColdStartProgress]]:
-    """Train a tiny model on worked examples to the target; the policy and its evaluations."""
+    """Train a tiny model on worked examples to the target; return the policy and its evaluations."""
     settings = _section(config)
     task, prompt_format = _taught(config)
     policy = fresh_policy(settings)
@@ -139,7 +133,7 @@ def train_coldstart(
         batch, queue = queue[: settings.batch_size], queue[settings.batch_size :]
         loss = _supervised_update(policy, optimizer, [examples[i] for i in batch], _rate(settings, update))
         if update % settings.eval_every == 0 or update == settings.max_updates:
-            # The held-out problems stay unseen even by the stopping rule.
+            # Not the held-out problems: the stopping rule must not see them either.
             score = _pass_at_1(policy, config, settings.examples, settings.eval_problems)
             history.append(ColdStartProgress(update, loss, score, time.perf_counter() - started))
             on_progress(history[-1])
@@ -164,7 +158,7 @@ def _prompt_section(config: RunConfig) -> PromptConfig:
 
 
 def _taught(config: RunConfig) -> tuple[WorkedTask, PromptFormat]:
-    """The task that is taught, and how the run that follows puts its questions."""
+    """Return the task that is taught, and the format in which the run will ask its questions."""
     task = make_task(config.tasks[0].name, seed=_section(config).seed, **config.tasks[0].options)
     if not isinstance(task, WorkedTask):
         raise ConfigError(
@@ -185,7 +179,7 @@ def _rate(settings: ColdStartConfig, update: int) -> float:
 
 
 def fresh_policy(settings: ColdStartConfig) -> Policy:
-    """The model of a cold start before its first update."""
+    """Make the model of a cold start before its first update."""
     tokenizer = character_tokenizer(ALPHABET)
     model = tiny_model(
         settings.architecture,
@@ -206,7 +200,7 @@ def fresh_policy(settings: ColdStartConfig) -> Policy:
 
 
 def _encode_examples(policy: Policy, task: WorkedTask, prompt_format: PromptFormat, count: int) -> list[Group]:
-    """Worked examples as groups of one completion, the end token included."""
+    """Encode worked examples as groups of one completion, the end token included."""
     prompts, texts = zip(*(task.worked_example(i) for i in range(count)), strict=True)
     groups = []
     for prompt, text in zip(prompt_format.encode(policy, prompts), texts, strict=True):
@@ -219,7 +213,7 @@ def _encode_examples(policy: Policy, task: WorkedTask, prompt_format: PromptForm
 def _supervised_update(
     policy: Policy, optimizer: PolicyOptimizer, examples: Sequence[Group], learning_rate: float
 ) -> float:
-    """One step of maximum likelihood, a mean over response tokens; the loss in nats per token."""
+    """Make one step of maximum likelihood, a mean over response tokens; return the loss in nats per token."""
     minibatch = pack(
         examples,
         normalizer="token_mean",
@@ -252,13 +246,14 @@ def _negative_log_likelihood(batch: PackedBatch) -> Callable[[Tensor, slice], tu
 
 
 def _recorded_pass_at_1(policy: Policy, config: RunConfig) -> float:
-    """pass@1 on problems that did not decide when to stop: the first evaluation to reach the target is a lucky one."""
+    """Measure pass@1 on problems that did not decide when to stop: the first evaluation to reach the target is a lucky
+    one."""
     settings = _section(config)
     return _pass_at_1(policy, config, settings.examples + settings.eval_problems, RECORDED_PROBLEMS)
 
 
 def _pass_at_1(policy: Policy, config: RunConfig, first: int, count: int) -> float:
-    """pass@1 on `count` problems of the training side, put as the run puts them."""
+    """Measure pass@1 on `count` problems of the training side, asked as the run asks them."""
     task, prompt_format = _taught(config)
     prompts: list[Prompt] = [replace(task.train_prompt(first + i), id=i) for i in range(count)]
     prompts = prompt_format.encode(policy, prompts)
@@ -276,6 +271,6 @@ def _pass_at_1(policy: Policy, config: RunConfig, first: int, count: int) -> flo
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What was recorded of a cached cold start."""
+    """Read the record of a cached cold start."""
     record: dict[str, Any] = json.loads((path / "coldstart.json").read_text())
     return record

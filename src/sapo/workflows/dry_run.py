@@ -1,6 +1,6 @@
-"""A dry run: everything a run would load and check, what memory it would take, and what the model would see.
+"""A dry run: everything a run would load and check, its memory, and the prompts as the model would see them.
 
-Nothing is written, and no cold start is made: where the cache has none, an untrained model of its shape stands in.
+Nothing is written and no cold start is made: where the cache has none, an untrained model of its shape is used.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class SeenPrompt:
     tokens: tuple[str, ...]
     """Each token's own text, special tokens by their names."""
     text: str
-    """All of them decoded, special tokens visible."""
+    """All tokens decoded together, special tokens included."""
     answer: str | None
     stop: tuple[str, ...]
-    """Strings that end a completion, beside the end token."""
+    """Strings that end a completion, in addition to the end token."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a recipe would do. See `session.dry_run`."""
+    """What a recipe would do. See `sapo.workflows.train.dry_run`."""
 
     config: RunConfig
     batch_sentence: str
@@ -58,7 +58,7 @@ class DryRun:
     memory: MemoryEstimate
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value, the recipe left out."""
+        """Return a JSON value, without the recipe."""
         return {
             "batches": self.batch_sentence,
             "model": self.model,
@@ -74,10 +74,10 @@ def rehearse(
     load: Callable[[RunConfig], Policy],
     load_reference: Callable[[RunConfig], Policy | None] = lambda _: None,
 ) -> DryRun:
-    """Load tasks and model, check what a run checks, estimate its memory.
+    """Load tasks and model, check what a run checks, and estimate its memory.
 
     Args:
-        config: threads and device settled.
+        config: with its threads and device resolved.
         load: the policy of a recipe, from its directory or the cold start's cache.
         load_reference: the frozen policy a run keeps beside it, when it keeps one.
 
@@ -107,7 +107,7 @@ def rehearse(
 
 
 def _one_of_each_task(prompts: list[Prompt]) -> list[Prompt]:
-    """Two prompts, of different tasks where there are several."""
+    """Return two prompts, of different tasks where there are several."""
     first_of_task = list({p.task: p for p in reversed(prompts)}.values())
     rest = [p for p in prompts if p not in first_of_task]
     return [*reversed(first_of_task), *rest][:SHOWN_PROMPTS]
@@ -138,6 +138,6 @@ def _stand_in(config: RunConfig) -> Policy:
 
 
 def _copy_is_kept(config: RunConfig) -> bool:
-    """Whether a run keeps a frozen copy of the model it starts from, for a KL penalty."""
+    """Tell whether a run keeps a frozen copy of the model it starts from, for a KL penalty."""
     kl = config.objective.kl
     return kl is not None and kl.reference is None and config.model.lora is None

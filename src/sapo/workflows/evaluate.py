@@ -1,4 +1,4 @@
-"""One evaluation from what was ordered to what is written: the model, the task, how much is drawn, where it is kept."""
+"""One evaluation from its plan to its files: the model, the task, how much is drawn, where it is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sapo.config import PromptConfig, RolloutConfig
 from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
-from sapo.evaluation.examination import Keeper, Memory
+from sapo.evaluation.examination import InMemoryStore, ProgressStore
 from sapo.model.policy import Policy
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
@@ -27,15 +27,15 @@ from sapo.run.models import load_model
 from sapo.tasks import Task
 
 CHUNK_SEQUENCES = 256
-"""Sequences drawn, judged and kept together: as many as the engine decodes at once, so that a kill loses no more than
-that. The price is waiting for the last sequence of each chunk with part of the rows idle."""
+"""Sequences drawn, judged and stored together: as many as the engine decodes at once. A kill loses at most one chunk.
+The price is waiting for the last sequence of each chunk while part of the rows is idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How much is drawn, and how.
+class EvaluationSettings:
+    """How many problems and samples are drawn, and how.
 
-    >>> Settings(samples=16, ks=(1, 4, 16)).problems
+    >>> EvaluationSettings(samples=16, ks=(1, 4, 16)).problems
     256
     """
 
@@ -59,18 +59,18 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model that is evaluated."""
 
     policy: Policy
     path: str
-    """How the record names it."""
+    """Its name in the record."""
     weights: str
-    """Names its weights, wherever they lie."""
+    """Fingerprint of its weights, independent of where they lie."""
 
     @classmethod
-    def load(cls, model: str | Path | Policy, dtype: str | None = None, device: str = "auto") -> Subject:
-        """A model directory, or the newest whole checkpoint of a run.
+    def load(cls, model: str | Path | Policy, dtype: str | None = None, device: str = "auto") -> EvaluatedModel:
+        """Load a model directory, or the newest whole checkpoint of a run.
 
         Args:
             dtype: that of a run's own recipe, else float32, when None.
@@ -84,7 +84,7 @@ class Subject:
         return cls(policy, str(directory), policy.fingerprint())
 
     def about(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return what the record says of the model, as a JSON value."""
         return {
             "path": self.path,
             "weights": self.weights,
@@ -94,46 +94,46 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Order:
-    """A task to be evaluated on, as `evaluate` takes it in many arguments."""
+class PlannedEvaluation:
+    """An evaluation that is planned: a task, how its questions are asked, and how much is drawn."""
 
     task: Task
     prompt_format: PromptFormat
-    settings: Settings
+    settings: EvaluationSettings
     task_about: Mapping[str, Any]
-    """What the record says of the task."""
+    """Content of the record's task section."""
 
-    def carry_out(
+    def run(
         self,
-        subject: Subject,
+        subject: EvaluatedModel,
         prompts: Sequence[Prompt] | None = None,
         *,
         out: str | Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
-        tell: Callable[[str], None] = lambda text: None,
+        report: Callable[[str], None] = lambda text: None,
     ) -> Results:
-        """Evaluate, or go on with what `out` keeps, and write what came of it there.
+        """Evaluate, or resume what `out` keeps, and write the results there.
 
         Args:
-            prompts: what `ask` made; it is asked here when None.
-            on_progress: told the problems done, and all of them, as they are.
-            tell: told in words what `out` held already.
+            prompts: from `ask`; None calls it.
+            on_progress: called with the problems done, and all of them.
+            report: called with a sentence on what `out` held already.
 
         Raises:
             ConfigError: `out` holds another evaluation.
-            Interrupted: `should_stop` said so.
+            Interrupted: `should_stop` returned true.
         """
         policy = subject.policy
         prompts = self.ask(policy) if prompts is None else prompts
         about = self._about(subject)
         machine = {**provenance(), "threads": torch.get_num_threads()}
         if out is None:
-            evaluation = self._evaluate(policy, prompts, Memory(), should_stop, on_progress)
+            evaluation = self._evaluate(policy, prompts, InMemoryStore(), should_stop, on_progress)
             return Results({**about, "machine": machine}, evaluation)
         with EvaluationStore(Path(out), self._asked(about, prompts), machine) as store:
-            _tell_of_what_is_there(store, len(prompts), machine, tell)
-            torch.set_num_threads(store.machine["threads"])  # another count is another rounding
+            _report_kept_work(store, len(prompts), machine, report)
+            torch.set_num_threads(store.machine["threads"])  # another number of threads rounds differently
             evaluation = self._evaluate(policy, prompts, store, should_stop, on_progress)
             results = Results({**about, "machine": store.machine}, evaluation)
             store.finish(results.to_json())
@@ -144,7 +144,7 @@ class Order:
         self,
         policy: Policy,
         prompts: Sequence[Prompt],
-        keeper: Keeper,
+        keeper: ProgressStore,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
     ) -> Evaluation:
@@ -184,12 +184,12 @@ class Order:
         params = self.settings.params
         return replace(params, stop_token_ids=params.stop_token_ids | policy.stop_token_ids)
 
-    def asked(self, subject: Subject, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What names this evaluation to its directory."""
+    def asked(self, subject: EvaluatedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return what identifies this evaluation to its directory."""
         return self._asked(self._about(subject), prompts)
 
     def ask(self, policy: Policy) -> list[Prompt]:
-        """The held-out problems as the model will see them.
+        """Return the held-out problems as the model will see them.
 
         Raises:
             ConfigError: one leaves no room for a completion, or ends in a way that the engine cannot.
@@ -205,7 +205,7 @@ class Order:
             )
         return prompts
 
-    def _about(self, subject: Subject) -> dict[str, Any]:
+    def _about(self, subject: EvaluatedModel) -> dict[str, Any]:
         sampling = asdict(self._params(subject.policy))
         return {
             "model": subject.about(),
@@ -216,7 +216,8 @@ class Order:
         }
 
     def _asked(self, about: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What changes a completion or its judgement. Not where the model lies, nor what is counted in the end."""
+        """Return all that changes a completion or its judgement. Where the model lies, and what is counted at the end,
+        are not in it."""
         model = about["model"]
         return {
             "samples": self.settings.samples,
@@ -260,16 +261,16 @@ def evaluate(
         greedy: draw one more completion of each problem, at temperature 0.
         constant: judge the best constant answer as well.
         params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
-        prompt_format: how the questions are put; as they are when None.
-        engine: what draws, as `rollout.engine` names it.
-        out: a directory to keep it in, so that a killed one goes on; in the end results.json, completions.jsonl and
-            index.html are there.
+        prompt_format: format of the questions; they are asked as they are when None.
+        engine: the engine that draws, as `rollout.engine` names it.
+        out: a directory to keep it in, so that a killed evaluation can be resumed; at the end it has results.json,
+            completions.jsonl and index.html.
 
     Raises:
         ConfigError, ModelError, TaskError: it cannot be done as asked.
-        Interrupted: `should_stop` said so; what `out` keeps is kept.
+        Interrupted: `should_stop` returned true; what is in `out` is kept.
     """
-    settings = Settings(
+    settings = EvaluationSettings(
         problems=problems,
         samples=samples,
         ks=tuple(ks),
@@ -281,28 +282,28 @@ def evaluate(
     )
     if not isinstance(prompt_format, PromptFormat):
         prompt_format = PromptFormat.of(prompt_format or PromptConfig(), task)
-    subject = Subject.load(model, dtype, device)
-    order = Order(task, prompt_format, settings, {"name": task.name})
-    return order.carry_out(subject, out=out, should_stop=should_stop).evaluation
+    subject = EvaluatedModel.load(model, dtype, device)
+    planned = PlannedEvaluation(task, prompt_format, settings, {"name": task.name})
+    return planned.run(subject, out=out, should_stop=should_stop).evaluation
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Names the rows: another row, answer, tokenizer or prompt format is another name."""
+    """Return a name of the rows that changes with any row, answer, tokenizer or prompt format."""
     digest = hashlib.sha256()
     for p in prompts:
-        # repr of what JSON does not know: rows from Parquet hold dates and decimals.
+        # repr for values that JSON does not have: rows from Parquet hold dates and decimals.
         row = json.dumps([p.id, p.text, p.answer, p.token_ids, p.stop, dict(p.metadata)], sort_keys=True, default=repr)
         digest.update(row.encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def _tell_of_what_is_there(
-    store: EvaluationStore, problems: int, machine: Mapping[str, Any], tell: Callable[[str], None]
+def _report_kept_work(
+    store: EvaluationStore, problems: int, machine: Mapping[str, Any], report: Callable[[str], None]
 ) -> None:
     if store.finished:
-        tell(f"{store.path} is finished already; its completions are counted again")
+        report(f"{store.path} is finished already; its figures are computed again")
     elif store.answered:
-        tell(f"{store.path} has {len(store.answered)} of {problems} problems already; going on")
+        report(f"{store.path} has {len(store.answered)} of {problems} problems already; resuming")
     for key in DECIDING_BITS:
         if not store.finished and key in store.machine and store.machine[key] != machine[key]:
-            tell(f"{key}: {store.machine[key]} before, {machine[key]} now: it goes on, but not bit for bit")
+            report(f"{key}: {store.machine[key]} before, {machine[key]} now: resumed, but not bit for bit")

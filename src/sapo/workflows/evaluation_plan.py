@@ -1,4 +1,4 @@
-"""What `sapo eval` was asked for: tasks by name with their settings, or those of a run as it evaluates them itself."""
+"""The evaluations that `sapo eval` was asked for: tasks by name with their settings, or the tasks of a run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sapo.run.models import run_of
 from sapo.tasks import make_task
 from sapo.tasks.rows.reading import EXTENSIONS
 from sapo.utils.hashing import seed_for
-from sapo.workflows.evaluate import Order, Settings, Subject
+from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
 DEFAULT_SEED = 12345
 
-# Settings of a prompt that are text: on a command line they are taken as they stand, which YAML would not do with the
-# colon and braces of "Q: {prompt}".
+# Settings of a prompt that are text. On a command line they are taken literally: YAML would parse the colon and braces
+# of "Q: {prompt}".
 _TEXTS = ("prompt.system", "prompt.template", "prompt.answer_template")
 
 
-def orders(
+def plan_evaluations(
     model: Path,
     tasks: Sequence[str],
     overrides: Sequence[str],
@@ -37,16 +37,16 @@ def orders(
     seed: int | None = None,
     threshold: float = 1.0,
     **given: Any,
-) -> list[Order]:
-    """What a command asks for: the tasks named, or a run's own, each made and checked.
+) -> list[PlannedEvaluation]:
+    """Plan what a command asks for: the tasks named, or a run's own, each made and checked.
 
     Args:
         model: the model; a run directory, or a checkpoint in one, brings tasks where none are named.
         tasks: names of TASKS, or files.
-        overrides: `key=value`; those of `prompt.` say how questions are put, others are the tasks' own.
-        seed: of the draws and of the choice of problems; both are then those of a run whose eval.seed it is.
-        given: of Settings and SamplingParams; None where nothing was said. A run's own stand in then; without a run
-            the best constant answer is judged, and no greedy completion drawn.
+        overrides: `key=value`; keys under `prompt.` set the format of the questions, others the tasks' own settings.
+        seed: seed of the draws and of the choice of problems, as a run's eval.seed is.
+        given: fields of EvaluationSettings and SamplingParams; None leaves the run's own value. Without a run the
+            defaults are used, and the best constant answer is judged.
 
     Raises:
         ConfigError, TaskError: what is wrong with it.
@@ -55,18 +55,21 @@ def orders(
     if tasks:
         seed = DEFAULT_SEED if seed is None else seed
         settings = _settings({"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given)
-        return [order_of_task(name, overrides, settings, seed) for name in tasks]
+        return [plan_task_evaluation(name, overrides, settings, seed) for name in tasks]
     run = run_of(model)
     if run is None:
         raise ConfigError(f"{model} is not a run directory, so it has no tasks of its own; name one with --task")
-    return orders_of_run(run, overrides, given, seed)
+    return plan_run_evaluations(run, overrides, given, seed)
 
 
-def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed: int = DEFAULT_SEED) -> Order:
-    """A task by its name, or a file, with its settings and those of its prompts.
+def plan_task_evaluation(
+    name: str, overrides: Sequence[str], settings: EvaluationSettings, seed: int = DEFAULT_SEED
+) -> PlannedEvaluation:
+    """Plan the evaluation of a task by its name, or of a file, with its settings and those of its prompts.
 
-    >>> order = order_of_task("arithmetic", ["digits=2", "prompt.template={prompt} Answer:"], Settings())
-    >>> order.task.name, order.prompt_format.template
+    >>> overrides = ["digits=2", "prompt.template={prompt} Answer:"]
+    >>> planned = plan_task_evaluation("arithmetic", overrides, EvaluationSettings())
+    >>> planned.task.name, planned.prompt_format.template
     ('add2', '{prompt} Answer:')
 
     Raises:
@@ -75,13 +78,13 @@ def order_of_task(name: str, overrides: Sequence[str], settings: Settings, seed:
     options, prompt = split_overrides(overrides)
     if Path(name).suffix in EXTENSIONS:
         name, options = "file", {"path": name, **options}
-    return _order(name, options, seed, parse_prompt(prompt), settings)
+    return _plan(name, options, seed, parse_prompt(prompt), settings)
 
 
-def orders_of_run(
+def plan_run_evaluations(
     run: Path, overrides: Sequence[str], given: Mapping[str, Any], seed: int | None = None
-) -> list[Order]:
-    """The tasks of a run as it evaluates them itself, but for what is given.
+) -> list[PlannedEvaluation]:
+    """Plan the tasks of a run as it evaluates them itself, except for what is given.
 
     Raises:
         ConfigError, TaskError: no run, or an override of a task's own settings.
@@ -104,12 +107,12 @@ def orders_of_run(
         "seed": seed_for(seed, "evaluation"),
         "stop_token_ids": frozenset(rollout.stop_token_ids),
     }
-    # With fewer samples than the run drew, its own k are taken as far as they go.
+    # With fewer samples than the run drew, only its k up to that number can be estimated.
     ks = tuple(k for k in asked.k if k <= given.get("samples", asked.samples)) or (1,)
     own = {"problems": asked.problems, "samples": asked.samples, "ks": ks, "engine": rollout.engine}
     settings = _settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
     return [
-        _order(
+        _plan(
             t.name,
             t.options,
             seed,
@@ -120,25 +123,27 @@ def orders_of_run(
     ]
 
 
-def _order(kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: Settings) -> Order:
+def _plan(
+    kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: EvaluationSettings
+) -> PlannedEvaluation:
     task = make_task(kind, seed=seed, **options)
     about = {"name": task.name, "kind": kind, "options": dict(options), "seed": seed}
-    return Order(task, PromptFormat.of(prompt, task), settings, about)
+    return PlannedEvaluation(task, PromptFormat.of(prompt, task), settings, about)
 
 
-def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-    """Settings and SamplingParams from their defaults and what is given for either."""
+def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> EvaluationSettings:
+    """Make the settings from their defaults and from what is given for them or for SamplingParams."""
     names = {f.name for f in fields(SamplingParams)}
     try:
         params = SamplingParams(**{**sampling, **{k: v for k, v in given.items() if k in names}})
     except ValueError as error:
         name, _, rule = str(error).partition(" ")
         raise ConfigError(f"--{name.replace('_', '-')} {rule}") from error
-    return Settings(**{**own, **{k: v for k, v in given.items() if k not in names}}, params=params)
+    return EvaluationSettings(**{**own, **{k: v for k, v in given.items() if k not in names}}, params=params)
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a task, and those of how its questions are put (`prompt.`), which come without the prefix.
+    """Split overrides into the settings of a task and those of its prompts (`prompt.`), the latter without the prefix.
 
     >>> split_overrides(["path=sums.jsonl", "prompt.style=chat", "prompt.thinking=true", 'prompt.stop=["\\\\n"]'])
     ({'path': 'sums.jsonl'}, {'style': 'chat', 'thinking': True, 'stop': ['\\n']})
@@ -158,15 +163,22 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str,
     return options, prompt
 
 
-def place(
-    model: Path, subject: Subject, order: Order, prompts: Sequence[Prompt], out: Path | None, *, alone: bool
+def output_directory(
+    model: Path,
+    subject: EvaluatedModel,
+    planned: PlannedEvaluation,
+    prompts: Sequence[Prompt],
+    out: Path | None,
+    *,
+    alone: bool,
 ) -> tuple[Path, str | None]:
-    """The directory of an evaluation of `prompts`, which `order.ask` made, and what to tell of the choice.
+    """Choose the directory of an evaluation of `prompts`, which `planned.ask` made; return it with a note on the
+    choice.
 
-    `out` is the user's and taken as it is, with a directory for each task below it where there are several. Without it
-    the directory is evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
+    `out` is the user's choice; several tasks have a directory each below it. Without it the directory is
+    evals/MODEL-TASK or, where that holds another evaluation, the first of -2, -3, ... that does not.
     """
-    task = re.sub(r"[^\w.-]+", "_", order.task.name)
+    task = re.sub(r"[^\w.-]+", "_", planned.task.name)
     if out is not None:
         return (out if alone else out / task), None
     run = run_of(model)
@@ -174,10 +186,10 @@ def place(
     if run is not None and run.resolve() != model.resolve():
         name = f"{run.resolve().name}-{name}"
     first = Path("evals") / f"{name}-{task}"
-    asked = order.asked(subject, prompts)
+    asked = planned.asked(subject, prompts)
     candidate, number, reason = first, 1, None
     while (found := difference(candidate, asked)) is not None:
         reason = reason or f"{first} holds {found}"
         number += 1
         candidate = first.with_name(f"{first.name}-{number}")
-    return candidate, reason and f"{reason}; this one goes to {candidate}"
+    return candidate, reason and f"{reason}; this one is written to {candidate}"

@@ -1,12 +1,10 @@
-"""A run's model for use elsewhere: a clean Hugging Face directory with a model card, without anything of the trainer.
+"""Export of a run's model: a clean Hugging Face directory with a model card, without anything of the trainer.
 
-What is exported is one checkpoint, and the card says what was measured on it: the evaluations in its own state, not
-those of a later one.
+One checkpoint is exported. The card has the evaluations in that checkpoint's own state, not later ones.
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sapo.model.adapters import merged
 from sapo.model.loading import load_policy
 from sapo.model.policy import DTYPES, Policy
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, newest_whole
+from sapo.utils.files import new_directory
 
 CARD = "README.md"
 
@@ -33,11 +32,11 @@ LIMITS = """\
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint and the run it belongs to.
 
     >>> run = Path("runs/quickstart")
-    >>> Source(run, Checkpoint(run / "checkpoints" / "step-000250", 250, 0)).checkpoint.label
+    >>> ExportSource(run, Checkpoint(run / "checkpoints" / "step-000250", 250, 0)).checkpoint.label
     'step 250'
     """
 
@@ -45,8 +44,8 @@ class Source:
     checkpoint: Checkpoint
 
     @classmethod
-    def of(cls, path: Path) -> Source:
-        """The newest whole checkpoint of a run directory, or the checkpoint itself.
+    def of(cls, path: Path) -> ExportSource:
+        """Find the newest whole checkpoint of a run directory, or take the checkpoint itself.
 
         Raises:
             ConfigError: neither a run nor one of its checkpoints, or not whole.
@@ -68,11 +67,11 @@ class Source:
         return cls(run, found[0])
 
     def config(self) -> RunConfig:
-        """The recipe the run was made by."""
+        """Read the recipe the run was made by."""
         return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")))
 
 
-def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> Source:
+def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> ExportSource:
     """Write a run's model as an ordinary Hugging Face directory: weights, config, tokenizer, generation config, card.
 
     Args:
@@ -89,32 +88,27 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
         raise ConfigError(f"{target} exists already and is not empty; name another directory")
     if dtype is not None and dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be float32 or bfloat16; got {dtype!r}")
-    source = Source.of(Path(path))
+    source = ExportSource.of(Path(path))
     config = source.config()
     policy = whole_policy(source, config)
     precision = dtype or config.model.dtype
     policy.model.to(DTYPES[precision])
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    policy.save(aside)
-    card = model_card(target.name, source, config, policy, precision)
-    (aside / CARD).write_text(card, encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    aside.rename(target)
+    with new_directory(target) as aside:
+        policy.save(aside)
+        card = model_card(target.name, source, config, policy, precision)
+        (aside / CARD).write_text(card, encoding="utf-8")
     return source
 
 
-def whole_policy(source: Source, config: RunConfig) -> Policy:
-    """The model of a checkpoint as one set of weights: what a run keeps apart from them is merged here."""
+def whole_policy(source: ExportSource, config: RunConfig) -> Policy:
+    """Load the model of a checkpoint as one set of weights; an adapter is merged into them."""
     trusted = config.model.trust_remote_code
     policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu", trust_remote_code=trusted)
     return policy if policy.adapter is None else Policy(merged(policy), policy.tokenizer, policy.source)
 
 
-def model_card(name: str, source: Source, config: RunConfig, policy: Policy, dtype: str) -> str:
-    """README.md of an exported model, in the form of the hub's model cards."""
+def model_card(name: str, source: ExportSource, config: RunConfig, policy: Policy, dtype: str) -> str:
+    """Write README.md of an exported model, in the form of the hub's model cards."""
     state = source.checkpoint.state()
     tags = ["sapo", "reinforcement-learning", config.objective.name]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -149,13 +143,13 @@ def _base_model(config: RunConfig) -> str:
 
 
 def _is_hub_id(path: str | None) -> bool:
-    """owner/name, and no directory of this machine."""
+    """Tell whether a path is owner/name and no directory of this machine."""
     if path is None or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return False
     return not Path(path).exists()
 
 
-def _training(source: Source, config: RunConfig, state: dict[str, Any]) -> str:
+def _training(source: ExportSource, config: RunConfig, state: dict[str, Any]) -> str:
     done = source.checkpoint
     of = "" if done.step == config.train.steps and not done.update else f" of {config.train.steps}"
     rollout = config.rollout

@@ -1,4 +1,4 @@
-"""Completions of one prompt of one's own: what `sapo generate` prints."""
+"""Completions of one prompt of the user's own: what `sapo generate` prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sapo.tasks import make_task
 
 @dataclass(frozen=True)
 class Generation:
-    """A prompt as it was put, and completions of it.
+    """A prompt and its completions.
 
     >>> prompt = Prompt(0, "generate", "1+1=", token_ids=(1, 10, 1, 14))
     >>> completion = Completion((2, 17), (-0.1, -0.2), "stop", "2")
@@ -32,13 +32,13 @@ class Generation:
 
     prompt: Prompt
     seen: str
-    """What the model saw, special tokens visible."""
+    """The prompt as the model saw it, special tokens included."""
     completions: tuple[Completion, ...]
     token_texts: tuple[tuple[str, ...], ...]
     """Each completion's tokens one by one, special ones by their names."""
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {
             "prompt": self.seen,
             "prompt_token_ids": list(self.prompt.token_ids),
@@ -56,7 +56,7 @@ class Generation:
 
 
 def format_of_run(run: Path) -> PromptFormat | None:
-    """How a run puts the questions of its first task; None for a directory that is not a run.
+    """Return how a run asks the questions of its first task; None for a directory that is not a run.
 
     Raises:
         ConfigError, TaskError: its recipe or its task cannot be read.
@@ -84,10 +84,10 @@ def generate(
     """Draw completions of a text.
 
     Args:
-        text: the question; through the tokenizer's chat template when style is chat, or auto and there is one.
+        text: the question; put into the tokenizer's chat template when style is chat, or auto and there is one.
         params: of sampling; the model's own stop tokens are added.
         stop: strings that end a completion.
-        form: how the text is put, in place of style, system and stop.
+        form: format of the text, in place of style, system and stop.
         shorten: lower max_new_tokens to what the model has room for.
         engine: what draws, as `rollout.engine` names it.
 

@@ -1,4 +1,5 @@
-"""How much memory a run will take: an estimate from parts, each counted as this trainer and this engine really keep it.
+"""An estimate of how much memory a run takes, from parts that are each counted as this trainer and this engine keep
+them.
 
 The phases of a step follow each other, and the run's peak is that of the largest. With P parameters of e bytes each, T
 of them trained:
@@ -20,10 +21,8 @@ of them trained:
                         one more for each batch sampled ahead; with routing replay one byte (two above 256 experts)
                         for each expert of a token
 
-Activations are not derived from an architecture but measured on it: `measure_activations` runs the forward pass of
-training on a few tokens, counts the storages that autograd keeps, and solves for bytes per packed token, per query and
-key of the attention kernel, and per pair of them. They grow exactly so, since everything but attention works token by
-token. The baseline (interpreter, libraries, tokenizer, tasks) is measured in the process that asks.
+Activations are measured (activations.py). The baseline (interpreter, libraries, tokenizer, tasks) is measured in the
+process that asks.
 
 On a CPU a quarter is added to all beyond the baseline: glibc keeps freed blocks of up to 32 MiB and cannot always use
 them again. The share was measured, and `bench/memory.py` holds the whole against peaks of real runs (docs/memory.md).
@@ -33,19 +32,15 @@ Completions are taken at their full length and prompts as those of the first ste
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from sapo.config import RunConfig
-from sapo.data import Completion, Group, PackedBatch, Prompt
-from sapo.model.attention import TreeLayout, gather_rows
+from sapo.data import Prompt
+from sapo.model.attention import TreeLayout
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import prefix_tree
@@ -53,7 +48,17 @@ from sapo.model.routing import Routers
 from sapo.rollout.local.cache import KVCache, cache_dtype
 from sapo.rollout.local.decoder import copied_bytes
 from sapo.rollout.local.engine import PREFILL_TOKENS
-from sapo.training.batch import MiniBatch, pack, split_minibatches
+from sapo.training.batch import split_minibatches
+from sapo.utils.machine import resident_bytes
+from sapo.workflows.activations import (
+    ActivationCost,
+    Counts,
+    full_length_group,
+    measure_activations,
+    pack_groups,
+    probe_batch,
+    run_forward,
+)
 
 PYTHON_BYTES_PER_TOKEN = 100
 """A token id and a log-probability as Python objects (28 and 24 bytes), their places in two tuples (16), and what is
@@ -68,57 +73,8 @@ SAMPLER_LOGITS = 1.0
 SAMPLER_LOGITS_CUT = 6.5
 
 ALLOCATOR_SHARE = 0.25
-"""What glibc holds back of all that is allocated and freed in an update: .19 to .34 of what lies beyond the baseline in
+"""Memory that glibc keeps of freed blocks after an update, as a share of what lies beyond the baseline: .19 to .34 in
 five runs of two models (docs/memory.md)."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The size of a micro-batch, as memory sees it: a prompt of 3 tokens with two responses of 2 inputs each.
-
-    >>> Counts(tokens=7, queries=9, keys=15, pairs=45).tokens
-    7
-    """
-
-    tokens: int
-    """Packed tokens: no padding."""
-    queries: int
-    """Queries of the attention kernel, padding included."""
-    keys: int
-    """Keys, padding included; a prompt's count once for every segment that attends to them."""
-    pairs: int
-    """(query, key) rectangles."""
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Counts:
-        """The counts of a packed batch."""
-        sizes = [bucket.size for bucket in TreeLayout(batch.segments).buckets]
-        queries = sum(rows * q for rows, q, _ in sizes)
-        keys = sum(rows * k for rows, _, k in sizes)
-        return cls(batch.num_tokens, queries, keys, sum(rows * q * k for rows, q, k in sizes))
-
-
-@dataclass(frozen=True)
-class ActivationCost:
-    """Bytes that the backward pass needs, as the forward leaves them.
-
-    >>> cost = ActivationCost(per_token=100.0, per_query=8.0, per_key=16.0, per_pair=4.0, layers=2)
-    >>> cost.bytes(Counts(tokens=10, queries=12, keys=20, pairs=60))
-    1656.0
-    """
-
-    per_token: float
-    """All layers together, as everything here."""
-    per_query: float
-    per_key: float
-    per_pair: float
-    """The mask, and the scores where the attention kernel keeps them."""
-    layers: int
-
-    def bytes(self, counts: Counts) -> float:
-        """Bytes of a micro-batch of that size."""
-        coefficients = (self.per_token, self.per_query, self.per_key, self.per_pair)
-        return sum(c * n for c, n in zip(coefficients, astuple(counts), strict=True))
 
 
 @dataclass(frozen=True)
@@ -133,20 +89,21 @@ class MemoryEstimate:
 
     phases: dict[str, dict[str, int]]
     device: str
-    """Where all of it lies; on CUDA the baseline and the rollout batch, which lie elsewhere, are left out."""
+    """Device whose memory is counted; on CUDA the baseline and the rollout batch, which are in main memory, are left
+    out."""
 
     @property
     def peak(self) -> int:
-        """Bytes of the largest phase."""
+        """Return the bytes of the largest phase."""
         return max(sum(parts.values()) for parts in self.phases.values())
 
     @property
     def largest_phase(self) -> str:
-        """The phase that needs the most."""
+        """Return the phase that needs the most."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {
             "peak": self.peak,
             "largest_phase": self.largest_phase,
@@ -158,7 +115,7 @@ class MemoryEstimate:
 def estimate_memory(
     config: RunConfig, policy: Policy, prompts: Sequence[Prompt], baseline: int, reference: Policy | None = None
 ) -> MemoryEstimate:
-    """The memory of a run by phase.
+    """Estimate the memory of a run by phase.
 
     Args:
         policy: the loaded model; a few tokens are run through it.
@@ -203,74 +160,17 @@ def _with_allocator(parts: dict[str, int], policy: Policy) -> dict[str, int]:
 
 
 def baseline_bytes(*policies: Policy) -> int:
-    """What this process holds beside the weights of its policies: interpreter, libraries, tokenizer, tasks.
+    """Measure what this process holds beside the weights of its policies: interpreter, libraries, tokenizer, tasks.
 
     Asked after everything is loaded. Imports that come only with the first update are made here.
     """
     weights = [p for policy in policies for p in policy.model.parameters() if p.device.type == "cpu"]
     for parameter in weights:
-        parameter.detach().sum()  # weights are mapped from their file: what was not read yet would not be counted
+        parameter.detach().sum()  # weights are mapped from their file: pages not read yet would not be counted
     dummy = torch.nn.Parameter(torch.zeros(1))
     dummy.grad = torch.zeros(1)
     torch.optim.AdamW([dummy], fused=True).step()
     return resident_bytes() - _bytes_of(weights)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process, what the allocator holds back for later given back first."""
-    with suppress(OSError, AttributeError):  # with another C library the figure is an upper bound
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    import psutil  # a system without /proc
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def measure_activations(policy: Policy, checkpointing: bool = False) -> ActivationCost:
-    """What autograd keeps of a forward pass of training, by the size of the micro-batch.
-
-    A few small micro-batches of different shapes are run and the storages kept for the backward pass are counted;
-    their sizes are linear in the four counts of `ActivationCost`.
-    """
-    shapes = [(1, 6, 2, 5), (1, 14, 2, 5), (1, 6, 2, 13), (1, 6, 6, 5), (2, 9, 3, 7), (3, 12, 2, 4)]
-    counts, kept = [], []
-    for prompts, prompt_tokens, samples, new_tokens in shapes:
-        batch = _probe(prompts, prompt_tokens, samples, new_tokens)
-        counts.append(astuple(Counts.of(batch)))
-        kept.append(kept_bytes(policy, batch, checkpointing))
-    solution, *_ = np.linalg.lstsq(np.array(counts, dtype=np.float64), np.array(kept, dtype=np.float64), rcond=None)
-    per_token, per_query, per_key, per_pair = (max(0.0, float(x)) for x in solution)
-    return ActivationCost(per_token, per_query, per_key, per_pair, layers=_num_layers(policy))
-
-
-def kept_bytes(policy: Policy, batch: PackedBatch, checkpointing: bool) -> int:
-    """Bytes of the storages that a forward pass keeps for its backward pass, the weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # as it is, an operation that saves its own result would hold itself for ever
-
-    was_on = bool(getattr(policy.model, "is_gradient_checkpointing", False))
-    if checkpointing and not was_on:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.model.train(checkpointing)
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            hidden_NH = _run(policy, batch, TreeLayout(batch.segments, policy.device))
-            gather_rows(hidden_NH, batch.predictor_M.to(policy.device))
-    finally:
-        policy.model.eval()
-        if checkpointing and not was_on:
-            policy.model.gradient_checkpointing_disable()
-    return sum(kept.values())
 
 
 class _Update:
@@ -280,7 +180,7 @@ class _Update:
         rollout, train = config.rollout, config.train
         groups = [full_length_group(p, rollout.samples_per_prompt, rollout.max_new_tokens) for p in prompts]
         minibatches = [
-            _pack(part, train.tokens_per_microbatch, rollout.max_new_tokens)
+            pack_groups(part, train.tokens_per_microbatch, rollout.max_new_tokens)
             for part in split_minibatches(groups, train.minibatches)
         ]
         kept = measure_activations(policy)
@@ -294,12 +194,12 @@ class _Update:
         self.checkpointing = train.activation_checkpointing
 
     def compared(self) -> dict[str, int]:
-        """The gradient that those of counterfactual objectives are held against, one after the other."""
+        """Count the gradient that those of counterfactual objectives are compared with, one after the other."""
         asked = self.diagnostics.true_gradient_every > 0 and self.diagnostics.counterfactuals
         return {"gradient to compare with": self._gradients()} if asked else {}
 
     def forward_parts(self) -> dict[str, int]:
-        """The end of a micro-batch's forward: all its activations, and the head at work."""
+        """Count what exists at the end of a micro-batch's forward pass: all activations, and the head at work."""
         vocabulary, hidden = self.policy.head_weight.shape
         targets = self.batch.num_targets
         parts = {
@@ -314,7 +214,7 @@ class _Update:
         return parts
 
     def backward_parts(self) -> dict[str, int]:
-        """The end of a backward pass: the gradients of all parameters are there and the activations are gone."""
+        """Count what exists at the end of a backward pass: the gradients of all parameters, and no activations."""
         parts = {"gradients": self._gradients()}
         if any(p.element_size() < 4 for p in self.trained) and self.num_microbatches > 1:
             parts["16-bit gradients"] = _bytes_of(self.trained)
@@ -334,7 +234,7 @@ class _Update:
 def _generate_parts(
     config: RunConfig, policy: Policy, prompts: Sequence[Prompt], cost: ActivationCost
 ) -> dict[str, int]:
-    """A full batch of rows in its last step, or its prefill."""
+    """Count the parts of generation, with a full batch of rows in its last step, or in its prefill."""
     rollout = config.rollout
     samples = rollout.samples_per_prompt
     rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
@@ -357,22 +257,6 @@ def _generate_parts(
     }
 
 
-def full_length_group(prompt: Prompt, samples: int, length: int) -> Group:
-    """A group whose completions have their full length and an advantage each, for its size alone."""
-    completion = Completion((0,) * length, (0.0,) * length, "length", "")
-    return Group(prompt, (completion,) * samples, tuple(1.0 if i % 2 else -1.0 for i in range(samples)))
-
-
-def _pack(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> MiniBatch:
-    return pack(
-        groups,
-        normalizer="sequence_mean",
-        tokens_per_microbatch=tokens_per_microbatch,
-        max_new_tokens=max_new_tokens,
-        include_all=True,
-    )
-
-
 def _chunk_bytes(policy: Policy, targets: int) -> int:
     vocabulary = policy.head_weight.shape[0]
     itemsize = policy.dtype.itemsize
@@ -383,35 +267,17 @@ def _chunk_bytes(policy: Policy, targets: int) -> int:
 
 
 def _cache_bytes_per_token(policy: Policy) -> int:
-    """Bytes of keys and values of one token, over all layers, as the engine keeps them."""
+    """Measure the bytes of keys and values of one token, over all layers, as the engine keeps them."""
     sizes: list[int] = []
 
     def measure(_: int, key: torch.Tensor, value: torch.Tensor) -> None:
         itemsize = cache_dtype(key.dtype, key.device).itemsize
         sizes.append((key.numel() + value.numel()) * itemsize // key.shape[0])
 
-    batch = _probe(1, 2, 2, 2)
+    batch = probe_batch(1, 2, 2, 2)
     with torch.no_grad():
-        _run(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure))
+        run_forward(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure))
     return sum(sizes)
-
-
-def _probe(prompts: int, prompt_tokens: int, samples: int, new_tokens: int) -> PackedBatch:
-    """A small micro-batch of a given shape; its prompts differ in their first token, so they share no preamble."""
-    groups = [
-        full_length_group(Prompt(i, "probe", "", (i, *(0,) * (prompt_tokens - 1))), samples, new_tokens)
-        for i in range(prompts)
-    ]
-    return _pack(groups, 10**6, new_tokens).microbatches[0]
-
-
-def _run(policy: Policy, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
-    device = policy.device
-    return policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout)
-
-
-def _num_layers(policy: Policy) -> int:
-    return int(policy.model.config.get_text_config().num_hidden_layers)
 
 
 def _bytes_of(parameters: Sequence[torch.Tensor]) -> int:

@@ -1,18 +1,18 @@
-"""What a sampler of another precision would do to training from a checkpoint: `sapo diagnose`.
+"""The effect of a sampler of another precision on training from a checkpoint: `sapo diagnose`.
 
-Completions are drawn from rounded weights (mu) and read by the policy's own (pi), at the same step: theta has not
-moved, so r = pi / mu is the mismatch alone. Where log pi_old is taken from the sampler, a gate takes it for drift.
+Completions are drawn from rounded weights (mu) and scored by the policy's own (pi), at the same step: theta has not
+moved, so r = pi / mu is the mismatch alone. Where log pi_old is taken from the sampler, a gate mistakes it for drift.
 
-Dose: the mean |r - 1| over tokens.
+Dose: the mean |r - 1| over tokens, `mismatch/abs_dev` in metrics.jsonl.
 
-Bias force of an objective. Draw the advantages at random, +1 or -1 with probability 1/2 for each response, whatever it
-says: a fair objective then goes nowhere on average. With c+ and c- the coefficients on grad log pi that the gate leaves
+Bias force of an objective. Draw the advantages at random, +1 or -1 with probability 1/2 for each response: an unbiased
+objective then moves nowhere on average. With c+ and c- the coefficients on grad log pi that the gate leaves
 under either sign (c = f'(r) r for token gates; slope = c A), the mean over the advantages is
 
     B = E[ sum_t w_t 1/2 (c+_t - c-_t) grad log pi(y_t) ],
 
 w_t the weights of the loss (mean over responses of token means) and E over prompts and responses drawn from mu. It
-vanishes for a gate that does not ask for the sign of A. It is reported relative to the true policy gradient
+vanishes for a gate that does not depend on the sign of A. It is reported relative to the true policy gradient
 
     G = E[ sum_t w_t r_t A grad log pi(y_t) ],
 
@@ -51,21 +51,21 @@ from sapo.rollout.registry import make_engine, require
 from sapo.rollout.weights import loaded
 from sapo.tasks import score_groups
 from sapo.training.batch import pack
-from sapo.workflows.evaluate import Order
+from sapo.workflows.evaluate import PlannedEvaluation
 
 PARTS = 8
-"""Parts of the prompts that the noise is measured by, where there are so many prompts."""
+"""Number of parts of the prompts that the noise is estimated from; fewer where there are fewer prompts."""
 
 HARMLESS, NEARLY_HARMLESS, HARMFUL = 0.001, 0.006, 0.011
 """Doses at which runs on toy models were unharmed, nearly unharmed, and harmed under sharp clips (research/log.md)."""
 
 SMALL_FORCE = 0.1
-"""A bias of a tenth of the policy gradient is lost in the noise of a batch."""
+"""Largest force that is called small: a tenth of the policy gradient is lost in the noise of a batch."""
 
 
 @dataclass(frozen=True)
 class SymmetricMask:
-    """The control: a mask that does not ask for the sign of A. Slope r A where 0.8 <= r <= 1.27, else 0."""
+    """The control: a mask that does not depend on the sign of A. Slope r A where 0.8 <= r <= 1.27, else 0."""
 
     def surrogate(
         self,
@@ -84,30 +84,30 @@ class SymmetricMask:
 
 @dataclass(frozen=True)
 class Force:
-    """What one objective makes of the mismatch.
+    """What the mismatch does under one objective.
 
-    >>> Force("sapo", gate_weight=0.999, silenced=0.0, force=0.02).force_unbiased is None
+    >>> Force("sapo", eur=0.999, silenced=0.0, force=0.02).force_unbiased is None
     True
     """
 
     objective: str
-    gate_weight: float
-    """Mean f'(r) over tokens and both signs."""
+    eur: float
+    """Effective update ratio: mean f'(r) over tokens and both signs."""
     silenced: float
     """Share of tokens and signs whose weight is 0."""
     force: float | None = None
-    """|B| / |G|; None where no group has spread, so that there is no G."""
+    """|B| / |G|; None where every group has zero variance, so that there is no G."""
     force_unbiased: float | None = None
-    """The same without the batch's noise; None where that is not resolved."""
+    """The same without the batch's noise; None where the batch does not resolve it."""
     cosine: float | None = None
-    """Of B with the pull towards the sampler; None where B is 0."""
+    """Cosine of B with the pull towards the sampler; None where B is 0."""
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """The mismatch of a sampler and what follows from it.
+class MismatchDiagnosis:
+    """The mismatch of a sampler and its effects.
 
-    >>> Diagnosis("m", "float8_e4m3fn", "tensor", False, ("add4",), 64, 2000, 0.02, 0.3, 0.25, 0.1).verdict
+    >>> MismatchDiagnosis("m", "float8_e4m3fn", "tensor", False, ("add4",), 64, 2000, 0.02, 0.3, 0.25, 0.1).verdict
     'harmful to sharp clips'
     """
 
@@ -125,12 +125,12 @@ class Diagnosis:
     reward: float
     """Mean reward of the sampler's completions."""
     gradient_norm: float | None
-    """|G|; None where no group has spread."""
+    """|G|; None where every group has zero variance."""
     forces: tuple[Force, ...] = field(default=())
 
     @property
     def verdict(self) -> str:
-        """Where the dose stands among those that were tried; see the constants."""
+        """Return how the dose compares with those that were tried; see the constants."""
         if self.dose <= HARMLESS:
             return "harmless"
         if self.dose <= NEARLY_HARMLESS:
@@ -141,12 +141,12 @@ class Diagnosis:
 
     @property
     def recommendation(self) -> str:
-        """One line on what to do."""
+        """Write one line on what to do."""
         if self.dose <= HARMLESS:
             return "log pi_old may be the sampler's; train.old_logprobs=auto checks it at the first step"
         cure = "take log pi_old from the trainer (train.old_logprobs=trainer)"
         if self.dose <= NEARLY_HARMLESS:
-            return f"{cure}: it costs a forward pass a step and leaves nothing to chance"
+            return f"{cure}: it costs a forward pass a step and rules the mismatch out"
         line = f"{cure} and weigh the mismatch apart (objective.tis={{mode: token, cap: 2.0}})"
         known = {f.objective: f.force for f in self.forces if f.force is not None and f.objective != SYMMETRIC}
         small = [name for name, force in known.items() if force <= SMALL_FORCE]
@@ -159,7 +159,7 @@ class Diagnosis:
         return line + (f"{',' if small else ';'} {', '.join(large)} would" if large else "")
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value; what was not measured is left out."""
+        """Return a JSON value, without what was not measured."""
         forces = [{k: v for k, v in asdict(f).items() if v is not None} for f in self.forces]
         own = {k: v for k, v in self.__dict__.items() if v is not None}
         return {
@@ -176,49 +176,49 @@ SYMMETRIC = "symmetric mask"
 
 def diagnose(
     policy: Policy,
-    orders: Sequence[Order],
+    evaluations: Sequence[PlannedEvaluation],
     rounding: Rounding,
     objectives: Mapping[str, Objective],
     *,
     name: str = "",
     tokens_per_microbatch: int = 4096,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Diagnosis:
+) -> MismatchDiagnosis:
     """Draw completions from rounded weights and measure what they would do to each objective.
 
     Memory: beside the policy, its rounded copy and activations, one gradient for each objective and four more.
 
     Args:
         policy: left as it was.
-        orders: which problems of which tasks, how many samples of each, and how they are drawn.
+        evaluations: the tasks, the problems, and how many samples of each are drawn and how.
         objectives: by the name to show.
         name: how the record names the model.
-        on_progress: told the parts measured, and all of them.
+        on_progress: called with the parts measured, and all of them.
 
     Raises:
         ConfigError: fewer than 2 problems or samples, or a sampler that is greedy.
     """
-    groups = [group for order in orders for group in _draw(policy, order, rounding)]
+    groups = [group for planned in evaluations for group in _draw(policy, planned, rounding)]
     if len(groups) < 2 or min(len(g.completions) for g in groups) < 2:
         raise ConfigError(
             f"a diagnosis needs 2 problems and 2 samples of each; got {len(groups)} and "
             f"{min(len(g.completions) for g in groups)}; raise --problems and --samples"
         )
     parts = [groups[i :: min(PARTS, len(groups))] for i in range(min(PARTS, len(groups)))]
-    [temperature] = {o.settings.params.temperature for o in orders}
-    measured = _Measured(policy, {**objectives, SYMMETRIC: SymmetricMask()}, temperature)
+    [temperature] = {e.settings.params.temperature for e in evaluations}
+    measured = _GradientSums(policy, {**objectives, SYMMETRIC: SymmetricMask()}, temperature)
     for done, part in enumerate(parts):
         on_progress(done, len(parts))
         measured.add(part, tokens_per_microbatch)
     on_progress(len(parts), len(parts))
     deviation_M = torch.cat(measured.log_ratios).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1().abs().sort().values
     rewards = [r for g in groups for r in g.rewards]
-    return Diagnosis(
+    return MismatchDiagnosis(
         model=name or policy.source,
         sampler_dtype=rounding.dtype,
         sampler_scaling=rounding.scaling if rounding.dtype != "bfloat16" else "none",
         sampler_vectors=rounding.vectors,
-        tasks=tuple(o.task.name for o in orders),
+        tasks=tuple(e.task.name for e in evaluations),
         completions=len(rewards),
         tokens=len(deviation_M),
         dose=deviation_M.mean().item(),
@@ -229,18 +229,18 @@ def diagnose(
     )
 
 
-def _draw(policy: Policy, order: Order, rounding: Rounding) -> list[Group]:
-    """Scored groups of an order's problems, drawn from rounded weights."""
-    settings = order.settings
+def _draw(policy: Policy, planned: PlannedEvaluation, rounding: Rounding) -> list[Group]:
+    """Draw and score groups of an evaluation's problems from rounded weights."""
+    settings = planned.settings
     if settings.params.temperature == 0:
         raise ConfigError("a diagnosis needs a sampler that draws; got temperature 0; give --temperature 1")
     params = replace(settings.params, stop_token_ids=settings.params.stop_token_ids | policy.stop_token_ids)
-    prompts = order.ask(policy)
+    prompts = planned.ask(policy)
     require(settings.engine, "exact_logprobs", "a diagnosis", "give --engine local")
     weights = rounded_weights(policy.weights(), rounding)
     with closing(make_engine(policy, RolloutConfig(engine=settings.engine))) as engine, loaded(engine, weights, 0):
         drawn = engine.generate([Request(p, settings.samples) for p in prompts], params)
-    scored = score_groups([(order.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
+    scored = score_groups([(planned.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     groups = []
     for prompt, completions in zip(prompts, scored, strict=True):
         rewards = torch.tensor([c.score.reward for c in completions], dtype=torch.float64)
@@ -248,7 +248,7 @@ def _draw(policy: Policy, order: Order, rounding: Rounding) -> list[Group]:
     return groups
 
 
-class _Measured:
+class _GradientSums:
     """Sums over parts of the gradients of several coefficients on grad log pi, and the norms of each part's."""
 
     def __init__(self, policy: Policy, objectives: Mapping[str, Any], temperature: float) -> None:
@@ -262,7 +262,7 @@ class _Measured:
         self.squares: dict[str, float] = {}  # sum over parts of |x_k|^2
 
     def add(self, groups: Sequence[Group], tokens_per_microbatch: int) -> None:
-        """One more part."""
+        """Add one part."""
         self.parts += 1
         longest = max(len(c) for g in groups for c in g.completions)
         batches = pack(
@@ -282,7 +282,7 @@ class _Measured:
             _accumulate(self.sums, name, gradient)
 
     def _gradients(self, batch: PackedBatch) -> Iterator[tuple[str, list[Tensor]]]:
-        """(name, gradient) of every coefficient that is not 0 on all tokens, from one forward pass."""
+        """Yield (name, gradient) of every coefficient that is not 0 on all tokens, from one forward pass."""
         layout = TreeLayout(batch.segments, self.policy.device)
         hidden_NH = self.policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
         hidden_MH = gather_rows(hidden_NH, batch.predictor_M)
@@ -336,33 +336,33 @@ class _Measured:
         return found
 
     def norm(self, name: str) -> float | None:
-        """|mean over the parts|; None where the coefficients were 0 everywhere."""
+        """Return |mean over the parts|; None where the coefficients were 0 everywhere."""
         total = self.sums.get(name)
         return None if total is None else math.sqrt(_dot(total, total)) / self.parts
 
     def unbiased_square(self, name: str) -> float:
-        """The estimate of |E x|^2, which may be negative."""
+        """Estimate |E x|^2; the estimate may be negative."""
         total, count = self.sums[name], self.parts
         return (_dot(total, total) - self.squares[name]) / (count * (count - 1))
 
     def force(self, name: str) -> Force:
-        """What was measured of an objective."""
+        """Return what was measured of an objective."""
         weight = torch.cat(self.weights[name])
         plain = Force(name, weight.mean().item(), (weight == 0).double().mean().item())
         gradient_norm, force_norm = self.norm("true"), self.norm(name)
         if gradient_norm is None:
             return plain
         if force_norm is None:
-            return Force(name, plain.gate_weight, plain.silenced, 0.0, 0.0)
+            return Force(name, plain.eur, plain.silenced, 0.0, 0.0)
         squares = self.unbiased_square(name), self.unbiased_square("true")
         unbiased = math.sqrt(squares[0] / squares[1]) if min(squares) > 0 else None
         pull = self.sums["pull"]
         cosine = _dot(self.sums[name], pull) / (force_norm * self.parts * math.sqrt(_dot(pull, pull)))
-        return Force(name, plain.gate_weight, plain.silenced, force_norm / gradient_norm, unbiased, cosine)
+        return Force(name, plain.eur, plain.silenced, force_norm / gradient_norm, unbiased, cosine)
 
 
 def _fixed(coefficient_M: Tensor) -> LossAndCoefficient:
-    """The value that is linear in log pi; its gradient is the direction of ascent."""
+    """Return a loss that is linear in log pi; its gradient is the direction of ascent."""
     return lambda logprob, at: ((coefficient_M[at] * logprob).sum(), coefficient_M[at])
 
 

@@ -17,6 +17,7 @@ from sapo.workflows.coldstart import ColdStartProgress, ensure_coldstart
 def starting_policy(
     config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
 ) -> Policy:
+    """Load the policy a run starts from, with its adapter; a routing replay that cannot work is refused."""
     policy = starting_model(config, on_coldstart, should_stop)
     if (lora := config.model.lora) is not None:
         seed = seed_for(config.seed, "adapter")
@@ -28,6 +29,7 @@ def starting_policy(
 def starting_model(
     config: RunConfig, on_coldstart: Callable[[ColdStartProgress], None], should_stop: Callable[[], bool]
 ) -> Policy:
+    """Load the model of a recipe: its cold start, or the one at model.path."""
     if config.model.coldstart is not None:
         path = ensure_coldstart(config, on_coldstart, should_stop)[0]
         return load_policy(path, config.model.dtype, config.device)
@@ -39,7 +41,8 @@ def starting_model(
 
 
 def reference_policy(config: RunConfig, should_stop: Callable[[], bool]) -> Policy | None:
-    """What a KL penalty keeps close to; None when there is none, or when switching an adapter off gives it."""
+    """Load the policy that a KL penalty keeps close to; None without a penalty, or when switching an adapter off gives
+    it."""
     kl = config.objective.kl
     if kl is None or (config.model.lora is not None and kl.reference is None):
         return None
@@ -54,7 +57,7 @@ def reference_policy(config: RunConfig, should_stop: Callable[[], bool]) -> Poli
 
 
 def check_same_tokens(policy: Policy, reference: Policy | None) -> None:
-    """Refuse a reference to which the same ids are other text: log pi_ref would be of another completion."""
+    """Refuse a reference whose ids stand for other text: log pi_ref would be of another completion."""
     if reference is not None and policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise ConfigError(
             f"objective.kl.reference must have the tokens of the trained model; {reference.source} has "

@@ -50,9 +50,9 @@ def train(
 
     Args:
         config: from `load_recipe`.
-        listener: told of progress.
-        should_stop: asked wherever work can be left without loss; when it says so a checkpoint is written.
-        on_coldstart: told of each evaluation while the starting model is made, if the cache has none.
+        listener: receives the progress.
+        should_stop: asked wherever the run can stop without loss; when it returns true a checkpoint is written.
+        on_coldstart: called with each evaluation while the starting model is made, if the cache has none.
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
@@ -75,7 +75,7 @@ def train(
 
 
 def dry_run(config: RunConfig) -> DryRun:
-    """Load and check everything a run would, and say what it would do; nothing is written.
+    """Load and check everything a run would, and describe what it would do; nothing is written.
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run.
@@ -99,7 +99,7 @@ def resume(
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Take a run up again from its newest whole checkpoint; on the same machine it goes on bit for bit.
+    """Resume a run from its newest whole checkpoint; on the same machine it continues bit for bit.
 
     Args:
         run: the run directory.
@@ -125,7 +125,7 @@ def _resumed(
     listener: Listener,
     should_stop: Callable[[], bool],
 ) -> TrainingRun:
-    """The run at its newest whole checkpoint; its files are changed only when nothing can be refused any more."""
+    """Make the run at its newest whole checkpoint; its files change only when nothing can be refused any more."""
     config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
     _warn_of_another_machine(config, listener)
     check_loggers(config)
@@ -160,11 +160,11 @@ def _resumed(
 
 
 def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
-    """Bit for bit holds on one machine with one set of versions: say when these are others."""
+    """Warn where machine or versions changed: bit for bit holds only on one machine with one set of versions."""
     before, now = config.provenance or {}, provenance()
     for key in DECIDING_BITS:
         if key in before and before[key] != now[key]:
-            listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run goes on, but not bit for bit")
+            listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run is resumed, but not bit for bit")
 
 
 def _finish(training: TrainingRun) -> Run:

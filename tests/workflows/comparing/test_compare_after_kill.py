@@ -87,7 +87,7 @@ def test_a_killed_comparison_goes_on_and_ends_as_one_that_was_not(tmp_path: Path
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     output = finish(process, code=130)
-    assert f"{RUNS[0]}: goes on from step" in output, "what the kill left behind was saved, and taken up"
+    assert f"{RUNS[0]}: resumed from step" in output, "what the kill left behind was saved, and taken up"
     assert "next: sapo compare comparisons/recipe" in output
     assert "Traceback" not in output
     done = first.stat().st_mtime_ns

@@ -11,10 +11,10 @@ from rich.console import Console
 from sapo.cli.comparison_display import ComparisonDisplay
 from sapo.config import RunConfig
 from sapo.errors import ConfigError
-from sapo.workflows.comparing.comparison import find_places
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.comparison import find_slots
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan
-from sapo.workflows.comparing.processes import Event, Places
+from sapo.workflows.comparing.processes import Event, RunSlots
 
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "arithmetic"}], "train": {"steps": 40}}
 
@@ -25,7 +25,7 @@ def told(console: Console, directory: Path) -> None:
     plan = ComparisonPlan.of("mine", BASE, arms, learning_rates=[2e-4], seeds=[3])
     soft, hard = plan.runs(directory)
     with ComparisonDisplay(console, plan) as display:
-        display.runs([Outcome.of(soft), Outcome.of(hard)], Places(2))
+        display.runs([RunOutcome.of(soft), RunOutcome.of(hard)], RunSlots(2))
         for run in (soft, hard):
             display.event(Event(run.name, "began"))
             display.event(Event(run.name, "eval", {"step": 0, "task": "add4", "pass_at_1": 0.25}))
@@ -54,26 +54,26 @@ def test_on_a_terminal_a_table_shows_every_run_as_it_is(tmp_path: Path) -> None:
     assert ".900" not in shown, "the first task is shown"
 
 
-def places(threads: int, cores: int, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Places:
+def slots(threads: int, cores: int, monkeypatch: pytest.MonkeyPatch, **settings: object) -> RunSlots:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
-    return find_places(RunConfig.model_validate({**BASE, "threads": threads, **settings}))
+    return find_slots(RunConfig.model_validate({**BASE, "threads": threads, **settings}))
 
 
 def test_as_many_runs_go_side_by_side_as_the_cores_bear(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert places(1, 6, monkeypatch, device="cpu") == Places(6)
-    assert places(4, 6, monkeypatch, device="cpu") == Places(1)
-    assert places(8, 6, monkeypatch, device="cpu") == Places(1)
+    assert slots(1, 6, monkeypatch, device="cpu") == RunSlots(6)
+    assert slots(4, 6, monkeypatch, device="cpu") == RunSlots(1)
+    assert slots(8, 6, monkeypatch, device="cpu") == RunSlots(1)
     with pytest.raises(ConfigError, match="--jobs must be 1 or more; got 0"):
-        find_places(RunConfig.model_validate(BASE), 0)
+        find_slots(RunConfig.model_validate(BASE), 0)
 
 
 def test_each_gpu_gets_a_run_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    by_default = find_places(RunConfig.model_validate(BASE))
-    assert by_default == Places(2, ("0", "1"))
+    by_default = find_slots(RunConfig.model_validate(BASE))
+    assert by_default == RunSlots(2, ("0", "1"))
     assert [by_default.environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert find_places(RunConfig.model_validate(BASE), 4) == Places(4, ("5", "7"))
-    assert find_places(RunConfig.model_validate({**BASE, "device": "cuda:1"})) == Places(1)
+    assert find_slots(RunConfig.model_validate(BASE), 4) == RunSlots(4, ("5", "7"))
+    assert find_slots(RunConfig.model_validate({**BASE, "device": "cuda:1"})) == RunSlots(1)

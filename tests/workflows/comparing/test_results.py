@@ -13,7 +13,7 @@ import pytest
 from sapo.evaluation.estimates import bootstrap, bootstrap_crossed
 from sapo.run.directory import FAILURE_FILE
 from sapo.workflows.comparing.alarms import Alarms
-from sapo.workflows.comparing.outcomes import Curve, Look, Outcome
+from sapo.workflows.comparing.outcomes import Curve, EvaluationPoint, RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan
 from sapo.workflows.comparing.results import ComparisonResults
 from sapo.workflows.comparing.table import as_markdown
@@ -49,7 +49,7 @@ def write_run(run: Path, looks: Sequence[Sequence[int]], end: str = "finished") 
 def results_of(directory: Path, plan: ComparisonPlan, runs: dict[str, tuple]) -> ComparisonResults:
     for name, (looks, *end) in runs.items():
         write_run(directory / "runs" / name, looks, *end)
-    return ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(directory)])
+    return ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(directory)])
 
 
 def counts(results: ComparisonResults) -> dict[str, int]:
@@ -142,7 +142,7 @@ def test_warnings_are_those_the_run_gave_of_a_rollback_too(tmp_path: Path) -> No
     for run, lines in (("a", [flood, {"kind": "rollback", "step": 2, "to": 1}]), ("b", [plain])):
         with (tmp_path / "runs" / f"{run}-lr1e-4-seed0" / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    results = ComparisonResults.of(results.plan, [Outcome.of(run) for run in results.plan.runs(tmp_path)])
+    results = ComparisonResults.of(results.plan, [RunOutcome.of(run) for run in results.plan.runs(tmp_path)])
     # The warned run went back and is well; what was said of the other's set-up is no early warning.
     assert counts(results) == {"collapsed": 1, "detected": 0, "in_time": 0, "healthy": 1, "false_alarms": 1}
     assert results.outcomes[0].warnings == ({"step": 2, "cause": "zero_variance_flood", "collapse": True},)
@@ -152,19 +152,23 @@ def test_warnings_are_those_the_run_gave_of_a_rollback_too(tmp_path: Path) -> No
 def test_a_lead_runs_from_the_first_alarm_to_the_first_evaluation_that_shows_a_lasting_fall() -> None:
     """Evaluations every 10 steps; pass@1 is below half of the best at 20, back at 30, and below for good from 40 on."""
     rates = {0: 2, 10: 8, 20: 2, 30: 8, 40: 3, 50: 1}
-    curve = Curve(tuple(Look(step, 1, (1,) * right + (0,) * (8 - right)) for step, right in rates.items()))
-    assert (curve.collapsed_since, Curve(curve.looks[:3]).collapsed_since, Curve(curve.looks[:2]).collapsed_since) == (
+    curve = Curve(tuple(EvaluationPoint(step, 1, (1,) * right + (0,) * (8 - right)) for step, right in rates.items()))
+    assert (
+        curve.collapsed_since,
+        Curve(curve.points[:3]).collapsed_since,
+        Curve(curve.points[:2]).collapsed_since,
+    ) == (
         40,
         20,
         None,
     )
-    run = Outcome("a", "a", 1e-4, 0, "finished", None, 50, {"t": curve}, {}, (), {}, 50, {})
+    run = RunOutcome("a", "a", 1e-4, 0, "finished", None, 50, {"t": curve}, {}, (), {}, 50, {})
     alarms = ({"step": 33, "cause": "ratio_tail"}, {"step": 36, "cause": "reward_collapse"})
     late, warned = (
         replace(run, name="b", warnings=({"step": 45, "cause": "ratio_tail"},)),
         replace(run, warnings=alarms),
     )
-    failed = replace(run, state="failed", curves={"t": Curve(curve.looks[:2])}, last_step=17)
+    failed = replace(run, state="failed", curves={"t": Curve(curve.points[:2])}, last_step=17)
     failed = replace(failed, warnings=({"step": 16, "cause": "gradient_spike"},))
     found = Alarms.of([warned, late, run, failed], "t")
     assert [(c.visible, c.step, c.lead) for c in found.collapses] == [
@@ -188,7 +192,7 @@ def test_a_failure_after_a_rollback_is_dated_by_its_own_step_and_not_by_those_un
     with (run.directory / "metrics.jsonl").open("a") as file:
         for kind, step in (("warning", 9), ("rollback", 9), ("step", 3), ("warning", 4)):
             file.write(json.dumps({"kind": kind, "step": step, "cause": "non_finite", "collapse": True}) + "\n")
-    assert Outcome.of(run).collapse_visible("add4") == 4
+    assert RunOutcome.of(run).collapse_visible("add4") == 4
 
 
 def test_what_describes_the_set_up_is_counted_apart_and_is_no_alarm(tmp_path: Path) -> None:
@@ -200,11 +204,12 @@ def test_what_describes_the_set_up_is_counted_apart_and_is_no_alarm(tmp_path: Pa
             for step in (1, 2):
                 line = {"kind": "warning", "step": step, "cause": "unfaithful_old_logprobs", "collapse": False}
                 file.write(json.dumps({**line, "value": 0.02, "threshold": 0.01}) + "\n")
-    results = ComparisonResults.of(plan, [Outcome.of(run) for run in plan.runs(tmp_path)])
+    results = ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(tmp_path)])
     assert counts(results) == {"collapsed": 0, "detected": 0, "in_time": 0, "healthy": 2, "false_alarms": 0}
     assert results.to_json()["warnings"]["add4"]["set_up"] == {"unfaithful_old_logprobs": 2}
     assert results.to_json()["runs"][0]["set_up_warnings"] == {"unfaithful_old_logprobs": 2}, "in two steps of the run"
-    assert "Of the set-up, no alarms: unfaithful_old_logprobs in 2 of 2 runs" in as_markdown(results)
+    said = "Warnings about the set-up, which predict no collapse: unfaithful_old_logprobs in 2 of 2 runs"
+    assert said in as_markdown(results)
 
 
 def test_each_arm_is_also_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
@@ -244,7 +249,7 @@ def test_every_run_is_in_the_table(tmp_path: Path) -> None:
     ],
 )
 def test_a_collapse_is_a_fall_below_half_of_the_best_or_below_the_start(looks: list, collapsed: bool) -> None:
-    curve = Curve(tuple(Look(step, 2, tuple(correct)) for step, correct in enumerate(looks)))
+    curve = Curve(tuple(EvaluationPoint(step, 2, tuple(correct)) for step, correct in enumerate(looks)))
     assert curve.collapsed == collapsed
 
 
@@ -254,8 +259,8 @@ def test_a_metrics_file_cut_in_a_line_is_read_up_to_it(tmp_path: Path) -> None:
     write_run(run.directory, [[2, 2, 2, 2]], end="unfinished")
     with (run.directory / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "eval", "st')
-    outcome = Outcome.of(run)
-    assert (outcome.state, outcome.ended, len(outcome.curves["add4"].looks)) == ("unfinished", False, 1)
+    outcome = RunOutcome.of(run)
+    assert (outcome.state, outcome.ended, len(outcome.curves["add4"].points)) == ("unfinished", False, 1)
 
 
 def test_seeds_widen_an_interval_that_is_over_problems_alone_otherwise() -> None:

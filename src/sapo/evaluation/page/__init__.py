@@ -1,9 +1,8 @@
 """The completions of an evaluation as one HTML file that needs nothing else: no server, no network.
 
-The data stand in the page as JSON and are drawn by completions.js when they come into view, so that thousands of
-completions cost no more than the few that are looked at. What a model wrote is only ever put into text nodes; beside
-that, the page's content security policy admits its own script and style by their hashes and nothing else, so that
-markup in a completion could do nothing even if it became markup.
+The data are JSON in the page. completions.js draws what comes into view, so that thousands of completions cost no more
+than the few that are read. Texts of a model are only ever put into text nodes. Besides, the page's content security
+policy admits its own script and style by their hashes and nothing else, so that markup in a completion has no effect.
 
 The parts serve other pages too: `page_data` and `embedded` give the data, `part` the script, whose function
 `showCompletions(root, data)` draws them into any element, and the style.
@@ -12,7 +11,6 @@ The parts serve other pages too: `page_data` and `embedded` give the data, `part
 from __future__ import annotations
 
 import html
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from typing import Any
 from sapo.evaluation.figures import Evaluation
 from sapo.evaluation.records import GROUPINGS
 from sapo.evaluation.results import Results
-from sapo.utils.html import content_security_policy, embedded
+from sapo.utils.files import write_whole
+from sapo.utils.html import content_security_policy, embedded, filled
 
 
 def write_page(results: Results, path: str | Path) -> Path:
-    """Write the page of an evaluation's completions, aside and renamed."""
+    """Write the page of an evaluation's completions, whole or not at all."""
     path = Path(path)
     script, style = part("completions.js"), part("completions.css")
     fields = {
@@ -34,16 +33,12 @@ def write_page(results: Results, path: str | Path) -> Path:
         "data": embedded(page_data(results)),
         "script": script,
     }
-    # One pass, so that a field's contents are never searched for the marks of another.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: fields[mark[1]], part("completions.html"))
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(page, encoding="utf-8")
-    aside.rename(path)
+    write_whole(path, filled(part("completions.html"), fields))
     return path
 
 
 def page_data(results: Results) -> dict[str, Any]:
-    """What the page shows, as a JSON value: the figures in words, and every problem with its completions."""
+    """Return what the page shows as a JSON value: the figures in words, and every problem with its completions."""
     evaluation = results.evaluation
     # Examples before the question are the same in every prompt; they are kept once.
     opening = _common_opening([p.seen for p in evaluation.answered])
@@ -66,7 +61,7 @@ def page_data(results: Results) -> dict[str, Any]:
 
 
 def figures_in_words(evaluation: Evaluation) -> list[dict[str, str]]:
-    """The figures with their intervals, those that were measured, as a person reads them."""
+    """Return the figures that were measured, with their intervals, as a person reads them."""
     n = evaluation.samples
     estimates = [
         (f"mean@{n}", evaluation.mean),
@@ -96,7 +91,7 @@ def figures_in_words(evaluation: Evaluation) -> list[dict[str, str]]:
 
 
 def _common_opening(texts: list[str]) -> str:
-    """What all of several texts begin with: it is what the first and the last of them in order do.
+    """Return what all texts begin with. It is what the first and the last of them in sorted order begin with.
 
     >>> _common_opening(["Q: 1\\nQ: 2", "Q: 1\\nQ: 3"])
     'Q: 1\\nQ: '
@@ -109,5 +104,5 @@ def _common_opening(texts: list[str]) -> str:
 
 
 def part(name: str) -> str:
-    """completions.html, .css or .js as it is in the package."""
+    """Read completions.html, .css or .js from the package."""
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")

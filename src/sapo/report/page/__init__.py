@@ -1,29 +1,28 @@
 """The report as one HTML file that needs nothing else: no server, no network; Plotly's script is in it.
 
-What runs named and models wrote is only ever data: the figures and tables stand in the page as JSON, the token view as
-compressed chunks that are unpacked when they are asked for. The page's content security policy admits its own four
-scripts by their hashes and no connection, so that markup could do nothing even if it became markup. (Styles are not
-held to hashes: Plotly makes its own.)
+Names of runs and texts of models are only ever data: figures and tables are JSON in the page, the token view is
+compressed chunks that are unpacked on demand. The page's content security policy admits its own four scripts by their
+hashes and no connection, so that text of a model could do nothing even if it became markup. (Styles are not restricted
+to hashes: Plotly makes its own.)
 """
 
 from __future__ import annotations
 
 import html
-import re
 from importlib import resources
 from pathlib import Path
 
 from sapo.errors import ConfigError
-from sapo.report.assemble import Report
+from sapo.report.assemble import RunReport
 from sapo.utils.files import write_whole
-from sapo.utils.html import content_security_policy, embedded
+from sapo.utils.html import content_security_policy, embedded, filled
 
 
-def write_page(report: Report, path: Path, *, reload_every: float | None = None) -> Path:
-    """Write the page, aside and renamed.
+def write_page(report: RunReport, path: Path, *, reload_every: float | None = None) -> Path:
+    """Write the page, whole or not at all.
 
     Args:
-        reload_every: seconds between the page's reloads of itself, while it is written anew; None for never.
+        reload_every: seconds between the page's reloads of itself, while its runs are under way; None for never.
 
     Raises:
         ConfigError: Plotly is not installed, or the file cannot be written.
@@ -42,8 +41,7 @@ def write_page(report: Report, path: Path, *, reload_every: float | None = None)
         "data": embedded(data),
         "chunks": "\n".join(_chunk(i, chunk.data) for i, chunk in enumerate(report.tokens.chunks)),
     }
-    # One pass, so that a field's contents are never searched for the marks of another.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: fields[mark[1]], part("report.html"))
+    page = filled(part("report.html"), fields)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
@@ -53,7 +51,7 @@ def write_page(report: Report, path: Path, *, reload_every: float | None = None)
 
 
 def plotly_script() -> str:
-    """Plotly's script, from its package.
+    """Return Plotly's script, from its package.
 
     Raises:
         ConfigError: it is not installed.
@@ -67,13 +65,13 @@ def plotly_script() -> str:
 
 
 def policy(scripts: list[str]) -> str:
-    """The content security policy: these scripts, styles of the page and of Plotly, images made in the page."""
+    """Return the content security policy: these scripts, styles of the page and of Plotly, images made in the page."""
     strict = content_security_policy(scripts, [])
     return strict.replace("style-src ", "style-src 'unsafe-inline'") + "; img-src data: blob:"
 
 
 def part(name: str) -> str:
-    """A file of the page as it is in the package."""
+    """Read a file of the page from the package."""
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 

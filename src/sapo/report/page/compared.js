@@ -76,20 +76,20 @@ function showComparison(made, { element, table, card, fixed, number, dot, words 
   function alarms(task) {
     const all = results.warnings?.[task];
     const causes = made.alarms[task];
-    const made_ = [element("h4", {}, "Did early warnings tell?")];
+    const made_ = [element("h4", {}, "Early warnings and collapses")];
     if (!all) return [...made_, element("p", { class: "note" }, "Not measured: results.json does not count them.")];
     made_.push(element("p", {}, `${all.detected} of ${all.collapsed} collapsed runs were warned (detected), and ${all.false_alarms} of ${all.healthy} healthy ones (false alarms).${causes.length ? " By cause:" : ""}`));
     if (causes.length) {
       made_.push(table([
         { name: "cause", words: true, of: (a) => words(a.cause), by: (a) => a.cause },
-        { name: "warned of collapsed runs", of: (a) => `${a.detected} of ${a.collapsed}`, by: (a) => a.detected },
-        { name: "of healthy runs", of: (a) => `${a.false_alarms} of ${a.healthy}`, by: (a) => a.false_alarms },
+        { name: "collapsed runs warned", of: (a) => `${a.detected} of ${a.collapsed}`, by: (a) => a.detected },
+        { name: "healthy runs warned", of: (a) => `${a.false_alarms} of ${a.healthy}`, by: (a) => a.false_alarms },
       ], causes));
-    } else made_.push(element("p", { class: "note" }, "No rule found anything in any run."));
+    } else made_.push(element("p", { class: "note" }, "No early warning in any run."));
     const ahead = (all.collapses ?? []).map((c) => c.lead).filter((lead) => lead >= 0).sort((a, b) => a - b);
     if (ahead.length) made_.push(element("p", {}, `The first warning came no later than the collapse showed in ${all.in_time} of ${all.detected}: ${ahead[0]} to ${ahead.at(-1)} steps ahead, ${median(ahead)} in the median.`));
     const setUp = Object.entries(all.set_up ?? {});
-    if (setUp.length) made_.push(element("p", { class: "note" }, `Said of how runs were set up, and no sign of a collapse: ${setUp.map(([cause, n]) => `${words(cause)} in ${n}`).join(", ")}.`));
+    if (setUp.length) made_.push(element("p", { class: "note" }, `Warnings about the set-up, which predict no collapse: ${setUp.map(([cause, n]) => `${words(cause)} in ${n}`).join(", ")}.`));
     return made_;
   }
 

@@ -264,12 +264,12 @@
     ["pass@1", "share of held-out problems' samples that are right; an evaluation's main figure"],
     ["r, log r", "ratio π/π_old of a token: how much likelier the policy makes it now than when it was sampled"],
     ["A", "advantage of a response: its reward against the others of its group; all its tokens are pushed up (A > 0) or down (A ≤ 0)"],
-    ["gate weight f'", "how much of a token's push the objective lets through; 1 at r = 1. A hard clip (GRPO, GSPO) knows 1 and 0, a soft gate (SAPO) all between"],
+    ["gate weight f'", "factor of a token's gradient under the objective; 1 at r = 1. A hard clip (GRPO, GSPO) has only 1 and 0, a soft gate (SAPO) all values between"],
     ["EUR", "effective update ratio: the mean gate weight"],
     ["1 - EUR", "the share of the gradient's weight that the gate takes away"],
     ["off policy", "an update made after another one on the same samples, so that ratios have left 1"],
     ["Var_i, D_i", "variance of log r over a response's tokens; distance of its mean token gate from one gate on the sequence: small means that a token gate acts like a sequence gate"],
-    ["arm, seed", "one setting, and the number that its random draws begin from: runs that differ in it alone show how far luck goes"],
+    ["arm, seed", "seed of the random draws: runs that differ in their seed alone show how far results vary by chance"],
   ];
 
   function drawWords() {
@@ -317,7 +317,7 @@
       { name: "model", words: true, of: (r) => r.models },
       { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}${r.state === "failed" ? ", failed" : ""}`), by: (r) => r.steps },
       { name: "pass@1, start", of: (r) => passes(r.start), by: (r) => r.start[0]?.value ?? null }, { name: "pass@1, last", of: (r) => passes(r.final), by: (r) => r.final[0]?.value ?? null },
-      { name: "last step's reward", of: (r) => number(r.reward), by: (r) => r.reward }, { name: "tokens sampled", of: (r) => number(r.tokens, 0), by: (r) => r.tokens },
+      { name: "mean reward, last step", of: (r) => number(r.reward), by: (r) => r.reward }, { name: "sampled tokens", of: (r) => number(r.tokens, 0), by: (r) => r.tokens },
       { name: "seconds", of: (r) => number(r.seconds, 1), by: (r) => r.seconds }, { name: "warnings", of: (r) => String(r.warnings), by: (r) => r.warnings },
     ], data.runs));
     drawWarnings(document.getElementById("warning-table"));

@@ -20,6 +20,7 @@ from sapo.run.loggers.base import Logger
 from sapo.run.loggers.tensorboard import TensorBoard
 from sapo.run.loggers.trackio import Trackio
 from sapo.run.loggers.wandb import WeightsAndBiases, has_wandb_key, wandb_mode
+from sapo.utils.files import write_whole
 
 IDENTITY = "loggers.json"
 
@@ -109,8 +110,6 @@ def run_identity(directory: Path) -> str:
     """What names this run to loggers outside it: drawn once, the same after every resume."""
     file = directory / IDENTITY
     if not file.exists():
-        aside = file.with_name(f".{IDENTITY}.writing")
-        aside.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n")
-        aside.rename(file)
+        write_whole(file, json.dumps({"id": secrets.token_hex(4)}) + "\n")
     identity: str = json.loads(file.read_text())["id"]
     return identity

@@ -6,7 +6,7 @@ each other. docs/comparing.md says how figures are computed and what they can sh
 
 from sapo.workflows.comparing.comparison import ComparedRuns, compare
 from sapo.workflows.comparing.config import load_comparison
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan, PlannedRun
 from sapo.workflows.comparing.results import ComparisonResults
 
@@ -14,8 +14,8 @@ __all__ = [
     "ComparedRuns",
     "ComparisonPlan",
     "ComparisonResults",
-    "Outcome",
     "PlannedRun",
+    "RunOutcome",
     "compare",
     "load_comparison",
 ]

@@ -1,10 +1,11 @@
-"""How early warnings agree with collapses: what was detected, how long before, and what was cried for nothing.
+"""How early warnings agree with collapses: runs that were warned, how long before, and false alarms.
 
-Only causes that foretell a collapse count. Others describe how a run was set up (`OF_THE_SET_UP`): a sampler of rounded
-weights makes log pi_old unfaithful in every run, well or not, and says so truly. They are counted apart.
+An alarm is an early warning of a cause that predicts a collapse. Other causes describe how a run was set up
+(`OF_THE_SET_UP`): a sampler of rounded weights makes log pi_old unfaithful in every run, healthy or not. They are
+counted apart.
 
-A collapse shows in an evaluation, so when it showed is known to the steps between two of them: a lead of 12 steps with
-an evaluation every 10 says that the alarm was between 3 and 12 steps ahead of the fall.
+A collapse is seen in an evaluation, so its step is known up to the steps between two of them: a lead of 12 steps with
+an evaluation every 10 means that the alarm came 3 to 12 steps before the collapse.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """A run that collapsed, and its first alarm.
+    """A run that collapsed, with its first alarm.
 
     >>> Collapse("grpo-lr4e-4-seed0", visible=30, cause="ratio_tail", step=18).lead
     12
@@ -27,19 +28,19 @@ class Collapse:
 
     run: str
     visible: int
-    """Whole steps after which it showed: in an evaluation, or by the run's failing."""
+    """Whole steps after which the collapse showed: in an evaluation, or in the failure of the run."""
     cause: str | None
-    """Of the first alarm; None when there was none."""
+    """Cause of the first alarm; None when there was none."""
     step: int | None
-    """In which it was given."""
+    """Step of the first alarm; None when there was none."""
 
     @property
     def lead(self) -> int | None:
-        """Steps from the first alarm until it showed; below 0 when the alarm came after."""
+        """Return the steps from the first alarm until the collapse showed; below 0 when the alarm came after."""
         return None if self.step is None else self.visible - self.step
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it; what there was not is left out."""
+        """Return the value in results.json; without the alarm where there was none."""
         alarm = {} if self.step is None else {"cause": self.cause, "step": self.step, "lead": self.lead}
         return {"run": self.run, "visible": self.visible, **alarm}
 
@@ -59,16 +60,16 @@ class Alarms:
     healthy: int
     """Runs that did not collapse."""
     false_alarms: int
-    """Of them, those with an alarm."""
+    """Healthy runs with an alarm."""
     causes: dict[str, tuple[int, int]]
     """Cause of an alarm -> collapsed runs and healthy runs that had it."""
     set_up: dict[str, int]
     """Cause that describes the set-up -> runs that had it."""
     runs: int
-    """That have ended."""
+    """Number of runs that have ended."""
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], task: str) -> Alarms:
+    def of(cls, outcomes: Sequence[RunOutcome], task: str) -> Alarms:
         """Count the runs that have ended and were evaluated on a task."""
         ended = [o for o in outcomes if o.ended and task in o.curves]
         collapsed = [o for o in ended if o.collapsed(task)]
@@ -87,22 +88,22 @@ class Alarms:
 
     @property
     def leads(self) -> list[int]:
-        """Of the collapsed runs with an alarm."""
+        """Return the leads of the collapsed runs that had an alarm."""
         return [c.lead for c in self.collapses if c.lead is not None]
 
     @property
     def detected(self) -> int:
-        """Collapsed runs with an alarm, be it a late one."""
+        """Count the collapsed runs that had an alarm, late ones included."""
         return len(self.leads)
 
     @property
     def in_time(self) -> int:
-        """Collapsed runs whose first alarm was no later than what showed the collapse."""
+        """Count the collapsed runs whose first alarm came no later than the collapse showed."""
         return sum(lead >= 0 for lead in self.leads)
 
     @property
     def sentence(self) -> str:
-        """For a person to read."""
+        """Write the counts in a sentence."""
         leads = [lead for lead in self.leads if lead >= 0]
         ahead = f", {statistics.median(leads):g} steps before in the median" if leads else ""
         before = f" ({self.in_time} no later than it showed{ahead})" if self.detected else ""
@@ -113,15 +114,15 @@ class Alarms:
 
     @property
     def set_up_sentence(self) -> str | None:
-        """What the runs were warned of that foretells nothing; None where there was nothing of it."""
+        """Write a sentence on the warnings about the set-up, which predict no collapse; None where there were none."""
         if not self.set_up:
             return None
-        return "Of the set-up, no alarms: " + ", ".join(
+        return "Warnings about the set-up, which predict no collapse: " + ", ".join(
             f"{cause} in {count} of {self.runs} runs" for cause, count in self.set_up.items()
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it."""
+        """Return the value in results.json."""
         return {
             "collapsed": len(self.collapses),
             "detected": self.detected,
@@ -134,11 +135,11 @@ class Alarms:
         }
 
 
-def _collapse(outcome: Outcome, task: str) -> Collapse:
+def _collapse(outcome: RunOutcome, task: str) -> Collapse:
     first = min(outcome.warnings, key=lambda w: w["step"], default=None)  # the first of equals
     seen = outcome.collapse_visible(task)
     return Collapse(outcome.name, seen, *((None, None) if first is None else (first["cause"], first["step"])))
 
 
-def _with(outcomes: Sequence[Outcome], cause: str) -> int:
+def _with(outcomes: Sequence[RunOutcome], cause: str) -> int:
     return sum(any(w["cause"] == cause for w in o.warnings) for o in outcomes)

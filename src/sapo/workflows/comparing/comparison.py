@@ -1,7 +1,7 @@
-"""A comparison from its plan to its results: one cold start, runs side by side, what they come to.
+"""A comparison from its plan to its results: one cold start, runs side by side, figures over all of them.
 
-Killed or stopped at any moment, the same call goes on: runs that have ended are kept, the others go on from their
-newest checkpoints, and the results are those of a comparison that never was.
+A comparison that was killed or stopped is resumed by the same call: runs that have ended are kept, the others resume
+from their newest checkpoints, and the results are those of a comparison that was never interrupted.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from sapo.run.machine import resolve_device
 from sapo.run.preflight import load_tasks
 from sapo.workflows.coldstart import ColdStartProgress, coldstart_path, ensure_coldstart
 from sapo.workflows.comparing.directory import ComparisonDirectory, check_directory
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan, PlannedRun
-from sapo.workflows.comparing.processes import Event, Places, run_side_by_side
+from sapo.workflows.comparing.processes import Event, RunSlots, run_side_by_side
 from sapo.workflows.comparing.results import ComparisonResults
 from sapo.workflows.comparing.table import as_markdown
 
 
 class ComparisonListener(Protocol):
-    """Who is told of a comparison's progress."""
+    """Receives the progress of a comparison."""
 
     def coldstart(self, progress: ColdStartProgress) -> None:
-        """An evaluation while a starting model is made."""
+        """Receive an evaluation while a starting model is made."""
 
-    def runs(self, outcomes: Sequence[Outcome], places: Places) -> None:
-        """The runs begin, or go on; what there is of them already."""
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None:
+        """Receive the outcomes so far, when the runs begin or resume."""
 
     def event(self, event: Event) -> None:
-        """Something happened to a run."""
+        """Receive an event of a run."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Receive a note for the user."""
 
 
 class Quiet:
-    """A listener that says nothing."""
+    """A listener that does nothing."""
 
     def coldstart(self, progress: ColdStartProgress) -> None: ...
 
-    def runs(self, outcomes: Sequence[Outcome], places: Places) -> None: ...
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None: ...
 
     def event(self, event: Event) -> None: ...
 
@@ -66,7 +66,7 @@ class ComparedRuns:
 
     @property
     def unfinished(self) -> list[str]:
-        """Runs that have not ended: it was stopped."""
+        """Return the runs that have not ended, because the comparison was stopped."""
         return [o.name for o in self.results.outcomes if not o.ended]
 
 
@@ -78,48 +78,48 @@ def compare(
     listener: ComparisonListener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ComparedRuns:
-    """Make the runs of a comparison and set their results beside each other.
+    """Make the runs of a comparison and compute its figures.
 
-    Of one whose runs have all ended nothing is run: its results are counted again, by the rules of this version.
+    Where all runs have ended nothing is run: the figures are computed again, by the rules of this version.
 
     Args:
         plan: from `load_comparison`.
-        directory: where it is kept; comparisons/<name of the recipe> when None. That of the same comparison goes on.
-        jobs: runs at a time; as many as there are GPUs, else as the cores bear, when None.
-        listener: told of progress.
-        should_stop: when it says so, runs at work are saved and left; what has ended is counted.
+        directory: where it is kept; comparisons/<name of the recipe> when None. The same comparison there is resumed.
+        jobs: runs at a time; when None one for each GPU, else as many as the cores allow.
+        listener: receives the progress.
+        should_stop: when it returns true, active runs are saved and stopped; the figures are of those that have ended.
 
     Raises:
         ConfigError, ModelError, TaskError: it cannot be run, or the directory holds something else.
         ColdStartError: a starting model missed its target.
-        RunProcessError: the process of a run ended as none should; the others were saved.
+        RunProcessError: the process of a run ended without a result; the others were saved.
         Interrupted: stopped while a starting model was made.
     """
     listener = listener or Quiet()
     path = Path("comparisons") / plan.name if directory is None else Path(directory)
     check_directory(path, plan)
     runs = plan.runs(path)
-    # A comparison that is over is counted again even where its device or its data are gone.
-    places = None if all(Outcome.of(run).ended for run in runs) else find_places(plan.base, jobs)
-    if places is not None:
+    # Figures of a finished comparison can be computed where its device or its data are gone.
+    slots = None if all(RunOutcome.of(run).ended for run in runs) else find_slots(plan.base, jobs)
+    if slots is not None:
         _check_runs(runs)
     kept = ComparisonDirectory.open(path, plan)
     try:
         kept.wait_for_runs(should_stop, listener.note)
-        if places is None:
-            listener.note(f"all {len(runs)} runs have ended: nothing is run, the figures are counted again")
+        if slots is None:
+            listener.note(f"all {len(runs)} runs have ended: nothing is run, the figures are computed again")
         else:
             _make_starts(runs, listener, should_stop)
-            _carry_out(runs, kept, places, listener, should_stop)
-        results = ComparisonResults.of(plan, [Outcome.of(run) for run in runs])
+            _execute_runs(runs, kept, slots, listener, should_stop)
+        results = ComparisonResults.of(plan, [RunOutcome.of(run) for run in runs])
         kept.write_results(results.to_json(), as_markdown(results))
         return ComparedRuns(path, results)
     finally:
         kept.close()
 
 
-def find_places(base: RunConfig, jobs: int | None = None) -> Places:
-    """How many runs go side by side, and on which GPUs.
+def find_slots(base: RunConfig, jobs: int | None = None) -> RunSlots:
+    """Decide how many runs go side by side, and on which GPUs.
 
     Raises:
         ConfigError: jobs below 1, or a device that is not there.
@@ -129,12 +129,12 @@ def find_places(base: RunConfig, jobs: int | None = None) -> Places:
     device = resolve_device(base.device)
     if device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Places(jobs or max(1, cores // (base.threads or 1)))
+        return RunSlots(jobs or max(1, cores // (base.threads or 1)))
     if device != "cuda":  # one GPU was named: all runs are on it
-        return Places(jobs or 1)
+        return RunSlots(jobs or 1)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-    return Places(jobs or len(gpus), tuple(gpus))
+    return RunSlots(jobs or len(gpus), tuple(gpus))
 
 
 def _check_runs(runs: Sequence[PlannedRun]) -> None:
@@ -146,27 +146,27 @@ def _check_runs(runs: Sequence[PlannedRun]) -> None:
 
 
 def _make_starts(runs: Sequence[PlannedRun], listener: ComparisonListener, should_stop: Callable[[], bool]) -> None:
-    """The cold start of all runs, made once: one for each model, where arms have models of their own."""
+    """Make the cold starts of all runs, one for each model."""
     torch.set_num_threads(runs[0].config.threads or 1)  # another count is another rounding, and another cold start
-    waiting = [run.config for run in runs if not Outcome.of(run).ended and run.config.model.coldstart is not None]
+    waiting = [run.config for run in runs if not RunOutcome.of(run).ended and run.config.model.coldstart is not None]
     for config in {coldstart_path(config): config for config in waiting}.values():
         ensure_coldstart(config, listener.coldstart, should_stop)
 
 
-def _carry_out(
+def _execute_runs(
     runs: Sequence[PlannedRun],
     kept: ComparisonDirectory,
-    places: Places,
+    slots: RunSlots,
     listener: ComparisonListener,
     should_stop: Callable[[], bool],
 ) -> None:
-    """All runs that have not ended, side by side.
+    """Execute all runs that have not ended, side by side.
 
     Raises:
         ConfigError: a run was refused; the others were saved.
     """
-    outcomes = [Outcome.of(run) for run in runs]
-    listener.runs(outcomes, places)
+    outcomes = [RunOutcome.of(run) for run in runs]
+    listener.runs(outcomes, slots)
     refused: list[str] = []
 
     def hear(event: Event) -> None:
@@ -176,6 +176,6 @@ def _carry_out(
 
     waiting = [run for run, outcome in zip(runs, outcomes, strict=True) if not outcome.ended]
     assert kept.runs_lock is not None
-    run_side_by_side(waiting, places, kept.path / "logs", kept.runs_lock, hear, should_stop)
+    run_side_by_side(waiting, slots, kept.path / "logs", kept.runs_lock, hear, should_stop)
     if refused:
         raise ConfigError(refused[0])

@@ -29,7 +29,7 @@ from sapo.utils.names import nearest
 from sapo.workflows.comparing.plan import ComparisonPlan, as_overrides, flatten
 
 OBJECTIVES = ("sapo", "gspo", "grpo")
-"""What a recipe of one run compares when nothing is said: the paper's three."""
+"""Objectives that a recipe of one run compares by default: the paper's three."""
 
 SEEDS = 3
 
@@ -40,7 +40,7 @@ _RUN_BY_RUN = {
 }
 
 QUICK_STEPS, QUICK_PROBLEMS, QUICK_SEEDS = 20, 64, 2
-"""The quick form of a comparison that has none of its own; at its first learning rate."""
+"""The small form of a comparison that has none of its own; at its first learning rate."""
 
 
 class QuickConfig(BaseModel):
@@ -49,13 +49,13 @@ class QuickConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     settings: dict[str, Any] = {}
-    """What differs in all runs, after the comparison's own settings."""
+    """Settings of all runs, applied after the comparison's own settings."""
     arms: list[str] | None = None
-    """Some of the arms; null takes all."""
+    """Arms to run; null runs all."""
     learning_rates: list[float] | None = None
-    """null takes the comparison's."""
+    """Learning rates of the small form; null takes the comparison's."""
     seeds: int | list[int] | None = None
-    """null takes the comparison's."""
+    """Seeds of the small form, a number or a list; null takes the comparison's."""
 
 
 class ComparisonConfig(BaseModel):
@@ -66,17 +66,18 @@ class ComparisonConfig(BaseModel):
     recipe: str | dict[str, Any]
     """The base: a recipe's name or file, or its settings."""
     settings: dict[str, Any] = {}
-    """What differs from it in all runs, nested or as dotted keys."""
+    """Settings of all runs that differ from the base, nested or as dotted keys."""
     arms: dict[str, dict[str, Any]]
-    """Name -> what differs in this arm: the objective with its hyperparameters, the model, the sampler."""
+    """Arms by name, each with its settings: the objective with its hyperparameters, the model, the sampler."""
     learning_rates: list[float] | None = None
-    """Every arm is run at each; null takes the base's."""
+    """Learning rates; every arm is run at each. null takes the base's."""
     seeds: int | list[int] = SEEDS
-    """That many from the base's seed on, or these. Arms share the prompts and the draws of a seed."""
+    """Number of seeds, counted from the base's seed, or the list of seeds. Arms share the prompts and draws of a
+    seed."""
     baseline: str | None = None
-    """The arm that the others are set against; the first when null."""
+    """The arm that the others are compared with; null takes the first."""
     quick: QuickConfig | None = Field(None)
-    """The small form; null is 20 steps, 64 problems, two seeds and the first learning rate."""
+    """The small form (--quick); null is 20 steps, 64 problems, two seeds and the first learning rate."""
 
 
 def load_comparison(
@@ -90,7 +91,7 @@ def load_comparison(
     baseline: str | None = None,
     quick: bool = False,
 ) -> ComparisonPlan:
-    """Read a comparison recipe, or make one of a recipe of one run.
+    """Read a comparison recipe, or make one from a recipe of one run.
 
     Args:
         name_or_path: a YAML file, a shipped recipe's name, or the directory of a comparison that was begun.
@@ -98,7 +99,7 @@ def load_comparison(
         objectives: arms of a recipe of one run, each with its own defaults; sapo, gspo and grpo when None.
         arms: those of a comparison recipe to run; all when None.
         learning_rates, seeds, baseline: in place of the recipe's.
-        quick: its small form.
+        quick: use its small form.
 
     Raises:
         ConfigError: with one line per mistake.
@@ -165,7 +166,7 @@ def _plan(
 
 
 def _base(path: Path, recipe: str) -> tuple[Path, dict[str, Any]]:
-    """The base recipe, found by name, or by a path from the comparison's own directory or the present one."""
+    """Find the base recipe, by name, or by a path from the comparison's own directory or the present one."""
     beside = path.parent / recipe
     found, raw = read_recipe(beside if beside.is_file() else recipe)
     if "arms" in raw:
@@ -174,7 +175,7 @@ def _base(path: Path, recipe: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _small(resolved: RunConfig, learning_rates: list[float] | None) -> QuickConfig:
-    """A small form for a comparison that has none."""
+    """Make a small form for a comparison that has none."""
     steps = min(QUICK_STEPS, resolved.train.steps)
     problems = min(QUICK_PROBLEMS, resolved.eval.problems)
     settings = {"train.steps": steps, "eval.problems": problems, "eval.every": max(1, steps // 2)}
@@ -190,7 +191,7 @@ def _seeds(seeds: int | Sequence[int], base: RunConfig) -> list[int]:
 
 
 def _refuse_keys_of_arms(asked: Mapping[str, Any], config: ComparisonConfig) -> None:
-    """What arms differ in cannot be set for all of them: it would be without effect, or make them equal."""
+    """Refuse to set for all runs what an arm sets itself: it would have no effect, or make the arms equal."""
     for key in asked:
         for arm, settings in config.arms.items():
             own = next((k for k in flatten(settings) if k == key or k.startswith(f"{key}.")), None)

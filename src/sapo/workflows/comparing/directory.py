@@ -1,6 +1,6 @@
-"""The directory of a comparison: what it leaves behind, and what it needs to be taken up again.
+"""The directory of a comparison: its files, and what is needed to resume it.
 
-comparisons/NAME/comparison.yaml   what is compared, resolved: `sapo compare comparisons/NAME` goes on with it
+comparisons/NAME/comparison.yaml   the resolved plan: `sapo compare comparisons/NAME` resumes it
                  runs/             ARM-lrRATE-seedK/: ordinary run directories; failure.json in one that stopped itself
                  logs/             ARM-lrRATE-seedK.txt: what the process of a run wrote to standard error
                  results.json      every run and every figure; the clock only in "timing"
@@ -37,11 +37,11 @@ class ComparisonDirectory:
         self.path = path
         self._lock = lock_directory(path)
         self.runs_lock: IO[str] | None = None
-        """Inherited by the processes of the runs: as long as one of them lives it cannot be had again."""
+        """Lock that the processes of the runs inherit: no other process can have it while one of them lives."""
 
     @classmethod
     def open(cls, path: Path, plan: ComparisonPlan) -> ComparisonDirectory:
-        """Make the directory of a comparison, or open that of the same one, or of one that it grows out of.
+        """Make the directory of a comparison, or open one that holds it or a part of it.
 
         Raises:
             ConfigError: it holds something else, or another process is at it.
@@ -50,7 +50,7 @@ class ComparisonDirectory:
         path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
         try:
-            check_directory(path, plan)  # again, now that no other process can let it grow
+            check_directory(path, plan)  # again, under the lock: another process may have added to it
         except ConfigError:
             directory.close()
             raise
@@ -61,14 +61,14 @@ class ComparisonDirectory:
         return directory
 
     def _write_plan(self, plan: ComparisonPlan) -> None:
-        """Write comparison.yaml; figures of a smaller comparison go, for they would pass for those of the whole."""
+        """Write comparison.yaml; delete the figures of a smaller comparison, which would pass for those of this one."""
         for stale in ("results.json", "table.md"):
             (self.path / stale).unlink(missing_ok=True)
-        header = f"# sapo compare {self.path}   goes on with this comparison, or shows its table\n"
+        header = f"# sapo compare {self.path}   resumes this comparison, or shows its table\n"
         settings = yaml.safe_dump(plan.to_json(), sort_keys=False, allow_unicode=True)
         write_whole(self.path / COMPARISON_FILE, header + settings)
 
-    def wait_for_runs(self, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> None:
+    def wait_for_runs(self, should_stop: Callable[[], bool], report: Callable[[str], None]) -> None:
         """Wait until the processes that a killed comparison left behind have saved their runs.
 
         Raises:
@@ -80,7 +80,7 @@ class ComparisonDirectory:
                 self.runs_lock = lock_directory(self.path / "runs")
             except ConfigError:
                 if not told:
-                    tell("waiting for runs of an earlier process, which was killed, to save themselves")
+                    report("waiting until the runs of an earlier process, which was killed, have saved their state")
                 told = True
                 if should_stop():
                     raise Interrupted from None
@@ -92,7 +92,7 @@ class ComparisonDirectory:
         write_whole(self.path / "table.md", table)
 
     def close(self) -> None:
-        """Give the locks back."""
+        """Release the locks."""
         if self.runs_lock is not None:
             self.runs_lock.close()
         self._lock.close()
@@ -117,13 +117,13 @@ def check_directory(path: Path, plan: ComparisonPlan) -> None:
         return
     for key, (a, b) in _changes(load_comparison(path).to_json(), _plain(plan)):
         raise ConfigError(
-            f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` goes on "
-            "with it, --out DIR begins another"
+            f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` resumes "
+            "it, --out DIR starts another"
         )
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
-    """Where `here` does more than add arms, learning rates and seeds to `there`; as `differing`."""
+    """List where `here` does more than add arms, learning rates and seeds to `there`; as `differing`."""
     kept = {**here, "arms": {arm: settings for arm, settings in here["arms"].items() if arm in there["arms"]}}
     for key in ("learning_rates", "seeds"):
         if set(there[key]) <= set(here[key]):
@@ -132,5 +132,5 @@ def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[st
 
 
 def _plain(plan: ComparisonPlan) -> dict[str, Any]:
-    """As it would be read from a file."""
+    """Return the plan as it would be read from a file."""
     return json.loads(json.dumps(plan.to_json()))

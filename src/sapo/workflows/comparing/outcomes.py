@@ -1,4 +1,4 @@
-"""What one run of a comparison came to, read from its directory."""
+"""The outcome of one run of a comparison, read from its directory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sapo.run.directory import FAILURE_FILE
 from sapo.workflows.comparing.plan import PlannedRun
 
 COLLAPSED_BELOW = 0.5
-"""Share of a run's best pass@1 below which its last one is a collapse."""
+"""A run has collapsed if its last pass@1 is below this share of its best one."""
 
 
 @dataclass(frozen=True)
-class Look:
+class EvaluationPoint:
     """One evaluation of a run on one task.
 
-    >>> Look(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
+    >>> EvaluationPoint(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
     0.5
     """
 
@@ -36,44 +36,46 @@ class Look:
 
     @property
     def rates_P(self) -> np.ndarray:
-        """(P,) pass rate of each problem."""
+        """Return the pass rate of each problem, (P,)."""
         return np.array(self.correct) / self.samples
 
     @property
     def pass_at_1(self) -> float:
-        """mean@n."""
+        """Return the mean pass rate, mean@n."""
         return float(self.rates_P.mean())
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The evaluations of a run on one task, from its start on.
+    """The evaluations of a run on one task, from the start on.
 
-    >>> curve = Curve((Look(0, 1, (1, 0, 0, 0)), Look(10, 1, (1, 1, 1, 0)), Look(20, 1, (1, 0, 0, 0))))
+    >>> points = [EvaluationPoint(step, 1, right) for step, right in ((0, (1, 0, 0)), (10, (1, 1, 1)), (20, (1, 0, 0)))]
+    >>> curve = Curve(tuple(points))
     >>> curve.best.step, curve.collapsed
     (10, True)
     """
 
-    looks: tuple[Look, ...]
+    points: tuple[EvaluationPoint, ...]
 
     @property
-    def start(self) -> Look:
-        """Before the first step."""
-        return self.looks[0]
+    def start(self) -> EvaluationPoint:
+        """Return the evaluation before the first step."""
+        return self.points[0]
 
     @property
-    def final(self) -> Look:
-        """The last one made."""
-        return self.looks[-1]
+    def final(self) -> EvaluationPoint:
+        """Return the last evaluation."""
+        return self.points[-1]
 
     @property
-    def best(self) -> Look:
-        """The highest pass@1, the first of equals: a maximum over the evaluations, and flattering."""
-        return max(self.looks, key=lambda look: look.pass_at_1)
+    def best(self) -> EvaluationPoint:
+        """Return the evaluation of the highest pass@1, the first of equals. A maximum over evaluations is biased
+        upwards."""
+        return max(self.points, key=lambda point: point.pass_at_1)
 
     @property
     def collapsed(self) -> bool:
-        """The last pass@1 is below half of the best, or below the start by more than its problems explain.
+        """Tell whether the last pass@1 is below half of the best, or below the start by more than its problems explain.
 
         The latter: the 95% interval of the mean of final less start over problems lies below 0.
         """
@@ -83,20 +85,20 @@ class Curve:
 
     @property
     def collapsed_since(self) -> int | None:
-        """The step of the first evaluation from which on it was collapsed at every one; None unless it is."""
+        """Return the step from which on every evaluation was collapsed; None unless the last one is."""
         since = None
-        for count in range(len(self.looks), 0, -1):
-            if not Curve(self.looks[:count]).collapsed:
+        for count in range(len(self.points), 0, -1):
+            if not Curve(self.points[:count]).collapsed:
                 break
-            since = self.looks[count - 1].step
+            since = self.points[count - 1].step
         return since
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """One run: how it ended, and its curve on each task.
 
-    `Outcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
+    `RunOutcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
     """
 
     name: str
@@ -104,26 +106,26 @@ class Outcome:
     learning_rate: float
     seed: int
     state: Literal["finished", "failed", "unfinished"]
-    """failed: it stopped itself, as for a loss that is not finite or for a collapse (`warnings.on_collapse: stop`)."""
+    """failed: the run stopped itself, for a loss that is not finite or a collapse (`warnings.on_collapse: stop`)."""
     reason: str | None
     """Why it failed."""
     steps: int
     """Whole steps done."""
     curves: Mapping[str, Curve]
-    """By task; none before the first evaluation."""
+    """Curves by task; none before the first evaluation."""
     tokens: Mapping[str, int]
-    """generated and trained; those of a run that failed are not counted, and missing."""
+    """Tokens generated and trained; of a run that failed they are not known and left out."""
     warnings: tuple[Mapping[str, Any], ...]
-    """Step, cause and whether it is a collapse, of each early warning of a cause that foretells one."""
+    """Alarms: step, cause, and whether the warning is of a collapse itself."""
     set_up: Mapping[str, int]
-    """Cause that describes the set-up -> how often the run was warned of it."""
+    """Warnings about the set-up: cause -> count."""
     last_step: int
-    """That of the last line written, begun or done; a run that went back has lines of later steps before it."""
+    """Step of the last line written. After a rollback, lines of later steps stand before it."""
     seconds: Mapping[str, float] = field(compare=False)
-    """By phase; of a finished run."""
+    """Seconds by phase of a finished run."""
 
     @classmethod
-    def of(cls, run: PlannedRun) -> Outcome:
+    def of(cls, run: PlannedRun) -> RunOutcome:
         """Read a run, as far as it has come.
 
         Raises:
@@ -151,25 +153,26 @@ class Outcome:
 
     @property
     def ended(self) -> bool:
-        """There is nothing left to do for it."""
+        """Tell whether the run has finished or failed."""
         return self.state != "unfinished"
 
     def collapsed(self, task: str) -> bool:
-        """Its curve collapsed, or it failed."""
+        """Tell whether its curve collapsed or the run failed."""
         return self.state == "failed" or self.curves[task].collapsed
 
     def collapse_visible(self, task: str) -> int:
-        """Whole steps after which the collapse of a run that has one showed: in an evaluation, else by failing."""
+        """Return the whole steps after which a collapse showed: in an evaluation, else in the failure."""
         since = self.curves[task].collapsed_since
         return self.last_step if since is None else since
 
     def final_rates_P(self, task: str) -> np.ndarray:
-        """(P,) pass rate of each problem in the end: 0 of a run that failed, which has no model at its last step."""
+        """Return the final pass rate of each problem, (P,): 0 of a run that failed, which has no model at its last
+        step."""
         rates = self.curves[task].final.rates_P
         return np.zeros_like(rates) if self.state == "failed" else rates
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it; the clock only in "timing"."""
+        """Return the value in results.json; the clock is in "timing" alone."""
         return {
             "name": self.name,
             "arm": self.arm,
@@ -185,7 +188,7 @@ class Outcome:
                     "best": curve.best.pass_at_1,
                     "best_step": curve.best.step,
                     "collapsed": self.collapsed(task) if self.ended else None,
-                    "pass@1": [[look.step, look.pass_at_1] for look in curve.looks],
+                    "pass@1": [[point.step, point.pass_at_1] for point in curve.points],
                 }
                 for task, curve in self.curves.items()
             },
@@ -197,7 +200,7 @@ class Outcome:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of metrics.jsonl; none of a run that has not begun.
+    """Read the whole lines of metrics.jsonl; none of a run that has not begun.
 
     Raises:
         ConfigError: a line that no run wrote.
@@ -213,7 +216,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Alarms as the run gave them, under its own thresholds; those of a collapse that it went back from too."""
+    """Return the alarms that the run gave, under its own thresholds; those before a rollback too."""
     return tuple(
         {key: record[key] for key in ("step", "cause", "collapse")}
         for record in records
@@ -222,18 +225,18 @@ def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, A
 
 
 def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Cause that lies in the set-up and foretells nothing -> lines of it."""
+    """Count the warnings about the set-up, which predict no collapse, by cause."""
     causes = [r["cause"] for r in records if r["kind"] == "warning" and r["cause"] in OF_THE_SET_UP]
     return dict(sorted(Counter(causes).items()))
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    looks: dict[str, list[Look]] = {}
+    points: dict[str, list[EvaluationPoint]] = {}
     for record in records:
         if record["kind"] == "eval" and "correct" in record:
-            look = Look(record["step"], record["samples"], tuple(record["correct"]))
-            looks.setdefault(record["task"], []).append(look)
-    return {task: Curve(tuple(of_task)) for task, of_task in looks.items()}
+            point = EvaluationPoint(record["step"], record["samples"], tuple(record["correct"]))
+            points.setdefault(record["task"], []).append(point)
+    return {task: Curve(tuple(of_task)) for task, of_task in points.items()}
 
 
 def _json(file: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What a comparison consists of: arms x learning rates x seeds of one base recipe, and the run of each combination."""
+"""The plan of a comparison: arms x learning rates x seeds of one base recipe, and the run of each combination."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe, resolve_recipe
 from sapo.errors import ConfigError
 
-# What all runs of a comparison share, or what it sets itself: an arm that changed one would not be compared under the
-# same budget, on the same prompts, or by the same problems.
+# Settings that all runs of a comparison share, or that it sets itself, with the reason. An arm that changed one would
+# not have the same budget, prompts or problems.
 SHARED_KEYS = {
     "run_dir": "runs are written below the comparison's directory (--out)",
     "seed": "seeds sets it for every arm",
@@ -30,8 +30,8 @@ SHARED_KEYS = {
     "rollout.top_k": "evaluations have it too, and all arms are evaluated alike",
     "rollout.min_p": "evaluations have it too, and all arms are evaluated alike",
     "eval": "all arms are evaluated alike, as settings say",
-    "threads": "another count is another rounding; settings have it for all",
-    "device": "another device is another rounding; settings have it for all",
+    "threads": "another number of threads rounds differently; set it in settings, for all",
+    "device": "another device rounds differently; set it in settings, for all",
 }
 
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
@@ -52,7 +52,7 @@ class PlannedRun:
 
     @property
     def directory(self) -> Path:
-        """Its run directory."""
+        """Return its run directory."""
         assert self.config.run_dir is not None
         return Path(self.config.run_dir)
 
@@ -70,13 +70,13 @@ class ComparisonPlan:
 
     name: str
     base: RunConfig
-    """What all runs share; its seed and learning rate are not used."""
+    """Settings that all runs share; its seed and learning rate are not used."""
     arms: Mapping[str, Mapping[str, Any]]
-    """Name -> dotted keys in which the arm differs from the base."""
+    """Arms by name, each with the dotted keys in which it differs from the base."""
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     baseline: str
-    """The arm that the others are set against."""
+    """The arm that the others are compared with."""
 
     @classmethod
     def of(
@@ -95,17 +95,17 @@ class ComparisonPlan:
             ConfigError: with one line for the first mistake.
         """
         base = base if isinstance(base, RunConfig) else parse_recipe(dict(base))
-        # A process per run: with more than one thread each they would wait for one another.
+        # With a process for each run, more than one thread each would compete for the cores.
         base = base.model_copy(update={"run_dir": None, "provenance": None, "threads": base.threads or 1})
         flat = {arm: flatten(settings) for arm, settings in arms.items()}
         baseline = next(iter(flat), "") if baseline is None else baseline
         plan = cls(name, base, flat, tuple(learning_rates), tuple(seeds), baseline)
         plan._check()
-        plan.runs(Path())  # each combination is a recipe that can be run
+        plan.runs(Path())  # refuses a combination that is no valid recipe
         return plan
 
     def runs(self, directory: Path) -> list[PlannedRun]:
-        """All runs, seed by seed, so that a comparison that is stopped has some of everything."""
+        """Return all runs, seed by seed, so that a stopped comparison has some of each arm."""
         return [
             self._run(directory, arm, rate, seed)
             for seed in self.seeds
@@ -114,7 +114,7 @@ class ComparisonPlan:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """What comparison.yaml says, which is a comparison recipe itself."""
+        """Return the content of comparison.yaml, which is a comparison recipe itself."""
         return {
             "recipe": self.base.model_dump(mode="json", exclude={"run_dir", "provenance"}),
             "arms": {arm: dict(settings) for arm, settings in self.arms.items()},
@@ -168,7 +168,7 @@ def _refuse_shared(arm: str, key: str) -> None:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys; a list is a value.
+    """Return nested settings under dotted keys; a list is a value.
 
     >>> flatten({"objective": {"name": "grpo", "eps_low": 0.2}, "model.routing_replay": True})
     {'objective.name': 'grpo', 'objective.eps_low': 0.2, 'model.routing_replay': True}
@@ -183,7 +183,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Dotted keys as `key=value`.
+    """Return dotted keys as `key=value`.
 
     >>> as_overrides({"objective.name": "grpo", "train.learning_rate": 0.0002})
     ['objective.name="grpo"', 'train.learning_rate=0.0002']
@@ -192,7 +192,7 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
 
 
 def format_rate(rate: float) -> str:
-    """A learning rate as people write it.
+    """Format a learning rate as people write it.
 
     >>> format_rate(0.0001), format_rate(2.5e-4), format_rate(1.0)
     ('1e-4', '2.5e-4', '1e0')

@@ -1,4 +1,4 @@
-"""Runs side by side: a process for each, as many at a time as there are places."""
+"""Runs side by side: a process for each, as many at a time as there are slots."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sapo.errors import RunProcessError
 from sapo.workflows.comparing.plan import PlannedRun
 
 POLL_SECONDS = 0.1
-"""How soon a stop that is asked for is heard."""
+"""Seconds between checks of `should_stop`."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """What the process of a run says of it.
+    """What the process of a run reports.
 
     `Event("grpo-lr2e-4-seed0", "step", {"step": 12, "reward": 0.41})`; others are began, started, resumed, eval,
     finished, stopped, failed (it broke: a reason), refused (a mistake of the user's: a message).
@@ -36,37 +36,37 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where runs go: so many at a time, on GPUs by turns when there are any."""
+class RunSlots:
+    """How many runs go at a time; they take turns on the GPUs where there are any."""
 
     count: int
     gpus: tuple[str, ...] = ()
 
-    def environment(self, place: int) -> dict[str, str]:
-        """Variables of a process in a place."""
-        return {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+    def environment(self, slot: int) -> dict[str, str]:
+        """Return the environment variables of a process in a slot."""
+        return {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
 
 
 def run_side_by_side(
     runs: Sequence[PlannedRun],
-    places: Places,
+    slots: RunSlots,
     logs: Path,
     lock: IO[str],
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Carry out runs until all have ended, or a stop is asked for and those at work are saved.
+    """Execute runs until all have ended, or until a stop is asked for and the active ones are saved.
 
     Args:
-        runs: those that are not finished.
-        logs: directory of what each process writes to standard error.
+        runs: runs that have not ended.
+        logs: directory for what each process writes to standard error.
         lock: kept by every process for as long as it lives.
-        on_event: called in this thread, in the order of what happens.
+        on_event: called in this thread, in the order of the events.
 
     Raises:
-        RunProcessError: a process ended without saying how; the others were saved.
+        RunProcessError: a process ended without a result; the others were saved.
     """
-    waiting, free = deque(runs), list(range(places.count))[::-1]
+    waiting, free = deque(runs), list(range(slots.count))[::-1]
     at_work: dict[str, _RunProcess] = {}
     events: queue.Queue[Event] = queue.Queue()
     fault: str | None = None
@@ -75,16 +75,16 @@ def run_side_by_side(
         while at_work or (waiting and not stopping):
             while waiting and free and not stopping:
                 run = waiting.popleft()
-                place = free.pop()
+                slot = free.pop()
                 on_event(Event(run.name, "began"))
-                at_work[run.name] = _RunProcess(run, place, places.environment(place), logs, lock, events)
+                at_work[run.name] = _RunProcess(run, slot, slots.environment(slot), logs, lock, events)
             try:
                 event = events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 event = None
             if event is not None and event.kind == "left":
                 process = at_work.pop(event.run)
-                free.append(process.place)
+                free.append(process.slot)
                 if (explanation := process.fault()) is not None:
                     fault, stopping = fault or explanation, True
             elif event is not None:
@@ -95,7 +95,7 @@ def run_side_by_side(
                 for process in at_work.values():
                     process.ask_to_stop()
     finally:
-        for process in at_work.values():  # on the way out of an exception: nothing stays behind
+        for process in at_work.values():  # after an exception: leave no process behind
             process.ask_to_stop()
         for process in at_work.values():
             process.wait()
@@ -104,50 +104,50 @@ def run_side_by_side(
 
 
 class _RunProcess:
-    """One process at work, with the thread that reads what it says."""
+    """One active process, with the thread that reads its events."""
 
     def __init__(
         self,
         run: PlannedRun,
-        place: int,
+        slot: int,
         environment: Mapping[str, str],
         logs: Path,
         lock: IO[str],
         events: queue.Queue[Event],
     ) -> None:
         self.run = run
-        self.place = place
+        self.slot = slot
         self.log = logs / f"{run.name}.txt"
         self._ended_well = False
         threads = str(run.config.threads or 1)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                # It finds what this process would: rewards and verifiers of the user's own too.
+                # The same import path as here, so that it finds rewards and verifiers of the user's own.
                 [sys.executable, "-P", "-m", "sapo.workflows.comparing.worker"],
                 env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 pass_fds=[lock.fileno()],
-                start_new_session=True,  # Ctrl-C is for the comparison, which asks its runs to stop
+                start_new_session=True,  # Ctrl-C reaches the comparison alone, which asks its runs to stop
             )
         self._send(json.dumps(run.config.model_dump(mode="json")) + "\n")
         self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
         self._reader.start()
 
     def ask_to_stop(self) -> None:
-        """Have the run saved and left; asked again, nothing more."""
+        """Ask the process to save its run and stop; asking again changes nothing."""
         stdin = self._process.stdin
         if stdin is not None and not stdin.closed:
-            with contextlib.suppress(OSError):  # it is gone already
+            with contextlib.suppress(OSError):  # the process has ended
                 stdin.close()
 
     def wait(self) -> None:
-        """Until it is gone."""
+        """Wait until the process has ended."""
         self._process.wait()
 
     def fault(self) -> str | None:
-        """Why it ended as none should; None when it said how it ended."""
+        """Describe a process that ended without a result; None when it reported how its run ended."""
         if self._ended_well:
             return None
         code = self._process.returncode
@@ -157,7 +157,7 @@ class _RunProcess:
 
     def _send(self, text: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it ended before it listened: its log says why
+        with contextlib.suppress(OSError):  # it ended before it read this: its log has the reason
             self._process.stdin.write(text.encode())
             self._process.stdin.flush()
 
@@ -166,7 +166,7 @@ class _RunProcess:
         for line in self._process.stdout:
             try:
                 fields = json.loads(line)
-            except ValueError:  # half a line: it was killed over it
+            except ValueError:  # half a line: the process was killed while it wrote
                 continue
             kind = fields.pop("event")
             self._ended_well = kind in ("finished", "stopped", "failed", "refused")

@@ -1,9 +1,9 @@
 """The figures of a comparison: each arm at each learning rate over its seeds, and against the baseline.
 
 Runs of one seed share their prompts, and all runs their held-out problems, so arms are compared pair by pair: the
-difference of two pass rates on the same problem after the same seed. Intervals resample seeds and problems, each by
-itself (`bootstrap_crossed`). A run that failed has no model at its last step: its final pass@1 counts as 0, so that an
-arm does not gain by breaking.
+difference of two pass rates on the same problem with the same seed. Intervals resample seeds and problems independently
+(`bootstrap_crossed`). A run that failed has no model at its last step: its final pass@1 counts as 0, so that failures
+do not improve an arm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from sapo.evaluation.estimates import Estimate, bootstrap_crossed
 from sapo.workflows.comparing.alarms import Alarms
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan
 
 SCHEMA = "sapo.comparison_of_runs/1"
@@ -35,15 +35,15 @@ class Cell:
     arm: str
     learning_rate: float
     seeds: tuple[int, ...]
-    """Of runs that have ended, those that failed among them."""
+    """Seeds of runs that have ended, failed ones included."""
     failed: tuple[int, ...]
-    """Seeds of runs that failed: 0 in `final` and `difference`."""
+    """Seeds of runs that failed; they count as 0 in `final` and `difference`."""
     start: Estimate
     final: Estimate
     best: Estimate
-    """Each run's best evaluation: a maximum, and flattering."""
+    """Mean over the best evaluation of each run. A maximum is biased upwards."""
     difference: Estimate | None
-    """Final less that of the baseline at the same learning rate, seed by seed; None of the baseline, or where no seed
+    """Final minus that of the baseline at the same learning rate, seed by seed; None for the baseline, or where no seed
     of both has ended."""
     collapsed: int
     """Runs that collapsed or failed."""
@@ -53,7 +53,7 @@ class Cell:
     """Mean over finished runs."""
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it; the clock only in "timing"."""
+        """Return the value in results.json; the clock is in "timing" alone."""
         return {
             "task": self.task,
             "arm": self.arm,
@@ -83,10 +83,10 @@ class Tuned:
     learning_rate: float
     final: Estimate
     difference: Estimate | None
-    """Less the baseline at its own best learning rate."""
+    """Final minus that of the baseline at its own best learning rate."""
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value."""
+        """Return a JSON value."""
         return {
             "task": self.task,
             "arm": self.arm,
@@ -98,19 +98,19 @@ class Tuned:
 
 @dataclass(frozen=True)
 class ComparisonResults:
-    """All runs of a comparison, and what they come to.
+    """All runs of a comparison with the figures over them.
 
     `ComparisonResults.of(plan, outcomes).cells[0].final` is the first arm's pass@1 at the first learning rate.
     """
 
     plan: ComparisonPlan
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RunOutcome, ...]
     cells: tuple[Cell, ...]
     tuned: tuple[Tuned, ...]
 
     @classmethod
-    def of(cls, plan: ComparisonPlan, outcomes: Sequence[Outcome]) -> ComparisonResults:
-        """Count what has ended; what has not is named, and left out of every figure."""
+    def of(cls, plan: ComparisonPlan, outcomes: Sequence[RunOutcome]) -> ComparisonResults:
+        """Compute the figures of the runs that have ended; the others are named and left out of every figure."""
         tasks = list(dict.fromkeys(task for o in outcomes if o.ended for task in o.curves))
         cells = [
             cell
@@ -125,15 +125,15 @@ class ComparisonResults:
 
     @property
     def tasks(self) -> list[str]:
-        """Those that anything is known of."""
+        """Return the tasks that have figures."""
         return list(dict.fromkeys(cell.task for cell in self.cells))
 
     def alarms(self, task: str) -> Alarms:
-        """How early warnings agree with collapses on a task."""
+        """Return how early warnings agree with collapses on a task."""
         return Alarms.of(self.outcomes, task)
 
     def to_json(self) -> dict[str, Any]:
-        """results.json; the clock only in "timing"."""
+        """Return results.json; the clock is in "timing" alone."""
         base = self.plan.base
         return {
             "schema": SCHEMA,
@@ -154,7 +154,9 @@ class ComparisonResults:
         }
 
 
-def _cell(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str, arm: str, learning_rate: float) -> Cell | None:
+def _cell(
+    plan: ComparisonPlan, outcomes: Sequence[RunOutcome], task: str, arm: str, learning_rate: float
+) -> Cell | None:
     runs = _ended(outcomes, task, arm, learning_rate)
     if not runs:
         return None
@@ -176,8 +178,8 @@ def _cell(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str, arm: str
     )
 
 
-def _tuned(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str) -> list[Tuned]:
-    best: dict[str, list[Outcome]] = {}
+def _tuned(plan: ComparisonPlan, outcomes: Sequence[RunOutcome], task: str) -> list[Tuned]:
+    best: dict[str, list[RunOutcome]] = {}
     for arm in plan.arms:
         tried = [runs for rate in plan.learning_rates if (runs := _ended(outcomes, task, arm, rate))]
         if tried:
@@ -195,12 +197,12 @@ def _tuned(plan: ComparisonPlan, outcomes: Sequence[Outcome], task: str) -> list
     ]
 
 
-def _ended(outcomes: Sequence[Outcome], task: str, arm: str, learning_rate: float) -> list[Outcome]:
+def _ended(outcomes: Sequence[RunOutcome], task: str, arm: str, learning_rate: float) -> list[RunOutcome]:
     return [o for o in outcomes if o.ended and o.arm == arm and o.learning_rate == learning_rate and task in o.curves]
 
 
-def _difference(runs: Sequence[Outcome], against: Sequence[Outcome], task: str) -> Estimate | None:
-    """Final less final, over the seeds that have ended in both."""
+def _difference(runs: Sequence[RunOutcome], against: Sequence[RunOutcome], task: str) -> Estimate | None:
+    """Estimate final less final, over the seeds that have ended in both."""
     other = {o.seed: o for o in against}
     pairs = [(r, other[r.seed]) for r in runs if r.seed in other]
     if not pairs:
@@ -209,6 +211,6 @@ def _difference(runs: Sequence[Outcome], against: Sequence[Outcome], task: str) 
 
 
 def _means(figures: Sequence[Any]) -> dict[str, float]:
-    """Mean of each figure that all have."""
+    """Average each figure that all have."""
     names = [name for name in figures[0] if all(name in f for f in figures)] if figures else []
     return {name: float(np.mean([f[name] for f in figures])) for name in names}

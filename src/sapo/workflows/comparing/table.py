@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sapo.evaluation.estimates import Estimate
-from sapo.workflows.comparing.outcomes import Outcome
+from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import format_rate
 from sapo.workflows.comparing.results import Cell, ComparisonResults
 
@@ -13,9 +13,9 @@ HEADINGS = ("arm", "lr", "final pass@1", "best", "less {baseline}", "collapsed",
 
 
 def as_markdown(results: ComparisonResults) -> str:
-    """The whole of a comparison: cells, best learning rates, every run.
+    """Write the whole of a comparison as markdown: cells, best learning rates, every run.
 
-    No value of a run is left out: what a figure was made of stands beside it.
+    Every value of a run is in it, beside the figures made of it.
     """
     plan = results.plan
     lines = [f"# {plan.name}", "", budget_sentence(results), "", *legend(results), ""]
@@ -32,12 +32,12 @@ def as_markdown(results: ComparisonResults) -> str:
 
 
 def headings(results: ComparisonResults) -> tuple[str, ...]:
-    """Of the table of cells."""
+    """Return the headings of the table of cells."""
     return tuple(heading.format(baseline=results.plan.baseline) for heading in HEADINGS)
 
 
 def budget_sentence(results: ComparisonResults) -> str:
-    """What every run was given."""
+    """Write a sentence on what every run was given."""
     plan, base = results.plan, results.plan.base
     return (
         f"{base.train.steps} steps of {base.rollout.prompts_per_step} prompts x {base.rollout.samples_per_prompt}, "
@@ -47,7 +47,7 @@ def budget_sentence(results: ComparisonResults) -> str:
 
 
 def legend(results: ComparisonResults) -> list[str]:
-    """How the figures are to be read."""
+    """Return sentences on how to read the figures."""
     over = "problems" if len(results.plan.seeds) == 1 else "seeds and problems"
     return [
         f"Means with 95% bootstrap intervals over {over}; differences are paired by seed and problem. best is a "
@@ -57,7 +57,7 @@ def legend(results: ComparisonResults) -> list[str]:
 
 
 def cell_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
-    """One row for each arm at each learning rate."""
+    """Return one row for each arm at each learning rate."""
     return [
         (
             cell.arm,
@@ -76,7 +76,7 @@ def cell_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
 
 
 def tuned_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
-    """One row for each arm."""
+    """Return one row for each arm."""
     return [
         (t.arm, format_rate(t.learning_rate), str(t.final), signed(t.difference))
         for t in results.tuned
@@ -87,8 +87,8 @@ def tuned_rows(results: ComparisonResults, task: str) -> list[tuple[str, ...]]:
 RUN_HEADINGS = ("run", "state", "start", "best (step)", "final", "collapsed", "tokens", "seconds")
 
 
-def run_rows(outcomes: Sequence[Outcome], task: str) -> list[tuple[str, ...]]:
-    """One row for each run; what it has not is left empty."""
+def run_rows(outcomes: Sequence[RunOutcome], task: str) -> list[tuple[str, ...]]:
+    """Return one row for each run; figures it does not have are empty."""
     rows: list[tuple[str, ...]] = []
     for run in outcomes:
         curve = run.curves.get(task)
@@ -108,13 +108,13 @@ def run_rows(outcomes: Sequence[Outcome], task: str) -> list[tuple[str, ...]]:
 
 
 def alarm_sentences(results: ComparisonResults, task: str) -> list[str]:
-    """How early warnings agree with collapses, and what the runs were warned of beside."""
+    """Return sentences on how early warnings agree with collapses, and on warnings about the set-up."""
     alarms = results.alarms(task)
     return [alarms.sentence, *([] if alarms.set_up_sentence is None else [alarms.set_up_sentence])]
 
 
 def notes(results: ComparisonResults) -> list[str]:
-    """Why runs failed, and which have not ended."""
+    """Return sentences on why runs failed, and on runs that have not ended."""
     failed = [f"{o.name} failed: {o.reason}" for o in results.outcomes if o.state == "failed"]
     unfinished = [o.name for o in results.outcomes if not o.ended]
     left = [f"not ended, and in no figure: {', '.join(unfinished)}"] if unfinished else []
@@ -122,7 +122,7 @@ def notes(results: ComparisonResults) -> list[str]:
 
 
 def signed(estimate: Estimate | None) -> str:
-    """A difference with its interval.
+    """Format a difference with its interval.
 
     >>> signed(Estimate(0.05, -0.01, 0.11))
     '+0.050 [-0.010, +0.110]'
@@ -131,7 +131,7 @@ def signed(estimate: Estimate | None) -> str:
 
 
 def _each_seed(results: ComparisonResults, cell: Cell) -> str:
-    """The last pass@1 of each seed that has ended, in their order."""
+    """Return the last pass@1 of each seed that has ended, in their order."""
     runs = [o for o in results.outcomes if (o.arm, o.learning_rate) == (cell.arm, cell.learning_rate) and o.ended]
     finals = [
         "x" if o.state == "failed" else f"{o.curves[cell.task].final.pass_at_1:.3f}".removeprefix("0")

@@ -1,8 +1,8 @@
 """The process of one run: `python -m sapo.workflows.comparing.worker`, started by processes.py.
 
-Its order comes as a line of JSON on standard input, which then stays open: when it ends, because the comparison was
-stopped or killed, the run is saved and left. What happens goes out as lines of JSON; anything else that a library
-prints goes to standard error, the run's log.
+The recipe comes as a line of JSON on standard input, which then stays open. When standard input ends, because the
+comparison was stopped or killed, the run is saved and stopped. Events go out as lines of JSON; anything else that a
+library prints goes to standard error, the run's log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sapo.workflows.train import Run, resume, train
 
 
 class Reporter:
-    """Hands a run's progress on, line by line; when nobody reads any more, the run is to stop."""
+    """Reports a run's progress line by line; when nobody reads any more, the run is to stop."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -39,18 +39,18 @@ class Reporter:
         """Wait in the background for the end of standard input."""
 
         def wait() -> None:
-            while os.read(0, 1):  # not sys.stdin: its lock, held at exit, would be fatal
+            while os.read(0, 1):  # not sys.stdin: its lock, held at exit, aborts the interpreter
                 pass
             self._stop.set()
 
         threading.Thread(target=wait, daemon=True).start()
 
     def should_stop(self) -> bool:
-        """Whether the comparison has ended, or asked for it."""
+        """Tell whether the comparison has ended or asked for a stop."""
         return self._stop.is_set()
 
     def send(self, event: str, **fields: Any) -> None:
-        """One line."""
+        """Send one line."""
         try:
             self._out.write(json.dumps({"event": event, **fields}) + "\n")
             self._out.flush()
@@ -80,17 +80,17 @@ class Reporter:
         self.send("resumed", step=checkpoint.step)
 
 
-def carry_out(config: RunConfig, listener: Listener, should_stop: Callable[[], bool]) -> Run:
-    """Begin a run, or take it up where it was killed or stopped.
+def execute(config: RunConfig, listener: Listener, should_stop: Callable[[], bool]) -> Run:
+    """Start a run, or resume it where it was killed or stopped.
 
     Raises:
         ConfigError: its directory holds another run.
-        RuntimeError: the run stopped itself (see RUN_FAILURES); failure.json in its directory says where and why.
+        RunFailure: the run stopped itself; failure.json in its directory says where and why.
     """
     assert config.run_dir is not None
     path = Path(config.run_dir)
     if path.exists() and not (path / "config.yaml").exists():
-        shutil.rmtree(path)  # killed between its first two breaths: there is nothing in it
+        shutil.rmtree(path)  # killed before its config.yaml was written: there is nothing in it
     if not path.exists():
         return train(config, listener=listener, should_stop=should_stop)
     check_same_run(path, config)
@@ -113,15 +113,15 @@ def check_same_run(path: Path, config: RunConfig) -> None:
 
 
 def main() -> None:
-    """Read the order, carry it out, say how it ended."""
+    """Read the recipe from standard input, execute its run and report how it ended."""
     reporter = Reporter()
     config = parse_recipe(json.loads(sys.stdin.readline()))
     reporter.watch_input()
     try:
-        run = carry_out(config, reporter, reporter.should_stop)
+        run = execute(config, reporter, reporter.should_stop)
     except UserError as error:
         reporter.send("refused", message=str(error))
-    except (NonFiniteError, CollapseError) as error:  # a result of the comparison: the run is not tried again
+    except (NonFiniteError, CollapseError) as error:  # this is a result of the comparison: the run is not repeated
         reporter.send("failed", reason=str(error))
     except Interrupted:
         reporter.send("stopped")
