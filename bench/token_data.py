@@ -23,6 +23,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -72,20 +73,16 @@ class NotOfferedError(Exception):
 def offered(name: str) -> Any:
     """Import a name from the first of its homes that the tree has."""
     for home in HOMES[name]:
-        try:
+        with suppress(ImportError, AttributeError):
             return getattr(importlib.import_module(home), name)
-        except (ImportError, AttributeError):
-            continue
     raise NotOfferedError(f"{name} is in none of {', '.join(HOMES[name])}")
 
 
 def as_token_data(row: torch.Tensor) -> Any:
-    """Copy a row of an engine's buffer to what a completion of this tree holds: a tuple or an array."""
+    """Return a row of an engine's buffer as completions of this tree take it: a tuple, or an array that they copy."""
     from sapo.data import Completion
 
-    if str(Completion.__annotations__["token_ids"]).startswith("tuple"):
-        return tuple(row.tolist())
-    return row.to(torch.int32 if row.dtype == torch.int64 else row.dtype).numpy().copy()
+    return tuple(row.tolist()) if Completion.__annotations__["token_ids"].startswith("tuple") else row.numpy()
 
 
 @dataclass(frozen=True)
@@ -145,6 +142,7 @@ def resident_bytes() -> int:
 
 def measure_memory(rows: Rows) -> dict[str, float]:
     """Measure bytes a token of completions that are held, by two counts."""
+    next(rows.completions())  # imports what it needs
     before = resident_bytes()
     held = list(rows.completions())
     figures = {"resident": (resident_bytes() - before) / rows.num_tokens}
@@ -184,14 +182,16 @@ def write_state(directory: Path, state: Any) -> Any:
     from sapo.training.checkpoint import save_checkpoint
 
     policy: Any = NoWeights()
-    tensors = {"step": torch.zeros(1)}
-    return save_checkpoint(directory, 1, 0, policy=policy, optimizer_tensors=tensors, state=state.to_json())
+    written = state.serialise() if hasattr(state, "serialise") else (state.to_json(),)
+    parts = dict(zip(("state", "batches"), written, strict=False))
+    return save_checkpoint(directory, 1, 0, policy=policy, optimizer_tensors={"step": torch.zeros(1)}, **parts)
 
 
 def read_state(checkpoint: Any) -> Any:
     """Verify a checkpoint and read the run's state, as a resume does."""
     checkpoint.verify()
-    return offered("RunState").from_json(checkpoint.state())
+    kind, state = offered("RunState"), checkpoint.state()
+    return kind.deserialise(state, checkpoint.batches()) if hasattr(kind, "deserialise") else kind.from_json(state)
 
 
 def measure_checkpoint(rows: Rows) -> dict[str, float]:
