@@ -25,7 +25,7 @@ EVERYTHING: dict[str, Any] = {
     "objective__tis": {"mode": "token"},
     "objective__kl": {"coefficient": 0.01},
     "rollout__staleness": 3,
-    "rollout__sampler_dtype": "float8_e4m3fn",
+    "experiments__sampler_dtype": "float8_e4m3fn",
     "rollout__zero_variance": "refill",
     "rollout__max_refills": 1,
     "train__steps": STEPS,

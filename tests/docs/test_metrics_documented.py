@@ -102,7 +102,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             write_mixture_of_experts,
             {
                 "model__routing_replay": True,
-                "rollout__sampler_dtype": "float8_e4m3fn",
+                "experiments__sampler_dtype": "float8_e4m3fn",
                 "rollout__staleness": 1,
                 "objective": {"name": "grpo", "tis": {"mode": "token"}},
             },

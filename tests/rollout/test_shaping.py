@@ -20,8 +20,10 @@ def completion(length: int, reward: float, limit: int = 20) -> Completion:
     return Completion((1,) * length, (-0.5,) * length, "length" if truncated else "stop", score=Score(reward, status))
 
 
-def shaped(completions: list[Completion], advantage: str = "group_mean", **settings: object) -> Group:
-    return shape_group(PROMPT, completions, RolloutConfig(max_new_tokens=20, **settings), advantage)
+def shaped(
+    completions: list[Completion], advantage: str = "group_mean", coin_seed: int | None = None, **settings: object
+) -> Group:
+    return shape_group(PROMPT, completions, RolloutConfig(max_new_tokens=20, **settings), advantage, coin_seed)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_random_rewards_are_fair_coins_that_know_nothing_of_the_answer() -> None
 
 def test_advantages_of_random_rewards_are_of_the_coins_and_the_verifiers_reward_stays() -> None:
     answers = [completion(n, 1.0) for n in range(1, 9)]
-    group = shaped(answers, rewards="random")
+    group = shaped(answers, coin_seed=0)
     assert group.rewards == (1.0,) * 8, "all right: by the verifier there is nothing to learn"
     coins = tuple(random_reward(0, PROMPT, s, c) for s, c in enumerate(answers))
     assert group.shaped_rewards == coins
@@ -102,8 +104,3 @@ def test_advantages_of_random_rewards_are_of_the_coins_and_the_verifiers_reward_
     assert not group.zero_variance
     assert not any(name.startswith("overlong/") for name in rollout_metrics([group], penalised=False))
     assert rollout_metrics([group], penalised=False)["reward/shaped_mean"] == sum(coins) / 8
-
-
-def test_random_rewards_take_no_penalty() -> None:
-    with pytest.raises(ValueError, match="got rewards=random beside it"):
-        RolloutConfig(rewards="random", overlong="penalty", overlong_buffer=4)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import sapo
-from sapo.config import RolloutConfig
+from sapo.config import ExperimentsConfig
+from sapo.config.recipes import parse_recipe
 from sapo.errors import ConfigError
 from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
@@ -21,7 +22,7 @@ from sapo.run.preflight import load_tasks
 from sapo.workflows.train import resume
 from support.runs import REWARD, fingerprint, metrics, write_recipe
 
-E4M3 = {"rollout__sampler_dtype": "float8_e4m3fn", "rollout__sampler_scaling": "none"}
+E4M3 = {"experiments__sampler_dtype": "float8_e4m3fn", "experiments__sampler_scaling": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def test_log_pi_old_of_a_stale_batch_is_of_the_weights_that_sampled_it(tmp_path:
 
 
 def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on(tmp_path: Path) -> None:
-    config = sapo.load_recipe(write_recipe(tmp_path, rollout__staleness=2, train__old_logprobs="current"))
+    config = sapo.load_recipe(write_recipe(tmp_path, rollout__staleness=2, experiments__old_logprobs="current"))
     run = TrainingRun(config, RunDirectory.create(config), load_policy(config.model.path), load_tasks(config))
     run.step()
     assert not any(len(c.old_logprobs) for g in run.state.ahead[0].groups for c in g.completions), "not yet"
@@ -116,7 +117,7 @@ def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on
 def test_under_current_weights_no_ratio_tells_of_the_age_and_the_correction_does(tmp_path: Path) -> None:
     """With log pi_old = log pi at the first update, r is 1 there, and w = pi_old / mu is all of the drift before it."""
     stale = {"rollout__staleness": 4, "train__learning_rate": 3e-3, "objective": {"name": "sapo", "tis": {"cap": 5.0}}}
-    current = of_kind(run_recipe(tmp_path / "current", **stale, train__old_logprobs="current"), "step")
+    current = of_kind(run_recipe(tmp_path / "current", **stale, experiments__old_logprobs="current"), "step")
     trainer = of_kind(run_recipe(tmp_path / "trainer", **stale), "step")
     assert {m["old_logprobs"] for m in current} == {"current"}
     assert max(m["first_update/ratio/abs_dev"] for m in current) < 1e-5
@@ -190,17 +191,17 @@ def test_log_pi_old_is_the_trainers_unless_the_recipe_insists(tmp_path: Path) ->
 
 
 def test_a_switch_that_is_still_to_come_settles_log_pi_old_from_the_start(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path, rollout__sampler_switch={"step": 4, "dtype": "float8_e5m2"})
+    run = run_recipe(tmp_path, experiments__sampler_switch={"step": 4, "dtype": "float8_e5m2"})
     assert {m["old_logprobs"] for m in of_kind(run, "step")} == {"trainer"}
     dose = [m["update/mismatch/abs_dev"] for m in of_kind(run, "step")]
     assert max(dose[:3]) < 1e-5 < 1e-3 < min(dose[3:])
 
 
 def test_the_dtype_of_a_step_is_that_of_before_the_switch_or_after_it() -> None:
-    rollout = RolloutConfig(sampler_dtype="bfloat16", sampler_switch={"step": 3, "dtype": None})
-    assert [rollout.sampler_dtype_at(step) for step in range(4)] == ["bfloat16", "bfloat16", None, None]
-    assert not rollout.sampler_is_policy
-    assert RolloutConfig().sampler_is_policy
+    experiments = ExperimentsConfig(sampler_dtype="bfloat16", sampler_switch={"step": 3, "dtype": None})
+    assert [experiments.sampler_dtype_at(step) for step in range(4)] == ["bfloat16", "bfloat16", None, None]
+    assert not experiments.sampler_is_policy
+    assert ExperimentsConfig().sampler_is_policy
 
 
 def test_the_correction_takes_log_pi_old_from_the_trainer_even_where_the_engine_would_do(tmp_path: Path) -> None:
@@ -224,15 +225,23 @@ def test_the_correction_takes_log_pi_old_from_the_trainer_even_where_the_engine_
             "got train.old_logprobs=engine",
         ),
         (
-            ["train.old_logprobs=current"],
-            "train.old_logprobs=current is for batches older than their first update; got rollout.staleness=0",
+            ["experiments.old_logprobs=current"],
+            "experiments.old_logprobs=current is for batches older than their first update; got rollout.staleness=0",
         ),
         (["objective.tis={cap: 0.5}"], "objective.tis: cap must be finite and at least 1; got 0.5"),
         (["objective.tis={floor: 0.5}"], "floor is for mode icepop"),
         (["objective.tis={modes: token}"], "unknown key objective.tis.modes; did you mean objective.tis.mode?"),
-        (["rollout.sampler_dtype=float8"], "rollout.sampler_dtype: input should be 'bfloat16'"),
+        (["experiments.sampler_dtype=float8"], "experiments.sampler_dtype: input should be 'bfloat16'"),
         (["rollout.staleness=-1"], "rollout.staleness: input should be greater than or equal to 0; got -1"),
-        (["rollout.sampler_switch={step: 0, dtype: bfloat16}"], "rollout.sampler_switch.step"),
+        (["experiments.sampler_switch={step: 0, dtype: bfloat16}"], "experiments.sampler_switch.step"),
+        (["rollout.sampler_dtype=bfloat16"], "got 'bfloat16'; write experiments.sampler_dtype"),
+        (["rollout.sampler_vectors=true"], "write experiments.sampler_vectors"),
+        (["rollout.rewards=random"], "write experiments.rewards"),
+        (["train.old_logprobs=current"], "write experiments.old_logprobs"),
+        (
+            ["experiments.rewards=random", "rollout.overlong=penalty", "rollout.overlong_buffer=4"],
+            "got experiments.rewards=random beside it",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], message: str) -> None:
@@ -241,16 +250,23 @@ def test_what_cannot_be_is_refused_in_a_line(overrides: list[str], message: str)
     assert message in str(caught.value)
 
 
+def test_a_run_of_before_the_section_of_studies_is_read_where_it_left_their_keys_alone() -> None:
+    old = {"sampler_dtype": None, "sampler_scaling": "tensor", "sampler_vectors": False, "rewards": "verifier"}
+    config = sapo.load_recipe("quickstart").model_dump(mode="json", exclude={"experiments"})
+    config["rollout"] |= {**old, "sampler_switch": None}
+    assert parse_recipe(config).experiments == ExperimentsConfig()
+
+
 @pytest.mark.parametrize("asked", [20, 70])
 @pytest.mark.parametrize(
     "changes",
     [
         {"rollout__staleness": 3},
-        {"rollout__staleness": 3, "train__old_logprobs": "current", "objective": {"name": "grpo", "tis": {}}},
+        {"rollout__staleness": 3, "experiments__old_logprobs": "current", "objective": {"name": "grpo", "tis": {}}},
         {
             "rollout__staleness": 4,
-            "rollout__sampler_dtype": "bfloat16",
-            "rollout__sampler_switch": {"step": 3, "dtype": "float8_e4m3fn"},
+            "experiments__sampler_dtype": "bfloat16",
+            "experiments__sampler_switch": {"step": 3, "dtype": "float8_e4m3fn"},
             "objective": {"name": "gspo", "tis": {"mode": "token"}},
         },
     ],

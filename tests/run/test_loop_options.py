@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "refill": {"rollout__zero_variance": "refill"},
     "mask": {"rollout__overlong": "mask"},
     "penalty": {"rollout__overlong": "penalty", "rollout__overlong_buffer": 6},
-    "random": {"rollout__rewards": "random"},
+    "random": {"experiments__rewards": "random"},
     "curriculum": {"curriculum": {"low": 0.3, "high": 0.7}},
     "all": {
         "rollout__zero_variance": "refill",
@@ -256,7 +256,7 @@ def test_tensorboard_has_a_panel_for_each_task_and_one_that_compares_them(tmp_pa
 
 
 def test_random_rewards_train_and_the_verifiers_are_logged_and_evaluated(tmp_path: Path) -> None:
-    plain, random = run_mixture(tmp_path / "plain"), run_mixture(tmp_path / "random", rollout__rewards="random")
+    plain, random = run_mixture(tmp_path / "plain"), run_mixture(tmp_path / "random", experiments__rewards="random")
     first, control = lines(plain)[0], lines(random)[0]
     assert control["reward/mean"] == first["reward/mean"], "the same completions, judged by the verifier"
     coins = [json.loads(line)["shaped_reward"] for line in (random / "rollouts" / "step-000001.jsonl").open()]

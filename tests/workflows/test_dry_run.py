@@ -123,7 +123,7 @@ def test_a_dry_run_changes_nothing_in_the_run_that_follows(recipe: Path) -> None
     assert metrics(directories[0]) == metrics(directories[1])
 
 
-E4M3 = "rollout.sampler_dtype=float8_e4m3fn"
+E4M3 = "experiments.sampler_dtype=float8_e4m3fn"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ E4M3 = "rollout.sampler_dtype=float8_e4m3fn"
             ],
         ),
         (
-            ["rollout.staleness=1", "train.old_logprobs=current", "objective.tis={mode: sequence}"],
+            ["rollout.staleness=1", "experiments.old_logprobs=current", "objective.tis={mode: sequence}"],
             [
                 "Every batch is 1 update (0.25 steps) old at its first update; those of the run's start are younger.",
                 "log pi_old is the trainer's, at the weights of the batch's first update: no ratio holds its age.",
@@ -146,7 +146,7 @@ E4M3 = "rollout.sampler_dtype=float8_e4m3fn"
             ],
         ),
         (
-            [E4M3, "rollout.sampler_scaling=none", "rollout.sampler_vectors=true", "train.old_logprobs=engine"],
+            [E4M3, "experiments.sampler_scaling=none", "experiments.sampler_vectors=true", "train.old_logprobs=engine"],
             [
                 "Completions are drawn from weights rounded to float8_e4m3fn (unscaled, norms and biases too); the "
                 "trainer and evaluations keep the policy's own.",
@@ -154,7 +154,7 @@ E4M3 = "rollout.sampler_dtype=float8_e4m3fn"
             ],
         ),
         (
-            [E4M3, "rollout.sampler_switch={step: 101, dtype: null}", "objective.tis={mode: icepop}"],
+            [E4M3, "experiments.sampler_switch={step: 101, dtype: null}", "objective.tis={mode: icepop}"],
             [
                 "Completions are drawn from weights rounded to float8_e4m3fn (scaled by matrix, matrices only), from "
                 "step 101 on from the policy's weights; the trainer and evaluations keep the policy's own.",

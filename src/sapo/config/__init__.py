@@ -6,10 +6,11 @@ those it does not use.
 """
 
 from sapo.config.diagnostics import CounterfactualConfig, DiagnosticsConfig, WarningsConfig
+from sapo.config.experiments import ExperimentsConfig, SamplerDtype, SamplerSwitchConfig
 from sapo.config.logging import LogConfig, ProfileConfig, TrackioConfig, WandbConfig
 from sapo.config.model import ColdStartConfig, LoraConfig, ModelConfig
 from sapo.config.objective import KLConfig, ObjectiveConfig, TISConfig
-from sapo.config.rollout import RolloutConfig, SamplerDtype, SamplerSwitchConfig
+from sapo.config.rollout import RolloutConfig
 from sapo.config.run import RunConfig
 from sapo.config.section import Section
 from sapo.config.tasks import CurriculumConfig, PromptConfig, ShotConfig, TaskConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CurriculumConfig",
     "DiagnosticsConfig",
     "EvalConfig",
+    "ExperimentsConfig",
     "KLConfig",
     "LogConfig",
     "LoraConfig",

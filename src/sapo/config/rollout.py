@@ -1,7 +1,4 @@
-"""Settings of sampling: how many completions, how they are drawn, by a sampler of which precision and age.
-
-They are a part of the recipe (config.py) in a file of their own.
-"""
+"""How completions are sampled, and what becomes of their groups."""
 
 from __future__ import annotations
 
@@ -10,17 +7,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sapo.config.section import Section
-
-SamplerDtype = Literal["bfloat16", "float8_e4m3fn", "float8_e5m2"]
-
-
-class SamplerSwitchConfig(Section):
-    """Another precision of the sampler from some step on: an intervention, for experiments."""
-
-    step: int = Field(ge=1)
-    """The first step, counted from 1, that samples with it."""
-    dtype: SamplerDtype | None
-    """What `sampler_dtype` is from then on."""
 
 
 class RolloutConfig(Section):
@@ -32,66 +18,42 @@ class RolloutConfig(Section):
     prompts_per_step: int = Field(32, ge=1)
     """Prompts of one rollout batch."""
     samples_per_prompt: int = Field(8, ge=2)
-    """Completions of each prompt (G): the group an advantage is relative to."""
+    """Completions of each prompt (G). They form the group that advantages are relative to."""
     max_new_tokens: int = Field(64, ge=1)
-    """A completion that has not stopped by then is truncated: reward 0 (unless the task judges it), counted apart."""
+    """Longest completion, in tokens. A longer one is truncated: its reward is 0 unless the task judges it."""
     temperature: float = Field(1.0, gt=0)
-    """Of sampling and of the policy in the loss alike."""
+    """Temperature of sampling. The policy in the loss has the same temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling. When any tail is cut, log pi_old is recomputed: the sampler's is of another distribution."""
+    """Nucleus sampling: keep the most likely tokens whose probabilities sum to this. Where top_p, top_k or min_p cut a
+    tail, the trainer recomputes log pi_old, because the sampler's is of another distribution."""
     top_k: int = Field(0, ge=0)
     """Keep the k most likely tokens; 0 keeps all."""
     min_p: float = Field(0.0, ge=0, le=1)
-    """Drop tokens less likely than this share of the most likely one."""
+    """Drop tokens less likely than this fraction of the most likely one; 0 keeps all."""
     max_rows: int = Field(256, ge=1)
-    """Sequences decoded together; bounds memory only."""
+    """Largest number of sequences decoded together. It bounds memory and changes no completion."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """On a GPU, repeat each decode step as a CUDA graph and look at the rows every few tokens. auto: where the device
-    is a GPU and the model takes the fast forward (model/fast.py). true: or refuse. false: step by step."""
+    """On a GPU, replay each decode step as a CUDA graph. auto: where the device is a GPU and the model has a fast
+    forward. true: always, or refuse the run. false: never."""
     stop_token_ids: list[int] = Field([])
-    """Stop tokens beside the model's own end of sequence."""
+    """Stop tokens in addition to the model's own end of sequence."""
     zero_variance: Literal["keep", "drop", "refill"] = "keep"
-    """What becomes of zero-variance groups, whose rewards are all equal. keep: they cost no update and stay in the
-    denominators. drop: they leave the batch and its denominators (DAPO's filter). refill: their places are taken by
-    groups of further prompts of the same task (DAPO's dynamic sampling), so that the batch has its full size and exact
-    mixture."""
+    """Handling of zero-variance groups, whose rewards are all equal. keep: they cost no update and stay in the
+    denominators. drop: they leave the batch and its denominators (DAPO's filter). refill: groups of further prompts of
+    the same task replace them (DAPO's dynamic sampling), so that the batch keeps its size and exact mixture."""
     max_refills: int | None = Field(None, ge=1)
-    """For refill: further rounds of sampling in a step, each of as many prompts as places are free; 4 when null. When
-    they are spent, zero-variance groups take the places that are left."""
+    """For refill: largest number of further sampling rounds in a step; 4 when null. Each round samples as many prompts
+    as places are free. After the last round, zero-variance groups take the places that are left."""
     overlong: Literal["zero", "mask", "penalty"] = "zero"
-    """Completions that reach max_new_tokens. zero: they are judged as truncated, nothing more. mask: they carry no loss
-    and leave the denominators; the group's mean and deviation keep their rewards (DAPO's overlong filtering). penalty:
-    the reward that advantages are made of falls over the last `overlong_buffer` tokens, to 1 less at the limit (DAPO's
-    soft overlong punishment)."""
+    """Handling of completions that reach max_new_tokens. zero: they are scored as truncated. mask: they carry no loss
+    and leave the denominators, while the group's mean and deviation keep their rewards (DAPO's overlong filtering).
+    penalty: the reward falls linearly over the last `overlong_buffer` tokens, by 1 at the limit (DAPO's soft overlong
+    punishment)."""
     overlong_buffer: int | None = Field(None, ge=1)
-    """For penalty: over how many tokens before max_new_tokens it grows from 0 to 1."""
-    rewards: Literal["verifier", "random"] = "verifier"
-    """What advantages are made of. random, for experiments: a coin for each completion, whatever the verifier says of
-    it. Logs, curriculum and evaluation keep the verifier's, so that they tell what such training does to the policy."""
-    sampler_dtype: SamplerDtype | None = None
-    """Sample from the policy's weights rounded to this dtype, as an engine of that precision would: matrices only, and
-    the computation stays in model.dtype (model/rounding.py). The trainer and evaluation keep the policy's own weights.
-    null samples from these too."""
-    sampler_scaling: Literal["none", "tensor", "channel"] = "tensor"
-    """What 8-bit weights are scaled by before rounding: by the largest of each matrix, by that of each of its rows, or
-    not at all (a plain cast)."""
-    sampler_vectors: bool = False
-    """Round norms and biases as well: no engine does, and it is what makes a small model's mismatch large."""
-    sampler_switch: SamplerSwitchConfig | None = None
-    """Change `sampler_dtype` in mid-run; null does not."""
+    """For penalty: number of tokens before max_new_tokens over which it grows from 0 to 1."""
     staleness: int = Field(0, ge=0)
-    """Updates between the sampling of a batch and its first update, as in an asynchronous system: batches are sampled
-    ahead and wait their turn. The run's first batches are younger. log pi_old is of the weights that sampled."""
-
-    def sampler_dtype_at(self, step: int) -> str | None:
-        """`sampler_dtype` of step 0, 1, ..."""
-        switch = self.sampler_switch
-        return self.sampler_dtype if switch is None or step + 1 < switch.step else switch.dtype
-
-    @property
-    def sampler_is_policy(self) -> bool:
-        """Whether all samples are drawn with the policy's own weights."""
-        return self.sampler_dtype is None and (self.sampler_switch is None or self.sampler_switch.dtype is None)
+    """Number of updates between the sampling of a batch and its first update, as in an asynchronous system. Batches are
+    sampled ahead; the first batches of a run are younger. log pi_old is of the weights that sampled."""
 
     @property
     def refill_rounds(self) -> int:
@@ -113,10 +75,6 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"max_refills is for zero_variance=refill; got {self.max_refills} with {self.zero_variance}; "
                 "leave it out"
-            )
-        if self.rewards == "random" and self.overlong == "penalty":
-            raise ValueError(
-                "overlong=penalty is taken off the verifier's reward; got rewards=random beside it; leave one out"
             )
         buffer, limit = self.overlong_buffer, self.max_new_tokens
         if buffer is not None and self.overlong != "penalty":

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from sapo.config.diagnostics import DiagnosticsConfig, WarningsConfig
+from sapo.config.experiments import ExperimentsConfig
 from sapo.config.logging import LogConfig, ProfileConfig
 from sapo.config.model import ModelConfig
 from sapo.config.objective import ObjectiveConfig
@@ -59,6 +60,8 @@ class RunConfig(Section):
     """Which diagnostics are measured, and how often."""
     warnings: WarningsConfig = WarningsConfig()
     """Early warnings, and the response to a collapse."""
+    experiments: ExperimentsConfig = ExperimentsConfig()
+    """Interventions for studies of the method."""
     provenance: dict[str, Any] | None = None
     """Written by the run (versions, commit, machine), never read by it."""
 
@@ -66,6 +69,12 @@ class RunConfig(Section):
     @classmethod
     def _profile_on_or_off(cls, value: Any) -> Any:
         return {} if value is True else None if value is False else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_that_moved(cls, raw: Any) -> Any:
+        """Refuse keys of studies where they stood before, by their new names; at their defaults they are dropped."""
+        return without_moved_keys(raw) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _log_pi_old_fits(self) -> RunConfig:
@@ -75,12 +84,26 @@ class RunConfig(Section):
                 "objective.tis weighs a token by pi_old / mu, so log pi_old must be the trainer's; got "
                 "train.old_logprobs=engine, which takes mu for pi_old; leave it at auto, or set trainer"
             )
-        if source == "current" and not self.rollout.staleness:
+        if self.experiments.old_logprobs == "current" and not self.rollout.staleness:
             raise ValueError(
-                "train.old_logprobs=current is for batches older than their first update; got rollout.staleness=0, "
-                "where the current weights are those that sampled; use train.old_logprobs=trainer"
+                "experiments.old_logprobs=current is for batches older than their first update; got "
+                "rollout.staleness=0, where the current weights are those that sampled; use train.old_logprobs=trainer"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rewards_to_shape(self) -> RunConfig:
+        if self.experiments.rewards == "random" and self.rollout.overlong == "penalty":
+            raise ValueError(
+                "rollout.overlong=penalty is taken off the verifier's reward; got experiments.rewards=random beside "
+                "it; leave one out"
+            )
+        return self
+
+    @property
+    def old_logprobs(self) -> str:
+        """The source of log pi_old that is asked for: auto, engine, trainer or current."""
+        return self.experiments.old_logprobs or self.train.old_logprobs
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> RunConfig:
@@ -120,3 +143,33 @@ class RunConfig(Section):
             f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
             f" {t.steps} steps make {t.steps * t.minibatches} updates.{ending}"
         )
+
+
+MOVED = {
+    **{
+        ("rollout", key): key
+        for key in ("sampler_dtype", "sampler_scaling", "sampler_vectors", "sampler_switch", "rewards")
+    },
+    ("train", "old_logprobs"): "old_logprobs",
+}
+"""Section and key of before -> key in `experiments`."""
+
+
+def without_moved_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without keys that moved to `experiments` and are at their defaults, as older runs have them.
+
+    Raises:
+        ValueError: one has another value; the message names the new key.
+    """
+    cleaned = dict(raw)
+    for (section, key), new in MOVED.items():
+        held = cleaned.get(section)
+        if not isinstance(held, dict) or key not in held or (key == "old_logprobs" and held[key] != "current"):
+            continue
+        if held[key] != ExperimentsConfig.model_fields[new].default:
+            raise ValueError(
+                f"{section}.{key} is a setting of studies, and they have a section of their own; got {held[key]!r}; "
+                f"write experiments.{new}"
+            )
+        cleaned[section] = {k: v for k, v in held.items() if k != key}
+    return cleaned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sapo.config import RolloutConfig, RunConfig
+from sapo.config import ExperimentsConfig, RunConfig
 
 
 def sampler_sentences(config: RunConfig) -> list[str]:
@@ -18,8 +18,8 @@ def sampler_sentences(config: RunConfig) -> list[str]:
     """
     rollout = config.rollout
     sentences = []
-    if not rollout.sampler_is_policy:
-        sentences.append(_precision(rollout))
+    if not config.experiments.sampler_is_policy:
+        sentences.append(_precision(config.experiments))
     if rollout.staleness:
         steps = rollout.staleness / config.train.minibatches
         ages = f"{rollout.staleness} update{'s' * (rollout.staleness > 1)} ({steps:.3g} step{'s' * (steps != 1)})"
@@ -31,25 +31,25 @@ def sampler_sentences(config: RunConfig) -> list[str]:
     return sentences
 
 
-def _precision(rollout: RolloutConfig) -> str:
-    switch = rollout.sampler_switch
-    text = f"Completions are drawn from {_weights(rollout, rollout.sampler_dtype)}"
+def _precision(experiments: ExperimentsConfig) -> str:
+    switch = experiments.sampler_switch
+    text = f"Completions are drawn from {_weights(experiments, experiments.sampler_dtype)}"
     if switch is not None:
-        text += f", from step {switch.step} on from {_weights(rollout, switch.dtype)}"
+        text += f", from step {switch.step} on from {_weights(experiments, switch.dtype)}"
     return text + "; the trainer and evaluations keep the policy's own."
 
 
-def _weights(rollout: RolloutConfig, dtype: str | None) -> str:
+def _weights(experiments: ExperimentsConfig, dtype: str | None) -> str:
     if dtype is None:
         return "the policy's weights"
-    scaled = {"none": "unscaled", "tensor": "scaled by matrix", "channel": "scaled by row"}[rollout.sampler_scaling]
-    vectors = "norms and biases too" if rollout.sampler_vectors else "matrices only"
+    scaled = {"none": "unscaled", "tensor": "scaled by matrix", "channel": "scaled by row"}[experiments.sampler_scaling]
+    vectors = "norms and biases too" if experiments.sampler_vectors else "matrices only"
     return f"weights rounded to {dtype} ({scaled + ', ' if dtype.startswith('float8') else ''}{vectors})"
 
 
 def _log_pi_old(config: RunConfig) -> str:
-    source = config.train.old_logprobs
-    rounded = not config.rollout.sampler_is_policy
+    source = config.old_logprobs
+    rounded = not config.experiments.sampler_is_policy
     if source == "auto" and (rounded or config.objective.tis is not None):
         source = "trainer"  # whatever the self-check finds
     return {
@@ -95,7 +95,7 @@ def replay_kind(config: RunConfig, old_logprobs: str | None) -> ReplayKind | Non
 
 def replay_sentence(config: RunConfig) -> str | None:
     """Which routing replay is in force, None without; what `true` comes to may be the self-check's to say."""
-    settled = None if config.train.old_logprobs == "auto" else config.train.old_logprobs
+    settled = None if config.old_logprobs == "auto" else config.old_logprobs
     recorder = {
         "R2": "the trainer records the experts as it computes log pi_old",
         "R3": "the engine records the experts as it samples",

@@ -36,12 +36,10 @@ class TrainConfig(Section):
     """Clip the global gradient norm to this value; null does not clip."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
-    old_logprobs: Literal["auto", "engine", "trainer", "current"] = "auto"
+    old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
     """Source of log pi_old, the log-probabilities in the denominator of the ratio r. auto: the engine's, if the
     self-check of the first step finds them equal to the trainer's, else the trainer's. engine: always the engine's.
-    trainer: always a forward pass of the trainer at the weights that sampled. current: a forward pass of the trainer at
-    the weights of the batch's first update; for experiments with stale batches, since r then leaves out the drift since
-    sampling (with objective.tis the drift is in the weight w)."""
+    trainer: always a forward pass of the trainer at the weights that sampled."""
     self_check_tolerance: float = Field(1e-3, gt=0)
     """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
     entropy: bool = True

@@ -65,7 +65,7 @@ NO_TASKS = (
 )
 
 
-SHARED = ("model.", "tasks.", "rollout.sampler_", "rollout.staleness", "objective.tis")
+SHARED = ("model.", "tasks.", "experiments.", "rollout.sampler_", "rollout.staleness", "objective.tis")
 """Settings that the arms of one figure share: another sampler, or a correction for it, is another experiment."""
 
 

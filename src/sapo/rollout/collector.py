@@ -59,7 +59,8 @@ class Collector:
         self.params = SamplingParams.of(config.rollout, seed_for(config.seed, "rollout"), policy.stop_token_ids)
         self.selector = Selector(tasks, [t.weight for t in config.tasks], config.rollout, curricula)
         self._task = {task.name: task for task in tasks}
-        self._coins = seed_for(config.seed, "random_rewards")
+        random = config.experiments.rewards == "random"
+        self._coins = seed_for(config.seed, "random_rewards") if random else None
         self._phase = phase
         self._should_stop = should_stop
 

@@ -53,20 +53,20 @@ def random_reward(seed: int, prompt: Prompt, sample: int, completion: Completion
 
 
 def shape_group(
-    prompt: Prompt, scored: Sequence[Completion], settings: RolloutConfig, advantage: str, seed: int = 0
+    prompt: Prompt, scored: Sequence[Completion], settings: RolloutConfig, advantage: str, coin_seed: int | None = None
 ) -> Group:
     """The group of scored completions with its advantages.
 
     Args:
-        settings: `rewards`, `overlong`, `overlong_buffer` and `max_new_tokens` are used.
+        settings: `overlong`, `overlong_buffer` and `max_new_tokens` are used.
         advantage: see `objectives.group_advantages`.
-        seed: of random rewards.
+        coin_seed: seed of random rewards (experiments.rewards=random); None for the verifier's.
     """
     rewards = [c.score.reward for c in scored]
     shaped: tuple[float, ...] = ()
     masked: tuple[bool, ...] = ()
-    if settings.rewards == "random":
-        rewards = [random_reward(seed, prompt, sample, c) for sample, c in enumerate(scored)]
+    if coin_seed is not None:
+        rewards = [random_reward(coin_seed, prompt, sample, c) for sample, c in enumerate(scored)]
         shaped = tuple(rewards)
     if settings.overlong == "penalty":
         assert settings.overlong_buffer is not None

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sapo.config import RolloutConfig
+from sapo.config import ExperimentsConfig
 from sapo.model.rounding import Rounding, rounded_weights
 from sapo.rollout.engine import Weights
 
 
-def sampler_weights(weights: Weights, rollout: RolloutConfig, step: int) -> Weights:
+def sampler_weights(weights: Weights, experiments: ExperimentsConfig, step: int) -> Weights:
     """Yield the weights that the sampler of step 0, 1, ... reads, made from the policy's."""
-    dtype = rollout.sampler_dtype_at(step)
-    rounding = None if dtype is None else Rounding(dtype, rollout.sampler_scaling, rollout.sampler_vectors)
+    dtype = experiments.sampler_dtype_at(step)
+    rounding = None if dtype is None else Rounding(dtype, experiments.sampler_scaling, experiments.sampler_vectors)
     return rounded_weights(weights, rounding)
 
 

@@ -198,7 +198,7 @@ class TrainingRun:
     def rollout(self) -> RolloutBatch:
         """Sample, score, advantages, choose, log pi_old: all at the present weights."""
         state, sampled_at = self.state, self.trainer.updates
-        weights = sampler_weights(self.policy.weights(), self.config.rollout, state.step)
+        weights = sampler_weights(self.policy.weights(), self.config.experiments, state.step)
         selected = self.collector.collect(
             state.num_sampled, state.position, weights, self._version, self._engine_records()
         )
@@ -256,8 +256,11 @@ class TrainingRun:
         """Which log pi_old this run uses, by the self-check of its first step."""
         step = self.state.step + 1
         full = self.collector.params.full_distribution and self.engine.capabilities.exact_logprobs
-        rounded, both = not self.config.rollout.sampler_is_policy, self.config.objective.tis is not None
-        check = check_old_logprobs(self.trainer, groups, self.config.train, full, rounded=rounded, both=both)
+        rounded, both = not self.config.experiments.sampler_is_policy, self.config.objective.tis is not None
+        wanted = self.config.old_logprobs
+        check = check_old_logprobs(
+            self.trainer, groups, self.config.train, full, old_logprobs=wanted, rounded=rounded, both=both
+        )
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
         self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
         if check.warning is not None:

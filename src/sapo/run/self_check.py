@@ -84,6 +84,7 @@ def check_old_logprobs(
     settings: TrainConfig,
     full_distribution: bool,
     *,
+    old_logprobs: str | None = None,
     rounded: bool = False,
     both: bool = False,
 ) -> SelfCheck:
@@ -94,6 +95,7 @@ def check_old_logprobs(
         groups: of a rollout batch.
         settings: `old_logprobs` and `self_check_tolerance` are used.
         full_distribution: the engine samples without cutting a tail.
+        old_logprobs: in place of `settings.old_logprobs`; None leaves that in force.
         rounded: it samples from rounded weights at some step of the run.
         both: the run needs the trainer's beside the engine's, equal or not.
 
@@ -116,7 +118,7 @@ def check_old_logprobs(
     for moved in np.minimum(20.0, difference).tolist():
         total += abs(math.expm1(moved))
     equal = worst <= settings.self_check_tolerance and full_distribution and not rounded
-    chosen = settings.old_logprobs
+    chosen = old_logprobs or settings.old_logprobs
     if chosen == "auto":
         chosen = "engine" if equal and not both else "trainer"
     return SelfCheck(chosen, equal, not full_distribution, worst, total / count, count, rounded)

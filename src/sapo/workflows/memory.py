@@ -235,7 +235,7 @@ def _generate_parts(
     config: RunConfig, policy: Policy, prompts: Sequence[Prompt], cost: ActivationCost
 ) -> dict[str, int]:
     """Count the parts of generation, with a full batch of rows in its last step, or in its prefill."""
-    rollout = config.rollout
+    rollout, experiments = config.rollout, config.experiments
     samples = rollout.samples_per_prompt
     rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
     tree = prefix_tree([p.token_ids for p in prompts])
@@ -246,9 +246,9 @@ def _generate_parts(
     # Logits of 16 bits are there beside their float32 copy.
     logits = rows * vocabulary * (4 * (SAMPLER_LOGITS_CUT if cut else SAMPLER_LOGITS) + policy.dtype.itemsize % 4)
     prefill = min(PREFILL_TOKENS, len(tree.token_ids))
-    matrices = [p for p in policy.model.parameters() if p.dim() > 1 or rollout.sampler_vectors]
+    matrices = [p for p in policy.model.parameters() if p.dim() > 1 or experiments.sampler_vectors]
     return {
-        "rounded weights": 0 if rollout.sampler_is_policy else _bytes_of(matrices),
+        "rounded weights": 0 if experiments.sampler_is_policy else _bytes_of(matrices),
         "cache of keys and values": cache.num_places * _cache_bytes_per_token(policy),
         "weights arranged for decoding": copied_bytes(policy, rollout.max_new_tokens),
         "tables of the rows": rows * rollout.max_new_tokens * ROW_BYTES_PER_TOKEN,
