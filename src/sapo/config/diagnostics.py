@@ -25,12 +25,12 @@ class CounterfactualConfig(BaseModel):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The objective's own settings, as `make_objective` takes them."""
+        """Return the objective's own settings, as `make_objective` takes them."""
         return dict(self.model_extra or {})
 
     @property
     def key(self) -> str:
-        """The label in force."""
+        """Return the label in force."""
         return self.name if self.label is None else self.label
 
     @model_validator(mode="after")

@@ -49,5 +49,5 @@ class ExperimentsConfig(Section):
 
     @property
     def sampler_is_policy(self) -> bool:
-        """True where all samples are drawn with the policy's own weights."""
+        """Return whether all samples are drawn with the policy's own weights."""
         return self.sampler_dtype is None and (self.sampler_switch is None or self.sampler_switch.dtype is None)

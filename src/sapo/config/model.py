@@ -107,7 +107,7 @@ class ModelConfig(Section):
 
     @property
     def load_options(self) -> dict[str, Any]:
-        """What `load_policy` takes beside path, dtype and device."""
+        """Return what `load_policy` takes beside path, dtype and device."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @model_validator(mode="after")

@@ -61,7 +61,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: list[str] | Non
 
 
 def read_recipe(name_or_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The file of a recipe, of a run or a comparison, and what it says.
+    """Find and read the file of a recipe, of a run or a comparison.
 
     Raises:
         ConfigError: no such recipe, or no mapping of settings.
@@ -77,7 +77,7 @@ def read_recipe(name_or_path: str | os.PathLike[str]) -> tuple[Path, dict[str, A
 
 
 def resolve_recipe(raw: Mapping[str, Any], overrides: list[str], where: str | os.PathLike[str]) -> RunConfig:
-    """What a recipe's file says, overridden and checked; errors name it by `where`.
+    """Apply overrides to a recipe's settings and check them; errors name it by `where`.
 
     Raises:
         ConfigError: with one line per mistake.
@@ -100,7 +100,7 @@ def resolve_recipe(raw: Mapping[str, Any], overrides: list[str], where: str | os
 
 
 def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
-    """`objective.name=grpo` on a recipe of SAPO means GRPO with its own defaults: the temperatures are not its.
+    """Drop the base objective's settings under `objective.name=grpo`: GRPO starts from its own defaults.
 
     Nor are a normalizer and an advantage that are those of SAPO's source, which the config.yaml of a run writes down.
     """
@@ -124,7 +124,7 @@ def parse_recipe(settings: dict[str, Any]) -> RunConfig:
 
 
 def parse_settings(model: type[Settings], settings: Mapping[str, Any]) -> Settings:
-    """The same for settings of any kind.
+    """Check settings of any kind as `parse_recipe` checks a recipe.
 
     Raises:
         ConfigError: with one line per mistake.
@@ -163,7 +163,7 @@ RESUMABLE_KEYS = (
 
 
 def override_run(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """A run's recipe with the few settings changed that leave it the same run.
+    """Change the few settings of a run that leave it the same run.
 
     Raises:
         ConfigError: for any other key.
@@ -202,7 +202,7 @@ def _find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """`key=value` to the key and the value read as YAML.
+    """Split `key=value` into the key and the value read as YAML.
 
     >>> parse_override("train.learning_rate=2e-4")
     ('train.learning_rate', 0.0002)
@@ -223,7 +223,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def _as_number(text: str) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
+    """Read `1e-4` as a number: YAML 1.1 makes it a string."""
     try:
         return float(text)
     except ValueError:
@@ -231,7 +231,7 @@ def _as_number(text: str) -> Any:
 
 
 def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
-    """One line for one validation error: key, rule, value, way out."""
+    """Write one line for one validation error: key, rule, value, way out."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
@@ -247,7 +247,7 @@ def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
 
 
 def _section_at(location: list[str], root: type[BaseModel]) -> type[BaseModel] | None:
-    """The model class that the keys of a location belong to."""
+    """Return the model class that the keys of a location belong to."""
     section = root
     for part in location:
         if part.isdigit() or part not in section.model_fields:

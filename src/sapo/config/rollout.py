@@ -57,7 +57,7 @@ class RolloutConfig(Section):
 
     @property
     def refill_rounds(self) -> int:
-        """Further rounds of sampling a step may take."""
+        """Return the largest number of further sampling rounds of a step."""
         if self.zero_variance != "refill":
             return 0
         return 4 if self.max_refills is None else self.max_refills

@@ -102,7 +102,7 @@ class RunConfig(Section):
 
     @property
     def old_logprobs(self) -> str:
-        """The source of log pi_old that is asked for: auto, engine, trainer or current."""
+        """Return the source of log pi_old that is asked for: auto, engine, trainer or current."""
         return self.experiments.old_logprobs or self.train.old_logprobs
 
     @model_validator(mode="after")
@@ -128,7 +128,7 @@ class RunConfig(Section):
         return self
 
     def batch_sentence(self) -> str:
-        """The words for batch sizes, a known source of confusion, in one sentence."""
+        """Describe the batch sizes, a common source of confusion, in one sentence."""
         r, t = self.rollout, self.train
         sequences = r.prompts_per_step * r.samples_per_prompt
         ending = {

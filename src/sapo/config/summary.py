@@ -8,7 +8,7 @@ from sapo.config import ExperimentsConfig, RunConfig
 
 
 def sampler_sentences(config: RunConfig) -> list[str]:
-    """One sentence for each of them that is not as a plain run has it; none for a sampler that is the policy.
+    """Describe the sampler in one sentence for each way in which it is not the policy; none for a plain run.
 
     >>> from sapo.config.recipes import load_recipe
     >>> sampler_sentences(load_recipe("quickstart"))
@@ -80,7 +80,7 @@ ReplayKind = Literal["R2", "R3"]
 
 
 def replay_kind(config: RunConfig, old_logprobs: str | None) -> ReplayKind | None:
-    """R2 or R3; None without replay, and while it is not known whose log pi_old the run takes.
+    """Return R2 or R3; None without replay, and while the source of log pi_old is not known.
 
     Args:
         old_logprobs: engine, trainer or current, once the self-check has decided.

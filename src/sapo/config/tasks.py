@@ -86,6 +86,6 @@ class TaskConfig(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The task's own settings."""
+        """Return the task's own settings."""
         options = dict(self.model_extra or {})
         return options if self.label is None else {**options, "name": self.label}

@@ -27,7 +27,7 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """One past the last packed position."""
+        """Return one past the last packed position."""
         return self.start + self.length
 
 
@@ -75,15 +75,15 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """N, input tokens."""
+        """Return N, the number of input tokens."""
         return int(self.token_ids_N.numel())
 
     @property
     def num_targets(self) -> int:
-        """M, response tokens."""
+        """Return M, the number of response tokens."""
         return int(self.target_M.numel())
 
     @property
     def num_sequences(self) -> int:
-        """B, sequences."""
+        """Return B, the number of sequences."""
         return int(self.advantages_B.numel())

@@ -99,7 +99,7 @@ class RoutedExperts:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens recorded."""
+        """Return the number of tokens recorded."""
         return len(self.indices) // (self.layers * self.per_token * (1 + self.wide))
 
 
@@ -197,17 +197,17 @@ class Group:
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """R_1 .. R_G, as the verifier gave them."""
+        """Return R_1 .. R_G, as the verifier gave them."""
         return tuple(c.score.reward for c in self.completions)
 
     @property
     def training_rewards(self) -> tuple[float, ...]:
-        """R_1 .. R_G, as the advantages take them."""
+        """Return R_1 .. R_G, as the advantages take them."""
         return self.shaped_rewards or self.rewards
 
     @property
     def counted(self) -> tuple[bool, ...]:
-        """Whether each completion counts in the loss and its denominators: those that are not masked."""
+        """Return whether each completion counts in the loss and its denominators: those that are not masked."""
         return tuple(not m for m in self.masked) or (True,) * len(self.completions)
 
     @property

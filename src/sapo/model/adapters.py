@@ -66,7 +66,7 @@ def load_adapter(policy: Any, directory: Path) -> None:
 
 
 def adapter_base(directory: Path) -> tuple[str, str | None]:
-    """Path or hub id of the model an adapter belongs to, and its revision.
+    """Return the path or hub id of the model an adapter belongs to, and its revision.
 
     Raises:
         ModelError: the adapter does not say.
@@ -79,13 +79,13 @@ def adapter_base(directory: Path) -> tuple[str, str | None]:
 
 @contextmanager
 def adapter_off(policy: Any) -> Iterator[None]:
-    """The model as it was before the adapter, for as long as the block lasts."""
+    """Switch the adapter off for as long as the block lasts."""
     with policy.adapter.disable_adapter():
         yield
 
 
 def merged(policy: Any) -> Any:
-    """The policy's transformers model with the adapter folded into its weights; the policy is used up by it.
+    """Return the policy's transformers model with the adapter folded into its weights; the policy is used up.
 
     Merged products round differently from unmerged ones, by about the precision of the weights.
     """
@@ -93,12 +93,12 @@ def merged(policy: Any) -> Any:
 
 
 def is_adapted(module: Any) -> bool:
-    """Whether a module is one of peft's around a linear layer."""
+    """Return whether a module is one of peft's around a linear layer."""
     return type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear"
 
 
 def folds(module: Any) -> bool:
-    """Whether an adapted linear layer is W + s B A and nothing else, which `folded_weight` then is."""
+    """Return whether an adapted linear layer is W + s B A and nothing else, so that `folded_weight` holds."""
     names = module.active_adapters
     return (
         not module.merged
@@ -112,7 +112,7 @@ def folds(module: Any) -> bool:
 
 
 def folded_weight(module: Any) -> torch.Tensor:
-    """(out, in) weight of a linear layer, with the product of an adapter that `folds` added in a copy."""
+    """Return the (out, in) weight of a linear layer, with the product of a foldable adapter added in a copy."""
     if not is_adapted(module):
         return module.weight.detach()
     weight: torch.Tensor = module.get_base_layer().weight.detach()
@@ -141,7 +141,7 @@ def _peft() -> Any:
 
 
 def _quietly(make: Any) -> Any:
-    """peft warns of patterns that it adds itself for mixtures of experts."""
+    """Silence peft's warnings about patterns that it adds itself for mixtures of experts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return make()

@@ -42,7 +42,7 @@ class Layout(Protocol):
         sliding_window: int | None,
         softcap: float | None = None,
     ) -> Tensor:
-        """(N, heads, D) queries, (N, kv heads, D) keys and values -> (N, heads, D)."""
+        """Map (N, heads, D) queries and (N, kv heads, D) keys and values to (N, heads, D)."""
         ...
 
 
@@ -60,7 +60,7 @@ def shared_prefix_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers: query (1, heads, N, D) -> (1, N, heads, D).
+    """Compute attention as transformers asks for it: query (1, heads, N, D) -> (1, N, heads, D).
 
     Raises:
         ValueError: for what it does not compute (a call without layout, attention sinks), since the alternative is a
@@ -100,7 +100,7 @@ def attention(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """(b, H, Q, D) softmax(scaling q k + mask) v, with scores of c tanh(x / c) where a model caps them (Gemma 2)."""
+    """Compute (b, H, Q, D) softmax(scaling q k + mask) v; scores are c tanh(x / c) where a model caps them (Gemma 2)."""
     repeats = query_bHQD.shape[1] // key_bhKD.shape[1]
     # On a GPU grouped heads beside a mask would be left to the kernel that keeps all scores.
     grouped = repeats > 1 and softcap is None and query_bHQD.device.type != "cuda"
@@ -112,7 +112,7 @@ def attention(
 
 
 def gather_rows(source_NX: Tensor, index_K: Tensor) -> Tensor:
-    """Rows of a tensor by index. Through F.embedding, whose backward on a CPU is several times that of indexing."""
+    """Gather rows of a tensor by index, through F.embedding: its backward on a CPU is several times faster."""
     flat = F.embedding(index_K, source_NX.reshape(source_NX.shape[0], -1))
     return flat.view(index_K.shape[0], *source_NX.shape[1:])
 
@@ -213,7 +213,7 @@ class TreeLayout:
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's attention kernel for processors can be called by its two halves."""
+    """Return whether torch's attention kernel for processors can be called by its two halves."""
     return (
         query.device.type == "cpu"
         and query.shape[-1] == value.shape[-1]
@@ -285,7 +285,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _padded(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(b, H, Q, D) queries, (b, h, K, D) keys and values of a bucket, copied out of the packed ones."""
+    """Copy (b, H, Q, D) queries, (b, h, K, D) keys and values of a bucket out of the packed ones."""
     num_rows, _, num_keys = bucket.size
     keys, values = (
         x.index_select(0, bucket.key_index).unflatten(0, (num_rows, num_keys)).transpose(1, 2) for x in (key, value)
@@ -303,13 +303,13 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """total[index] += rows, by the backward of an embedding, which on a CPU is several times faster than index_add_."""
+    """Add rows at indices, by the backward of an embedding: on a CPU several times faster than index_add_."""
     flat = rows.reshape(rows.shape[0], -1)
     total += torch.ops.aten.embedding_dense_backward(flat, index, total.shape[0], -1, False).view_as(total)
 
 
 def _paths(segments: tuple[Segment, ...]) -> list[np.ndarray]:
-    """Packed positions of each segment's tokens from the root through itself."""
+    """List the packed positions of each segment's tokens, from the root through itself."""
     paths: list[np.ndarray] = []
     covered = 0
     for i, segment in enumerate(segments):

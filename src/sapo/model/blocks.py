@@ -22,7 +22,7 @@ from sapo.model.products import linear, outer_sum, product
 
 
 def rms_norm(input_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """(..., H) w x / sqrt(mean x^2 + eps); of 16-bit inputs x is normalised in float32 and multiplied in 16 bits."""
+    """Compute (..., H) w x / sqrt(mean x^2 + eps); 16-bit x is normalised in float32 and multiplied in 16 bits."""
     return _RMSNorm.apply(input_NH, weight_H, eps)
 
 
@@ -57,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def gated_linear(gate_NI: Tensor, up_NI: Tensor, weight_HI: Tensor) -> Tensor:
-    """(..., H) W (silu(gate) up): the second half of a gated MLP."""
+    """Compute (..., H) W (silu(gate) up), the second half of a gated MLP."""
     return _GatedLinear.apply(gate_NI, up_NI, weight_HI)
 
 
@@ -124,7 +124,7 @@ def use_closed_forms(model: nn.Module) -> None:
 
 
 def computes_as_its_class(module: nn.Module) -> bool:
-    """Whether a module's forward is its class's, or one of ours, which computes the same."""
+    """Return whether a module's forward is its class's, or one of ours that computes the same."""
     own = vars(module).get("forward")
     return own is None or getattr(own, "__func__", None) in (gemm.forward, _Forwards.norm, _Forwards.mlp)
 

@@ -35,7 +35,7 @@ MOST_SHAPES = 64
 
 
 def takes_flex(query_NHD: Tensor, value_NhD: Tensor) -> bool:
-    """Whether flex_attention computes a layer's attention; SAPO_FLEX=0 has it computed bucket by bucket."""
+    """Return whether flex_attention computes a layer's attention; SAPO_FLEX=0 computes it bucket by bucket."""
     return (
         query_NHD.device.type == "cuda"
         and query_NHD.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,7 @@ class TreeMask:
         self._blocks: dict[int | None, Any] = {}
 
     def sees(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The rule as flex_attention asks for it, of (batch, head, query, key)."""
+        """Apply the rule of visibility as flex_attention asks for it, of (batch, head, query, key)."""
         enter_N, leave_N, depth_N = self.enter_N, self.leave_N, self.depth_N
 
         def on_the_path(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class TreeMask:
         window: int | None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Attention over the tree; see `Layout.attend`. Differentiable.
+        """Compute attention over the tree; see `Layout.attend`. Differentiable.
 
         Raises:
             ModelError: on CUDA, when the forward kernel cannot be compiled or run.
@@ -130,7 +130,7 @@ class TreeMask:
 
 
 def padded_length(num_tokens: int) -> int:
-    """What a length is padded to, so that few are compiled for: blocks of 128 in number a power of two, or 3/2 of one.
+    """Return the length to pad to, so that few are compiled: blocks of 128, a power of two of them or 3/2 of one.
 
     >>> [padded_length(n) for n in (1, 129, 300, 8192, 8193)]
     [128, 256, 384, 8192, 12288]
@@ -169,7 +169,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 @functools.cache
 def _capped(softcap: float) -> Callable[..., Tensor]:
-    """Scores of c tanh(x / c)."""
+    """Cap scores to c tanh(x / c)."""
 
     def cap(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
@@ -198,6 +198,6 @@ def _intervals(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _listed(chosen_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each row has, (1, 1, Q), and which, first of all, (1, 1, Q, K)."""
+    """Count the blocks of keys of each row, (1, 1, Q), and list them first of all, (1, 1, Q, K)."""
     index_QK = torch.argsort(chosen_QK.to(torch.int8), dim=-1, descending=True, stable=True)
     return chosen_QK.sum(dim=-1, dtype=torch.int32)[None, None], index_QK.to(torch.int32)[None, None]

@@ -35,7 +35,7 @@ LossAndCoefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def chunk_tokens(vocabulary: int, itemsize: int = 4) -> int:
-    """Tokens per chunk: so that its logits stay within CHUNK_BYTES, but MIN_CHUNK at least.
+    """Return the tokens of a chunk: its logits stay within CHUNK_BYTES, but it has MIN_CHUNK at least.
 
     Args:
         itemsize: bytes of an element of the model's precision.
@@ -70,7 +70,7 @@ def policy_head(
     entropy: bool = False,
     chunk: int | None = None,
 ) -> HeadOutput:
-    """Loss of M tokens whose gradient never holds more than one chunk of logits.
+    """Compute the loss of M tokens; its gradient never holds more than one chunk of logits.
 
     Args:
         hidden_MH: last hidden state at the position that predicts each token.
@@ -100,7 +100,7 @@ def token_logprobs(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """(M,) log pi of the targets, one chunk of logits at a time, without gradient."""
+    """Compute (M,) log pi of the targets, one chunk of logits at a time, without gradient."""
     size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
     shape = _Shape(temperature, softcap, entropy=False, gradient=False)
     logprob_M = hidden_MH.new_empty(target_M.shape, dtype=_wide(hidden_MH.dtype))
@@ -201,7 +201,7 @@ class _Gradients:
         self.fresh = False
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three gradients."""
+        """Return the three gradients."""
         if self.fresh and self.weight is not None:  # there was no token
             self.weight.zero_()
         return self.hidden, self.weight, self.bias
@@ -229,7 +229,7 @@ class _Normalized:
 
 
 def _normalize(logits_MV: Tensor, target_M: Tensor, bias_V: Tensor | None, shape: _Shape) -> _Normalized:
-    """log pi and entropy of a chunk of raw logits, which become probabilities in place where a gradient is wanted.
+    """Compute log pi and entropy of a chunk of raw logits, which become probabilities in place for a gradient.
 
     A block of rows at a time, so that all passes but the first and the last are over what a cache holds.
     """
@@ -271,7 +271,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def head_logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    """(M, V) logits in float32 (float64 for a float64 model), at temperature 1; the caller may overwrite them."""
+    """Compute (M, V) logits at temperature 1, float32 (float64 for a float64 model); the caller may overwrite them."""
     logits = linear(hidden_MH, weight_VH, bias_V).to(_wide(hidden_MH.dtype))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 

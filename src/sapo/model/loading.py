@@ -86,7 +86,7 @@ def load_policy(
 
 
 def _refuse_remote_code(directory: Path) -> None:
-    """A model that brings its own code is named as such, before transformers asks for leave in its own words."""
+    """Refuse a model that brings its own code, before transformers asks for leave in its own words."""
     for name in ("config.json", "tokenizer_config.json"):
         file = directory / name
         if file.is_file() and json.loads(file.read_text()).get("auto_map"):
@@ -130,7 +130,7 @@ def _probe_ids(model: Any) -> Tensor:
 
 
 def _probe_paths() -> list[list[int]]:
-    """Packed positions of the prompt followed by each response."""
+    """List the packed positions of the prompt followed by each response."""
     paths, start = [], _PROBE_PROMPT
     for length in _PROBE_RESPONSES:
         paths.append([*range(_PROBE_PROMPT), *range(start, start + length)])
@@ -148,7 +148,7 @@ def _own_logprobs(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _packed_logprobs(policy: Policy) -> Tensor:
-    """The same from one packed forward, the prompt computed once."""
+    """Compute the same from one packed forward pass, the prompt computed once."""
     ids = _probe_ids(policy.model)
     segments, positions, start = [Segment(0, _PROBE_PROMPT, -1)], list(range(_PROBE_PROMPT)), _PROBE_PROMPT
     for length in _PROBE_RESPONSES:

@@ -61,37 +61,37 @@ class Policy:
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H) output embedding."""
+        """Return the (V, H) output embedding."""
         return self.model.get_output_embeddings().weight
 
     @property
     def head_bias(self) -> Tensor | None:
-        """(V,) bias of the output embedding, None when it has none."""
+        """Return the (V,) bias of the output embedding, None when it has none."""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
     def logit_softcap(self) -> float | None:
-        """c of a model whose logits are c tanh(x / c) (Gemma 2)."""
+        """Return c of a model whose logits are c tanh(x / c) (Gemma 2)."""
         return getattr(self.model.config, "final_logit_softcapping", None)
 
     @property
     def logit_scale(self) -> float:
-        """What the model multiplies its logits by: 1 for most, not for Granite and Cohere."""
+        """Return the factor of the model's logits: 1 for most, not for Granite and Cohere."""
         config = self.model.config
         return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
+        """Return the precision of the weights."""
         return self.head_weight.dtype
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters training changes."""
+        """Return the parameters that training changes."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -101,12 +101,12 @@ class Policy:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, tied ones once."""
+        """Count the parameters, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def max_length(self) -> int | None:
-        """Longest sequence the positions of the model allow, None when its config does not say."""
+        """Return the longest sequence the model's positions allow, None when its config does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     @property
@@ -119,7 +119,7 @@ class Policy:
         return frozenset(stops)
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
-        """(N, H) last hidden states of packed tokens, times `logit_scale`, of which the head then knows nothing."""
+        """Compute (N, H) last hidden states of packed tokens, times `logit_scale`, for the head to use as they are."""
         output = self.decoder(
             input_ids=token_ids_N[None], position_ids=position_ids_N[None], use_cache=False, packed_layout=layout
         )
@@ -127,11 +127,11 @@ class Policy:
         return hidden_NH if self.logit_scale == 1.0 else hidden_NH * self.logit_scale
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """(N, V) logits in float32 of last hidden states, at temperature 1."""
+        """Compute (N, V) logits in float32 of last hidden states, at temperature 1."""
         return head_logits(hidden_NH, self.head_weight, self.head_bias, self.logit_softcap)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt in plain text.
+        """Encode a prompt in plain text to token ids.
 
         Raises:
             ModelError: when the tokenizer has no token for a part of it.
@@ -146,11 +146,11 @@ class Policy:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer brings a chat template."""
+        """Return whether the tokenizer brings a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> tuple[int, ...]:
-        """Token ids of a chat, through the tokenizer's chat template, ready for the assistant's turn.
+        """Encode a chat to token ids by the tokenizer's chat template, ready for the assistant's turn.
 
         Args:
             messages: each with a role and a content.
@@ -179,7 +179,7 @@ class Policy:
         return tuple(ids)
 
     def token_texts(self) -> list[str]:
-        """The text each token of the vocabulary adds to a completion, special tokens as nothing.
+        """Return the text each token of the vocabulary adds to a completion, special tokens as nothing.
 
         Read behind another token, since decoders drop the blank that a text begins with.
         """
@@ -195,15 +195,15 @@ class Policy:
         return self._token_texts
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a completion, special tokens left out: for verifiers and logs only."""
+        """Decode a completion without its special tokens: for verifiers and logs only."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def show(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens with the special ones spelled out: what the model saw, for a person to read."""
+        """Decode tokens with the special ones spelled out: what the model saw, for a person to read."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def fingerprint(self) -> str:
-        """Names the weights: a hash of all of them, with their names, shapes and precision."""
+        """Return a name of the weights: a hash of all of them, with their names, shapes and precision."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -227,7 +227,7 @@ def _is_plain(text: str) -> bool:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers draws bars for loading and saving; a run has a display of its own."""
+    """Hide transformers' bars for loading and saving: a run has a display of its own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

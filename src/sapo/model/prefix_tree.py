@@ -31,7 +31,7 @@ class PrefixTree:
 
     @property
     def preamble(self) -> int:
-        """Tokens that all prompts begin with and that are there once."""
+        """Count the tokens that all prompts begin with and that are packed once."""
         return self.segments[self.leaves[0]].start
 
 
@@ -60,7 +60,7 @@ def prefix_tree(prompts: Sequence[tuple[int, ...]], min_preamble: int = MIN_PREA
 
 
 def _common_prefix(prompts: Sequence[NDArray[np.int64]]) -> int:
-    """Tokens all prompts begin with; at least one token stays with each prompt."""
+    """Count the tokens all prompts begin with; at least one token stays with each prompt."""
     shared = min(map(len, prompts)) - 1
     for prompt in prompts[1:]:
         differs = prompts[0][:shared] != prompt[:shared]

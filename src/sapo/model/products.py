@@ -41,12 +41,12 @@ def _processor_has_onednn() -> bool:
 
 @cache
 def _mkl_runs_at_half() -> bool:
-    """Whether this is an AMD processor that multiplies 512 bits at once: Zen 5, family 26, or a later one."""
+    """Return whether this is an AMD processor that multiplies 512 bits at once: Zen 5, family 26, or a later one."""
     return cpuinfo_field("vendor_id") == "AuthenticAMD" and int(cpuinfo_field("cpu family") or 0) >= 26
 
 
 def takes_onednn(left: Tensor, right: Tensor, multiplications: int) -> bool:
-    """Whether a product of two matrices goes to oneDNN by our hand."""
+    """Return whether a product of two matrices is sent to oneDNN."""
     return (
         multiplications >= max(1, MIN_MULTIPLICATIONS)
         and left.dtype == torch.float32 == right.dtype
@@ -57,21 +57,21 @@ def takes_onednn(left: Tensor, right: Tensor, multiplications: int) -> bool:
 
 
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """(M, N) left @ right without autograd; either may be the transposed view of a contiguous matrix."""
+    """Compute (M, N) left @ right without autograd; either may be the transposed view of a contiguous matrix."""
     if takes_onednn(left_MK, right_KN, left_MK.numel() * right_KN.shape[1]):
         return torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.t(), None, "none", [], "")
     return left_MK @ right_KN
 
 
 def outer_sum(left_NM: Tensor, right_NK: Tensor) -> Tensor:
-    """(M, K) left^T @ right, the gradient of a weight: a sum over tokens of outer products; without autograd."""
+    """Compute (M, K) left^T @ right, the gradient of a weight, without autograd."""
     if _mkl_runs_at_half() and takes_onednn(left_NM, right_NK, left_NM.numel() * right_NK.shape[1]):
         return torch.ops.mkldnn._linear_pointwise(left_NM.t(), right_NK.t(), None, "none", [], "")
     return left_NM.t() @ right_NK
 
 
 def add_outer_sum(total_MK: Tensor, left_NM: Tensor, right_NK: Tensor, *, fresh: bool) -> None:
-    """total += left^T @ right, or total = ... where it is `fresh`; the total may be wider than the product's dtype.
+    """Add left^T @ right to a total, or set it where it is `fresh`; it may be wider than the product's dtype.
 
     For totals far larger than the caches: one block of rows at a time, so that a product is added while it is in them
     and never takes memory of the size of the total.
@@ -90,7 +90,7 @@ def add_outer_sum(total_MK: Tensor, left_NM: Tensor, right_NK: Tensor, *, fresh:
 
 
 def linear(input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`: (..., K) inputs and (M, K) weights -> (..., M), differentiable once."""
+    """Compute `torch.nn.functional.linear`: (..., K) inputs and (M, K) weights -> (..., M), differentiable once."""
     if not takes_onednn(input_NK, weight_MK, input_NK.numel() * weight_MK.shape[0]):
         return F.linear(input_NK, weight_MK, bias_M)
     if torch.is_grad_enabled():
@@ -118,7 +118,7 @@ class _Linear(torch.autograd.Function):
 
 
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
-    """What `nn.Linear` computes, through `linear`."""
+    """Compute what `nn.Linear` does, through `linear`."""
     return linear(input, self.weight, self.bias)
 
 

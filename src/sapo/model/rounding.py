@@ -51,7 +51,7 @@ class Rounding:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {self.scaling!r}; choose one of these")
 
     def round(self, weight: Tensor) -> Tensor:
-        """The weight (..., rows, columns), or the vector, after the round trip; in its own dtype.
+        """Return the weight (..., rows, columns), or the vector, after the round trip; in its own dtype.
 
         Beyond the largest number of the dtype a weight becomes that number, as engines have it, and not NaN, which is
         what a plain cast to float8_e4m3fn makes of it.

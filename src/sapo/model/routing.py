@@ -62,12 +62,12 @@ class Routers:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of a record: one for each layer and expert, two where an expert's number needs them."""
+        """Return the bytes of a record: one for each layer and expert, two where an expert's number needs them."""
         return len(self.modules) * self.per_token * _record_dtype(self.num_experts).itemsize
 
     @contextmanager
     def recording(self, hooked: bool = True) -> Iterator[Recording]:
-        """Within it every forward is recorded; `Recording.take` after each.
+        """Record every forward pass of the block; call `Recording.take` after each.
 
         Args:
             hooked: the modules are listened to. Otherwise whoever makes the forwards calls `Recording.note`.
@@ -79,7 +79,7 @@ class Routers:
 
     @contextmanager
     def replay(self, experts_Nlk: Tensor, recomputed: bool = False) -> Iterator[Replay]:
-        """Within it one forward is made over N tokens, and its backward, by the experts given.
+        """Replay the experts given in one forward pass over N tokens, and its backward.
 
         Args:
             experts_Nlk: of each token, layer and place.
@@ -109,7 +109,7 @@ class Routers:
 
 
 def _family(module: nn.Module) -> str | None:
-    """The supported class that a module is of."""
+    """Return the supported class that a module is of."""
     return next((c.__name__ for c in type(module).__mro__ if c.__name__ in SUPPORTED), None)
 
 
@@ -133,19 +133,19 @@ class Recording:
         self.note(layer, output[2])
 
     def note(self, layer: int, experts_Nk: Tensor) -> None:
-        """What one layer has chosen in the present forward; layers without a router are not counted."""
+        """Record what one layer has chosen in the present forward; layers without a router are not counted."""
         assert self._chosen[layer] is None, f"layer {layer} was run again before its record was taken"
         self._chosen[layer] = experts_Nk.to(self._dtype)
 
     def take(self) -> Tensor:
-        """(N, l, k) experts of the forward just made, each taken once."""
+        """Return the (N, l, k) experts of the forward just made, each taken once."""
         chosen = [c for c in self._chosen if c is not None]
         assert len(chosen) == len(self._chosen), f"{len(chosen)} of {len(self._chosen)} layers were recorded"
         self._chosen = [None] * len(chosen)
         return torch.stack(chosen, dim=1)
 
     def check_taken(self) -> None:
-        """Nothing recorded is left over."""
+        """Check that nothing recorded is left over."""
         assert not any(c is not None for c in self._chosen), "a forward was recorded and its record not taken"
 
 
@@ -186,16 +186,16 @@ class Replay:
 
     @property
     def choices(self) -> int:
-        """Choices replayed: tokens x layers x experts per token."""
+        """Count the choices replayed: tokens x layers x experts per token."""
         return self._experts_Nlk.numel()
 
     @property
     def changed(self) -> int:
-        """Those among them whose expert the live router would not have chosen."""
+        """Count those among them whose expert the live router would not have chosen."""
         return int(torch.stack(self._changed).sum())
 
     def check_consumed(self) -> None:
-        """Every layer's record was used once by the forward and, where it was recomputed, once more by the backward."""
+        """Check that the forward used every layer's record once, and the backward once more where it recomputes."""
         for layer, (runs, in_graph) in enumerate(zip(self._runs, self._in_graph, strict=True)):
             # A layer below everything that is trained has no backward, and may or may not be recomputed.
             least = 2 if self._recomputed and in_graph else 1
@@ -203,7 +203,7 @@ class Replay:
 
 
 def routed_experts(experts_nlk: np.ndarray) -> RoutedExperts:
-    """A record to keep: (tokens, layers, experts per token), uint8 or int16.
+    """Make a record to keep: (tokens, layers, experts per token), uint8 or int16.
 
     >>> routed_experts(np.array([[[3, 1]], [[0, 2]]], dtype=np.uint8))
     RoutedExperts(indices=b'\\x03\\x01\\x00\\x02', layers=1, per_token=2, wide=False)
@@ -215,7 +215,7 @@ def routed_experts(experts_nlk: np.ndarray) -> RoutedExperts:
 
 
 def pack_experts(spans: Sequence[tuple[RoutedExperts | None, int, int]]) -> Tensor:
-    """(N, l, k) experts of packed tokens.
+    """Join recorded experts to (N, l, k) experts of packed tokens.
 
     Args:
         spans: records with the first token to take and one past the last, which together are all packed tokens.

@@ -40,7 +40,7 @@ def cache_directory() -> Path:
 
 
 def model_directory(source: str | Path, revision: str | None = None) -> Path:
-    """The local Hugging Face directory of a model, converted or downloaded first where need be.
+    """Return the local Hugging Face directory of a model, converted or downloaded first where need be.
 
     Args:
         source: one of the four forms of the file header.
@@ -93,7 +93,7 @@ def _listing(directory: Path) -> str:
 
 
 def _from_file(path: Path) -> Path:
-    """A GGUF file as a directory of float32 safetensors, made once and kept by the hash of its content."""
+    """Convert a GGUF file to a directory of float32 safetensors, once, kept by the hash of its content."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     directory = cache_directory() / "models" / f"{path.stem}-{digest}"

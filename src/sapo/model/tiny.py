@@ -25,7 +25,7 @@ ARCHITECTURES = ("qwen3", "qwen3_moe", "llama", "mistral")
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token per character of the alphabet, then end and padding; a character outside it raises.
+    """Make a tokenizer of one token per character of the alphabet, then end and padding; other characters raise.
 
     >>> tokenizer = character_tokenizer("0123456789+=")
     >>> tokenizer("12+3=")["input_ids"]
@@ -60,7 +60,7 @@ def tiny_model(
     sliding_window: int | None = None,
     tie_embeddings: bool = False,
 ) -> Any:
-    """A randomly initialised decoder of a transformers architecture.
+    """Build a randomly initialised decoder of a transformers architecture.
 
     Args:
         architecture: one of ARCHITECTURES.
