@@ -21,7 +21,7 @@ from sapo.objectives import Objective
 
 @torch.no_grad()
 def counterfactual_figures(tokens: GatedTokens, objectives: Mapping[str, Objective]) -> dict[str, float]:
-    """Figures as counterfactual/LABEL/...: eur, silenced, below_tenth, cosine and norm_ratio.
+    """Return figures as counterfactual/LABEL/...: eur, silenced, below_tenth, cosine and norm_ratio.
 
     Args:
         tokens: of the update, with the weights of the loss and log pi_old.

@@ -31,7 +31,7 @@ SCATTER_POINTS = 64
 
 
 def distribution_record(tokens: GatedTokens, sequences: SequenceFigures) -> dict[str, Any]:
-    """What metrics.jsonl has of an update under kind "distribution", beside step and update.
+    """Return an update's line of kind "distribution" in metrics.jsonl, without step and update.
 
     `log_ratio` and `gate_weight` are over tokens by the sign of A, `variance` over sequences, each with `edges`. A list
     of counts has one entry more than `edges` at either end: what lies below the first edge and what lies at or above
@@ -57,7 +57,7 @@ def distribution_record(tokens: GatedTokens, sequences: SequenceFigures) -> dict
 
 
 def histogram(values: Floats, edges: Floats) -> list[int]:
-    """Counts below the first edge, in [edge, next edge), and at or above the last: len(edges) + 1 of them.
+    """Count below the first edge, in [edge, next edge), and at or above the last: len(edges) + 1 counts.
 
     >>> histogram(np.array([-1.0, 0.0, 0.5, 2.0, 9.0]), np.array([0.0, 1.0, 2.0]))
     [1, 2, 0, 2]
@@ -67,7 +67,7 @@ def histogram(values: Floats, edges: Floats) -> list[int]:
 
 
 def spread_out(count: int, most: int) -> list[int]:
-    """At most `most` places among `count`, evenly spaced, the first and the last among them.
+    """Return at most `most` places among `count`, evenly spaced, the first and the last among them.
 
     >>> spread_out(10, 4), spread_out(3, 4)
     ([0, 3, 6, 9], [0, 1, 2])
@@ -78,5 +78,5 @@ def spread_out(count: int, most: int) -> list[int]:
 
 
 def _rounded(edges: Floats) -> list[float]:
-    """To six digits: an edge is a convention, and need not be written with seventeen."""
+    """Round to six digits: an edge is a convention, and need not be written with seventeen."""
     return [float(f"{edge:.6g}") for edge in edges.tolist()]

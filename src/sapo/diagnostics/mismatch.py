@@ -9,7 +9,7 @@ MISMATCH_METRICS = ("mismatch/abs_dev", "tis/mean", "tis/clipped_share")
 
 
 def mismatch_metrics(result: UpdateResult) -> dict[str, float]:
-    """Figures of an update whose log pi_old is the trainer's; nothing where it is the sampler's: then r tells.
+    """Return the figures of an update whose log pi_old is the trainer's; none where it is the sampler's.
 
     `mismatch/abs_dev` is the mean |pi_old / mu - 1| over its tokens, `tis/mean` the mean weight of the correction and
     `tis/clipped_share` the share of tokens where that is its cap, or 0.

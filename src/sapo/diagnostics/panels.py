@@ -19,7 +19,7 @@ Panels = dict[str, dict[str, list[str | list[str]]]]
 
 
 def task_panels(tasks: Sequence[str]) -> Panels:
-    """Panels as `SummaryWriter.add_custom_scalars` takes them: panel -> chart -> kind and patterns of tags.
+    """Return panels as `SummaryWriter.add_custom_scalars` takes them: panel -> chart -> kind and patterns of tags.
 
     >>> panels = task_panels(["add", "times"])
     >>> panels["tasks"]["pass@1"]

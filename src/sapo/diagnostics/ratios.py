@@ -25,7 +25,7 @@ def quantiles(values: Floats, ends: bool = True) -> dict[str, float]:
 
 
 def ratio_figures(tokens: GatedTokens) -> dict[str, float]:
-    """Figures of r over all tokens, and of log r by the sign of A."""
+    """Return figures of r over all tokens, and of log r by the sign of A."""
     figures = {"ratio/abs_dev": np.abs(tokens.ratio_M - 1).mean().item()}
     figures |= {f"ratio/{name}": value for name, value in quantiles(tokens.ratio_M).items()}
     for side, own_M in tokens.sides.items():
@@ -34,7 +34,7 @@ def ratio_figures(tokens: GatedTokens) -> dict[str, float]:
 
 
 def gate_figures(weight_M: Floats, sides: dict[str, np.ndarray]) -> dict[str, float]:
-    """Figures of the gate weight f', over all tokens and by the sign of A."""
+    """Return figures of the gate weight f', over all tokens and by the sign of A."""
     figures = _weight_figures(weight_M)
     figures["gate/min"] = weight_M.min().item()
     for side, own_M in sides.items():
@@ -52,7 +52,7 @@ def _weight_figures(weight_M: Floats) -> dict[str, float]:
 
 
 def effective_tokens(weight_M: Floats) -> float:
-    """Kish's effective sample size, as `sapo.objectives.effective_tokens`; 0 when nothing weighs anything."""
+    """Return Kish's effective sample size, as `sapo.objectives.effective_tokens`; 0 when nothing weighs anything."""
     largest = np.abs(weight_M).max()
     if largest == 0:
         return 0.0
@@ -61,7 +61,7 @@ def effective_tokens(weight_M: Floats) -> float:
 
 
 def tail_figures(tokens: GatedTokens) -> dict[str, float]:
-    """Quantiles of the gate weight and of the slope's coefficient f'(r) r, by the sign of A.
+    """Return quantiles of the gate weight and of the slope's coefficient f'(r) r, by the sign of A.
 
     The coefficient is slope / A, what an advantage is multiplied with on grad log pi; a token with A = 0 has none.
     """

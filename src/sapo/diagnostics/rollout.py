@@ -20,7 +20,7 @@ def rollout_metrics(
     by_task: bool | None = None,
     penalised: bool = True,
 ) -> dict[str, float]:
-    """Figures over all completions of a step; with several tasks, also per task as `task/<name>/...`.
+    """Return figures over all completions of a step; with several tasks, also per task as `task/<name>/...`.
 
     Args:
         groups: the batch.
@@ -74,7 +74,7 @@ def _figures(kept: Sequence[Group], dropped: Sequence[Group] | None, penalised: 
 
 
 def minibatch_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What an update was made of, as `batch/...`, whether or not it carried a gradient; nothing without groups."""
+    """Return `batch/...`, what an update was made of, with a gradient or without; nothing without groups."""
     completions = [c for g in groups for c in g.completions]
     if not completions:
         return {}

@@ -58,7 +58,7 @@ class SequenceFigures:
 
 
 def sequence_figures(tokens: GatedTokens, *, tau_pos: float, tau_neg: float) -> SequenceFigures:
-    """Figures of every sequence of an update; there must be a token."""
+    """Return figures of every sequence of an update; there must be a token."""
     z_M, lengths_B = tokens.log_ratio_M, tokens.lengths_B
     tau_B = np.where(tokens.positive_B, tau_pos, tau_neg)
     tau_M = np.repeat(tau_B, lengths_B)
@@ -85,7 +85,7 @@ def sequence_figures(tokens: GatedTokens, *, tau_pos: float, tau_neg: float) -> 
 
 
 def theory_figures(sequences: SequenceFigures) -> dict[str, float]:
-    """Over the sequences of an update, under the names of metrics.jsonl."""
+    """Return figures over the sequences of an update, under the names of metrics.jsonl."""
     variance_B, discrepancy_B = sequences.variance_B, sequences.discrepancy_B
     count = len(variance_B)
     error = {} if sequences.slope_error is None else {"theory/slope_error": sequences.slope_error}
@@ -106,7 +106,7 @@ def theory_figures(sequences: SequenceFigures) -> dict[str, float]:
 
 
 def sech_squared(x: Floats) -> Floats:
-    """sech^2(x) as 4 e / (1 + e)^2 with e = exp(-2 |x|): 1 / cosh^2 would overflow."""
+    """Compute sech^2(x) as 4 e / (1 + e)^2 with e = exp(-2 |x|): 1 / cosh^2 would overflow."""
     e = np.exp(-2 * np.abs(x))
     result: Floats = 4 * e / np.square(1 + e)
     return result

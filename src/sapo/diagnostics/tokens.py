@@ -53,39 +53,39 @@ class GatedTokens:
 
     @cached_property
     def ratio_M(self) -> Floats:
-        """r, within what the objectives bound it to."""
+        """Return r, within what the objectives bound it to."""
         return np.exp(np.clip(self.log_ratio_M, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
     @cached_property
     def lengths_B(self) -> Places:
-        """Tokens of each sequence."""
+        """Return the tokens of each sequence."""
         return np.bincount(self.sequence_M, minlength=len(self.sequence_ids))
 
     @cached_property
     def starts_B(self) -> Places:
-        """First token of each sequence."""
+        """Return the first token of each sequence."""
         starts: Places = np.cumsum(self.lengths_B) - self.lengths_B
         return starts
 
     @cached_property
     def positive_B(self) -> NDArray[np.bool_]:
-        """Sequences with A > 0."""
+        """Return the sequences with A > 0."""
         return self.advantage_M[self.starts_B] > 0
 
     @cached_property
     def sides(self) -> dict[str, NDArray[np.bool_]]:
-        """Tokens with A > 0 and with A <= 0, as the temperatures tell them apart; a side without tokens is left out."""
+        """Yield the tokens with A > 0 and with A <= 0, as the temperatures tell them apart, where there are any."""
         positive_M = self.advantage_M > 0
         return {name: side for name, side in zip(SIDES, (positive_M, ~positive_M), strict=True) if side.any()}
 
     def sequence_mean(self, values_M: Floats) -> Floats:
-        """Mean over the tokens of each sequence. (M,) -> (B,)."""
+        """Average over the tokens of each sequence. (M,) -> (B,)."""
         means: Floats = np.add.reduceat(values_M, self.starts_B) / self.lengths_B
         return means
 
 
 def gated_tokens(result: UpdateResult) -> GatedTokens:
-    """What the objective's gate weighed in an update."""
+    """Collect what the objective's gate weighed in an update."""
     arrays: dict[str, Floats | None] = {
         name: _array(getattr(result, name))
         for name in ("log_ratio_M", "weight_M", "slope_M", "advantage_M", "entropy_M", "loss_weight_M", "old_logprob_M")

@@ -48,7 +48,7 @@ OF_A_TASK = ("entropy", "gate/eur", "gate/below_half", "ratio/abs_dev", "theory/
 
 
 def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> dict[str, float]:
-    """Figures of one update.
+    """Return the figures of one update.
 
     Args:
         result: what the trainer measured.
@@ -62,7 +62,7 @@ def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float
 
 
 def figures_of_update(result: UpdateResult, tokens: GatedTokens, sequences: SequenceFigures | None) -> dict[str, float]:
-    """`update_metrics` of what has been fetched and measured already."""
+    """Return `update_metrics` of what has been fetched and measured already."""
     metrics = {"loss": result.loss, "grad_norm": result.grad_norm}
     if sequences is not None:
         metrics |= ratio_figures(tokens) | gate_figures(tokens.weight_M, tokens.sides) | tail_figures(tokens)
@@ -82,7 +82,7 @@ def figures_of_update(result: UpdateResult, tokens: GatedTokens, sequences: Sequ
 
 
 def gate_metrics(log_ratio_M: Tensor, weight_M: Tensor, advantage_M: Tensor) -> dict[str, float]:
-    """How far the ratios have moved and what the gate left of them; nothing without tokens.
+    """Return how far the ratios have moved and what the gate left of them; nothing without tokens.
 
     Args:
         log_ratio_M: log r of each token, float64.
@@ -97,7 +97,7 @@ def gate_metrics(log_ratio_M: Tensor, weight_M: Tensor, advantage_M: Tensor) -> 
 
 
 def task_update_metrics(result: UpdateResult, tasks: Sequence[str]) -> dict[str, float]:
-    """What the gate made of each task, as `task/<name>/...`; of those with a token that carried a gradient.
+    """Return `task/<name>/...`, what the gate made of each task with a token that carried a gradient.
 
     Args:
         tasks: the task of each sequence of the mini-batch, those without a gradient counted.
@@ -110,7 +110,7 @@ def task_update_metrics(result: UpdateResult, tasks: Sequence[str]) -> dict[str,
 def task_figures(
     tokens: GatedTokens, tasks: Sequence[str], sequences: SequenceFigures | None = None
 ) -> dict[str, float]:
-    """`task_update_metrics` of what has been fetched already; with Var_i where it has been measured."""
+    """Return `task_update_metrics` of what has been fetched already; with Var_i where it has been measured."""
     of_sequence = np.array([tasks[i] for i in tokens.sequence_ids])
     metrics: dict[str, float] = {}
     for name in sorted(set(of_sequence.tolist())):
@@ -152,7 +152,7 @@ def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[st
 
 
 def _means(updates: Sequence[Mapping[str, Any]], to: str, names: Sequence[str], prefix: str = "") -> dict[str, float]:
-    """Means under `to` of the figures that some update has."""
+    """Average the figures that some update has, under `to`."""
     metrics: dict[str, float] = {}
     for name in names:
         values = [u[prefix + name] for u in updates if prefix + name in u]

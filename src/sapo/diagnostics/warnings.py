@@ -45,11 +45,11 @@ class Warning:
 
     @property
     def line(self) -> str:
-        """For a person to read."""
+        """Return a line for a person to read."""
         return f"step {self.step}: {self.cause}: {self.text}"
 
     def to_json(self) -> dict[str, Any]:
-        """As metrics.jsonl has it."""
+        """Return the warning as metrics.jsonl has it."""
         return {
             "kind": "warning",
             "step": self.step,
@@ -89,12 +89,12 @@ class Health:
 
     @property
     def healthy(self) -> bool:
-        """No rule about the policy is broken now, be it for too short a time to be warned of."""
+        """Return whether no rule about the policy is broken now, be it for too short a time to be warned of."""
         return not any(cause not in OF_THE_SET_UP for cause in (*self.held, *self.bad_updates))
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Health:
-        """The inverse of dataclasses.asdict, also after a trip through text."""
+        """Read what dataclasses.asdict wrote, also after a trip through text."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**values)
 
@@ -129,7 +129,7 @@ def observe(health: Health, record: Record, settings: WarningsConfig) -> tuple[H
 
 
 def replay_warnings(records: Iterable[Record], settings: WarningsConfig | None = None) -> list[Warning]:
-    """All that a run would be warned of, from the lines of its metrics.jsonl.
+    """Return all that a run would be warned of, from the lines of its metrics.jsonl.
 
     A run that was rolled back keeps what it took back in rolled-back/; its metrics.jsonl has the warning of it, as a
     line of kind "warning".
@@ -200,7 +200,7 @@ def _remember(health: Health, record: Record, settings: WarningsConfig) -> Healt
 
 
 def update_findings(health: Health, record: Record, settings: WarningsConfig) -> list[Finding]:
-    """The rules about one update; a rule whose figures are missing is not among them."""
+    """Apply the rules about one update; a rule whose figures are missing is left out."""
     findings = []
     if "ratio/p99" in record:
         factor = max(record["ratio/p99"], 1 / max(record["ratio/p01"], 1e-300))
@@ -222,7 +222,7 @@ def update_findings(health: Health, record: Record, settings: WarningsConfig) ->
 
 
 def step_findings(health: Health, record: Record, settings: WarningsConfig) -> list[Finding]:
-    """The rules about a step; a rule whose figures or reference are missing is not among them."""
+    """Apply the rules about a step; a rule whose figures or reference are missing is left out."""
     return [
         *_entropy_findings(health, record, settings),
         *_batch_findings(health, record, settings),
@@ -268,7 +268,7 @@ def _batch_findings(health: Health, record: Record, settings: WarningsConfig) ->
 
 
 def _reward_findings(health: Health, settings: WarningsConfig) -> list[Finding]:
-    """Fallen by more than the spread of the steps explains: few completions a step make a noisy mean."""
+    """Find a reward fallen by more than the steps' spread explains: few completions make a noisy mean."""
     if health.best_reward is None or health.best_reward <= 0 or len(health.rewards) < settings.reward_steps:
         return []
     now, best = statistics.fmean(health.rewards), health.best_reward
@@ -296,13 +296,13 @@ def _status_findings(record: Record, settings: WarningsConfig) -> list[Finding]:
 
 
 def _reference(health: Health, name: str, settings: WarningsConfig) -> float | None:
-    """The mean of the first steps; None before they are complete."""
+    """Return the mean of the first steps; None before they are complete."""
     known = health.reference.get(name, [])
     return statistics.fmean(known) if len(known) >= settings.reference_steps else None
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; 0 for a single one."""
+    """Return the standard error of the mean of independent values; 0 for a single one."""
     if len(values) < 2:
         return 0.0
     mean = statistics.fmean(values)

@@ -71,7 +71,7 @@ class SAPOConfig(GRPOConfig):
         self._refuse_options_of_another_loss(objective)
 
     def make_objective(self) -> Objective:
-        """The objective these settings name.
+        """Make the objective these settings name.
 
         Raises:
             ValueError: an unknown name or a wrong setting.
@@ -194,7 +194,7 @@ class SAPOTrainer(GRPOTrainer):
         return out.loss * self.accelerator.num_processes
 
     def _open_window(self, inputs: dict[str, Any], train: bool) -> _Window:
-        """The counts of the mini-batch that begins here: its micro-batches lie in the buffer already."""
+        """Count the mini-batch that begins here: its micro-batches lie in the buffer already."""
         parts = [inputs]
         if train:
             steps, held = self.current_gradient_accumulation_steps, self.args.steps_per_generation
@@ -238,7 +238,7 @@ class SAPOTrainer(GRPOTrainer):
         )
 
     def _head_applies(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the policy head can stand in for the model's: one process, plain text, a plain output embedding."""
+        """Return whether the policy head can replace the model's: one process, plain text, a plain output embedding."""
         if not self.args.policy_head or self.accelerator.num_processes > 1 or self.aux_loss_enabled:
             return False
         if self.args.cast_lm_head_to_fp32 or any(inputs.get(name) is not None for name in MULTIMODAL):
@@ -250,7 +250,7 @@ class SAPOTrainer(GRPOTrainer):
         return plain and all(getattr(config, name, None) is None for name in SCALED_LOGITS)
 
     def _through_policy_head(self, model: Any, inputs: dict[str, Any], tokens: _Tokens) -> _Forward:
-        """Hidden states, then log pi, slopes and gradients one chunk of logits at a time."""
+        """Compute hidden states, then log pi, slopes and gradients one chunk of logits at a time."""
         inner = _inner_model(self.accelerator.unwrap_model(model))
         ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -289,7 +289,7 @@ class SAPOTrainer(GRPOTrainer):
         )
 
     def _through_log_probs(self, model: Any, inputs: dict[str, Any], tokens: _Tokens) -> _Forward:
-        """TRL's differentiable log-probabilities and our objective on them, by autograd."""
+        """Apply our objective to TRL's differentiable log-probabilities, by autograd."""
         logprob_BT, entropy_BT, aux_loss = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -327,7 +327,7 @@ class SAPOTrainer(GRPOTrainer):
         return self.objective.surrogate(logprob - old, advantage, sequence, tokens.num_sequences, old)
 
     def _log_window(self, window: _Window, mode: str) -> None:
-        """Metrics of one mini-batch over the tokens of every process."""
+        """Log metrics of one mini-batch over the tokens of every process."""
         gathered = self._gather(window.log_ratio_M), self._gather(window.weight_M), self._gather(window.advantage_M)
         metrics = gate_metrics(*gathered)
         if metrics:
@@ -347,18 +347,18 @@ class SAPOTrainer(GRPOTrainer):
 
 
 def _response_mask(inputs: dict[str, Any]) -> Tensor:
-    """Tokens the policy wrote: those of a tool's answer are masked out."""
+    """Return the tokens the policy wrote: those of a tool's answer are masked out."""
     mask_BT: Tensor = inputs["completion_mask"].bool()
     return mask_BT & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask_BT
 
 
 def _inner_model(model: Any) -> Any:
-    """The language model inside an adapter."""
+    """Return the language model inside an adapter."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _kl(logprob: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The estimator k3 of KL(pi, ref) at each token and its derivative in log pi, within the bound of our ratios."""
+    """Estimate KL(pi, ref) at each token by k3, with its derivative in log pi, within the bound of our ratios."""
     gap = (reference - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return gap.exp() - gap - 1, 1 - gap.detach().exp()
 
@@ -368,6 +368,6 @@ def _slice(surrogate: Surrogate, at: slice) -> Surrogate:
 
 
 def _join(parts: list[Surrogate], like: Tensor) -> Surrogate:
-    """The chunks of the head as one; empty where there was no response token."""
+    """Join the chunks of the head; empty where there was no response token."""
     pick: Callable[[str], Tensor] = lambda f: torch.cat([getattr(p, f) for p in parts] or [like.new_zeros(0)])  # noqa: E731
     return Surrogate(pick("value_M"), pick("slope_M"), pick("weight_M"))

@@ -101,14 +101,14 @@ def register(name: str, objective: str, **hyper: Any) -> None:
 
 
 def _clip(actor: Any, side: str) -> float:
-    """verl's clip_ratio_low or clip_ratio_high, or clip_ratio where it is None."""
+    """Return verl's clip_ratio_low or clip_ratio_high, or clip_ratio where it is None."""
     own = getattr(actor, f"clip_ratio_{side}")
     value: float = actor.clip_ratio if own is None else own
     return value
 
 
 def _scale(objective: str, advantages: Tensor, weights: Tensor) -> Tensor:
-    """Rollout-correction weights times advantages: f(r) A w, of which only A is ours to scale."""
+    """Scale advantages by rollout-correction weights: f(r) A w, of which only A is ours to scale."""
     if objective == "maspo":
         raise ValueError(
             "maspo's gate reads the advantage, so rollout_is_weights cannot scale it; got both; use another"
@@ -117,7 +117,7 @@ def _scale(objective: str, advantages: Tensor, weights: Tensor) -> Tensor:
 
 
 def _aggregate(objective: str, tensors: tuple[Tensor, ...], mode: str, config: Any, settings: dict[str, Any]) -> Tensor:
-    """The loss under verl's loss_agg_mode, over the mini-batch whose counts verl gives, or this batch without them."""
+    """Aggregate the loss under verl's loss_agg_mode, over the mini-batch whose counts verl gives, or this batch."""
     if mode not in AGGREGATIONS:
         known = ", ".join(AGGREGATIONS)
         raise ValueError(f"loss_agg_mode must be one of {known}; got {mode!r}; choose one of these")
@@ -140,7 +140,7 @@ def _aggregate(objective: str, tensors: tuple[Tensor, ...], mode: str, config: A
 
 @torch.no_grad()
 def _metrics(objective: str, tensors: tuple[Tensor, ...], settings: dict[str, Any]) -> dict[str, float]:
-    """What every micro-batch can say, for verl asks the same keys of each: EUR, mean |r - 1|, mean -log r."""
+    """Return what every micro-batch can say, for verl asks each for the same keys: EUR, mean |r - 1|, -log r."""
     log_prob, old_log_prob, advantages, mask_BT = tensors
     if not bool(mask_BT.any()):
         return {}

@@ -100,7 +100,7 @@ def attention(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """Compute (b, H, Q, D) softmax(scaling q k + mask) v; scores are c tanh(x / c) where a model caps them (Gemma 2)."""
+    """Compute (b, H, Q, D) softmax(scaling q k + mask) v; scores are c tanh(x / c) if capped (Gemma 2)."""
     repeats = query_bHQD.shape[1] // key_bhKD.shape[1]
     # On a GPU grouped heads beside a mask would be left to the kernel that keeps all scores.
     grouped = repeats > 1 and softcap is None and query_bHQD.device.type != "cuda"

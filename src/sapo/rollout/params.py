@@ -57,5 +57,5 @@ class SamplingParams:
 
     @property
     def full_distribution(self) -> bool:
-        """True when no token is cut off, so that the sampler's log-probabilities are the policy's."""
+        """Return whether no token is cut off, so that the sampler's log-probabilities are the policy's."""
         return self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0

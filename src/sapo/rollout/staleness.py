@@ -44,7 +44,7 @@ class Staleness:
     minibatches: int
 
     def num_due(self, step: int, update: int) -> int:
-        """Batches that must have been sampled before an update (0, 1, ...) of a step (0, 1, ...)."""
+        """Return the batches that must be sampled before an update (0, 1, ...) of a step (0, 1, ...)."""
         ahead = -(-self.updates // self.minibatches)
         after = ahead * self.minibatches - self.updates  # updates of a step before it samples
         return step + ahead + (update >= after)

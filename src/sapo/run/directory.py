@@ -87,7 +87,7 @@ class RunDirectory:
 
     @staticmethod
     def read_config(path: Path) -> RunConfig:
-        """The recipe of a run, without the lock: the run may be going on.
+        """Read the recipe of a run, without the lock: the run may be going on.
 
         Raises:
             ConfigError: there is none, or it cannot be read.
@@ -104,7 +104,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
+        """Return where checkpoints are kept."""
         return self.path / "checkpoints"
 
     def write_config(self, config: RunConfig) -> None:
@@ -130,14 +130,14 @@ class RunDirectory:
         self._metrics.flush()
 
     def metrics_bytes(self) -> int:
-        """Size of metrics.jsonl, flushed to the disk: what a checkpoint remembers."""
+        """Return the size of metrics.jsonl, flushed to the disk: what a checkpoint remembers."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
         file = self.path / "metrics.jsonl"
         return file.stat().st_size if file.exists() else 0
 
     def rewind(self, size: int, step: int) -> None:
-        """Back to a checkpoint: metrics.jsonl cut to what it remembers, rollouts/ to its step; both are written again.
+        """Rewind to a checkpoint: cut metrics.jsonl to what it remembers and rollouts/ to its step.
 
         failure.json goes: the run is under way.
 
@@ -158,7 +158,7 @@ class RunDirectory:
             os.truncate(file, size)
 
     def take_back(self, size: int, step: int, rollback: int) -> None:
-        """Back to a checkpoint for good: what came after goes to rolled-back/, as metrics-K.jsonl and rollouts-K/."""
+        """Roll back to a checkpoint: move what came after to rolled-back/, as metrics-K.jsonl and rollouts-K/."""
         self.close_metrics()
         file = self.path / "metrics.jsonl"
         after = file.read_bytes()[size:].decode("utf-8")

@@ -62,7 +62,7 @@ class Journal:
 
     @property
     def logs_rollouts(self) -> bool:
-        """Whether the present step's completions are written."""
+        """Return whether the present step's completions are written."""
         step, every = self._state().step + 1, self.config.log.rollouts_every
         return every > 0 and (step == 1 or step % every == 0)
 
@@ -90,7 +90,7 @@ class Journal:
         self.loggers.go_back(self._state().step)
 
     def _timing(self, tokens: float) -> dict[str, float]:
-        """Seconds of the step by phase, since the last one's line."""
+        """Return the seconds of the step by phase, since the last step's line."""
         now = dict(self._state().seconds)
         seconds = {k: v - self._seconds_before.get(k, 0.0) for k, v in now.items()}
         self._seconds_before = now

@@ -12,19 +12,19 @@ class Listener(Protocol):
     """Who is told of a run's progress."""
 
     def started(self, config: RunConfig) -> None:
-        """The loop begins, or goes on."""
+        """Hear that the loop begins, or goes on."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl was written."""
+        """Hear that a line of metrics.jsonl was written."""
 
     def warning(self, text: str) -> None:
-        """Something the user should know and may ignore."""
+        """Hear of something the user should know and may ignore."""
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint was written."""
+        """Hear that a checkpoint was written."""
 
     def resumed(self, checkpoint: Checkpoint) -> None:
-        """The run goes on from a checkpoint."""
+        """Hear that the run resumes from a checkpoint."""
 
 
 class Silent:

@@ -24,7 +24,7 @@ DECIDING_BITS = ("versions", "processor", "cpu_capability", "mkl_cbwr", "kernels
 
 
 def resolve_device(device: str) -> str:
-    """`auto` to what the machine has.
+    """Resolve `auto` to the device the machine has.
 
     Raises:
         ConfigError: a device that is not there.
@@ -41,7 +41,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_machine(config: RunConfig) -> RunConfig:
-    """Settle threads and device, and apply the threads: another count is another rounding.
+    """Choose threads and device, and apply the threads: another count is another rounding.
 
     Raises:
         ConfigError: a device that is not there, or CUDA graphs on one that has none.
@@ -57,7 +57,7 @@ def resolve_machine(config: RunConfig) -> RunConfig:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine, for config.yaml."""
+    """Return versions, commit and machine, for config.yaml."""
     return {
         "versions": {name: metadata.version(name) for name in RECORDED_PACKAGES},
         "python": platform.python_version(),
@@ -71,7 +71,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source checkout, with a mark when it has been changed; None for an installed package."""
+    """Return the commit of the source checkout, marked when it has been changed; None for an installed package."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(

@@ -13,7 +13,7 @@ from sapo.training.checkpoint import newest_whole
 
 
 def newest_model(path: Path) -> Path:
-    """The model directory meant by a path: itself, or the newest whole checkpoint of a run.
+    """Return the model directory meant by a path: itself, or the newest whole checkpoint of a run.
 
     Raises:
         ConfigError: a run without a checkpoint.
@@ -27,13 +27,13 @@ def newest_model(path: Path) -> Path:
 
 
 def run_of(model: Path) -> Path | None:
-    """The run directory that a path is, or is a checkpoint of."""
+    """Return the run directory that a path is, or is a checkpoint of."""
     checkpoint_of = model.resolve().parent.parent if model.resolve().parent.name == "checkpoints" else None
     return next((d for d in (model, checkpoint_of) if d is not None and (d / "config.yaml").is_file()), None)
 
 
 def load_model(model: str | Path, dtype: str | None = None, device: str = "auto") -> tuple[Policy, Path]:
-    """A model by path or hub id, or the newest whole checkpoint of a run, loaded as the run's own recipe says.
+    """Load a model by path or hub id, or the newest whole checkpoint of a run as the run's own recipe says.
 
     Args:
         dtype: that of a run's recipe, else float32, when None.

@@ -39,7 +39,7 @@ class Profiler:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """While the run goes on: parts of phases are timed if a profile was asked for."""
+        """Time the parts of phases while the run goes on, if a profile was asked for."""
         if self.settings is None:
             yield
             return
@@ -48,7 +48,7 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """One step, 1-based; traced when it is one of those asked for. A step that ends in an exception leaves none."""
+        """Trace one step, 1-based, when it is one of those asked for; one that ends in an exception leaves no trace."""
         if not self._traced(step):
             yield
             return
@@ -64,7 +64,7 @@ class Profiler:
 
 
 def phases(seconds: MutableMapping[str, float]) -> dict[str, float]:
-    """The phases alone, which add up to the run's time; their parts are left out.
+    """Return the phases alone, which add up to the run's time, without their parts.
 
     >>> phases({"update": 2.0, "update/head": 0.5})
     {'update': 2.0}

@@ -40,7 +40,7 @@ def rollout_records(
     sampler_is_old: bool,
     dropped: Sequence[Group] = (),
 ) -> Iterator[dict[str, Any]]:
-    """One record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
+    """Yield one record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
 
     What a completion does not have (a shaped reward, a mask, further figures of its verifier) is left out.
 

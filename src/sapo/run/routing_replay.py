@@ -33,7 +33,7 @@ class RoutingReplay:
 
     @classmethod
     def of(cls, config: RunConfig, policy: Policy) -> RoutingReplay | None:
-        """That of a run, None where it has none."""
+        """Make the routing replay of a run, None where it has none."""
         return cls(config, policy) if config.model.routing_replay else None
 
     def engine_records(self, old_logprobs: str | None) -> bool:
@@ -42,7 +42,7 @@ class RoutingReplay:
         return replay_kind(self._config, old_logprobs) != "R2"
 
     def trainer_records(self, old_logprobs: str | None) -> bool:
-        """Whether the forward that computes log pi_old is recorded; under R3 it goes through the engine's experts."""
+        """Return whether the forward that computes log pi_old is recorded; under R3 it uses the engine's experts."""
         return replay_kind(self._config, old_logprobs) == "R2"
 
     def settle(self, old_logprobs: str, directory: RunDirectory) -> dict[str, Any]:
@@ -53,6 +53,6 @@ class RoutingReplay:
         return figures
 
     def figures(self, old_logprobs: str | None) -> dict[str, Any]:
-        """What metrics.jsonl and summary.json say of it."""
+        """Return what metrics.jsonl and summary.json say of it."""
         kind = replay_kind(self._config, old_logprobs)
         return {} if kind is None else {"routing_replay": kind}

@@ -37,7 +37,7 @@ class RolloutBatch:
     """Updates of the run before it was sampled, skipped ones counted."""
 
     def age(self, updates: int) -> int:
-        """How many updates old it is after so many of the run."""
+        """Return how many updates old it is after so many of the run."""
         return updates - self.sampled_at
 
 
@@ -95,7 +95,7 @@ class RunState:
 
     @property
     def num_sampled(self) -> int:
-        """Rollout batches sampled so far: those of the steps done, the present one, those ahead."""
+        """Count the rollout batches sampled so far: those of the steps done, the present one, those ahead."""
         return self.step + (self.groups is not None) + len(self.ahead)
 
     def take_next(self, minibatches: int) -> RolloutBatch:

@@ -57,7 +57,7 @@ class Pool:
         values[slots, :, :stop] = value_bKhD.transpose(1, 2).to(values.dtype)
 
     def read(self, layer: int, slot: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys (kv heads, D, length) and values (kv heads, length, D) of one slot, without the padding."""
+        """Return keys (kv heads, D, length) and values (kv heads, length, D) of one slot, without the padding."""
         keys, values = self.layers[layer]
         return keys[slot, :, :, : self.length], values[slot, :, : self.length]
 
@@ -107,12 +107,12 @@ class KVCache:
 
     @property
     def num_places(self) -> int:
-        """Tokens that a layer has room for."""
+        """Return the tokens that a layer has room for."""
         pools = [self.preamble, *self.pools]
         return sum(p.slots * _padded(p.length) for p in pools if p.length) + self.rows * _padded(self.length)
 
     def has_slot(self, group: int) -> bool:
-        """Whether a slot is free for a group's prompt."""
+        """Return whether a slot is free for a group's prompt."""
         pool = self.pool_of[group]
         return len(pool.groups) < pool.slots
 
@@ -144,7 +144,7 @@ class KVCache:
         return keys, values
 
     def own(self, layer: int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's suffixes: keys (rows, kv heads, D, length) and values (rows, kv heads, length, D)."""
+        """Return a layer's suffixes: keys (rows, kv heads, D, length) and values (rows, kv heads, length, D)."""
         if layer not in self.layers:
             self.layers[layer] = _allocate(self.rows, self.length, key_RhD[0], value_RhD[0])
         return self.layers[layer]
@@ -159,7 +159,7 @@ class KVCache:
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values are kept in.
+    """Return the precision that keys and values are kept in.
 
     On a CPU products of bfloat16 round their results to bfloat16, scores too, where the attention kernels of training
     keep them in float32. The values stay those of the model.
@@ -183,7 +183,7 @@ def _allocate(count: int, length: int, key_hD: Tensor, value_hD: Tensor) -> tupl
 
 
 def _similar(lengths: np.ndarray) -> list[list[int]]:
-    """Indices of similar lengths together, the longest first."""
+    """Group indices of similar lengths, the longest first."""
     members: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[members[-1][0]] if members else 0

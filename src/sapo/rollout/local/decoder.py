@@ -65,16 +65,16 @@ class Decoder(Protocol):
     """What the rollout engine needs of a model."""
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
-        """(N, H) last hidden states of packed tokens; see `Policy.hidden`."""
+        """Compute (N, H) last hidden states of packed tokens; see `Policy.hidden`."""
         ...
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """(N, V) logits in float32 of last hidden states, valid until the next call; the caller may overwrite them."""
+        """Compute (N, V) logits in float32 of last hidden states, valid until the next call and free to overwrite."""
         ...
 
 
 def decoder_of(policy: Policy, calls: int, on_experts: OnExperts | None = None) -> Decoder:
-    """The fastest forward of a policy at its present weights, for about so many calls; the policy itself at worst.
+    """Return the fastest forward of a policy at its weights, for about so many calls; the policy itself at worst.
 
     Args:
         on_experts: called with (router, experts) for each layer that has a router, in order from 0, and its (N, k)
@@ -84,7 +84,7 @@ def decoder_of(policy: Policy, calls: int, on_experts: OnExperts | None = None) 
 
 
 def refusal(policy: Policy) -> str | None:
-    """Why a policy cannot take the fast path; None when it can."""
+    """Return why a policy cannot take the fast path; None when it can."""
     model, decoder = policy.model, policy.decoder
     rotary: Any = getattr(decoder, "rotary_emb", None)
     family = type(decoder).__name__.removesuffix("Model")
@@ -122,7 +122,7 @@ def refusal(policy: Policy) -> str | None:
 
 
 def copied_bytes(policy: Policy, calls: int) -> int:
-    """Bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
+    """Return the bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
     if refusal(policy) is not None:
         return 0
     pack = _packing(policy, calls)
@@ -149,7 +149,7 @@ def copied_bytes(policy: Policy, calls: int) -> int:
 
 
 def _folded(decoder: Any) -> set[int]:
-    """Addresses of the weights whose adapters are folded into copies."""
+    """Return the addresses of the weights whose adapters are folded into copies."""
     return {m.weight.data_ptr() for m in decoder.modules() if is_adapted(m) and not m.disable_adapters}
 
 
@@ -217,7 +217,7 @@ class FastDecoder:
         return self.head.widened(hidden_NH)
 
     def _rotation(self, position_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        """cos (N, D) and, with the sign of the half it multiplies, sin (N, D), as the model computes them."""
+        """Compute cos (N, D) and sin (N, D), with the sign of the half it multiplies, as the model does."""
         cos_1ND, sin_1ND = self.rotary(self.embedding, position_ids_N[None])
         half = sin_1ND.shape[-1] // 2
         sin_1ND[..., :half].neg_()
@@ -383,12 +383,12 @@ class Linear:
         return F.linear(input_NI, self.weight, self.bias)
 
     def widened(self, input_NI: Tensor) -> Tensor:
-        """The outputs in float32, after they were rounded to the weight's dtype."""
+        """Return the outputs in float32, after they were rounded to the weight's dtype."""
         return self(input_NI).float()
 
 
 def _joined(modules: list[nn.Linear], pack: Packing) -> Linear | PackedLinear:
-    """Of linear layers with the same input: their outputs, one behind the other."""
+    """Join linear layers with the same input: their outputs, one behind the other."""
     biases: list[Tensor | None] = [m.bias for m in modules]
     assert len({bias is None for bias in biases}) == 1, "joined layers have all a bias or none"
     return _linear([folded_weight(m) for m in modules], biases, pack)
@@ -403,7 +403,7 @@ def _linear(weights: list[Tensor], biases: list[Tensor | None], pack: Packing) -
 
 
 def _packing(policy: Policy, calls: int) -> Packing:
-    """How weights are packed for so many calls on this machine."""
+    """Decide how weights are packed for so many calls on this machine."""
     native = kernels(policy.device, policy.dtype)
     if calls < PACKED_CALLS:
         return False
@@ -413,7 +413,7 @@ def _packing(policy: Policy, calls: int) -> Packing:
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine's oneDNN takes packed weights of that precision."""
+    """Return whether this machine's oneDNN takes packed weights of that precision."""
     if (
         device.type != "cpu"
         or not torch.backends.mkldnn.is_available()
@@ -430,7 +430,7 @@ def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Ke
 
 
 def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:
-    """silu(gate) * up."""
+    """Compute silu(gate) * up."""
     if native is not None:
         return native.gate(gate_up_NI)
     gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
@@ -438,7 +438,7 @@ def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:
 
 
 def _rotate(both_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
-    """x cos + (-x2, x1) sin; the sign of the first half is in `sin_N1D`."""
+    """Compute x cos + (-x2, x1) sin; the sign of the first half is in `sin_N1D`."""
     turned = both_NHD * cos_N1D
     half = both_NHD.shape[-1] // 2
     turned[..., :half].addcmul_(both_NHD[..., half:], sin_N1D[..., :half])

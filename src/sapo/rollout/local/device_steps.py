@@ -50,7 +50,7 @@ SHORTEST_SUFFIX = 32
 
 
 def uses_device_steps(policy: Policy, choice: GraphChoice, recording: bool) -> bool:
-    """Whether a policy is decoded by device steps.
+    """Return whether a policy is decoded by device steps.
 
     Args:
         recording: the experts of every token are to be recorded, which is done step by step.
@@ -70,7 +70,7 @@ def uses_device_steps(policy: Policy, choice: GraphChoice, recording: bool) -> b
 
 
 def capture_on(device: torch.device, choice: GraphChoice) -> Capture | None:
-    """How steps are captured; None where they are not."""
+    """Return how steps are captured; None where they are not."""
     return CudaCapture(device) if device.type == "cuda" and choice != "eager" else None
 
 
@@ -136,7 +136,7 @@ class StepShape:
 
 
 def size_for(count: int, most: int) -> int:
-    """The least size that holds so many, at most a quarter more: 1, 2, ... 8, 10, 12, 14, 16, 20, ..., `most` at most.
+    """Return the least size that holds so many, at most a quarter more: 1 ... 8, 10, 12, 14, 16, 20, ..., `most`.
 
     >>> [size_for(n, 100) for n in (1, 7, 9, 33, 97)]
     [1, 7, 10, 40, 100]
@@ -211,7 +211,7 @@ class DeviceSteps:
         return drawn, finished
 
     def _shape(self, group_R: np.ndarray, longest: int) -> StepShape:
-        """The shape that holds the rows and their suffixes of up to `longest` tokens."""
+        """Return the shape that holds the rows and their suffixes of up to `longest` tokens."""
         present = set(group_R.tolist())
         used = [sum(g in present for g in pool.groups) for pool in self.cache.pools]
         own = max(SHORTEST_SUFFIX, 1 << (longest - 1).bit_length())
@@ -250,7 +250,7 @@ class DeviceSteps:
         return place_R
 
     def _take(self, shape: StepShape) -> None:
-        """One step: itself the first time, which also prepares what libraries prepare once, then its capture."""
+        """Run one step: itself the first time, which also prepares what libraries prepare once, then its capture."""
         step = self.captured.get(shape)
         if step is None:
             step = partial(self.step, shape)

@@ -289,7 +289,7 @@ class _Decoding:
         self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
 
     def _decode(self, rows: int) -> Tensor:
-        """The hidden states of the first rows after the token each has drawn last."""
+        """Compute the hidden states of the first rows after the token each has drawn last."""
         if self.arrangement is None or len(self.arrangement.prompt_R) != rows:
             self.arrangement = Arrangement(self.cache, self.request[:rows], self.policy.device)
         drawn = self.generated[:rows] - 1
@@ -336,7 +336,7 @@ class _Decoding:
         )
 
     def completions(self) -> list[tuple[Completion, ...]]:
-        """All results, in the order of the requests."""
+        """Return all results, in the order of the requests."""
         finished: list[tuple[Completion, ...]] = []
         for samples in self.results:
             assert all(c is not None for c in samples), "a row was lost"

@@ -63,7 +63,7 @@ class PrefillLayout:
         sliding_window: int | None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Causal attention of each prompt to the preamble and to itself; see `Layout.attend`."""
+        """Attend causally from each prompt to the preamble and to itself; see `Layout.attend`."""
         outputs = []
         for pool, slots, place, size in self.parts:
             query_bQHD, key_bKhD, value_bKhD = (
@@ -132,7 +132,7 @@ class Arrangement:
 
     @cached_property
     def gathered(self) -> tuple[list[Part], Tensor]:
-        """The rows of each pool in use, and (R,) where each row stands among those: for torch's operations alone."""
+        """Gather the rows of each pool in use, and (R,) where each row stands among those: for torch's operations."""
         cache, group_R, order = self.cache, self._group_R, self._order
         parts: list[Part] = []
         inverse = np.empty(len(group_R), dtype=np.int64)
@@ -158,7 +158,7 @@ class Arrangement:
 
     @property
     def even(self) -> bool:
-        """Whether every row's prompt has the same length, so that none is padded."""
+        """Return whether every row's prompt has the same length, so that none is padded."""
         return bool((self.prompt_R == self.prompt_R[0]).all())
 
 
@@ -180,7 +180,7 @@ class _Joined:
         self.num_keys = max(part.num_keys for part in parts)
 
     def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(R, 1, 1, K) additive; None where every row sees every key."""
+        """Return the (R, 1, 1, K) additive mask; None where every row sees every key."""
         raise NotImplementedError
 
     def attend(
@@ -215,7 +215,7 @@ class _Joined:
         return output_RhrD.reshape(rows, heads, value.shape[2]).to(query.dtype)
 
     def _prefix_scores(self, layer: int, query_RhrD: Tensor) -> list[Tensor]:
-        """Scores of the preamble, if there is one, and of the prompts, (R, kv heads, heads of each, K)."""
+        """Compute the scores of the preamble, if there is one, and of the prompts, (R, kv heads, heads of each, K)."""
         rows, kv_heads, repeats, size = query_RhrD.shape
         found = []
         if self.cache.preamble.length:
@@ -309,7 +309,7 @@ class _DecodeByTorch(_Joined):
         return self._masks[sliding_window, dtype]
 
     def _hidden(self, sliding_window: int | None) -> np.ndarray:
-        """(R, K) bool: keys beyond a row's prompt or suffix, or further back than the window."""
+        """Return (R, K) bool: keys beyond a row's prompt or suffix, or further back than the window."""
         before, prompt_R1 = self.cache.preamble.length, self.arrangement.prompt_R[:, None]
         prompt_K, own_K = np.arange(self.num_keys), np.arange(self.num_own)
         hidden_RK = np.zeros((len(self.length_R), before + len(prompt_K) + len(own_K)), dtype=bool)
@@ -363,14 +363,14 @@ class StaticLayout(_Joined):
 
 
 def _suits_kernel(query_RHD: Tensor, key_RhD: Tensor, value_RhD: Tensor) -> bool:
-    """Whether the kernel reads a cache of such keys and values: float32, in whole vector registers."""
+    """Return whether the kernel reads a cache of such keys and values: float32, in whole vector registers."""
     size = query_RHD.shape[2]
     kept = {cache_dtype(t.dtype, t.device) for t in (key_RhD, value_RhD)}
     return kept == {torch.float32} and size == value_RhD.shape[2] and size % LANES == 0
 
 
 def _product(left_XQK: Tensor, right_XKD: Tensor) -> Tensor:
-    """Batched left @ right, of half precision in float32: the kernels of training keep scores and sums so."""
+    """Multiply batches, left @ right, half precision in float32: the kernels of training keep scores and sums so."""
     if left_XQK.dtype not in (torch.bfloat16, torch.float16):
         return left_XQK @ right_XKD
     if left_XQK.device.type != "cuda":
@@ -380,6 +380,6 @@ def _product(left_XQK: Tensor, right_XKD: Tensor) -> Tensor:
 
 
 def _by_group(source_RhrX: Tensor, part: Part) -> Tensor:
-    """(groups, kv heads, rows of a group * heads of each, X): a group's rows side by side."""
+    """Arrange as (groups, kv heads, rows of a group * heads of each, X): a group's rows side by side."""
     by_row = source_RhrX.index_select(0, part.gather).unflatten(0, (part.groups, -1))
     return by_row.transpose(1, 2).flatten(2, 3)

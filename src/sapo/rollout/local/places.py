@@ -79,7 +79,7 @@ class NativeStep:
         return output_RHD.to(query.dtype)
 
     def bases(self, layer: int) -> np.ndarray:
-        """Addresses of each pool's keys and values, and the tokens they have room for."""
+        """Return the addresses of each pool's keys and values, and the tokens they have room for."""
         if layer not in self._found:
             layers = [pool.layers[layer] for pool in self.pools]
             self._found[layer] = np.array([(k.data_ptr(), v.data_ptr(), k.shape[3]) for k, v in layers])
@@ -93,14 +93,14 @@ class NativeStep:
 
 
 def _rows_of_float(tensor_RHD: Tensor) -> Tensor:
-    """In float32, each row's heads one after the other."""
+    """Return each row's heads one after the other, in float32."""
     tensor_RHD = tensor_RHD.float()
     _, _, size = tensor_RHD.shape
     return tensor_RHD if tensor_RHD.stride()[1:] == (size, 1) else tensor_RHD.contiguous()
 
 
 def places_of(step: NativeStep, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
-    """What packed.c is told of an arrangement; the same until rows come or go."""
+    """Return what packed.c is told of an arrangement; the same until rows come or go."""
     cache, before = step.cache, step.cache.preamble
     if cache.own_tokens is None:
         cache.own_tokens = OwnTokens(cache.rows, cache.length, layers, kv_heads, size, dtype)

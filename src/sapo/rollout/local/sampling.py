@@ -74,7 +74,7 @@ class _Blocks:
         self.whole = vocabulary // self.size
 
     def reduce(self, reduction: Callable[..., Tensor], source_RV: Tensor) -> Tensor:
-        """(R, blocks): the reduction of each block, the last of which may be shorter."""
+        """Reduce each block, the last of which may be shorter: (R, blocks)."""
         covered = self.whole * self.size
         parts = []
         if covered:
@@ -84,7 +84,7 @@ class _Blocks:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def invert(self, weight_RV: Tensor, likeliest_R1: Tensor, uniform_R1: Tensor) -> tuple[Tensor, Tensor]:
-        """The first token of each row whose cumulative weight exceeds uniform x total, and the total, (R, 1) each.
+        """Find the first token of each row whose cumulative weight exceeds uniform x total, and the total, (R, 1) each.
 
         Args:
             weight_RV: float32, at most 1.
@@ -101,7 +101,7 @@ class _Blocks:
         return (block_R1 * self.size + token_R1).clamp_(max=self.vocabulary - 1), total_R1
 
     def _tokens(self, weight_RV: Tensor, block_R1: Tensor) -> Tensor:
-        """(R, size) float64 weights of one block of each row; places beyond the vocabulary weigh nothing."""
+        """Return (R, size) float64 weights of one block of each row; places beyond the vocabulary weigh nothing."""
         place_RS = block_R1 * self.size + torch.arange(self.size, device=weight_RV.device)
         if self.whole * self.size == self.vocabulary:
             return weight_RV.gather(1, place_RS).double()
@@ -110,7 +110,7 @@ class _Blocks:
 
 
 def _cross(weight_RK: Tensor, cumulative_RK: Tensor, threshold_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative weight first exceeds the threshold, and what of the threshold lies within that place.
+    """Find where the cumulative weight first exceeds the threshold, and what of it lies within that place.
 
     A threshold that rounding put outside of what the row holds is moved inside, so that the place found always has a
     weight above 0.

@@ -42,7 +42,7 @@ class StopRules:
         """Whether there is a token that may complete a string, which only what it is decoded to tells."""
 
     def stopped(self, set_R: Tensor, tokens_R: Tensor, history_RT: Tensor, generated_R: Tensor) -> Tensor:
-        """(R,) bool: which rows end with the token just drawn.
+        """Return (R,) bool: which rows end with the token just drawn.
 
         Args:
             set_R: number of each row's stop set.
@@ -56,7 +56,7 @@ class StopRules:
         return stopped_R
 
     def completed(self, number: int, history_T: Tensor, generated: int) -> bool:
-        """Whether the last of a row's tokens has completed a string of its stop set."""
+        """Return whether the last of a row's tokens has completed a string of its stop set."""
         strings = self.stop_sets[number]
         # A token holds one character at least, or is part of one: so many tokens hold the whole string.
         first = max(0, generated - 4 * max(map(len, strings)))
@@ -64,7 +64,7 @@ class StopRules:
         return any(string in tail for string in strings)
 
     def text(self, number: int, token_ids: Sequence[int]) -> str:
-        """A finished completion's text: what comes before the end token or the stop string."""
+        """Return a finished completion's text: what comes before the end token or the stop string."""
         if token_ids[-1] in self.stop_token_ids:
             return self.policy.decode(token_ids[:-1])
         text = self.policy.decode(token_ids)
@@ -73,7 +73,7 @@ class StopRules:
 
 
 def _tokens_of(policy: Policy, string: str) -> tuple[list[int], list[int]]:
-    """Tokens that hold the string, and tokens that may complete it because they begin with an end of it."""
+    """Return tokens that hold the string, and tokens that may complete it because they begin with an end of it."""
     ends, may = [], []
     tails = tuple(string[i:] for i in range(1, len(string)))
     for token, text in enumerate(policy.token_texts()):

@@ -90,7 +90,7 @@ class LoggerSet:
                 loggers.append(Trackio(log.trackio, self.directory.name, identity, settings))
 
     def go_back(self, step: int) -> None:
-        """The run goes on from an earlier step: what was logged after it is logged anew."""
+        """Log anew from an earlier step on, after a rollback."""
         self.close()
         self.resumed_at = step
         self.open()
@@ -107,7 +107,7 @@ class LoggerSet:
 
 
 def run_identity(directory: Path) -> str:
-    """What names this run to loggers outside it: drawn once, the same after every resume."""
+    """Return what names this run to loggers outside it: drawn once, the same after every resume."""
     file = directory / IDENTITY
     if not file.exists():
         write_whole(file, json.dumps({"id": secrets.token_hex(4)}) + "\n")

@@ -10,14 +10,14 @@ class Logger(Protocol):
     """Takes the figures of a step."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures by name; `task/<name>/...` are those of one task."""
+        """Log figures by name; `task/<name>/...` are those of one task."""
 
     def close(self) -> None:
-        """Everything is written down when this returns."""
+        """Write everything down before this returns."""
 
 
 def panel_name(name: str) -> str:
-    """A figure's name for loggers that make a panel of what stands before the first slash: one for each task.
+    """Return a figure's name for loggers that make a panel of what stands before the first slash, by task.
 
     >>> panel_name("task/add4/reward/mean"), panel_name("train/reward/mean")
     ('task_add4/reward/mean', 'train/reward/mean')

@@ -57,7 +57,7 @@ def wandb_mode(config: WandbConfig) -> str:
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb would find a key without asking for one."""
+    """Return whether wandb would find a key without asking for one."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -65,7 +65,7 @@ class Kernels:
         """What packed.c multiplies on this processor."""
 
     def norm(self, input_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-        """RMSNorm, rounded before the weight multiplies."""
+        """Compute RMSNorm, rounded before the weight multiplies."""
         output_NH = torch.empty_like(input_NH)
         addresses = (input_NH.data_ptr(), weight_H.data_ptr(), output_NH.data_ptr())
         self._call("norm", input_NH, *addresses, *input_NH.shape, _float(epsilon))
@@ -81,14 +81,14 @@ class Kernels:
         self._call("rotate", both_NHD, *place, cos_ND.data_ptr(), sin_ND.data_ptr(), weight, _float(epsilon))
 
     def gate(self, gate_up_NI: Tensor) -> Tensor:
-        """silu(gate) * up of both side by side."""
+        """Compute silu(gate) * up of both side by side."""
         rows, width = gate_up_NI.shape
         output_NI = gate_up_NI.new_empty(rows, width // 2)
         self._call("gate", gate_up_NI, gate_up_NI.data_ptr(), output_NI.data_ptr(), rows, width // 2)
         return output_NI
 
     def attend(self, numbers: np.ndarray) -> None:
-        """One decode step's attention of one layer; rollout/places.py fills in the numbers.
+        """Compute one decode step's attention of one layer; rollout/local/places.py fills in the numbers.
 
         Raises:
             MemoryError: there was none for the scores.
@@ -97,7 +97,7 @@ class Kernels:
             raise MemoryError("no memory for the scores of a decode step; sample fewer rows or shorter completions")
 
     def packed(self, name: str, *numbers: int) -> int | None:
-        """A function of packed.c; model/packed.py says with what."""
+        """Call a function of packed.c; cpu/packed.py says with what."""
         result: int | None = self._packed[name]((ctypes.c_int64 * len(numbers))(*numbers))
         return result
 
@@ -106,14 +106,14 @@ class Kernels:
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """The kernels, where tensors of that kind can use them."""
+    """Return the kernels, where tensors of that kind can use them."""
     if device.type != "cpu" or dtype not in _NAMES or os.environ.get("SAPO_NATIVE", "1") == "0":
         return None
     return _load()
 
 
 def kernels_in_use() -> str:
-    """Which kernels this process has on a CPU: "torch", or the name of the compiled ones.
+    """Return which kernels this process has on a CPU: "torch", or the name of the compiled ones.
 
     Others round differently, so that a run which goes on with them does not go on to the bit.
     """
@@ -123,7 +123,7 @@ def kernels_in_use() -> str:
 
 @functools.lru_cache(maxsize=64)
 def _float(value: float) -> int:
-    """Address of a float32 that stays where it is."""
+    """Return the address of a float32 that stays where it is."""
     _floats.append(np.array([value], dtype=np.float32))
     return int(_floats[-1].ctypes.data)
 
@@ -132,7 +132,7 @@ _floats: list[np.ndarray] = []
 
 
 def compiles_here() -> bool:
-    """Whether there is a compiler whose kernels can be loaded; tried out, and nothing of it is kept."""
+    """Return whether a compiler makes kernels that can be loaded; it is tried, and nothing of it is kept."""
     try:
         compiler = _compiler()
         return compiler is not None and _own(compiler, "trial") is not None
@@ -141,7 +141,7 @@ def compiles_here() -> bool:
 
 
 def _compiler() -> list[str] | None:
-    """The command of $CC or cc, if there is such a program."""
+    """Return the command of $CC or cc, if there is such a program."""
     command = shlex.split(os.environ.get("CC", "cc"))
     return command if command and shutil.which(command[0]) is not None else None
 
@@ -162,7 +162,7 @@ def _load() -> Kernels | None:
 
 
 def _name(compiler: list[str]) -> str:
-    """By all that the library depends on."""
+    """Name the library by all that it depends on."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     sources = b"".join(source.read_bytes() for source in SOURCES)
     parts = (sources, version, " ".join((*compiler, *FLAGS)).encode(), _processor().encode())
@@ -170,7 +170,7 @@ def _name(compiler: list[str]) -> str:
 
 
 def _kept(compiler: list[str], name: str) -> ctypes.CDLL:
-    """The library in the cache directory, made if it is not there yet or cannot be loaded.
+    """Load the library in the cache directory, made if it is not there yet or cannot be loaded.
 
     Raises:
         OSError: the directory cannot be used, or others may write to it.
@@ -191,7 +191,7 @@ def _kept(compiler: list[str], name: str) -> ctypes.CDLL:
 
 
 def _own(compiler: list[str], name: str) -> ctypes.CDLL:
-    """The library of this process alone; once it is loaded, its file is not needed."""
+    """Load a library of this process alone; once it is loaded, its file is not needed."""
     with tempfile.TemporaryDirectory(prefix="sapo-") as directory:
         return ctypes.CDLL(str(_compile(compiler, Path(directory) / f"{name}.so")))
 
@@ -203,7 +203,7 @@ def _compile(compiler: list[str], target: Path) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache directory may be shared by different machines."""
+    """Return what -march=native depends on: a cache directory may be shared by different machines."""
     lines = dict.fromkeys(cpuinfo_lines())
     named = " ".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
     return named or platform.platform() + platform.processor()

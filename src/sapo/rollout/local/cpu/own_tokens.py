@@ -31,5 +31,5 @@ class OwnTokens:
         self.place_R = np.arange(rows)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Rows `source` become rows `target`, and these get their places."""
+        """Move rows `source` to rows `target`, which give them their places."""
         self.place_R[target], self.place_R[source] = self.place_R[source], self.place_R[target]

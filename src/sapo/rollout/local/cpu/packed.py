@@ -72,7 +72,7 @@ class Places:
 
     @property
     def rows(self) -> int:
-        """Rows that decode together."""
+        """Return the number of rows that decode together."""
         return len(self.order_R)
 
 
@@ -84,12 +84,12 @@ class OneTokenEach(Protocol):
     """Tokens each row has drawn and stored before."""
 
     def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
-        """Where such a model's keys and values are."""
+        """Return where such a model's keys and values are."""
         ...
 
 
 def suits(decoder: Any, native: Kernels | None, dtype: torch.dtype) -> bool:
-    """Whether packed.c computes a decoder that `fast.refusal` finds nothing against, on this processor."""
+    """Return whether packed.c computes a decoder that `refusal` finds nothing against, on this processor."""
     config = decoder.config
     return (
         native is not None
@@ -101,19 +101,19 @@ def suits(decoder: Any, native: Kernels | None, dtype: torch.dtype) -> bool:
 
 
 def _inner(mlp: Any) -> int:
-    """Inputs of the projection back to the hidden size, of each expert if there are such."""
+    """Return the inputs of the projection back to the hidden size, of each expert if there are such."""
     experts = getattr(mlp, "experts", None)
     return int(mlp.down_proj.in_features if experts is None else experts.down_proj.shape[-1])
 
 
 def panel_bytes(weights: Sequence[Tensor]) -> int:
-    """Of weights (M, K) with the same input, packed one behind the other."""
+    """Return the bytes of weights (M, K) with the same input, packed one behind the other."""
     outputs = sum(len(w) for w in weights)
     return -(-outputs // PANEL) * PANEL * weights[0].shape[1] * weights[0].element_size()
 
 
 def fresh_memory(num_bytes: int) -> Tensor:
-    """(num_bytes,) uint8 zeros in pages of 2 MiB where there are any: fewer faults, and fewer addresses to look up."""
+    """Allocate (num_bytes,) uint8 zeros in pages of 2 MiB where there are any: fewer faults and look-ups."""
     memory = mmap.mmap(-1, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
@@ -122,7 +122,7 @@ def fresh_memory(num_bytes: int) -> Tensor:
 
 
 def draw(native: Kernels, logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(R,) tokens of softmax(logits / temperature) and their log-probabilities.
+    """Draw (R,) tokens of softmax(logits / temperature), with their log-probabilities.
 
     Args:
         logits_RV: float32.
@@ -155,13 +155,13 @@ class Panels:
         self._used = 0
 
     def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> PackedLinear:
-        """x W' + b of weights (M, K) with the same input: their outputs, one behind the other."""
+        """Compute x W' + b of weights (M, K) with the same input: their outputs, one behind the other."""
         rows = np.concatenate([_addresses(w) for w in weights])
         held = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         return PackedLinear(self, self._packed(weights, rows), held, len(rows), weights[0].shape[1], STORED)
 
     def gated(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> PackedLinear:
-        """silu(gate) up of gate's weight and up's, (M, K) each."""
+        """Compute silu(gate) up of gate's weight and up's, (M, K) each."""
         rows = np.stack([_addresses(w).reshape(-1, LANES) for w in weights], axis=1).ravel()
         held = [b.detach().view(-1, LANES) for b in biases if b is not None]
         bias = torch.stack(held, dim=1).flatten() if held else None
@@ -204,7 +204,7 @@ class PackedLinear:
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Of weight and bias, which may be 0."""
+        """Return the addresses of weight and bias, which may be 0."""
         return self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
 
     def __call__(self, input_NI: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class PackedLinear:
         return self._multiply(input_NI, input_NI.new_empty(len(input_NI), width), self.mode)
 
     def widened(self, input_NI: Tensor) -> Tensor:
-        """The outputs in float32, after they were rounded to the weight's dtype; valid until the next call."""
+        """Return the outputs in float32, rounded to the weight's dtype before; valid until the next call."""
         if len(self._widened) < len(input_NI):  # memory of that size would be given back and zeroed again at each step
             self._widened = torch.empty(len(input_NI), self.outputs)
         return self._multiply(input_NI, self._widened[: len(input_NI)], WIDENED)
@@ -339,7 +339,7 @@ def _fields(layer: Any) -> tuple[int, ...]:
 
 
 def _addresses(weight_MK: Tensor) -> np.ndarray:
-    """Of each row."""
+    """Return the address of each row."""
     rows, width = weight_MK.shape
     assert weight_MK.stride() == (width, 1), "packed.c reads weights as they lie"
     return weight_MK.data_ptr() + np.arange(rows, dtype=np.int64) * width * weight_MK.element_size()
