@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sapo.model import products as gemm
+from sapo.model import products
 from sapo.model.products import add_outer_sum, linear, outer_sum, product, takes_onednn, use_best_products
 
-needs_onednn = pytest.mark.skipif(not gemm._processor_has_onednn(), reason="another processor: torch's own products")
+needs_onednn = pytest.mark.skipif(
+    not products._processor_has_onednn(), reason="another processor: torch's own products"
+)
 
 
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 0)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -35,7 +37,7 @@ def exact(*tensors: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("slow_mkl", [False, True], ids=["mkl for weights", "onednn for weights"])
 def test_linear_and_its_gradients_are_those_of_float64(shape, bias, slow_mkl, monkeypatch) -> None:
-    monkeypatch.setattr(gemm, "_mkl_runs_at_half", lambda: slow_mkl)
+    monkeypatch.setattr(products, "_mkl_runs_at_half", lambda: slow_mkl)
     leaves = [normal(*shape, seed=1), normal(9, 5, seed=2)] + ([normal(9, seed=3)] if bias else [])
     leaves = [x.requires_grad_() for x in leaves]
     slope = normal(*shape[:-1], 9, seed=4)
@@ -76,7 +78,7 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
 @pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("slow_mkl", [False, True])
 def test_products_take_transposed_operands_as_they_lie(slow_mkl, monkeypatch) -> None:
-    monkeypatch.setattr(gemm, "_mkl_runs_at_half", lambda: slow_mkl)
+    monkeypatch.setattr(products, "_mkl_runs_at_half", lambda: slow_mkl)
     a, b = normal(6, 5), normal(5, 7, seed=1)
     wanted = a.double() @ b.double()
     for left in (a, a.t().contiguous().t()):
@@ -90,9 +92,9 @@ def test_products_take_transposed_operands_as_they_lie(slow_mkl, monkeypatch) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("block", [1, 12, 10**6])
 def test_a_total_is_started_and_added_to_in_any_blocks(block, dtype, slow_mkl, monkeypatch) -> None:
-    monkeypatch.setattr(gemm, "_mkl_runs_at_half", lambda: slow_mkl)
-    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(products, "_mkl_runs_at_half", lambda: slow_mkl)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", block)
     left, right = normal(6, 9, dtype=dtype), normal(6, 5, seed=1, dtype=dtype)
     total = torch.full((9, 5), torch.nan, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     add_outer_sum(total, left, right, fresh=True)
@@ -149,8 +151,8 @@ def test_layers_keep_class_parameters_and_names_through_copy_and_pickle() -> Non
 @pytest.mark.usefixtures("every_size")
 def test_a_policy_computes_through_these_products(new_policy, monkeypatch) -> None:
     calls = []
-    true = gemm.linear
-    monkeypatch.setattr(gemm, "linear", lambda *args: calls.append(args[1].shape) or true(*args))
+    true = products.linear
+    monkeypatch.setattr(products, "linear", lambda *args: calls.append(args[1].shape) or true(*args))
     policy = new_policy("qwen3")
     policy.model.set_attn_implementation("sdpa")
     calls.clear()

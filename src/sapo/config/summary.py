@@ -1,4 +1,4 @@
-"""What tells the sampler from the policy in a recipe, in plain sentences: precision, age, log pi_old, correction."""
+"""A recipe in plain sentences: how its sampler differs from the policy, and its routing replay."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ def replay_kind(config: RunConfig, old_logprobs: str | None) -> ReplayKind | Non
 
 
 def replay_sentence(config: RunConfig) -> str | None:
-    """Which routing replay is in force, None without; what `true` comes to may be the self-check's to say."""
+    """Describe the routing replay of a recipe in a sentence; None where it has none.
+
+    Where the recipe says `true`, the self-check of the first step decides between R2 and R3.
+    """
     settled = None if config.old_logprobs == "auto" else config.old_logprobs
     recorder = {
         "R2": "the trainer records the experts as it computes log pi_old",

@@ -3,7 +3,7 @@
 A model loaded by `sapo.model` runs on packed tokens, shape (1, N), and hands its attention to the layout object it was
 called with (`packed_layout=`). In training that is a `TreeLayout`, where each segment of tokens attends to its
 ancestors and causally to itself, so that prompts are computed once for all their responses. Rollout has its own two,
-for whole prompts and for one new token per row against a key-value cache (rollout/layouts.py).
+for whole prompts and for one new token per row against a key-value cache (rollout/local/layouts.py).
 """
 
 from __future__ import annotations

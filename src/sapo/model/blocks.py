@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sapo.model import products as gemm
+from sapo.model import products
 from sapo.model.products import linear, outer_sum, product
 
 
@@ -126,7 +126,7 @@ def use_closed_forms(model: nn.Module) -> None:
 def computes_as_its_class(module: nn.Module) -> bool:
     """Return whether a module's forward is its class's, or one of ours that computes the same."""
     own = vars(module).get("forward")
-    return own is None or getattr(own, "__func__", None) in (gemm.forward, _Forwards.norm, _Forwards.mlp)
+    return own is None or getattr(own, "__func__", None) in (products.forward, _Forwards.norm, _Forwards.mlp)
 
 
 def _is_plain(layer: Any) -> bool:

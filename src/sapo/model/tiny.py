@@ -85,22 +85,26 @@ def tiny_model(
         "pad_token_id": pad_token_id,
         "bos_token_id": None,
     }
-    config: Any
-    if architecture == "qwen3":
-        config = Qwen3Config(**shape)
-    elif architecture == "qwen3_moe":
-        config = Qwen3MoeConfig(
-            **shape,
-            moe_intermediate_size=intermediate_size,
-            num_experts=experts,
-            num_experts_per_tok=experts_per_token,
-            norm_topk_prob=True,
-        )
-    elif architecture == "llama":
-        config = LlamaConfig(**shape)
-    else:
-        config = MistralConfig(**shape, sliding_window=sliding_window)
+    config = _config(architecture, shape, experts, experts_per_token, sliding_window)
     # Forked, so that a caller's own random stream is not moved.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def _config(
+    architecture: str, shape: dict[str, Any], experts: int, experts_per_token: int, sliding_window: int | None
+) -> Any:
+    if architecture == "qwen3":
+        return Qwen3Config(**shape)
+    if architecture == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **shape,
+            moe_intermediate_size=shape["intermediate_size"],
+            num_experts=experts,
+            num_experts_per_tok=experts_per_token,
+            norm_topk_prob=True,
+        )
+    if architecture == "llama":
+        return LlamaConfig(**shape)
+    return MistralConfig(**shape, sliding_window=sliding_window)

@@ -1,7 +1,7 @@
 """The forward of common decoders, without gradient, as few and as large operations as there can be.
 
 Built from a policy's modules at the weights they have now: query, key and value weights joined, gate and up weights
-joined, packed for the processor (model/packed.py) or for oneDNN, sums into the residual in place. In float32 a LoRA
+joined, packed for the processor (cpu/packed.py) or for oneDNN, sums into the residual in place. In float32 a LoRA
 adapter's product is folded into the weights. `refusal` says why a policy is not exactly one of the blocks below; it
 then runs through transformers (`Policy.hidden`), as does one with adapters of another kind, hooks or replaced forwards,
 which would be passed by here.
@@ -9,13 +9,12 @@ which would be passed by here.
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 
 for Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE of transformers. What differs from transformers is rounding
-alone: sums in another order, the compiled kernels' own e^x (model/native.py), and in bfloat16 fewer roundings of the
-rotary embedding. `tests/model/test_fast.py` holds the two together.
+alone: sums in another order, the compiled kernels' own e^x (cpu/native.py), and in bfloat16 fewer roundings of the
+rotary embedding. `tests/rollout/test_decoder.py` holds the two together.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.policy import Policy
+from sapo.rollout.local import packing
 from sapo.rollout.local.cpu.native import Kernels, kernels
 from sapo.rollout.local.cpu.packed import (
     OneTokenEach,
@@ -36,29 +36,18 @@ from sapo.rollout.local.cpu.packed import (
     PackedLinear,
     Panels,
     panel_bytes,
-    suits,
 )
+from sapo.rollout.local.packing import Linear, Packing, arrange_weights, choose_packing, join_layers
 
 OnExperts = Callable[[int, Tensor], None]
 """Called with a layer and the experts its router chose, (N, experts per token)."""
 
+
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
+
 
 # Rotary embeddings whose frequencies do not depend on the length of the sequence.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-
-# Smaller weights stay in the cache whatever their order, and a packed product costs some microseconds more to call.
-PACKED_ELEMENTS = 2**18
-
-# Packing reads and writes the weights once; a product of a few dozen rows gains a fifth of its time by it.
-PACKED_CALLS = 6
-
-PACKED_ROWS = 64
-"""The rows that oneDNN chooses the packed order for. What it chooses serves 1 to 300 rows as well (research/log.md)."""
-
-
-Packing = bool | Panels
-"""Into panels for packed.c, for oneDNN, or not at all."""
 
 
 class Decoder(Protocol):
@@ -125,7 +114,7 @@ def copied_bytes(policy: Policy, calls: int) -> int:
     """Return the bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
     if refusal(policy) is not None:
         return 0
-    pack = _packing(policy, calls)
+    pack = choose_packing(policy, calls)
     decoder: Any = policy.decoder
     parts: list[tuple[Tensor, ...]] = [(policy.head_weight,)]
     for layer in decoder.layers:
@@ -143,7 +132,7 @@ def copied_bytes(policy: Policy, calls: int) -> int:
         w
         for weights in parts
         for w in weights
-        if len(weights) > 1 or (pack and w.numel() >= PACKED_ELEMENTS) or w.data_ptr() in folded
+        if len(weights) > 1 or (pack and w.numel() >= packing.PACKED_ELEMENTS) or w.data_ptr() in folded
     ]
     return sum(w.numel() * w.element_size() for w in copied)
 
@@ -180,7 +169,7 @@ class FastDecoder:
     def __init__(self, policy: Policy, calls: int, on_experts: OnExperts | None = None) -> None:
         decoder: Any = policy.decoder
         native = kernels(policy.device, policy.dtype)
-        pack = _packing(policy, calls)
+        pack = choose_packing(policy, calls)
         self.embedding = decoder.embed_tokens.weight.detach()
         self.scale = policy.logit_scale
         routers = [layer for layer in decoder.layers if hasattr(layer.mlp, "experts")]
@@ -189,7 +178,7 @@ class FastDecoder:
         }
         self.layers = [_Layer(layer, pack, native, tell.get(layer)) for layer in decoder.layers]
         self.norm = _Norm(decoder.norm, native)
-        self.head = _linear([policy.head_weight], [policy.head_bias], pack)
+        self.head = arrange_weights([policy.head_weight], [policy.head_bias], pack)
         self.rotary = decoder.rotary_emb
         self.blocks: PackedBlocks | None = None
         """What makes decode steps in place of the layers."""
@@ -243,8 +232,8 @@ class _Layer:
         self.input_norm, self.mlp_norm = (
             _Norm(norm, native) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
-        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], pack)
-        self.out = _joined([attention.o_proj], pack)
+        self.qkv = join_layers([attention.q_proj, attention.k_proj, attention.v_proj], pack)
+        self.out = join_layers([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
         self.mlp: Any = _Experts(layer.mlp, pack, native, tell) if experts else _MLP(layer.mlp, pack, native)
@@ -310,9 +299,9 @@ class _MLP:
             gate, up = mlp.gate_proj, mlp.up_proj
             self.gated = pack.gated((folded_weight(gate), folded_weight(up)), (gate.bias, up.bias))
         else:
-            gate_up = _joined([mlp.gate_proj, mlp.up_proj], pack)
+            gate_up = join_layers([mlp.gate_proj, mlp.up_proj], pack)
             self.gated = partial(_gated_product, gate_up=gate_up, native=native)
-        self.down = _joined([mlp.down_proj], pack)
+        self.down = join_layers([mlp.down_proj], pack)
 
     def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
         return self.down(self.gated(hidden_NH))
@@ -365,64 +354,6 @@ class _Experts:
         place_NXH = expert_NX[..., None].expand(-1, -1, hidden_NH.shape[1])
         chosen_NXH = each_ENH.transpose(0, 1).gather(1, place_NXH)
         return chosen_NXH.mul_(share_NX.to(hidden_NH.dtype)[..., None]).sum(dim=1)
-
-
-class Linear:
-    """x W' + b of one weight, packed for oneDNN where that was asked for and pays."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
-        self.weight = weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self.packed = pack and weight.numel() >= PACKED_ELEMENTS
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_ROWS)
-
-    def __call__(self, input_NI: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(input_NI, self.weight, self.bias, "none", [], "")
-        return F.linear(input_NI, self.weight, self.bias)
-
-    def widened(self, input_NI: Tensor) -> Tensor:
-        """Return the outputs in float32, after they were rounded to the weight's dtype."""
-        return self(input_NI).float()
-
-
-def _joined(modules: list[nn.Linear], pack: Packing) -> Linear | PackedLinear:
-    """Join linear layers with the same input: their outputs, one behind the other."""
-    biases: list[Tensor | None] = [m.bias for m in modules]
-    assert len({bias is None for bias in biases}) == 1, "joined layers have all a bias or none"
-    return _linear([folded_weight(m) for m in modules], biases, pack)
-
-
-def _linear(weights: list[Tensor], biases: list[Tensor | None], pack: Packing) -> Linear | PackedLinear:
-    if isinstance(pack, Panels):
-        return pack.linear(weights, biases)
-    held = [bias for bias in biases if bias is not None]
-    bias = torch.cat(held) if len(held) > 1 else next(iter(held), None)
-    return Linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, pack)
-
-
-def _packing(policy: Policy, calls: int) -> Packing:
-    """Decide how weights are packed for so many calls on this machine."""
-    native = kernels(policy.device, policy.dtype)
-    if calls < PACKED_CALLS:
-        return False
-    if native is not None and suits(policy.decoder, native, policy.dtype):
-        return Panels(native, policy.dtype)
-    return _packs(policy.dtype, policy.device)
-
-
-def _packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether this machine's oneDNN takes packed weights of that precision."""
-    if (
-        device.type != "cpu"
-        or not torch.backends.mkldnn.is_available()
-        or platform.machine() not in ("x86_64", "AMD64")
-    ):
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
 
 
 def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Kernels | None) -> Tensor:
