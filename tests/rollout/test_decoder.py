@@ -12,7 +12,7 @@ from torch import nn
 from sapo.model.attention import TreeLayout
 from sapo.model.loading import prepare_policy
 from sapo.model.prefix_tree import prefix_tree
-from sapo.rollout.local import packing
+from sapo.rollout.local import packing as arranged
 from sapo.rollout.local.cpu import native
 from sapo.rollout.local.decoder import FastDecoder, copied_bytes, decoder_of, refusal
 from support.decoder_cases import MODELS, make
@@ -36,12 +36,12 @@ def packing(request, monkeypatch):
     if request.param == "panels" and (found is None or torch.float32 not in found.packed_precisions):
         pytest.skip("no packed.c here: compiled kernels are off, or not for this processor, or there is no compiler")
     if request.param != "panels":
-        monkeypatch.setattr(packing, "suits", lambda *_: False)
+        monkeypatch.setattr(arranged, "suits", lambda *_: False)
     if request.param == "packed":
-        if not packing.onednn_packs(torch.float32, torch.device("cpu")):
+        if not arranged.onednn_packs(torch.float32, torch.device("cpu")):
             pytest.skip("oneDNN packs no weights here")
-        monkeypatch.setattr(packing, "PACKED_ELEMENTS", 0)
-    return 1 if request.param == "plain" else packing.PACKED_CALLS
+        monkeypatch.setattr(arranged, "PACKED_ELEMENTS", 0)
+    return 1 if request.param == "plain" else arranged.PACKED_CALLS
 
 
 def batch():
