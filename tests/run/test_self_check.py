@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from sapo.config import TrainConfig
@@ -51,6 +52,26 @@ def test_the_engines_serve_where_they_are_the_trainers_or_the_recipe_insists(
     assert seen.equal == (difference <= 0.001 and full_distribution)
     assert (seen.warning is None) == (warning is None)
     assert warning is None or warning in str(seen.warning)
+
+
+def test_the_figures_are_those_of_a_loop_over_python_numbers_to_the_bit() -> None:
+    """The reference is the loop that the check once was, over every token of every completion in turn."""
+    generator = np.random.default_rng(0)
+    groups, found = [], []
+    for i in range(3):
+        lengths = generator.integers(1, 400, 4)
+        theirs = [-np.exp(generator.normal(size=n)).astype(np.float32) for n in lengths]
+        found.append([(t + generator.normal(0, 4, len(t))).astype(np.float32) for t in theirs])
+        groups.append(Group(Prompt(i, "t", ""), tuple(Completion((0,) * len(t), t, "stop") for t in theirs)))
+    worst, total, count = 0.0, 0.0, 0
+    for group, per_group in zip(groups, found, strict=True):
+        for completion, logprobs in zip(group.completions, per_group, strict=True):
+            for theirs, ours in zip(completion.logprobs.tolist(), logprobs.tolist(), strict=True):
+                worst = max(worst, abs(ours - theirs))
+                total += abs(math.expm1(min(20.0, ours - theirs)))
+                count += 1
+    seen = check_old_logprobs(SimpleNamespace(logprobs=lambda _: found), groups, TrainConfig(steps=1), True)
+    assert (seen.log_ratio_max_abs, seen.ratio_abs_dev, seen.tokens) == (worst, total / count, count)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
