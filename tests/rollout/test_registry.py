@@ -135,12 +135,12 @@ def test_a_stale_batch_is_as_old_as_the_weights_its_engine_held(tmp_path: Path) 
 
 
 def test_an_evaluation_of_a_run_is_drawn_by_the_runs_engine_unless_told_otherwise(tmp_path: Path) -> None:
-    from sapo.workflows.evaluation_plan import orders
+    from sapo.workflows.evaluation_plan import plan_evaluations
 
     run = run_recipe(tmp_path, train__steps=1)
-    assert [o.settings.engine for o in orders(run, [], [])] == [LIST]
-    assert [o.settings.engine for o in orders(run, [], [], engine="local")] == ["local"]
-    task = orders(run, [], [])[0].task
+    assert [o.settings.engine for o in plan_evaluations(run, [], [])] == [LIST]
+    assert [o.settings.engine for o in plan_evaluations(run, [], [], engine="local")] == ["local"]
+    task = plan_evaluations(run, [], [])[0].task
     ListEngine.received.clear()
     sapo.evaluate(run, task, problems=2, samples=2, max_new_tokens=8, engine=LIST)
     assert ListEngine.received == [("weights", 0), ("closed", 0)]
