@@ -140,7 +140,8 @@ def _take(module: Any, forward: Any, width: int, like: Tensor) -> None:
     try:
         with torch.no_grad():
             own = type(module).forward(module, probe)
-    except (TypeError, RuntimeError):  # one that wants more than hidden states, such as a gate
+    # One that wants more than hidden states, such as a gate; that of transformers 5.16 may be None until it is used.
+    except (TypeError, RuntimeError, AttributeError):
         return
     with torch.enable_grad():
         same = torch.equal(forward(module, probe), own)
