@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sapo.data import Group
-from sapo.training.trainer import UpdateResult
+from sapo.training.results import UpdateResult
 
 
 def token_gates(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sapo.config import TrainConfig
 from sapo.data import Group
 from sapo.errors import NonFiniteError
-from sapo.training.trainer import Trainer
+from sapo.training.logprobs import GroupLogprobs
 
 CHECKED_GROUPS = 8
 """A few groups tell as much as all of them."""
@@ -77,7 +77,7 @@ def check_sampled(groups: Sequence[Group]) -> None:
 
 
 def check_old_logprobs(
-    trainer: Trainer,
+    logprobs: GroupLogprobs,
     groups: Sequence[Group],
     settings: TrainConfig,
     full_distribution: bool,
@@ -88,7 +88,7 @@ def check_old_logprobs(
     """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used.
 
     Args:
-        trainer: at the weights that sampled.
+        logprobs: of the trainer, at the weights that sampled.
         groups: of a rollout batch.
         settings: `old_logprobs` and `self_check_tolerance` are used.
         full_distribution: the engine samples without cutting a tail.
@@ -100,9 +100,9 @@ def check_old_logprobs(
     """
     checked = groups[:CHECKED_GROUPS]
     worst, total, count = 0.0, 0.0, 0
-    for group, per_group in zip(checked, trainer.logprobs(checked), strict=True):
-        for completion, logprobs in zip(group.completions, per_group, strict=True):
-            for theirs, ours in zip(completion.logprobs, logprobs, strict=True):
+    for group, per_group in zip(checked, logprobs.compute(checked), strict=True):
+        for completion, of_completion in zip(group.completions, per_group, strict=True):
+            for theirs, ours in zip(completion.logprobs, of_completion, strict=True):
                 if not math.isfinite(ours - theirs):
                     raise NonFiniteError(
                         f"a log-probability is not finite in the self-check: {theirs} by the engine, {ours} by the "

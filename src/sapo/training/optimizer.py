@@ -7,7 +7,7 @@ micro-batches, and its weights kept, in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,10 @@ class PolicyOptimizer:
         grads = [m.grad for m in self.masters if m.grad is not None]
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
+    def gradients(self) -> dict[int, Tensor]:
+        """Return the collected gradient of every master weight that has one, by its place."""
+        return {i: m.grad for i, m in enumerate(self.masters) if m.grad is not None}
+
     def first_nonfinite_gradient(self) -> str | None:
         """Name of the first parameter whose gradient is not finite."""
         for name, master in zip(self.names, self.masters, strict=True):
@@ -106,8 +110,8 @@ class PolicyOptimizer:
                 tensors[f"master/{name}"] = master.detach()
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`.
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the state that `state_tensors` gave in place of the present one.
 
         Raises:
             ValueError: tensors of another model.
@@ -117,6 +121,7 @@ class PolicyOptimizer:
             raise ValueError(
                 f"the optimiser state is of another model: it has {unknown[0]} and {len(unknown) - 1} more"
             )
+        self.adam.state.clear()  # the checkpoint of a run's start has no moments to overwrite the present ones with
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             if master is not parameter:
                 with torch.no_grad():

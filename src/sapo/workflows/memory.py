@@ -53,7 +53,8 @@ from sapo.model.routing import Routers
 from sapo.rollout.local.cache import KVCache, cache_dtype
 from sapo.rollout.local.decoder import copied_bytes
 from sapo.rollout.local.engine import PREFILL_TOKENS
-from sapo.training.batch import MiniBatch, pack, split_minibatches
+from sapo.training.batch import pack, split_minibatches
+from sapo.training.ranks import Shares
 
 PYTHON_BYTES_PER_TOKEN = 100
 """A token id and a log-probability as Python objects (28 and 24 bytes), their places in two tuples (16), and what is
@@ -363,7 +364,7 @@ def full_length_group(prompt: Prompt, samples: int, length: int) -> Group:
     return Group(prompt, (completion,) * samples, tuple(1.0 if i % 2 else -1.0 for i in range(samples)))
 
 
-def _pack(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> MiniBatch:
+def _pack(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> Shares:
     return pack(
         groups,
         normalizer="sequence_mean",
@@ -407,7 +408,7 @@ def _probe(prompts: int, prompt_tokens: int, samples: int, new_tokens: int) -> P
 
 def _run(policy: Policy, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = policy.device
-    return policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout)
+    return policy.run(lambda: policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout))
 
 
 def _num_layers(policy: Policy) -> int:
