@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 from sapo.data import Prompt, Score
 from sapo.errors import TaskError
 from sapo.tasks.base import checked_reward
-from sapo.utils.names import did_you_mean
+from sapo.utils.plugins import import_named
 
 USER_PARAMETERS = ("completion", "answer", "prompt", "metadata")
 
@@ -38,8 +35,7 @@ class UserFunction:
     runner: asyncio.Runner | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        module_name, _, function_name = self.spec.partition(":")
-        self.function = _import_function(self.spec, module_name, function_name)
+        self.function = import_named(self.spec, what="verifier", noun="function", error=TaskError)
         self.accepted = _accepted_parameters(self.spec, self.function)
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
@@ -53,26 +49,6 @@ class UserFunction:
 
 async def _awaited(result: Any) -> Any:
     return await result
-
-
-def _import_function(spec: str, module_name: str, function_name: str) -> Callable[..., Any]:
-    # Last on the path, and for good: a console script has no current directory there, a file of the user's must not
-    # shadow the standard library, and a module may import its neighbours late.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise TaskError(
-            f"verifier {spec!r}: importing {module_name!r} failed: {reason}; run from the directory that has it"
-        ) from error
-    function: Callable[..., Any] | None = getattr(module, function_name, None)
-    if function is None or not callable(function):
-        hint = did_you_mean(function_name, (name for name, value in vars(module).items() if callable(value)))
-        where = getattr(module, "__file__", None) or module_name
-        raise TaskError(f"verifier {spec!r}: {where} has no function {function_name!r}{hint}")
-    return function
 
 
 def _accepted_parameters(spec: str, function: Callable[..., Any]) -> tuple[str, ...]:
