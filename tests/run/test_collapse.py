@@ -273,7 +273,7 @@ def test_going_back_leaves_what_the_checkpoint_holds_and_nothing_else(tmp_path: 
     policy = load_policy(newest.path, dtype)
     trainer = make_trainer(policy)
     trainer.restore_optimizer(newest.optimizer_tensors())
-    assert trainer.optimizer.adam.state
+    assert trainer.optimizer.inner.state
     state = restore(start, config.model_copy(update={"device": "cpu"}), policy, trainer)
     assert state.step == 0
     kept = load_policy(start.path, dtype).model.named_parameters()

@@ -55,7 +55,7 @@ def test_optimiser_settings_reach_the_optimiser(build) -> None:
         "train={steps: 3, minibatches: 2, betas: [0.7, 0.8], adam_eps: 1e-5, weight_decay: 0.3, grad_clip: 0.25, "
         "tokens_per_microbatch: 77, entropy: false}"
     )
-    defaults = run.trainer.optimizer.adam.defaults
+    defaults = run.trainer.optimizer.inner.defaults
     assert (defaults["betas"], defaults["eps"], defaults["weight_decay"]) == ((0.7, 0.8), 1e-5, 0.3)
     assert run.trainer.optimizer.grad_clip == 0.25
     assert run.packer.tokens_per_microbatch == 77

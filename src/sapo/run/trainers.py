@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from sapo.config import RunConfig
+from dataclasses import fields
+
+from sapo.config import RunConfig, TrainConfig
+from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
 from sapo.objectives import make_objective
-from sapo.training.optimizer import PolicyOptimizer
+from sapo.run.machine import resolve_device
+from sapo.training.optimizer import OptimizerOptions, PolicyOptimizer, find_optimizer
+from sapo.training.optimizer_check import prove_optimizer
 from sapo.training.packer import Packer
 from sapo.training.settings import TrainerSettings
 from sapo.training.trainer import Trainer
@@ -45,8 +50,29 @@ def make_trainer(
         eps=train.adam_eps,
         weight_decay=train.weight_decay,
         grad_clip=train.grad_clip,
+        name=train.optimizer,
     )
     return Trainer(policy, optimizer, settings, reference=reference, routers=routers)
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Refuse an optimizer that cannot be run or resumed here, or that a recipe gives settings it does not take.
+
+    Raises:
+        ConfigError: the rule, and the way out.
+    """
+    train = config.train
+    takes = find_optimizer(train.optimizer).takes
+    for option in fields(OptimizerOptions):
+        key = {"eps": "adam_eps"}.get(option.name, option.name)
+        value = getattr(train, key)
+        if option.name not in takes and value != TrainConfig.model_fields[key].default:
+            raise ConfigError(
+                f"train.{key} must be left out where the optimizer does not take it; got {value} for train.optimizer="
+                f"{train.optimizer}, whose __init__ has no {option.name}; leave it out, or give it that parameter"
+            )
+    options = OptimizerOptions(train.betas, train.adam_eps, train.weight_decay)
+    prove_optimizer(train.optimizer, options, resolve_device(config.device))
 
 
 def make_packer(config: RunConfig, policy: Policy) -> Packer:

@@ -3,7 +3,8 @@
 The phases of a step follow each other, and the run's peak is that of the largest. With P parameters of e bytes each, T
 of them trained:
 
-    always              baseline + P e + 8 T (the moments of AdamW) + 4 T (float32 masters, of a 16-bit model only)
+    always              baseline + P e + 8 T (the moments of AdamW; another optimizer's state by its own count)
+                        + 4 T (float32 masters, of a 16-bit model only)
     generate            cache: (each prompt once + rows x (max_new_tokens - 1))
                         x 2 x layers x kv heads x head size x e (4 on a CPU)
                         + weights joined or packed for decoding
@@ -54,6 +55,8 @@ from sapo.rollout.local.cache import KVCache, cache_dtype
 from sapo.rollout.local.decoder import copied_bytes
 from sapo.rollout.local.engine import PREFILL_TOKENS
 from sapo.training.batch import pack, split_minibatches
+from sapo.training.optimizer import OPTIMIZERS
+from sapo.training.optimizer_check import state_bytes
 from sapo.training.ranks import Shares
 
 PYTHON_BYTES_PER_TOKEN = 100
@@ -168,12 +171,13 @@ def estimate_memory(
         reference: a frozen policy beside the trained one.
     """
     trained = [p for p in policy.model.parameters() if p.requires_grad]
+    state = "moments of AdamW" if config.train.optimizer in OPTIMIZERS else "state of the optimizer"
     always = {
         "interpreter and libraries": baseline,
         "weights": _bytes_of(list(policy.model.parameters())),
         "weights of the reference": 0 if reference is None else _bytes_of(list(reference.model.parameters())),
         "float32 masters": sum(4 * p.numel() for p in trained if p.element_size() < 4),
-        "moments of AdamW": sum(2 * max(4, p.element_size()) * p.numel() for p in trained),
+        state: state_bytes(config.train.optimizer, trained),
     }
     tokens = len(prompts) * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
     ahead = -(-config.rollout.staleness // config.train.minibatches)

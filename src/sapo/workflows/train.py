@@ -21,6 +21,7 @@ from sapo.run.loop import StopReason, TrainingRun
 from sapo.run.machine import DECIDING_BITS, provenance, resolve_machine
 from sapo.run.preflight import check_prompts, load_tasks
 from sapo.run.state import RunState
+from sapo.run.trainers import check_optimizer
 from sapo.training.checkpoint import newest_whole, set_broken_aside
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
@@ -63,6 +64,7 @@ def train(
         raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
     RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
+    check_optimizer(config)
     tasks = load_tasks(config)
     policy = starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
@@ -82,6 +84,7 @@ def dry_run(config: RunConfig) -> DryRun:
     if config.run_dir is not None:
         RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
+    check_optimizer(config)
     return rehearse(
         config,
         load=lambda c: starting_policy(c, lambda _: None, lambda: False),
@@ -126,6 +129,7 @@ def _resumed(
     config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
     _warn_of_another_machine(config, listener)
     check_loggers(config)
+    check_optimizer(config)
     tasks = load_tasks(config)
     checkpoint = newest_whole(
         directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
