@@ -35,7 +35,10 @@ from sapo.run.directory import RunDirectory
 from sapo.run.loop import TrainingRun
 from sapo.run.machine import resolve_machine
 from sapo.run.preflight import load_tasks
+from sapo.training.logprobs import GroupLogprobs
 from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.packer import Packer
+from sapo.training.settings import TrainerSettings
 from sapo.training.trainer import Trainer
 
 Limits = list[list[int]]
@@ -89,17 +92,19 @@ def update(settings: dict[str, Any], device: torch.device) -> Work:
 
 def update_of(policy: Policy, settings: dict[str, Any], device: torch.device) -> Work:
     """The same with a policy at hand."""
-    trainer = _trainer(policy, max(map(max, settings["limits"])))
+    trainer = _trainer(policy)
+    packer = Packer("sequence_mean", 8192, max(map(max, settings["limits"])), policy.device)
+    logprobs = GroupLogprobs(trainer, packer)
 
     def work(limits: Limits) -> tuple[float, Facts]:
         groups = _groups(settings["prompts"], completions_of(limits))
-        groups = trainer.with_old_logprobs(groups, trainer.updates)  # what the engine would have brought along
+        groups = logprobs.attach_old(groups, trainer.updates)  # what the engine would have brought along
 
         def updates() -> list[Any]:
             # Groups that follow one another, as in TRL's unshuffled batch; a run deals them out like cards.
             size = len(groups) // settings["minibatches"]
             minibatches = [groups[at : at + size] for at in range(0, len(groups), size)]
-            return [trainer.update(trainer.pack(m), learning_rate=LEARNING_RATE) for m in minibatches]
+            return [trainer.update(packer.pack(m), learning_rate=LEARNING_RATE) for m in minibatches]
 
         seconds, results = timed(updates, device)
         return seconds, {
@@ -126,7 +131,7 @@ def _groups(prompts: list[list[int]], completions: list[list[list[int]]]) -> lis
     return groups
 
 
-def _trainer(policy: Policy, longest: int) -> Trainer:
+def _trainer(policy: Policy) -> Trainer:
     optimizer = PolicyOptimizer(
         [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
         betas=(0.9, 0.95),
@@ -134,15 +139,7 @@ def _trainer(policy: Policy, longest: int) -> Trainer:
         weight_decay=0.0,
         grad_clip=1.0,
     )
-    return Trainer(
-        policy,
-        make_objective("sapo"),
-        optimizer,
-        temperature=1.0,
-        normalizer="sequence_mean",
-        tokens_per_microbatch=8192,
-        max_new_tokens=longest,
-    )
+    return Trainer(policy, optimizer, TrainerSettings(make_objective("sapo"), temperature=1.0))
 
 
 def step(settings: dict[str, Any], device: torch.device) -> Work:

@@ -12,11 +12,10 @@ import torch
 import sapo
 from sapo.config.diagnostics import DiagnosticsConfig
 from sapo.diagnostics import GatedTokens, counterfactual_figures
-from sapo.diagnostics.true_gradients import true_gradient_figures
 from sapo.errors import ConfigError
 from sapo.objectives import KLPenalty, make_objective
 from support.runs import REWARD, fingerprint, metrics, write_recipe
-from training.test_trainer import make_groups, make_policy, make_trainer
+from support.trainer_cases import make_groups, make_policy, make_trainer, packed_gradient
 
 RATIOS = ([1.0, 1.5], [0.5])
 ADVANTAGES = (1.0, -1.0)
@@ -65,22 +64,19 @@ def test_true_gradients_are_those_of_autograd() -> None:
     groups, objectives = make_groups(), {"grpo": make_objective("grpo"), "tau_10": make_objective("sapo", tau_pos=10.0)}
 
     def gradient(objective) -> torch.Tensor:
-        trainer = make_trainer(make_policy())
-        trainer.objective = objective
-        for batch in trainer.pack(groups).microbatches:
-            trainer._forward(batch)[0].loss.backward()
-        return torch.cat([p.grad.flatten() for p in trainer.policy.model.parameters() if p.grad is not None])
+        trainer = make_trainer(make_policy(), objective)
+        return torch.cat([g.flatten() for g in packed_gradient(trainer, groups).values()])
 
     trainer = make_trainer(make_policy())
     before = [p.detach().clone() for p in trainer.policy.model.parameters()]
-    figures = true_gradient_figures(trainer, trainer.pack(groups), objectives)
-    used = gradient(trainer.objective)
+    figures = trainer.gradients(trainer.pack(groups), objectives)
+    used = gradient(trainer.settings.objective)
     for label, objective in objectives.items():
         other = gradient(objective)
         cosine = torch.nn.functional.cosine_similarity(used, other, dim=0)
-        assert figures[f"true_gradient/{label}/cosine"] == pytest.approx(cosine.item(), abs=1e-12)
-        assert figures[f"true_gradient/{label}/norm_ratio"] == pytest.approx((other.norm() / used.norm()).item())
-        assert figures[f"true_gradient/{label}/cosine"] < 1 - 1e-6, "the ratios of these groups tell the gates apart"
+        assert figures[f"{label}/cosine"] == pytest.approx(cosine.item(), abs=1e-12)
+        assert figures[f"{label}/norm_ratio"] == pytest.approx((other.norm() / used.norm()).item())
+        assert figures[f"{label}/cosine"] < 1 - 1e-6, "the ratios of these groups tell the gates apart"
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters(), strict=True))
     assert all(p.grad is None for p in trainer.policy.model.parameters())
 
@@ -89,12 +85,11 @@ def test_a_penalty_is_no_part_of_the_true_gradients() -> None:
     objectives = {"grpo": make_objective("grpo")}
     plain, penalised = (
         make_trainer(make_policy()),
-        make_trainer(make_policy(), kl=KLPenalty(coefficient=10.0, estimator="k2")),
+        make_trainer(make_policy(), kl=KLPenalty(coefficient=10.0, estimator="k2"), reference=make_policy(seed=2)),
     )
-    groups = penalised.with_reference_logprobs(make_groups(), make_policy(seed=2))
-    with_penalty = true_gradient_figures(penalised, penalised.pack(groups), objectives)
-    assert with_penalty == pytest.approx(true_gradient_figures(plain, plain.pack(groups), objectives), abs=1e-12)
-    assert penalised.kl is not None
+    groups = penalised.groups.attach_reference(make_groups())
+    with_penalty = penalised.gradients(penalised.pack(groups), objectives)
+    assert with_penalty == pytest.approx(plain.gradients(plain.pack(groups), objectives), abs=1e-12)
 
 
 @pytest.fixture

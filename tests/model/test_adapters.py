@@ -15,12 +15,10 @@ from sapo.errors import ModelError
 from sapo.model.adapters import adapter_off, add_adapter, merged
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
-from sapo.objectives import make_objective
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
-from sapo.training.optimizer import PolicyOptimizer
-from sapo.training.trainer import Trainer
+from support.trainer_cases import make_trainer
 
 ARCHITECTURES = ("qwen3", "llama", "qwen3_moe")
 
@@ -51,25 +49,6 @@ def assert_same_completions(policy: Policy, other: Policy) -> None:
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
 
 
-def make_trainer(policy: Policy) -> Trainer:
-    optimizer = PolicyOptimizer(
-        [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.0,
-        grad_clip=None,
-    )
-    return Trainer(
-        policy,
-        make_objective("sapo"),
-        optimizer,
-        temperature=1.0,
-        normalizer="sequence_mean",
-        tokens_per_microbatch=1000,
-        max_new_tokens=9,
-    )
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_new_adapter_changes_nothing_yet(new_policy, policies, architecture: str) -> None:
     assert_same_completions(with_adapter(new_policy(architecture), moved=False), policies(architecture))
@@ -83,7 +62,7 @@ def test_the_engine_samples_with_the_adapter_and_its_logprobs_are_the_trainers(
     prompt, drawn = completions(policy)
     assert drawn != completions(policies(architecture))[1]
     group = Group(prompt, drawn, (0.0,) * len(drawn))
-    (ours,) = make_trainer(policy).logprobs([group])
+    (ours,) = make_trainer(policy).groups.compute([group])
     for completion, logprobs in zip(drawn, ours, strict=True):
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(completion.logprobs), rtol=0, atol=1e-5)
 
@@ -158,7 +137,7 @@ def test_adapters_of_a_bfloat16_model_are_kept_in_float32(new_policy) -> None:
     policy = with_adapter(new_policy("qwen3", dtype=torch.bfloat16))
     assert {p.dtype for n, p in policy.model.named_parameters() if "lora_" in n} == {torch.float32}
     prompt, drawn = completions(policy)
-    (ours,) = make_trainer(policy).logprobs([Group(prompt, drawn, (0.0,) * len(drawn))])
+    (ours,) = make_trainer(policy).groups.compute([Group(prompt, drawn, (0.0,) * len(drawn))])
     for completion, logprobs in zip(drawn, ours, strict=True):
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(completion.logprobs), rtol=0, atol=0.25)
 

@@ -91,8 +91,8 @@ def test_log_pi_old_of_a_stale_batch_is_of_the_weights_that_sampled_it(tmp_path:
     groups = [g for g in run.state.ahead[0].groups if not g.zero_variance]
     kept = [[c.old_logprobs if source == "trainer" else c.logprobs for c in g.completions] for g in groups]
     as_sampled = TrainingRun(config, run.directory, load_policy(config.model.path), load_tasks(config))
-    assert furthest(kept, as_sampled.trainer.logprobs(groups)) < 1e-5
-    assert furthest(kept, run.trainer.logprobs(groups)) > 1e-3, "two updates have moved the policy since"
+    assert furthest(kept, as_sampled.logprobs.compute(groups)) < 1e-5
+    assert furthest(kept, run.logprobs.compute(groups)) > 1e-3, "two updates have moved the policy since"
 
 
 def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_log_pi_old_of_the_current_weights_is_taken_when_the_batch_is_trained_on
     run.step()
     assert not any(len(c.old_logprobs) for g in run.state.ahead[0].groups for c in g.completions), "not yet"
     drawn = [[c.logprobs for c in g.completions] for g in run.state.ahead[0].groups]
-    now = run.trainer.logprobs(run.state.ahead[0].groups)
+    now = run.logprobs.compute(run.state.ahead[0].groups)
     assert furthest(drawn, now) > 1e-3, "two updates have moved the policy since"
     trained_on = []
     update = run.update
@@ -166,8 +166,8 @@ def test_completions_are_drawn_from_rounded_weights_and_evaluations_from_the_pol
         for parameter in by_hand.model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(Rounding("float8_e4m3fn", "none").round(parameter))
-    rounded = TrainingRun(config, run.directory, by_hand, load_tasks(config)).trainer.logprobs(batch.groups)
-    own = run.trainer.logprobs(batch.groups)
+    rounded = TrainingRun(config, run.directory, by_hand, load_tasks(config)).logprobs.compute(batch.groups)
+    own = run.logprobs.compute(batch.groups)
     drawn = [[c.logprobs for c in g.completions] for g in batch.groups]
 
     assert furthest(drawn, rounded) < 1e-5 < 1e-3 < furthest(drawn, own)

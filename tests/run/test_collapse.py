@@ -21,10 +21,10 @@ from sapo.model.loading import load_policy
 from sapo.report import make_report
 from sapo.run.collapse import restore
 from sapo.training.checkpoint import list_checkpoints
-from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.trainer import Trainer
 from sapo.workflows.train import resume
 from support.runs import REWARD, fingerprint, metrics, write_recipe
+from support.trainer_cases import make_trainer
 
 STEPS = 10
 COLLAPSING = {
@@ -271,16 +271,14 @@ def test_going_back_leaves_what_the_checkpoint_holds_and_nothing_else(tmp_path: 
     config = sapo.load_recipe(run / "config.yaml")
     newest, _, start = list_checkpoints(run / "checkpoints")
     policy = load_policy(newest.path, dtype)
-    optimizer = PolicyOptimizer(
-        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=None
-    )
-    optimizer.load_state_tensors(newest.optimizer_tensors())
-    assert optimizer.adam.state
-    state = restore(start, config.model_copy(update={"device": "cpu"}), policy, optimizer)
+    trainer = make_trainer(policy)
+    trainer.restore_optimizer(newest.optimizer_tensors())
+    assert trainer.optimizer.inner.state
+    state = restore(start, config.model_copy(update={"device": "cpu"}), policy, trainer)
     assert state.step == 0
     kept = load_policy(start.path, dtype).model.named_parameters()
     assert all(torch.equal(p, dict(policy.model.named_parameters())[name]) for name, p in kept)
-    tensors, expected = optimizer.state_tensors(), start.optimizer_tensors()
+    tensors, expected = trainer.optimizer_tensors(), start.optimizer_tensors()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert not any(name.startswith("exp_avg") for name in tensors)

@@ -20,6 +20,7 @@ from sapo.rollout.local.cpu.native import kernels_in_use
 from sapo.rollout.local.engine import LocalEngine
 from sapo.run.models import load_model
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
+from sapo.training.packer import Packer
 from sapo.training.trainer import Trainer
 from sapo.utils.machine import processor_name
 from sapo.workflows.export import export_model
@@ -235,13 +236,13 @@ def test_a_stop_in_the_second_tasks_evaluation_logs_neither_twice(tmp_path: Path
 
 def test_the_guard_looks_at_the_first_update_that_moved_anything(tmp_path: Path, monkeypatch) -> None:
     _perturb_engine(monkeypatch)
-    original = Trainer.pack
+    original = Packer.pack
 
     def first_is_empty(self, groups, include_all=False):
         packed = original(self, groups, include_all)
-        return replace(packed, microbatches=()) if not include_all and groups[0].prompt.id % 4 == 0 else packed
+        return replace(packed, of_rank=((),)) if not include_all and groups[0].prompt.id % 4 == 0 else packed
 
-    monkeypatch.setattr(Trainer, "pack", first_is_empty)
+    monkeypatch.setattr(Packer, "pack", first_is_empty)
     listener = Recorder()
     run = run_recipe(tmp_path, listener, train__old_logprobs="engine")
     steps = [m for m in metrics(run) if m["kind"] == "step"]

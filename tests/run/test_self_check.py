@@ -17,9 +17,11 @@ from sapo.run.self_check import CHECKED_GROUPS, check_old_logprobs
 def check(ours: list[float], old_logprobs: str = "auto", full_distribution: bool = True, groups: int = 1):
     """The check of groups of one completion, whose engine says -1 of every token and whose trainer says `ours`."""
     completion = Completion((0,) * len(ours), (-1.0,) * len(ours), "stop")
-    trainer = SimpleNamespace(logprobs=lambda checked: [[ours] for _ in checked])
+    logprobs = SimpleNamespace(compute=lambda checked: [[ours] for _ in checked])
     settings = TrainConfig(steps=1, old_logprobs=old_logprobs)
-    return check_old_logprobs(trainer, [Group(Prompt(0, "t", ""), (completion,))] * groups, settings, full_distribution)
+    return check_old_logprobs(
+        logprobs, [Group(Prompt(0, "t", ""), (completion,))] * groups, settings, full_distribution
+    )
 
 
 def test_the_figures_are_of_all_tokens_compared() -> None:

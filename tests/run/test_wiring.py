@@ -30,9 +30,9 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_objective_and_its_hyperparameters_reach_the_trainer(build) -> None:
     run, _ = build("objective={name: sapo, tau_pos: 3.0, tau_neg: 4.0, gate: erf, side: drift, normalizer: token_mean}")
-    objective = run.trainer.objective
+    objective = run.trainer.settings.objective
     assert (objective.tau_pos, objective.tau_neg, objective.gate, objective.side) == (3.0, 4.0, "erf", "drift")
-    assert run.trainer.normalizer == "token_mean"
+    assert run.packer.normalizer == "token_mean"
 
 
 def test_sampling_settings_reach_the_engine_and_the_loss(build) -> None:
@@ -45,8 +45,8 @@ def test_sampling_settings_reach_the_engine_and_the_loss(build) -> None:
         (7, 0.6, 0.9, 5, 0.01)
     )
     assert params.stop_token_ids == {3} | run.policy.stop_token_ids
-    assert run.trainer.temperature == 0.6
-    assert run.trainer.max_new_tokens == 7
+    assert run.trainer.settings.temperature == 0.6
+    assert run.packer.max_new_tokens == 7
     assert run.engine.max_rows == 9
     assert run.collector.engine is run.held_out.engine is run.engine
 
@@ -56,11 +56,11 @@ def test_optimiser_settings_reach_the_optimiser(build) -> None:
         "train={steps: 3, minibatches: 2, betas: [0.7, 0.8], adam_eps: 1e-5, weight_decay: 0.3, grad_clip: 0.25, "
         "tokens_per_microbatch: 77, entropy: false}"
     )
-    defaults = run.trainer.optimizer.adam.defaults
+    defaults = run.trainer.optimizer.inner.defaults
     assert (defaults["betas"], defaults["eps"], defaults["weight_decay"]) == ((0.7, 0.8), 1e-5, 0.3)
     assert run.trainer.optimizer.grad_clip == 0.25
-    assert run.trainer.tokens_per_microbatch == 77
-    assert run.trainer.entropy is False
+    assert run.packer.tokens_per_microbatch == 77
+    assert run.trainer.settings.entropy is False
 
 
 def test_the_learning_rates_of_a_run_are_those_of_its_schedule(tmp_path: Path, monkeypatch) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
+from sapo.model.routing import Routers
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.objectives import group_advantages, make_objective
+from sapo.objectives import Objective, group_advantages, make_objective
+from sapo.training.forward import loss_and_surrogate
+from sapo.training.logprobs import GroupLogprobs
 from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.packer import Packer
+from sapo.training.settings import TrainerSettings
 from sapo.training.trainer import Trainer
 
 ALPHABET = "0123456789+-*%=;#"
@@ -61,23 +69,54 @@ def make_groups(count: int = 4, samples: int = 3, seed: int = 0) -> list[Group]:
     return groups
 
 
-def make_trainer(policy: Policy, objective: str = "sapo", **options: object) -> Trainer:
-    optimizer = PolicyOptimizer(
-        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=None
+class DrivenTrainer(Trainer):
+    """A trainer with the driver's side of it, which tests play themselves."""
+
+    def __init__(
+        self, policy: Policy, optimizer: PolicyOptimizer, settings: TrainerSettings, packer: Packer, **options
+    ):
+        super().__init__(policy, optimizer, settings, **options)
+        self.pack = packer.pack
+        self.groups = GroupLogprobs(self, packer)
+
+
+def make_optimizer(policy: Policy, **options: Any) -> PolicyOptimizer:
+    """AdamW over what the policy trains, without clipping."""
+    trained = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
+    defaults: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "grad_clip": None}
+    return PolicyOptimizer(trained, **{**defaults, **options})
+
+
+def make_trainer(
+    policy: Policy,
+    objective: str | Objective = "sapo",
+    *,
+    reference: Policy | None = None,
+    routers: Routers | None = None,
+    **options,
+) -> DrivenTrainer:
+    """Make a trainer; `options` are settings of the trainer and of the packer."""
+    packing = {f.name: options.pop(f.name) for f in fields(Packer) if f.name in options}
+    made = make_objective(objective) if isinstance(objective, str) else objective
+    settings = TrainerSettings(**{"objective": made, "temperature": 1.0, **options})
+    packer = Packer(
+        **{
+            "normalizer": "sequence_mean",
+            "tokens_per_microbatch": 10_000,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "device": policy.device,
+            "include_flat": settings.kl is not None,
+            **packing,
+        }
     )
-    settings: dict = {
-        "temperature": 1.0,
-        "normalizer": "sequence_mean",
-        "tokens_per_microbatch": 10_000,
-        "max_new_tokens": MAX_NEW_TOKENS,
-    }
-    return Trainer(policy, make_objective(objective), optimizer, **{**settings, **options})
+    return DrivenTrainer(policy, make_optimizer(policy), settings, packer, reference=reference, routers=routers)
 
 
-def packed_gradient(trainer: Trainer, groups: list[Group], include_all: bool = False) -> dict[str, torch.Tensor]:
+def packed_gradient(trainer: DrivenTrainer, groups: list[Group], include_all: bool = False) -> dict[str, torch.Tensor]:
     """The gradient the trainer would step with."""
     for batch in trainer.pack(groups, include_all).microbatches:
-        trainer._forward(batch)[0].loss.backward()
+        with trainer.replaying(batch):
+            loss_and_surrogate(trainer.policy, batch, trainer.settings)[0].backward()
     return take_gradient(trainer.policy)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,33 +19,23 @@ from sapo.data.arrays import ArrayReader, FlatArrays
 from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers, routed_experts
-from sapo.objectives import OBJECTIVES, KLPenalty, group_advantages, make_objective
+from sapo.objectives import OBJECTIVES, KLPenalty, group_advantages
 from sapo.rollout.engine import Request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.training.batch import split_minibatches
 from sapo.training.experts import without_experts
-from sapo.training.optimizer import PolicyOptimizer
-from sapo.training.trainer import Trainer
+from sapo.training.forward import loss_and_surrogate
+from support import trainer_cases
 from support.moe_cases import EXPERTS, LAYERS, PER_TOKEN, ByHand, make_moe, perturb
+from support.trainer_cases import MAX_NEW_TOKENS, DrivenTrainer
 
-MAX_NEW_TOKENS = 12
 PREAMBLE = tuple(range(16)) + (3, 1)
 
 
-def make_trainer(policy: Policy, objective: str = "grpo", **options: object) -> Trainer:
-    optimizer = PolicyOptimizer(
-        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=None
-    )
-    settings: dict = {
-        "temperature": 1.0,
-        "normalizer": "sequence_mean",
-        "tokens_per_microbatch": 10_000,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "routers": Routers(policy),
-    }
-    return Trainer(policy, make_objective(objective), optimizer, **{**settings, **options})
+def make_trainer(policy: Policy, objective: str = "grpo", **options: Any) -> DrivenTrainer:
+    return trainer_cases.make_trainer(policy, objective, **{"routers": Routers(policy), **options})
 
 
 def random_record(generator: np.random.Generator, tokens: int) -> RoutedExperts:
@@ -96,10 +88,10 @@ def logprobs_by_hand(policy: Policy, groups: list[Group]) -> list[Tensor]:
     ]
 
 
-def packed_gradient(trainer: Trainer, groups: list[Group]) -> dict[str, Tensor]:
+def packed_gradient(trainer: DrivenTrainer, groups: list[Group]) -> dict[str, Tensor]:
     for batch in trainer.pack(groups).microbatches:
         with trainer.replaying(batch):
-            trainer._forward(batch)[0].loss.backward()
+            loss_and_surrogate(trainer.policy, batch, trainer.settings)[0].backward()
     gradient = {n: p.grad.clone() for n, p in trainer.policy.model.named_parameters() if p.grad is not None}
     trainer.policy.model.zero_grad()
     return gradient
@@ -123,8 +115,8 @@ def test_every_token_goes_through_its_own_record_however_it_is_packed(preamble: 
     policy, groups = make_moe(dtype=torch.float64), make_groups(preamble=preamble)
     trainer = make_trainer(policy, tokens_per_microbatch=tokens)
     expected = logprobs_by_hand(policy, groups)
-    got = [torch.tensor(logp) for per_group in trainer.logprobs(groups) for logp in per_group]
-    free = [torch.tensor(logp) for per_group in trainer.logprobs(without_experts(groups)) for logp in per_group]
+    got = [torch.tensor(logp) for per_group in trainer.groups.compute(groups) for logp in per_group]
+    free = [torch.tensor(logp) for per_group in trainer.groups.compute(without_experts(groups)) for logp in per_group]
     assert any((a - b).abs().max() > 0.1 for a, b in zip(got, free, strict=True)), "the records change nothing here"
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b.float(), rtol=0, atol=2e-5)
@@ -158,7 +150,7 @@ def test_activation_checkpointing_leaves_the_update_with_replay_unchanged() -> N
 def test_the_trainer_records_what_its_old_logprobs_were_computed_by() -> None:
     policy, groups = make_moe(), make_groups(preamble=PREAMBLE)
     trainer = make_trainer(policy, tokens_per_microbatch=40)
-    recorded = trainer.with_old_logprobs(groups, sampled_at=0, record=True)
+    recorded = trainer.groups.attach_old(groups, sampled_at=0, record=True)
     for group in recorded:
         assert (group.prompt_experts is None) == group.zero_variance, "what carries no gradient is not run"
         for completion in group.completions:
@@ -182,7 +174,7 @@ def test_replay_at_the_weights_that_recorded_is_the_update_without_it() -> None:
     for record in (False, True):
         policy = make_moe()
         trainer = make_trainer(policy, "sapo", tokens_per_microbatch=40)
-        groups = trainer.with_old_logprobs(make_groups(experts=False), sampled_at=0, record=record)
+        groups = trainer.groups.attach_old(make_groups(experts=False), sampled_at=0, record=record)
         result = trainer.update(trainer.pack(groups), learning_rate=1e-2)
         assert (result.changed_share is None) == (not record)
         updated.append((result.loss, result.grad_norm, policy.model.state_dict()))
@@ -197,7 +189,7 @@ def test_the_share_is_over_all_minibatches_of_an_update_by_hand() -> None:
     changed = choices = 0
     for batch in minibatch.microbatches:
         with trainer.replaying(batch) as replay, torch.no_grad():
-            trainer._hidden(batch)
+            loss_and_surrogate(policy, batch, trainer.settings)
         assert replay is not None
         changed, choices = changed + replay.changed, choices + batch.num_tokens * LAYERS * PER_TOKEN
     assert trainer.update(minibatch, learning_rate=0.0).changed_share == changed / choices
@@ -205,9 +197,9 @@ def test_the_share_is_over_all_minibatches_of_an_update_by_hand() -> None:
 
 def test_a_reference_policy_routes_freely() -> None:
     policy, reference = make_moe(), make_moe(seed=7)
-    trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.1, estimator="k3"))
-    groups = trainer.with_reference_logprobs(make_groups(), reference)
-    free = make_trainer(reference).logprobs(make_groups(experts=False))
+    trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.1, estimator="k3"), reference=reference)
+    groups = trainer.groups.attach_reference(make_groups())
+    free = make_trainer(reference).groups.compute(make_groups(experts=False))
     for group, expected in zip(groups, free, strict=True):
         for completion, logprobs in zip(group.completions, expected, strict=True):
             assert np.array_equal(completion.reference_logprobs, logprobs)
@@ -215,11 +207,13 @@ def test_a_reference_policy_routes_freely() -> None:
     assert trainer.update(trainer.pack(groups), learning_rate=1e-3).changed_share is not None
 
 
-def test_groups_that_carry_experts_are_not_run_without_them() -> None:
+def test_groups_that_carry_experts_are_not_run_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(make_moe())
-    (batch,) = trainer.pack(make_groups()).microbatches
-    with pytest.raises(AssertionError, match="is run within `replaying`"):
-        trainer._hidden(batch)
+    shares = trainer.pack(make_groups())
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "replaying", lambda _: nullcontext())
+        with pytest.raises(AssertionError, match="is run within `replaying`"):
+            trainer.logprobs(shares)
     without = make_trainer(make_moe(), routers=None)
     with pytest.raises(AssertionError, match="given no routers"):
         without.update(without.pack(make_groups()), learning_rate=1e-3)
@@ -262,7 +256,7 @@ def test_the_engine_records_what_the_trainer_would_choose_for_the_same_tokens(pr
     sampled = sample_groups(policy, max_rows, preamble)
     lengths = {len(c) for g in sampled for c in g.completions}
     assert {1, MAX_NEW_TOKENS} <= lengths, f"rows leave at many moments: {sorted(lengths)}"
-    trained = make_trainer(policy).with_old_logprobs(sampled, sampled_at=0, record=True)
+    trained = make_trainer(policy).groups.attach_old(sampled, sampled_at=0, record=True)
     for ours, theirs in zip(sampled, trained, strict=True):
         for sample in range(4):
             mine, other = np.array(experts_of(ours, sample)), np.array(experts_of(theirs, sample))
@@ -294,7 +288,7 @@ def test_an_engines_record_is_replayed_in_every_update() -> None:
         shares.append(result.changed_share)
         with torch.no_grad():
             expected = logprobs_by_hand(policy, list(minibatch))
-        got = [torch.tensor(logp) for per_group in trainer.logprobs(minibatch) for logp in per_group]
+        got = [torch.tensor(logp) for per_group in trainer.groups.compute(minibatch) for logp in per_group]
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
     assert shares[0] == 0.0, "at the weights that sampled the trainer chooses the same"

@@ -19,9 +19,17 @@ from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.training.batch import split_minibatches
-from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
+from sapo.training.optimizer import learning_rate_at
 from support.plain_models import plain_copy
-from support.trainer_cases import MAX_NEW_TOKENS, assert_same, make_groups, make_policy, make_trainer, packed_gradient
+from support.trainer_cases import (
+    MAX_NEW_TOKENS,
+    assert_same,
+    make_groups,
+    make_optimizer,
+    make_policy,
+    make_trainer,
+    packed_gradient,
+)
 
 
 def plain_gradient(
@@ -180,9 +188,7 @@ def test_an_update_is_one_step_of_plain_adamw() -> None:
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
     torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step()
     trainer = make_trainer(policy)
-    trainer.optimizer = PolicyOptimizer(
-        list(policy.model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, grad_clip=0.05
-    )
+    trainer.optimizer = make_optimizer(policy, weight_decay=0.1, grad_clip=0.05)
     result = trainer.update(trainer.pack(groups), learning_rate=1e-2)
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
     for (name, ours), theirs in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
@@ -213,7 +219,7 @@ def test_microbatches_add_up_in_gradient_and_loss(dtype: torch.dtype) -> None:
 def test_an_update_reports_what_it_did_token_by_token() -> None:
     policy, groups = make_policy(), make_groups()
     trainer = make_trainer(policy, tokens_per_microbatch=20)
-    before = trainer.logprobs(groups)
+    before = trainer.groups.compute(groups)
     result = trainer.update(trainer.pack(groups), learning_rate=1e-3)
     lengths = result.sequence_M.bincount().tolist()
     flat = [
@@ -288,7 +294,7 @@ def test_the_engines_logprobs_are_the_trainers(architecture: str) -> None:
     drawn = LocalEngine(policy).generate([Request(p, 3) for p in prompts], params)
     groups = [Group(p, c, (0.0,) * 3) for p, c in zip(prompts, drawn, strict=True)]
     trainer = make_trainer(policy, temperature=0.8)
-    for group, per_group in zip(groups, trainer.logprobs(groups), strict=True):
+    for group, per_group in zip(groups, trainer.groups.compute(groups), strict=True):
         for completion, logprobs in zip(group.completions, per_group, strict=True):
             assert logprobs == pytest.approx(completion.logprobs, abs=2e-5)
 
@@ -296,12 +302,12 @@ def test_the_engines_logprobs_are_the_trainers(architecture: str) -> None:
 def test_recomputed_old_logprobs_make_the_first_update_exactly_on_policy() -> None:
     policy, groups = make_policy(torch.float32), make_groups()
     trainer = make_trainer(policy)
-    recomputed = trainer.with_old_logprobs(groups, sampled_at=0)
+    recomputed = trainer.groups.attach_old(groups, sampled_at=0)
     assert len(recomputed[1].completions[0].old_logprobs) == 0, "a zero-variance group costs nothing"
     result = trainer.update(trainer.pack(recomputed), 1e-3)
     assert result.log_ratio_M.abs().max().item() < 1e-6
     with pytest.raises(AssertionError, match="sampled at update 0, weights are at 1"):
-        trainer.with_old_logprobs(groups, sampled_at=0)
+        trainer.groups.attach_old(groups, sampled_at=0)
 
 
 def test_bfloat16_keeps_float32_masters_that_see_small_updates() -> None:
@@ -433,14 +439,14 @@ def test_a_group_without_spread_still_feels_the_reference() -> None:
 
 def test_reference_logprobs_are_those_of_the_reference_policy() -> None:
     policy, reference, groups = make_policy(seed=1), make_policy(seed=2), make_groups()
-    trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.1))
-    found = trainer.with_reference_logprobs(groups, reference)
-    expected = make_trainer(reference).logprobs(groups)
+    trainer = make_trainer(policy, kl=KLPenalty(coefficient=0.1), reference=reference)
+    found = trainer.groups.attach_reference(groups)
+    expected = make_trainer(reference).groups.compute(groups)
     for group, per_group in zip(found, expected, strict=True):
         for completion, logprobs in zip(group.completions, per_group, strict=True):
             assert np.array_equal(completion.reference_logprobs, logprobs)
     result = trainer.update(trainer.pack(found), 1e-9)
-    d = torch.cat([torch.tensor(p) for per_group in trainer.logprobs(groups) for p in per_group]).double()
+    d = torch.cat([torch.tensor(p) for per_group in trainer.groups.compute(groups) for p in per_group]).double()
     d -= torch.cat([torch.tensor(p) for per_group in expected for p in per_group])
     assert result.kl_M is not None
     assert result.kl_M.mean().item() == pytest.approx((torch.exp(-d) - 1 + d).mean().item(), rel=1e-4)

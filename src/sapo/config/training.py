@@ -19,13 +19,18 @@ class TrainConfig(Section):
     tokens_per_microbatch: int = Field(8192, ge=1)
     """Packed tokens of one forward pass; bounds memory, never changes the result."""
     learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear learning-rate warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; linear and cosine fall towards `min_learning_rate`."""
     min_learning_rate: float = Field(0.0, ge=0)
     """Learning rate at the end of a decaying schedule, reached one step after the last."""
+    optimizer: str = "adamw"
+    """Optimizer. adamw. adamw_8bit: torchao's AdamW with both moments in 8 bits (extra `optim`). module:Class: a class
+    of your own, derived from torch.optim.Optimizer; it is given the float32 master weights, lr, and those of betas, eps
+    and weight_decay that its __init__ takes. Before a run, every optimizer but adamw must show on two small parameters
+    that it runs on the device and resumes from a checkpoint bit for bit."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moments (beta1, beta2)."""
     adam_eps: float = Field(1e-8, gt=0)

@@ -5,7 +5,7 @@ tell gates apart and nothing else; what a run under another objective would have
 
 On grad log pi of a token stands v = weight of the loss x slope. The vector v of another objective is compared with that
 of the one in use by cosine and by norm. Gradients of the tokens are not orthogonal, so this is not the cosine of the
-parameters' gradients: that is `sapo.diagnostics.true_gradients`, at the price of a backward pass.
+parameters' gradients: that is `Trainers.gradients`, at the price of a backward pass.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ from sapo.diagnostics import (
     sequence_figures,
     task_figures,
 )
-from sapo.diagnostics.true_gradients import true_gradient_figures
 from sapo.objectives import Objective, make_objective
-from sapo.training.batch import MiniBatch
-from sapo.training.trainer import Trainer, UpdateResult
+from sapo.training.ranks import Shares, Trainers
+from sapo.training.results import UpdateResult
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class Diagnosis:
         self.several_tasks = len(config.tasks) > 1
 
     def before(
-        self, step: int, trainer: Trainer, minibatch: MiniBatch, should_stop: Callable[[], bool]
+        self, step: int, trainers: Trainers, shares: Shares, should_stop: Callable[[], bool]
     ) -> dict[str, float]:
-        """What must be measured at the weights that an update starts from.
+        """What must be measured at the weights that an update starts from: the true gradients of other objectives.
 
         Args:
             step: counted from 1, as metrics.jsonl does.
@@ -70,7 +69,8 @@ class Diagnosis:
         """
         if not _due(step, self.settings.true_gradient_every):
             return {}
-        return true_gradient_figures(trainer, minibatch, self.objectives, should_stop)
+        figures = trainers.gradients(shares, self.objectives, should_stop)
+        return {f"true_gradient/{name}": value for name, value in figures.items()}
 
     def after(self, step: int, result: UpdateResult, groups: Sequence[Group]) -> Measured:
         """What an update of these groups says."""

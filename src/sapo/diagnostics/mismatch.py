@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sapo.objectives import LOG_RATIO_LIMIT
-from sapo.training.trainer import UpdateResult
+from sapo.training.results import UpdateResult
 
 MISMATCH_METRICS = ("mismatch/abs_dev", "tis/mean", "tis/clipped_share")
 

@@ -18,7 +18,7 @@ from sapo.diagnostics.mismatch import MISMATCH_METRICS, mismatch_metrics
 from sapo.diagnostics.ratios import gate_figures, ratio_figures, tail_figures
 from sapo.diagnostics.sequences import SequenceFigures, sequence_figures, theory_figures
 from sapo.diagnostics.tokens import GatedTokens, gated_tokens
-from sapo.training.trainer import UpdateResult
+from sapo.training.results import UpdateResult
 
 # Means over the updates of a step, as update/NAME.
 OF_A_STEP = (

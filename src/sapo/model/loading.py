@@ -156,7 +156,8 @@ def _packed_logprobs(policy: Policy) -> Tensor:
         positions += range(_PROBE_PROMPT, _PROBE_PROMPT + length)
         start += length
     layout = TreeLayout(segments, ids.device)
-    logits = policy.logits(policy.hidden(ids, torch.tensor(positions, device=ids.device), layout))
+    positions_N = torch.tensor(positions, device=ids.device)
+    logits = policy.run(lambda: policy.logits(policy.hidden(ids, positions_N, layout)))
     return torch.log_softmax(torch.cat([logits[path] for path in _probe_paths()]).float(), dim=-1)
 
 

@@ -1,18 +1,18 @@
 """A policy: any Hugging Face decoder with its tokenizer, run on packed tokens.
 
 The decoder is used through two doors only: `hidden`, packed token ids to last hidden states under a layout, and the
-output embedding, which the policy head and the sampler multiply themselves. `load_policy` proves on a few tokens that
-the two together equal the model's own forward, so that a decoder with a step in between (logit soft-capping, say) is
-refused rather than trained wrongly.
+output embedding, which the policy head and the sampler multiply themselves. A forward pass of training goes through
+both within one `run`. `load_policy` proves on a few tokens that the two together equal the model's own forward, so that
+a decoder with a step in between (logit soft-capping, say) is refused rather than trained wrongly.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from sapo.model.blocks import use_closed_forms
 from sapo.model.head import head_logits
 from sapo.model.products import use_best_products
 from sapo.utils.text import first_line
+
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -118,8 +120,22 @@ class Policy:
             stops.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
         return frozenset(stops)
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Run a forward pass of training: `work` computes hidden states and what the head makes of them.
+
+        Everything that reads weights for a gradient or for log pi is within one such call. In one process that is a
+        plain call; weights that are sharded over processes are whole within it and nowhere else.
+
+        Args:
+            work: returns tensors, or a tuple that has those with a graph among its own elements.
+        """
+        return work()
+
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
-        """Compute (N, H) last hidden states of packed tokens, times `logit_scale`, for the head to use as they are."""
+        """Compute (N, H) last hidden states of packed tokens, times `logit_scale`, for the head to use as they are.
+
+        Called within `run`.
+        """
         output = self.decoder(
             input_ids=token_ids_N[None], position_ids=position_ids_N[None], use_cache=False, packed_layout=layout
         )

@@ -24,7 +24,7 @@ from sapo.model.policy import Policy
 from sapo.run.directory import RunDirectory
 from sapo.run.state import RunState
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
-from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.ranks import Trainers
 
 KEPT_FOR_ROLLBACKS = 3
 """Healthy checkpoints that are kept where a run may have to go back further than to the last."""
@@ -89,7 +89,7 @@ def kept_checkpoints(state: RunState) -> set[int]:
 
 
 def answer_collapse(
-    config: RunConfig, directory: RunDirectory, policy: Policy, optimizer: PolicyOptimizer, state: RunState
+    config: RunConfig, directory: RunDirectory, policy: Policy, trainers: Trainers, state: RunState
 ) -> RunState:
     """The state to go on with where a collapse was found: the run's own, or its last healthy one.
 
@@ -118,7 +118,7 @@ def answer_collapse(
             f"{warning.line}; stopped{after}; `sapo resume {directory.path} train.learning_rate=...` goes on from the "
             f"last healthy checkpoint, {checkpoint.label}"
         )
-    restored = restore(checkpoint, config, policy, optimizer)
+    restored = restore(checkpoint, config, policy, trainers)
     restored = replace(
         restored,
         rollbacks=state.rollbacks + 1,
@@ -148,7 +148,7 @@ def rollback_record(collapsed: RunState, restored: RunState) -> dict[str, Any]:
     }
 
 
-def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, optimizer: PolicyOptimizer) -> RunState:
+def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, trainers: Trainers) -> RunState:
     """Put the weights and the optimiser's state of a checkpoint in place of the present ones; the state it holds."""
     kept = load_policy(
         checkpoint.path, config.model.dtype, config.device, trust_remote_code=config.model.trust_remote_code
@@ -157,8 +157,7 @@ def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, optimizer
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             parameter.copy_(weights[name])
-    optimizer.adam.state.clear()  # the checkpoint of a run's start has no moments to overwrite the present ones with
-    optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+    trainers.restore_optimizer(checkpoint.optimizer_tensors())
     return RunState.deserialise(checkpoint.state(), checkpoint.batches())
 
 

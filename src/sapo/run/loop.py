@@ -24,7 +24,6 @@ from sapo.diagnostics import task_panels
 from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import Interrupted, NonFiniteError
 from sapo.model.policy import Policy
-from sapo.objectives import make_objective
 from sapo.rollout.collector import Collector
 from sapo.rollout.registry import make_engine
 from sapo.rollout.selection import Selection
@@ -48,10 +47,12 @@ from sapo.run.records import token_gates
 from sapo.run.routing_replay import RoutingReplay
 from sapo.run.self_check import check_old_logprobs, check_sampled
 from sapo.run.state import RolloutBatch, RunState
+from sapo.run.trainers import make_packer, make_trainer, trainer_settings
 from sapo.training.batch import split_minibatches
 from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
-from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
-from sapo.training.trainer import Trainer
+from sapo.training.logprobs import GroupLogprobs
+from sapo.training.optimizer import learning_rate_at
+from sapo.training.ranks import Trainers
 from sapo.utils.machine import give_back_freed_memory
 
 
@@ -93,32 +94,15 @@ class TrainingRun:
         self.listener = listener or Silent()
         self.should_stop = should_stop
         self.tasks = tasks
-        self.reference = reference
         self.engine = make_engine(policy, config.rollout)
         self.replay = RoutingReplay.of(config, policy)
-        train = config.train
-        self.trainer = Trainer(
-            policy,
-            make_objective(config.objective.name, **config.objective.hyperparameters),
-            PolicyOptimizer(
-                [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
-                betas=train.betas,
-                eps=train.adam_eps,
-                weight_decay=train.weight_decay,
-                grad_clip=train.grad_clip,
-            ),
-            temperature=config.rollout.temperature,
-            normalizer=config.objective.normalizer,
-            tokens_per_microbatch=train.tokens_per_microbatch,
-            max_new_tokens=config.rollout.max_new_tokens,
-            activation_checkpointing=train.activation_checkpointing,
-            entropy=train.entropy,
-            kl=None if config.objective.kl is None else config.objective.kl.penalty,
-            routers=None if self.replay is None else self.replay.routers,
-            tis=None if config.objective.tis is None else config.objective.tis.weights,
-        )
-        self._staleness = Staleness(config.rollout.staleness, train.minibatches)
-        self.diagnosis = Diagnosis(config, self.trainer.objective)
+        settings = trainer_settings(config)
+        routers = None if self.replay is None else self.replay.routers
+        self.trainer: Trainers = make_trainer(config, settings, policy, reference, routers)
+        self.packer = make_packer(config, policy)
+        self.logprobs = GroupLogprobs(self.trainer, self.packer, "adapter_off" if reference is None else "reference")
+        self._staleness = Staleness(config.rollout.staleness, config.train.minibatches)
+        self.diagnosis = Diagnosis(config, settings.objective)
         self._saved_at = self.state.step if state is not None and not self.state.update else -1
         names = [t.name for t in tasks.train]
         self.loggers = LoggerSet(
@@ -187,7 +171,7 @@ class TrainingRun:
         batch = self.state.take_next(self.config.train.minibatches)
         if self.state.old_logprobs == "current":
             with self._phase("old_logprobs"):
-                self.state.groups = self.trainer.with_old_logprobs(batch.groups, None, self._trainer_records())
+                self.state.groups = self.logprobs.attach_old(batch.groups, None, self._trainer_records())
 
     def _sample_due(self) -> None:
         """The step's own batch, or under staleness a later step's, when its time has come."""
@@ -223,10 +207,10 @@ class TrainingRun:
             if state.old_logprobs is None:
                 state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
             if state.old_logprobs == "trainer":
-                groups = self.trainer.with_old_logprobs(groups, sampled_at, self._trainer_records())
-        if self.trainer.kl is not None:
+                groups = self.logprobs.attach_old(groups, sampled_at, self._trainer_records())
+        if self.config.objective.kl is not None:
             with self._phase("reference"):
-                groups = self.trainer.with_reference_logprobs(groups, self.reference)
+                groups = self.logprobs.attach_reference(groups)
         return groups
 
     def _engine_records(self) -> bool:
@@ -259,7 +243,7 @@ class TrainingRun:
         rounded, both = not self.config.experiments.sampler_is_policy, self.config.objective.tis is not None
         wanted = self.config.old_logprobs
         check = check_old_logprobs(
-            self.trainer, groups, self.config.train, full, old_logprobs=wanted, rounded=rounded, both=both
+            self.logprobs, groups, self.config.train, full, old_logprobs=wanted, rounded=rounded, both=both
         )
         replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
         self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
@@ -279,11 +263,11 @@ class TrainingRun:
             minimum=train.min_learning_rate,
         )
         started = time.perf_counter()
-        minibatch = self.trainer.pack(groups)
+        shares = self.packer.pack(groups)
         with self._phase("diagnose"):
-            before = self.diagnosis.before(state.step + 1, self.trainer, minibatch, self.should_stop)
+            before = self.diagnosis.before(state.step + 1, self.trainer, shares, self.should_stop)
         with self._phase("update"):
-            result = self.trainer.update(minibatch, learning_rate, self.should_stop)
+            result = self.trainer.update(shares, learning_rate, self.should_stop)
         with self._phase("diagnose"):
             measured = self.diagnosis.after(state.step + 1, result, groups)
         figures = measured.figures | before
@@ -312,7 +296,7 @@ class TrainingRun:
     def _answer_collapse(self) -> None:
         """Go on, stop, or go back to the last healthy checkpoint, as the recipe says."""
         collapsed = self.state
-        self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer.optimizer, collapsed)
+        self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer, collapsed)
         if self.state is not collapsed:
             self._append(rollback_record(collapsed, self.state))
             self.journal.roll_back()
@@ -355,7 +339,7 @@ class TrainingRun:
                 state.step,
                 state.update,
                 policy=self.policy,
-                optimizer_tensors=self.trainer.optimizer.state_tensors(),
+                optimizer_tensors=self.trainer.optimizer_tensors(),
                 state=fields,
                 batches=batches,
             )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sapo.data import Group
-from sapo.training.trainer import UpdateResult
+from sapo.training.results import UpdateResult
 
 
 def token_gates(

@@ -16,7 +16,7 @@ import numpy as np
 from sapo.config import TrainConfig
 from sapo.data import Group
 from sapo.errors import NonFiniteError
-from sapo.training.trainer import Trainer
+from sapo.training.logprobs import GroupLogprobs
 
 CHECKED_GROUPS = 8
 """A few groups tell as much as all of them."""
@@ -79,7 +79,7 @@ def check_sampled(groups: Sequence[Group]) -> None:
 
 
 def check_old_logprobs(
-    trainer: Trainer,
+    logprobs: GroupLogprobs,
     groups: Sequence[Group],
     settings: TrainConfig,
     full_distribution: bool,
@@ -91,7 +91,7 @@ def check_old_logprobs(
     """Hold the engine's log-probabilities against the trainer's at the same weights; say which are used.
 
     Args:
-        trainer: at the weights that sampled.
+        logprobs: of the trainer, at the weights that sampled.
         groups: of a rollout batch.
         settings: `old_logprobs` and `self_check_tolerance` are used.
         full_distribution: the engine samples without cutting a tail.
@@ -104,7 +104,7 @@ def check_old_logprobs(
     """
     checked = groups[:CHECKED_GROUPS]
     theirs = np.concatenate([c.logprobs for g in checked for c in g.completions], dtype=np.float64)
-    ours = np.concatenate([part for per_group in trainer.logprobs(checked) for part in per_group], dtype=np.float64)
+    ours = np.concatenate([part for per_group in logprobs.compute(checked) for part in per_group], dtype=np.float64)
     with np.errstate(invalid="ignore"):  # of two infinities
         difference = ours - theirs
     if len(wrong := np.flatnonzero(~np.isfinite(difference))):

@@ -18,24 +18,7 @@ from sapo.data import Completion, Group, PackedBatch, Segment
 from sapo.model.prefix_tree import PrefixTree, prefix_tree
 from sapo.model.routing import pack_experts
 from sapo.objectives import sequence_weights
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """One update's worth of groups, packed.
-
-    `num_sequences` and `num_tokens` count the zero-variance groups too: the normalisers are theirs as well. Masked
-    completions are not counted.
-    """
-
-    microbatches: tuple[PackedBatch, ...]
-    num_sequences: int
-    num_tokens: int
-
-    @property
-    def num_targets(self) -> int:
-        """Response tokens that carry a gradient."""
-        return sum(b.num_targets for b in self.microbatches)
+from sapo.training.ranks import Shares
 
 
 def split_minibatches(groups: Sequence[Group], minibatches: int, uneven: bool = False) -> list[tuple[Group, ...]]:
@@ -66,8 +49,9 @@ def pack(
     device: torch.device | str = "cpu",
     include_flat: bool = False,
     include_all: bool = False,
-) -> MiniBatch:
-    """Pack the groups of one mini-batch into micro-batches of at most `tokens_per_microbatch` input tokens.
+) -> Shares:
+    """Pack the groups of one mini-batch into micro-batches of at most `tokens_per_microbatch` input tokens, all of them
+    one share.
 
     Args:
         groups: with their advantages set.
@@ -108,7 +92,7 @@ def pack(
             budget -= cost
             fresh_group = False
     microbatches = tuple(_pack_members(members, weights_B, device) for members in plan if members)
-    return MiniBatch(microbatches, num_sequences=len(lengths), num_tokens=int(lengths.sum()))
+    return Shares((microbatches,), num_sequences=len(lengths), num_tokens=int(lengths.sum()))
 
 
 @dataclass(frozen=True)

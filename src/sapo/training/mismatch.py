@@ -24,7 +24,7 @@ def mismatch_weights(tis: TIS, batch: PackedBatch) -> MismatchWeights:
 
 def log_mismatch(batch: PackedBatch) -> Tensor:
     """(M,) float64 log pi_old - log mu."""
-    assert batch.sampler_logprobs_M is not None, "with_old_logprobs comes before a correction for the sampler"
+    assert batch.sampler_logprobs_M is not None, "log pi_old by the trainer comes before a correction for the sampler"
     return batch.old_logprobs_M.double() - batch.sampler_logprobs_M
 
 

@@ -1,4 +1,4 @@
-"""AdamW over float32 master weights, gradient clipping and the learning-rate schedule.
+"""Optimizers by name, over float32 master weights, with gradient clipping and the learning-rate schedule.
 
 A float32 policy is its own master. A bfloat16 policy computes in 16 bits while its gradients are summed over
 micro-batches, and its weights kept, in float32.
@@ -6,11 +6,21 @@ micro-batches, and its weights kept, in float32.
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sapo.errors import ConfigError
+from sapo.training.optimizer_state import OptimizerState
+from sapo.utils.names import did_you_mean
+from sapo.utils.plugins import import_named
 
 
 def learning_rate_at(
@@ -30,11 +40,121 @@ def learning_rate_at(
     return minimum + (peak - minimum) * shape
 
 
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Hyperparameters of an optimizer, by the names that torch gives them.
+
+    >>> OptimizerOptions(weight_decay=0.1).betas
+    (0.9, 0.95)
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An entry of the registry: how an optimizer is made, and what memory it takes.
+
+    >>> OPTIMIZERS["adamw"].state_bytes(32, 4)
+    256
+    """
+
+    make: Callable[[list[nn.Parameter], OptimizerOptions], torch.optim.Optimizer]
+    """Takes the master weights; the learning rate is set before each step."""
+    state_bytes: Callable[[int, int], int] | None = None
+    """(elements of a master weight, bytes of each) -> bytes it keeps for it; None where they have to be measured."""
+    takes: tuple[str, ...] = ("betas", "eps", "weight_decay")
+    """Fields of `OptimizerOptions` that it reads."""
+
+
+def find_optimizer(name: str) -> OptimizerKind:
+    """Return an entry of OPTIMIZERS, or one for a class of the user's own (`module:Class`).
+
+    Raises:
+        ConfigError: no such entry, module or class, a class that is no optimizer, or a package that is not installed.
+    """
+    if ":" in name:
+        return _users_own(name)
+    if name not in OPTIMIZERS:
+        raise ConfigError(
+            f"train.optimizer must be one of {', '.join(OPTIMIZERS)}, or module:Class; got {name!r}"
+            f"{did_you_mean(name, OPTIMIZERS)}"
+        )
+    if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "train.optimizer=adamw_8bit needs torchao, which is not installed; pip install 'sapo-rl[optim]', or use "
+            "train.optimizer=adamw"
+        )
+    return OPTIMIZERS[name]
+
+
+def _adamw(masters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(masters, lr=0.0, **asdict(options), fused=True)
+
+
+def _adamw_bytes(elements: int, itemsize: int) -> int:
+    return 2 * elements * itemsize
+
+
+def _adamw_8bit(masters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    # Said by torch.compile of torchao's tensors: it then keeps no cache of their graphs.
+    warnings.filterwarnings("ignore", message=r"\w+ does not implement _stable_hash_for_caching")
+    optimizer: torch.optim.Optimizer = AdamW8bit(masters, lr=0.0, **asdict(options))
+    return optimizer
+
+
+def _adamw_8bit_bytes(elements: int, itemsize: int) -> int:
+    """Blocks of 256 elements have a byte each and a float32 scale; each moment has a table of 256 float32 values.
+
+    torchao leaves parameters below 4096 elements, and those that do not divide into blocks, in their own precision.
+    """
+    if elements < 4096 or elements % 256:
+        return _adamw_bytes(elements, itemsize)
+    return 2 * (elements + 4 * elements // 256 + 4 * 256)
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(_adamw, _adamw_bytes),
+    "adamw_8bit": OptimizerKind(_adamw_8bit, _adamw_8bit_bytes),
+}
+"""What `train.optimizer` may name, beside a class of the user's own."""
+
+
+def _users_own(spec: str) -> OptimizerKind:
+    found = import_named(spec, what="train.optimizer", noun="class", error=ConfigError)
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(
+            f"train.optimizer {spec!r} must be a class derived from torch.optim.Optimizer; got {found!r}; derive it "
+            f"from that, or use one of {', '.join(OPTIMIZERS)}"
+        )
+    parameters = inspect.signature(found).parameters.values()
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes = tuple(name for name in asdict(OptimizerOptions()) if every or name in named)
+    rate: dict[str, Any] = {"lr": 0.0} if every or "lr" in named else {}
+
+    def make(masters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = found(masters, **rate, **{name: getattr(options, name) for name in takes})
+        return optimizer
+
+    return OptimizerKind(make, None, takes)
+
+
 class PolicyOptimizer:
-    """AdamW on the policy's parameters through float32 masters.
+    """An optimizer on the policy's parameters through float32 masters.
 
     Args:
         named_parameters: what to train; float64 parameters (tests) are their own masters too.
+        betas, eps, weight_decay: see `OptimizerOptions`.
+        grad_clip: largest norm of the gradient; None does not clip.
+        name: one of OPTIMIZERS, or `module:Class`.
+
+    Raises:
+        ConfigError: see `find_optimizer`.
     """
 
     def __init__(
@@ -45,6 +165,7 @@ class PolicyOptimizer:
         eps: float,
         weight_decay: float,
         grad_clip: float | None,
+        name: str = "adamw",
     ) -> None:
         self.names = [name for name, _ in named_parameters]
         self.parameters = [p for _, p in named_parameters]
@@ -53,7 +174,9 @@ class PolicyOptimizer:
             for p in self.parameters
         ]
         self.grad_clip = grad_clip
-        self.adam = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.inner = find_optimizer(name).make(self.masters, OptimizerOptions(betas, eps, weight_decay))
+        """The torch optimizer over the masters."""
+        self._state = OptimizerState(self.inner, dict(zip(self.names, self.masters, strict=True)))
 
     def collect_gradients(self) -> None:
         """Add the gradients of one backward pass to the masters' (a no-op where a parameter is its own master)."""
@@ -71,6 +194,10 @@ class PolicyOptimizer:
         grads = [m.grad for m in self.masters if m.grad is not None]
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
+    def gradients(self) -> dict[int, Tensor]:
+        """Return the collected gradient of every master weight that has one, by its place."""
+        return {i: m.grad for i, m in enumerate(self.masters) if m.grad is not None}
+
     def first_nonfinite_gradient(self) -> str | None:
         """Name of the first parameter whose gradient is not finite."""
         for name, master in zip(self.names, self.masters, strict=True):
@@ -82,9 +209,12 @@ class PolicyOptimizer:
         """Clip by the norm given, update the masters, copy them to the policy, drop the gradients."""
         if self.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.grad_clip, norm)
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate
-        self.adam.step()
+        for group in self.inner.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)  # a compiled step would be compiled anew for another number
+            else:
+                group["lr"] = learning_rate
+        self.inner.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
@@ -97,31 +227,26 @@ class PolicyOptimizer:
             tensor.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a bitwise resume needs, as flat names to tensors: moments, step counts, masters."""
-        tensors: dict[str, Tensor] = {}
+        """Return everything a bitwise resume needs, as flat names to plain tensors: the optimizer's state and masters.
+
+        Raises:
+            ConfigError: the optimizer keeps something that a checkpoint cannot hold.
+        """
+        tensors = self._state.to_tensors()
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            for key, value in self.adam.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
             if master is not parameter:
                 tensors[f"master/{name}"] = master.detach()
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`.
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the state that `state_tensors` gave in place of the present one.
 
         Raises:
-            ValueError: tensors of another model.
+            ValueError: tensors of another model or of another optimizer.
         """
-        known = {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq", "master") for name in self.names}
-        if unknown := sorted(set(tensors) - known):
-            raise ValueError(
-                f"the optimiser state is of another model: it has {unknown[0]} and {len(unknown) - 1} more"
-            )
+        of_masters = {f"master/{name}": name for name in self.names}
+        self._state.from_tensors({k: v for k, v in tensors.items() if k not in of_masters})
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             if master is not parameter:
                 with torch.no_grad():
                     master.copy_(tensors[f"master/{name}"])
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-            state = {k: tensors[f"{k}/{name}"].to(master.device, copy=True) for k in keys}
-            if state:
-                self.adam.state[master] = state

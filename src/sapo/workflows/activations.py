@@ -16,7 +16,8 @@ import torch
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.policy import Policy
-from sapo.training.batch import MiniBatch, pack
+from sapo.training.batch import pack
+from sapo.training.ranks import Shares
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def full_length_group(prompt: Prompt, samples: int, length: int) -> Group:
     return Group(prompt, (completion,) * samples, tuple(1.0 if i % 2 else -1.0 for i in range(samples)))
 
 
-def pack_groups(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> MiniBatch:
+def pack_groups(groups: Sequence[Group], tokens_per_microbatch: int, max_new_tokens: int) -> Shares:
     return pack(
         groups,
         normalizer="sequence_mean",
@@ -138,7 +139,7 @@ def probe_batch(prompts: int, prompt_tokens: int, samples: int, new_tokens: int)
 
 def run_forward(policy: Policy, batch: PackedBatch, layout: TreeLayout) -> torch.Tensor:
     device = policy.device
-    return policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout)
+    return policy.run(lambda: policy.hidden(batch.token_ids_N.to(device), batch.position_ids_N.to(device), layout))
 
 
 def _num_layers(policy: Policy) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from torch import Tensor
 from sapo.config import ColdStartConfig, PromptConfig, RolloutConfig, RunConfig
 from sapo.data import Completion, Group, PackedBatch, Prompt
 from sapo.errors import ColdStartError, ConfigError, Interrupted
-from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import policy_head
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
@@ -37,6 +37,7 @@ from sapo.rollout.registry import make_engine
 from sapo.rollout.weights import loaded
 from sapo.tasks import ALPHABET, WorkedTask, make_task, score_groups
 from sapo.training.batch import pack
+from sapo.training.forward import response_states
 from sapo.training.optimizer import PolicyOptimizer, learning_rate_at
 from sapo.utils.files import new_directory
 
@@ -224,20 +225,23 @@ def _supervised_update(
     )
     loss = 0.0
     for batch in minibatch.microbatches:
-        layout = TreeLayout(batch.segments, policy.device)
-        hidden_NH = policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
-        head = policy_head(
-            gather_rows(hidden_NH, batch.predictor_M),
-            policy.head_weight,
-            batch.target_M,
-            _negative_log_likelihood(batch),
-            bias_V=policy.head_bias,
-        )
-        head.loss.backward()
+        part = policy.run(partial(_supervised_loss, policy, batch))
+        part.backward()
         optimizer.collect_gradients()
-        loss += head.loss.item()
+        loss += part.item()
     optimizer.step(learning_rate, optimizer.gradient_norm())
     return loss
+
+
+def _supervised_loss(policy: Policy, batch: PackedBatch) -> Tensor:
+    head = policy_head(
+        response_states(policy, batch),
+        policy.head_weight,
+        batch.target_M,
+        _negative_log_likelihood(batch),
+        bias_V=policy.head_bias,
+    )
+    return head.loss
 
 
 def _negative_log_likelihood(batch: PackedBatch) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:

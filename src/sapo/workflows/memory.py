@@ -4,7 +4,8 @@ them.
 The phases of a step follow each other, and the run's peak is that of the largest. With P parameters of e bytes each, T
 of them trained:
 
-    always              baseline + P e + 8 T (the moments of AdamW) + 4 T (float32 masters, of a 16-bit model only)
+    always              baseline + P e + 8 T (the moments of AdamW; another optimizer's state by its own count)
+                        + 4 T (float32 masters, of a 16-bit model only)
     generate            cache: (each prompt once + rows x (max_new_tokens - 1))
                         x 2 x layers x kv heads x head size x e (4 on a CPU)
                         + weights joined or packed for decoding
@@ -16,7 +17,7 @@ of them trained:
     update, both        one gradient more (4 T), where true gradients are compared
     update, backward    gradients (4 T) + the head's once more (4 V H), where it is tied or already has one + one layer
     checkpoint          nothing of its own: tensors are written from where they are
-    rollout batch       Python's integers and floats, 100 bytes a token, from generation to the last update; with
+    rollout batch       arrays of 40 bytes a token, from generation to the last update; with
                         refills as if every round drew a whole batch: dropped groups stay until the step is logged;
                         one more for each batch sampled ahead; with routing replay one byte (two above 256 experts)
                         for each expert of a token
@@ -49,6 +50,8 @@ from sapo.rollout.local.cache import KVCache, cache_dtype
 from sapo.rollout.local.decoder import copied_bytes
 from sapo.rollout.local.engine import PREFILL_TOKENS
 from sapo.training.batch import split_minibatches
+from sapo.training.optimizer import OPTIMIZERS
+from sapo.training.optimizer_check import state_bytes
 from sapo.utils.machine import resident_bytes
 from sapo.workflows.activations import (
     ActivationCost,
@@ -60,9 +63,8 @@ from sapo.workflows.activations import (
     run_forward,
 )
 
-PYTHON_BYTES_PER_TOKEN = 100
-"""A token id and a log-probability as Python objects (28 and 24 bytes), their places in two tuples (16), and what is
-measured of them."""
+BATCH_BYTES_PER_TOKEN = 40
+"""A token id and up to three log-probabilities (4 bytes each), and three numbers of 8 bytes that an update measures."""
 
 ROW_BYTES_PER_TOKEN = 24
 """The engine's tables: a uniform (8), a token (8), a log-probability (4) and what they are padded to."""
@@ -124,17 +126,18 @@ def estimate_memory(
         reference: a frozen policy beside the trained one.
     """
     trained = [p for p in policy.model.parameters() if p.requires_grad]
+    state = "moments of AdamW" if config.train.optimizer in OPTIMIZERS else "state of the optimizer"
     always = {
         "interpreter and libraries": baseline,
         "weights": _bytes_of(list(policy.model.parameters())),
         "weights of the reference": 0 if reference is None else _bytes_of(list(reference.model.parameters())),
         "float32 masters": sum(4 * p.numel() for p in trained if p.element_size() < 4),
-        "moments of AdamW": sum(2 * max(4, p.element_size()) * p.numel() for p in trained),
+        state: state_bytes(config.train.optimizer, trained),
     }
     tokens = len(prompts) * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
     ahead = -(-config.rollout.staleness // config.train.minibatches)
     drawn = (1 + config.rollout.refill_rounds) * (1 + ahead)
-    batch = {"rollout batch": PYTHON_BYTES_PER_TOKEN * tokens * drawn}
+    batch = {"rollout batch": BATCH_BYTES_PER_TOKEN * tokens * drawn}
     if config.model.routing_replay:
         routed = tokens + sum(len(p.token_ids) for p in prompts)
         batch["recorded experts"] = Routers(policy).bytes_per_token * routed * drawn

@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ from torch import Tensor
 from sapo.config import RolloutConfig
 from sapo.data import Group, PackedBatch
 from sapo.errors import ConfigError
-from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.model.rounding import Rounding, rounded_weights
@@ -51,6 +51,7 @@ from sapo.rollout.registry import make_engine, require
 from sapo.rollout.weights import loaded
 from sapo.tasks import score_groups
 from sapo.training.batch import pack
+from sapo.training.forward import response_states
 from sapo.workflows.evaluate import PlannedEvaluation
 
 PARTS = 8
@@ -275,17 +276,18 @@ class _GradientSums:
         ).microbatches
         gradients: dict[str, list[Tensor]] = {}
         for batch in batches:
-            for name, gradient in self._gradients(batch):
-                _accumulate(gradients, name, gradient)
+            self.policy.run(partial(self._add_gradients, batch, gradients))
         for name, gradient in gradients.items():
             self.squares[name] = self.squares.get(name, 0.0) + _dot(gradient, gradient)
             _accumulate(self.sums, name, gradient)
 
+    def _add_gradients(self, batch: PackedBatch, sums: dict[str, list[Tensor]]) -> None:
+        for name, gradient in self._gradients(batch):
+            _accumulate(sums, name, gradient)
+
     def _gradients(self, batch: PackedBatch) -> Iterator[tuple[str, list[Tensor]]]:
         """Yield (name, gradient) of every coefficient that is not 0 on all tokens, from one forward pass."""
-        layout = TreeLayout(batch.segments, self.policy.device)
-        hidden_NH = self.policy.hidden(batch.token_ids_N, batch.position_ids_N, layout)
-        hidden_MH = gather_rows(hidden_NH, batch.predictor_M)
+        hidden_MH = response_states(self.policy, batch)
         coefficients = self._coefficients(batch, self._log_ratio(hidden_MH.detach(), batch))
         weight_M = batch.weights_B[batch.sequence_M]
         parameters = self.policy.parameters()

@@ -22,6 +22,7 @@ from sapo.run.loop import StopReason, TrainingRun
 from sapo.run.machine import DECIDING_BITS, provenance, resolve_machine
 from sapo.run.preflight import check_prompts, load_tasks
 from sapo.run.state import RunState
+from sapo.run.trainers import check_optimizer
 from sapo.training.checkpoint import newest_whole, set_broken_aside
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
@@ -65,6 +66,7 @@ def train(
     RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
     check_engine(config)
+    check_optimizer(config)
     tasks = load_tasks(config)
     policy = starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
@@ -85,6 +87,7 @@ def dry_run(config: RunConfig) -> DryRun:
         RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
     check_engine(config)
+    check_optimizer(config)
     return rehearse(
         config,
         load=lambda c: starting_policy(c, lambda _: None, lambda: False),
@@ -130,6 +133,7 @@ def _resumed(
     _warn_of_another_machine(config, listener)
     check_loggers(config)
     check_engine(config)
+    check_optimizer(config)
     tasks = load_tasks(config)
     checkpoint = newest_whole(
         directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
@@ -152,7 +156,7 @@ def _resumed(
     directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
     if checkpoint is not None:
-        training.trainer.optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+        training.trainer.restore_optimizer(checkpoint.optimizer_tensors())
     set_broken_aside(directory.checkpoints, checkpoint)
     if overrides:
         directory.write_config(config)

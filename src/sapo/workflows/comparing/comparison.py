@@ -20,6 +20,7 @@ from sapo.rollout.registry import check_engine
 from sapo.run.loggers.all import check_loggers
 from sapo.run.machine import resolve_device
 from sapo.run.preflight import load_tasks
+from sapo.run.trainers import check_optimizer
 from sapo.workflows.coldstart import ColdStartProgress, coldstart_path, ensure_coldstart
 from sapo.workflows.comparing.directory import ComparisonDirectory, check_directory
 from sapo.workflows.comparing.outcomes import RunOutcome
@@ -142,6 +143,7 @@ def _check_runs(runs: Sequence[PlannedRun]) -> None:
     for run in {run.arm: run for run in runs}.values():
         check_loggers(run.config)
         check_engine(run.config)
+        check_optimizer(run.config)
     load_tasks(runs[0].config)
 
 
