@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_a_loop_over_python_numbers_to_the_bit() -> Non
                 worst = max(worst, abs(ours - theirs))
                 total += abs(math.expm1(min(20.0, ours - theirs)))
                 count += 1
-    seen = check_old_logprobs(SimpleNamespace(logprobs=lambda _: found), groups, TrainConfig(steps=1), True)
+    seen = check_old_logprobs(SimpleNamespace(compute=lambda _: found), groups, TrainConfig(steps=1), True)
     assert (seen.log_ratio_max_abs, seen.ratio_abs_dev, seen.tokens) == (worst, total / count, count)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sapo.objectives import make_objective
-from sapo.workflows.sampler_mismatch import SYMMETRIC, SymmetricMask, _Measured
+from sapo.workflows.sampler_mismatch import SYMMETRIC, SymmetricMask, _GradientSums
 from support.trainer_cases import make_groups, make_policy
 
 
@@ -35,7 +35,7 @@ def by_hand(name: str, ratios: list[float], advantage: float) -> list[float]:
 @pytest.mark.parametrize("name", ["true", "pull", "sapo", "grpo", "gspo"])
 def test_the_gradients_are_those_of_the_definition(name: str) -> None:
     policy, groups = make_policy(), make_groups()
-    measured = _Measured(policy, {n: make_objective(n) for n in ("sapo", "grpo", "gspo")}, 1.0)
+    measured = _GradientSums(policy, {n: make_objective(n) for n in ("sapo", "grpo", "gspo")}, 1.0)
     measured.add(groups, tokens_per_microbatch=60)
     model = copy.deepcopy(policy.model)
     model.set_attn_implementation("sdpa")
@@ -64,7 +64,7 @@ def test_a_gate_that_does_not_ask_for_the_sign_has_no_force() -> None:
         "reinforce": make_objective("reinforce"),
         SYMMETRIC: SymmetricMask(),
     }
-    measured = _Measured(make_policy(), objectives, 1.0)
+    measured = _GradientSums(make_policy(), objectives, 1.0)
     measured.add(make_groups(), 10_000)
     for name in objectives:
         force = measured.force(name)
@@ -73,7 +73,7 @@ def test_a_gate_that_does_not_ask_for_the_sign_has_no_force() -> None:
 
 
 def test_the_unbiased_square_takes_the_noise_of_the_parts_out() -> None:
-    measured = _Measured(make_policy(), {}, 1.0)
+    measured = _GradientSums(make_policy(), {}, 1.0)
     parts = torch.tensor([[3.0, 1.0], [3.0, -1.0], [3.0, 5.0]])
     measured.parts = len(parts)
     measured.sums["true"] = [parts.sum(0)]
