@@ -71,9 +71,9 @@ def train(
 
     config = load_recipe(recipe, overrides)
     if dry_run:
-        from sapo.cli.dry_run import show_dry_run
+        from sapo.cli.dry_run import show_dry_run, show_laws
 
-        show_dry_run(rehearse(config), console)
+        show_dry_run(rehearse(config, on_judged=lambda judged: show_laws(judged, console)), console)
         return
     with Display(console) as display, stop_signals() as stop:
         run = run_training(config, listener=display, should_stop=stop, on_coldstart=display.coldstart)
@@ -148,7 +148,6 @@ def conformance(
     words = subjects or []
     names = [word for word in words if "=" not in word] or ["sapo"]
     settings = _settings([word for word in words if "=" in word])
-    sys.path.insert(0, "")  # a loss of the user's, in the directory of the command
     reports: list[Report] = []
     for name in names:
         if ":" in name:

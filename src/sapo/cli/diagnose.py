@@ -134,7 +134,10 @@ def _objectives(model: Path, names: str) -> dict[str, Objective]:
     run = run_of(model)
     if run is not None:
         own = RunDirectory.read_config(run).objective
-        objective = make_objective(own.name, **own.hyperparameters)
+        try:
+            objective = own.make()
+        except ValueError as error:  # a module of the user's own that is not here
+            raise ConfigError(f"{run}: {error}") from error
         if chosen.get(own.name) != objective:
             chosen = {f"{own.name} of the run": objective, **chosen}
     if not chosen:

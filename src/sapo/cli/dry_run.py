@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sapo.config.summary import replay_sentence, sampler_sentences
+from sapo.conformance.objective_laws import Judgement
 from sapo.workflows.dry_run import DryRun, SeenPrompt
 from sapo.workflows.memory import MemoryEstimate
 
@@ -32,6 +33,12 @@ def show_dry_run(run: DryRun, console: Console) -> None:
     say("")
     console.print(_memory_table(run.memory))
     say("nothing was written")
+
+
+def show_laws(judged: Judgement, console: Console) -> None:
+    """Print which conformance laws an objective of the user's own keeps."""
+    for line in judged.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe_prompt(prompt: SeenPrompt) -> str:

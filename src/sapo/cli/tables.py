@@ -15,7 +15,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from sapo.conformance.laws import LAWS
 from sapo.conformance.report import Report
 from sapo.diagnostics.titles import metric_title
 from sapo.evaluation.comparison import Comparison, Discordance
@@ -186,6 +185,6 @@ def conformance_table(report: Report) -> Table:
     table.add_column("law", no_wrap=True)
     for name in report.names():
         table.add_column(name.rpartition(":")[2])
-    for place, law in enumerate(LAWS):
+    for place, law in enumerate(report.laws):
         table.add_row(law, *(styles[verdicts[place].status] for verdicts in report.verdicts))
     return table

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
+from sapo.config.objective import NamedObjective, left_alone
 from sapo.config.section import Section
-from sapo.objectives import make_objective
+from sapo.objectives import TAU_NEG, is_plugin
 
 
-class CounterfactualConfig(BaseModel):
+class CounterfactualConfig(NamedObjective):
     """An objective whose gate is evaluated on the batch of another. Further settings are its own, checked by it."""
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
-
-    name: str
-    """One of sapo.objectives.OBJECTIVES."""
     label: str | None = None
     """Name in metrics, as in counterfactual/LABEL/eur; the objective's name when null."""
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Return the objective's own settings, as `make_objective` takes them."""
-        return dict(self.model_extra or {})
 
     @property
     def key(self) -> str:
@@ -34,21 +26,26 @@ class CounterfactualConfig(BaseModel):
         return self.name if self.label is None else self.label
 
     @model_validator(mode="after")
-    def _known(self) -> CounterfactualConfig:
-        make_objective(self.name, **self.hyperparameters)
+    def _check(self, info: ValidationInfo) -> CounterfactualConfig:
+        if not left_alone(self.name, info):
+            made = self.make()
+            if is_plugin(self.name) and self.label is None:
+                self.label = made.name
         if not self.key or "/" in self.key:
             raise ValueError(f"a label must be a word without /, for it is part of a figure's name; got {self.key!r}")
         return self
 
 
 def default_counterfactuals() -> list[CounterfactualConfig]:
-    """The paper's three objectives, SAPO at other temperatures (tau_neg 1.05 tau_pos, as in the paper), and SAPO on the
-    side of drift alone."""
+    """Return the paper's three objectives, SAPO at other temperatures and SAPO on the side of drift alone.
+
+    The other temperatures have the paper's ratio, tau_neg = TAU_NEG tau_pos.
+    """
     settings: list[dict[str, Any]] = [
         {"name": "sapo"},
         {"name": "grpo"},
         {"name": "gspo"},
-        *({"name": "sapo", "label": f"sapo_tau_{t}", "tau_pos": t, "tau_neg": 1.05 * t} for t in (0.5, 2.0, 10.0)),
+        *({"name": "sapo", "label": f"sapo_tau_{t}", "tau_pos": t, "tau_neg": TAU_NEG * t} for t in (0.5, 2.0, 10.0)),
         {"name": "sapo", "label": "sapo_one_sided", "side": "drift"},
     ]
     return [CounterfactualConfig(**s) for s in settings]

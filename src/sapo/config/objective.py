@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from sapo.config.section import Section
-from sapo.objectives import NORMALIZERS, OBJECTIVES, TIS, KLPenalty, make_objective
+from sapo.objectives import NORMALIZERS, TIS, KLPenalty, Objective, find_objective, is_plugin, make_objective
 from sapo.utils.names import nearest
 
 
 class KLConfig(Section):
-    """A penalty for leaving a reference policy; the paper has none."""
+    """A KL penalty towards a reference policy; the paper has none."""
 
     coefficient: float = Field(gt=0)
-    """How much of the estimate is added to the loss, with the normaliser of the policy term."""
+    """Factor of the estimated KL in the loss. The estimate has the normaliser of the policy term."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """See objectives/kl.py; k3 is GRPO's."""
+    """Estimator of the KL divergence from sampled tokens; k3 is GRPO's. objectives/kl.py has the formulas."""
     reference: str | None = None
-    """Model to stay close to; null is the one the run starts from: with LoRA the adapter switched off, else a frozen
-    copy."""
+    """Reference model, a directory or a name on the Hub. null: the model that the run starts from, which is the model
+    without its adapter under LoRA and a frozen copy otherwise."""
 
     @property
     def penalty(self) -> KLPenalty:
-        """What the trainer takes."""
+        """The penalty, as the trainer takes it."""
         return KLPenalty(coefficient=self.coefficient, estimator=self.estimator)
 
 
 class TISConfig(Section):
-    """A weight on each token for a sampler that is not the policy: w = pi_old / mu, apart from the gate's ratio. It
-    needs log pi_old from the trainer, and train.old_logprobs=auto takes it from there."""
+    """Truncated importance sampling: a weight w = pi_old / mu on the loss of each token, for the mismatch between the
+    sampler mu and the trainer. The gate's ratio does not contain it. It needs log pi_old from the trainer, where
+    train.old_logprobs=auto then takes it."""
 
     mode: Literal["token", "sequence", "icepop", "sequence_mask"] = "token"
-    """token: min(w, cap). sequence: min(prod w, cap) for every token of a response. icepop: w within floor..cap, else
-    0. sequence_mask: prod w, or 0 where it exceeds cap. See objectives/mismatch.py."""
+    """Weight of a token. token: min(w, cap). sequence: min(prod w, cap) for every token of a response. icepop: w within
+    floor..cap, else 0. sequence_mask: prod w, or 0 where it exceeds cap. objectives/mismatch.py has the sources."""
     cap: float | None = None
-    """Largest weight; null is 2 for token and sequence, 5 for icepop, 3 for sequence_mask."""
+    """Largest weight. null: 2 for token and sequence, 5 for icepop, 3 for sequence_mask."""
     floor: float | None = None
     """Smallest weight of icepop; 0.5 when null."""
 
     @property
     def weights(self) -> TIS:
-        """What the trainer takes."""
+        """The correction, as the trainer takes it."""
         return TIS(mode=self.mode, cap=self.cap, floor=self.floor)
 
     @model_validator(mode="after")
@@ -51,39 +53,83 @@ class TISConfig(Section):
         return self
 
 
-class ObjectiveConfig(BaseModel):
-    """What is maximised. Hyperparameters beside these are the objective's own, checked by it."""
+class NamedObjective(BaseModel):
+    """An objective by its name. Hyperparameters beside the keys below are the objective's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
-    name: str = "sapo"
-    """One of sapo.objectives.OBJECTIVES."""
-    normalizer: str = "sequence_mean"
-    """sequence_mean (the paper), token_mean (DAPO), constant_length (Dr.GRPO), sequence_sum (MiniRL); left out, that of
-    the objective's source."""
-    advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
-    """(R - mean) / std over the group, R - mean, or R - mean of the others; left out, that of the source as well."""
-
-    kl: KLConfig | None = None
-    """Penalty for leaving a reference policy; null for none."""
-    tis: TISConfig | None = None
-    """Correction for a sampler that is not the policy (truncated importance sampling); null for none."""
+    name: str
+    """One of sapo.objectives.OBJECTIVES, or an objective of your own as module:Class."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The objective's own settings, as `make_objective` takes them."""
         return dict(self.model_extra or {})
 
+    def make(self) -> Objective:
+        """Make the objective with its hyperparameters.
+
+        Raises:
+            ValueError: an unknown name or hyperparameter, or a value out of its range.
+        """
+        made = make_objective(self.name, **self.hyperparameters)
+        if hidden := sorted({f.name for f in fields(made)} & set(type(self).model_fields)):
+            raise ValueError(
+                f"hyperparameters of {self.name} must not be called {', '.join(type(self).model_fields)}, which are "
+                f"keys of the recipe; got {', '.join(hidden)}; rename it"
+            )
+        return made
+
+
+class ObjectiveConfig(NamedObjective):
+    """The objective that is maximised. Hyperparameters beside these are the objective's own, checked by it."""
+
+    name: str = "sapo"
+    """One of sapo.objectives.OBJECTIVES, or an objective of your own as module:Class. Such a class derives from
+    sapo.objectives.TokenObjective or SequenceObjective. It must obey the conformance laws before a run begins."""
+    normalizer: str = "sequence_mean"
+    """Weight of a token in the loss: sequence_mean (the paper), token_mean (DAPO), constant_length (Dr.GRPO) or
+    sequence_sum (MiniRL). Left out, that of the objective's source."""
+    advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
+    """Advantage of a completion. group_std: (R - mean) / std over the group. group_mean: R - mean. leave_one_out:
+    R - mean of the others. Left out, that of the objective's source."""
+
+    kl: KLConfig | None = None
+    """KL penalty towards a reference policy; null for none."""
+    tis: TISConfig | None = None
+    """Truncated importance sampling, a correction for the mismatch between sampler and trainer; null for none."""
+
     @model_validator(mode="before")
     @classmethod
-    def _as_its_source_has_it(cls, raw: Any) -> Any:
-        """`name: dapo` alone is DAPO, its normalizer too; what is written down stands."""
-        source = OBJECTIVES.get(str(raw.get("name", "sapo"))) if isinstance(raw, dict) else None
+    def _fill_from_its_source(cls, raw: Any, info: ValidationInfo) -> Any:
+        """Take normalizer and advantage from the objective where they are left out: `name: dapo` alone is DAPO."""
+        name = str(raw.get("name", "sapo")) if isinstance(raw, dict) else ""
+        if not name or {"normalizer", "advantage"} <= raw.keys() or left_alone(name, info):
+            return raw
+        source = known_objective(name)
         return raw if source is None else {"normalizer": source.normalizer, "advantage": source.advantage, **raw}
 
     @model_validator(mode="after")
-    def _known(self) -> ObjectiveConfig:
-        make_objective(self.name, **self.hyperparameters)
+    def _check(self, info: ValidationInfo) -> ObjectiveConfig:
+        if not left_alone(self.name, info):
+            self.make()
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f"unknown normalizer {self.normalizer!r}{nearest(self.normalizer, NORMALIZERS)}")
         return self
+
+
+def left_alone(name: str, info: ValidationInfo) -> bool:
+    """Tell whether an objective is a user's own in the recipe that a run recorded.
+
+    It was checked when the run began. To read a run, perhaps a stranger's, no module of its recipe is imported; to
+    resume it, the recipe is checked again as one that is to be run.
+    """
+    return is_plugin(name) and bool(info.context and info.context.get("recorded"))
+
+
+def known_objective(name: str) -> type[Objective] | None:
+    """Return the class of an objective, or None where there is none of that name."""
+    try:
+        return find_objective(name)
+    except ValueError:
+        return None

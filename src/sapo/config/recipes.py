@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from sapo.config import ObjectiveConfig, PromptConfig, RunConfig
+from sapo.config.objective import known_objective
 from sapo.errors import ConfigError
-from sapo.objectives import OBJECTIVES
 from sapo.utils.names import nearest
 from sapo.utils.shipped import shipped_recipes
 
@@ -108,29 +108,32 @@ def _drop_settings_of_another_objective(raw: dict[str, Any], name: Any) -> None:
     if not isinstance(objective, dict) or name is None or name == (before := objective.get("name", "sapo")):
         return
     kept = {k: v for k, v in objective.items() if k in ObjectiveConfig.model_fields}
-    if (source := OBJECTIVES.get(str(before))) is not None:
+    if (source := known_objective(str(before))) is not None:
         of_source = {"normalizer": source.normalizer, "advantage": source.advantage}
         kept = {k: v for k, v in kept.items() if k not in of_source or v != of_source[k]}
     raw["objective"] = kept
 
 
-def parse_recipe(settings: dict[str, Any]) -> RunConfig:
+def parse_recipe(settings: dict[str, Any], *, recorded: bool = False) -> RunConfig:
     """Check settings and fill in the defaults.
+
+    Args:
+        recorded: the settings are what a run wrote down. An objective of its user's own is then not imported.
 
     Raises:
         ConfigError: with one line per mistake.
     """
-    return parse_settings(RunConfig, settings)
+    return parse_settings(RunConfig, settings, recorded=recorded)
 
 
-def parse_settings(model: type[Settings], settings: Mapping[str, Any]) -> Settings:
+def parse_settings(model: type[Settings], settings: Mapping[str, Any], *, recorded: bool = False) -> Settings:
     """Check settings of any kind as `parse_recipe` checks a recipe.
 
     Raises:
         ConfigError: with one line per mistake.
     """
     try:
-        return model.model_validate(settings)
+        return model.model_validate(settings, context={"recorded": recorded})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(dict(e), model) for e in error.errors())) from error
 

@@ -127,6 +127,11 @@ class RunConfig(Section):
                 self.train = self.train.model_copy(update={"old_logprobs": "trainer"})
         return self
 
+    @property
+    def objective_name(self) -> str:
+        """Name of the objective. Of one that is the user's own, module:Class, a run has recorded the class's name."""
+        return str((self.provenance or {}).get("objective", self.objective.name))
+
     def batch_sentence(self) -> str:
         """Describe the batch sizes, a common source of confusion, in one sentence."""
         r, t = self.rollout, self.train

@@ -1,7 +1,7 @@
-"""Small batches a loss is judged on, as plain numbers: they are printed as counter-examples, and made smaller first.
+"""Small batches that a loss is judged on, as plain numbers, so that a counterexample can be made smaller and printed.
 
-A token is its log-ratio and its response's level: log pi = level + min(log r, 0), log pi_old = level - max(log r, 0).
-Both are then log-probabilities, however far apart.
+A token is its log-ratio and the level of its response: log pi = level + min(log r, 0), log pi_old = level -
+max(log r, 0). Both are then at most 0, however large the log-ratio.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 LEVELS = (-0.125, -1.0, -3.0)
 SPREADS = (0.0002, 0.05, 0.4, 1.5)
-"""Sizes of log-ratios in random cases: sequence clips are 3e-4 wide, token clips 0.2."""
+"""Standard deviations of log-ratios in random cases: sequence clips are 3e-4 wide, token clips 0.2."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response: its advantage and the log-ratio of each of its tokens.
+    """A response: its advantage and the log-ratio of each of its tokens.
 
     >>> print(Response(advantage=-1.0, log_ratios=(2.0, 0.0)))
     A = -1, log r = [2, 0]
@@ -40,7 +40,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Case:
-    """A mini-batch of responses, and what its padded places hold.
+    """A mini-batch of responses with its padding.
 
     >>> print(Case((Response(1.0, (0.5,)),), padding=1, filler=100.0))
     A = 1, log r = [0.5]; 1 padded place with log r = 100
@@ -48,7 +48,7 @@ class Case:
 
     responses: tuple[Response, ...]
     padding: int = 0
-    """Columns beyond the longest response."""
+    """Number of columns beyond the longest response."""
     filler: float = 0.0
     """Log-ratio at padded places: log pi is -1 there and log pi_old less by this; NaN makes both NaN."""
 
@@ -61,16 +61,16 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Columns of the padded batch, at least one."""
+        """Number of columns of the padded batch, at least one."""
         return max(1, *(len(r.log_ratios) for r in self.responses)) + self.padding
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens."""
+        """Number of response tokens."""
         return sum(len(r.log_ratios) for r in self.responses)
 
     def tensors(self, dtype: torch.dtype) -> Batch:
-        """The batch as a loss takes it, `logp_BT` a leaf that collects gradient."""
+        """Return the batch as a loss takes it; `logp_BT` is a leaf that collects gradient."""
         rows, width = len(self.responses), self.width
         old_BT = torch.full((rows, width), -1.0 - self.filler, dtype=torch.float64)
         logp_BT = torch.where(old_BT.isnan(), old_BT, -1.0)
@@ -98,12 +98,16 @@ class Batch:
 
 
 def single_tokens(log_ratios: tuple[float, ...], advantages: tuple[float, ...] = (1.0, -1.0)) -> list[Case]:
-    """One case of one token for each pair."""
+    """Return one case of one token for each pair of a log-ratio and an advantage."""
     return [Case((Response(a, (z,)),)) for z in log_ratios for a in advantages]
 
 
 def random_cases(count: int, *, responses: tuple[int, int] = (1, 3), seed: int = 0) -> Iterator[Case]:
-    """Ragged batches of moderate log-ratios, the same in every run, of `responses` (from, to) responses with tokens."""
+    """Yield ragged batches of moderate log-ratios, the same in every run.
+
+    Args:
+        responses: least and greatest number of responses; each has tokens.
+    """
     draw = random.Random(seed)
     for _ in range(count):
         rows = []
@@ -115,9 +119,10 @@ def random_cases(count: int, *, responses: tuple[int, int] = (1, 3), seed: int =
 
 
 def shrink(case: Case, still_broken: Callable[[Case], bool], *, budget: int = 400) -> Case:
-    """A smaller case that is still broken: fewer responses and tokens, rounder and smaller numbers.
+    """Return a smaller case that is still broken: fewer responses and tokens, rounder and smaller numbers.
 
-    Greedy: the first simpler neighbour that is still broken is taken, until none is or the budget of trials is spent.
+    The search is greedy. It takes the first simpler neighbour that is still broken, until there is none or `budget`
+    trials are made.
     """
     while True:
         for simpler in _simpler(case):
@@ -132,7 +137,7 @@ def shrink(case: Case, still_broken: Callable[[Case], bool], *, budget: int = 40
 
 
 def _simpler(case: Case) -> Iterator[Case]:
-    """Neighbours of a case, the greatest simplification first."""
+    """Yield neighbours of a case, the greatest simplification first."""
     rows = case.responses
     if len(rows) > 1:
         yield from (replace(case, responses=rows[:i] + rows[i + 1 :]) for i in range(len(rows)))
@@ -148,6 +153,7 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 
 def _simpler_responses(row: Response) -> Iterator[Response]:
+    """Yield simpler responses: a token fewer, then rounder numbers."""
     ratios = row.log_ratios
     if len(ratios) > 1:
         yield from (replace(row, log_ratios=ratios[:t] + ratios[t + 1 :]) for t in range(len(ratios)))
@@ -161,7 +167,7 @@ def _simpler_responses(row: Response) -> Iterator[Response]:
 
 
 def _simpler_numbers(x: float) -> Iterator[float]:
-    """0, then x rounded, then whole numbers nearer to 0 by halving and by one."""
+    """Yield 0, then x rounded, then whole numbers nearer to 0 by halving and by one."""
     if x == 0:
         return
     yield 0.0
@@ -177,4 +183,5 @@ def _simpler_numbers(x: float) -> Iterator[float]:
 
 
 def _short(x: float) -> str:
+    """Format a number with six digits."""
     return f"{x:.6g}"

@@ -1,9 +1,9 @@
-"""The neighbours as subjects: the loss functions of TRL, Liger and verl, called as their trainers call them.
+"""The loss functions of TRL, Liger and verl as subjects, called as their trainers call them.
 
-Nothing of theirs is copied. TRL's losses are methods of its trainers and run here on a stand-in that holds the settings
-they read; Liger's take hidden states and an output embedding, which are made so that log pi is what a case asks for;
-verl's take its actor's configuration. Each subject names the objective it is compared with, at the neighbour's settings
-where they are that objective's and at the paper's otherwise.
+No code of theirs is copied. TRL's losses are methods of its trainers; they run here on a stand-in that holds the
+settings they read. Liger's take hidden states and an output embedding, which are made so that log pi is that of the
+case. verl's take its actor's configuration. Each subject names the objective it is compared with, at the neighbour's
+settings where the objective has them and at the paper's otherwise.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from sapo.objectives import make_objective
 
 @dataclass(frozen=True)
 class Family:
-    """Losses that are judged together: ours, or a neighbour's."""
+    """A group of losses that are judged together: ours, or a neighbour's."""
 
     name: str
     package: str
-    """The distribution whose version is reported."""
+    """Distribution whose version is reported."""
     install: str
-    """The command that adds it."""
+    """Command that installs it."""
     subjects: Callable[[], list[Subject]]
 
     def version(self) -> str:
-        """The installed version.
+        """Return the installed version.
 
         Raises:
             ConfigError: it is not installed.
@@ -47,7 +47,7 @@ class Family:
             raise ConfigError(f"{self.package} is not installed; {self.install}") from None
 
     def load(self) -> list[Subject]:
-        """Its subjects.
+        """Return its subjects.
 
         Raises:
             ConfigError: it is not installed, or does not import here.
@@ -80,7 +80,7 @@ TRL_LOSSES: tuple[tuple[str, str, str, dict[str, Any], dict[str, Any]], ...] = (
 
 
 def trl_subjects() -> list[Subject]:
-    """TRL's GRPOTrainer under each loss_type, its RLOOTrainer and its experimental GMPOTrainer."""
+    """Return the losses of TRL's GRPOTrainer under each loss_type, its RLOOTrainer and its experimental GMPOTrainer."""
     return [_trl(*row) for row in TRL_LOSSES]
 
 
@@ -94,10 +94,10 @@ def _trl(name: str, objective: str, normalizer: str, hyper: dict[str, Any], opti
     claimed = make_objective(objective, **hyper)
 
     def with_settings(other: dict[str, Any]) -> Loss:
-        if name == "sapo" and other:  # its configuration is asked whether it takes them
+        if name == "sapo" and other:  # its configuration checks them
             renamed = {f"sapo_temperature_{k.removeprefix('tau_')}": v for k, v in other.items()}
             import_module("trl").GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **renamed)
-        read = {**asdict(claimed), **other}  # type: ignore[call-overload]
+        read = {**asdict(claimed), **other}
 
         def loss(batch: Batch, whole: Whole) -> Tensor:
             steps = whole.num_microbatches
@@ -117,7 +117,7 @@ def _trl(name: str, objective: str, normalizer: str, hyper: dict[str, Any], opti
 def _trl_stand_in(
     trainer_class: Any, logp_BT: Tensor, hyper: dict[str, Any], steps: int, settings: dict[str, Any]
 ) -> SimpleNamespace:
-    """What `_compute_loss` reads of its trainer."""
+    """Return the attributes of a trainer that `_compute_loss` reads."""
     temperatures = {f"sapo_temperature_{sign}": hyper.get(f"tau_{sign}", 1.0) for sign in ("pos", "neg")}
     gamma = {f"vespo_{k}": hyper.get(k, 1.0) for k in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}
     return SimpleNamespace(
@@ -164,7 +164,7 @@ LIGER_LOSSES = tuple(row for row in TRL_LOSSES if row[0] not in ("rloo", "gmpo")
 
 
 def liger_subjects() -> list[Subject]:
-    """LigerFusedLinearGRPOLoss under each loss_type; it computes in float32 only."""
+    """Return LigerFusedLinearGRPOLoss under each loss_type; it computes in float32 only."""
     return [_liger(*row) for row in LIGER_LOSSES]
 
 
@@ -173,7 +173,7 @@ def _liger(name: str, objective: str, normalizer: str, hyper: dict[str, Any], op
     claimed, settings = make_objective(objective, **hyper), {"loss_type": name, **options}
 
     def with_settings(other: dict[str, Any]) -> Loss:
-        read = {**asdict(claimed), **other}  # type: ignore[call-overload]
+        read = {**asdict(claimed), **other}
         module = build(
             beta=0.0,
             compiled=False,
@@ -214,9 +214,10 @@ def _liger(name: str, objective: str, normalizer: str, hyper: dict[str, Any], op
 
 
 def _liger_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, output embedding and tokens whose log-probabilities are the batch's: differentiable in them.
+    """Return hidden states, output embedding and tokens whose log-probabilities are the batch's.
 
-    Two logits, h and 0, and the first token sampled: log pi = log sigmoid(h), so h = log pi - log(1 - pi).
+    The log-probabilities are differentiable in the batch's. There are two logits, h and 0, and the first token is the
+    sampled one: log pi = log sigmoid(h), so h = log pi - log(1 - pi).
     """
     hidden_BTH = (batch.logp_BT - torch.log(-torch.expm1(batch.logp_BT)))[..., None]
     head_VH = torch.tensor([[1.0], [0.0]], dtype=batch.logp_BT.dtype)
@@ -239,7 +240,7 @@ VERL_AGGREGATIONS = {"sequence_mean": "seq-mean-token-mean", "token_mean": "toke
 
 
 def verl_subjects() -> list[Subject]:
-    """verl's policy losses that have an objective of ours beside them, by their names in its registry."""
+    """Return verl's policy losses for which we have an objective, by their names in its registry."""
     return [_verl(*row) for row in VERL_LOSSES]
 
 
@@ -284,4 +285,4 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
-"""By the name on the command line."""
+"""The families by their names on the command line."""

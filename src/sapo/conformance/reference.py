@@ -1,7 +1,7 @@
-"""The objectives a second time, one token at a time, in plain Python: what a loss is held against.
+"""A second implementation of the objectives, one token at a time, in plain Python: the reference of the laws.
 
-From the formulas in the docstrings of sapo.objectives, by loops and the math module, without tensors, autograd or
-limits: two ways to the same number. Only slopes, d value / d log pi, for log-ratios of a moderate size.
+It follows the formulas in the docstrings of sapo.objectives with loops and the math module, without tensors, autograd
+or limits. It has slopes only, d value / d log pi, for log-ratios of moderate size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sapo.conformance.cases import Case, Response
 
 
 def gradient(case: Case, objective: Any, normalizer: str, max_length: int) -> list[list[float]]:
-    """d loss / d log pi of every response token, one list for each response: minus weight times slope."""
+    """Compute d loss / d log pi of every response token, minus weight times slope; one list for each response."""
     rows = []
     for response in case.responses:
         weight = token_weight(case, response, normalizer, max_length)
@@ -23,7 +23,7 @@ def gradient(case: Case, objective: Any, normalizer: str, max_length: int) -> li
 
 
 def token_weight(case: Case, response: Response, normalizer: str, max_length: int) -> float:
-    """Weight of each token of a response in the loss of the case."""
+    """Compute the weight of each token of a response in the loss of the case."""
     sequences, length = len(case.responses), len(response.log_ratios)
     if not length:
         return 0.0
@@ -36,7 +36,7 @@ def token_weight(case: Case, response: Response, normalizer: str, max_length: in
 
 
 def slopes(objective: Any, response: Response) -> list[float]:
-    """The slope of each token of a response, the coefficient on its grad log pi.
+    """Compute the slope of each token of a response, the coefficient on its grad log pi.
 
     Raises:
         KeyError: an objective without a reference.
@@ -47,7 +47,7 @@ def slopes(objective: Any, response: Response) -> list[float]:
 
 
 def _of_each_token(weight: Callable[[Any, float, float, float], float]) -> Callable[[Any, Response], list[float]]:
-    """Slopes w(r) r A where w reads the token's own ratio r, A and pi_old."""
+    """Return a function for slopes w(r) r A, where w depends on the token's own ratio r, A and pi_old."""
 
     def slopes_of(o: Any, response: Response) -> list[float]:
         found = []
@@ -60,7 +60,7 @@ def _of_each_token(weight: Callable[[Any, float, float, float], float]) -> Calla
 
 
 def _of_the_response(slope: Callable[[Any, list[float], float], float]) -> Callable[[Any, Response], list[float]]:
-    """The same slope for every token of the response."""
+    """Return a function that gives every token of a response the same slope."""
 
     def slopes_of(o: Any, response: Response) -> list[float]:
         one = slope(o, list(response.log_ratios), response.advantage)
@@ -70,11 +70,12 @@ def _of_the_response(slope: Callable[[Any, list[float], float], float]) -> Calla
 
 
 def _inside(r: float, a: float, low: float, high: float) -> float:
-    """1 while a clip lets the gradient through, edges included."""
+    """Return 1 inside the band of a clip, edges included, and 0 outside."""
     return float(r <= 1 + high if a > 0 else r >= 1 - low)
 
 
 def _soft(o: Any, r: float, a: float, _: float) -> float:
+    """Compute the weight of SAPO's gates."""
     if o.side == "drift" and not (r > 1 if a > 0 else r < 1):
         return 1.0
     x = (o.tau_pos if a > 0 else o.tau_neg) * (r - 1)
@@ -89,6 +90,7 @@ def _soft(o: Any, r: float, a: float, _: float) -> float:
 
 
 def _maspo(o: Any, r: float, a: float, old: float) -> float:
+    """Compute the weight of MASPO's gate."""
     if not (r > 1 if a > 0 else r < 1):
         return 1.0
     trust = 1 + o.beta_pos * a if a > 0 else 1 / (1 - o.beta_neg * a)
@@ -97,6 +99,7 @@ def _maspo(o: Any, r: float, a: float, old: float) -> float:
 
 
 def _dppo(o: Any, r: float, a: float, old: float) -> float:
+    """Compute the weight of DPPO's gate."""
     moved = old * r - old
     kept = moved <= o.tv_high if a > 0 else moved >= -o.tv_low
     return kept * min(1.0, o.ratio_cap / r)
@@ -150,4 +153,4 @@ SLOPES: dict[str, Callable[[Any, Response], list[float]]] = {
     "vespo": _of_the_response(_vespo),
     "gmpo": _gmpo,
 }
-"""By the name of the objective."""
+"""Slopes by the name of the objective."""

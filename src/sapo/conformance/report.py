@@ -1,29 +1,32 @@
-"""What the laws say of whole families of losses, as a table on the screen and as a page of markdown."""
+"""Reports of the laws on families of losses, for a table on the screen and a page of markdown."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata
 
-from sapo.conformance.laws import BROKEN, HELD, LAWS, Verdict, judge
-from sapo.conformance.subjects import Subject, function_subject
+from sapo.conformance.laws import LAWS, judge
+from sapo.conformance.objective_laws import OBJECTIVE_LAWS, judge_objective
+from sapo.conformance.search import BROKEN, HELD, Verdict
+from sapo.conformance.subjects import Subject, function_subject, is_objective, objective_subject
+from sapo.errors import ConfigError
 
 MARKS = {"held": "held", "broken": "**broken**", "does not apply": "–"}
 
 PREAMBLE = (
-    "Each loss is held against the objective it is named after, with the settings and the normaliser of the second",
+    "Each loss is compared with the objective it is named after, with the settings and the normaliser of the second",
     "table. A broken law comes with the smallest case found that breaks it: `A` is the advantage of a response,",
-    "`log r` the log-ratio of each of its tokens, log pi - log pi_old; responses of a mini-batch stand between `|`.",
-    "Losses are called as functions, with what their trainers would hand them. A trainer may keep a case from arising:",
+    "`log r` the log-ratio of each of its tokens, log pi - log pi_old; `|` separates the responses of a mini-batch.",
+    "Losses are called as functions, with the arguments that their trainers pass. A trainer may exclude a case:",
     "TRL's log-probabilities are 0 at padded places, and its micro-batches have equal numbers of responses.",
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """A family of losses, judged.
+    """The verdicts on a family of losses.
 
     Report("trl", "1.16.0", (subject,), ((verdict, ...),)): verdicts of each subject in the order of the laws.
     """
@@ -33,15 +36,17 @@ class Report:
     subjects: tuple[Subject, ...]
     verdicts: tuple[tuple[Verdict, ...], ...]
     ours: bool
-    """Whether a broken law is a fault of whoever ran this: of sapo itself or of a user's own loss."""
+    """True where a broken law is a fault: of sapo itself or of a user's own loss."""
+    laws: tuple[str, ...] = field(default_factory=lambda: tuple(LAWS))
+    """Names of the laws, in the order of the verdicts."""
 
     @property
     def broken(self) -> int:
-        """How many laws are broken, over all subjects."""
+        """Number of broken laws, over all subjects."""
         return sum(v.status == BROKEN for verdicts in self.verdicts for v in verdicts)
 
     def names(self) -> list[str]:
-        """The subjects without their family's name."""
+        """Return the names of the subjects without that of their family."""
         return [s.name.removeprefix(f"{self.family} ") for s in self.subjects]
 
 
@@ -59,30 +64,43 @@ def judge_family(name: str) -> Report:
 
 
 def judge_function(path: str, *, objective: str, normalizer: str | None, hyper: dict[str, object]) -> Report:
-    """Judge a user's loss, `module:function`: see `subjects.function_subject`.
+    """Judge a user's loss, `module:function`, or a user's objective, `module:Class`.
+
+    Args:
+        path: module and function or class.
+        objective, normalizer: what a function claims to be; a class says so itself.
+        hyper: settings.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: as in `subjects.function_subject`, or a class that is no complete objective.
     """
+    if is_objective(path):
+        try:
+            judged, subject = judge_objective(path, hyper), objective_subject(path, hyper)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return Report(path, "", (subject,), (judged.verdicts,), ours=True, laws=(*OBJECTIVE_LAWS, *LAWS))
     subject = function_subject(path, objective=objective, normalizer=normalizer, hyper=hyper)
     return Report(path, "", (subject,), (tuple(judge(subject)),), ours=True)
 
 
 def counterexamples(report: Report) -> list[str]:
-    """One line for each way in which a law is broken, with the losses that break it so."""
+    """Return one line for each way in which a law is broken, with the losses that break it so."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, verdicts in zip(report.names(), report.verdicts, strict=True):
         for v in verdicts:
             if v.status == BROKEN:
                 example = f"{v.counterexample}: {v.detail}" if v.counterexample else v.detail
                 found.setdefault((v.law, example), []).append(name)
-    order = {law: place for place, law in enumerate(LAWS)}
+    order = {law: place for place, law in enumerate(report.laws)}
     ordered = sorted(found.items(), key=lambda item: order[item[0][0]])
     return [f"{law} ({', '.join(names)}): {example}" for (law, example), names in ordered]
 
 
 def markdown(reports: list[Report], command: str) -> str:
-    """The page docs/conformance.md: laws, tables and counter-examples, with the versions they hold for."""
+    """Return the page docs/conformance.md: laws, tables and counterexamples, with the versions they hold for."""
+    shown = {law for report in reports for law in report.laws}
+    laws = {name: law for name, law in {**OBJECTIVE_LAWS, **LAWS}.items() if name in shown}
     lines = [
         "# Conformance",
         "",
@@ -93,16 +111,16 @@ def markdown(reports: list[Report], command: str) -> str:
         "",
         "## The laws",
         "",
-        *(f"- `{name}`: {' '.join((law.__doc__ or '').split())}" for name, law in LAWS.items()),
+        *(f"- `{name}`: {_first_paragraph(law.__doc__)}" for name, law in laws.items()),
     ]
     for report in reports:
         names = report.names()
         lines += ["", f"## {report.family} {report.version}".rstrip(), ""]
         lines += ["| law | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for place, law in enumerate(LAWS):
+        for place, law in enumerate(report.laws):
             marks = [MARKS[verdicts[place].status] for verdicts in report.verdicts]
             lines.append(f"| `{law}` | " + " | ".join(marks) + " |")
-        lines += ["", "| loss | held against | normaliser | call |", "|---|---|---|---|"]
+        lines += ["", "| loss | compared with | normaliser | call |", "|---|---|---|---|"]
         for name, s in zip(names, report.subjects, strict=True):
             lines.append(f"| {name} | `{s.objective!r}` | `{s.normalizer}` | `{s.call}` |")
         examples = [line.replace("|", "\\|") for line in counterexamples(report)]
@@ -111,9 +129,14 @@ def markdown(reports: list[Report], command: str) -> str:
 
 
 def summary(report: Report) -> str:
-    """One line: how many verdicts of each kind."""
+    """Return one line: the number of verdicts of each kind."""
     everything = [v.status for verdicts in report.verdicts for v in verdicts]
     held, broken = everything.count(HELD), everything.count(BROKEN)
     name = f"{report.family} {report.version}".rstrip()
     rest = len(everything) - held - broken
     return f"{name}: {held} held, {broken} broken" + (f", {rest} do not apply" if rest else "")
+
+
+def _first_paragraph(text: str | None) -> str:
+    """Return the first paragraph of a docstring in one line."""
+    return " ".join((text or "").split("\n\n")[0].split())

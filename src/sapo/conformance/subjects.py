@@ -1,8 +1,7 @@
-"""What is judged: a loss, and the objective, settings and normaliser it says it has."""
+"""Subjects of the laws: a loss with the objective, settings and normaliser that it claims to have."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,9 +13,10 @@ from torch import Tensor
 from sapo.conformance.cases import Batch, Case
 from sapo.errors import ConfigError
 from sapo.objectives import NORMALIZERS, OBJECTIVES, Objective, make_objective, policy_loss
+from sapo.utils.plugins import import_named
 
 MAX_LENGTH = 16
-"""The longest response, for `constant_length`."""
+"""Length of the longest response, for `constant_length`."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Whole:
 
 
 Loss = Callable[[Batch, Whole], Tensor]
-"""A scalar to minimise: what this micro-batch, which may be all of it, adds to the loss of the mini-batch."""
+"""Returns a scalar to minimise: the part of a micro-batch, which may be all of it, in the loss of the mini-batch."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loss and what it claims to be.
+    """A loss, and the objective that it claims to be.
 
     >>> own_subjects(["grpo"])[0].name
     'grpo'
@@ -50,21 +50,20 @@ class Subject:
     """A name in NORMALIZERS."""
     loss: Loss
     remake: Callable[[dict[str, Any]], Loss] | None = None
-    """The loss with other hyperparameters in place of its own, refused as the loss itself refuses them; None when it
-    has none that can be set."""
+    """Makes the loss with other hyperparameters, and raises where the loss refuses them. None when none can be set."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
-    """What it can compute in, the most precise first."""
+    """Dtypes that it can compute in, the most precise first."""
     rtol: float = 1e-6
-    """How near a gradient must come to the formula's."""
+    """Relative tolerance of a gradient."""
     unsplittable: str = ""
-    """Why it cannot be asked for its part of a mini-batch, if it cannot."""
+    """Reason why it has no part of a mini-batch; empty where it has."""
     call: str = ""
-    """How it was called, for the report."""
+    """Call of the loss, for the report."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A loss and its gradient in log pi, or the error that came instead.
+    """A loss and its gradient in log pi, or the error that was raised.
 
     Outcome(-1.0, tensor([[-1.0]]), "") on policy with A = 1, and Outcome(nan, tensor([[nan]]), "RuntimeError: ...").
     """
@@ -75,7 +74,12 @@ class Outcome:
 
 
 def measure(subject: Subject, case: Case, dtype: torch.dtype | None = None, whole: Whole | None = None) -> Outcome:
-    """Value and gradient of the subject's loss on a case, in its most precise dtype and as a whole unless told."""
+    """Compute loss and gradient of a subject on a case.
+
+    Args:
+        dtype: the subject's most precise one when left out.
+        whole: the mini-batch that the case is a part of; the case alone when left out.
+    """
     batch = case.tensors(dtype or subject.dtypes[0])
     whole = whole or Whole(len(case.responses), case.num_tokens, 1)
     try:
@@ -84,7 +88,7 @@ def measure(subject: Subject, case: Case, dtype: torch.dtype | None = None, whol
         if loss.requires_grad:
             (found,) = torch.autograd.grad(loss, batch.logp_BT, allow_unused=True)
             gradient_BT = gradient_BT if found is None else found
-    except Exception as error:  # whatever a stranger's loss raises is its answer to this case
+    except Exception as error:  # any error of a user's loss is its outcome
         nothing = torch.full_like(batch.logp_BT.detach(), torch.nan)
         return Outcome(
             float("nan"), nothing, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -93,23 +97,30 @@ def measure(subject: Subject, case: Case, dtype: torch.dtype | None = None, whol
 
 
 def own_subjects(names: list[str] | None = None) -> list[Subject]:
-    """This package's objectives by name, all of them by default, with their source's settings."""
-    return [_own(name) for name in names or list(OBJECTIVES)]
+    """Return this package's objectives by name, all of them by default, with their source's settings."""
+    return [objective_subject(name) for name in names or list(OBJECTIVES)]
 
 
-def _own(name: str) -> Subject:
-    objective = make_objective(name)
+def objective_subject(name: str, hyper: dict[str, Any] | None = None) -> Subject:
+    """Return an objective as a subject: one of OBJECTIVES, or a user's own as `module:Class`.
+
+    Raises:
+        ValueError: no such objective, or a wrong hyperparameter.
+    """
+    settings = hyper or {}
+    objective = make_objective(name, **settings)
     return Subject(
         name=name,
         objective=objective,
         normalizer=objective.normalizer,
-        loss=_own_loss(name, {}),
-        remake=lambda hyper: _own_loss(name, hyper),
+        loss=_own_loss(name, settings),
+        remake=lambda other: _own_loss(name, {**settings, **other}),
         call=f"sapo.objectives.policy_loss({name!r}, ...)",
     )
 
 
 def _own_loss(name: str, hyper: dict[str, Any]) -> Loss:
+    """Return `policy_loss` of an objective as a loss, after a check of its hyperparameters."""
     make_objective(name, **hyper)
 
     def loss(batch: Batch, whole: Whole) -> Tensor:
@@ -128,20 +139,33 @@ def _own_loss(name: str, hyper: dict[str, Any]) -> Loss:
     return loss
 
 
+def is_objective(path: str) -> bool:
+    """Tell whether `module:name` is a class of objectives, and not a loss function.
+
+    Raises:
+        ConfigError: nothing of that name can be called.
+    """
+    found = _load(path)
+    return inspect.isclass(found) and issubclass(found, Objective)
+
+
 def function_subject(
     path: str, *, objective: str = "sapo", normalizer: str | None = None, hyper: dict[str, Any] | None = None
 ) -> Subject:
-    """A user's loss, `module:function`, called as function(logp_BT, logp_old_BT, advantages_B, mask_BT, **hyper).
+    """Return a user's loss as a subject.
+
+    It is called as function(logp_BT, logp_old_BT, advantages_B, mask_BT, **hyper).
 
     Args:
-        path: where it is; the working directory is searched too when the caller put it on sys.path.
-        objective: a name in OBJECTIVES, what the function says it is; `hyper` are settings of both. Those the function
-            does not take by name are taken to be built into it.
+        path: `module:function`; the working directory is searched too.
+        objective: a name in OBJECTIVES, the objective that the function claims to be.
         normalizer: a name in NORMALIZERS; the objective's own when left out.
+        hyper: settings of objective and function. A setting that the function has no parameter for is taken to be
+            built into it.
 
     The mask is bool. A function that takes max_length is given MAX_LENGTH. One that takes num_sequences,
-    num_tokens or num_microbatches is given those of the mini-batch; one that takes none of them is not asked for a part
-    of it. A tuple's first element is the loss.
+    num_tokens or num_microbatches is given those of the mini-batch. One that takes none of them is not judged on parts
+    of a mini-batch. A tuple's first element is the loss.
 
     Raises:
         ConfigError: no such function, objective, setting or normalizer.
@@ -159,7 +183,7 @@ def function_subject(
         )
     parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    known = [field.name for field in fields(claimed)]  # type: ignore[arg-type]
+    known = [field.name for field in fields(claimed)]
     counts = [field.name for field in fields(Whole) if field.name in parameters]
     tunable = takes_any or any(name in parameters for name in known)
 
@@ -188,17 +212,6 @@ def function_subject(
 
 
 def _load(path: str) -> Callable[..., Any]:
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and asks for one that is not
-        raise ConfigError(
-            f"no module named {module_name!r}; got {path!r}; run from its folder or set PYTHONPATH"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = ", ".join(k for k, v in vars(module).items() if callable(v) and not k.startswith("_")) or "none"
-        raise ConfigError(f"{module_name} has no function {name!r}; it has {known}")
-    return function
+    """Import the function or the class that `module:name` names."""
+    found: Callable[..., Any] = import_named(path, what="loss", noun="function", error=ConfigError)
+    return found

@@ -21,7 +21,7 @@ from sapo.diagnostics import (
     sequence_figures,
     task_figures,
 )
-from sapo.objectives import Objective, make_objective
+from sapo.objectives import TAU_NEG, TAU_POS, Objective, make_objective
 from sapo.training.ranks import Shares, Trainers
 from sapo.training.results import UpdateResult
 
@@ -52,7 +52,7 @@ class Diagnosis:
         self.settings = config.diagnostics
         self.objectives = {c.key: make_objective(c.name, **c.hyperparameters) for c in self.settings.counterfactuals}
         # Temperatures of the sequence gate: the objective's where it has them, the paper's otherwise.
-        self.temperatures = {"tau_pos": 1.0, "tau_neg": 1.05}
+        self.temperatures = {"tau_pos": TAU_POS, "tau_neg": TAU_NEG}
         self.temperatures |= {name: getattr(objective, name) for name in self.temperatures if hasattr(objective, name)}
         self.several_tasks = len(config.tasks) > 1
 

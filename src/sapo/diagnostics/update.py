@@ -18,6 +18,7 @@ from sapo.diagnostics.mismatch import MISMATCH_METRICS, mismatch_metrics
 from sapo.diagnostics.ratios import gate_figures, ratio_figures, tail_figures
 from sapo.diagnostics.sequences import SequenceFigures, sequence_figures, theory_figures
 from sapo.diagnostics.tokens import GatedTokens, gated_tokens
+from sapo.objectives import TAU_NEG, TAU_POS
 from sapo.training.results import UpdateResult
 
 # Means over the updates of a step, as update/NAME.
@@ -47,7 +48,7 @@ BY_POLICY = ("grad_norm", "gate/eur", "gate/below_half", "ratio/abs_dev", "theor
 OF_A_TASK = ("entropy", "gate/eur", "gate/below_half", "ratio/abs_dev", "theory/variance_mean")
 
 
-def update_metrics(result: UpdateResult, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> dict[str, float]:
+def update_metrics(result: UpdateResult, *, tau_pos: float = TAU_POS, tau_neg: float = TAU_NEG) -> dict[str, float]:
     """Return the figures of one update.
 
     Args:

@@ -1,8 +1,8 @@
 """Group-relative advantages, equation (2) of https://arxiv.org/abs/2511.20347: A_i = (R_i - mean R) / std R.
 
 Departures: the standard deviation is torch.std's unbiased estimate (G - 1 below), as in the peers TRL and verl; the
-paper does not say which. No epsilon is added to it, so advantages do not depend on the scale of the rewards: a group
-without spread, the only one an epsilon would protect, gets advantages of exactly 0 instead.
+paper does not say which. No epsilon is added to it, so advantages do not depend on the scale of the rewards. An epsilon
+would protect zero-variance groups only; these get advantages of exactly 0 instead.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ ADVANTAGES = ("group_std", "group_mean", "leave_one_out")
 
 
 def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
-    """Advantage of each of the G samples of one prompt.
+    """Compute the advantage of each of the G samples of one prompt.
 
     Args:
-        rewards_G: rewards, (..., G); leading dimensions are groups of their own.
+        rewards_G: rewards, (..., G); leading dimensions index groups.
         kind: "group_std" is equation (2); "group_mean" leaves out the division, as Dr.GRPO
             (https://arxiv.org/abs/2503.20783) and MiniRL (https://arxiv.org/abs/2512.01374) do; "leave_one_out" is
             R_i minus the mean of the others, RLOO's baseline (https://arxiv.org/abs/2402.14740), which does not depend
             on R_i and so leaves the gradient unbiased.
 
     Returns:
-        Tensor of the same shape, in the dtype of the rewards (float32 for integers). Groups whose rewards are all
-        equal, a group of one among them, are exactly 0: zero-variance groups.
+        Tensor of the same shape, in the dtype of the rewards (float32 for integers). It is exactly 0 for zero-variance
+        groups, those whose rewards are all equal; a group of one sample is one.
 
     Raises:
         ValueError: unknown kind, no samples, or a reward that is not finite.
@@ -50,7 +50,7 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
         # R_i - (sum - R_i) / (G - 1) = G / (G - 1) (R_i - mean).
         centred = centred * (samples / (samples - 1))
     if kind == "group_std" and samples > 1:
-        # Divided by the spread first, so that squares inside std() can neither underflow nor overflow.
+        # Divide by the spread first, so that squares inside std() can neither underflow nor overflow.
         scaled = centred / spread
         centred = scaled / scaled.std(-1, keepdim=True)
     # Exactly 0, where the division gave 0/0 and the subtraction may have left a rounding error.

@@ -1,4 +1,4 @@
-"""How this floor refuses a wrong option: the rule, the value got, the way out."""
+"""Errors for wrong options: the rule, the value got, the way out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sapo.utils.names import nearest_name
 
 
 def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that is none of `known`; it suggests the nearest and lists them all.
+    """Return the error for a name that is not in `known`; it suggests the nearest and lists all.
 
     >>> print(unknown_option("gate", "sigmod", ("sigmoid", "erf")))
     gate must be one of erf, sigmoid; got 'sigmod'; did you mean 'sigmoid'?
@@ -22,24 +22,24 @@ def unknown_option(kind: str, got: object, known: Iterable[str]) -> ValueError:
 
 
 def require_positive(name: str, value: float, paper: float) -> None:
-    """Raises ValueError unless 0 < value < inf: at 0 a gate divides by zero, below 0 it grows with the drift."""
+    """Refuse a value unless 0 < value < inf: at 0 a gate divides by zero, below 0 it grows with the drift."""
     if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite; got {value!r}; the paper uses {paper}")
 
 
 def require_not_negative(name: str, value: float, paper: float) -> None:
-    """Raises ValueError unless 0 <= value < inf: 0 switches the term off, below it the term would change its sense."""
+    """Refuse a value unless 0 <= value < inf: 0 switches a term off, below 0 the term would change its sign."""
     if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0; got {value!r}; the paper uses {paper}")
 
 
 def require_cap(name: str, value: float, paper: float) -> None:
-    """Raises ValueError unless 1 <= value < inf: below 1 a cap would cut tokens that are on policy."""
+    """Refuse a value unless 1 <= value < inf: below 1 a cap would cut tokens that are on policy."""
     if not (isinstance(value, Real) and math.isfinite(value) and value >= 1):
         raise ValueError(f"{name} must be finite and at least 1; got {value!r}; the paper uses {paper}")
 
 
 def require_clip(name: str, value: float, paper: float) -> None:
-    """Raises ValueError unless 0 <= value < 1: from 1 on, the lower edge 1 - eps is no ratio any more."""
+    """Refuse a value unless 0 <= value < 1: at 1 or more, the lower edge 1 - eps is not a positive ratio."""
     if not (isinstance(value, Real) and 0 <= value < 1):
         raise ValueError(f"{name} must satisfy 0 <= {name} < 1; got {value!r}; the paper uses {paper}")

@@ -1,4 +1,4 @@
-"""The penalty for leaving a reference policy: three estimators of KL(pi || pi_ref) from the sampled tokens alone.
+"""KL penalty towards a reference policy: three estimators of KL(pi || pi_ref) from the sampled tokens alone.
 
 With d = log pi(y) - log pi_ref(y) of a sampled token y (http://joschu.net/blog/kl-approx.html):
 
@@ -8,9 +8,9 @@ With d = log pi(y) - log pi_ref(y) of a sampled token y (http://joschu.net/blog/
 | k2 | d^2 / 2 | d | KL(pi &#124;&#124; pi_ref) |
 | k3 | exp(-d) - 1 + d | 1 - exp(-d) | KL(pi_ref &#124;&#124; pi), at the same point |
 
-k3 is the one of GRPO (https://arxiv.org/abs/2402.03300). Departure: k1's coefficient is that of a penalty on the
-reward, d grad log pi, as PPO for language models has it. Its own derivative is 1, and E[grad log pi] = 0: as a loss it
-would be nothing but noise. The penalty is added token by token with the weight that the policy term has there.
+k3 is GRPO's (https://arxiv.org/abs/2402.03300). Departure: k1's coefficient is that of a penalty on the reward,
+d grad log pi, as in PPO for language models. Its own derivative is 1, and E[grad log pi] = 0: as a loss its gradient
+would be pure noise. The penalty is added token by token, with the weight of the policy term at that token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(frozen=True, kw_only=True)
 class KLPenalty:
-    """coefficient x KL, to be added to the loss.
+    """A penalty on the loss, coefficient x KL.
 
     >>> penalty = KLPenalty(coefficient=0.1, estimator="k2")
     >>> value_M, slope_M = penalty.value_and_slope(torch.tensor([0.0, 0.2], dtype=torch.float64))
@@ -38,9 +38,9 @@ class KLPenalty:
     """
 
     coefficient: float
-    """How much of the estimate is added; positive."""
+    """Factor of the estimate; positive."""
     estimator: str = "k3"
-    """A name in KL_ESTIMATORS."""
+    """A name in KL_ESTIMATORS: k1, k2 or k3."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.coefficient) and self.coefficient > 0):
@@ -51,13 +51,13 @@ class KLPenalty:
             raise unknown_option("KL estimator", self.estimator, KL_ESTIMATORS)
 
     def value_and_slope(self, difference_M: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimate of each token, in nats, and its coefficient on grad log pi; both (M,) float64, without gradient.
+        """Return the estimate of each token, in nats, and its coefficient on grad log pi.
 
-        Neither is multiplied by `coefficient`.
+        Both are (M,) float64 without gradient. Neither is multiplied by `coefficient`.
 
         Args:
-            difference_M: log pi - log pi_ref of each sampled token, (M,). Beyond LOG_RATIO_LIMIT it counts as the
-                limit, so that exp() stays finite; unlike a gate's slope the pull goes on there, for it leads back.
+            difference_M: log pi - log pi_ref of each sampled token, (M,). It is clamped to LOG_RATIO_LIMIT, so that
+                exp() stays finite. Unlike a gate's slope, the coefficient is not 0 there: it leads back.
         """
         difference = difference_M.detach().double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         if self.estimator == "k1":

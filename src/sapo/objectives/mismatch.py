@@ -1,8 +1,8 @@
-"""Weights for a sampler that is not the policy: mu, which drew the tokens, is of another precision than pi_old.
+"""Importance weights for the mismatch between sampler and trainer: mu, which drew the tokens, is not exactly pi_old.
 
-With log pi_old from the trainer, the ratio r = pi_theta / pi_old measures only how far the policy has moved, and a gate
-sees nothing else. What the sampler did otherwise is corrected beside it, by a weight on the loss of each token that is
-constant in theta:
+With log pi_old from the trainer, the ratio r = pi_theta / pi_old measures only how far the policy has moved, and only
+that is gated. The difference between mu and pi_old is corrected apart from it, by a weight on the loss of each token
+that is constant in theta:
 
     w_it = pi_old(y_it) / mu(y_it),   rho_i = prod_t w_it,
 
@@ -28,13 +28,13 @@ from sapo.objectives.checks import require_cap, unknown_option
 from sapo.objectives.surrogates import bound_log_ratio
 
 TIS_CAPS = {"token": 2.0, "sequence": 2.0, "icepop": 5.0, "sequence_mask": 3.0}
-"""Modes, and the cap that each has in use elsewhere."""
+"""Default cap of each mode, from its source."""
 ICEPOP_FLOOR = 0.5
 
 
 @dataclass(frozen=True)
 class MismatchWeights:
-    """What a correction makes of M tokens.
+    """Weights of M tokens.
 
     >>> import torch
     >>> tokens = torch.tensor([0.0, 1.0], dtype=torch.float64)  # log w
@@ -46,12 +46,12 @@ class MismatchWeights:
     weight_M: Tensor
     """(M,) float64, no gradient."""
     clipped_M: Tensor
-    """(M,) bool: where it is not the importance weight itself but the cap, or 0."""
+    """(M,) bool: where the weight is the cap or 0 in place of the importance weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TIS:
-    """Truncated importance sampling and its relatives; see the table above.
+    """Truncated importance sampling and its relatives, by mode; see the table above.
 
     >>> TIS(mode="icepop")
     TIS(mode='icepop', cap=5.0, floor=0.5)
@@ -62,9 +62,9 @@ class TIS:
 
     mode: str = "token"
     cap: float | None = None
-    """C; that of TIS_CAPS when None."""
+    """C, the largest weight; that of TIS_CAPS when None."""
     floor: float | None = None
-    """IcePop's lower bound; 0.5 when None."""
+    """Smallest weight of icepop; 0.5 when None."""
 
     def __post_init__(self) -> None:
         if self.mode not in TIS_CAPS:
@@ -82,12 +82,12 @@ class TIS:
             raise ValueError(f"floor must lie in (0, 1]; got {low!r}; IcePop has {ICEPOP_FLOOR}")
 
     def weigh(self, log_mismatch_M: Tensor, sequence_M: Tensor, num_sequences: int) -> MismatchWeights:
-        """The weight of each token.
+        """Compute the weight of each token.
 
         Args:
             log_mismatch_M: log pi_old - log mu of each response token, (M,); a NaN comes out as NaN.
             sequence_M: sequence of each token, int64 in [0, num_sequences).
-            num_sequences: how many sequences there are.
+            num_sequences: number of sequences.
         """
         assert self.cap is not None
         log_w_M = log_mismatch_M.detach().double()

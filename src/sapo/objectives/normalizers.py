@@ -7,8 +7,8 @@
 | constant_length | 1 / (max_length x sequences) | Dr.GRPO, https://arxiv.org/abs/2503.20783 |
 | sequence_sum | 1 / sequences | the plain policy gradient; MiniRL, https://arxiv.org/abs/2512.01374 |
 
-The denominators belong to the mini-batch. A micro-batch is given them, and so any split of the mini-batch adds up to
-the same gradient; the mean of micro-batch means would not.
+The denominators are those of the mini-batch, and every micro-batch is given them. Any split of the mini-batch then adds
+up to the same gradient; the mean of micro-batch means would not.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def sequence_weights(
     num_tokens: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Weight of EACH token of sequence i in the loss, (B,) float64.
+    """Compute the weight of EACH token of sequence i in the loss, (B,) float64.
 
     Args:
-        lengths_B: response tokens of each sequence, integers, (B,). A sequence of length 0 weighs 0, but it was
-            sampled, so it stays in `num_sequences`.
+        lengths_B: response tokens of each sequence, integers, (B,). A sequence of length 0 has weight 0. It was
+            sampled, so it counts in `num_sequences`.
         normalizer: a name in NORMALIZERS.
         num_sequences: sequences of the whole mini-batch, when these are one micro-batch of it; default B.
-        num_tokens: response tokens of the whole mini-batch, likewise; default the sum of `lengths_B`.
+        num_tokens: response tokens of the whole mini-batch, when these are one micro-batch of it; default the sum of
+            `lengths_B`.
         max_length: the constant of constant_length: the longest response the sampler allows.
 
     Raises:
@@ -71,7 +72,7 @@ def sequence_weights(
 
 
 def _whole(name: str, given: int | None, own: int) -> int:
-    """The count of the mini-batch: the one given, else this batch's own."""
+    """Return the count of the mini-batch: the one given, else this batch's own."""
     if given is None:
         return own
     if given < own:

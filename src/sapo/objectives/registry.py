@@ -1,13 +1,12 @@
-"""The objectives by name, and the two functions most callers want: the loss and the gate weights of a padded batch.
+"""The objectives by name, and the loss and the gate weights of a padded batch.
 
-`policy_loss` flattens the response tokens, asks the objective for their values and weighs them by the normalizer.
-Padding is left behind by the first step, before any arithmetic: whatever it holds, NaN and inf included, it touches
-neither value nor gradient.
+`policy_loss` selects the response tokens, asks the objective for their values and weighs them by the normalizer. The
+selection comes before any arithmetic, so that padding changes neither value nor gradient, even where it is NaN or inf.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from sapo.objectives.checks import unknown_option
 from sapo.objectives.normalizers import sequence_weights
+from sapo.objectives.plugins import is_plugin, load_objective
 from sapo.objectives.probability import DPPO, MASPO
 from sapo.objectives.sequence import GMPO, GSPO, LUSPO, RLOO, VESPO, GSPOToken, SAPOSequence
 from sapo.objectives.surrogates import Objective
 from sapo.objectives.token import CISPO, DAPO, GRPO, SAPO, DrGRPO, MiniRL, Reinforce
 
-OBJECTIVES: dict[str, type[Any]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "sapo": SAPO,
     "grpo": GRPO,
     "gspo": GSPO,
@@ -40,25 +40,51 @@ OBJECTIVES: dict[str, type[Any]] = {
 }
 
 
+def find_objective(name: str) -> type[Objective]:
+    """Return the class of an objective: one of OBJECTIVES, or a user's own as `module:Class`.
+
+    >>> find_objective("dapo").normalizer
+    'token_mean'
+
+    Raises:
+        ValueError: unknown name, or a class that cannot be imported or is no objective.
+    """
+    if is_plugin(name):
+        return load_objective(name, taken=OBJECTIVES)
+    if name not in OBJECTIVES:
+        raise unknown_option("objective", name, OBJECTIVES)
+    return OBJECTIVES[name]
+
+
 def make_objective(name: str, **hyper: Any) -> Objective:
-    """The objective of that name with these hyperparameters; the paper's where left out.
+    """Make the objective of that name with these hyperparameters, and its own defaults for the others.
 
     >>> make_objective("sapo", tau_neg=1.1)
     SAPO(tau_pos=1.0, tau_neg=1.1, gate='sigmoid', side='both')
 
+    Args:
+        name: a name in OBJECTIVES, or `module:Class`.
+        hyper: hyperparameters.
+
     Raises:
         ValueError: unknown name, a hyperparameter the objective does not have, or a value out of its range.
     """
-    if name not in OBJECTIVES:
-        raise unknown_option("objective", name, OBJECTIVES)
-    known = [field.name for field in fields(OBJECTIVES[name])]
+    kind = find_objective(name)
+    known = [field.name for field in fields(kind)]
     if hyper and not known:
         raise ValueError(f"{name} takes no hyperparameters; got {', '.join(hyper)}; leave it out")
     for option in hyper:
         if option not in known:
             raise unknown_option(f"hyperparameter of {name}", option, known)
-    objective: Objective = OBJECTIVES[name](**hyper)
-    return objective
+    for field in fields(kind):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in hyper:
+            raise ValueError(f"{name} needs a value for {field.name}, which has no default; got none; set it")
+    try:
+        return kind(**hyper)
+    except Exception as error:
+        if isinstance(error, ValueError) or not is_plugin(name):
+            raise
+        raise ValueError(f"objective {name!r} refuses its hyperparameters: {type(error).__name__}: {error}") from error
 
 
 def policy_loss(
@@ -74,18 +100,18 @@ def policy_loss(
     num_tokens: int | None = None,
     **hyper: Any,
 ) -> Tensor:
-    """The loss to minimise, equation (5) of https://arxiv.org/abs/2511.20347 with the objective's gate; a scalar.
+    """Compute the loss to minimise, equation (5) of https://arxiv.org/abs/2511.20347 with the objective's gate.
 
     Args:
-        name: a name in OBJECTIVES; `hyper` are its hyperparameters.
+        name: a name in OBJECTIVES, or `module:Class`; `hyper` are its hyperparameters.
         logp_BT: log pi_theta of each response token, (B, T); the loss is differentiable in it.
         logp_old_BT: log pi_old of the same tokens, (B, T); no gradient.
         advantages: (B,), or (B, T) for objectives that gate tokens; no gradient.
         mask_BT: which positions are response tokens, (B, T), bool or 0/1. A row may be empty.
-        normalizer: a name in NORMALIZERS; when left out, that of the objective's source, which is sequence_mean for
-            SAPO, GRPO and GSPO.
-        max_length, num_sequences, num_tokens: as in sequence_weights. When these rows are one micro-batch,
-            pass the counts of the mini-batch: the losses of its micro-batches then add up to its loss.
+        normalizer: a name in NORMALIZERS; the objective's own when left out, which is sequence_mean for SAPO, GRPO and
+            GSPO.
+        max_length, num_sequences, num_tokens: as in sequence_weights. For a micro-batch pass the counts of the whole
+            mini-batch: the losses of its micro-batches then add up to its loss.
 
     Returns:
         Scalar in the dtype of `logp_BT`; 0 with a zero gradient when no token is a response token.
@@ -120,11 +146,11 @@ def gate_weight(
     logp_old_BT: Tensor | None = None,
     **hyper: Any,
 ) -> Tensor:
-    """The gate weight f' of each response token, 0 at other positions; (B, T) in the dtype of the log-ratios.
+    """Compute the gate weight f' of each response token, 0 at other positions; (B, T) in the dtype of the log-ratios.
 
-    Args and errors as in policy_loss, with log_ratio_BT = logp_BT - logp_old_BT; `logp_old_BT` itself must be given for
-    objectives that gate by probability (`needs_old_logprob`) and is read by no other. The mean over response tokens is
-    the effective update ratio.
+    Args and errors are those of policy_loss, with log_ratio_BT = logp_BT - logp_old_BT. Objectives that gate by
+    probability (`needs_old_logprob`) need `logp_old_BT` too; others ignore it. The mean over response tokens is the
+    effective update ratio.
     """
     objective = make_objective(name, **hyper)
     other_BT = log_ratio_BT if logp_old_BT is None else logp_old_BT
@@ -154,7 +180,7 @@ class _Tokens:
 
 
 def _flatten(objective: Objective, logp_BT: Tensor, other_BT: Tensor, advantages: Tensor, mask_BT: Tensor) -> _Tokens:
-    """Checks the shapes and picks the response tokens out of a padded batch."""
+    """Check the shapes of a padded batch and select its response tokens."""
     shape = tuple(logp_BT.shape)
     if len(shape) != 2 or not (tuple(other_BT.shape) == tuple(mask_BT.shape) == shape):
         raise ValueError(
@@ -177,7 +203,7 @@ def _flatten(objective: Objective, logp_BT: Tensor, other_BT: Tensor, advantages
 
 
 def _require_shared(name: str, advantages_M: Tensor, sequence_M: Tensor, num_sequences: int) -> None:
-    """Raises ValueError when two tokens of a sequence have different advantages. A NaN passes: it ends in the loss."""
+    """Refuse advantages that differ within a sequence. A NaN passes, and comes out of the loss."""
     empty = advantages_M.new_zeros(num_sequences)
     highest_B = empty.scatter_reduce(0, sequence_M, advantages_M, "amax", include_self=False)
     lowest_B = empty.scatter_reduce(0, sequence_M, advantages_M, "amin", include_self=False)

@@ -229,7 +229,9 @@ def _by_name(members: Sequence[ReportedRun], flat: dict[str, Any], differing: Se
 
 def _objective(run: ReportedRun) -> str:
     """Return the objective's name, with the kind of routing replay that was used: GRPO-R2, GRPO-R3."""
-    name = str(run.settings["objective"].get("name", "?")).upper()
+    name = str(run.settings["objective"].get("name", "?"))
+    # One of the user's own, module:Class, by the name its class has.
+    name = str(run.setting("provenance.objective") or name.rpartition(":")[2]) if ":" in name else name.upper()
     setting = run.setting("model.routing_replay")
     if not setting:
         return name

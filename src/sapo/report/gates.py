@@ -11,10 +11,10 @@ import numpy as np
 from sapo.report.figure import Dash, Figure, Panel, Trace
 
 SHOWN: tuple[tuple[str, str, dict[str, Any], Dash], ...] = (
-    ("SAPO, tau 1 / 1.05", "sapo", {}, "solid"),
+    ("SAPO, tau {:g} / {:g}", "sapo", {}, "solid"),
     ("GRPO, 0.2 / 0.27", "grpo", {}, "solid"),
     ("GSPO, 3e-4 / 4e-4 (on s)", "gspo", {}, "dash"),
-    ("erf gate, tau 1 / 1.05", "sapo", {"gate": "erf"}, "dot"),
+    ("erf gate, tau {:g} / {:g}", "sapo", {"gate": "erf"}, "dot"),
     ("arctan gate", "sapo", {"gate": "arctan"}, "dot"),
     ("softsign gate", "sapo", {"gate": "softsign"}, "dot"),
     ("SAPO, tau 10 / 10.5", "sapo", {"tau_pos": 10.0, "tau_neg": 10.5}, "dash"),
@@ -58,14 +58,17 @@ def gate_curve(objective: Any, ratios: np.ndarray, sign: int) -> tuple[np.ndarra
 
 def gates_figure() -> Figure:
     """Draw four panels: value and weight, for positive and for negative advantages."""
+    from sapo.objectives import TAU_NEG, TAU_POS
+
     panels = []
     for sign, words in ((1, "A > 0"), (-1, "A ≤ 0")):
         for which, y in ((0, "value f(r)"), (1, "weight f'(r)")):
             traces = []
             for color, (label, name, hyper, dash) in enumerate(SHOWN):
                 curve = gate_curve(objective_of({"name": name, **hyper}), RATIOS, sign)[which]
+                shown = label.format(TAU_POS, TAU_NEG)
                 traces.append(
-                    Trace("line", tuple(RATIOS.tolist()), tuple(curve.tolist()), name=label, color=color, dash=dash)
+                    Trace("line", tuple(RATIOS.tolist()), tuple(curve.tolist()), name=shown, color=color, dash=dash)
                 )
             panels.append(Panel("r", y, tuple(traces), title=words))
     caption = (

@@ -123,8 +123,10 @@ def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 def temperatures(run: ReportedRun) -> tuple[float, float]:
     """Return tau_pos and tau_neg of the run's objective; the paper's where it has none."""
+    from sapo.objectives import TAU_NEG, TAU_POS
+
     objective = run.settings["objective"]
-    return float(objective.get("tau_pos", 1.0)), float(objective.get("tau_neg", 1.05))
+    return float(objective.get("tau_pos", TAU_POS)), float(objective.get("tau_neg", TAU_NEG))
 
 
 MISSING = (
@@ -291,7 +293,9 @@ def _gates(arms: Sequence[Arm]) -> tuple[list[_Gate], dict[str, list[Arm]]]:
     for arm in arms:
         objective = objective_of(arm.objective)
         reason = (
-            "of an objective that this version does not know" if objective is None
+            "of an objective of its user's own, which a report does not import"
+            if objective is None and ":" in str(arm.objective.get("name"))
+            else "of an objective that this version does not know" if objective is None
             else "which gates a sequence by all its tokens" if objective.coupled
             else "which gates by probability as well" if objective.needs_old_logprob
             else ""

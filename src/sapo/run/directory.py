@@ -100,7 +100,7 @@ class RunDirectory:
             raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"{path / 'config.yaml'} must hold a mapping of settings; got {type(settings).__name__}")
-        return parse_recipe(settings)
+        return parse_recipe(settings, recorded=True)
 
     @property
     def checkpoints(self) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sapo.config import RunConfig
+from sapo.conformance.objective_laws import Judgement, judge_objective
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
+from sapo.objectives import is_plugin
 from sapo.rollout.curriculum import Curriculum, curricula
 from sapo.rollout.prompting import PromptFormat, encode_by_task, formats_of
 from sapo.tasks import Task, make_task
@@ -44,6 +47,26 @@ def load_tasks(config: RunConfig) -> TaskSet:
         if names.count(name) > 1:
             raise ConfigError(f"tasks must have different names; got {name!r} twice")
     return tasks
+
+
+def check_objectives(config: RunConfig, on_judged: Callable[[Judgement], None] = lambda _: None) -> None:
+    """Hold the conformance laws against the objectives of a recipe that are its user's own.
+
+    Those are the one that is trained by and the counterfactual ones. Our tests hold the laws against ours.
+
+    Args:
+        on_judged: given the verdicts on each of them, before it is refused.
+
+    Raises:
+        ConfigError: one breaks a law that a run relies on.
+    """
+    named = [config.objective, *config.diagnostics.counterfactuals]
+    own = {(c.name, repr(c.hyperparameters)): c for c in named if is_plugin(c.name)}
+    for chosen in own.values():
+        judged = judge_objective(chosen.name, chosen.hyperparameters)
+        on_judged(judged)
+        if judged.refusal is not None:
+            raise ConfigError(judged.refusal)
 
 
 def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:

@@ -68,7 +68,7 @@ class ExportSource:
 
     def config(self) -> RunConfig:
         """Read the recipe the run was made by."""
-        return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")))
+        return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")), recorded=True)
 
 
 def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> ExportSource:
@@ -110,7 +110,7 @@ def whole_policy(source: ExportSource, config: RunConfig) -> Policy:
 def model_card(name: str, source: ExportSource, config: RunConfig, policy: Policy, dtype: str) -> str:
     """Write README.md of an exported model, in the form of the hub's model cards."""
     state = source.checkpoint.state()
-    tags = ["sapo", "reinforcement-learning", config.objective.name]
+    tags = ["sapo", "reinforcement-learning", config.objective_name]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     base = _base_model(config)
     if _is_hub_id(config.model.path):
@@ -121,7 +121,7 @@ def model_card(name: str, source: ExportSource, config: RunConfig, policy: Polic
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters, {dtype}. It began as {base} and was "
-        f"trained by reinforcement learning with the objective `{config.objective.name}` for {training}.",
+        f"trained by reinforcement learning with the objective `{config.objective_name}` for {training}.",
         "## Evaluation\n\n" + _evaluation(config, state, source.checkpoint),
         "## Training tasks\n\n" + _tasks(config),
         "## Use\n\n" + _usage(name, config),

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ from sapo.errors import ConfigError
 from sapo.model.head import LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.model.rounding import Rounding, rounded_weights
-from sapo.objectives import LOG_RATIO_LIMIT, Objective, Surrogate, group_advantages
-from sapo.objectives.surrogates import bound_log_ratio, make_surrogate
+from sapo.objectives import LOG_RATIO_LIMIT, Factors, Objective, Ratios, TokenObjective, group_advantages
+from sapo.objectives.surrogates import bound_log_ratio
 from sapo.rollout.engine import Request
 from sapo.rollout.registry import make_engine, require
 from sapo.rollout.weights import loaded
@@ -64,23 +64,16 @@ SMALL_FORCE = 0.1
 """Largest force that is called small: a tenth of the policy gradient is lost in the noise of a batch."""
 
 
-@dataclass(frozen=True)
-class SymmetricMask:
+@dataclass(frozen=True, kw_only=True)
+class SymmetricMask(TokenObjective):
     """The control: a mask that does not depend on the sign of A. Slope r A where 0.8 <= r <= 1.27, else 0."""
 
-    def surrogate(
-        self,
-        log_ratio_M: Tensor,
-        advantages_M: Tensor,
-        sequence_M: Tensor,
-        num_sequences: int,
-        old_logprob_M: Tensor | None = None,
-    ) -> Surrogate:
-        """As `Objective.surrogate`."""
-        log_ratio, inside = bound_log_ratio(log_ratio_M)
-        ratio = log_ratio.exp()
-        kept = ((ratio >= 0.8) & (ratio <= 1.27)).double()
-        return make_surrogate(kept * ratio * advantages_M, kept * ratio * advantages_M, kept, inside, log_ratio_M.dtype)
+    name: ClassVar[str] = "symmetric_mask"
+
+    def factors(self, at: Ratios) -> Factors:
+        """Mask each token by its ratio."""
+        kept = ((at.ratio >= 0.8) & (at.ratio <= 1.27)).double()
+        return kept * at.ratio, kept * at.ratio, kept
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ from typing import Any
 
 from sapo.config import RunConfig
 from sapo.config.recipes import override_run
+from sapo.conformance.objective_laws import Judgement
 from sapo.errors import CollapseError, ConfigError, NonFiniteError
 from sapo.model.loading import load_policy
+from sapo.objectives import is_plugin
 from sapo.rollout.registry import check_engine
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import check_loggers
 from sapo.run.loop import StopReason, TrainingRun
 from sapo.run.machine import DECIDING_BITS, provenance, resolve_machine
-from sapo.run.preflight import check_prompts, load_tasks
+from sapo.run.preflight import check_objectives, check_prompts, load_tasks
 from sapo.run.state import RunState
 from sapo.run.trainers import check_optimizer
 from sapo.training.checkpoint import newest_whole, set_broken_aside
@@ -67,17 +69,22 @@ def train(
     check_loggers(config)
     check_engine(config)
     check_optimizer(config)
+    check_objectives(config, _warn_of_design(listener or Silent()))
     tasks = load_tasks(config)
     policy = starting_policy(config, on_coldstart, should_stop)
     check_prompts(config, policy, tasks)
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
-    directory = RunDirectory.create(config.model_copy(update={"provenance": provenance()}))
+    directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
     return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
 
 
-def dry_run(config: RunConfig) -> DryRun:
+def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambda _: None) -> DryRun:
     """Load and check everything a run would, and describe what it would do; nothing is written.
+
+    Args:
+        config: from `load_recipe`.
+        on_judged: given the verdicts of the conformance laws on each objective of the user's own, before it is refused.
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run.
@@ -88,6 +95,7 @@ def dry_run(config: RunConfig) -> DryRun:
     check_loggers(config)
     check_engine(config)
     check_optimizer(config)
+    check_objectives(config, on_judged)
     return rehearse(
         config,
         load=lambda c: starting_policy(c, lambda _: None, lambda: False),
@@ -134,6 +142,7 @@ def _resumed(
     check_loggers(config)
     check_engine(config)
     check_optimizer(config)
+    check_objectives(config, _warn_of_design(listener))
     tasks = load_tasks(config)
     checkpoint = newest_whole(
         directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
@@ -161,6 +170,25 @@ def _resumed(
     if overrides:
         directory.write_config(config)
     return training
+
+
+def _provenance(config: RunConfig) -> dict[str, Any]:
+    """Return versions, commit and machine, and the name of an objective that is the user's own.
+
+    A report has the name from here: it imports no module that a run directory names.
+    """
+    own = {"objective": config.objective.make().name} if is_plugin(config.objective.name) else {}
+    return provenance() | own
+
+
+def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
+    """Return a function that warns of broken laws which no run relies on."""
+
+    def warn(judged: Judgement) -> None:
+        for verdict in judged.broken_by_design:
+            listener.warning(f"objective {judged.name} breaks the law {verdict}; the run goes on: it is of its design")
+
+    return warn
 
 
 def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:

@@ -19,7 +19,7 @@ from sapo.errors import ConfigError
 from sapo.rollout.registry import check_engine
 from sapo.run.loggers.all import check_loggers
 from sapo.run.machine import resolve_device
-from sapo.run.preflight import load_tasks
+from sapo.run.preflight import check_objectives, load_tasks
 from sapo.run.trainers import check_optimizer
 from sapo.workflows.coldstart import ColdStartProgress, coldstart_path, ensure_coldstart
 from sapo.workflows.comparing.directory import ComparisonDirectory, check_directory
@@ -144,6 +144,7 @@ def _check_runs(runs: Sequence[PlannedRun]) -> None:
         check_loggers(run.config)
         check_engine(run.config)
         check_optimizer(run.config)
+        check_objectives(run.config)
     load_tasks(runs[0].config)
 
 

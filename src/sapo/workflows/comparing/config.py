@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_override, parse_settings, read_recipe, resolve_recipe
 from sapo.errors import ConfigError
+from sapo.objectives import find_objective, is_plugin
 from sapo.utils.names import nearest
 from sapo.workflows.comparing.plan import ComparisonPlan, as_overrides, flatten
 
@@ -121,8 +122,18 @@ def load_comparison(
 
 def _of_one_run(path: Path, raw: Mapping[str, Any], objectives: Sequence[str] | None) -> ComparisonConfig:
     names = OBJECTIVES if objectives is None else objectives
-    arms = {name: {"objective.name": name} for name in names}
+    arms = {_arm_of(name): {"objective.name": name} for name in names}
     return parse_settings(ComparisonConfig, {"recipe": dict(raw), "arms": arms})
+
+
+def _arm_of(objective: str) -> str:
+    """Return the name of an objective's arm. Of a user's own, module:Class, it is the name that the class has."""
+    if not is_plugin(objective):
+        return objective
+    try:
+        return find_objective(objective).name
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _plan(
