@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,14 @@ def test_a_page_on_a_class_has_the_laws_of_objectives() -> None:
     report = judge_function(f"{HERE}:Plateau", objective="sapo", normalizer=None, hyper={})
     page = markdown([report], "sapo conformance mine")
     assert all(f"- `{law}`: Require" in page and f"| `{law}` | " in page for law in {**OBJECTIVE_LAWS, **LAWS})
+
+
+def test_the_example_in_the_docs_obeys_every_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    (tmp_path / "objective_of_the_docs.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = judge_objective("objective_of_the_docs:Plateau", {"width": 0.3})
+    assert [str(v) for v in found.verdicts if v.status == BROKEN] == []
+    named = {name for name in {**OBJECTIVE_LAWS, **LAWS} if f"`{name}`" in page}
+    # `padding_*` stands for both.
+    assert {*OBJECTIVE_LAWS, *LAWS} - named == {"padding_is_not_read", "padding_adds_nothing"}

@@ -1,4 +1,4 @@
-"""The objectives, as pure functions of tensors. They need torch, and nothing of this package but `sapo.utils.names`.
+"""The objectives, as pure functions of tensors. They need torch, and of this package only errors and `sapo.utils`.
 
 One surrogate, several gates: J = mean_i mean_t f(r_it) A_i with grad J = mean_i mean_t f'(r_it) r_it A_i grad log pi.
 `gates` holds f and f'. `token`, `sequence` and `probability` are the objectives made of them, on the base class in
