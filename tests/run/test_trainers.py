@@ -33,7 +33,7 @@ class Narrow:
     "changes",
     [
         {"diagnostics": {"true_gradient_every": 1}, "objective": {"name": "sapo", "kl": {"coefficient": 0.1}}},
-        {"rollout__staleness": 1, "train__old_logprobs": "current", "warnings": {"on_collapse": "rollback"}},
+        {"rollout__staleness": 1, "experiments__old_logprobs": "current", "warnings": {"on_collapse": "rollback"}},
     ],
     ids=["kl", "stale"],
 )
