@@ -151,7 +151,7 @@ def test_a_curriculum_of_an_endless_task_is_refused_in_one_line(tmp_path: Path, 
     with pytest.raises(ConfigError) as caught:
         sapo.train(sapo.load_recipe(tmp_path / "r.yaml"))
     message = str(caught.value)
-    assert "finite number of rows; got 'add2', whose prompts never come again" in message
+    assert "finite number of rows; got 'add2', whose prompts never repeat" in message
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "run").exists()
     assert not isinstance(ArithmeticTask(), FiniteTask)

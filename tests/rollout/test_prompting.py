@@ -91,8 +91,8 @@ def test_auto_takes_the_chat_a_task_was_written_for_where_there_is_a_template(ch
     [
         (PromptFormat(style="chat"), QUESTION, ModelError, "no chat template"),
         (PromptFormat(), CHAT, ModelError, "no chat template"),
-        (PromptFormat(style="plain"), CHAT, ConfigError, "prompt.style=plain cannot put the chat messages"),
-        (PromptFormat(thinking=True), QUESTION, ConfigError, "put as plain text; set prompt.style=chat"),
+        (PromptFormat(style="plain"), CHAT, ConfigError, "prompt.style=plain cannot format the chat messages"),
+        (PromptFormat(thinking=True), QUESTION, ConfigError, "in plain text; set prompt.style=chat"),
     ],
 )
 def test_what_cannot_be_put_is_refused(policies, form, prompt, error, message) -> None:

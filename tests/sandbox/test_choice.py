@@ -87,7 +87,7 @@ def test_another_user_alone_does_not_pass_the_canary():
 
 def test_the_canary_needs_its_own_report():
     silent = ProgramResult(Outcome.FINISHED, 0, None, "", "", 0.1)
-    assert "was not heard" in canary.prove(lambda *_: silent)
+    assert "instead of its report" in canary.prove(lambda *_: silent)
     failed = ProgramResult(Outcome.FINISHED, 1, None, "", "bwrap: no namespaces", 0.1)
     assert canary.prove(lambda *_: failed) == "a harmless program did not finish: exit code 1: bwrap: no namespaces"
 
@@ -131,7 +131,7 @@ def test_without_an_interpreter_the_message_names_it(unproven, monkeypatch):
 
 def test_on_another_system_a_program_is_refused(unproven, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(SandboxUnavailable, match="it is Linux's, and this is darwin"):
+    with pytest.raises(SandboxUnavailable, match="it needs Linux, and this is darwin"):
         choose_backend()
 
 

@@ -1,11 +1,15 @@
 """The dataset task: rows of a hub repository, a directory or a file, with columns as the recipe names them."""
 
+import ast
+import dataclasses
+import inspect
 import json
+import textwrap
 
 import pytest
 
 from sapo.errors import TaskError
-from sapo.tasks import DatasetTask, FileTask, Task, make_task
+from sapo.tasks import TASKS, DatasetSettings, DatasetTask, FileSettings, FileTask, Task, make_task
 
 datasets = pytest.importorskip("datasets")
 
@@ -290,3 +294,33 @@ def test_a_mistake_is_one_line_with_the_rule_the_value_and_the_way_out(tmp_path,
     text = message(**options)
     for part in parts:
         assert part in text
+
+
+def test_a_settings_object_makes_the_task_that_its_options_make(tmp_path):
+    path = write_jsonl(tmp_path / "sums.jsonl", ROWS)
+    settings = DatasetSettings(path=path, **COLUMNS, template="Q: {prompt}", seed=3)
+    task = DatasetTask.of(settings)
+    assert task.settings == settings
+    assert everything(task) == everything(DatasetTask(path=path, **COLUMNS, template="Q: {prompt}", seed=3))
+    assert everything(FileTask.of(FileSettings(path, **COLUMNS))) == everything(FileTask(path, **COLUMNS))
+
+
+@pytest.mark.parametrize("kind", ["file", "dataset"])
+def test_every_field_of_the_settings_is_an_option_of_a_recipe_and_documented(kind):
+    settings = {"file": FileSettings, "dataset": DatasetSettings}[kind]
+    options = {field.name for field in dataclasses.fields(settings)}
+    assert set(inspect.signature(TASKS[kind]).parameters) == options
+    with pytest.raises(TaskError, match=r"takes the options .* got 'promt_field'; did you mean 'prompt_field'\?"):
+        make_task(kind, seed=0, path="sums.jsonl", promt_field="x")
+    for owner in settings.__mro__[:-1]:
+        nodes = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        fields = [i for i, node in enumerate(nodes) if isinstance(node, ast.AnnAssign) and node.target.id != "_"]
+        assert all(isinstance(nodes[i + 1], ast.Expr) for i in fields), f"a field of {owner.__name__} has no docstring"
+
+
+def test_a_subclass_with_a_constructor_of_its_own_has_its_own_options():
+    class Numbered(FileTask):
+        def __init__(self, path, start: int, **options) -> None:
+            super().__init__(path, **options)
+
+    assert list(inspect.signature(Numbered).parameters) == ["path", "start", "options"]

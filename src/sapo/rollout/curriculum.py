@@ -1,13 +1,13 @@
-"""A curriculum by pass rate: rows that the policy always or never answers are asked less often.
+"""A curriculum by pass rate: rows that the policy always or never solves are sampled less often.
 
-Each row of a finite task has a running pass rate, from its own visits in this run. When the turn of a row comes whose
-rate lies outside the band, it is asked with the chance `outside` and passed over otherwise; rows inside the band and
-rows not yet seen are always asked. The chance is decided by a counter-based draw named by the task and the index, so
-that what is asked depends on the seed and on the recorded pass rates alone.
+Each row of a finite task has a running pass rate, over its own samples in this run. A row whose rate lies outside the
+band is sampled with the probability `outside` when its turn comes, and skipped otherwise. Rows inside the band and rows
+not yet seen are always sampled. A counter-based draw decides, named by the task and the index. So the choice depends on
+the seed and on the recorded pass rates alone.
 
 Prioritising prompts by their success rate is common practice (Kimi k1.5, https://arxiv.org/abs/2501.12599, samples in
-proportion to 1 - s_i); a band with a floor is our choice: the rows never solved have no gradient either, and a row
-that is out must be able to come back.
+proportion to 1 - s_i). A band with a floor is our choice: rows that are never solved have no gradient either, and a
+row outside the band must be able to return.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sapo.utils.rng import token_uniforms
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The rule for one task.
+    """The curriculum of one task.
 
     >>> from sapo.config import CurriculumConfig
     >>> rule = Curriculum(CurriculumConfig(low=0.1, high=0.9, outside=0.25), seed=0)
-    >>> [rule.asks(index, 1.0) for index in range(8)]  # by chance, one turn in four
+    >>> [rule.asks(index, 1.0) for index in range(8)]  # at random, one turn in four
     [False, False, True, False, False, False, False, False]
     >>> rule.asks(0, None), rule.asks(0, 0.5), rule.asks(0, 0.9)  # not seen yet, inside, on the edge
     (True, True, True)
@@ -38,20 +38,20 @@ class Curriculum:
 
     settings: CurriculumConfig
     seed: int
-    """64 bits, of this task alone."""
+    """Random seed of this task, 64 bits."""
 
     def asks(self, index: int, rate: float | None) -> bool:
-        """Whether the row at `index` is asked, given its pass rate so far."""
+        """Return whether the row at `index` is sampled, given its pass rate so far."""
         if self.in_band(rate):
             return True
         return float(token_uniforms(self.seed, index, np.zeros(1, dtype=np.int64), 1)[0, 0]) < self.settings.outside
 
     def in_band(self, rate: float | None) -> bool:
-        """Whether a pass rate lies in the band; that of a row not seen yet does."""
+        """Return whether a pass rate lies in the band. None, a row not seen yet, does."""
         return rate is None or self.settings.low <= rate <= self.settings.high
 
     def updated(self, rate: float | None, group: Group) -> float:
-        """The pass rate of a row after one more visit.
+        """Return the pass rate of a row after one more group.
 
         >>> from sapo.config import CurriculumConfig
         >>> from sapo.data import Completion, Prompt, Score
@@ -65,10 +65,10 @@ class Curriculum:
 
 
 def curricula(config: RunConfig, tasks: Sequence[Task], seeds: Mapping[str, int]) -> dict[str, Curriculum]:
-    """The curriculum of each task that has one, by its name.
+    """Return the curriculum of each task that has one, by its name.
 
     Args:
-        seeds: one for each task, by its name.
+        seeds: random seed of each task, by its name.
 
     Raises:
         ConfigError: a curriculum for a task without rows.
@@ -80,8 +80,8 @@ def curricula(config: RunConfig, tasks: Sequence[Task], seeds: Mapping[str, int]
             continue
         if not isinstance(task, FiniteTask):
             raise ConfigError(
-                f"a curriculum is for tasks with a finite number of rows; got {task.name!r}, whose prompts never come "
-                "again; write curriculum: {...} only beside the tasks that have rows"
+                f"a curriculum is for tasks with a finite number of rows; got {task.name!r}, whose prompts never "
+                "repeat; write curriculum: {...} only beside the tasks that have rows"
             )
         found[task.name] = Curriculum(settings, seeds[task.name])
     return found

@@ -1,7 +1,7 @@
-"""From a task's question to what the model sees: chat template or plain text, examples before it, stop strings after.
+"""Format a task's question for the model: chat template or plain text, few-shot examples, stop strings.
 
-A task knows text only and a policy token ids only; this is where the one becomes the other, for rollout, evaluation and
-the cold start alike. Text is encoded once, here; what the model emits is never encoded again.
+A task knows only text and a policy only token ids. This file turns the one into the other, for rollout, evaluation and
+the cold start alike. What the model emits is never encoded again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sapo.tasks import Task
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How the questions of one task are put to a model.
+    """The format of the prompts of one task.
 
     >>> form = PromptFormat(template="Q: {prompt}\\nA:", shots=(("1 + 1 =", "2"),), stop=("\\n",))
     >>> print(form.text(Prompt(id=0, task="sums", text="3 + 4 =")))
@@ -39,21 +39,21 @@ class PromptFormat:
     shots: tuple[tuple[str, str], ...] = ()
     stop: tuple[str, ...] = ()
     prefers_chat: bool = False
-    """What auto takes for a question in plain text when the tokenizer has a chat template."""
+    """Whether `auto` takes the tokenizer's chat template for a question in plain text."""
 
     @classmethod
     def of(cls, config: PromptConfig, task: Task) -> PromptFormat:
-        """A recipe's format for a task, whose examples it asks for.
+        """Make the format that a recipe gives to a task, with examples of the task where it asks for them.
 
         Raises:
-            ConfigError: a number of examples of a task that has none to give.
+            ConfigError: the recipe asks for examples and the task has none.
         """
         if isinstance(config.shots, list):
             shots = tuple((s.prompt, s.answer) for s in config.shots)
         elif config.shots and not hasattr(task, "shots"):
             raise ConfigError(
-                f"prompt.shots={config.shots} asks task {task.name!r} for examples and it has none to give; "
-                "write them down: shots: [{prompt: ..., answer: ...}]"
+                f"prompt.shots={config.shots} asks task {task.name!r} for examples and it has none; "
+                "write them in the recipe: shots: [{prompt: ..., answer: ...}]"
             )
         else:
             shots = tuple(task.shots(config.shots)) if config.shots else ()  # type: ignore[attr-defined]
@@ -75,20 +75,20 @@ class PromptFormat:
             keep: keep the token ids, so that a prompt that comes again is not encoded again.
 
         Raises:
-            ModelError: a chat for a tokenizer without a template, or text it has no tokens for.
-            ConfigError: rows of chat messages where the recipe asks for plain text.
+            ModelError: the tokenizer has no chat template, or no token for a part of the text.
+            ConfigError: the rows are chat messages and the recipe asks for plain text.
         """
         self._encoded.reset_for(policy.tokenizer)
         return [replace(p, token_ids=self._token_ids(policy, p, keep), stop=self.stop) for p in prompts]
 
     def text(self, prompt: Prompt) -> str:
-        """The whole of a plain prompt."""
+        """Return a plain prompt in full: system text, examples and question."""
         opening = f"{self.system}\n\n" if self.system else ""
         shots = [self._question(q) + self.answer_template.replace("{answer}", a) for q, a in self._shots_for(prompt)]
         return opening + "".join(shots) + self._question(prompt.text)
 
     def messages(self, prompt: Prompt) -> list[dict[str, str]]:
-        """The turns of a chat prompt; a row's own system message stands."""
+        """Return the messages of a chat prompt. A row's own system message takes precedence."""
         own = [dict(m) for m in prompt.metadata.get("messages", ())]
         turns = own or [{"role": "user", "content": self._question(prompt.text)}]
         system = [turns.pop(0)] if turns[0]["role"] == "system" else []
@@ -102,7 +102,7 @@ class PromptFormat:
         return [*system, *shots, *turns]
 
     def _shots_for(self, prompt: Prompt) -> list[tuple[str, str]]:
-        """The examples but for the question itself, whose answer would be given away."""
+        """Return the examples without the question itself, whose answer would be given away."""
         return [(question, answer) for question, answer in self.shots if question != prompt.text]
 
     def _question(self, text: str) -> str:
@@ -125,20 +125,20 @@ class PromptFormat:
         is_chat = "messages" in prompt.metadata
         if is_chat and self.style == "plain":
             raise ConfigError(
-                f"prompt.style=plain cannot put the chat messages of task {prompt.task!r}; use style auto or chat"
+                f"prompt.style=plain cannot format the chat messages of task {prompt.task!r}; use style auto or chat"
             )
         if is_chat or self.style == "chat" or (self.style == "auto" and self.prefers_chat and policy.has_chat_template):
             return policy.encode_messages(self.messages(prompt), self.thinking)
         if self.thinking is not None:
             raise ConfigError(
-                f"prompt.thinking is a switch of the chat template, and task {prompt.task!r} is put as plain text; "
+                f"prompt.thinking is a switch of the chat template, and task {prompt.task!r} is in plain text; "
                 "set prompt.style=chat or leave it out"
             )
         return policy.encode(self.text(prompt))
 
 
 def formats_of(config: RunConfig, tasks: Sequence[Task]) -> dict[str, PromptFormat]:
-    """The format of each task of a recipe, by its name."""
+    """Return the prompt format of each task of a recipe, by its name."""
     return {
         task.name: PromptFormat.of(t.prompt or config.prompt, task) for t, task in zip(config.tasks, tasks, strict=True)
     }

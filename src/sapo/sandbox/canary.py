@@ -1,7 +1,7 @@
-"""A program that tries to get out, and a look from outside at whether it did.
+"""Test a backend with a program that tries to escape, and check from outside whether it did.
 
-A backend is used only after this: that bubblewrap or Landlock is installed says little, in a container they may be
-forbidden or do half of what they promise.
+A backend is used only after it passed. That bubblewrap or Landlock is installed is not enough: in a container they may
+be forbidden, or contain less than they promise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sapo.sandbox.result import Limits, ProgramResult
 
 SECRET = "the canary's secret"
 
-# Each attempt says what it got; an exception is what it should get. The last line shows that the program did run.
+# Each attempt should end in an exception. The last line reports those that did not, and proves that the program ran.
 PROGRAM = """
 import json, os, socket, sys
 
@@ -47,7 +47,7 @@ def environment():
             raise OSError("empty")
 
 def signal_parent():
-    # In a PID namespace of its own this number may be nobody's, or the program itself: then nothing was reached.
+    # In a PID namespace of its own this number may belong to no process or to the program itself: no escape.
     if order["parent"] == os.getpid():
         raise OSError("myself")
     os.kill(order["parent"], 0)
@@ -65,9 +65,9 @@ print(json.dumps({"got_out": got_out, "uid": os.getuid(), "environment": sorted(
 
 
 def prove(run: Callable[[str, str, Limits], ProgramResult]) -> str | None:
-    """Why a backend's `run(source, stdin, limits)` does not contain the canary, or None when it does."""
+    """Return why a backend's `run(source, stdin, limits)` does not contain the test program, or None if it does."""
     with ExitStack() as stack:
-        # Open to everybody, so that it is the sandbox that refuses and not the rights on a file.
+        # Open to every user, so that the sandbox refuses access and not the permissions of the file.
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sapo-canary-")))
         directory.chmod(0o777)
         secret, target = directory / "secret", directory / "target"
@@ -97,7 +97,7 @@ def prove(run: Callable[[str, str, Limits], ProgramResult]) -> str | None:
         try:
             said = json.loads(result.stdout)
         except ValueError:
-            return f"a harmless program was not heard: it printed {result.stdout[:200]!r}"
+            return f"a harmless program printed {result.stdout[:200]!r} instead of its report"
         reached = list(said["got_out"])
         reached += ["write a file, seen from outside"] if target.exists() else []
         reached += ["connect, seen from outside" for listener in listeners if _was_called(listener)][:1]

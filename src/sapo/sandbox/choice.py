@@ -1,4 +1,4 @@
-"""Which backend runs a program: the first that proves itself, once in each process."""
+"""Choose the backend that runs programs: the first that passes its test, once in each process."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ INSTALL_PYTHON = "apt-get install python3"
 
 
 class Backend(Protocol):
-    """A way to contain a program."""
+    """A backend of the sandbox, which contains one program at a time."""
 
     name: str
     detail: str
 
     def why_not(self) -> str | None:
-        """What is missing before anything is tried, or None."""
+        """Return what is missing on this machine, or None. Nothing is run in a sandbox yet."""
         ...
 
     def launch(self, source: bytes, limits: Limits, status_write: int) -> AbstractContextManager[Launch]:
-        """The command that runs the program."""
+        """Yield the command that runs the program."""
         ...
 
     def exit_code(self, ending: Ending) -> int:
-        """The program's exit code, 128 + n for signal n; SandboxError when it was never started."""
+        """Return the program's exit code, 128 + n for signal n; raise SandboxError when it was never started."""
         ...
 
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What is known of one backend on this machine.
+    """Whether one backend works on this machine, and why not.
 
     >>> str(BackendReport("landlock", usable=False, chosen=False, detail="the kernel has no Landlock"))
     'landlock: not usable: the kernel has no Landlock'
@@ -53,7 +53,7 @@ class BackendReport:
     usable: bool
     chosen: bool
     detail: str
-    """What it is made of, or why it cannot be used."""
+    """What the backend is made of, or why it cannot be used."""
 
     def __str__(self) -> str:
         state = "in use" if self.chosen else "usable" if self.usable else "not usable"
@@ -69,32 +69,34 @@ _process = os.getpid()
 def run_program(
     source: str, *, stdin: str = "", limits: Limits | None = None, backend: str | None = None
 ) -> ProgramResult:
-    """Run a Python program that may do anything, and return what became of it.
+    """Run an untrusted Python program and return how it ended.
 
-    The program is the file of a fresh `/usr/bin/python3 -s`, standard input is `stdin`, the working directory is /.
-    Safe to call from several threads; each call is processes of its own.
+    The program is run as a file by a new `/usr/bin/python3 -s` in the working directory /. Several threads may call
+    this at once; each call starts its own processes.
 
     Args:
-        source: the program.
-        stdin: its standard input, a regular file to it.
+        source: text of the program.
+        stdin: its standard input, which is a regular file.
         limits: see `Limits`.
         backend: one of BACKENDS; None takes the first that works here.
 
     Raises:
-        SandboxUnavailable: nothing here can contain a program.
-        SandboxError: this run failed, and not because of the program.
+        SandboxUnavailable: no backend works on this machine.
+        SandboxError: the sandbox failed, for a reason other than the program.
     """
     return _run(choose_backend(backend), source, stdin, limits or Limits())
 
 
 def choose_backend(name: str | None = None) -> Backend:
-    """The named backend, or the first of BACKENDS, that has proved itself in this process.
+    """Return the named backend, or the first of BACKENDS, that passed its test in this process.
 
     Raises:
-        SandboxUnavailable: with the reason for each, and what to install.
+        SandboxUnavailable: none passed; with the reason for each, and what to install.
     """
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"a sandbox is one of {', '.join(BACKENDS)}; got {name!r}; leave it out to take what works")
+        raise ValueError(
+            f"a sandbox is one of {', '.join(BACKENDS)}; got {name!r}; leave it out for the first that works"
+        )
     wanted = BACKENDS if name is None else (name,)
     with _lock:
         _forget_parent()
@@ -107,7 +109,7 @@ def choose_backend(name: str | None = None) -> Backend:
 
 
 def describe() -> tuple[BackendReport, ...]:
-    """Each backend with what it is or why it is not used; tries all of them, which takes a moment."""
+    """Report on each backend whether it works and why not. All are tested, which takes a moment."""
     with _lock:
         _forget_parent()
         usable = [name for name in BACKENDS if _try(name)]
@@ -123,11 +125,11 @@ def describe() -> tuple[BackendReport, ...]:
 
 
 def _try(name: str) -> bool:
-    """Prove one kind of backend unless that was done before."""
+    """Test one kind of backend, unless that was done before, and return whether it passed."""
     if name in _proven or name in _refused:
         return name in _proven
     if sys.platform != "linux":
-        _refused[name] = f"it is Linux's, and this is {sys.platform}"
+        _refused[name] = f"it needs Linux, and this is {sys.platform}"
         return False
     if not os.access(INTERPRETER, os.X_OK):
         _refused[name] = f"no interpreter {INTERPRETER}, the only one a sandbox shows: {INSTALL_PYTHON}"
@@ -185,12 +187,12 @@ def _judge(ending: Ending, exit_code: int | None, limits: Limits) -> ProgramResu
 
 
 def _encode(text: str) -> bytes:
-    # A model may emit half of a surrogate pair, which no file can hold; the interpreter then complains of the rest.
+    # A model may emit half of a surrogate pair, which no file can hold. The interpreter then reports a syntax error.
     return text.encode(errors="replace")
 
 
 def _forget_parent() -> None:
-    """What a parent process proved is not proved for a forked child, which may have another user or other rights."""
+    """Forget the tests of a parent process: a forked child may have another user or other rights."""
     global _process
     if os.getpid() != _process:
         _process = os.getpid()

@@ -1,8 +1,8 @@
-"""Containment without namespaces: Landlock for files, a system call filter for all else, limits; for one process.
+"""Contain one process without namespaces: Landlock for files, a system call filter for everything else, and limits.
 
-The filter lets a program start threads but no process, so that nothing can outlive it: ending that one process ends
-all. It can open what the interpreter needs, for reading, and nothing else; that a file exists elsewhere, and how large
-it is, it can still ask, since Landlock does not hide that. As root the user is dropped first.
+The filter lets a program start threads but no process, so that nothing can outlive it. The program can open for reading
+what the interpreter needs, and nothing else. Landlock does not hide that other files exist, nor their sizes. Root
+privileges are dropped first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/
 
 
 class Landlock:
-    """The backend for machines where no namespace can be made, as in most containers."""
+    """The backend for machines where no namespaces can be made, such as most containers."""
 
     name = "landlock"
 
@@ -32,7 +32,7 @@ class Landlock:
         self.detail = "Landlock and seccomp"
 
     def why_not(self) -> str | None:
-        """What is missing before anything is tried, or None."""
+        """Return what is missing on this machine, or None. Nothing is run in a sandbox yet."""
         version = landlock_version()
         if version is None:
             return "the kernel has no Landlock: Linux 5.13 or newer, with landlock among its security modules (lsm=)"
@@ -47,7 +47,7 @@ class Landlock:
 
     @contextmanager
     def launch(self, source: bytes, limits: Limits, status_write: int) -> Iterator[Launch]:
-        """The command that contains itself and then becomes the program."""
+        """Yield the command of the launcher, which contains itself and then executes the program."""
         program = memory_file("program", source)
         try:
             order = {
@@ -67,10 +67,10 @@ class Landlock:
             os.close(program)
 
     def exit_code(self, ending: Ending) -> int:
-        """The program's exit code, 128 + n for signal n.
+        """Return the program's exit code, 128 + n for signal n.
 
         Raises:
-            SandboxError: the launcher failed before it became the program.
+            SandboxError: the launcher failed before it executed the program.
         """
         if ending.status != landlock_launcher.READY:
             said = (ending.status or ending.stderr).decode(errors="replace").strip()[-300:]
@@ -79,7 +79,7 @@ class Landlock:
 
 
 def landlock_version() -> int | None:
-    """The kernel's Landlock ABI, or None when it has none or has it switched off."""
+    """Return the version of the kernel's Landlock, or None where it is missing or switched off."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = int(libc.syscall(landlock_launcher.CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
     return version if version > 0 else None

@@ -1,7 +1,7 @@
-"""Run as a program: contain this very process, then become the untrusted one. Needs the standard library alone.
+"""Contain this process, then execute the untrusted program in it. Needs the standard library alone.
 
-Called by landlock.py as `python -I -S landlock_launcher.py ORDER`, ORDER being JSON. Whatever fails is written to the
-status descriptor, and the program is not started; READY is written last, and the descriptor closes with the exec.
+landlock.py calls it as `python -I -S landlock_launcher.py ORDER`, where ORDER is JSON. A failure is written to the
+status descriptor, and the program is not started. READY is written last, and exec closes the descriptor.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RulesetAttributes(ctypes.Structure):
-    """struct landlock_ruleset_attr."""
+    """The kernel's struct landlock_ruleset_attr."""
 
     _fields_ = (("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
 
 
 class PathBeneath(ctypes.Structure):
-    """struct landlock_path_beneath_attr."""
+    """The kernel's struct landlock_path_beneath_attr."""
 
     _pack_ = 1
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
 class Filter(ctypes.Structure):
-    """struct sock_fprog."""
+    """The kernel's struct sock_fprog."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
 def contain(order: dict[str, Any]) -> None:
-    """Drop the user, set the limits and close the doors, each step final."""
+    """Drop root, set the limits, restrict files and filter system calls. No step can be undone."""
     become(order["user"])
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != order["parent"]:
-        raise RuntimeError("the process that wanted this program has ended")
+        raise RuntimeError("the process that started this program has ended")
     used = threads_of(os.getuid())
     limits = {**order["limits"], "RLIMIT_NPROC": [used + order["threads"]] * 2}
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -69,7 +69,7 @@ def contain(order: dict[str, Any]) -> None:
 
 
 def become(user: int | None) -> None:
-    """Give up root for good; None when there is none to give up."""
+    """Drop root for good to a user id; None where this process is not root."""
     if user is None:
         return
     os.setgroups([])
@@ -78,7 +78,7 @@ def become(user: int | None) -> None:
 
 
 def threads_of(user: int) -> int:
-    """Threads that a user runs now: the limit on them counts all, not only those of one program."""
+    """Count the threads that a user runs now: the limit counts all of them, not only those of one program."""
     count = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -91,7 +91,7 @@ def threads_of(user: int) -> int:
 
 
 def restrict_files(readable: list[str], devices: list[str]) -> None:
-    """Let this process open the named directories and files for reading, /dev/null for writing too, and no others."""
+    """Restrict this process to reading the named directories and files, and to writing /dev/null."""
     version = call("syscall", CREATE_RULESET, None, 0, 1)
     handled = (1 << HANDLED_BITS.get(version, HANDLED_BITS[5])) - 1
     network = HANDLED_NETWORK if version >= 4 else 0
@@ -107,7 +107,7 @@ def restrict_files(readable: list[str], devices: list[str]) -> None:
 
 
 def allow(ruleset: int, path: str, rights: int) -> None:
-    """Add what may be done at and below a path; a path that is not there needs no rule."""
+    """Allow rights at and below a path. A path that does not exist needs no rule."""
     try:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def call(name: str, *arguments: Any) -> int:
-    """A function of the C library, its failure an OSError. Whole numbers go as the kernel reads them, in 64 bits."""
+    """Call a function of the C library and raise OSError where it fails. Integers are passed in 64 bits."""
     wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
     result = int(getattr(libc, name)(*wide))
     if result < 0:
@@ -130,7 +130,7 @@ def call(name: str, *arguments: Any) -> int:
 
 
 def main() -> None:
-    """Contain, then exec."""
+    """Contain this process, then execute the program."""
     order = json.loads(sys.argv[1])
     status = order["status"]
     os.set_inheritable(status, False)

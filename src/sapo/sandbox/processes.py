@@ -1,4 +1,4 @@
-"""Processes as /proc shows them: who descends from whom, what they hold in memory, and an end for all of them."""
+"""Find processes in /proc: their descendants and their memory; freeze them, kill them, wait for their end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid` has started and not yet lost."""
+    """Return the child processes of `pid`."""
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
         return [int(child) for task in tasks for child in _read(f"/proc/{pid}/task/{task}/children").split()]
@@ -26,7 +26,7 @@ def children(pid: int) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, their children and so on; what was started meanwhile may be missing."""
+    """Return children, their children and so on. Processes started meanwhile may be missing."""
     found: list[int] = []
     todo = [pid]
     while todo:
@@ -37,7 +37,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Resident memory of the processes, pages they share counted for each."""
+    """Return the resident memory of the processes. Shared pages are counted for each."""
     total = 0
     for pid in pids:
         with suppress(OSError, IndexError):  # it may have ended
@@ -46,9 +46,12 @@ def resident_bytes(pids: Iterable[int]) -> int:
 
 
 def open_namespace_init(pid: int) -> int | None:
-    """A pidfd of the first process of another PID namespace; None when it has ended, or `pid` is by now another's.
+    """Open a pidfd of the first process of another PID namespace.
 
-    The check is made after the pidfd is open, so that the number cannot pass to somebody else in between.
+    The check is made after the pidfd is open, so that the number cannot be reused in between.
+
+    Returns:
+        The pidfd, or None when the process has ended or `pid` belongs to another one by now.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -73,13 +76,13 @@ def freeze(pid: int, patience: float = 1.0) -> None:
 
 
 def kill(pidfd: int) -> None:
-    """SIGKILL; a process that has ended is left in peace."""
+    """Kill a process, unless it has ended already."""
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def wait_for_end(pidfd: int, patience: float) -> bool:
-    """Whether the process has ended, after waiting for it at most `patience` seconds."""
+    """Wait at most `patience` seconds for a process to end, and return whether it has."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0, round(patience * 1000))))
@@ -90,7 +93,7 @@ def _parents() -> dict[int, list[int]]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with suppress(OSError, IndexError):
-                # The name in brackets may hold blanks and brackets itself: what follows the last one is safe.
+                # The name in brackets may hold blanks and brackets itself, so only what follows the last one is read.
                 found[int(_read(f"/proc/{entry}/stat").rpartition(")")[2].split()[1])].append(int(entry))
     return found
 

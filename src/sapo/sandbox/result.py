@@ -1,4 +1,4 @@
-"""What a program may use and what became of it."""
+"""The limits of a program in the sandbox, and its result."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import StrEnum
 
 
 class SandboxError(RuntimeError):
-    """A run of the sandbox failed for a reason that is not the program's: it says nothing about the program."""
+    """The sandbox failed for a reason other than the program; it says nothing about the program."""
 
 
-class SandboxUnavailable(ValueError):  # noqa: N818 - a state of the machine that the user mends, as a setting
-    """No backend can contain a program here; the message says what to install."""
+class SandboxUnavailable(ValueError):  # noqa: N818 - a state of the machine that the user can change, like a setting
+    """No backend works on this machine; the message says what to install."""
 
 
 class Outcome(StrEnum):
@@ -23,41 +23,44 @@ class Outcome(StrEnum):
     """
 
     FINISHED = "finished"
-    """By itself, with any exit code."""
+    """It ended by itself, with any exit code."""
     TIMED_OUT = "timed out"
-    """It used its processor time or passed the deadline."""
+    """It used up its CPU time or passed the deadline."""
     OUT_OF_MEMORY = "out of memory"
-    """It was refused memory and did not catch that, or its processes together held more than the limit."""
+    """An allocation was refused and it did not catch that, or its processes together held more than the limit."""
     TOO_MUCH_OUTPUT = "too much output"
+    """It printed more than `Limits.stdout_bytes`."""
     KILLED = "killed"
-    """By a signal that we did not send: a crash of the interpreter, or its own doing."""
+    """It was killed by a signal that we did not send: the interpreter crashed, or the program killed itself."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. The processor time judges the program, the deadline is there for one that waits.
+    """The limits of one program.
 
-    A loaded machine makes a program slow on the clock, not in processor time, so a verdict should rest on the latter.
+    A loaded machine makes a program slow by the clock but not in CPU time. So the limit that should decide is CPU time;
+    the deadline by the clock is for programs that wait.
 
     >>> Limits(cpu_seconds=2).wall_seconds
     15.0
     """
 
     cpu_seconds: int = 6
-    """Processor time of each of its processes, whole seconds as the kernel counts them."""
+    """CPU time of each process, in whole seconds."""
     wall_seconds: float = 15.0
-    """From the start of the sandbox to the end of everything in it, by the clock."""
+    """Seconds by the clock from the start of the sandbox to the end of everything in it."""
     memory_bytes: int = 512 * 2**20
-    """Address space of each process, and resident memory of all of them together, looked at ten times a second."""
+    """Address space of each process, and resident memory of all together, which is measured ten times a second."""
     processes: int = 24
-    """Processes and threads at once, the sandbox's own few among them; threads only, where no process may be made."""
+    """Processes and threads at once, including a few of the sandbox. Under Landlock, threads alone."""
     stdout_bytes: int = 4 * 2**20
-    """More than this ends the program."""
+    """Output after which the program is ended."""
     stderr_bytes: int = 16 * 2**10
-    """Only so much is kept, the end of it; more is read and dropped."""
+    """Length of the end of standard error that is kept; the rest is read and dropped."""
     open_files: int = 64
+    """Open file descriptors of each process."""
     stack_bytes: int = 64 * 2**20
-    """Enough for recursion a hundred thousand deep; each thread gets as much address space."""
+    """Stack of each thread; enough for recursion of depth 100,000."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -69,7 +72,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """What became of one program.
+    """The result of one program.
 
     >>> result = ProgramResult(Outcome.FINISHED, exit_code=0, signal=None, stdout="42\\n", stderr="", seconds=0.04)
     >>> result.succeeded, result.reason
@@ -78,22 +81,24 @@ class ProgramResult:
 
     outcome: Outcome
     exit_code: int | None
-    """None when it was ended by us or by a signal. A shell's convention holds: 128 + n is taken as signal n."""
+    """None when we ended the program or a signal did. As in a shell, 128 + n is taken as signal n."""
     signal: int | None
+    """Signal that killed the program."""
     stdout: str
+    """Standard output, at most `Limits.stdout_bytes`."""
     stderr: str
-    """Its end, at most `Limits.stderr_bytes` of it."""
+    """End of standard error, at most `Limits.stderr_bytes`."""
     seconds: float
-    """By the clock, from the start of the sandbox to the end of everything in it."""
+    """Seconds by the clock from the start of the sandbox to the end of everything in it."""
 
     @property
     def succeeded(self) -> bool:
-        """It ended by itself with exit code 0."""
+        """Return whether the program ended by itself with exit code 0."""
         return self.outcome is Outcome.FINISHED and self.exit_code == 0
 
     @property
     def reason(self) -> str:
-        """How it ended, in one line: the outcome, or the exit code with the last line of what it complained of."""
+        """Describe how the program ended in one line: the outcome, or the exit code with the last line of stderr."""
         if self.outcome is Outcome.KILLED and self.signal is not None:
             try:
                 return f"killed by {signals.Signals(self.signal).name}"

@@ -1,8 +1,8 @@
-"""System call filters, as the bytes of a BPF program.
+"""Make system call filters, as the bytes of a BPF program.
 
-Two of them. `allowed_calls` names what a Python program may do and refuses all else: it carries the Landlock backend,
-where no namespace hides the rest of the machine. `refused_calls` names a few that bubblewrap's namespaces leave open:
-kernel memory that no limit counts (System V segments, memory files) and interfaces a program has no use for.
+`allowed_calls` lists what a Python program may do and refuses everything else. The Landlock backend rests on it, since
+no namespace hides the rest of the machine there. `refused_calls` lists a few calls that bubblewrap's namespaces leave
+open: kernel memory that no limit counts (System V segments, memory files) and interfaces that a program does not need.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import termios
 from functools import cache
 from typing import Any
 
-# What an interpreter does that reads, computes, starts threads and prints. Not among them, on purpose: sockets; fork,
-# kill and their kin, so that a program is one process and ends with it; whatever changes a file without opening it
-# (chmod, chown, truncate, xattr, utime), which Landlock does not see; whatever acts on another process of the same
-# user (ptrace, process_vm_*, pidfd_*, sched_set*, setpriority); memory that outlives or evades the limits.
+# The calls of an interpreter that reads, computes, starts threads and prints. Left out on purpose: sockets; fork, kill
+# and similar calls, so that a program is one process; calls that change a file without opening it (chmod, chown,
+# truncate, xattr, utime), which Landlock does not see; calls that act on another process of the same user (ptrace,
+# process_vm_*, pidfd_*, sched_set*, setpriority); memory that outlives the program or evades the limits.
 _ALLOWED_TEXT = """
     read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range
     open openat openat2 stat fstat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat
@@ -50,11 +50,11 @@ FCNTL_ALLOWED = (
     fcntl.F_SETLK,
     fcntl.F_SETLKW,
 )
-IOCTL_ALLOWED = ("TCGETS", "TIOCGWINSZ", "FIONREAD", "FIOCLEX", "FIONCLEX")  # of termios, which differ by machine
+IOCTL_ALLOWED = ("TCGETS", "TIOCGWINSZ", "FIONREAD", "FIOCLEX", "FIONCLEX")  # in termios; numbers differ by machine
 PRCTL_ALLOWED = (15, 16)  # PR_SET_NAME and PR_GET_NAME, which threads call
 CLONE_THREAD = 0x00010000
 
-# Numbers by machine: audit architecture, then the calls that `refused_calls` refuses.
+# By machine: the audit architecture, and the numbers of the calls that `refused_calls` refuses.
 _REFUSED: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (
         0xC000003E,
@@ -97,7 +97,7 @@ _REFUSED: dict[str, tuple[int, dict[str, int]]] = {
         },
     ),
 }
-_X32_BIT = 0x40000000  # the second set of numbers that x86-64 answers to
+_X32_BIT = 0x40000000  # marks the second set of call numbers of x86-64
 
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF: ld [k], jeq, jge, ret
 _ARCHITECTURE_OFFSET, _NUMBER_OFFSET = 4, 0  # in struct seccomp_data
@@ -105,7 +105,7 @@ _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 
 
 def refused_calls(machine: str | None = None) -> bytes | None:
-    """A filter that refuses a few calls and kills on a foreign architecture; None for a machine it does not know.
+    """Make a filter that refuses a few calls and kills a program of another architecture; None for unknown machines.
 
     >>> len(refused_calls("x86_64")) // 8
     22
@@ -115,7 +115,7 @@ def refused_calls(machine: str | None = None) -> bytes | None:
         return None
     architecture, calls = _REFUSED[machine]
     numbers = sorted(calls.values())
-    to_refuse = len(numbers) + 1  # from the comparison with the x32 bit, over the others and the `allow` behind them
+    to_refuse = len(numbers) + 1  # instructions from the test of the x32 bit to `refuse`
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE_OFFSET),
         (_EQUAL, 1, 0, architecture),
@@ -131,15 +131,15 @@ def refused_calls(machine: str | None = None) -> bytes | None:
 
 @cache
 def allowed_calls() -> bytes:
-    """A filter that allows what ALLOWED names and nothing else.
+    """Make a filter that allows the calls in ALLOWED and no others.
 
-    The rest fails with ENOSYS rather than EPERM, so that a C library newer than this list takes its older way.
+    The others fail with ENOSYS rather than EPERM, so that a C library newer than this list falls back to older calls.
 
     Raises:
         ImportError: pyseccomp is not installed.
-        RuntimeError: there is no libseccomp, or it would not make the filter.
+        RuntimeError: libseccomp is missing or cannot make the filter.
     """
-    import pyseccomp  # late: it looks for libseccomp with a compiler and a linker, which takes a while
+    import pyseccomp  # late: it runs a compiler and a linker to find libseccomp, which is slow
 
     rules: list[tuple[str, tuple[Any, ...]]] = [(name, ()) for name in ALLOWED]
     rules += [("fcntl", (pyseccomp.Arg(1, pyseccomp.EQ, command),)) for command in FCNTL_ALLOWED]
@@ -150,7 +150,7 @@ def allowed_calls() -> bytes:
     try:
         filter_ = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
         for name, arguments in rules:
-            # Not every machine has every call: negative is "unknown" or "not on this one".
+            # A negative number means that the call is unknown or does not exist on this machine.
             if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:
                 filter_.add_rule(pyseccomp.ALLOW, name, *arguments)
         with tempfile.TemporaryFile() as file:

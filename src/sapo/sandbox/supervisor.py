@@ -1,8 +1,8 @@
-"""One sandboxed run seen from outside: start it, read what it says up to a limit, end it, and all it started, in time.
+"""Supervise one sandboxed run from outside: start it, read its output up to a limit, end it and all it started in time.
 
-Nothing here trusts the program. Its output is dropped beyond a limit instead of kept, its standard input is a file so
-that nobody ever waits for it to be read, and the deadline is ours. When `supervise` returns, the first process of the
-sandbox and with it everything inside has ended.
+Nothing here trusts the program. Output beyond a limit is dropped. Standard input is a file, so that writing it never
+blocks. The deadline is enforced from outside. When `supervise` returns, the first process of the sandbox, and with it
+everything inside, has ended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from sapo.sandbox import processes
 from sapo.sandbox.result import Limits, Outcome, SandboxError
 
-# All that a program inherits. The hash seed is fixed so that the order of a set, and with it a verdict, repeats.
+# All that a program inherits. The hash seed is fixed so that the order of a set, and with it a verdict, is repeatable.
 ENVIRONMENT = {
     "PATH": "/usr/bin",
     "LANG": "C.UTF-8",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 
 MEMORY_LOOK_SECONDS = 0.1
-# How long the kernel may take to end what was killed before we give up on it, and say so.
+# Seconds the kernel may take to end a killed process before this is an error.
 END_PATIENCE = 10.0
 MAX_STATUS_BYTES = 4096
 
@@ -46,27 +46,27 @@ class Launch:
 
     argv: tuple[str, ...]
     inherit: tuple[int, ...]
-    """Descriptors that the command needs, `status_write` among them."""
+    """Descriptors that the command needs, including `status_write`."""
     status_write: int
-    """Where the backend's own, trusted part reports. The program does not get it."""
+    """Descriptor to which the trusted part of the backend reports. The program does not get it."""
 
 
 @dataclass
 class Watch:
-    """What is known of a run while it lasts."""
+    """The state of a run in progress."""
 
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
     status: bytearray = field(default_factory=bytearray)
     stopped: Outcome | None = None
-    """Why we ended it; None while it runs and when it ended by itself."""
+    """Reason for which we ended it; None while it runs and when it ended by itself."""
     init_pid: int | None = None
-    """First process of the sandbox's PID namespace, once known."""
+    """Process id of the first process of the sandbox's PID namespace, once known."""
     init: int | None = None
-    """Its pidfd."""
+    """Pidfd of that process."""
 
     def note_init(self) -> None:
-        """Look for `child-pid` in the status, as bubblewrap reports it."""
+        """Read `child-pid` from the status, where bubblewrap reports it."""
         first, newline, _ = bytes(self.status).partition(b"\n")
         if self.init_pid is not None or not newline:
             return
@@ -79,7 +79,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Ending:
-    """A run that is over: what it said, the launcher's exit code, why we ended it if we did."""
+    """A finished run: its output, the launcher's exit code, and the reason if we ended it."""
 
     stdout: bytes
     stderr: bytes
@@ -90,7 +90,7 @@ class Ending:
 
 
 def memory_file(name: str, content: bytes) -> int:
-    """A read-only descriptor of a nameless file that keeps this content, whoever opens it again."""
+    """Open a read-only descriptor of a file in memory whose content cannot be changed, even if it is opened again."""
     writable = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with os.fdopen(os.dup(writable), "wb") as file:
@@ -103,12 +103,12 @@ def memory_file(name: str, content: bytes) -> int:
 
 
 def supervise(launch: Launch, status_read: int, stdin: bytes, limits: Limits) -> Ending:
-    """Run to the end or to the deadline, whichever comes first, and leave no process behind.
+    """Run a program to its end or to the deadline, and leave no process behind.
 
-    Closes `launch.status_write` once the command has it; the caller closes everything else.
+    `launch.status_write` is closed once the command has it. The caller closes everything else.
 
     Raises:
-        SandboxError: it could not be started, or the kernel did not end it in time.
+        SandboxError: the program could not be started, or the kernel did not end it in time.
     """
     begin = time.monotonic()
     watch = Watch()
@@ -123,7 +123,7 @@ def supervise(launch: Launch, status_read: int, stdin: bytes, limits: Limits) ->
                 pass_fds=launch.inherit,
                 env=ENVIRONMENT,
                 cwd="/",
-                start_new_session=True,  # a Ctrl-C at the terminal is for us to handle
+                start_new_session=True,  # so that a Ctrl-C at the terminal reaches only us
             )
         except OSError as error:
             raise SandboxError(f"{launch.argv[0]} could not be started: {error}") from error
@@ -177,7 +177,7 @@ def _follow(
 
 
 def _read(channel: int, channels: dict[int, bytearray], watch: Watch, limits: Limits) -> bool:
-    """Take one piece from a channel, within its limit; False at its end."""
+    """Read once from a channel, within its limit, and return False at its end."""
     piece = os.read(channel, 65536)
     kept = channels[channel]
     kept += piece
@@ -195,7 +195,7 @@ def _read(channel: int, channels: dict[int, bytearray], watch: Watch, limits: Li
 
 
 def _drain(channels: dict[int, bytearray], watch: Watch, limits: Limits) -> None:
-    """Read what is still in the pipes. All writers have ended, so the end of each comes at once."""
+    """Read what is left in the pipes. All writers have ended, so this does not block."""
     for channel in channels:
         os.set_blocking(channel, False)
         with suppress(BlockingIOError):
@@ -204,11 +204,11 @@ def _drain(channels: dict[int, bytearray], watch: Watch, limits: Limits) -> None
 
 
 def _end(process: subprocess.Popen[bytes], watch: Watch) -> None:
-    """End the launcher and all that descends from it, and wait until they have."""
+    """End the launcher and all its descendants, and wait until they have ended."""
     pidfds = [] if watch.init is None else [watch.init]
     if process.poll() is None:
         if watch.init_pid is None:
-            # Killed while it starts: what it has started and not yet told of would be nobody's.
+            # It is killed while it starts: freeze it first, so that a child it has not yet reported is found too.
             processes.freeze(process.pid)
             pidfds += _open(processes.descendants(process.pid))
         process.kill()

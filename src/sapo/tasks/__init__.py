@@ -10,9 +10,9 @@ from sapo.tasks.generated.arithmetic import ALPHABET, ArithmeticTask
 from sapo.tasks.generated.reasoning import ReasoningGymTask
 from sapo.tasks.mixture import prompts_for_step
 from sapo.tasks.registry import TASKS, make_task
-from sapo.tasks.rows.datasets import DatasetTask
+from sapo.tasks.rows.datasets import DatasetSettings, DatasetTask
 from sapo.tasks.rows.presets import PRESETS, Preset
-from sapo.tasks.rows.task import FileTask, RowTask
+from sapo.tasks.rows.task import FileSettings, FileTask, RowTask
 from sapo.tasks.scoring import score_completions, score_groups, status_counts
 from sapo.tasks.verifiers import VERIFIERS, load_verifier
 
@@ -22,7 +22,9 @@ __all__ = [
     "TASKS",
     "VERIFIERS",
     "ArithmeticTask",
+    "DatasetSettings",
     "DatasetTask",
+    "FileSettings",
     "FileTask",
     "FiniteTask",
     "JudgedTask",

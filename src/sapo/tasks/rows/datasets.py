@@ -10,7 +10,9 @@ hub; everything else stays, so that a machine without a connection asks the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 from sapo.data import Prompt
 from sapo.errors import TaskError
@@ -18,141 +20,187 @@ from sapo.tasks.rows.columns import Columns, Names, as_names
 from sapo.tasks.rows.hub import Source, read_source
 from sapo.tasks.rows.reading import Row
 from sapo.tasks.rows.task import (
-    DEFAULT_HELD_OUT_FRACTION,
+    RowSettings,
     RowTask,
     check_fields,
     read_prompts,
     refuse_none,
     refuse_shared_prompts,
     split_prompts,
+    takes_options_of,
 )
-from sapo.tasks.verifiers import VerifierSpec, load_verifier
+from sapo.tasks.verifiers import load_verifier
+
+
+@dataclass(frozen=True)
+class DatasetSettings(RowSettings):
+    """Options of the task `dataset`. Columns that are not named go to `Prompt.metadata`.
+
+    A column is a name or a list of alternatives in order of preference.
+
+    >>> settings = DatasetSettings("openai/gsm8k", config="main", prompt_field="question", answer_after="####")
+    >>> settings.split
+    'train'
+    """
+
+    dataset: str | None = None
+    """A hub id, or a path as in `path`."""
+    _: KW_ONLY
+    path: str | Path | None = None
+    """A .jsonl, .json or .parquet file, or a directory that `datasets` can read, in place of the hub."""
+    split: str = "train"
+    """Split of the repository or directory whose rows are read. A file has no splits."""
+    config: str | None = None
+    """Configuration of the repository or directory."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    data_files: Names = None
+    """JSON Lines files of the hub repository to read instead of what its card names."""
+    prompt_field: Names = "prompt"
+    """Column with the question: a string, or a list of chat messages."""
+    answer_field: Names = "answer"
+    """Column with the answer; None when the verifier needs no answer."""
+    answer_after: str | None = None
+    """A mark in the answer column. The answer is what follows its last occurrence."""
+    subject_field: Names = None
+    """Column by whose values tables are made. A last None among alternatives lets it be missing."""
+    image_field: Names = None
+    """Column with images of questions that cannot be asked without them. Refused so far."""
+    drop_fields: Names = None
+    """Columns left out."""
+    template: str = "{prompt}"
+    """Wording around the question, as "{prompt}\\nPut your final answer within \\boxed{}."."""
+    held_out_split: str | None = None
+    """Split that is held out. At most one of held_out_split, held_out_path and held_out_fraction may be set."""
+    prefers_chat: bool = False
+    """Whether the wording is for a chat model; a model with a chat template is then asked through it."""
+    adapt: Callable[[str, Row], Row] | None = None
+    """Function of a preset that makes a row of other columns: see `Columns.adapt`."""
+    finish: Callable[[Prompt], Prompt] | None = None
+    """Function of a preset that completes a prompt when it is asked for: see `RowTask`."""
+
+    def __post_init__(self) -> None:
+        self._refuse_two_held_out_sides()
+        if not isinstance(self.template, str) or "{prompt}" not in self.template:
+            raise TaskError(
+                f"template must hold {{prompt}}, where the question goes; got {self.template!r}; write it there"
+            )
+        if self.image_field is not None:
+            raise TaskError(
+                f"{self.label}: its questions need their images (column "
+                f"{as_names('image_field', self.image_field)[0]!r}), and prompts are text so far; vision-language "
+                "models come later; choose a task of text"
+            )
+        check_fields(self.prompt_field, self.answer_field, self.verifier)
+
+    @property
+    def label(self) -> str:
+        """Return what logs call the task: its name, or the last part of the id or path."""
+        return self.name if self.name is not None else Path(str(self.path or self.dataset)).stem
+
+    def columns(self) -> Columns:
+        """Return which columns make a prompt.
+
+        Raises:
+            TaskError: a name of a column is no string.
+        """
+        return Columns(
+            prompt=as_names("prompt_field", self.prompt_field),
+            answer=as_names("answer_field", self.answer_field),
+            subject=as_names("subject_field", self.subject_field),
+            template=self.template,
+            answer_after=self.answer_after,
+            drop=_all_names("drop_fields", self.drop_fields),
+            adapt=self.adapt,
+        )
+
+    def source(self) -> Source:
+        """Return where the rows are.
+
+        Raises:
+            TaskError: neither a hub id nor a path is given, or held_out_split of a file, which has no splits.
+        """
+        source = self._source_of(self.split, _all_names("data_files", self.data_files))
+        if self.held_out_split is not None and source.is_file:
+            raise TaskError(
+                f"{source.label}: a file has no splits; got held_out_split={self.held_out_split!r}; set held_out_path "
+                "or held_out_fraction"
+            )
+        return source
+
+    def held_out_source(self) -> Source | str | Path | None:
+        """Return where the held-out rows are: another split, a file, or None where they are a share of the rows."""
+        if self.held_out_split is None:
+            return self.held_out_path
+        return self._source_of(self.held_out_split)
+
+    def _source_of(self, split: str, data_files: tuple[str, ...] = ()) -> Source:
+        if self.path is None and self.dataset is None:
+            raise TaskError(
+                "a dataset task needs dataset, a hub id, or path, a file or directory; got neither; add one"
+            )
+        for option, value in (("split", split), ("config", self.config), ("revision", self.revision)):
+            if value is not None and not isinstance(value, str):
+                raise TaskError(f"{option} must be a string; got {value!r}; put it in quotes")
+        path = self.path
+        if path is None and _looks_local(str(self.dataset)):
+            path = self.dataset
+        if path is not None:
+            return Source(path=str(Path(path).expanduser()), split=split, config=self.config)
+        return Source(
+            dataset=str(self.dataset), split=split, config=self.config, revision=self.revision, data_files=data_files
+        )
+
+    def _refuse_two_held_out_sides(self) -> None:
+        options = ("held_out_split", "held_out_path", "held_out_fraction")
+        given = {option: value for option in options if (value := getattr(self, option)) is not None}
+        if len(given) > 1:
+            raise TaskError(
+                "held-out rows are a split, a file or a share of the rows, one of them; got "
+                f"{' and '.join(f'{option}={value}' for option, value in given.items())}; leave one out"
+            )
 
 
 class DatasetTask(RowTask):
     """Prompts and answers from a dataset.
 
     Args:
-        dataset: a hub id, or a path as below.
-        path: a .jsonl, .json or .parquet file, or a directory that `datasets` can read, in place of the hub.
-        split, config, revision: which rows of the hub repository or directory. A file has no splits.
-        data_files: JSON Lines files of the hub repository to read instead of what its card names.
-        prompt_field, answer_field: columns, each a name or a list of alternatives in order of preference. A question
-            is a string or a list of chat messages; answer_field is null when the verifier needs no answer.
-        answer_after: a mark in the answer column; the answer is what follows its last occurrence.
-        subject_field: the column by whose values tables are made; a last null among alternatives lets it be missing.
-        image_field: the column with images of questions that cannot be asked without. Refused so far.
-        drop_fields: columns left out; all others go to `Prompt.metadata`.
-        template: the wording around the question, as in "{prompt}\\nPut your final answer within \\\\boxed{}."
-        verifier: what `load_verifier` takes.
-        held_out_split: the split that is held out, or
-        held_out_path: a file that is held out, or
-        held_out_fraction: the share of distinct prompts of `split` to hold out; 1 makes it a benchmark, whose rows
-            are all evaluated and none trained on. Default 0.1.
-        prefers_chat: whether the wording is for a chat model; a model with a chat template is then asked through it.
-        score_truncated: give the verifier completions that did not stop too.
-        adapt, finish: functions of a preset's: see `Columns.adapt` and `RowTask`.
-        seed: the order of the rows, not the split.
-        name: what logs call it. Default: the last part of the id or path.
+        dataset, options: the fields of `DatasetSettings`.
 
     Raises:
-        TaskError: an option is wrong, or the rows are, with their place.
+        TaskError: an option is wrong, or the rows are. The message names the place of a wrong row.
     """
 
-    def __init__(
-        self,
-        dataset: str | None = None,
-        *,
-        path: str | Path | None = None,
-        split: str = "train",
-        config: str | None = None,
-        revision: str | None = None,
-        data_files: Names = None,
-        prompt_field: Names = "prompt",
-        answer_field: Names = "answer",
-        answer_after: str | None = None,
-        subject_field: Names = None,
-        image_field: Names = None,
-        drop_fields: Names = None,
-        template: str = "{prompt}",
-        verifier: VerifierSpec = "exact",
-        held_out_split: str | None = None,
-        held_out_path: str | Path | None = None,
-        held_out_fraction: float | None = None,
-        prefers_chat: bool = False,
-        score_truncated: bool = False,
-        adapt: Callable[[str, Row], Row] | None = None,
-        finish: Callable[[Prompt], Prompt] | None = None,
-        seed: int = 0,
-        name: str | None = None,
-    ) -> None:
-        source = _source(dataset, path, split, config, revision, as_names("data_files", data_files))
-        _refuse_two_held_out_sides(held_out_split, held_out_path, held_out_fraction)
-        if held_out_split is not None and source.is_file:
-            raise TaskError(
-                f"{source.label}: a file has no splits; got held_out_split={held_out_split!r}; set held_out_path or "
-                "held_out_fraction"
-            )
-        if not isinstance(template, str) or "{prompt}" not in template:
-            raise TaskError(f"template must hold {{prompt}}, where the question goes; got {template!r}; write it there")
-        name = name if name is not None else Path(str(source.path or source.dataset)).stem
-        if image_field is not None:
-            raise TaskError(
-                f"{name}: its questions need their images (column {as_names('image_field', image_field)[0]!r}), and "
-                "prompts are text so far; vision-language models come later; choose a task of text"
-            )
-        check_fields(prompt_field, answer_field, verifier)
-        judge = load_verifier(verifier)  # before the rows, so that a wrong name is found before a download
-        columns = Columns(
-            prompt=as_names("prompt_field", prompt_field),
-            answer=as_names("answer_field", answer_field),
-            subject=as_names("subject_field", subject_field),
-            template=template,
-            answer_after=answer_after,
-            drop=_all_names("drop_fields", drop_fields),
-            adapt=adapt,
-        )
-        rows = _read(source, columns, name)
-        if held_out_split is not None:
-            other: Source | str | Path | None = _source(dataset, path, held_out_split, config, revision, ())
-        else:
-            other = held_out_path
-        train, held_out = _two_sides(source, rows, columns, name, other, held_out_fraction)
+    @takes_options_of(DatasetSettings)
+    def __init__(self, dataset: str | None = None, **options: Any) -> None:
+        self.settings = settings = DatasetSettings(dataset, **options)
+        source, columns = settings.source(), settings.columns()
+        judge = load_verifier(settings.verifier)  # before the rows, so that a wrong name is found before a download
+        rows = _read(source, columns, settings.label)
+        train, held_out = _two_sides(source, rows, columns, settings)
         super().__init__(
-            name=name,
+            name=settings.label,
             train=train,
             held_out=held_out,
             verifier=judge,
-            seed=seed,
-            score_truncated=score_truncated,
-            prefers_chat=prefers_chat,
-            finish=finish,
+            seed=settings.seed,
+            score_truncated=settings.score_truncated,
+            prefers_chat=settings.prefers_chat,
+            finish=settings.finish,
         )
 
+    @classmethod
+    def of(cls, settings: DatasetSettings) -> DatasetTask:
+        """Make the task of a settings object.
 
-def _source(
-    dataset: str | None,
-    path: str | Path | None,
-    split: str,
-    config: str | None,
-    revision: str | None,
-    data_files: tuple[str | None, ...],
-) -> Source:
-    if path is None and dataset is None:
-        raise TaskError("a dataset task needs dataset, a hub id, or path, a file or directory; got neither; add one")
-    if path is None and dataset is not None and _looks_local(dataset):
-        path = dataset
-    for option, value in (("split", split), ("config", config), ("revision", revision)):
-        if value is not None and not isinstance(value, str):
-            raise TaskError(f"{option} must be a string; got {value!r}; put it in quotes")
-    if path is not None:
-        return Source(path=str(Path(path).expanduser()), split=split, config=config)
-    files = tuple(name for name in data_files if name is not None)
-    return Source(dataset=str(dataset), split=split, config=config, revision=revision, data_files=files)
+        Raises:
+            TaskError: as from the constructor.
+        """
+        return cls(**vars(settings))
 
 
 def _looks_local(dataset: str) -> bool:
-    """Whether `dataset` is a path: it is there, or no hub id can look like it."""
+    """Return whether `dataset` is a path: it exists, or no hub id can look like it."""
     return Path(dataset).exists() or Source(path=dataset).is_file or dataset.startswith((".", "/", "~"))
 
 
@@ -161,33 +209,19 @@ def _read(source: Source, columns: Columns, name: str) -> list[Prompt]:
 
 
 def _two_sides(
-    source: Source,
-    rows: list[Prompt],
-    columns: Columns,
-    name: str,
-    other: Source | str | Path | None,
-    fraction: float | None,
+    source: Source, rows: list[Prompt], columns: Columns, settings: DatasetSettings
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The rows to train on, and those held out: the rows of `other`, a split or a file, or a share of `rows` itself."""
+    """Return the rows to train on and the held-out ones: those of another split or file, or a share of `rows`."""
+    other = settings.held_out_source()
     if other is None:
-        return split_prompts(source.label, rows, DEFAULT_HELD_OUT_FRACTION if fraction is None else fraction)
+        return split_prompts(source.label, rows, settings.held_out_fraction)
     if isinstance(other, Source):
-        held_out, place = _read(other, columns, name), other.label
+        held_out, place = _read(other, columns, settings.label), other.label
     else:
-        held_out, place = read_prompts(other, columns, name), str(other)
+        held_out, place = read_prompts(other, columns, settings.label), str(other)
     refuse_shared_prompts(source.label, rows, place, held_out)
     return rows, held_out
 
 
 def _all_names(option: str, value: Names) -> tuple[str, ...]:
     return tuple(name for name in as_names(option, value) if name is not None)
-
-
-def _refuse_two_held_out_sides(split: str | None, path: str | Path | None, fraction: float | None) -> None:
-    options = {"held_out_split": split, "held_out_path": path, "held_out_fraction": fraction}
-    given = {option: value for option, value in options.items() if value is not None}
-    if len(given) > 1:
-        raise TaskError(
-            "held-out rows are a split, a file or a share of the rows, one of them; got "
-            f"{' and '.join(f'{option}={value}' for option, value in given.items())}; leave one out"
-        )

@@ -8,7 +8,8 @@ always on the same side, and the choice does not depend on the seed or on the or
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -130,66 +131,104 @@ class RowTask(JudgedTask):
         return self._order[1]
 
 
+def takes_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a constructor of `**options` the signature of a settings object, by which a recipe's options are checked."""
+
+    def with_signature(constructor: Callable[..., None]) -> Callable[..., None]:
+        itself = next(iter(signature(constructor).parameters.values()))
+        parameters = [itself, *signature(settings).parameters.values()]
+        constructor.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        return constructor
+
+    return with_signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """Options of every task whose rows a recipe names: how they are judged, split and ordered."""
+
+    verifier: VerifierSpec = "exact"
+    """A name of VERIFIERS or `module:function`, either with options, or a weighted sum of these (tasks/verifiers)."""
+    held_out_path: str | Path | None = None
+    """A file with the held-out rows."""
+    held_out_fraction: float | None = None
+    """Share of the distinct prompts to hold out, where no held-out rows are named; 0.1 when None. 1 makes a benchmark:
+    all rows are evaluated and none trained on."""
+    score_truncated: bool = False
+    """Give the verifier truncated completions too, for a reward that needs no ending."""
+    seed: int = 0
+    """Random seed of the order of the rows. The split does not depend on it."""
+    name: str | None = None
+    """Name of the task in logs; the name of the file or dataset when None."""
+
+
+@dataclass(frozen=True)
+class FileSettings(RowSettings):
+    """Options of the task `file`. Columns that are not named go to `Prompt.metadata`.
+
+    >>> FileSettings("sums.jsonl", prompt_field="question").answer_field
+    'answer'
+    """
+
+    path: str | Path
+    """A .jsonl, .json or .parquet file."""
+    _: KW_ONLY
+    prompt_field: str = "prompt"
+    """Field with the prompt: a string, or a list of chat messages {role, content}. Messages go to
+    `Prompt.metadata["messages"]` as they are, and to `Prompt.text` as "role: content" lines."""
+    answer_field: str | None = "answer"
+    """Field with the answer, a string or a number; None when the verifier needs no answer."""
+
+    def __post_init__(self) -> None:
+        if self.held_out_path is not None and self.held_out_fraction is not None:
+            raise TaskError(
+                "held-out rows come from a file or are a share of the rows, not both; got held_out_path and "
+                f"held_out_fraction={self.held_out_fraction!r}; leave one out"
+            )
+        check_fields(self.prompt_field, self.answer_field, self.verifier)
+
+
 class FileTask(RowTask):
     """Prompts and answers from a file.
 
     Args:
-        path: a .jsonl, .json or .parquet file.
-        prompt_field: the field with the prompt: a string, or a list of chat messages {role, content}, which goes to
-            `Prompt.metadata["messages"]` as it is and to `Prompt.text` as "role: content" lines.
-        answer_field: the field with the answer, a string or a number; None when the verifier needs no answer.
-        verifier: a name of VERIFIERS, `module:function`, either with options, or a weighted sum (tasks/verifiers).
-        held_out_path: a file with the held-out rows, or
-        held_out_fraction: the share of distinct prompts of `path` to hold out; 1 makes it a benchmark, whose rows are
-            all evaluated and none trained on. Default 0.1.
-        seed: the order of the rows, not the split.
-        score_truncated: give the verifier completions that did not stop too, for a reward that needs no ending.
-        name: what logs call the task. Default: the file's name without its extension.
-
-    All other fields of a row go to `Prompt.metadata`.
+        path, options: the fields of `FileSettings`.
 
     Raises:
-        TaskError: naming the file, and the row where there is one: `data.jsonl:3` is its third line, `data.parquet:3`
-            its third row.
+        TaskError: an option is wrong, or the file is. The message names the file, and the row where there is one:
+            `data.jsonl:3` is its third line, `data.parquet:3` its third row.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        prompt_field: str = "prompt",
-        answer_field: str | None = "answer",
-        verifier: VerifierSpec = "exact",
-        held_out_path: str | Path | None = None,
-        held_out_fraction: float | None = None,
-        score_truncated: bool = False,
-        seed: int = 0,
-        name: str | None = None,
-    ) -> None:
-        if held_out_path is not None and held_out_fraction is not None:
-            raise TaskError(
-                "held-out rows come from a file or are a share of the rows, not both; got held_out_path and "
-                f"held_out_fraction={held_out_fraction!r}; leave one out"
-            )
-        check_fields(prompt_field, answer_field, verifier)
-        judge = load_verifier(verifier)  # before the rows, so that a wrong name is found before a long file is read
-        name = name if name is not None else Path(path).stem
-        columns = Columns(prompt=(prompt_field,), answer=() if answer_field is None else (answer_field,))
+    @takes_options_of(FileSettings)
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        self.settings = settings = FileSettings(path, **options)
+        judge = load_verifier(settings.verifier)  # before the rows, so that a wrong name is found first
+        name = settings.name if settings.name is not None else Path(path).stem
+        answer = () if settings.answer_field is None else (settings.answer_field,)
+        columns = Columns(prompt=(settings.prompt_field,), answer=answer)
         train = read_prompts(path, columns, name)
-        if held_out_path is not None:
-            held_out = read_prompts(held_out_path, columns, name)
-            refuse_shared_prompts(path, train, held_out_path, held_out)
+        if settings.held_out_path is not None:
+            held_out = read_prompts(settings.held_out_path, columns, name)
+            refuse_shared_prompts(path, train, settings.held_out_path, held_out)
         else:
-            fraction = DEFAULT_HELD_OUT_FRACTION if held_out_fraction is None else held_out_fraction
-            train, held_out = split_prompts(path, train, fraction)
+            train, held_out = split_prompts(path, train, settings.held_out_fraction)
         super().__init__(
             name=name,
             train=train,
             held_out=held_out,
             verifier=judge,
-            seed=seed,
-            score_truncated=score_truncated,
+            seed=settings.seed,
+            score_truncated=settings.score_truncated,
         )
+
+    @classmethod
+    def of(cls, settings: FileSettings) -> FileTask:
+        """Make the task of a settings object.
+
+        Raises:
+            TaskError: as from the constructor.
+        """
+        return cls(**vars(settings))
 
 
 def read_prompts(path: str | Path, columns: Columns, task: str) -> list[Prompt]:
@@ -216,12 +255,17 @@ def check_fields(prompt_field: Any, answer_field: Any, verifier: VerifierSpec) -
         raise TaskError(f"verifier {verifier!r} compares with an answer; got answer_field=None; name the field")
 
 
-def split_prompts(where: str | Path, rows: list[Prompt], fraction: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts by a hash of their text; a fraction of 1 holds all out.
+def split_prompts(where: str | Path, rows: list[Prompt], fraction: Any = None) -> tuple[list[Prompt], list[Prompt]]:
+    """Split prompts into training and held-out ones by a hash of their text.
+
+    Args:
+        where: the place of the rows, for messages.
+        fraction: share to hold out; 0.1 when None. 1 holds all out.
 
     Raises:
         TaskError: the fraction is outside (0, 1], or a side that must have rows has none.
     """
+    fraction = DEFAULT_HELD_OUT_FRACTION if fraction is None else fraction
     if isinstance(fraction, bool) or not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
         raise TaskError(
             f"held_out_fraction must be between 0 and 1; got {fraction!r}; the default is 0.1, and 1 holds all rows out"
