@@ -7,7 +7,7 @@ an objective or a task are checked by the objective or task itself, which refuse
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -101,7 +101,7 @@ class RunConfig(Section):
         return self
 
     @property
-    def old_logprobs(self) -> str:
+    def old_logprobs(self) -> Literal["auto", "engine", "trainer", "current"]:
         """Return the source of log pi_old that is asked for: auto, engine, trainer or current."""
         return self.experiments.old_logprobs or self.train.old_logprobs
 

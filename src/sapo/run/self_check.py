@@ -84,7 +84,7 @@ def check_old_logprobs(
     settings: TrainConfig,
     full_distribution: bool,
     *,
-    old_logprobs: str | None = None,
+    old_logprobs: Literal["auto", "engine", "trainer", "current"] | None = None,
     rounded: bool = False,
     both: bool = False,
 ) -> SelfCheck:
