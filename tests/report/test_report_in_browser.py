@@ -107,7 +107,7 @@ def test_the_numbers_in_the_page_are_those_of_metrics_jsonl(visit: Visit, real) 
     ends = [evaluations[0], evaluations[-1]]
     words = [f"{r['pass@1']:.3f} [{r['pass@1/low']:.3f}, {r['pass@1/high']:.3f}]" for r in ends]
     assert f"held-out pass@1 {words[0]} → {words[1]}" in texts(page, "#headlines li")[0]
-    assert f"{sum(r['tokens/generated'] for r in steps):,} tokens" in texts(page, "#headlines li")[0]
+    assert f"{sum(r['tokens/generated'] for r in steps):,} sampled tokens" in texts(page, "#headlines li")[0]
 
 
 def test_no_text_runs_as_markup_and_what_steers_is_spelled_out(visit: Visit, made: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_device_is_waited_for_before_the_clock_is_read() -> None:
         happened.append(name)
         yield
 
-    recorder = SpanRecorder(dict, label, settle=lambda: happened.append("settled"))
+    recorder = SpanRecorder(dict, label, synchronize=lambda: happened.append("settled"))
     with recorder.measure("update"):
         happened.append("work")
     assert happened == ["settled", "update", "work", "settled"]

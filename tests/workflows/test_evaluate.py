@@ -157,7 +157,7 @@ def test_a_run_evaluated_again_gives_the_figures_it_logged_last(tmp_path: Path, 
     run = sapo.train(sapo.load_recipe(write_recipe(tmp_path)))
     logged = [line for line in metrics(run.directory) if line["kind"] == "eval"][-1]
     (planned,) = plan_evaluations(run.directory, [], [])
-    subject = evaluation_order.Subject.load(run.directory)
+    subject = evaluation_order.EvaluatedModel.load(run.directory)
     again = planned.run(subject).evaluation.metrics()
     assert {k: again[k] for k in again if k in logged} == {k: logged[k] for k in again if k in logged}
     assert {"mean@2", "pass@1", "reward/mean", "status/scored"} <= set(again) & set(logged)

@@ -33,8 +33,8 @@ class Profiler:
         if self.settings is None:
             self._recorder = SpanRecorder(seconds)
         else:
-            settle = torch.cuda.synchronize if self._cuda else lambda: None
-            self._recorder = SpanRecorder(seconds, record_function, settle)
+            synchronize = torch.cuda.synchronize if self._cuda else lambda: None
+            self._recorder = SpanRecorder(seconds, record_function, synchronize)
         self.phase = self._recorder.measure
 
     @contextmanager

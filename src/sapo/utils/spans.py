@@ -17,7 +17,7 @@ class SpanRecorder:
     Args:
         seconds: gives the mapping to add to.
         label: puts a name on the span in a trace that is being taken, as `torch.profiler.record_function` does.
-        settle: called before the clock is read; a device that works behind the program's back has to be waited for.
+        synchronize: called before the clock is read, to wait for a device that works asynchronously.
 
     >>> seconds = {}
     >>> recorder = SpanRecorder(lambda: seconds)
@@ -31,11 +31,11 @@ class SpanRecorder:
         self,
         seconds: Callable[[], MutableMapping[str, float]],
         label: Callable[[str], AbstractContextManager[object]] = nullcontext,
-        settle: Callable[[], None] = lambda: None,
+        synchronize: Callable[[], None] = lambda: None,
     ) -> None:
         self._seconds = seconds
         self._label = label
-        self._settle = settle
+        self._synchronize = synchronize
         self._path: list[str] = []
 
     @contextmanager
@@ -43,13 +43,13 @@ class SpanRecorder:
         """Time one span; its time counts even when it ends in an exception."""
         self._path.append(name)
         path = "/".join(self._path)
-        self._settle()
+        self._synchronize()
         started = time.perf_counter()
         try:
             with self._label(path):
                 yield
         finally:
-            self._settle()
+            self._synchronize()
             seconds = self._seconds()
             seconds[path] = seconds.get(path, 0.0) + time.perf_counter() - started
             self._path.pop()
