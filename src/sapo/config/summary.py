@@ -98,7 +98,7 @@ def replay_sentence(config: RunConfig) -> str | None:
 
     Where the recipe says `true`, the self-check of the first step decides between R2 and R3.
     """
-    settled = None if config.old_logprobs == "auto" else config.old_logprobs
+    decided = None if config.old_logprobs == "auto" else config.old_logprobs
     recorder = {
         "R2": "the trainer records the experts as it computes log pi_old",
         "R3": "the engine records the experts as it samples",
@@ -106,7 +106,7 @@ def replay_sentence(config: RunConfig) -> str | None:
     ending = "every update goes through them."
     if config.model.routing_replay is False:
         return None
-    if (kind := replay_kind(config, settled)) is not None:
+    if (kind := replay_kind(config, decided)) is not None:
         return f"Routing replay {kind}: {recorder[kind]}; {ending}"
     return (
         f"Routing replay R3 ({recorder['R3']}) if the self-check takes log pi_old from it, else R2 ({recorder['R2']}); "

@@ -90,7 +90,7 @@ class SAPOConfig(GRPOConfig):
         ):
             if (got := getattr(self, name)) != neutral:
                 raise ValueError(f"{name} is no part of {self.objective}; got {got!r}; leave it at {neutral!r}")
-        assert self.steps_per_generation is not None, "GRPOConfig settles it"
+        assert self.steps_per_generation is not None, "GRPOConfig sets it"
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 "steps_per_generation must be a multiple of gradient_accumulation_steps, so that a mini-batch is known "
@@ -198,7 +198,7 @@ class SAPOTrainer(GRPOTrainer):
         parts = [inputs]
         if train:
             steps, held = self.current_gradient_accumulation_steps, self.args.steps_per_generation
-            assert held is not None, "GRPOConfig settles it"
+            assert held is not None, "GRPOConfig sets it"
             first = self._step % held
             if first + steps > held:
                 raise RuntimeError(
@@ -212,7 +212,7 @@ class SAPOTrainer(GRPOTrainer):
         return _Window(int(counts[0]), int(counts[1]), len(parts))
 
     def _select(self, inputs: dict[str, Any], window: _Window) -> _Tokens:
-        assert self.args.normalizer is not None, "SAPOConfig settles it"
+        assert self.args.normalizer is not None, "SAPOConfig sets it"
         selected_BT = _response_mask(inputs)
         sequence_M = selected_BT.nonzero()[:, 0]
         weights_B = sequence_weights(

@@ -48,7 +48,7 @@ def add_adapter(policy: Any, *, rank: int, alpha: float, targets: str | Sequence
         except ValueError as error:
             raise ModelError(f"model.lora.targets {chosen!r} fit no layer: {first_line(error)}") from error
     adapter.peft_config["default"].revision = policy.revision
-    _settle(policy, adapter)
+    _install(policy, adapter)
 
 
 def load_adapter(policy: Any, directory: Path) -> None:
@@ -62,7 +62,7 @@ def load_adapter(policy: Any, directory: Path) -> None:
         adapter = _quietly(lambda: peft.PeftModel.from_pretrained(policy.model, str(directory), is_trainable=True))
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter in {directory} does not fit its model: {first_line(error)}") from error
-    _settle(policy, adapter)
+    _install(policy, adapter)
 
 
 def adapter_base(directory: Path) -> tuple[str, str | None]:
@@ -121,7 +121,7 @@ def folded_weight(module: Any) -> torch.Tensor:
     return weight + module.get_delta_weight(module.active_adapters[0]).detach()
 
 
-def _settle(policy: Any, adapter: Any) -> None:
+def _install(policy: Any, adapter: Any) -> None:
     head = policy.model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or type(head) is not torch.nn.Linear:
         raise ModelError(
@@ -129,7 +129,7 @@ def _settle(policy: Any, adapter: Any) -> None:
             "use all-linear or name attention and MLP layers"
         )
     policy.adapter = adapter
-    policy.settle()
+    policy.make_deterministic()
 
 
 def _peft() -> Any:

@@ -48,10 +48,10 @@ class Policy:
         """The peft model around `model` when only an adapter is trained (model/adapters.py)."""
         self.decoder: nn.Module = model.get_decoder()
         self._token_texts: list[str] | None = None
-        self.settle()
+        self.make_deterministic()
 
-    def settle(self) -> None:
-        """Make it the same function in rollout and in training: dropout would make r != 1 on policy."""
+    def make_deterministic(self) -> None:
+        """Make the model the same function in rollout and in training: dropout would make r != 1 on policy."""
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

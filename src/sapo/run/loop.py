@@ -245,7 +245,7 @@ class TrainingRun:
         check = check_old_logprobs(
             self.logprobs, groups, self.config.train, full, old_logprobs=wanted, rounded=rounded, both=both
         )
-        replay = {} if self.replay is None else self.replay.settle(check.old_logprobs, self.directory)
+        replay = {} if self.replay is None else self.replay.record_choice(check.old_logprobs, self.directory)
         self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
         if check.warning is not None:
             self._warn("unequal_old_logprobs", check.warning)

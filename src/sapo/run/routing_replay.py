@@ -45,8 +45,8 @@ class RoutingReplay:
         """Return whether the forward that computes log pi_old is recorded; under R3 it uses the engine's experts."""
         return replay_kind(self._config, old_logprobs) == "R2"
 
-    def settle(self, old_logprobs: str, directory: RunDirectory) -> dict[str, Any]:
-        """The self-check has decided: config.yaml says from now on, under provenance, which replay is in force."""
+    def record_choice(self, old_logprobs: str, directory: RunDirectory) -> dict[str, Any]:
+        """Write the kind of replay that the self-check decided on into config.yaml, under provenance; return its figures."""
         figures = self.figures(old_logprobs)
         written = RunDirectory.read_config(directory.path)  # a new run's own recipe knows no versions and no commit
         directory.write_config(written.model_copy(update={"provenance": {**(written.provenance or {}), **figures}}))

@@ -23,7 +23,7 @@ Output = tuple[PackedBatch, HeadOutput, Surrogate]
 class UpdateResult:
     """What one update did, token by token, over the response tokens that carried a gradient.
 
-    The tensors are empty and `skipped` is true when every group of the mini-batch taught nothing.
+    The tensors are empty and `skipped` is true when every group of the mini-batch has zero variance.
     """
 
     loss: float

@@ -173,10 +173,10 @@ class FastDecoder:
         self.embedding = decoder.embed_tokens.weight.detach()
         self.scale = policy.logit_scale
         routers = [layer for layer in decoder.layers if hasattr(layer.mlp, "experts")]
-        tell = {
+        on_chosen = {
             layer: None if on_experts is None else partial(on_experts, number) for number, layer in enumerate(routers)
         }
-        self.layers = [_Layer(layer, pack, native, tell.get(layer)) for layer in decoder.layers]
+        self.layers = [_Layer(layer, pack, native, on_chosen.get(layer)) for layer in decoder.layers]
         self.norm = _Norm(decoder.norm, native)
         self.head = arrange_weights([policy.head_weight], [policy.head_bias], pack)
         self.rotary = decoder.rotary_emb
@@ -217,7 +217,7 @@ class _Layer:
     """One block; `add` adds what attention and MLP give to the residual stream in place."""
 
     def __init__(
-        self, layer: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None
+        self, layer: Any, pack: Packing, native: Kernels | None, on_chosen: Callable[[Tensor], None] | None
     ) -> None:
         attention = layer.self_attn
         self.number = int(attention.layer_idx)
@@ -236,7 +236,7 @@ class _Layer:
         self.out = join_layers([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = _Experts(layer.mlp, pack, native, tell) if experts else _MLP(layer.mlp, pack, native)
+        self.mlp: Any = _Experts(layer.mlp, pack, native, on_chosen) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
         turned = self.heads + self.kv_heads
@@ -314,13 +314,15 @@ class _Experts:
     decode step of some dozen rows reads the weights of nearly all experts anyway, and reading is what it waits for.
     """
 
-    def __init__(self, mlp: Any, pack: Packing, native: Kernels | None, tell: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self, mlp: Any, pack: Packing, native: Kernels | None, on_chosen: Callable[[Tensor], None] | None
+    ) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
         self.top: int = mlp.gate.top_k
         self.renormalise: bool = mlp.gate.norm_topk_prob
         self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
         self.down: Tensor = mlp.experts.down_proj.detach()
-        self.native, self.tell = native, tell
+        self.native, self.on_chosen = native, on_chosen
         self.packed: PackedExperts | None = None
         if isinstance(pack, Panels):
             self.packed = PackedExperts(pack, self.router, self.gate_up, self.down)
@@ -331,8 +333,8 @@ class _Experts:
         share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
         if self.renormalise:
             share_NX /= share_NX.sum(dim=-1, keepdim=True)
-        if self.tell is not None:
-            self.tell(expert_NX)
+        if self.on_chosen is not None:
+            self.on_chosen(expert_NX)
         if static:
             return self._of_all(hidden_NH, share_NX, expert_NX)
         expert, order = expert_NX.flatten().sort(stable=True)

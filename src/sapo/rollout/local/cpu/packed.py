@@ -272,7 +272,7 @@ class PackedBlocks:
         self._table = np.array([_fields(layer) for layer in layers], dtype=_LAYER_TYPE)
         self._numbers = np.array([first.scaling, first.input_norm.epsilon, first.turn.epsilon], dtype=np.float32)
         mixtures = [layer.mlp for layer in layers if hasattr(layer.mlp, "packed")]
-        self._tell = [mixture.tell for mixture in mixtures]
+        self._on_chosen = [mixture.on_chosen for mixture in mixtures]
         sizes = (dtype == torch.bfloat16, len(layers), hidden_size, first.heads, first.kv_heads, first.size)
         mixed = (0, 0, 0)
         if mixtures:
@@ -283,7 +283,7 @@ class PackedBlocks:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def add(self, hidden_RH: Tensor, angles: tuple[Tensor, Tensor], layout: OneTokenEach) -> None:
-        """Add to the residual stream what all blocks give, in place; keys and values are stored, and experts told.
+        """Add to the residual stream what all blocks give, in place; keys and values are stored, and the experts chosen are passed on.
 
         Args:
             hidden_RH: embeddings of one new token for each row.
@@ -293,15 +293,15 @@ class PackedBlocks:
         cos_RD, sin_RD = (t.contiguous() for t in angles)
         own_R = np.ascontiguousarray(layout.length_R, dtype=np.int64)
         of_row = (places.order_R, places.pool_R, places.slot_R, places.prompt_R, places.place_R)
-        told = [tell for tell in self._tell if tell is not None]
-        chosen_lRX = torch.empty(len(told), places.rows, self.top, dtype=torch.int64)
+        hooks = [hook for hook in self._on_chosen if hook is not None]
+        chosen_lRX = torch.empty(len(hooks), places.rows, self.top, dtype=torch.int64)
         batch = np.array(
             [
                 *(places.rows, torch.get_num_threads()),
                 *(t.data_ptr() for t in (hidden_RH, cos_RD, sin_RD)),
                 *(a.ctypes.data for a in (own_R, *of_row)),
                 *(places.preamble, places.preamble_stride, places.length, places.longest),
-                *(chosen_lRX.data_ptr() if told else 0, 0),
+                *(chosen_lRX.data_ptr() if hooks else 0, 0),
             ],
             dtype=np.int64,
         )
@@ -314,8 +314,8 @@ class PackedBlocks:
             self._scratch = torch.empty(room, dtype=torch.uint8)
         batch[-1] = self._scratch.data_ptr()
         self.native.packed("step", *where)
-        for tell, chosen_RX in zip(told, chosen_lRX, strict=True):
-            tell(chosen_RX)
+        for hook, chosen_RX in zip(hooks, chosen_lRX, strict=True):
+            hook(chosen_RX)
 
     def _enter(self, places: Places) -> None:
         """Write down where the keys of these rows are."""
