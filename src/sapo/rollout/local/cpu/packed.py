@@ -283,7 +283,7 @@ class PackedBlocks:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def add(self, hidden_RH: Tensor, angles: tuple[Tensor, Tensor], layout: OneTokenEach) -> None:
-        """Add to the residual stream what all blocks give, in place; keys and values are stored, and the experts chosen are passed on.
+        """Add to the residual stream what all blocks give, in place; store keys and values, pass chosen experts on.
 
         Args:
             hidden_RH: embeddings of one new token for each row.
