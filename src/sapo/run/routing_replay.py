@@ -46,7 +46,7 @@ class RoutingReplay:
         return replay_kind(self._config, old_logprobs) == "R2"
 
     def record_choice(self, old_logprobs: str, directory: RunDirectory) -> dict[str, Any]:
-        """Write the kind of replay that the self-check decided on into config.yaml, under provenance; return its figures."""
+        """Write the kind of replay the self-check decided on into config.yaml, under provenance."""
         figures = self.figures(old_logprobs)
         written = RunDirectory.read_config(directory.path)  # a new run's own recipe knows no versions and no commit
         directory.write_config(written.model_copy(update={"provenance": {**(written.provenance or {}), **figures}}))
