@@ -52,7 +52,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, protocol, functi
     target = tmp_path / "was-run"
     command = f"touch {target}" if function in (os.system, subprocess.getoutput) else f"open({str(target)!r}, 'w')"
     hostile = pickle.dumps(Runs(function, command), protocol)
-    with pytest.raises(TaskError, match="one string; got its instruction"):
+    with pytest.raises(TaskError, match="one string; got the instruction"):
         decode_private_tests(packed(hostile))
     assert not target.exists()
     # It is a real one: pickle itself does run it.
@@ -78,7 +78,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, protocol, functi
     ],
 )
 def test_a_pickle_of_anything_but_a_string_is_refused(content):
-    with pytest.raises(TaskError, match="one string; got its instruction") as caught:
+    with pytest.raises(TaskError, match="one string; got the instruction") as caught:
         decode_private_tests(packed(content))
     assert "\n" not in str(caught.value)
 
@@ -86,7 +86,7 @@ def test_a_pickle_of_anything_but_a_string_is_refused(content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps("[]") + pickle.dumps("[]"), "further bytes behind its end"),
+        (pickle.dumps("[]") + pickle.dumps("[]"), "further bytes after its end"),
         (b"\x80\x04\x8c\x02[]\x8c\x02[].", "got 2 strings"),
         (b"\x80\x04.", "got 0 strings"),
         (pickle.dumps("[]")[:-1], "whole pickle"),

@@ -1,7 +1,7 @@
-"""Tasks: where prompts come from and how answers are scored.
+"""Tasks: sources of prompts, and verifiers that score completions.
 
-A step asks `prompts_for_step` which prompts it needs, a Task for their text, and, when the completions are there,
-`score_completions` for their rewards. Tasks know text only: the caller makes token ids.
+`prompts_for_step` says which prompts a step needs, a Task gives their text, and `score_completions` the rewards of
+their completions. Tasks know only text: the caller makes token ids.
 """
 
 from sapo.errors import TaskError

@@ -1,7 +1,7 @@
-"""What a task is: a source of prompts, numbered without end, and the judge of the answers to them.
+"""The protocol of tasks: a source of prompts, numbered without end, and the verifier of completions.
 
 A task knows nothing of tokenizers, batches or models. Its training prompts are a pure function of (seed, index), so
-that a resumed run, or one on more ranks, asks exactly the same questions in the same order.
+that a resumed run, or one on more ranks, samples exactly the same prompts in the same order.
 """
 
 from __future__ import annotations
@@ -20,84 +20,84 @@ from sapo.errors import TaskError
 class Task(Protocol):
     """Prompts and their verifier.
 
-    `verify` is called for finished completions only. A task that also wants the truncated ones sets an attribute
-    `score_truncated = True`; without it they get reward 0 and status `truncated`.
+    `verify` is called for finished completions only. A task with the attribute `score_truncated = True` gets the
+    truncated ones too. Otherwise they have reward 0 and status `truncated`.
     """
 
     name: str
 
     def train_prompt(self, index: int) -> Prompt:
-        """The training prompt of `index` = 0, 1, 2, ...; its `id` is the index, `token_ids` are left empty."""
+        """Return the training prompt of `index` = 0, 1, 2, ... Its `id` is the index, its `token_ids` are empty."""
         ...
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first `count` of a fixed list of distinct prompts never trained on; fewer when there are no more."""
+        """Return the first `count` of a fixed list of distinct prompts that are never trained on, or all of them."""
         ...
 
     def verify(self, text: str, prompt: Prompt) -> Score:
-        """Judge a finished completion; an exception raised here becomes the status `verifier_error`."""
+        """Score a finished completion. An exception raised here becomes the status `verifier_error`."""
         ...
 
 
 @runtime_checkable
 class FiniteTask(Task, Protocol):
-    """A task whose training prompts are rows that come round again, every row once in `num_train` indices."""
+    """A task whose training prompts are rows: every row comes once in `num_train` indices, and again in the next."""
 
     @property
     def num_train(self) -> int:
-        """Training rows: the length of an epoch."""
+        """Return the number of training rows: the length of an epoch."""
         ...
 
     def train_row(self, index: int) -> int:
-        """Which of the rows 0..num_train-1 the training prompt of `index` asks."""
+        """Return which of the rows 0..num_train-1 is the training prompt of `index`."""
         ...
 
 
 @runtime_checkable
 class WorkedTask(Task, Protocol):
-    """A task that can also write a right solution, which is what a cold start learns from."""
+    """A task that can also write correct solutions, which a cold start learns from."""
 
     def worked_example(self, index: int) -> tuple[Prompt, str]:
-        """The training prompt of `index` and a completion that `verify` rewards with 1."""
+        """Return the training prompt of `index` and a completion that `verify` rewards with 1."""
         ...
 
 
 class JudgedTask:
-    """A task whose judge is one verifier: a batch of its completions goes to the verifier's workers at once.
+    """A task with one verifier, to whose workers a batch of completions goes at once.
 
-    To judge in another way, override `verify`: `verifier` is then left alone.
+    A subclass that overrides `verify` scores completions itself, and `verifier` is not used.
     """
 
     verifier: Callable[[str, Prompt], Score]
 
     def verify(self, text: str, prompt: Prompt) -> Score:
-        """What the verifier says."""
+        """Return the score of the verifier."""
         return self.verifier(text, prompt)
 
 
 def checked_score(score: Any) -> Score:
-    """`score` as a Score with a finite float for a reward.
+    """Return a score whose reward is a finite float.
 
     Raises:
-        TypeError: it is no Score, or its reward is no real number.
-        ValueError: its reward or a further figure is not finite, or its status is none.
+        TypeError: `score` is no Score, or its reward is no real number.
+        ValueError: its reward or a further figure is not finite, or its status is unknown.
     """
     if not isinstance(score, Score):
         raise TypeError(f"verify must return a Score; got {type(score).__name__}")
-    for name, figure in score.figures.items():  # a NaN would only be found when the metrics are written
+    for name, figure in score.figures.items():  # otherwise a NaN would be found only when the metrics are written
         if not (isinstance(figure, Real) and math.isfinite(figure)):
             raise ValueError(f"a verifier's figures must be finite numbers; got {name}={figure!r}; leave it out")
     return replace(score, reward=checked_reward(score.reward), status=Status(score.status))
 
 
 def checked_reward(value: Any) -> float:
-    """`value` as a finite float.
+    """Return a reward as a finite float.
 
     Raises:
-        TypeError: it is not a real number.
-        ValueError: it is not finite.
+        TypeError: `value` is not a real number.
+        ValueError: `value` is not finite.
     """
-    # numpy's bool is no Real; it is recognised by name, so that a worker need not load numpy.
+    # numpy's bool is no Real. It is recognised by name, so that a worker need not load numpy.
     is_numpy_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
     if not (isinstance(value, Real) or is_numpy_bool):
         raise TypeError(f"a reward must be a number; got {type(value).__name__}; return a float, a bool or a Score")
@@ -108,6 +108,6 @@ def checked_reward(value: Any) -> float:
 
 
 def check_index(index: int) -> None:
-    """Refuse a negative index, which would otherwise quietly name another prompt."""
+    """Refuse a negative index, which would otherwise silently give another prompt."""
     if index < 0:
         raise TaskError(f"a training prompt's index must be 0 or more; got {index}; count from 0")

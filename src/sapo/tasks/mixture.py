@@ -1,12 +1,13 @@
-"""Which prompts a step asks for when there are several tasks: exact shares, as a pure function of the step.
+"""Choose the prompts of a step among several tasks: in exact shares, as a pure function of the step.
 
-After any number of steps the prompts a task has given differ from its exact share by less than one, and each task's
-indices are 0, 1, 2, ... with none skipped or repeated. There is no state to save.
+After any number of steps, the number of prompts of a task differs from its exact share by less than one. The indices of
+each task are 0, 1, 2, ... without gaps or repetitions. There is no state to save.
 
-Two ways lead there. When every task gets at least one prompt per step on average, the running totals are the largest
-remainders of the running shares: less than one from a share that grows by at least one, they cannot fall. For rarer
-tasks they could (the Alabama paradox), so one period of the mixture is laid out prompt by prompt, always the eligible
-task with the earliest deadline, which stays within one by Tijdeman, "The chairman assignment problem" (1980).
+There are two methods. Where every task has at least one prompt a step on average, the running totals are the largest
+remainders of the running shares. Each total is less than one from its share, and the share grows by at least one a
+step, so that totals cannot fall. For rarer tasks they could (the Alabama paradox). Then one period of the mixture is
+laid out prompt by prompt: the next is always of the eligible task with the earliest deadline. That stays within one
+of the share, by Tijdeman, "The chairman assignment problem" (1980).
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ MAX_PERIOD = 100_000
 def prompts_for_step(
     tasks_with_weights: Sequence[tuple[T, float]], step: int, prompts_per_step: int
 ) -> list[tuple[T, int]]:
-    """The (task, index) pairs of `step` = 0, 1, ...; the cost does not grow with the step.
+    """Return the (task, index) pairs of `step` = 0, 1, ... The cost does not grow with the step.
 
     Args:
-        tasks_with_weights: tasks, or what stands for them, are handed back as they are. Weights are relative and
-            positive; 0.1 means one tenth exactly.
+        tasks_with_weights: tasks, which are returned as they are, with relative positive weights. 0.1 means one tenth
+            exactly.
 
     Raises:
-        TaskError: a weight that is not positive, or rare tasks whose weights have too long a common period.
+        TaskError: a weight is not positive, or the weights of rare tasks have too long a common period.
 
     >>> from sapo.tasks.generated.arithmetic import ArithmeticTask
     >>> add, times = ArithmeticTask(name="add"), ArithmeticTask(name="times", operation="multiply", digits=2)
@@ -61,13 +62,13 @@ def prompts_for_step(
 
 @lru_cache
 def _whole_weights(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """The same proportions in the smallest whole numbers."""
+    """Return the same proportions in the smallest whole numbers."""
     if not weights:
         raise TaskError("a mixture must have at least one task; got none; add one")
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise TaskError(f"a task's weight must be positive and finite; got {weight!r}; leave the task out instead")
-    # Through the decimal text, so that 0.1 is a tenth and not the binary float beside it.
+    # Through the decimal text, so that 0.1 is exactly a tenth and not the nearest binary float.
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
@@ -75,7 +76,7 @@ def _whole_weights(weights: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def _largest_remainders(weights: tuple[int, ...], count: int) -> list[int]:
-    """`count` prompts apportioned: every task the whole part of its share, the rest to the largest remainders."""
+    """Apportion `count` prompts: to every task the whole part of its share, the rest to the largest remainders."""
     total = sum(weights)
     totals = [count * weight // total for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda task: -(count * weights[task] % total))
@@ -85,7 +86,7 @@ def _largest_remainders(weights: tuple[int, ...], count: int) -> list[int]:
 
 
 def _period_totals(weights: tuple[int, ...], count: int) -> list[int]:
-    """How many of the first `count` prompts each task gives when the laid-out period repeats."""
+    """Count the prompts of each task among the first `count`, where the laid-out period repeats."""
     periods, rest = divmod(count, sum(weights))
     return [
         periods * weight + bisect_right(places, rest) for weight, places in zip(weights, _period(weights), strict=True)
@@ -94,7 +95,7 @@ def _period_totals(weights: tuple[int, ...], count: int) -> list[int]:
 
 @lru_cache
 def _period(weights: tuple[int, ...]) -> tuple[list[int], ...]:
-    """The places 1..sum(weights) that each task takes in one period."""
+    """Lay out one period, and return the places 1..sum(weights) that each task takes."""
     total = sum(weights)
     if total > MAX_PERIOD:
         raise TaskError(

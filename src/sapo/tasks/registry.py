@@ -1,4 +1,4 @@
-"""Tasks by name, as a recipe writes them. A task of one's own needs no entry: anything with Task's methods will do."""
+"""Tasks by name, as a recipe writes them. Any object with the methods of `Task` works without an entry here."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def make_task(kind: str, /, *, seed: int, **options: Any) -> Task:
-    """The task of TASKS called `kind` with its options; an option `name` is what logs call it.
+    """Make a task of TASKS with its options. The option `name` is its name in logs.
 
     `reasoning_gym/chain_sum` is the task reasoning_gym with dataset=chain_sum.
 
     Raises:
-        TaskError: an unknown task or option, with the nearest known, or an option that is missing or wrong.
+        TaskError: the task or an option is unknown, or an option is missing or wrong. The nearest known name is given.
 
     >>> make_task("arithmetic", seed=0, digits=2).train_prompt(0).text
     '23+92='

@@ -1,7 +1,7 @@
-"""From completions to scored completions: every reward has a status that says how it came about.
+"""Score completions: every reward has a status that says how it came about.
 
-A reward of 0 can mean a wrong answer, no answer, a cut answer or a broken verifier. Only the first is about the model's
-ability, so the four are kept apart and counted apart.
+A reward of 0 can mean a wrong answer, no answer, a truncated answer or a failed verifier. Only the first is about the
+ability of the model, so the four are counted separately.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ MAX_DETAIL = 500
 
 
 def score_completions(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Completion, ...]:
-    """The completions, in order, with `score` set by the task's verifier.
+    """Score the completions of one prompt by the task's verifier.
 
-    A completion that did not finish is `truncated` with reward 0 unless the task says `score_truncated = True`. An
-    exception in the verifier, or a reward that is no finite number, is `verifier_error` with reward 0 and the reason.
+    A completion that did not finish has reward 0 and status `truncated`, unless the task has `score_truncated = True`.
+    Where the verifier raises an exception, or its reward is no finite number, the reward is 0, the status is
+    `verifier_error` and `detail` has the reason.
 
     >>> from sapo.tasks.generated.arithmetic import ArithmeticTask
     >>> prompt = Prompt(id=0, task="arithmetic", text="1+1=", answer="2")
@@ -35,10 +36,10 @@ def score_completions(task: Task, prompt: Prompt, completions: Sequence[Completi
 
 
 def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> list[tuple[Completion, ...]]:
-    """A whole batch scored, in the order given: `score_completions` of each (task, prompt, completions).
+    """Score a whole batch, in the order given: `score_completions` of each (task, prompt, completions).
 
-    What must be judged in worker processes is judged there side by side, the rest here. An answer that is given several
-    times to one prompt is judged once where the verifier is known to say the same of it every time.
+    Isolated verifiers run in worker processes in parallel, the others in this process. Equal completions of one prompt
+    are scored once where the verifier is pure.
     """
     jobs, owners = _jobs_for_workers(items)
     scores: dict[_Place, Score] = {}
@@ -56,7 +57,7 @@ def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> 
 def _jobs_for_workers(
     items: Sequence[tuple[Task, Prompt, Sequence[Completion]]],
 ) -> tuple[list[Job], list[list[_Place]]]:
-    """The jobs for the pool, and the completions each is for."""
+    """Return the jobs for the worker pool, and the completions that each job scores."""
     jobs: list[Job] = []
     owners: list[list[_Place]] = []
     for i, (task, prompt, completions) in enumerate(items):
@@ -77,7 +78,7 @@ def _jobs_for_workers(
 
 
 def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
-    """How many completions have each of the four statuses; a status that did not occur counts 0.
+    """Count the completions with each of the four statuses.
 
     >>> status_counts([Completion((), (), "stop")])
     {'scored': 1, 'unparseable': 0, 'truncated': 0, 'verifier_error': 0}
@@ -90,7 +91,7 @@ def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a completion stands in a batch."""
+    """The place of a completion in a batch."""
 
     item: int
     completion: int
@@ -101,7 +102,7 @@ def _truncated(task: Task, completion: Completion) -> bool:
 
 
 def _isolated_verifier(task: Task) -> Isolated | None:
-    # A task that overrides `verify` judges in its own way, whatever verifier it also has.
+    # A task that overrides `verify` does not use its verifier.
     if getattr(type(task), "verify", None) is not JudgedTask.verify:
         return None
     verifier = getattr(task, "verifier", None)
@@ -111,7 +112,7 @@ def _isolated_verifier(task: Task) -> Isolated | None:
 def _score(task: Task, prompt: Prompt, completion: Completion) -> Score:
     if _truncated(task, completion):
         return Score(0.0, Status.TRUNCATED, f"no end token within {len(completion)} tokens")
-    # Any exception: a verifier is often a user's code, and one bad completion must not end a run unrecorded.
+    # Any exception: a verifier is often a user's code, and one bad completion must not end a run.
     try:
         return checked_score(task.verify(completion.text, prompt))
     except Exception as error:

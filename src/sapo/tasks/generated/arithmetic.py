@@ -1,4 +1,4 @@
-"""Arithmetic with written working: endless prompts, exact verification and a held-out set disjoint by construction.
+"""Arithmetic with written working: endless prompts, exact verification, and a held-out set disjoint by construction.
 
 Three operations share one alphabet of 17 characters:
 
@@ -6,14 +6,14 @@ Three operations share one alphabet of 17 characters:
     multiply        12*34=          12*4=48;12*30=360;48+360=408;#408
     modular_chain   3+4*2-5%7=      3+4=0;0*2=0;0-5=2;#2
 
-Addition goes from the least significant digit: digit + digit + carry = a total of two digits, the first of which is
+Addition starts at the least significant digit: digit + digit + carry = a total of two digits, the first of which is
 the next carry. Multiplication writes the partial product of each digit of the second operand, the least significant
 first, then the running sums. A modular chain is evaluated strictly from left to right, without precedence, and every
-step is reduced to 0..modulus-1; `%7` names the modulus of the whole.
+step is reduced to 0..modulus-1; `%7` gives the modulus of the whole chain.
 
-Whether a problem is held out is a hash of the problem alone, up to the order in which commuting operands are written,
-and not of the seed: a model cold-started with one seed and trained with another has seen none of the held-out set.
-Only the answer after the last `#` is verified: a right answer with wrong working is rewarded.
+A hash of the problem alone, up to the order of commuting operands, decides whether it is held out. The seed does not:
+a model that is cold-started with one seed and trained with another has seen none of the held-out set. Only the answer
+after the last `#` is verified: a right answer with wrong working is rewarded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Operation = Literal["add", "multiply", "modular_chain"]
 # A number of HASH_BITS = 512 bits reduced to a space of at most this many bits has a bias below 2**-64.
 MAX_SPACE_BITS = 448
 
-# Spaces up to this size are listed whole for the held-out set (about half a second); larger ones are drawn from.
+# Spaces up to this size are listed in full for the held-out set, in about half a second. Larger ones are sampled.
 MAX_LISTED_PROBLEMS = 2**17
 
 _CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
@@ -43,19 +43,19 @@ _TERM = re.compile(r"([-+*%]?)([0-9]+)")
 
 
 class ArithmeticTask:
-    """Problems of one operation, drawn uniformly from its space.
+    """Problems of one operation, drawn uniformly from all of them.
 
     Args:
         operation: add, multiply or modular_chain.
         digits: digits of both operands of add and multiply; 1 means 0..9. Default 4.
         terms: operations in a modular chain. Default 3.
-        modulus: of a modular chain, whose operands are 0..modulus-1. Default 7.
+        modulus: modulus of a modular chain, whose operands are 0..modulus-1. Default 7.
         held_out_fraction: share of the problems that is never trained on, 0.01..0.99.
-        seed: which problems are drawn, not which are held out.
-        name: what logs call the task. Default: add4, multiply2, modular_chain3_mod7 and the like.
+        seed: random seed of the order of problems. The held-out set does not depend on it.
+        name: name of the task in logs. Default: add4, multiply2, modular_chain3_mod7 and so on.
 
     Raises:
-        TaskError: an option out of range or of another operation, or a space too small to have both sides.
+        TaskError: an option is out of range or belongs to another operation, or there are too few problems to split.
 
     >>> prompt, response = ArithmeticTask(digits=2, seed=0).worked_example(0)
     >>> prompt.text + response
@@ -101,7 +101,7 @@ class ArithmeticTask:
         self._check_both_sides_exist()
 
     def train_prompt(self, index: int) -> Prompt:
-        """The prompt of `index`: the first of its own sequence of draws that is not held out."""
+        """Return the prompt of `index`: the first of its own sequence of draws that is not held out."""
         check_index(index)
         attempt = 0
         while True:
@@ -111,10 +111,10 @@ class ArithmeticTask:
             attempt += 1
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first `count` of a seeded list of held-out problems, no two the same up to commutation.
+        """Return the first `count` of a seeded list of held-out problems, all distinct up to commutation.
 
         Raises:
-            TaskError: the space is too large to be listed and `count` is nearly all of its held-out problems.
+            TaskError: there are too many problems to list, and `count` is nearly all of the held-out ones.
         """
         if self.num_problems <= MAX_LISTED_PROBLEMS:
             texts = self._list_held_out()[:count]
@@ -123,10 +123,10 @@ class ArithmeticTask:
         return [self._prompt(text, index) for index, text in enumerate(texts)]
 
     def verify(self, text: str, prompt: Prompt) -> Score:
-        """Reward 1 when the integer after the last `#` is the answer; the working before it is not judged.
+        """Give reward 1 where the integer after the last `#` is the answer. The working before it is not scored.
 
-        The integer must be canonical: ASCII digits, no leading zero, no plus sign. So equal text is equal value and no
-        int() ever runs on a number of the model's length.
+        The integer must be canonical: ASCII digits, no leading zero, no plus sign. So values are compared as text, and
+        int() never runs on a number as long as the model likes.
         """
         if prompt.answer is None:
             raise ValueError(f"an arithmetic prompt needs its answer; got none for {prompt.text!r}")
@@ -139,12 +139,12 @@ class ArithmeticTask:
         return Score(float(answer == prompt.answer), answer=answer)
 
     def worked_example(self, index: int) -> tuple[Prompt, str]:
-        """The training prompt of `index` and its full solution, as the file header shows."""
+        """Return the training prompt of `index` and its full solution, as the file header shows."""
         prompt = self.train_prompt(index)
         return prompt, worked_text(prompt.text)
 
     def is_held_out(self, prompt_text: str) -> bool:
-        """Whether a problem is on the held-out side: a pure function of its canonical form."""
+        """Return whether a problem is held out: a pure function of its canonical form."""
         return falls_in_share(canonical(prompt_text), self.held_out_fraction)
 
     def _prompt(self, text: str, index: int) -> Prompt:
@@ -157,7 +157,7 @@ class ArithmeticTask:
         else:
             bits = 2 * 4 * self.digits
             sizes = f"digits={self.digits}"
-        # Refused by an upper bound, before a power that might itself be too large to compute.
+        # An upper bound is checked first, since the power itself might be too large to compute.
         if bits > 2 * MAX_SPACE_BITS or (size := self._space()).bit_length() > MAX_SPACE_BITS:
             raise TaskError(f"there must be at most 2**{MAX_SPACE_BITS} problems; got {sizes}; use smaller problems")
         return size
@@ -172,7 +172,7 @@ class ArithmeticTask:
         return 10 if self.digits == 1 else 9 * int(10 ** (self.digits - 1))
 
     def _problem(self, number: int) -> str:
-        """The prompt of problem `number` of 0..num_problems-1."""
+        """Return the text of problem `number` in 0..num_problems-1."""
         if self.operation == "modular_chain":
             number, operand = divmod(number, self.modulus)
             text = str(operand)
@@ -207,7 +207,7 @@ class ArithmeticTask:
 
     def _draw_held_out(self, count: int) -> list[str]:
         distinct: dict[str, str] = {}
-        # A share x of the problems there are takes -ln(1 - x) / x hits for each: 3 is enough up to x = 0.94.
+        # To find a share x of all problems takes -ln(1 - x) / x hits for each: 3 is enough up to x = 0.94.
         limit = int(3 * count / self.held_out_fraction) + 1000
         for draw in range(limit):
             if len(distinct) >= count:
@@ -222,10 +222,10 @@ class ArithmeticTask:
 
 
 def canonical(prompt_text: str) -> str:
-    """One name for all the ways to write a problem: operands that may change places are sorted.
+    """Return one text for all the ways to write a problem: commuting operands are sorted.
 
     In a chain, neighbouring additions and subtractions commute as signed terms, and neighbouring multiplications
-    commute; the first operand belongs to the run that follows it.
+    commute. The first operand belongs to the run that follows it.
 
     >>> canonical("34+12="), canonical("12+34=")
     ('+12+34', '+12+34')
@@ -242,7 +242,7 @@ def canonical(prompt_text: str) -> str:
 
 
 def worked_text(prompt_text: str) -> str:
-    """The working and, after `#`, the answer of a problem in one of the three formats of the file header.
+    """Return the working and, after `#`, the answer of a problem, in the formats of the file header.
 
     >>> worked_text("12*34=")
     '12*4=48;12*30=360;48+360=408;#408'
@@ -256,7 +256,7 @@ def worked_text(prompt_text: str) -> str:
 
 
 def check_disjoint(task: ArithmeticTask, train_indices: Iterable[int], held_out_count: int = 1024) -> None:
-    """Compare real training prompts with real held-out prompts, up to commutation; trusts no hash.
+    """Check that no training prompt is a held-out prompt, up to commutation, by comparing the prompts themselves.
 
     Raises:
         AssertionError: a problem is on both sides.
@@ -270,7 +270,7 @@ def check_disjoint(task: ArithmeticTask, train_indices: Iterable[int], held_out_
 
 
 def _parse(prompt_text: str) -> tuple[list[str], list[int], int]:
-    """Operators, operands (one more) and the modulus, 0 for none, of `3+4*2-5%7=`."""
+    """Return the operators, the operands and the modulus, 0 for none, of a problem such as `3+4*2-5%7=`."""
     terms = _TERM.findall(prompt_text)
     modulus = int(terms.pop()[1]) if terms[-1][0] == "%" else 0
     return [operator for operator, _ in terms[1:]], [int(operand) for _, operand in terms], modulus

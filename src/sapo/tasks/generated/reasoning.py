@@ -1,10 +1,10 @@
-"""Tasks of reasoning-gym by name: generated questions without end, with the package's own scorers (extra `tasks`).
+"""Tasks of reasoning-gym by name: endless generated questions with the package's own scorers (extra `tasks`).
 
     - {name: reasoning_gym, dataset: chain_sum, min_terms: 2, max_terms: 3}
     - {name: reasoning_gym/mini_sudoku, max_empty: 8, answer_format: tag, template: "{prompt}\\nUse <answer></answer>."}
 
-Whether a question is held out is a hash of the question alone, up to the order of commuting terms and numbers where we
-know of it, and not of the seed: another seed alone would repeat a small space's questions. Training prompt i
+A hash of the question alone decides whether it is held out, up to the order of commuting terms and numbers where we
+know of it. The seed does not decide: with another seed, a small dataset would repeat its questions. Training prompt i
 is the first of its own sequence of draws that is not held out, so that prompt 100,000 costs as much as the first.
 """
 
@@ -26,16 +26,16 @@ from sapo.tasks.verifiers import Isolated
 from sapo.utils.hashing import falls_in_share, hashed_integer
 from sapo.utils.names import did_you_mean
 
-# Items a dataset is taken to have, unless `size` says otherwise. Each is generated when it is asked for; a few datasets
-# make them all at once, and take as long to start.
+# Number of items of a dataset, unless `size` gives another. Most datasets generate each item on demand; a few generate
+# all at once, and are slow to start.
 DEFAULT_SIZE = 2**17
 
-# A quarter: a held-out question costs four draws, and a training question 1.33, of generators that may take 0.2 s.
+# A held-out question then costs four draws, and a training question 1.33, of generators that may take 0.2 s.
 DEFAULT_HELD_OUT_FRACTION = 0.25
 
 MAX_DRAWS = 1000
 
-# A question that one draw in 50 of its side gives is missed with probability exp(-10).
+# A question that comes once in 50 draws of its side is missed with probability exp(-10).
 PATIENCE = 500
 
 
@@ -43,20 +43,20 @@ class ReasoningGymTask(JudgedTask):
     """Questions of one dataset of reasoning-gym, judged in worker processes with a deadline.
 
     Args:
-        dataset: its name in the package.
+        dataset: name of the dataset in the package.
         answer_format: where the answer stands in a completion: tag (the last `<answer>...</answer>`), boxed (the last
-            \\boxed{...}), text (all of it), or auto, the first of these that there is.
-        template: the wording around the question.
-        partial_credit: let the dataset's rewards between 0 and 1 stand; otherwise only a full score counts.
+            \\boxed{...}), text (the whole completion), or auto, the first of these that is present.
+        template: wording around the question.
+        partial_credit: keep the dataset's rewards between 0 and 1; otherwise only a full score counts.
         held_out_fraction: share of the questions that is never trained on, 0.01..0.99. Default 0.25.
-        size: how many items the dataset is taken to have.
-        seed: which questions are drawn, not which are held out.
-        name: what logs call it. Default: the dataset's name.
+        size: number of items of the dataset.
+        seed: random seed of the order of questions. The held-out set does not depend on it.
+        name: name of the task in logs. Default: the dataset's name.
         knobs: settings of the dataset.
 
     Raises:
-        TaskError: the package is missing; no such dataset or setting; a dataset that is refused (reasoning_audit.py);
-            a space of questions too small to have both sides.
+        TaskError: the package, the dataset or a setting does not exist; the dataset is refused (reasoning_audit.py);
+            there are too few questions to split.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class ReasoningGymTask(JudgedTask):
         self._judge = ReasoningGymJudge(dataset, settings, answer_format, partial_credit)
         self.verifier = Isolated(self._judge, self._judge.deadline, self._judge.pure)
         self._held_out: dict[str, int] = {}  # question -> item, in the order of draws
-        self._draws = self._barren = 0  # of the held-out side: in all, and since the last that brought a question
+        self._draws = self._barren = 0  # held-out draws: in all, and since the last new question
         self.train_prompt(0)
         if not self.held_out(1):
             raise TaskError(f"{self.name}: both sides must have questions; got no held-out one; {self._way_out}")
 
     def train_prompt(self, index: int) -> Prompt:
-        """The prompt of `index`: the first of its own sequence of draws that is not held out.
+        """Return the prompt of `index`: the first of its own sequence of draws that is not held out.
 
         Raises:
-            TaskError: a long sequence of draws was all held out.
+            TaskError: all of MAX_DRAWS draws were held out.
         """
         check_index(index)
         for attempt in range(MAX_DRAWS):
@@ -116,9 +116,9 @@ class ReasoningGymTask(JudgedTask):
         )
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first `count` of a seeded list of held-out questions, no two the same; fewer of a small space.
+        """Return the first `count` of a seeded list of distinct held-out questions, or all that are found.
 
-        A space is taken to have no more when as many draws in a row as have PATIENCE held-out ones bring none.
+        The search ends after as many draws without a new question as have PATIENCE held-out ones on average.
         """
         patience = math.ceil(PATIENCE / self.held_out_fraction)
         while len(self._held_out) < count and self._barren < patience:
@@ -132,7 +132,7 @@ class ReasoningGymTask(JudgedTask):
         return [self._prompt(item, index) for index, item in enumerate(items)]
 
     def shots(self, count: int) -> list[tuple[str, str]]:
-        """`count` distinct training questions with their answers, the same whatever the seed.
+        """Return `count` distinct training questions with their answers. They do not depend on the seed.
 
         Raises:
             TaskError: there are fewer.
@@ -152,7 +152,7 @@ class ReasoningGymTask(JudgedTask):
         return f"change held_out_fraction={self.held_out_fraction} or ask for larger questions"
 
     def _side(self, item: int) -> Literal["train", "held_out"] | None:
-        """The side an item is on; None of one that could not be made: codeio leaves it empty when its program fails."""
+        """Return the side of an item, or None for an item of codeio whose program failed."""
         metadata = self._judge.entry(item)["metadata"]
         if self.dataset == "codeio" and not metadata["input_data"] and not metadata["output_data"]:
             return None
@@ -171,7 +171,7 @@ class ReasoningGymTask(JudgedTask):
 
 
 def canonical_sum(expression: str) -> str:
-    """One name for all orders of the terms of a chain of sums and differences.
+    """Return one text for all orders of the terms of a chain of sums and differences.
 
     >>> canonical_sum("4 + 3 - 2") == canonical_sum("4 - 2 + 3"), canonical_sum("4 - 3") == canonical_sum("3 - 4")
     (True, False)
@@ -184,7 +184,7 @@ def canonical_sum(expression: str) -> str:
 
 
 def _canonical_equation(metadata: Mapping[str, Any]) -> str:
-    # The same equation comes in three wordings and with any letter; letters stand nowhere else in it.
+    # One equation comes in three wordings and with any letter as the unknown. It has no other letters.
     return re.sub(r"[a-z]", "x", str(metadata["equation"]))
 
 
@@ -192,7 +192,7 @@ def _canonical_numbers(metadata: Mapping[str, Any]) -> str:
     return " ".join(map(str, [*sorted(metadata["numbers"]), metadata.get("target", "")]))
 
 
-# Datasets that write one question in several ways, and what is the same in all of them.
+# Datasets that write one question in several ways, with a function that gives all of them the same text.
 _CANONICAL: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "chain_sum": lambda metadata: canonical_sum(metadata["expression"]),
     "gcd": _canonical_numbers,
@@ -203,10 +203,10 @@ _CANONICAL: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def _settings(dataset: str, knobs: dict[str, Any]) -> str:
-    """The dataset's settings as JSON, its own seed among them: which item is which never depends on the run's.
+    """Return the dataset's settings as JSON, with a fixed seed so that items do not depend on the run's seed.
 
     Raises:
-        TaskError: the package is missing, or it has no such dataset or setting.
+        TaskError: the package, the dataset or a setting does not exist.
     """
     try:
         import reasoning_gym
@@ -215,7 +215,7 @@ def _settings(dataset: str, knobs: dict[str, Any]) -> str:
     known = reasoning_gym.factory.DATASETS
     if dataset not in known:
         hint = did_you_mean(str(dataset), known)
-        raise TaskError(f"reasoning-gym has {len(known)} datasets, as {', '.join(SOUND)}; got {dataset!r}{hint}")
+        raise TaskError(f"reasoning-gym has {len(known)} datasets, such as {', '.join(SOUND)}; got {dataset!r}{hint}")
     names = [field.name for field in fields(known[dataset][1]) if field.name not in ("seed", "size")]
     for knob in knobs:
         if knob != "size" and knob not in names:

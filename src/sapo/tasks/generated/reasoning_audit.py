@@ -1,9 +1,9 @@
-"""Which datasets of reasoning-gym may be used, and why the others may not.
+"""Audit the datasets of reasoning-gym, and refuse those whose questions or scores cannot be trusted.
 
-The scorers of the datasets in SOUND were read in version 0.1.25, and items checked: the reference answer scores 1, and
-none but countdown's evaluates the answer (reasoning_scoring.py has that one). Any other dataset is examined when it
-is made: its scorer may not reach eval, exec or sympy, which evaluates strings; its items must be the same twice; the
-reference answer of the first few must score 1 and junk at most 0.01. A refusal names the reason or the figure.
+The scorers of the datasets in SOUND were read in version 0.1.25 and their items checked: the reference answer scores 1,
+and none but countdown's evaluates the answer as code (reasoning_scoring.py replaces that one). Any other dataset is
+checked when it is made. Its scorer may not reach eval, exec or sympy, which evaluates strings. Its items must be
+repeatable. The reference answers of the first items must score 1, and junk at most 0.01. A refusal gives the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SALTED = "its questions change with PYTHONHASHSEED, so that no run could be res
 
 REFUSED = {
     "propositional_logic": "its own reference answer scores 0",
-    "composite": "it is a mixture of others; write them as tasks with weights",
+    "composite": "it is a mixture of other datasets; write them as tasks with weights",
     "isomorphic_strings": _SALTED,
     "knight_swap": _SALTED,
     "ransom_note": _SALTED,
@@ -51,10 +51,10 @@ _EVALUATORS = frozenset({"eval", "exec", "compile", "__import__"})
 
 
 def check_dataset(name: str, knobs: str) -> None:
-    """Refuse a dataset whose questions cannot be repeated or whose scores cannot be trusted.
+    """Refuse a dataset whose questions are not repeatable or whose scores cannot be trusted.
 
     Raises:
-        TaskError: with the reason.
+        TaskError: the dataset is refused; the message gives the reason.
     """
     if name in REFUSED:
         raise _refusal(name, REFUSED[name])
@@ -83,9 +83,10 @@ def check_dataset(name: str, knobs: str) -> None:
 
 
 def find_evaluator(function: Callable[..., Any], owner: type) -> str | None:
-    """The first evaluator of strings that a scorer can reach through code of the package, or None.
+    """Return the first evaluator of strings that a scorer can reach through code of the package, or None.
 
-    Followed are the functions and classes of the package that its code names, in its module, on the owner and inside.
+    The search follows the functions and classes of the package that the code names: globals of its module, attributes
+    of the owner, and nested functions.
     """
     seen: set[CodeType] = set()
     waiting: list[tuple[FunctionType, type]] = [(function, owner)] if isinstance(function, FunctionType) else []
@@ -115,7 +116,7 @@ def _nested(code: CodeType) -> list[CodeType]:
 
 
 def _followed(target: Any, holder: type) -> list[tuple[FunctionType, type]]:
-    """The functions of the package behind a name, each with the class whose attributes its code may mean."""
+    """Return the functions of the package behind a name, each with the class whose attributes its code may use."""
     if isinstance(target, (staticmethod, classmethod)):
         target = target.__func__
     if isinstance(target, property):
@@ -134,7 +135,7 @@ def _is_of_sympy(target: Any) -> bool:
 
 
 def _score_or_nothing(name: str, dataset: Any, answer: str, entry: Any) -> float:
-    # An answer on which the scorer fails is unparseable, with reward 0.
+    # An answer on which the scorer raises an exception is unparseable, with reward 0.
     try:
         return score_answer(name, dataset, answer, entry)
     except Exception:

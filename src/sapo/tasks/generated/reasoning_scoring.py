@@ -1,10 +1,10 @@
-r"""The judge of reasoning-gym answers: finds the answer in a completion and asks the dataset's own scorer.
+r"""Score answers to reasoning-gym questions: find the answer in a completion and call the dataset's own scorer.
 
-No scorer that evaluates the answer as code is ever called. Of the datasets in `reasoning_audit.SOUND` one does so,
-countdown, which hands it to sympy's parse_expr, and that to eval: its rule is computed here instead, with exact
-fractions on a grammar of digits, + - * / and brackets. Two more rules depart from the package's: spell_backward takes
-0.2 off for letters behind the right word, which rounding makes it forget for words of 9 letters (they score above 1);
-and codeio compares trees in time that grows with the square of the answer, so that an answer much longer than the
+No scorer that evaluates the answer as code is ever called. Of the datasets in `reasoning_audit.SOUND` only countdown
+has one, which passes the answer to sympy's parse_expr and so to eval. Its rule is computed here instead, with exact
+fractions on a grammar of digits, + - * / and brackets. Two more rules depart from the package. spell_backward takes 0.2
+off for letters after the right word, but rounding loses this for words of 9 letters, which then score above 1: here
+they score at most 0.8. codeio compares trees in time quadratic in the answer: here an answer much longer than the
 reference is not compared.
 """
 
@@ -29,10 +29,10 @@ from sapo.tasks.verifiers.extract import last_boxed
 AnswerFormat = Literal["auto", "text", "tag", "boxed"]
 ANSWER_FORMATS: tuple[str, ...] = get_args(AnswerFormat)
 
-# Longer than the reference of any dataset by far, and short enough that every scorer audited is quick on it.
+# Far longer than the reference of any dataset, and short enough for every audited scorer to be quick.
 MAX_ANSWER_LENGTH = 10_000
 
-# Python would build the number: Fraction("1e999999999") takes a gigabyte.
+# Python would compute the number in full: Fraction("1e999999999") takes a gigabyte.
 _HUGE_EXPONENT = re.compile(r"[eE][-+]?[0-9_]{4,}")
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -41,10 +41,10 @@ _TERM = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 @dataclass(frozen=True)
 class ReasoningGymJudge:
-    """A verifier for the items of one dataset. It holds plain values, so that the worker processes where it is to run,
-    since a scorer may take long on an odd answer, can have it.
+    """A verifier for the items of one dataset.
 
-    An item is generated again from its number, which is all that a prompt carries of it.
+    It holds plain values, so that it can be sent to worker processes: a scorer may take long on an odd answer. A prompt
+    carries only the number of its item, from which the item is generated again.
 
     >>> judge = ReasoningGymJudge("chain_sum", knobs='{"max_terms": 2, "seed": 0, "size": 500}')
     >>> prompt = Prompt(id=0, task="chain_sum", text="", metadata={"item": 3})
@@ -57,9 +57,9 @@ class ReasoningGymJudge:
     """The dataset's settings as JSON."""
     answer_format: AnswerFormat = "auto"
     partial_credit: bool = True
-    """Whether a reward between 0 and 1 of the dataset's stands; otherwise only a full score counts."""
+    """Whether the dataset's rewards between 0 and 1 are kept; otherwise only a full score counts."""
     deadline: float = 10.0
-    """Seconds for the answer of one completion."""
+    """Seconds allowed for scoring one completion."""
     isolated: ClassVar[bool] = True
     pure: ClassVar[bool] = True
 
@@ -68,7 +68,7 @@ class ReasoningGymJudge:
         make_dataset(self.dataset, self.knobs)
 
     def prepare_prompt(self, prompt: Prompt) -> None:
-        """Generate the item, which takes seconds in a few datasets."""
+        """Generate the item of a prompt, which takes seconds in a few datasets."""
         self.entry(int(prompt.metadata["item"]))
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
@@ -78,7 +78,7 @@ class ReasoningGymJudge:
         if len(answer) > MAX_ANSWER_LENGTH or _HUGE_EXPONENT.search(answer):
             return Score(0.0, Status.UNPARSEABLE, f"the answer is too long or too large: {answer[:40]!r}")
         entry = self.entry(int(prompt.metadata["item"]))
-        # Any exception: a scorer that gave the reference 1 and fails on this answer could not read it.
+        # Any exception: the scorer works on the reference, so it could not read this answer.
         try:
             value = score_answer(self.dataset, self._made, answer, entry)
         except Exception as error:
@@ -87,7 +87,7 @@ class ReasoningGymJudge:
         return Score(reward, answer=answer)
 
     def entry(self, item: int) -> Mapping[str, Any]:
-        """The dataset's question, answer and metadata of an item."""
+        """Return the question, answer and metadata of an item."""
         return generate_entry(self.dataset, self.knobs, item)
 
     @property
@@ -96,10 +96,10 @@ class ReasoningGymJudge:
 
 
 def extract_answer(text: str, answer_format: AnswerFormat) -> str | None:
-    r"""The answer in a completion, without blanks around it; None when the format is not kept.
+    r"""Return the answer in a completion without blanks around it, or None where the format is not kept.
 
-    tag is the last `<answer>...</answer>`, boxed the last \boxed{...}, text the whole completion; auto is the first of
-    these that there is. What comes before a last `</think>` is never looked at.
+    tag is the last `<answer>...</answer>`, boxed the last \boxed{...}, text the whole completion, and auto the first of
+    these that is present. Text before the last `</think>` is ignored.
 
     >>> [extract_answer(t, "auto") for t in ("<answer> 7 </answer>.", r"So \boxed{\{7\}}", " 7\n", "<think>7</think>8")]
     ['7', '\\{7\\}', '7', '8']
@@ -119,11 +119,11 @@ def extract_answer(text: str, answer_format: AnswerFormat) -> str | None:
 
 
 def score_answer(name: str, dataset: Any, answer: str, entry: Mapping[str, Any]) -> float:
-    """The dataset's score of an answer in 0..1, with the departures at the top of this file."""
+    """Return the dataset's score of an answer in 0..1, with the departures listed at the top of this file."""
     if name == "countdown":
         return _score_countdown(answer, entry["metadata"])
     if name == "codeio" and len(answer) > 2 * len(entry["answer"]) + 200:
-        return 0.01  # what its scorer gives an answer that is not like the reference
+        return 0.01  # the score of an answer unlike the reference
     value = float(dataset.score_answer(answer, entry))
     if name == "spell_backward" and answer.lower() != entry["answer"].lower():
         value = min(value, 0.8)
@@ -132,16 +132,16 @@ def score_answer(name: str, dataset: Any, answer: str, entry: Mapping[str, Any])
 
 @lru_cache(maxsize=64)
 def make_dataset(name: str, knobs: str) -> Any:
-    """The dataset of the package, made once per process.
+    """Make a dataset of the package, once per process.
 
     Raises:
-        TaskError: the settings are out of range, by the dataset's own check.
+        TaskError: the dataset refuses its settings.
     """
     import reasoning_gym
 
     try:
         return reasoning_gym.create_dataset(name, **json.loads(knobs))
-    # Any exception: the datasets check their settings by assert, and some by what their first line does.
+    # Any exception: the datasets check their settings by assert, and some only by failing.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TaskError(f"reasoning-gym's {name} refuses its settings {knobs}: {reason}; change them") from error
@@ -149,12 +149,12 @@ def make_dataset(name: str, knobs: str) -> Any:
 
 @lru_cache(maxsize=8192)
 def generate_entry(name: str, knobs: str, item: int) -> Mapping[str, Any]:
-    """One item, the same in every process: datasets that draw from the global generators find them seeded by the item.
+    """Generate one item, the same in every process: the global random generators are seeded by the item.
 
-    Kept for the next call, since a training question is judged once for each of its completions.
+    Items are cached, since a training question is scored once for each of its completions.
     """
     dataset = make_dataset(name, knobs)
-    # codeio runs programs of the package's own to make its questions; some print, warn or fail.
+    # codeio runs programs of the package to make its questions, some of which print, warn or fail.
     with _global_generators_seeded(item), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         entry: Mapping[str, Any] = dataset[item]
@@ -176,7 +176,7 @@ def _global_generators_seeded(seed: int) -> Iterator[None]:
 
 
 def _score_countdown(answer: str, metadata: Mapping[str, Any]) -> float:
-    """1 for an expression of exactly the given numbers with the value asked for; 0.05 for another, 0.01 for none."""
+    """Return 1 for an expression of the given numbers with the target value, 0.05 for another, 0.01 for none."""
     try:
         value = evaluate(answer)
     except (ValueError, ZeroDivisionError):
@@ -187,14 +187,14 @@ def _score_countdown(answer: str, metadata: Mapping[str, Any]) -> float:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value of an expression of whole numbers, + - * / and brackets, by the usual precedence.
+    """Compute the exact value of an expression of whole numbers, + - * / and brackets, by the usual precedence.
 
     >>> evaluate("2 + 3*(4 - -1)/5")
     Fraction(5, 1)
 
     Raises:
-        ValueError: it is not such an expression, or longer than 500 characters.
-        ZeroDivisionError: it divides by zero.
+        ValueError: the text is no such expression, or longer than 500 characters.
+        ZeroDivisionError: the expression divides by zero.
     """
     tokens, position = [], 0
     while position < len(expression.rstrip()):

@@ -1,11 +1,11 @@
-"""Sums and differences asked in plain words for a pretrained model, answered by the number alone.
+"""Sums and differences in plain text for a pretrained model, answered by the number alone.
 
     4 + 3 =      7
     9 - 2 =      7
 
-Unlike `arithmetic`, whose alphabet and working are made for tiny models, the text is what any tokenizer knows. Whether
-a problem is held out is a hash of the problem up to commutation, and not of the seed: a model that was trained on
-3 + 4 is never asked 4 + 3.
+`arithmetic` has an alphabet and working for tiny models; this text suits any tokenizer. A hash of the problem, up to
+commutation, decides whether it is held out, and the seed does not: a model that was trained on 3 + 4 is never evaluated
+on 4 + 3.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sapo.utils.names import did_you_mean
 OPERATIONS = ("add", "subtract")
 
 MAX_DIGITS = 3
-"""All problems are listed; of three digits there are 1.2 million."""
+"""Limit of `digits`. All problems are listed in memory; with three digits there are 1.2 million."""
 
 _INTEGER = re.compile(r"0|[1-9][0-9]*")
 
@@ -31,14 +31,14 @@ class SumsTask:
     """Problems of one or two operations on non-negative integers; differences are never negative.
 
     Args:
-        digits: of both operands; 1 means 0..9.
-        operations: which of add and subtract; each is asked equally often.
+        digits: digits of both operands; 1 means 0..9.
+        operations: add, subtract or both; each comes equally often.
         held_out_fraction: share of the problems that is never trained on.
-        seed: which problems are drawn, not which are held out.
-        name: what logs call the task. Default: sums1, sums2.
+        seed: random seed of the order of problems. The held-out set does not depend on it.
+        name: name of the task in logs. Default: sums1, sums2.
 
     Raises:
-        TaskError: an option out of range, or a side of the split without problems.
+        TaskError: an option is out of range, or one side of the split has no problems.
 
     >>> task = SumsTask(digits=1)
     >>> prompt = task.train_prompt(0)
@@ -83,7 +83,7 @@ class SumsTask:
                     else:
                         train.append((a, b, operation))
             if not train:
-                raise TaskError(f"{operation} of {digits} digits leaves nothing to train on; lower held_out_fraction")
+                raise TaskError(f"{operation} of {digits} digits has no training problem; lower held_out_fraction")
             self._train.append(train)
         if not held_out:
             raise TaskError(f"no problem of {digits} digits is held out; raise held_out_fraction")
@@ -91,17 +91,17 @@ class SumsTask:
         self._held_out = [held_out[key] for key in ordered]
 
     def train_prompt(self, index: int) -> Prompt:
-        """The prompt of `index`; the operations take turns."""
+        """Return the prompt of `index`. The operations alternate."""
         check_index(index)
         problems = self._train[index % len(self._train)]
         return self._prompt(problems[hashed_integer("train", self.seed, index) % len(problems)], index)
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first `count` of the held-out problems in a seeded order, no two the same up to commutation."""
+        """Return the first `count` held-out problems in a seeded order, all distinct up to commutation."""
         return [self._prompt(problem, index) for index, problem in enumerate(self._held_out[:count])]
 
     def shots(self, count: int) -> list[tuple[str, str]]:
-        """Distinct examples from the training side, the operations in turn: shots of one kind only mislead a model."""
+        """Return distinct training examples. The operations alternate, since examples of one kind mislead a model."""
         shots: dict[str, str] = {}
         for draw in range(100 * count):
             if len(shots) == count:
@@ -109,10 +109,10 @@ class SumsTask:
             problems = self._train[len(shots) % len(self._train)]
             shot = self._prompt(problems[hashed_integer("shots", draw) % len(problems)], 0)
             shots.setdefault(shot.text, str(shot.answer))
-        raise TaskError(f"{self.name} has fewer than {count} examples to show; ask for fewer prompt.shots")
+        raise TaskError(f"{self.name} has fewer than {count} examples; ask for fewer: prompt.shots")
 
     def verify(self, text: str, prompt: Prompt) -> Score:
-        """Reward 1 when the text is the answer: canonical digits, blanks around them aside."""
+        """Give reward 1 where the text is the answer: canonical digits, with blanks around them allowed."""
         answer = text.strip()
         if not _INTEGER.fullmatch(answer):
             return Score(0.0, Status.UNPARSEABLE, f"not an integer and nothing else: {answer[:40]!r}")
@@ -131,7 +131,7 @@ class SumsTask:
 
 
 def canonical(a: int, b: int, operation: str) -> str:
-    """One name for both orders of a sum.
+    """Return one text for both orders of a sum.
 
     >>> canonical(4, 3, "add"), canonical(3, 4, "add"), canonical(4, 3, "subtract")
     ('3 + 4', '3 + 4', '4 - 3')

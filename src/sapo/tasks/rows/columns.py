@@ -1,7 +1,7 @@
-"""From a row to a prompt: which column is the question, which the answer, and how the question is worded.
+"""Make prompts of rows: which column is the question, which the answer, and how the question is worded.
 
-A row is checked when it is read, so that a bad one is reported by its place before anything is computed. All columns
-that are neither question nor answer go to `Prompt.metadata`, for verifiers and for tables.
+A row is checked when it is read, so that a bad one is reported by its place before anything is computed. All other
+columns go to `Prompt.metadata`, for verifiers and for tables.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sapo.utils.names import did_you_mean
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 Names = str | Iterable[str | None] | None
-"""A column's name, or alternatives in order of preference; a last None means that the column may be missing."""
+"""The name of a column, or alternatives in order of preference. A last None means that the column may be missing."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns make a prompt.
+    """The columns that make a prompt.
 
     >>> columns = Columns(prompt=("question",), answer=("answer",), answer_after="####", template="{prompt} Box it.")
     >>> prompt = columns.prompt_of("sums.jsonl:1", {"question": "2 * 3?", "answer": "2 * 3 = 6 #### 6"}, task="sums")
@@ -36,32 +36,32 @@ class Columns:
 
     prompt: tuple[str | None, ...] = ("prompt",)
     answer: tuple[str | None, ...] = ("answer",)
-    """Empty when the verifier needs no answer."""
+    """Columns with the answer; empty where the verifier needs none."""
     subject: tuple[str | None, ...] = ()
-    """The column whose values tables are made by; it goes to `metadata["subject"]` as text."""
+    """Column by whose values tables are made. It goes to `metadata["subject"]` as text."""
     template: str = "{prompt}"
-    """The wording around the question."""
+    """Wording around the question."""
     answer_after: str | None = None
-    """A mark in the answer column after whose last occurrence the answer stands; the whole goes to
-    `metadata["solution"]`, which is what an example shows."""
+    """A mark in the answer column. The answer is what follows its last occurrence. The whole column goes to
+    `metadata["solution"]`, which few-shot examples show."""
     drop: tuple[str, ...] = ()
     """Columns left out."""
     adapt: Callable[[str, Row], Row] | None = None
-    """What makes a row of other columns of a place and a row, where columns alone cannot say it."""
+    """Function of a place and a row that returns a row of other columns, where naming columns is not enough."""
 
     def prompts(self, rows: Iterable[PlacedRow], task: str) -> list[Prompt]:
-        """The prompts of all rows.
+        """Make the prompts of all rows.
 
         Raises:
-            TaskError: what is wrong with the first bad row, with its place.
+            TaskError: a row is wrong; the message has the place of the first.
         """
         return [self.prompt_of(where, row, task) for where, row in rows]
 
     def prompt_of(self, where: str, row: Row, task: str) -> Prompt:
-        """The prompt of one row.
+        """Make the prompt of one row.
 
         Raises:
-            TaskError: a column is missing, of another kind, or of images.
+            TaskError: a column is missing, has the wrong type, or holds images.
         """
         rest = {key: value for key, value in row.items() if key not in self.drop}
         refuse_images(where, [key for key, value in rest.items() if _is_image(key, value)])
@@ -73,14 +73,14 @@ class Columns:
         question = rest.pop(field)
         if "messages" in rest:
             raise TaskError(
-                f"{where}: a field 'messages' must be the prompt, since that is where chat prompts are kept; got it "
+                f"{where}: a field 'messages' must be the prompt, where chat prompts are kept; got it "
                 f"beside prompt_field={field!r}; set prompt_field=messages or rename it"
             )
         if isinstance(question, list) and question:
             rest["messages"] = messages = [_message(where, field, message) for message in question]
             text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
         elif isinstance(question, str) and question.strip():
-            text = self.template.replace("{prompt}", question)  # not format(): both hold braces of their own
+            text = self.template.replace("{prompt}", question)  # not format(), since both may hold braces of their own
         else:
             raise TaskError(
                 f"{where}: field {field!r} must be a non-empty string or list of chat messages; "
@@ -114,10 +114,10 @@ class Columns:
 
 
 def present(where: str, row: Row, option: str, names: tuple[str | None, ...]) -> str:
-    """The first of the names that the row has.
+    """Return the first of the names that the row has.
 
     Raises:
-        TaskError: it has none of them, with those it has and the nearest.
+        TaskError: the row has none of them; the message lists those it has and the nearest.
     """
     wanted = [name for name in names if name is not None]
     for name in wanted:
@@ -129,13 +129,13 @@ def present(where: str, row: Row, option: str, names: tuple[str | None, ...]) ->
 
 
 def as_names(option: str, value: Names) -> tuple[str | None, ...]:
-    """An option that names a column, or several alternatives, as a recipe writes it.
+    """Return the alternatives of an option that names a column, as a recipe writes it.
 
     >>> as_names("prompt_field", "problem"), as_names("subject_field", ["problem_type", None]), as_names("x", None)
     (('problem',), ('problem_type', None), ())
 
     Raises:
-        TaskError: it is neither.
+        TaskError: the value is neither a name nor a list of names.
     """
     if value is None or isinstance(value, str):
         return (value,) if value else ()
@@ -156,7 +156,7 @@ def _answer_text(where: str, field: str, value: Any) -> str:
 
 
 def _message(where: str, field: str, message: Any) -> dict[str, str]:
-    """A chat message; content in parts is joined when all of them are text, and refused when one is an image."""
+    """Return a chat message with its content as one text. Parts of text are joined, and images refused."""
     if isinstance(message, dict):
         role, content = message.get("role"), message.get("content")
         if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
@@ -173,7 +173,7 @@ def _message(where: str, field: str, message: Any) -> dict[str, str]:
 
 
 def _is_image(name: str, value: Any) -> bool:
-    """Whether a value is a picture: decoded, encoded as Parquet keeps them, or named by a column of images."""
+    """Return whether a value is an image: decoded, encoded as Parquet stores it, or a file name in an image column."""
     if isinstance(value, list):
         return any(_is_image(name, part) for part in value)
     if isinstance(value, dict):

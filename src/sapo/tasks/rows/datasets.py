@@ -1,10 +1,10 @@
-"""The task of a dataset: rows of the Hugging Face hub or of this machine, with their columns named in the recipe.
+"""The task `dataset`: rows of the Hugging Face hub or of this machine, with their columns named in the recipe.
 
     - {name: dataset, dataset: openai/gsm8k, config: main, prompt_field: question, answer_after: "####",
        held_out_split: test, template: "{prompt}\\nPut your final answer within \\\\boxed{}.", verifier: math}
 
-The presets (presets.py) are such options under a name. `path` takes the rows from a file or a directory instead of the
-hub; everything else stays, so that a machine without a connection asks the same questions.
+The presets (presets.py) are such options under a name. `path` reads the rows from a file or a directory instead of the
+hub. Everything else stays the same, so that a machine without a connection has the same questions.
 """
 
 from __future__ import annotations

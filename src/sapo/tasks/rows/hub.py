@@ -1,7 +1,7 @@
-"""Rows of a dataset: a split of a hub repository or of a directory, read by the `datasets` library (extra `tasks`).
+"""Read the rows of a dataset with the `datasets` library: a split of a hub repository or directory (extra `tasks`).
 
-A hub that cannot be reached is found out within HUB_TIMEOUT_SECONDS; then the library's cache is asked, and where it
-has nothing the message names `path=` as the way to work without a connection. Code of a repository is never run.
+Where the hub does not answer within HUB_TIMEOUT_SECONDS, the library's cache is used. Where that has nothing, the
+message names `path=` as the way to work without a connection. Code of a repository is never run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sapo.errors import TaskError
 from sapo.tasks.rows.reading import EXTENSIONS, PlacedRow, read_rows
 from sapo.utils.names import did_you_mean
 
-# Long enough for a slow line; the libraries' own retries would take about half a minute to say the same.
+# Long enough for a slow connection. The libraries' own retries would take about half a minute.
 HUB_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """One side of a dataset: a hub repository, or a file or directory of this machine, and what to read of it.
+    """One side of a dataset: a hub repository, file or directory, and the split, configuration and files to read.
 
     >>> Source(path="sums.jsonl").label, Source(dataset="openai/gsm8k", config="main", split="test").label
     ('sums.jsonl', 'openai/gsm8k[test]')
@@ -35,26 +35,26 @@ class Source:
     config: str | None = None
     revision: str | None = None
     data_files: tuple[str, ...] = ()
-    """Files of the repository, JSON Lines, to be read instead of what its card names; they are one split."""
+    """JSON Lines files of the repository to read as one split, instead of what its card names."""
 
     @property
     def is_file(self) -> bool:
-        """One file of rows, which has no splits."""
+        """Return whether the source is one file of rows, which has no splits."""
         return self.path is not None and Path(self.path).suffix.lower() in EXTENSIONS and not Path(self.path).is_dir()
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Return the name of the source in messages."""
         place = self.path if self.path is not None else self.dataset
         return str(place) if self.is_file else f"{place}[{self.split}]"
 
 
 def read_source(source: Source, drop: Iterable[str] = ()) -> Iterator[PlacedRow]:
-    """The rows of a source with their places, without the columns of `drop`.
+    """Read the rows of a source with their places, without the columns of `drop`.
 
     Raises:
-        TaskError: what is wrong with the file, the directory, the hub id, its configuration or its split; a column of
-            images; the library is missing.
+        TaskError: the file, directory, hub id, configuration or split is wrong; a column holds images; the library is
+            missing.
     """
     dropped = set(drop)
     if source.path is not None and not Path(source.path).is_dir():
@@ -71,7 +71,11 @@ def read_source(source: Source, drop: Iterable[str] = ()) -> Iterator[PlacedRow]
 
 
 def refuse_images(where: str, columns: list[str]) -> None:
-    """Raise a TaskError when there are columns of images."""
+    """Refuse columns of images.
+
+    Raises:
+        TaskError: there is one.
+    """
     if columns:
         raise TaskError(
             f"{where}: prompts are text so far, vision-language models come later; got images in {', '.join(columns)}; "
@@ -90,7 +94,7 @@ def _library() -> ModuleType:
 
 
 def _load_directory(source: Source) -> Any:
-    """A split of a directory: one that save_to_disk wrote, or one of data files as a hub repository has them."""
+    """Load a split of a directory that save_to_disk wrote, or of one with data files like a hub repository."""
     datasets, path = _library(), Path(str(source.path))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
@@ -107,7 +111,7 @@ def _load_directory(source: Source) -> Any:
         configs = datasets.get_dataset_config_names(str(path))
     except Exception as error:
         raise TaskError(f"{path}: the directory must hold data files: {_reason(error)}; check the path") from error
-    # A preset names the hub's configuration; a directory that has only one has the rows whatever it is called.
+    # A preset names the hub's configuration. In a directory with only one, its name does not matter.
     config = source.config if source.config in configs or len(configs) > 1 else None
     return _load(datasets, replace(source, config=config), str(path), way_out="check the directory, config and split")
 
@@ -118,7 +122,7 @@ def _load_from_hub(source: Source) -> Any:
         if reachable:
             return _load(datasets, source, name, way_out="check the id, config, split and revision")
         try:
-            return _load(datasets, source, name, way_out="the hub cannot be reached, and this is of the cache")
+            return _load(datasets, source, name, way_out="the hub cannot be reached, and this is from the cache")
         except TaskError as error:
             if not isinstance(error.__cause__, ConnectionError):
                 raise
@@ -137,16 +141,16 @@ def _load(datasets: ModuleType, source: Source, name: str, way_out: str) -> Any:
     try:
         # num_proc stays unset: worker processes of the library would import the caller's main module again.
         return datasets.load_dataset(**arguments, split=source.split)
-    # Any exception: the library passes on those of five others, and all of them mean that the rows cannot be had.
+    # Any exception: the library raises those of five others, and all of them mean that the rows cannot be read.
     except Exception as error:
-        # Of a file that cannot be parsed the library says only that it failed; the cause says how.
+        # For a file that cannot be parsed, the library says only that it failed. The cause has the reason.
         told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise TaskError(f"{source.label}: loading failed: {_reason(told or error)}; {way_out}") from error
 
 
 @contextmanager
 def _without_waiting(datasets: ModuleType) -> Iterator[bool]:
-    """Whether the hub answers; where it does not, the library looks into its cache and nowhere else meanwhile."""
+    """Yield whether the hub answers. Where it does not, the library uses only its cache inside the block."""
     import huggingface_hub
 
     if _hub_answers(huggingface_hub):
@@ -163,7 +167,7 @@ def _without_waiting(datasets: ModuleType) -> Iterator[bool]:
 def _hub_answers(huggingface_hub: ModuleType) -> bool:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
-    # Through the library's own session, which knows of proxies and certificates. Any answer at all is one.
+    # Through the library's own session, which has the proxies and certificates. Any response counts.
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
     except Exception:
@@ -172,7 +176,7 @@ def _hub_answers(huggingface_hub: ModuleType) -> bool:
 
 
 def _holds_images(feature: Any) -> bool:
-    """Whether a feature of the library is an image or holds images in lists or fields."""
+    """Return whether a feature of the library is an image, or holds images in lists or fields."""
     if type(feature).__name__ == "Image":
         return True
     if isinstance(feature, dict):
@@ -183,6 +187,6 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The beginning of an exception's message as one line."""
+    """Return the beginning of an exception's message on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,13 +1,14 @@
-r"""Benchmarks by name. A preset is the options of a `dataset` task under a name, so that one's own is as short.
+r"""Benchmarks by name. A preset is a set of options of the task `dataset` under a name.
 
     sapo eval MODEL --task aime25                          # from the hub
     sapo eval MODEL --task aime25 path=aime25.jsonl        # from a file or a directory, without a connection
 
-Every option of a `dataset` task overrides the preset's. gsm8k trains on its training split and holds its test split
-out; all others are for evaluation: every row is held out, and training is refused unless `held_out_fraction` or
-`held_out_path` says what to hold out instead. A single file given as `path` is held out whole in the same way.
+Options of the recipe override those of the preset. gsm8k trains on its training split and holds out its test split.
+All others are for evaluation: every row is held out, and training is refused unless `held_out_fraction` or
+`held_out_path` says what to hold out instead. A single file given as `path` is held out in full in the same way.
 
-The wordings are those the benchmarks are reported with; a benchmark's rows keep their own licence, named beside them.
+The wordings are those with which the benchmarks are reported. The rows of a benchmark keep their own licence, which is
+named beside them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ _OF_PRESETS_ONLY = ("dataset", "adapt", "finish")
 
 @dataclass(frozen=True)
 class Preset:
-    """A benchmark: where its rows are, what its columns mean, how it asks and how it judges.
+    """A benchmark: where its rows are, what its columns mean, how it words questions and how it scores answers.
 
-    Calling it makes the task; its fields are options of `DatasetTask`, which documents them.
+    Calling it makes the task. Its fields are those of `DatasetSettings`, which documents them.
 
     >>> PRESETS["aime25"].verifier, PRESETS["aime25"].licence
     ('boxed_integer', 'CC-BY-NC-SA-4.0')
@@ -50,7 +51,7 @@ class Preset:
     name: str
     dataset: str
     licence: str
-    """Of the dataset, as its card states it."""
+    """Licence of the dataset, as its card states it."""
     split: str = "test"
     config: str | None = None
     data_files: Names = None
@@ -62,21 +63,21 @@ class Preset:
     template: str = BOXED
     verifier: Any = "math"
     held_out_split: str | None = None
-    """None for a benchmark without a training side."""
+    """Split that is held out; None for a benchmark without training rows."""
     adapt: Callable[[str, Row], Row] | None = None
     finish: Callable[[Prompt], Prompt] | None = None
 
     def __call__(self, **overrides: Any) -> DatasetTask:
-        """The task, with options of `DatasetTask` in place of the preset's.
+        """Make the task, with `overrides` in place of the preset's options.
 
         Raises:
-            TaskError: from `DatasetTask`.
+            TaskError: as from `DatasetTask`.
         """
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "licence"}
         options |= {"prefers_chat": True, **overrides}
         if all(overrides.get(side) is None for side in _HELD_OUT_SIDES):
             path = overrides.get("path")
-            # One file is not the two splits that the hub has, and which side it is the caller has not said.
+            # A file is not divided into the splits of the hub, and the caller has not said which side it is.
             if self.held_out_split is None or (path is not None and not Path(path).is_dir()):
                 options |= {"held_out_split": None, "held_out_fraction": 1}
         elif overrides.get("held_out_split") is None:
@@ -85,7 +86,7 @@ class Preset:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The options of `DatasetTask` but for those that are a preset's own, for the check of a recipe's."""
+        """Return the options that a recipe may give: those of `DatasetTask` without those only a preset sets."""
         own = inspect.signature(DatasetTask)
         return own.replace(parameters=[p for p in own.parameters.values() if p.name not in _OF_PRESETS_ONLY])
 
@@ -156,8 +157,8 @@ PRESETS: dict[str, Preset] = {
             verifier="zebra",
             adapt=reshape_zebralogic,
         ),
-        # The repository has a loading script, which is never run; its six files are release v6, 1,055 rows and some
-        # gigabytes. data_files=test6.jsonl takes the newest alone.
+        # The repository has a loading script, which is never run. Its six files are release v6, with 1,055 rows and
+        # some gigabytes. data_files=test6.jsonl takes only the newest.
         Preset(
             "livecodebench",
             "livecodebench/code_generation_lite",

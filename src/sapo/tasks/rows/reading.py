@@ -1,6 +1,6 @@
-"""Rows from a file: JSON Lines, a JSON list of objects, or Parquet, each with its place for messages.
+"""Read the rows of a file: JSON Lines, a JSON list of objects, or Parquet. Each comes with its place for messages.
 
-What the columns mean is not known here; columns.py makes prompts of them. Directories and the hub are in hub.py.
+columns.py makes prompts of the rows. hub.py reads directories and the hub.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ EXTENSIONS = (".jsonl", ".json", ".parquet")
 
 
 def read_rows(path: Path) -> Iterator[PlacedRow]:
-    """The rows of a file, each with its place, `path:number`: of a line, or of an object or a row.
+    """Read the rows of a file, each with its place, `path:number`. The number counts lines, objects or rows.
 
     Raises:
-        TaskError: no such file, an unknown extension, or contents that are not what the extension says.
+        TaskError: the file is missing, its extension is unknown, or its contents do not fit the extension.
     """
     extension = path.suffix.lower()
     if extension not in EXTENSIONS:
@@ -37,7 +37,7 @@ def read_rows(path: Path) -> Iterator[PlacedRow]:
 
 
 def brief(value: Any) -> str:
-    """A value for a message, cut so that the message stays one line.
+    """Return a value as text for a message, cut so that the message stays on one line.
 
     >>> brief("x" * 100)[-5:]
     'xx...'
@@ -55,7 +55,7 @@ def _read_jsonl(path: Path) -> Iterator[PlacedRow]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 row = json.loads(text) if text.strip() else None
             except (ValueError, RecursionError) as error:
-                # json counts lines within the line it was given, which would contradict the place.
+                # The line number that json reports is within this line, and would contradict the place.
                 got = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise TaskError(
                     f"{where}: a line must be one JSON object; got {got}; fix or remove the line"
@@ -83,7 +83,7 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
 
 
 def _read_parquet(path: Path) -> Iterator[PlacedRow]:
-    # Imported here because it takes a moment that arithmetic and JSON Lines need not spend.
+    # Imported here because it is slow, and other tasks do not need it.
     import pyarrow
     import pyarrow.parquet
 

@@ -1,8 +1,8 @@
-"""Rows of benchmarks whose question or tests are spread over several columns, made into rows of simple ones.
+"""Reshape rows of benchmarks whose question or tests are spread over several columns.
 
-Each function takes a row's place and the row and returns another row, in which one column is the whole question. Tests
-of code go to the column `tests` in the schema of `CodeTests` (verifiers/code_tests.py), and their sources out of the
-row.
+Each function takes a row and its place, and returns a row in which one column is the whole question. Tests of code go
+to the column `tests` in the schema of `CodeTests` (verifiers/code_tests.py), and the columns they come from are
+removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FENCE = "Put the whole program into one block that begins with ```python and end
 
 
 def reshape_zebralogic(where: str, row: Row) -> Row:
-    """The puzzle, then the object to fill in: the houses and attributes of the solution without its values."""
+    """Append to the puzzle the object to fill in: the houses and attributes of the solution without its values."""
     puzzle = _text(where, row, "puzzle")
     solution = row[present(where, row, "path", ("solution",))]
     try:
@@ -31,7 +31,7 @@ def reshape_zebralogic(where: str, row: Row) -> Row:
         ) from error
     if "___" in cells:
         raise TaskError(
-            f"{where}: its solution is blanked out, as the public copy publishes it, and nothing could be right; "
+            f"{where}: its solution is blanked out, as in the public copy, so that no answer could be right; "
             "set path= to rows with solutions"
         )
     form = {f"House {house}": dict.fromkeys(attributes, "...") for house in range(1, houses + 1)}
@@ -43,7 +43,7 @@ def reshape_zebralogic(where: str, row: Row) -> Row:
 
 
 def reshape_mathvision(where: str, row: Row) -> Row:
-    """The question with its options by letter; an answer without options is a value."""
+    """Append the options to the question, by letter. A question without options is left as it is."""
     options = row.get("options")
     if options is None or len(options) == 0:
         return row
@@ -53,7 +53,7 @@ def reshape_mathvision(where: str, row: Row) -> Row:
 
 
 def reshape_livecodebench(where: str, row: Row) -> Row:
-    """Title, question and what the program must be: one that reads stdin, or the starter code completed."""
+    """Join the title, the question and the form of the program: one that reads stdin, or completed starter code."""
     title, content = str(row.get("question_title") or ""), _text(where, row, "question_content")
     _text(where, row, "public_test_cases")
     starter = str(row.get("starter_code") or "").strip()
@@ -66,13 +66,13 @@ def reshape_livecodebench(where: str, row: Row) -> Row:
 
 
 def finish_livecodebench(prompt: Prompt) -> Prompt:
-    """The prompt with its tests decoded, public ones first; done when it is asked for, since all rows' are gigabytes.
+    """Decode the tests of a prompt, public ones first. Done on demand, since those of all rows take gigabytes.
 
     Raises:
         TaskError: the tests of the row cannot be read.
     """
     from sapo.tasks.verifiers.code import (
-        CodeTests,  # late, here and below: what runs code is needed where there is some
+        CodeTests,  # imported late, here and below: only tasks of code need it
     )
 
     metadata = dict(prompt.metadata)
@@ -85,7 +85,7 @@ def finish_livecodebench(prompt: Prompt) -> Prompt:
 
 
 def reshape_humaneval(where: str, row: Row) -> Row:
-    """The function to complete, asked for whole; the tests call it by its name."""
+    """Ask for the whole function that the signature begins. The tests call it by its name."""
     from sapo.tasks.verifiers.code import CodeTests
 
     signature, test, entry_point = (_text(where, row, field) for field in ("prompt", "test", "entry_point"))
@@ -98,14 +98,14 @@ def reshape_humaneval(where: str, row: Row) -> Row:
 
 
 def reshape_mbpp(where: str, row: Row) -> Row:
-    """The description with the assertions that the function must pass, which alone give its name."""
+    """Append to the description the assertions that the function must pass, since only they give its name."""
     from sapo.tasks.verifiers.code import CodeTests
 
     field = present(where, row, "prompt_field", ("text", "prompt"))
     tests = row[present(where, row, "path", ("test_list",))]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise TaskError(f"{where}: field 'test_list' must be a list of assertions; got {brief(tests)}; fix the row")
-    # The full configuration has code to run before the tests, the sanitized one a list of imports.
+    # The full configuration has code to run before the tests; the sanitized one has a list of imports.
     setup, imports = row.get("test_setup_code") or "", row.get("test_imports") or []
     dropped = ("test_list", "challenge_test_list", "test_setup_code", "test_imports")
     rest = {key: value for key, value in row.items() if key not in dropped}

@@ -1,8 +1,9 @@
-"""Tasks from rows: prompts, their two sides and their order; and the task of a user's own file.
+"""Tasks of rows: their training and held-out prompts and the order of these; and the task `file`.
 
-Rows are read once and checked at once, so that a bad row is reported by its place before anything is computed. The
-held-out side is rows of its own, or a share of the prompts chosen by a hash of their text: copies of a prompt are
-always on the same side, and the choice does not depend on the seed or on the order of rows. A benchmark holds all out.
+Rows are read and checked when the task is made, so that a bad row is reported by its place before anything is computed.
+The held-out prompts are rows of their own, or a share of the prompts chosen by a hash of their text. So copies of a
+prompt are always on the same side, and the choice depends neither on the seed nor on the order of rows. A benchmark
+holds all rows out.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ DEFAULT_HELD_OUT_FRACTION = 0.1
 
 
 class RowTask(JudgedTask):
-    """Prompts of two sides, the training side in a new seeded order every epoch.
+    """Training and held-out prompts, with the training prompts in a new seeded order every epoch.
 
     Args:
-        name: what logs call it.
-        train, held_out: the two sides. An empty training side is a benchmark's, and training on it is refused.
-        verifier: from `load_verifier`.
-        seed: the order of the rows, not the split.
-        score_truncated: give the verifier completions that did not stop too, for a reward that needs no ending.
+        name: name of the task in logs.
+        train, held_out: the two sides. A benchmark has no training prompts, and training on it is refused.
+        verifier: verifier from `load_verifier`.
+        seed: random seed of the order of the rows. The split does not depend on it.
+        score_truncated: give the verifier truncated completions too, for a reward that needs no ending.
         prefers_chat: the questions are worded for a chat model.
-        finish: applied to a prompt when it is asked for; for what would be too large to make of every row at once.
+        finish: function that completes a prompt on demand, where doing so for every row would take too much memory.
     """
 
     def __init__(
@@ -56,22 +57,22 @@ class RowTask(JudgedTask):
         self.verifier = verifier
         self._finish = finish
         self._train = train
-        distinct = {prompt.text: prompt for prompt in reversed(held_out)}  # of copies, the first row stays
+        distinct = {prompt.text: prompt for prompt in reversed(held_out)}  # of copies, the first row is kept
         self._held_out = sorted(distinct.values(), key=lambda p: hashed_integer("held_out", seed, p.text))
         self._order: tuple[int, list[int]] = (-1, [])
 
     @property
     def num_train(self) -> int:
-        """Training rows, copies included: the length of an epoch; 0 of a benchmark."""
+        """Return the number of training rows including copies: the length of an epoch, 0 for a benchmark."""
         return len(self._train)
 
     @property
     def num_held_out(self) -> int:
-        """Distinct held-out prompts: the most that `held_out` can give."""
+        """Return the number of distinct held-out prompts."""
         return len(self._held_out)
 
     def train_prompt(self, index: int) -> Prompt:
-        """Row `index % num_train` of the order of epoch `index // num_train`.
+        """Return the prompt of row `index % num_train` in the order of epoch `index // num_train`.
 
         Raises:
             TaskError: all rows are held out.
@@ -79,7 +80,7 @@ class RowTask(JudgedTask):
         return self._finished(self._train[self.train_row(index)], index)
 
     def train_row(self, index: int) -> int:
-        """Which of the rows 0..num_train-1 `train_prompt(index)` asks.
+        """Return which of the rows 0..num_train-1 is `train_prompt(index)`.
 
         Raises:
             TaskError: all rows are held out.
@@ -90,11 +91,11 @@ class RowTask(JudgedTask):
         return self._epoch_order(epoch)[position]
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first `count` of the held-out prompts in a seeded order; fewer when there are no more."""
+        """Return the first `count` held-out prompts in a seeded order, or all of them."""
         return [self._finished(prompt, index) for index, prompt in enumerate(self._held_out[:count])]
 
     def shots(self, count: int) -> list[tuple[str, str]]:
-        """`count` distinct training questions with their solutions, the same whatever the seed.
+        """Return `count` distinct training questions with their solutions. They do not depend on the seed.
 
         Raises:
             TaskError: there are fewer, their rows are chats, or they have no answers.
@@ -124,7 +125,7 @@ class RowTask(JudgedTask):
         return prompt if self._finish is None else self._finish(prompt)
 
     def _epoch_order(self, epoch: int) -> list[int]:
-        # Only the last epoch is remembered: an order costs a sort, and prompts are asked for epoch by epoch.
+        # Only the order of the last epoch is kept: it costs a sort, and prompts are sampled epoch by epoch.
         if self._order[0] != epoch:
             rows = range(len(self._train))
             self._order = (epoch, sorted(rows, key=lambda row: hashed_integer("train", self.seed, epoch, row)))
@@ -232,15 +233,15 @@ class FileTask(RowTask):
 
 
 def read_prompts(path: str | Path, columns: Columns, task: str) -> list[Prompt]:
-    """The prompts of a file's rows, at least one."""
+    """Read the prompts of a file, at least one."""
     return refuse_none(path, columns.prompts(read_rows(Path(path)), task))
 
 
 def refuse_none(where: str | Path, prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts, when there is one.
+    """Return the prompts unless there are none.
 
     Raises:
-        TaskError: there is none.
+        TaskError: there are none.
     """
     if not prompts:
         raise TaskError(f"{where}: a task needs at least one row; got none; add rows or name another")
@@ -248,7 +249,11 @@ def refuse_none(where: str | Path, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def check_fields(prompt_field: Any, answer_field: Any, verifier: VerifierSpec) -> None:
-    """Refuse one column for both question and answer, and a verifier without the answer it compares with."""
+    """Refuse one column for both question and answer, and a verifier without the answer it needs.
+
+    Raises:
+        TaskError: the options are one of these.
+    """
     if prompt_field == answer_field:
         raise TaskError(f"prompt_field and answer_field must differ; got {prompt_field!r} for both; change one")
     if answer_field is None and needs_answer(verifier):
@@ -285,7 +290,11 @@ def split_prompts(where: str | Path, rows: list[Prompt], fraction: Any = None) -
 def refuse_shared_prompts(
     train_place: str | Path, train: list[Prompt], held_out_place: str | Path, held_out: list[Prompt]
 ) -> None:
-    """Raise a TaskError when a prompt is on both sides."""
+    """Refuse a prompt that is on both sides.
+
+    Raises:
+        TaskError: there is one.
+    """
     shared = {row.text for row in train} & {row.text for row in held_out}
     if shared:
         raise TaskError(

@@ -1,7 +1,8 @@
-"""What a verifier is, and what the verifiers share.
+"""The protocol of verifiers, and helpers that they share.
 
-A verifier takes a finished completion's text and its prompt and returns a Score. What it cannot read is `unparseable`,
-which is not the same as wrong. It keeps no state between calls, so that the order of completions means nothing.
+A verifier takes the text of a finished completion and its prompt, and returns a Score. A completion without a readable
+answer is `unparseable`, which is not the same as wrong. A verifier keeps no state between calls, so that the order of
+completions does not matter.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from sapo.errors import TaskError
 
 
 class Verifier(Protocol):
-    """Judges one completion.
+    """Scores one completion.
 
-    A verifier that must run outside this process, since it may hang, crash or run the user's code, has an attribute
-    `isolated = True` and its `deadline` in seconds; `workers/pool.py` runs it. What it has to load first it may load in
-    a method `prepare()`, and make what it needs for a prompt in `prepare_prompt(prompt)`; neither is part of a
-    completion's deadline. What it cannot do without, and is cheap to look for, it may look for in `check_machine()`,
-    which is called where it is named. `pure = True` says that its scores depend on nothing but the text and the prompt.
+    A verifier that may hang, crash or run a user's code has the attributes `isolated = True` and `deadline`, in
+    seconds. `workers/pool.py` then runs it in a worker process. These are optional:
+
+    - `prepare()` loads what the verifier needs, and `prepare_prompt(prompt)` what it needs for one prompt. Neither
+      counts towards the deadline of a completion.
+    - `check_machine()` refuses a machine on which the verifier cannot work. It is called when a recipe is loaded.
+    - `pure = True` says that scores depend only on the text and the prompt.
     """
 
     def __call__(self, text: str, prompt: Prompt, /) -> Score: ...
@@ -29,11 +32,11 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True)
 class IsolatedOptions:
-    """What every verifier with a deadline has."""
+    """Options of every verifier with a deadline."""
 
     isolated: ClassVar[bool] = True
     deadline: float = 10.0
-    """Seconds for one completion, after which the worker process is killed: `verifier_error` for that completion."""
+    """Seconds for one completion. After them the worker process is killed, and the completion is a `verifier_error`."""
 
     def __post_init__(self) -> None:
         check_deadline(self.deadline)
@@ -49,49 +52,49 @@ def check_deadline(deadline: Any) -> None:
 
 
 def deadline_of(verifier: Verifier) -> float:
-    """Seconds that a verifier needs at most in a worker; 0 for one that runs here."""
+    """Return the deadline in seconds of a verifier that runs in a worker, and 0 for one that runs in this process."""
     plain = verifier.func if isinstance(verifier, functools.partial) else verifier
     return float(getattr(plain, "deadline", 0.0)) if getattr(plain, "isolated", False) else 0.0
 
 
 def prepare(verifier: Verifier) -> None:
-    """Let a verifier load what it needs before the first deadline starts."""
+    """Let a verifier load what it needs, before the first deadline starts."""
     if (load := getattr(verifier, "prepare", None)) is not None:
         load()
 
 
 def prepare_prompt(verifier: Verifier, prompt: Prompt) -> None:
-    """Let a verifier make what it needs for a prompt before the deadline of a completion starts."""
+    """Let a verifier load what it needs for a prompt, before the deadline of a completion starts."""
     if (make := getattr(verifier, "prepare_prompt", None)) is not None:
         make(prompt)
 
 
 def check_machine(verifier: Verifier) -> None:
-    """Let a verifier refuse a machine on which it could judge nothing, before a run begins.
+    """Let a verifier refuse a machine on which it cannot work, before a run begins.
 
     Raises:
-        TaskError: what is missing here.
+        TaskError: the verifier cannot work here; the message says what is missing.
     """
     if (check := getattr(verifier, "check_machine", None)) is not None:
         check()
 
 
 def is_pure(verifier: Verifier) -> bool:
-    """Whether equal (text, prompt) have equal scores by construction: so do all that run in this process."""
+    """Return whether equal (text, prompt) always have equal scores, as with all verifiers that run in this process."""
     plain = verifier.func if isinstance(verifier, functools.partial) else verifier
     return bool(getattr(plain, "pure", not getattr(plain, "isolated", False)))
 
 
 def unparseable(detail: str) -> Score:
-    """The score of a completion in which no answer can be read."""
+    """Return the score of a completion without a readable answer."""
     return Score(0.0, Status.UNPARSEABLE, detail)
 
 
 def reference_of(prompt: Prompt) -> str:
-    """The prompt's answer.
+    """Return the prompt's answer.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the prompt has none.
     """
     if prompt.answer is None:
         raise ValueError("this verifier compares with the prompt's answer; got none; set answer_field")
@@ -99,6 +102,6 @@ def reference_of(prompt: Prompt) -> str:
 
 
 def brief(text: str, length: int = 60) -> str:
-    """A text for a message, on one line and cut."""
+    """Return a text for a message, cut and on one line."""
     shown = repr(text[: length + 1])
     return shown if len(text) <= length else f"{shown[:length]}...'"

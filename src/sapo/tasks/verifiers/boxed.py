@@ -1,4 +1,4 @@
-r"""The verifier `boxed_integer`: the last \boxed{...} as an integer, as AIME and BeyondAIME are judged."""
+r"""The verifier `boxed_integer`: the last \boxed{...} as an integer, as AIME and BeyondAIME are scored."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sapo.tasks.verifiers.mathtext import number_of, respell, without_name
 
 @dataclass(frozen=True)
 class BoxedInteger:
-    r"""Reward 1 when the last \boxed{...} is the answer's integer, however it is written: 070, 70.0, $70$, N = 70,
-    1,234, 1{,}234, 70^\circ, \frac{140}{2}.
+    r"""Gives reward 1 where the last \boxed{...} equals the answer's integer, however it is written.
 
-    A number that is no integer, or is outside minimum..maximum, is a wrong answer; the latter is no answer to count in
-    a majority. Anything else in the box, or no box, is unparseable.
+    070, 70.0, $70$, N = 70, 70^\circ and \frac{140}{2} are all 70; 1,234 and 1{,}234 are 1234. A number that is no
+    integer, or outside minimum..maximum, is a wrong answer. One outside the range does not count in a majority.
+    Anything else in the box, or no box, is unparseable.
 
     >>> BoxedInteger()(r"so \boxed{070}", Prompt(id=0, task="aime", text="?", answer="70")).reward
     1.0
     """
 
     minimum: int | None = None
-    """The least integer that can be an answer: 0 for AIME."""
+    """Smallest possible answer: 0 for AIME."""
     maximum: int | None = None
-    """The greatest: 999 for AIME."""
+    """Largest possible answer: 999 for AIME."""
 
     def __post_init__(self) -> None:
         for name in ("minimum", "maximum"):
@@ -55,6 +55,6 @@ class BoxedInteger:
 
 
 def _value(text: str) -> Fraction | None:
-    # The limit comes first: respelling is for answers, not for a page in a box.
+    # The limit is checked first, since respelling a whole page in a box would be slow.
     number = number_of(without_name(respell(text))) if len(text) <= 400 else None
     return None if number is None or number.percent else number.value

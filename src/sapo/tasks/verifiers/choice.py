@@ -1,6 +1,6 @@
-r"""The verifier `choice`: a letter or the value of an option, as MathVision is judged.
+r"""The verifier `choice`: the letter or the value of an option, as MathVision is scored.
 
-The options are in the prompt's metadata. Where a row has none, the answer's letter or value itself is asked for.
+The options are in the prompt's metadata. Where a row has none, the letter or value of the answer itself is expected.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MAX_LENGTH = 1000
 
 @dataclass(frozen=True)
 class Choice:
-    r"""Reward 1 for the right option by letter, value or both: B, (B), B. 5, \boxed{\text{B}}, \boxed{5}.
+    r"""Gives reward 1 for the right option by letter, value or both: B, (B), B. 5, \boxed{\text{B}}, \boxed{5}.
 
-    The answer is the last \boxed{...}; without one, what follows the last "answer is"; then the last line, where it is
-    an option. A letter with another option's value is a wrong answer.
+    The answer is the last \boxed{...}. Without a box it is what follows the last "answer is", or else the last line,
+    where that is an option. A letter with the value of another option is a wrong answer.
 
     >>> prompt = Prompt(id=0, task="mathvision", text="?", answer="B", metadata={"options": ["4", "5", "6"]})
     >>> [Choice()(text, prompt).reward for text in (r"\boxed{B}", "The answer is (B) 5.", r"\boxed{5}", "A")]
@@ -36,9 +36,9 @@ class Choice:
     """
 
     options_field: str = "options"
-    """The field of the prompt's metadata that lists the options."""
+    """Field of the prompt's metadata that lists the options."""
     require_box: bool = False
-    """Read boxes only: a completion without one is unparseable."""
+    """Read boxes only. A completion without one is unparseable."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.options_field, str):
@@ -53,7 +53,7 @@ class Choice:
         if boxed is None and self.require_box:
             return unparseable("no \\boxed{} in the completion")
         candidates = [boxed] if boxed is not None else [after_phrase(text), *_last_line(text)]
-        # Where words are asked for, any words are an answer; where a letter or a number is, others are none.
+        # Where the answer is in words, any words are an answer. Where it is a letter or a number, words are none.
         plain = bool(options) or len(right) == 1 or number_in(right) is not None
         read = (_pick(c, options, words=not plain) for c in candidates if c)
         given = next((g for g in read if g is not None), None)
@@ -64,7 +64,7 @@ class Choice:
 
 
 def _listed(options: object) -> Sequence[object]:
-    # Of any sequence, an array of numpy too; a string is one option, not many letters.
+    # Any sequence, including numpy arrays. A string is one option, not many letters.
     if options is None or isinstance(options, str):
         return ()
     return list(options)  # type: ignore[call-overload]
@@ -76,7 +76,7 @@ def _last_line(text: str) -> list[str]:
 
 
 def _pick(text: str, options: list[str], *, words: bool) -> str | None:
-    """The letter of the option that a text names, or None; without options its letter, its number or its words."""
+    """Return the letter of the option that a text names, or None. Without options, its letter, number or words."""
     if len(text) > MAX_LENGTH:
         return None
     spelt = _TEXT_COMMAND.sub(r"\1", without_name(respell(text))).strip()
@@ -96,14 +96,14 @@ def _pick(text: str, options: list[str], *, words: bool) -> str | None:
     labelled = _LABELLED.fullmatch(spelt)
     if labelled and labelled[1].upper() in letters:
         name, rest = labelled[1].upper(), _plain(labelled[2])
-        # A letter with the value of another option is neither; any other words behind it explain it.
+        # A letter with the value of another option is no choice. Any other words after it only explain it.
         return name if rest not in values or values[letters.index(name)] == rest else None
     plain = _plain(spelt)
     return letters[values.index(plain)] if values.count(plain) == 1 else None
 
 
 def _plain(text: str) -> str:
-    """An option's text in one spelling, numbers by value."""
+    """Return the text of an option in one spelling, and numbers by value."""
     spelt = _TEXT_COMMAND.sub(r"\1", respell(text)).strip()
     number = number_of(spelt)
     return str(number.value) if number and not number.percent else squeezed(spelt).lower()

@@ -1,12 +1,12 @@
-"""The verifier `code`: a completion's program is run in the sandbox against tests, and is right when all pass.
+"""The verifier `code`: run a completion's program in the sandbox against tests; it is right when all pass.
 
-Stdin and functional tests are judged here, from what the program printed or returned: it shares no process with its
-judge and cannot know what was expected. Unit tests, as HumanEval and MBPP have them, are Python statements that have to
-run beside the program. They count as passed only when a random token, handed to the test driver and not to the
-program, comes back with them. That stops a program that ends early in any way (sys.exit, os._exit, a crash), prints
-what success looks like, replaces built-in functions that the tests use, or returns an object that is equal to
-everything. It does not stop one that sets out to find the token or the tests in its own process, or that patches a
-library module which the tests use.
+Stdin and functional tests are scored here, from what the program printed or returned. The program shares no process
+with the verifier and cannot know the expected output. Unit tests, as in HumanEval and MBPP, are Python statements that
+must run beside the program. They count as passed only when a random token comes back with them, which the test driver
+has and the program has not been given. That stops a program that ends early in any way (sys.exit, os._exit, a crash),
+prints a report of success, replaces built-in functions that the tests use, or returns an object that is equal to
+everything. It does not stop a program that searches its own process for the token or the tests, or that patches a
+library module that the tests use.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from sapo.errors import TaskError
 from sapo.sandbox import Limits, Outcome, ProgramResult, SandboxError, SandboxUnavailable, choose_backend, run_program
 from sapo.tasks.verifiers.code_tests import CodeTests
 
-# A program as long as a book is no answer; the interpreter would refuse it with less grace.
+# Longer programs are unparseable, before the interpreter fails on them.
 MAX_PROGRAM_LENGTH = 256 * 1024
 
-# All tests of one completion, by the clock. Who has not failed by then is not judged at all, rather than wrongly.
+# For all tests of one completion, by the clock. A program that takes longer without a failure is not scored.
 BUDGET_SECONDS = 240.0
-# The clock's allowance for each second of processor time, since other work may share the machine, and for the start.
+# Seconds by the clock for each second of CPU time, since other work may share the machine, and for the start.
 WALL_FACTOR, WALL_EXTRA = 2.5, 10.0
 
 _FENCE = re.compile(r"^[ \t]*```+[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
@@ -41,7 +41,7 @@ _PYTHON = ("python", "python3", "py", "")
 
 @dataclass(frozen=True)
 class Program:
-    """What was found in a completion.
+    """The program found in a completion.
 
     >>> find_program("Here it is:\\n```python\\nprint(1)\\n```")
     Program(source='print(1)\\n', fenced=True)
@@ -49,12 +49,12 @@ class Program:
 
     source: str
     fenced: bool
-    """It stood in a code block; otherwise it is the whole completion, which may be no program at all."""
+    """Whether it stood in a code block. Otherwise it is the whole completion, which may be no program at all."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the tests went.
+    """The results of the tests.
 
     >>> Verdict(passed=2, total=3, failure="test 3: exit code 1: ZeroDivisionError").passed
     2
@@ -63,26 +63,27 @@ class Verdict:
     passed: int
     total: int
     failure: str = ""
-    """The first failure in one line, empty when all passed."""
+    """First failure on one line, empty where all passed."""
     complete: bool = True
-    """All tests were run, or the rest cannot pass, so that `passed` of `total` is measured."""
+    """Whether all tests were run, or the rest cannot pass, so that `passed` of `total` is measured."""
     syntax_error: bool = False
+    """Whether the program is no valid Python."""
 
 
 def code(text: str, prompt: Prompt) -> Score:
-    """Reward 1 when the completion's program passes all tests in `prompt.metadata["tests"]`, else 0.
+    """Give reward 1 where the completion's program passes all tests in `prompt.metadata["tests"]`, else 0.
 
-    The program is the last code block marked as Python, or else the last with no mark; without any block, the whole
-    text, which is `unparseable` when it is no Python. The tests are a `CodeTests` or its JSON; where they have a
+    The program is the last code block marked as Python, or else the last unmarked block. Without any block it is the
+    whole text, which is `unparseable` when it is no Python. The tests are a `CodeTests` or its JSON. Where they have a
     `prefix`, a program that does not define their function continues it.
 
-    A wrong output, an exception or running out of time or memory is a wrong answer: `scored`, 0, with the reason in
-    `detail`. The share of tests that pass is in `figures["tests_passed"]`.
+    A wrong output, an exception or running out of time or memory is a wrong answer: status `scored`, reward 0, with the
+    reason in `detail`. The share of tests that pass is in `figures["tests_passed"]`.
 
     Raises:
         TaskError: the prompt has no tests.
-        SandboxUnavailable: nothing on this machine can contain a program.
-        SandboxError: the sandbox failed, or the tests take longer than `BUDGET_SECONDS`: the program is not judged.
+        SandboxUnavailable: no sandbox works on this machine.
+        SandboxError: the sandbox failed, or the tests take longer than `BUDGET_SECONDS`. The program is not scored.
     """
     tests = _tests_of(prompt)
     program = find_program(text)
@@ -99,7 +100,7 @@ def code(text: str, prompt: Prompt) -> Score:
 
 
 def require_sandbox() -> None:
-    """Refuse at the start of a run what would otherwise fail for every completion.
+    """Refuse a machine without a working sandbox, on which every completion would fail.
 
     Raises:
         TaskError: no sandbox works here; the message says why, and what to install.
@@ -110,8 +111,7 @@ def require_sandbox() -> None:
         raise TaskError(f"verifier 'code': {error}") from error
 
 
-# For the pool that runs verifiers: a worker process may run it, for so long; what to call where it is
-# named, and in the worker.
+# The attributes of an isolated verifier: see `Verifier`.
 code.isolated = True  # type: ignore[attr-defined]
 code.deadline = BUDGET_SECONDS + 60.0  # type: ignore[attr-defined]
 code.check_machine = require_sandbox  # type: ignore[attr-defined]
@@ -122,9 +122,10 @@ code.prepare = require_sandbox  # type: ignore[attr-defined]
 
 
 def find_program(text: str) -> Program | None:
-    """The program in a completion: the last Python block, else the last unmarked one, else the text; None for blank.
+    """Return the program in a completion: the last Python block, else the last unmarked one, else the text.
 
-    A block that is not closed ends with the text, since a stop string may have taken its end.
+    A block that is not closed ends with the text, since a stop string may have removed its end. None
+    stands for an empty program.
 
     >>> find_program("```\\nx = 1\\n```\\n```bash\\nls\\n```").source
     'x = 1\\n'
@@ -147,10 +148,10 @@ def find_program(text: str) -> Program | None:
 
 
 def complete_program(program: Program, tests: CodeTests) -> str:
-    """The source to run: what continues the tests' prefix is put behind it, and so is what stands by itself.
+    """Return the source to run: the tests' prefix, followed by the program.
 
-    A prefix ends with a function's head and docstring, which is a function too: defined once more behind it, it is
-    replaced, and the imports and helpers before it stay.
+    A prefix ends with the signature and docstring of a function, which is a valid function by itself. A program that
+    defines the function again replaces it, and uses the imports and helpers before it.
     """
     if not tests.prefix:
         return program.source
@@ -180,7 +181,7 @@ def _judge_stdin(source: str, tests: CodeTests) -> Verdict:
         failure = failure or f"test {number}: {wrong if result.succeeded else result.reason}"
         if _is_syntax(result.stderr.strip().rpartition("\n")[2]):
             return Verdict(0, len(tests), failure, syntax_error=True)
-        # Another test would most likely run to the limit too, and each costs that long.
+        # The other tests would probably run to the limit too, which is slow.
         if not tests.partial or result.outcome is Outcome.TIMED_OUT:
             break
     return Verdict(passed, len(tests), failure, complete=run == len(tests))
@@ -224,10 +225,10 @@ def _judge_unit(source: str, tests: CodeTests) -> Verdict:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Whether two outputs are equal line by line, as LiveCodeBench compares them.
+    """Return whether two outputs are equal line by line, as LiveCodeBench compares them.
 
-    Blanks around the whole and around each line do not count; lines that differ are equal when both are numbers
-    throughout with the same values, exactly.
+    Blanks around the output and around each line are ignored. Lines of numbers alone are equal when the values are
+    exactly equal.
 
     >>> same_output("1.0 2\\n", "1 2.00"), same_output("1 2", "1\\n2")
     (True, False)
@@ -242,7 +243,7 @@ def _same_line(printed: str, expected: str) -> bool:
         return True
     try:
         return [Decimal(word) for word in printed.split()] == [Decimal(word) for word in expected.split()]
-    except InvalidOperation:  # a word that is no number, or the kind of NaN that refuses to be compared
+    except InvalidOperation:  # a word that is no number, or a signalling NaN
         return False
 
 
@@ -258,7 +259,7 @@ def _run(kind: str, source: str, stdin: str, tests: CodeTests, runs: int = 1) ->
     seconds = max(1, min(tests.cpu_seconds * runs, int((BUDGET_SECONDS - WALL_EXTRA) / WALL_FACTOR)))
     wall = WALL_EXTRA + WALL_FACTOR * seconds
     limits = Limits(cpu_seconds=seconds, wall_seconds=wall, memory_bytes=tests.memory_mb * 2**20)
-    # !a writes a literal that holds any text, half surrogates included.
+    # !a writes any text as an ASCII literal, including half surrogate pairs.
     return run_program(f"{_driver()}\n\nmain({kind!r}, {source!a})\n", stdin=stdin, limits=limits)
 
 
@@ -268,9 +269,9 @@ def _check_budget(begin: float, number: int, tests: CodeTests) -> None:
 
 
 def _reports(printed: str) -> tuple[list[dict[str, Any]], str]:
-    """The driver's lines on the tests, and why the program did not load, empty when it did.
+    """Return the driver's reports on the tests, and why the program did not load, or "".
 
-    The program may have written among them, to its own harm: what is no such line is passed over.
+    Lines that are no reports are skipped: the program may have printed them.
     """
     found: list[dict[str, Any]] = []
     for line in printed.splitlines():

@@ -1,8 +1,8 @@
-"""Runs a model's program inside the sandbox, and tests in its process where they ask for that. Not imported by sapo.
+"""Run a model's program inside the sandbox, and unit tests in its process. sapo does not import this file.
 
-code.py sends this file's text with a call of `main` at its end to the sandbox's own interpreter, which may be older
-than ours: it needs the standard library alone. What it reports goes to the standard output it was started with; what
-the program prints goes there too when that is what is judged, and nowhere otherwise.
+code.py sends the text of this file, with a call of `main` at its end, to the sandbox's own interpreter. That may be
+older than ours, so only the standard library is used. Reports go to the standard output with which the process was
+started. What the program prints goes there too in stdin tests, where it is scored, and is dropped otherwise.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ import types
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# What LiveCodeBench puts before every program: its starter code writes List[int] and imports nothing.
+# The imports that LiveCodeBench puts before every program: its starter code uses List[int] without an import.
 PREAMBLE = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
     *("itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"),
 )
-RECURSION_LIMIT = 50_000  # likewise LiveCodeBench's
+RECURSION_LIMIT = 50_000  # as in LiveCodeBench
 
-# The values that tests compare; of other classes only such as keep the equality they inherit, or are of these modules.
+# Values that tests may compare. Objects of other classes are allowed where they inherit their equality, or where the
+# class is of these modules.
 PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None), range)
 CONTAINERS = (list, tuple, set, frozenset, dict)
 TRUSTED_MODULES = ("builtins", "array", "collections", "datetime", "decimal", "fractions", "numbers")
 
 
 def main(kind: str, program: str) -> None:
-    """Run `program` and, by `kind`, nothing more ("stdin"), calls ("functional") or tests ("unit")."""
+    """Run a program, and then, depending on `kind`, nothing ("stdin"), calls ("functional") or tests ("unit")."""
     sys.setrecursionlimit(RECURSION_LIMIT)
     if kind == "stdin":
         load(program)
@@ -49,9 +50,9 @@ def main(kind: str, program: str) -> None:
 
 
 def load(program: str) -> types.ModuleType:
-    """The program's module after it has run; an exit of its own ends it early and is not an error."""
+    """Run a program and return its module. A program may end itself early by SystemExit."""
     code = compile(program, "program.py", "exec", dont_inherit=True)
-    # In the driver's place, so that what looks itself up as __main__ finds the program.
+    # It replaces the driver as __main__, for programs that look themselves up.
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__file__ = "/program.py"
     if lacks_names(program):
@@ -63,7 +64,7 @@ def load(program: str) -> types.ModuleType:
 
 
 def lacks_names(program: str) -> bool:
-    """Whether the program uses a name that it nowhere defines or imports: then it counts on the preamble."""
+    """Return whether a program uses a name that it neither defines nor imports, and so needs the preamble."""
     import symtable
 
     used: set[str] = set()
@@ -82,10 +83,10 @@ def lacks_names(program: str) -> bool:
 
 
 def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
-    """Call the function with each list of arguments and write what it returns, one JSON object a line."""
+    """Call the function with each list of arguments and report what it returns, one JSON object a line."""
 
     def out_of_time(number: int, frame: object) -> None:
-        say(report, error="timed out")
+        write_report(report, error="timed out")
         os._exit(0)
 
     signal.signal(signal.SIGPROF, out_of_time)
@@ -95,14 +96,14 @@ def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
         owner = module.Solution() if hasattr(module, "Solution") else module
         function = getattr(owner, order["function"])
     except BaseException as error:
-        say(report, load=brief(error))
+        write_report(report, load=brief(error))
         return
     for arguments in order["calls"]:
         signal.setitimer(signal.ITIMER_PROF, order["seconds"])
         try:
             line = json.dumps({"value": function(*arguments)})
         except BaseException as error:
-            say(report, error=brief(error))
+            write_report(report, error=brief(error))
         else:
             report.write(line + "\n")
             report.flush()
@@ -112,13 +113,13 @@ def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
 
 
 def run_tests(report: TextIO, program: str, order: dict[str, Any]) -> None:
-    """Run each test in the program's namespace and report it with the token, which the program has not been told."""
+    """Run each test in the program's namespace, and report it with the token, which the program does not get."""
     pristine = dict(vars(builtins))
     token = order["token"]
     try:
         module = load(program)
     except BaseException as error:
-        say(report, load=brief(error))
+        write_report(report, load=brief(error))
         return
     namespace = dict(module.__dict__)
     for name, value in module.__dict__.items():
@@ -129,13 +130,13 @@ def run_tests(report: TextIO, program: str, order: dict[str, Any]) -> None:
         try:
             exec(compile(test, f"test{number}.py", "exec", dont_inherit=True), namespace)
         except BaseException as error:
-            say(report, number=number, error=brief(error))
+            write_report(report, number=number, error=brief(error))
         else:
-            say(report, number=number, token=token)
+            write_report(report, number=number, token=token)
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, refusing to return an object of the program's own class, which could call itself equal to all."""
+    """Wrap a function so that it cannot return an object of a class that could be equal to everything."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -147,7 +148,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_own_equality(value: Any, depth: int = 0) -> None:
-    """TypeError for a value that is, or holds, an object of a class that defines equality and is not a trusted one."""
+    """Refuse a value that is, or contains, an object of an untrusted class that defines its own equality."""
     kind = type(value)
     if kind in CONTAINERS and depth < 20:
         for item in [*value, *value.values()] if kind is dict else value:
@@ -157,18 +158,18 @@ def refuse_own_equality(value: Any, depth: int = 0) -> None:
 
 
 def makes_only_itself(cls: type) -> bool:
-    """Whether calling a class gives an object of it that is equal to what any object is: no guard is needed."""
+    """Return whether calling a class gives an object of that class with inherited equality, which needs no guard."""
     own = [base for base in cls.__mro__ if not is_trusted(base)]
     return type(cls) is type and not defines_equality(cls) and not any("__new__" in vars(base) for base in own)
 
 
 def defines_equality(cls: type) -> bool:
-    """Whether equality of its objects is the work of a class that is not trusted."""
+    """Return whether an untrusted class defines the equality of a class's objects."""
     return any("__eq__" in vars(base) and not is_trusted(base) for base in cls.__mro__)
 
 
 def is_trusted(cls: type) -> bool:
-    """Whether a class is found where it says it is, in one of the trusted modules."""
+    """Return whether a class is really the one of its name in a trusted module."""
     if cls.__module__ not in TRUSTED_MODULES:
         return False
     try:
@@ -180,16 +181,16 @@ def is_trusted(cls: type) -> bool:
 # ------------------------------------------------------------------------------------------------------------ shared
 
 
-def say(report: TextIO, **what: Any) -> None:
-    """One line of the report, at once: the next thing may end the process."""
+def write_report(report: TextIO, **what: Any) -> None:
+    """Write one line of the report and flush it, since the next test may end the process."""
     report.write(json.dumps(what) + "\n")
     report.flush()
 
 
 def brief(error: BaseException) -> str:
-    """An exception in one short line."""
+    """Return an exception as one short line."""
     try:
         text = " ".join(str(error).split())
-    except BaseException:  # an exception of the program's may not want to be printed
+    except BaseException:  # an exception of the program may raise another when it is printed
         text = ""
     return (type(error).__name__ + (f": {text}" if text else ""))[:200]

@@ -1,4 +1,4 @@
-"""What a program is tested with: one schema for LiveCodeBench, HumanEval and MBPP, which survives JSON."""
+"""The tests of a program: one schema for LiveCodeBench, HumanEval and MBPP, with a form in JSON."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ KINDS = ("stdin", "functional", "unit")
 class CodeTests:
     """The tests of one programming question, of one of three kinds.
 
-    stdin: the program reads an input and prints an output, a case each.
-    functional: a function, or a method of class Solution, is called with an input's lines, each an argument in JSON,
-        and returns what an output says in JSON.
-    unit: Python statements that raise when the program is wrong, each run after the program, in its namespace.
+    stdin: the program reads an input and prints an output, once for each case.
+    functional: a function, or a method of class Solution, is called with the lines of an input, each an argument in
+        JSON. It must return the output, which is JSON too.
+    unit: Python statements that raise an exception when the program is wrong. Each runs after the program, in its
+        namespace.
 
     >>> tests = CodeTests("stdin", cases=(("1 2\\n", "3\\n"),))
     >>> CodeTests.from_json(tests.to_json()) == tests
@@ -30,20 +31,21 @@ class CodeTests:
 
     kind: Literal["stdin", "functional", "unit"]
     cases: tuple[tuple[str, str], ...] = ()
-    """(input, expected output) of the kinds stdin and functional."""
+    """Pairs (input, expected output) of stdin and functional tests."""
     function: str = ""
-    """What functional tests call; in unit tests the function a completion has to define, if there is one such."""
+    """Name of the function that functional tests call, or that a completion must define for unit tests."""
     prefix: str = ""
-    """Source that a completion continues, up to a function's body; put before a whole program too, for its imports."""
+    """Source that a completion continues, up to the body of a function. It also precedes a whole program."""
     statements: tuple[str, ...] = ()
-    """The unit tests."""
+    """Statements of the unit tests."""
     setup: str = ""
-    """Source that runs before the unit tests and after the program."""
+    """Source that runs after the program and before the unit tests."""
     cpu_seconds: int = 6
-    """Processor time of each stdin run and each call, and of all unit tests together. LiveCodeBench gives 6."""
+    """CPU time of each stdin run, of each call, or of all unit tests together. LiveCodeBench gives 6 seconds."""
     memory_mb: int = 1024
+    """Memory of the program in MiB."""
     partial: bool = True
-    """Run all stdin tests even after a failure, for the share that pass. Without, a wrong program costs one run."""
+    """Whether to run all stdin tests after a failure, to measure the share that pass. False saves time."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -53,9 +55,9 @@ class CodeTests:
         given = self.statements if self.kind == "unit" else self.cases
         if not given:
             field = "statements" if self.kind == "unit" else "cases"
-            raise TaskError(f"{self.kind} tests need {field}; got none; a program that nothing tests cannot be right")
+            raise TaskError(f"{self.kind} tests need {field}; got none; add them, or leave the row out")
         if self.kind == "functional" and not self.function:
-            raise TaskError("functional tests call a function; got no name; set function, as metadata's func_name")
+            raise TaskError("functional tests call a function; got no name; set function, or func_name in the metadata")
         if self.cpu_seconds < 1 or self.memory_mb < 64:
             raise TaskError(
                 f"a program needs at least 1 s and 64 MB; got cpu_seconds={self.cpu_seconds}, "
@@ -66,7 +68,7 @@ class CodeTests:
         return len(self.statements if self.kind == "unit" else self.cases)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON, for `Prompt.metadata["tests"]`."""
+        """Return the tests as plain JSON, for `Prompt.metadata["tests"]`."""
         return {
             **asdict(self),
             "cases": [list(case) for case in self.cases],
@@ -75,10 +77,10 @@ class CodeTests:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CodeTests:
-        """From what `to_json` gave; fields may be left out.
+        """Make tests from the JSON of `to_json`. Fields may be left out.
 
         Raises:
-            TaskError: an unknown field or one that is not of its type.
+            TaskError: a field is unknown or has the wrong type.
         """
         known = cls.__dataclass_fields__
         for name in value:
@@ -102,13 +104,13 @@ class CodeTests:
     def from_livecodebench(
         cls, public: str, private: str | None = None, metadata: str | Mapping[str, Any] | None = None, **options: Any
     ) -> CodeTests:
-        """From the columns public_test_cases, private_test_cases and metadata.
+        """Make tests from the columns public_test_cases, private_test_cases and metadata.
 
         >>> CodeTests.from_livecodebench('[{"input": "1", "output": "2", "testtype": "stdin"}]').cases
         (('1', '2'),)
 
         Raises:
-            TaskError: a column that does not hold what it should, or tests of two types.
+            TaskError: a column cannot be read, or the tests are of two types.
         """
         tests = decode_private_tests(public) + (decode_private_tests(private) if private else [])
         kinds = sorted({test["testtype"] for test in tests})
@@ -120,7 +122,7 @@ class CodeTests:
 
     @classmethod
     def from_humaneval(cls, prompt: str, test: str, entry_point: str, **options: Any) -> CodeTests:
-        """From the columns prompt, test and entry_point: the completion continues the prompt."""
+        """Make tests from the columns prompt, test and entry_point. The completion continues the prompt."""
         check = f"{test}\n\ncheck({entry_point})\n"
         return cls("unit", prefix=prompt, function=entry_point, statements=(check,), **options)
 
@@ -128,7 +130,7 @@ class CodeTests:
     def from_mbpp(
         cls, test_list: Sequence[str], setup: str = "", imports: Sequence[str] = (), **options: Any
     ) -> CodeTests:
-        """From the columns test_list, test_setup_code and, in the sanitized form, test_imports.
+        """Make tests from the columns test_list, test_setup_code and, in the sanitized form, test_imports.
 
         >>> CodeTests.from_mbpp(["assert add(1, 2) == 3"]).statements
         ('assert add(1, 2) == 3',)

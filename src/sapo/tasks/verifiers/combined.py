@@ -22,11 +22,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Combined:
-    """The sum of weight x reward over the terms.
+    """Gives the sum of weight x reward over the terms.
 
-    The answer is that of the first term that has one. Each term's reward is a figure of its own, under its name. When a
-    term with a weight above 0 can read no answer, the whole is unparseable, with the reward that the others gave; an
-    exception in a term is one of the whole.
+    The answer is that of the first term that has one. The reward of each term is a figure under its name. Where a term
+    with a weight above 0 is unparseable, so is the sum, which keeps the rewards of the others. An exception in a term
+    is an exception of the sum.
 
     >>> from sapo.tasks.verifiers.numbers import last_number
     >>> from sapo.tasks.verifiers.patterns import Format
@@ -40,26 +40,26 @@ class Combined:
 
     @property
     def isolated(self) -> bool:
-        """True when a term must run in a worker: then all do."""
+        """Return whether a term must run in a worker. Then all do."""
         return any(getattr(term.verifier, "isolated", False) for term in self.terms)
 
     @property
     def deadline(self) -> float:
-        """That of all isolated terms together."""
+        """Return the sum of the deadlines of the isolated terms, in seconds."""
         return sum(deadline_of(term.verifier) for term in self.terms)
 
     @property
     def pure(self) -> bool:
-        """True when every term is."""
+        """Return whether every term is pure."""
         return all(is_pure(term.verifier) for term in self.terms)
 
     def prepare(self) -> None:
-        """Prepare the terms."""
+        """Prepare the verifiers of the terms."""
         for term in self.terms:
             prepare(term.verifier)
 
     def check_machine(self) -> None:
-        """Check it for the terms."""
+        """Let the verifiers of the terms check the machine."""
         for term in self.terms:
             check_machine(term.verifier)
 
@@ -79,9 +79,9 @@ class Combined:
 
 
 def _weighted_sum(parts: Iterable[tuple[float, float]]) -> float:
-    """The sum of weight x reward of the decimals as written, rounded once.
+    """Compute the sum of weight x reward in exact decimals, rounded once.
 
-    In floating point 0.7 + 0.2 + 0.1 is below 1, and an answer to which every term gave 1 would not count as right.
+    In floating point 0.7 + 0.2 + 0.1 is below 1, and an answer with reward 1 from every term would not count as right.
     """
     return float(sum((_decimal(weight) * _decimal(checked_reward(reward)) for weight, reward in parts), Fraction()))
 

@@ -1,6 +1,6 @@
-r"""Where the answer stands in a completion: boxes, phrases, mathematics, JSON.
+r"""Find the answer in a completion: boxes, phrases, mathematics, JSON.
 
-Everything here is linear in the length of the text, or bounded, since the text is a model's and may be anything.
+Every function takes time linear in the length of the text, or bounded, since a model may write any text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _FENCE = re.compile(r"```[a-zA-Z0-9_-]*[ \t]*\n(.*?)```", re.DOTALL)
 _OBJECT = re.compile(r"\{\s*[\"}]")
 
 MAX_JSON_ATTEMPTS = 200
-"""Beginnings of an object that do not parse before the search ends: each may cost a look at the rest of the text."""
+"""Limit of failed attempts to parse an object: each may take time linear in the rest of the text."""
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Every closed \boxed{...} or \fbox{...} as (start, end, content), in order of their starts.
+    r"""Find every closed \boxed{...} or \fbox{...} as (start, end, content), in order of their starts.
 
     >>> [content for _, _, content in boxes(r"\boxed{\frac{1}{2}} or \boxed{x = \boxed{3}} or \boxed{4")]
     ['\\frac{1}{2}', 'x = \\boxed{3}', '3']
@@ -44,7 +44,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last box, the innermost of nested ones; None when no box is closed.
+    r"""Return the content of the last box, the innermost of nested ones, or None when no box is closed.
 
     >>> last_boxed(r"first \boxed{1}, no: \boxed{x = \boxed{2}}"), last_boxed(r"\boxed{3")
     ('2', None)
@@ -57,7 +57,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_boxes(text: str) -> list[str]:
-    r"""The last box and those just before it, where only `and`, `or`, commas and blanks stand between: one answer.
+    r"""Return the contents of the last box and of those joined to it by `and`, `or`, commas or blanks: one answer.
 
     >>> last_boxes(r"We try \boxed{0}. So $x = \boxed{1}$ is wrong; it is $\boxed{2}$ or $\boxed{3}$.")
     ['2', '3']
@@ -72,7 +72,7 @@ def last_boxes(text: str) -> list[str]:
 
 
 def after_phrase(text: str) -> str | None:
-    """What the last "answer is", "Answer:" or the like announces, to the end of that line; None without one.
+    """Return what follows the last "answer is", "Answer:" or similar phrase on its line, or None without one.
 
     >>> after_phrase("The answer is 4? No.\\n**Final answer:** 5 apples.\\nDone")
     '5 apples'
@@ -85,7 +85,7 @@ def after_phrase(text: str) -> str | None:
 
 
 def last_formula(text: str) -> str | None:
-    r"""The content of the last $...$, $$...$$, \(...\) or \[...\]; None without one.
+    r"""Return the content of the last $...$, $$...$$, \(...\) or \[...\], or None without one.
 
     >>> last_formula(r"If $x = 1$ then \(y = 2\).")
     'y = 2'
@@ -95,7 +95,7 @@ def last_formula(text: str) -> str | None:
 
 
 def last_json_object(text: str) -> dict[str, Any] | None:
-    """The last JSON object of a text: the whole text, or in the last ``` fence that has one, or anywhere.
+    """Return the last JSON object of a text: the whole text, or in the last ``` fence that has one, or anywhere.
 
     >>> last_json_object('Not {this}, but {"a": {"b": 1}} it is.')
     {'a': {'b': 1}}

@@ -1,13 +1,15 @@
-r"""The verifier `math`: is the completion's answer equal to the reference, whatever way it is written?
+r"""The verifier `math`: compare a completion's answer with the reference, however the two are written.
 
-The answer is found and taken apart here: numbers are compared exactly, words as words, lists and points part by part.
-Expressions are compared by math-verify (LaTeX through an ANTLR grammar to SymPy). Departures from math-verify's own
-rules, each against a wrong verdict of it:
-- only its LaTeX reader is used. Its reader of plain expressions hands text to Python's eval, and even the LaTeX reader
-  hands it the digits of numbers; here SymPy's one call of eval is replaced by a reader of literals in the meantime.
-- 52_8 is a numeral in base 8, where math-verify drops the base; a decimal must equal a decimal exactly, where it rounds
-  to six places; constants must agree to a relative 1e-6, where it takes every two tiny ones for equal; points are
-  compared part by part, where (8, -2) and (9, -3) both become the empty interval; an anagram is another word.
+The answer is found and parsed here: numbers are compared exactly, words as words, lists and points part by part.
+Expressions are compared by math-verify (LaTeX through an ANTLR grammar to SymPy). Departures from math-verify's rules,
+each of which prevents a wrong verdict:
+- Only its LaTeX reader is used. Its reader of plain expressions passes text to Python's eval, and even the LaTeX reader
+  passes the digits of numbers. Here SymPy's one call of eval is replaced by a reader of literals meanwhile.
+- 52_8 is a numeral in base 8; math-verify drops the base.
+- A decimal must equal a decimal exactly; math-verify rounds to six places.
+- Constants must agree to a relative 1e-6; math-verify takes any two tiny ones for equal.
+- Points are compared part by part; math-verify turns (8, -2) and (9, -3) both into the empty interval.
+- An anagram is another word.
 """
 
 from __future__ import annotations
@@ -43,18 +45,18 @@ from sapo.tasks.verifiers.numbers import NUMBER, after_hash
 Result = TypeVar("Result")
 
 MAX_ANSWER_LENGTH = 2000
-"""Characters of an answer that are looked at; the longest of MATH-500 has 57."""
+"""Limit of the characters of an answer; the longest of MATH-500 has 57."""
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
-"""Of a decimal against a number that no decimal writes exactly, as 0.333333 against 1/3."""
+"""Tolerance between a decimal and a number that has no exact decimal, such as 0.333333 and 1/3."""
 
 
 @dataclass(frozen=True)
 class Math(IsolatedOptions):
-    r"""Reward 1 when the answer equals the prompt's: 1/2, \frac12, \dfrac{1}{2}, 0.5 and x = 0.5 are equal.
+    r"""Gives reward 1 where the answer equals the prompt's: 1/2, \frac12, \dfrac{1}{2}, 0.5 and x = 0.5 are equal.
 
-    The answer is the last \boxed{...}; without one, what follows `####`, then "answer is", then the last formula, then
-    the whole text where it is one short formula, then the last number.
+    The answer is the last \boxed{...}. Without a box it is the first of these that is present: what follows `####`,
+    what follows "answer is", the last formula, the whole text where it is one short formula, the last number.
 
     >>> prompt = Prompt(id=0, task="maths", text="?", answer=r"\frac{1}{2}")
     >>> Math()(r"So $x = \boxed{0.50}$.", prompt).reward
@@ -62,7 +64,7 @@ class Math(IsolatedOptions):
     """
 
     require_box: bool = False
-    """Read boxes only: a completion without one is unparseable."""
+    """Read boxes only. A completion without one is unparseable."""
     pure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Math(IsolatedOptions):
             raise TaskError("verifier 'math' needs the package math-verify; pip install 'sapo-rl[tasks]'")
 
     def prepare(self) -> None:
-        """Load SymPy, and what it loads when it first simplifies."""
+        """Load SymPy, including what it loads when it first simplifies."""
         with _nothing_evaluated():
             equal("(x+1)^2", "x^2+2x+1")
 
@@ -92,12 +94,12 @@ class Math(IsolatedOptions):
         if not given:
             return unparseable("the answer is empty")
         with _nothing_evaluated():
-            # Equal answers are equal text for a majority, also where two forms of one were not brought to one spelling.
+            # A right answer is recorded as the reference, so that all right answers are equal text for a majority.
             if _within(self.deadline * 0.6, equal, reference, given):
                 return Score(1.0, answer=canonical_answer(reference) or squeezed(reference))
             try:
                 canonical = _within(self.deadline * 0.2, canonical_answer, given)
-            except TimeoutError:  # what it is may be unknown; that it is wrong is not
+            except TimeoutError:  # its canonical form is unknown, but it is wrong
                 return Score(0.0, answer=squeezed(given))
         if canonical is None and words_of(reference) is None and base_of(reference) is None:
             return unparseable(f"the answer cannot be read: {brief(found)}")
@@ -105,7 +107,7 @@ class Math(IsolatedOptions):
 
 
 def answer_in(text: str, *, several: bool = False, require_box: bool = False) -> str | None:
-    r"""The answer of a completion as it stands there, or None; `several` also takes boxes side by side for one list.
+    r"""Return the answer of a completion as it is written, or None. `several` joins adjacent boxes to one list.
 
     >>> answer_in(r"so \boxed{5}"), answer_in("3 * 6 = 18 #### 18"), answer_in("I make it 7 or 8"), answer_in("Hm.")
     ('5', '18', '8', None)
@@ -130,7 +132,7 @@ def answer_in(text: str, *, several: bool = False, require_box: bool = False) ->
 
 
 def equal(reference: str, given: str) -> bool:
-    """Whether two respelt answers are the same answer; not symmetric: `reference` decides what is to be compared."""
+    """Return whether two respelt answers are equal. `reference` decides how they are compared."""
     if squeezed(reference) == squeezed(given):
         return True
     whole = reference, given
@@ -138,7 +140,7 @@ def equal(reference: str, given: str) -> bool:
     if squeezed(reference) == squeezed(given):
         return True
     if (numeral := base_of(reference)) is not None:
-        # The base may be left out, since the question names it.
+        # The base may be left out, since the question gives it.
         return numeral == base_of(given) or given == numeral[0]
     if (numeral := base_of(given)) is not None:
         value = number_of(reference)
@@ -151,13 +153,13 @@ def equal(reference: str, given: str) -> bool:
     parts, others = listing_of(reference), listing_of(given)
     if parts is not None and others is not None:
         return _listings_equal(parts, others)
-    # y = 2x + 3 may be given as another equation of the same line.
+    # y = 2x + 3 may be written as another equation of the same line.
     as_equations = "=" in given and whole != (reference, given)
     return _expressions_equal(*whole) if as_equations else _expressions_equal(reference, given)
 
 
 def canonical_answer(text: str) -> str | None:
-    r"""A respelt answer in the form in which equal answers are equal text; None when it is no mathematics.
+    r"""Return a respelt answer in a form in which equal answers are equal text, or None where it is no mathematics.
 
     >>> canonical_answer(r"\frac{2}{4}"), canonical_answer("3, 1"), canonical_answer("52_8")
     ('1/2', '1, 3', '52_8')
@@ -181,7 +183,7 @@ def canonical_answer(text: str) -> str | None:
 
 
 def _reference_answer(answer: str) -> str:
-    """The answer of a row: its box or what follows #### where it is a whole solution."""
+    """Return the answer of a row: its box, or what follows ####, where the row has a whole solution."""
     if "####" in answer:
         return after_hash(answer)
     boxed = last_boxed(answer) if "\\boxed" in answer else None
@@ -198,7 +200,7 @@ def _as_words(given: str, *, letter: bool) -> str:
 
 
 def _numbers_equal(reference: Number, given: Number) -> bool:
-    if reference.percent != given.percent:  # 50% is 0.5, and 50 where the question asked for a percentage
+    if reference.percent != given.percent:  # 50% is 0.5, or 50 where the question asked for a percentage
         as_given = {given.value, given.value / 100} if given.percent else {given.value, given.value * 100}
         return reference.value in as_given
     if reference.value == given.value:
@@ -228,7 +230,7 @@ def _listings_equal(reference: Listing, given: Listing) -> bool:
 
 
 def _is_formula(text: str) -> bool:
-    """One short line that is mathematics: a digit, a command or an operator, and no words beside."""
+    """Return whether a text is one short line of mathematics: a digit, a command or an operator, without words."""
     if not text or "\n" in text or len(text) > 200:
         return False
     spelt = respell(text)
@@ -256,14 +258,14 @@ def _math_verify() -> Any:
     import math_verify
     import sympy.physics.units  # noqa: F401  simplify() imports it late, and its tables of units are made by eval
 
-    # It warns whenever it is used without its own timeouts, which the deadline here replaces.
+    # It warns whenever it is used without its own timeouts, which our deadline replaces.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     return math_verify
 
 
 @lru_cache(maxsize=512)
 def _parsed(text: str) -> Any | None:
-    """The SymPy object of an answer, or None."""
+    """Return the SymPy object of an answer, or None."""
     if re.search(r"[0-9]\.[0-9]*\.[0-9]", text):  # 5.0.0 would be 5.0 times .0
         return None
     library = _math_verify()
@@ -278,7 +280,7 @@ def _expressions_equal(reference: str, given: str) -> bool:
     gold, pred = _parsed(reference), _parsed(given)
     if gold is None or pred is None:
         return False
-    # A set may be given as the relation that describes it, as 1 < x < 2 for (1, 2).
+    # A set may be written as the relation that describes it, such as 1 < x < 2 for (1, 2).
     verdict = _math_verify().verify(gold, pred, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(verdict) and not _differ_as_constants(gold, pred)
 
@@ -290,7 +292,7 @@ def _differ_as_constants(gold: Any, pred: Any) -> bool:
         a, b = complex(gold.evalf(30)), complex(pred.evalf(30))
     except (TypeError, ValueError, ArithmeticError):
         return False
-    ratios = (1, 100, 0.01)  # percentages: math-verify has said already that the unit is right
+    ratios = (1, 100, 0.01)  # percentages: math-verify has compared the units already
     return all(abs(a - b * ratio) > float(RELATIVE_TOLERANCE) * abs(a) for ratio in ratios)
 
 
@@ -302,7 +304,7 @@ def _canonical_expression(expression: Any) -> str:
             parts = [f"{number.real:.10g}", f"{number.imag:+.10g}i" if abs(number.imag) > 1e-12 else ""]
             return "".join(parts)
         return str(value)
-    except Exception:  # SymPy fails in many ways, and any text will do for what is wrong
+    except Exception:  # SymPy fails in many ways, and any text will do for a wrong answer
         return str(expression)
 
 
@@ -311,10 +313,10 @@ class _Late(BaseException):
 
 
 def _within(seconds: float, function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments), given up in time where a signal can do that, which saves the pool from making a new worker.
+    """Call a function, and stop it after `seconds` where signals allow, so that the pool need not replace the worker.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: the function took longer.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return function(*arguments)
@@ -333,16 +335,16 @@ def _within(seconds: float, function: Callable[..., Result], *arguments: Any) ->
         signal.signal(signal.SIGALRM, before)
 
 
-# What SymPy makes of the text of a number before it evaluates it.
+# The code that SymPy makes of a number before it evaluates it.
 _LITERAL = re.compile(r"(Integer|Float) \(\s*'?([0-9.eE+-]{1,2100})'?\s*\)")
 
 
 @contextmanager
 def _nothing_evaluated() -> Iterator[None]:
-    """Close the one place where SymPy evaluates text as Python: it reads literals there and refuses the rest.
+    """Replace the one function of SymPy that evaluates text as Python by one that reads literals and refuses the rest.
 
-    Every number of an answer comes by there, as `Integer (12 )`, since the LaTeX reader hands its digits to
-    sympy.Number as text, which sympifies it.
+    Every number of an answer goes through it, as `Integer (12 )`: the LaTeX reader passes the digits as text to
+    sympy.Number, which sympifies them.
     """
     _math_verify()
     import sympy

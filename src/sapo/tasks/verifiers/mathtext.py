@@ -1,6 +1,6 @@
-r"""Mathematical text without algebra: one spelling for what is written in many, and the shape of an answer.
+r"""Normalise mathematical text without algebra, and recognise the form of an answer.
 
-A number, a word and a list are recognised here, by text alone; what is left is an expression, for math.py.
+Numbers, words and lists are recognised here from the text alone. Anything else is an expression, for math.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SPELLINGS = [
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _FRAC = re.compile(r"\\frac\s*(?:\{\s*([-+]?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _MIXED = re.compile(r"[-+]?\s*(?:([0-9]+)\s+([0-9]+/[0-9]+)|([0-9]*)\s*(\\frac.*))", re.DOTALL)
-# A word of four letters is no product of variables; shorter units are named.
+# A word of four letters is no product of variables. Shorter units are listed.
 _UNIT_WORD = r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|ft|in|lb|lbs|oz|mph|deg|yr|yrs|hr|hrs|min|sec|sq|per|of)"
 _UNIT = re.compile(
     r"(?:\\text\s*\{[^{}]*\}|(?<=[0-9}\s])\s*(?<![A-Za-z])" + _UNIT_WORD + r"(?:\s" + _UNIT_WORD + r"){0,2})"
@@ -67,7 +67,7 @@ _LETTER = re.compile(r"\(([A-Za-z])\)")
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it was written.
+    """A number, and whether it is a percentage.
 
     >>> number_of(r"\\$1,234.50"), number_of(r"1\\frac{4}{5}"), number_of(r"50\\%")
     (Number(value=Fraction(2469, 2), percent=False), Number(value=Fraction(9, 5), percent=False), \
@@ -80,7 +80,7 @@ Number(value=Fraction(50, 1), percent=True))
 
 @dataclass(frozen=True)
 class Listing:
-    """Several answers, or one of several parts.
+    """Several answers, or one answer of several parts.
 
     >>> listing_of("(3, 4]"), listing_of("1,-2")
     (Listing(parts=('3', '4'), opening='(', closing=']'), Listing(parts=('1', '-2'), opening='', closing=''))
@@ -92,12 +92,12 @@ class Listing:
 
     @property
     def ordered(self) -> bool:
-        """True for points and intervals, False for sets and for solutions one after the other."""
+        """Return whether the order counts: in points and intervals, but not in sets and lists of solutions."""
         return self.opening in ("(", "[")
 
 
 def respell(text: str) -> str:
-    r"""One spelling: no $, \left, \dfrac, \mbox, thin spaces, Unicode signs, doubled blanks or full stop at the end.
+    r"""Respell a text without $, \left, \dfrac, \mbox, thin spaces, Unicode signs, double blanks and a final full stop.
 
     >>> respell(r"$\left( \dfrac12,\; 10{,}000 \right)$.")
     '( \\frac12, 10,000 )'
@@ -112,7 +112,7 @@ def respell(text: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    r"""The text without blanks and needless braces, so that two spellings of the same text are equal.
+    r"""Remove blanks and needless braces, so that two spellings of the same text are equal.
 
     >>> squeezed(r"\frac{1}{2} x^{2}") == squeezed(r"\frac12x^2")
     True
@@ -124,7 +124,7 @@ def squeezed(text: str) -> str:
 
 
 def number_of(text: str) -> Number | None:
-    """A respelt text that is one number, perhaps with a currency sign before and a unit behind; None for others."""
+    """Return the number that a respelt text is, with or without a currency sign and a unit, or None."""
     if len(text) > 2 * MAX_NUMBER_LENGTH:
         return None
     whole_text = _TEXT_COMMAND.fullmatch(text)
@@ -142,7 +142,7 @@ def number_of(text: str) -> Number | None:
 
 
 def base_of(text: str) -> tuple[str, int] | None:
-    """Digits with their base, as 4210_{5}; None for others.
+    """Return the digits and the base of a numeral such as 4210_{5}, or None for other texts.
 
     >>> base_of("4210_{5}"), base_of("4210")
     (('4210', 5), None)
@@ -152,13 +152,13 @@ def base_of(text: str) -> tuple[str, int] | None:
         return None
     base = int((match[2] or match[3])[:9])
     digits = match[1].upper()
-    # x_1 is a name: a digit string in base b has digits below b.
+    # x_1 is a name. A numeral in base b has digits below b.
     valid = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
     return (digits, base) if valid and digits[0].isdigit() else None
 
 
 def words_of(text: str) -> str | None:
-    r"""The words of an answer that is words and no mathematics, in lower case; None for others.
+    r"""Return an answer of words in lower case, or None where it is mathematics.
 
     >>> words_of(r"\text{Evelyn}"), words_of("(C)"), words_of("the east"), words_of("xy"), words_of(r"\frac12")
     ('evelyn', 'c', 'the east', None, None)
@@ -175,7 +175,7 @@ def words_of(text: str) -> str | None:
 
 
 def without_name(text: str) -> str:
-    r"""The right side of `x = 5`, `f(x) = ...` or `x \in [0, 1]`; the text itself when it is no such thing.
+    r"""Return the right side of `x = 5`, `f(x) = ...` or `x \in [0, 1]`, and any other text unchanged.
 
     >>> without_name("x = 5"), without_name("2x + y = 1")
     ('5', '2x + y = 1')
@@ -188,9 +188,9 @@ def without_name(text: str) -> str:
 
 
 def listing_of(text: str) -> Listing | None:
-    r"""The parts of `a, b`, `a and b`, `(a, b)`, `[a, b)`, `\{a, b\}` and `a \pm b`; None for one answer.
+    r"""Return the parts of `a, b`, `a and b`, `(a, b)`, `[a, b)`, `\{a, b\}` or `a \pm b`, or None for one answer.
 
-    Thousands separators are not commas: 10,080 is one number.
+    Thousands separators do not separate parts: 10,080 is one number.
     """
     opening = closing = ""
     inside = text
@@ -235,7 +235,7 @@ def _fraction(text: str) -> Fraction | None:
 
 
 def _closes_at_end(text: str, left: int, right: int) -> bool:
-    """True when the bracket that opens the text is closed by the one that ends it: not so in (1, 2) \\cup (3, 4)."""
+    """Return whether the last bracket closes the first. In (1, 2) \\cup (3, 4) it does not."""
     depth = 0
     for position in range(left, len(text) - right):
         depth += (text[position] in "([{") - (text[position] in ")]}")
@@ -256,7 +256,7 @@ def _split_at_commas(text: str) -> list[str]:
 
 
 def _in_grouped_number(text: str, comma: int) -> bool:
-    """True when the comma stands in a number grouped by threes throughout."""
+    """Return whether a comma is in a number whose digits are grouped in threes throughout."""
     grouped = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
     return any(match.start() < comma < match.end() for match in grouped.finditer(text, max(0, comma - 60), comma + 60))
 

@@ -1,6 +1,6 @@
 """Verifiers that compare a text or a number: `exact`, `last_number` and `hash_answer`.
 
-Numbers are compared exactly, as fractions, and those of absurd length are not read.
+Numbers are compared exactly, as fractions. Extremely long ones are not read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fractions import Fraction
 from sapo.data import Prompt, Score
 from sapo.tasks.verifiers.base import reference_of, unparseable
 
-# Longer than any sensible answer, and short enough that exact arithmetic on it costs nothing.
+# Longer than any sensible answer, and short enough for exact arithmetic to be fast.
 MAX_NUMBER_LENGTH = 100
 
 # A sign counts unless it follows a word, a number or a bracket: the last number of "10-5" is 5, of "= -5" it is -5.
@@ -23,7 +23,7 @@ NUMBER = re.compile(
 
 
 def exact(text: str, prompt: Prompt) -> Score:
-    """Reward 1 when the text, without the blanks around it, is the answer.
+    """Give reward 1 where the text, without blanks around it, is the answer.
 
     >>> exact(" Paris\\n", Prompt(id=0, task="capitals", text="France?", answer="Paris")).reward
     1.0
@@ -33,7 +33,7 @@ def exact(text: str, prompt: Prompt) -> Score:
 
 
 def last_number(text: str, prompt: Prompt) -> Score:
-    """Reward 1 when the last number in the text has the value of the answer: 1,000 and 1000.0 and 2000/2 are equal.
+    """Give reward 1 where the last number in the text has the value of the answer: 1,000, 1000.0 and 2000/2 are equal.
 
     >>> last_number("12 eggs at 4 make $1,000.50.", Prompt(id=0, task="t", text="?", answer="1000.5")).reward
     1.0
@@ -51,9 +51,9 @@ def last_number(text: str, prompt: Prompt) -> Score:
 
 
 def hash_answer(text: str, prompt: Prompt) -> Score:
-    """Reward 1 when what follows the last `#` is the answer, as in GSM8K: by value for numbers, else by text.
+    """Give reward 1 where what follows the last `#` is the answer, as in GSM8K: by value for numbers, else by text.
 
-    An answer field that holds a whole solution ending in `#### 18` is read the same way.
+    An answer field with a whole solution that ends in `#### 18` is read in the same way.
 
     >>> hash_answer("6 * 3 = 18 #### 18", Prompt(id=0, task="gsm8k", text="?", answer="three sixes #### 18")).reward
     1.0
@@ -73,7 +73,7 @@ def hash_answer(text: str, prompt: Prompt) -> Score:
 
 
 def after_hash(text: str) -> str:
-    """What follows the last `#`; the whole text when there is none.
+    """Return what follows the last `#`, or the whole text without one.
 
     >>> after_hash("6 * 3 = 18 #### 18")
     '18'
@@ -82,7 +82,7 @@ def after_hash(text: str) -> str:
 
 
 def number_in(text: str) -> Fraction | None:
-    """The exact value of a text that is one number and nothing else (a leading $ aside), or None.
+    """Return the exact value of a text that is one number alone (a leading $ is allowed), or None.
 
     >>> number_in("$1,000.50"), number_in("about 3")
     (Fraction(2001, 2), None)

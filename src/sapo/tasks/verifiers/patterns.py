@@ -1,6 +1,6 @@
 """Verifiers of form: `regex`, `format`, `json_schema` and `length`.
 
-A pattern can need exponential time on a text written by a model that is rewarded for it, so those that match patterns
+A pattern can need exponential time on some texts, and a model may learn to write them. So verifiers that match patterns
 run in a worker process with a deadline.
 """
 
@@ -24,14 +24,15 @@ _MODES = ("search", "full")
 
 @dataclass(frozen=True)
 class _Pattern(IsolatedOptions):
-    """A pattern and how it is to match; `.` matches line ends too."""
+    """A pattern and how it is matched. `.` matches line ends too."""
 
     deadline: float = 2.0
     pattern: str = ""
-    """In the syntax of Python's `re`."""
+    """Regular expression in the syntax of Python's `re`."""
     mode: Literal["search", "full"] = "search"
-    """search: anywhere in the completion; full: the whole completion, without the blanks around it."""
+    """search: anywhere in the completion. full: the whole completion, without blanks around it."""
     ignore_case: bool = False
+    """Whether upper and lower case match each other."""
     pure: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("pattern",)
 
@@ -60,7 +61,7 @@ class _Pattern(IsolatedOptions):
 
 @dataclass(frozen=True)
 class Format(_Pattern):
-    """Reward 1 when the pattern is there, else 0: a term of a sum, for how a completion should look.
+    """Gives reward 1 where the pattern matches, else 0. Used as a term of a sum, for the form of a completion.
 
     >>> Format(pattern=r"<think>.*</think>")("<think>hm</think> 5", Prompt(id=0, task="t", text="?")).reward
     1.0
@@ -74,17 +75,17 @@ class Format(_Pattern):
 
 @dataclass(frozen=True)
 class Regex(_Pattern):
-    r"""Reward 1 when what a group of the pattern's last match captured is the answer.
+    r"""Gives reward 1 where a group of the pattern's last match is the answer.
 
-    Numbers are compared by value, else text by text. Without a match the completion is unparseable. A pattern without
-    groups stands for its whole match.
+    Numbers are compared by value, other texts as text. Without a match the completion is unparseable. In a pattern
+    without groups, the whole match is compared.
 
     >>> Regex(pattern=r"<answer>(.*?)</answer>")("<answer> 5.0 </answer>", Prompt(id=0, task="t", text="?", answer="5"))
     Score(reward=1.0, status=<Status.SCORED: 'scored'>, detail='', answer='5', figures={})
     """
 
     group: int | str | None = None
-    """Which group is compared; null: the first, or the whole match where the pattern has none."""
+    """The group that is compared. null: the first, or the whole match where the pattern has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,9 +113,10 @@ class Regex(_Pattern):
 
 @dataclass(frozen=True)
 class JsonSchema(IsolatedOptions):
-    """Reward 1 when the completion's JSON object fits a schema (JSON Schema, draft 2020-12 unless it names another).
+    """Gives reward 1 where the completion's JSON object fits a schema (JSON Schema, draft 2020-12 by default).
 
-    The object is the whole completion, or in its last ``` fence, or the last {...}; without one it is unparseable.
+    The object is the whole completion, or in its last ``` fence, or the last {...}. Without one the completion is
+    unparseable.
 
     >>> schema = {"type": "object", "required": ["city"]}
     >>> JsonSchema(schema=schema)('Here: {"city": "Rome"}', Prompt(id=0, task="t", text="?")).reward
@@ -123,9 +125,9 @@ class JsonSchema(IsolatedOptions):
 
     deadline: float = 5.0
     schema: Mapping[str, Any] | None = None
-    """The schema; null: each prompt's own, in its metadata."""
+    """The schema. null: each prompt's own, in its metadata."""
     schema_field: str = "schema"
-    """The field of the prompt's metadata with the schema, an object or its JSON text."""
+    """Field of the prompt's metadata with the schema, an object or its JSON text."""
     pure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class JsonSchema(IsolatedOptions):
                 raise TaskError(str(error)) from error
 
     def prepare(self) -> None:
-        """Load jsonschema."""
+        """Load the package jsonschema."""
         _checker({})
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
@@ -159,18 +161,18 @@ class JsonSchema(IsolatedOptions):
 
 @dataclass(frozen=True)
 class Length:
-    """A penalty for length: 0 up to `limit - margin` characters, then falling in a straight line to -1 at `limit`.
+    """Penalises length: 0 up to `limit - margin` characters, then linear down to -1 at `limit`.
 
-    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), by characters of the completion's text.
+    The soft overlong punishment of DAPO (https://arxiv.org/abs/2503.14476, equation 13), in characters of the text.
 
     >>> [Length(limit=100, margin=50)("x" * n, Prompt(id=0, task="t", text="?")).reward for n in (50, 75, 100, 500)]
     [0.0, -0.5, -1.0, -1.0]
     """
 
     limit: int = 0
-    """Characters from which on the penalty is whole."""
+    """Number of characters at which the penalty is -1."""
     margin: int = 0
-    """Characters before the limit over which it grows; 0: none before the limit, all of it beyond."""
+    """Characters before the limit over which the penalty falls. 0: no penalty up to the limit, and -1 beyond."""
     required: ClassVar[tuple[str, ...]] = ("limit",)
 
     def __post_init__(self) -> None:
@@ -189,10 +191,10 @@ class Length:
 
 
 def _checker(schema: Any) -> Any:
-    """A validator that loads nothing from elsewhere.
+    """Return a validator that loads no other schemas.
 
     Raises:
-        ValueError: no schema, or a wrong one.
+        ValueError: the schema is missing or wrong.
     """
     import jsonschema
     import referencing

@@ -1,7 +1,7 @@
-"""The private tests of LiveCodeBench, which come as base64 of zlib of a pickle of a JSON text.
+"""Decode the private tests of LiveCodeBench, which are base64 of zlib of a pickle of a JSON text.
 
-A pickle is a program, and this one comes from the network. It is not run: its instructions are listed, and if they are
-anything but "this one string" it is refused. So no class is ever looked up and nothing is ever called.
+A pickle is a program, and this one comes from the network, so it is not run. Its instructions are listed, and it is
+refused unless they make one string and nothing else. No class is looked up and no function called.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 
 from sapo.errors import TaskError
 
-# The largest tests of the data set are some hundred megabytes; a few bytes of zlib can claim to be a terabyte.
+# The largest tests of the data set have some hundred megabytes. A few bytes of zlib can expand to a terabyte.
 MAX_DECODED_BYTES = 512 * 2**20
 
 _STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-# What surrounds the string: the version, the frame, a note for later reference that nobody makes, the end.
+# Instructions around the string: version, frame, memo entries and the end.
 _HARMLESS = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
 
 
 def decode_private_tests(text: str, *, max_bytes: int = MAX_DECODED_BYTES) -> list[dict[str, str]]:
-    """The tests in a `private_test_cases` field: each a dict with `input`, `output` and `testtype`.
+    """Return the tests in a `private_test_cases` field, each a dict with `input`, `output` and `testtype`.
 
-    Plain JSON, as `public_test_cases` and older rows have it, is read as it is.
+    Plain JSON, as in `public_test_cases` and in older rows, is read as well.
 
     >>> decode_private_tests('[{"input": "1", "output": "2", "testtype": "stdin"}]')
     [{'input': '1', 'output': '2', 'testtype': 'stdin'}]
 
     Raises:
-        TaskError: the text is none of that, a pickle of anything but a string, or larger than `max_bytes`.
+        TaskError: the text is neither, or a pickle of anything but a string, or larger than `max_bytes`.
     """
     if text.lstrip()[:1] in ("[", ""):
         return _read_tests(text)
@@ -61,7 +61,7 @@ def _unpack(packed: bytes, max_bytes: int) -> bytes:
 
 
 def _only_string(content: bytes) -> str:
-    """The string that a pickle consists of, found without running it."""
+    """Return the string that a pickle consists of, without running it."""
     found: list[str] = []
     end = None
     try:
@@ -71,15 +71,15 @@ def _only_string(content: bytes) -> str:
                 found.append(str(argument))
             elif operation.name not in _HARMLESS:
                 raise TaskError(
-                    f"private tests must be the pickle of one string; got its instruction {operation.name}, which "
+                    f"private tests must be the pickle of one string; got the instruction {operation.name}, which "
                     "makes something else; do not load this file with pickle"
                 )
     except TaskError:
         raise
-    except Exception as error:  # pickletools raises what it comes across: ValueError, IndexError, UnicodeError, ...
+    except Exception as error:  # pickletools raises many kinds: ValueError, IndexError, UnicodeError, ...
         raise TaskError(f"private tests must be a whole pickle; got {error}; download the row again") from error
     if len(found) != 1 or end != len(content) - 1:
-        got = f"{len(found)} strings" if len(found) != 1 else "further bytes behind its end"
+        got = f"{len(found)} strings" if len(found) != 1 else "further bytes after its end"
         raise TaskError(f"private tests must be the pickle of one string; got {got}; do not load this file with pickle")
     return found[0]
 

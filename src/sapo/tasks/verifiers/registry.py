@@ -1,4 +1,4 @@
-"""Verifiers by name, and how a recipe writes one: a name, `module:function`, a name with options, or a weighted sum.
+"""Verifiers by name, as a recipe writes them: a name, `module:function`, a name with options, or a weighted sum.
 
 verifier: math
 verifier: "my_rewards:judge"
@@ -34,10 +34,12 @@ VerifierSpec = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a verifier is, loaded when it is first named, and whether it compares with the prompt's answer."""
+    """A verifier of ours, which is loaded when a recipe names it."""
 
     location: str
+    """`module:attribute` of the verifier."""
     needs_answer: bool
+    """Whether it compares with the prompt's answer."""
 
 
 _HERE = "sapo.tasks.verifiers"
@@ -60,7 +62,7 @@ VERIFIERS: dict[str, Entry] = {
 
 @dataclass(frozen=True)
 class TermSpec:
-    """One verifier as it was written: `{name: regex, pattern: x, weight: 0.5}`.
+    """One verifier as a recipe writes it: `{name: regex, pattern: x, weight: 0.5}`.
 
     >>> parse_spec({"name": "length", "limit": 100})
     (TermSpec(name='length', options={'limit': 100}, weight=1.0),)
@@ -72,25 +74,26 @@ class TermSpec:
 
     @property
     def of_the_user(self) -> bool:
-        """True for `module:function`."""
+        """Return whether this is a user's `module:function`."""
         return self.name not in VERIFIERS
 
 
 @dataclass(frozen=True)
 class Isolated:
-    """A verifier that runs in a worker process of the shared pool; a batch of completions goes through it at once."""
+    """A verifier that runs in worker processes of the shared pool, for a batch of completions at once."""
 
     spec: VerifierSpec | Verifier
-    """As a recipe writes it; or a verifier of ours that no recipe names, of plain values, which goes there whole."""
+    """The verifier as a recipe writes it, or a verifier object of plain values, which is sent to the worker."""
     deadline: float
+    """Seconds for one completion."""
     pure: bool
-    """Whether equal (text, prompt) have equal scores by construction: true of ours, not of a user's function."""
+    """Whether equal (text, prompt) always have equal scores. A user's function does not promise that."""
     home: Home | None = None
-    """Where the user's modules are looked for."""
+    """Directory and path in which the user's modules are found."""
     isolated = True
 
     def job(self, text: str, prompt: Prompt) -> Job:
-        """What the pool is to run for one completion."""
+        """Return the job that scores one completion."""
         return Job(self.spec, text, prompt, self.deadline, self.home)
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
@@ -98,22 +101,22 @@ class Isolated:
 
 
 def load_verifier(spec: VerifierSpec) -> Verifier:
-    """The verifier that a recipe names; see the top of this file for the ways to write one.
+    """Load the verifier that a recipe names. The top of this file has the ways to write one.
 
-    A user's `module:function` is looked for on sys.path and, last, in the current directory. It is called with those of
-    the keyword arguments completion: str, answer: str | None, prompt: str, metadata: Mapping that its signature takes,
-    may be a coroutine function, and returns a number, a bool or a Score. It runs in a worker process, within `deadline`
-    seconds (60 unless set) of wall clock for each completion.
+    A user's `module:function` is looked up on sys.path and then in the current directory. It gets those of the keyword
+    arguments completion: str, answer: str | None, prompt: str and metadata: Mapping that its signature takes. It may be
+    a coroutine function, and returns a number, a bool or a Score. It runs in a worker process, with `deadline` seconds
+    by the clock (60 by default) for each completion.
 
     Raises:
-        TaskError: no such name, option, module or function, a function that cannot be called so, or a verifier that
-            could judge nothing on this machine.
+        TaskError: the name, option, module or function does not exist, the function has another signature, or the
+            verifier cannot work on this machine.
     """
     terms = parse_spec(spec)
     if any(term.of_the_user for term in terms):
         home = Home.here()
         deadline = _deadline_of_sum(terms)
-        # The module is imported where it will run, once, and never here: it may load a model of its own, or fail.
+        # The module is imported only in the worker, since it may load a model of its own, or fail.
         problem = shared_pool().check(Job(spec, "", Prompt(id=0, task="", text=""), deadline, home))
         if problem:
             raise TaskError(problem)
@@ -125,28 +128,28 @@ def load_verifier(spec: VerifierSpec) -> Verifier:
 
 
 def build_verifier(spec: VerifierSpec) -> Verifier:
-    """The verifier itself, to run in this process: what a worker calls."""
+    """Build a verifier that runs in this process. Workers call this too."""
     terms = parse_spec(spec)
     if isinstance(spec, (str, Mapping)):
         return _build(terms[0])
     built: list[Term] = []
     for i, term in enumerate(terms):
-        # The same verifier again, as a second pattern, is format_2.
+        # A second verifier of one name, such as another pattern, is called format_2.
         count = sum(other.name == term.name for other in terms[: i + 1])
         built.append(Term(term.name if count == 1 else f"{term.name}_{count}", term.weight, _build(term)))
     return Combined(tuple(built))
 
 
 def needs_answer(spec: VerifierSpec) -> bool:
-    """Whether a verifier of ours in `spec` compares with the prompt's answer; a user's function may do without."""
+    """Return whether a verifier of ours in `spec` compares with the prompt's answer. A user's function need not."""
     return any(VERIFIERS[term.name].needs_answer for term in parse_spec(spec) if not term.of_the_user)
 
 
 def parse_spec(spec: VerifierSpec) -> tuple[TermSpec, ...]:
-    """The verifiers that `spec` names with their options and weights; nothing is loaded.
+    """Parse the verifiers that `spec` names, with their options and weights. Nothing is loaded.
 
     Raises:
-        TaskError: it is written wrongly.
+        TaskError: `spec` has another form.
     """
     if isinstance(spec, str):
         return (_term({"name": spec}),)
@@ -158,7 +161,7 @@ def parse_spec(spec: VerifierSpec) -> tuple[TermSpec, ...]:
         return (_term(spec),)
     if not isinstance(spec, Sequence) or not spec or not all(isinstance(term, Mapping) for term in spec):
         raise TaskError(
-            f"a verifier must be a name, {{name: ..., option: ...}} or a list of such with weights; got {spec!r}"
+            f"a verifier must be a name, {{name: ..., option: ...}} or a list of these with weights; got {spec!r}"
         )
     return tuple(_term(term) for term in spec if isinstance(term, Mapping))
 
@@ -220,7 +223,7 @@ def _check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) 
 
 
 def _deadline_of_sum(terms: Sequence[TermSpec]) -> float:
-    """The deadline of a sum with the user's functions in it: that of all its terms together."""
+    """Return the deadline of a sum that includes user's functions: the sum of those of its terms."""
     own = [_build(term) for term in terms if not term.of_the_user]
     users = [term.options.get("deadline", DEFAULT_DEADLINE) for term in terms if term.of_the_user]
     return sum(map(deadline_of, own)) + float(sum(users))

@@ -1,4 +1,4 @@
-"""A function of the user's as a verifier, `module:function`, sync or async. It runs in a worker process."""
+"""A user's function as a verifier, `module:function`, sync or async. It runs in a worker process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sapo.utils.plugins import import_named
 USER_PARAMETERS = ("completion", "answer", "prompt", "metadata")
 
 DEFAULT_DEADLINE = 60.0
-"""Seconds for one completion: long enough for a judge behind an API, and a run does not stand for ever."""
+"""Seconds for one completion: long enough for a judge behind an API, without blocking a run for ever."""
 
 
 @dataclass
 class UserFunction:
-    """Calls the function with what its signature takes of USER_PARAMETERS; a coroutine is awaited.
+    """Calls a function with those of USER_PARAMETERS that its signature takes, and awaits a coroutine.
 
-    All of a worker's coroutines run in one event loop, so that a client kept in the module goes on working.
+    All coroutines of a worker run in one event loop, so that a client kept in the module can be reused.
 
     Raises:
-        TaskError: no such module or function, or one that cannot be called so.
+        TaskError: the module or function does not exist, or the function has another signature.
     """
 
     spec: str

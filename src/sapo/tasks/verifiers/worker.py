@@ -1,8 +1,8 @@
-"""The inside of a worker process: reads jobs from its socket, judges, writes scores; the outside is workers/pool.py.
+"""The worker process of verifiers: read jobs from a socket, score them, write the scores. Parent: workers/pool.py.
 
-Frames are a length in four bytes and the bytes. A request is a pickle, from a parent that is trusted. Answers are JSON,
-so that nothing a worker says, whatever ran in it, is ever unpickled. For each request there are two answers: `began`,
-when the verifier is loaded and the deadline starts, and the score or the reason why there is none.
+A frame is a length in four bytes and the bytes. Requests are pickles from the parent, which is trusted. Answers are
+JSON, so that nothing from a worker, which may run any code, is ever unpickled. Each request has two answers: `began`,
+when the verifier is loaded and the deadline starts, and then the score or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from sapo.tasks.workers.wire import HEADER, MAX_DETAIL
 
-# Text of a model can make exact arithmetic ask for all there is; a worker that runs verifiers of ours has its limit.
+# A model's text can make exact arithmetic use all memory, so verifiers of ours run with a limit.
 MEMORY_LIMIT = 4 * 2**30
 
 _PR_SET_PDEATHSIG = 1
 
 
 def serve(channel: socket.socket, parent: int) -> None:
-    """Judge until the parent closes its end."""
+    """Score jobs until the parent closes the socket."""
     _die_with(parent, channel)
     from sapo.errors import TaskError
     from sapo.tasks.verifiers.base import prepare, prepare_prompt
@@ -53,11 +53,11 @@ def serve(channel: socket.socket, parent: int) -> None:
             _answer(channel, {"refused": _reason(error)})
             continue
         _answer(channel, {"began": True})
-        if text is None:  # only to see that it loads
+        if text is None:  # the parent only checks that it loads
             _answer(channel, {"loaded": True})
             continue
         answer = _judge(loaded[key], text, prompt)
-        if os.getpid() != me:  # a child that the verifier forked and let return: the answer is its parent's to give
+        if os.getpid() != me:  # a child that the verifier forked: only its parent may answer
             os._exit(0)
         _answer(channel, answer)
 
@@ -65,7 +65,7 @@ def serve(channel: socket.socket, parent: int) -> None:
 def _judge(verifier: Any, text: str, prompt: Any) -> dict[str, Any]:
     from sapo.tasks.base import checked_score
 
-    # BaseException: a verifier that calls sys.exit() costs its completion, not the worker.
+    # BaseException: a verifier that calls sys.exit() fails on this completion, and the worker goes on.
     try:
         with _memory_limit(getattr(verifier, "pure", False)):
             score = checked_score(verifier(text, prompt))
@@ -117,7 +117,7 @@ def _memory_limit(wanted: bool) -> Any:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
-    with contextlib.suppress(ValueError, OSError):  # where the system has no such limit
+    with contextlib.suppress(ValueError, OSError):  # the system has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
         yield
@@ -127,7 +127,7 @@ def _memory_limit(wanted: bool) -> Any:
 
 
 def _die_with(parent: int, channel: socket.socket) -> None:
-    """End when the parent does, however it ends and whatever is being done here."""
+    """End this process when the parent ends, for whatever reason, even in the middle of a job."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before this was set
@@ -135,7 +135,7 @@ def _die_with(parent: int, channel: socket.socket) -> None:
         return
 
     def watch() -> None:
-        # The parent's end of the socket closes with it; looking does not take what it sent.
+        # Polling the parent's id leaves the data in the socket alone.
         while os.getppid() == parent:
             threading.Event().wait(1.0)
         os._exit(1)
@@ -144,13 +144,13 @@ def _die_with(parent: int, channel: socket.socket) -> None:
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serve on an inherited socket. What user code prints goes to standard error; it can read nothing."""
+    """Serve on an inherited socket. What user code prints goes to standard error, and its standard input is empty."""
     channel = socket.socket(fileno=descriptor)
     channel.setblocking(True)
     os.set_inheritable(descriptor, False)
     with contextlib.suppress(BrokenPipeError, ConnectionError):
         serve(channel, parent)
-    # Not sys.exit(): threads that a user's module left running would keep the process.
+    # Not sys.exit(), which would wait for threads that a user's module left running.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,8 +1,8 @@
-"""The verifier `zebra`: a logic grid as JSON, as ZebraLogic is judged.
+"""The verifier `zebra`: a logic grid as JSON, as ZebraLogic is scored.
 
-The completion ends in {"reasoning": ..., "solution": {"House 1": {"Name": ..., ...}, ...}}; the reference is the
-metadata's `solution`, {header: ["House", "Name", ...], rows: [["1", ...], ...]}. As in ZeroEval, cells are compared
-without regard to case and surrounding blanks, a missing cell is a wrong one, and others are not looked at.
+The completion ends in {"reasoning": ..., "solution": {"House 1": {"Name": ..., ...}, ...}}. The reference is `solution`
+in the metadata, {header: ["House", "Name", ...], rows: [["1", ...], ...]}. As in ZeroEval, cells are compared without
+case and surrounding blanks, a missing cell is wrong, and further cells are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sapo.tasks.verifiers.extract import last_json_object
 
 @dataclass(frozen=True)
 class Zebra:
-    """Reward 1 when every cell is right; the figure `cell_accuracy` is the share of right cells.
+    """Gives reward 1 where every cell is right. The figure `cell_accuracy` is the share of right cells.
 
     >>> solution = {"header": ["House", "Name"], "rows": [["1", "Bob"], ["2", "Eve"]]}
     >>> prompt = Prompt(id=0, task="zebralogic", text="?", metadata={"solution": solution})
@@ -30,7 +30,7 @@ class Zebra:
     """
 
     solution_field: str = "solution"
-    """The field of the prompt's metadata with the reference."""
+    """Field of the prompt's metadata with the reference."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.solution_field, str):
@@ -55,7 +55,7 @@ class Zebra:
 
 
 def _reference(solution: Any, field: str) -> dict[tuple[str, str], str]:
-    """{(house, column): value} of a reference."""
+    """Return a reference as {(house, column): value}."""
     try:
         header, rows = list(solution["header"]), [list(row) for row in solution["rows"]]
         # The first column numbers the houses.
@@ -76,7 +76,7 @@ def _key(name: Any) -> str:
 
 
 def _cell(value: Any) -> str | None:
-    """A cell's text; of a list its first entry; None for what cannot be a cell."""
+    """Return the text of a cell, or of the first entry of a list. Return None for what cannot be a cell."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):

@@ -1,1 +1,1 @@
-"""Worker processes that run verifiers under deadlines."""
+"""Worker processes that run verifiers with deadlines."""

@@ -1,11 +1,12 @@
-"""Worker processes for verifiers that may hang, crash, or are the user's: each completion has a deadline from outside.
+"""A pool of worker processes for verifiers that may hang, crash or run a user's code, with a deadline per completion.
 
-`WorkerPool.run` gives jobs to workers and returns the scores in the order of the jobs. A worker that dies, or is still
-busy at the deadline and is therefore killed, costs the one completion it had: `verifier_error` with the reason. Workers
-start when they are needed, are kept for later batches, and end with this process, also when it is killed.
+`WorkerPool.run` gives jobs to workers and returns the scores in the order of the jobs. A worker that dies, or that is
+killed at its deadline, loses only the completion it was scoring: status `verifier_error` with the reason. Workers start
+on demand, are kept for later batches, and end with this process, even if it is killed.
 
-They are plain subprocesses, not forks of this one (torch has threads) and not multiprocessing's (which would import the
-user's main module again); they import no torch. Each is a session of its own, out of reach of a Ctrl-C in the terminal.
+They are plain subprocesses that import no torch: forks would be unsafe, since torch has threads, and multiprocessing
+would import the user's main module again. Each is a session of its own, so that a Ctrl-C in the terminal does not reach
+it.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"
 
 
 LOAD_DEADLINE = 300.0
-"""Seconds for a worker to start and to load a verifier: a user's module may load a model."""
+"""Seconds for a worker to start and to load a verifier. A user's module may load a model."""
 
 
 RAMP = 0.1
-"""Seconds between two starts while jobs wait: a batch that one worker judges sooner needs no second."""
+"""Seconds between two starts while jobs wait. A short batch then needs only one worker."""
 
 
-# The worker has our sys.path before it imports anything of ours.
+# The worker takes over our sys.path before it imports sapo.
 _BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; "
     "from sapo.tasks.verifiers.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
@@ -57,7 +58,7 @@ class _Worker:
     home: Home
     served: int = 0
     job: int | None = None
-    """Index of the job it has."""
+    """Index of the job in progress."""
     began: bool = False
     until: float = 0.0
     limit: float = 0.0
@@ -66,9 +67,9 @@ class _Worker:
 
 
 class WorkerPool:
-    """Up to `size` workers; by default as many as the processor has cores for this process, or SAPO_VERIFIER_WORKERS.
+    """Up to `size` workers: SAPO_VERIFIER_WORKERS, or as many as this process has cores.
 
-    Calls from several threads take turns.
+    Calls from several threads run one after the other.
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -78,28 +79,28 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._lock = threading.RLock()
         self._owner = os.getpid()
-        # Linux ends a worker with the *thread* that started it, so all are started by one that lives as long as we do.
+        # Linux ends a worker with the *thread* that started it, so one thread with the life of the pool starts all.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sapo-verifier-starter")
 
     def run(self, jobs: Sequence[Job]) -> list[Score]:
-        """The scores of `jobs`, in their order; a job that fails has the status `verifier_error`."""
+        """Return the scores of `jobs`, in their order. A job that fails has the status `verifier_error`."""
         with self._lock:
             return [_score(answer) for answer in self._answers(jobs)]
 
     def check(self, job: Job) -> str | None:
-        """Load the job's verifier in a worker; the reason when that fails, None when it does not."""
+        """Load the job's verifier in a worker, and return the reason if that fails."""
         with self._lock:
             (answer,) = self._answers([Job(job.spec, None, job.prompt, job.deadline, job.home)])
         return None if "loaded" in answer else answer.get("refused") or answer["failed"]
 
     def close(self) -> None:
-        """End all workers. The pool can be used again and then starts new ones."""
+        """End all workers. The pool can be used again, and then starts new ones."""
         with self._lock:
             for worker in list(self._workers):
                 self._end(worker)
 
     def worker_ids(self) -> list[int]:
-        """Process ids of the workers that exist now."""
+        """Return the process ids of the present workers."""
         return [worker.process.pid for worker in self._workers]
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -118,12 +119,12 @@ class WorkerPool:
                     if answer is None:
                         continue
                     if "died" in answer and worker.served and not worker.began and index not in retried:
-                        retried.add(index)  # it died of something else, between two jobs
+                        retried.add(index)  # it died between two jobs, for another reason
                         waiting.appendleft(index)
                         continue
                     answers[index] = answer
         except BaseException:
-            # Their answers would otherwise be taken for those of the next batch.
+            # Otherwise their answers would be taken for those of the next batch.
             for worker in [w for w in self._workers if w.job is not None]:
                 self._end(worker)
             raise
@@ -132,7 +133,7 @@ class WorkerPool:
     def _assign(
         self, jobs: Sequence[Job], waiting: deque[int], answers: list[dict[str, Any]], last_start: float
     ) -> float:
-        """Give waiting jobs to idle workers, starting one at a time; when the last one was started."""
+        """Give waiting jobs to idle workers, start at most one a RAMP, and return the time of the last start."""
         while waiting:
             job = jobs[waiting[0]]
             idle = [w for w in self._workers if w.job is None]
@@ -142,13 +143,13 @@ class WorkerPool:
                 if busy and (busy >= self.size or time.monotonic() < last_start + RAMP):
                     break
                 if len(self._workers) >= self.size:
-                    self._end(idle[0])  # it is at home elsewhere
+                    self._end(idle[0])  # it has another home
                 worker = self._start(job.home or Home.here())
                 last_start = time.monotonic()
             index = waiting.popleft()
             try:
                 frame = _request(job)
-            except Exception as error:  # whatever an object in the metadata does when it is pickled
+            except Exception as error:  # an object in the metadata may raise anything when it is pickled
                 reason = f"the prompt's metadata cannot be sent to a worker: {type(error).__name__}: {error}"
                 answers[index] = {"failed": reason[:MAX_DETAIL]}
                 continue
@@ -158,7 +159,7 @@ class WorkerPool:
         return last_start
 
     def _await(self, wake: float | None) -> list[_Worker]:
-        """Wait until workers have said something, died or are late; those that did, and send what is to be sent."""
+        """Send what is left to send, wait for answers, deaths and deadlines, and return the workers that have one."""
         busy = [worker for worker in self._workers if worker.job is not None]
         if not busy:
             return []
@@ -167,12 +168,12 @@ class WorkerPool:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
                 selector.register(worker.channel, events, worker)
             until = min([worker.until for worker in busy] + ([wake] if wake and len(self._workers) < self.size else []))
-            # Not longer than a second: a child that a verifier left behind may hold the socket of a dead worker open.
+            # At most a second: a child that a verifier left behind may hold the socket of a dead worker open.
             ready = selector.select(min(1.0, max(0.0, until - time.monotonic())))
         heard = []
         for key, events in ready:
             if events & selectors.EVENT_WRITE:
-                with contextlib.suppress(OSError):  # it has died, which reading will tell
+                with contextlib.suppress(OSError):  # the worker has died, which reading will show
                     key.data.outgoing = key.data.outgoing[key.data.channel.send(key.data.outgoing) :]
             if events & selectors.EVENT_READ:
                 heard.append(key.data)
@@ -180,7 +181,7 @@ class WorkerPool:
         return heard + [w for w in busy if w not in heard and (now >= w.until or _has_ended(w.process))]
 
     def _receive(self, worker: _Worker, job: Job) -> dict[str, Any] | None:
-        """Read what a worker has said; the answer when it is whole, or why there will be none."""
+        """Read from a worker, and return its answer if it is complete, or the reason if there will be none."""
         ended = False
         try:
             while chunk := worker.channel.recv(1 << 16):
@@ -210,7 +211,7 @@ class WorkerPool:
 
     def _start(self, home: Home) -> _Worker:
         ours, theirs = socket.socketpair()
-        # Errors of the interpreter itself, and what user code prints, go to standard error.
+        # Errors of the interpreter, and what user code prints, go to standard error.
         command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), *home.path]
         try:
             process = self._starter.submit(
@@ -233,8 +234,8 @@ class WorkerPool:
         return worker
 
     def _cause_of_death(self, worker: _Worker) -> str:
-        """Clear away a worker that has hung up; how it ended."""
-        for _ in range(100):  # the socket closes a moment before the process has ended
+        """Remove a worker that closed its socket, and return how it ended."""
+        for _ in range(100):  # the socket closes shortly before the process ends
             if _has_ended(worker.process):
                 break
             time.sleep(0.01)
@@ -246,17 +247,17 @@ class WorkerPool:
         return f"the worker process died {'while scoring' if worker.began else 'while loading the verifier'}: {how}"
 
     def _end(self, worker: _Worker) -> int:
-        """Kill a worker with all that it started in its session; its exit code."""
+        """Kill a worker and all processes of its session, and return its exit code."""
         self._workers.remove(worker)
         worker.channel.close()
-        # Before it is waited for: until then no other process can have its number.
+        # Before waiting for it: until then no other process can have its id.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.process.pid, signal.SIGKILL)
         return worker.process.wait()
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended, which leaves it to be waited for where the system can tell so."""
+    """Return whether a process has ended, without reaping it where the system allows that."""
     if hasattr(os, "waitid"):
         with contextlib.suppress(ChildProcessError):
             return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -264,7 +265,7 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def default_size() -> int:
-    """SAPO_VERIFIER_WORKERS, or the cores that this process may use."""
+    """Return SAPO_VERIFIER_WORKERS, or the number of cores that this process may use."""
     written = os.environ.get(WORKERS_VARIABLE, "")
     if written:
         if not written.isdigit() or int(written) < 1:
@@ -277,9 +278,9 @@ _shared: WorkerPool | None = None
 
 
 def shared_pool() -> WorkerPool:
-    """The pool of this process, made when it is first asked for."""
+    """Return the pool of this process, which is made on the first call."""
     global _shared
-    if _shared is None or _shared._owner != os.getpid():  # a fork must leave its parent's workers alone
+    if _shared is None or _shared._owner != os.getpid():  # a forked process must not use its parent's workers
         _shared = WorkerPool()
         atexit.register(_shared.close)
     return _shared
@@ -288,7 +289,7 @@ def shared_pool() -> WorkerPool:
 def _standard_error() -> int:
     try:
         os.fstat(2)
-    except OSError:  # closed, as a daemon's may be
+    except OSError:  # closed, as in a daemon
         return subprocess.DEVNULL
     return 2
 
@@ -301,7 +302,7 @@ def _request(job: Job) -> bytes:
 
 
 def _next_answer(incoming: bytearray) -> dict[str, Any] | None:
-    """The first whole frame, taken out of the buffer."""
+    """Take the first complete frame out of the buffer, and return its answer."""
     if len(incoming) < HEADER.size:
         return None
     (length,) = HEADER.unpack_from(incoming)

@@ -1,4 +1,4 @@
-"""What the pool and its worker processes share: the jobs, and the frames they travel in."""
+"""What the pool and its worker processes share: jobs, and the header of frames."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sapo.data import Prompt
 HEADER = struct.Struct("!I")
 
 MAX_DETAIL = 500
-"""Characters of a reason: an exception may quote the whole completion."""
+"""Limit of the characters of a reason, since an exception may quote the whole completion."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where a worker looks for modules: its current directory and sys.path.
+    """Where a worker finds modules: its current directory and sys.path.
 
     >>> Home("/tmp", ("/usr/lib/python3.13",)).directory
     '/tmp'
@@ -29,24 +29,24 @@ class Home:
 
     @classmethod
     def here(cls) -> Home:
-        """This process's."""
+        """Return the directory and path of this process."""
         return cls(os.getcwd(), tuple(map(str, sys.path)))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One completion for one verifier.
+    """One completion to be scored by one verifier.
 
     >>> Job("hash_answer", "#2", Prompt(id=0, task="t", text="1+1", answer="2"), deadline=10.0).deadline
     10.0
     """
 
     spec: Any
-    """As `sapo.tasks.load_verifier` takes it, or the verifier itself, made of plain values."""
+    """A verifier as `sapo.tasks.load_verifier` takes it, or a verifier object of plain values."""
     text: str | None
-    """None: only load the verifier."""
+    """Text of the completion; None only loads the verifier."""
     prompt: Prompt
     deadline: float
-    """Seconds from when the verifier is loaded."""
+    """Seconds for scoring, after the verifier is loaded."""
     home: Home | None = None
-    """None: anywhere will do."""
+    """Where the user's modules are found; None for a verifier of ours."""
