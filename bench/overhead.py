@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import sapo.run.journal
 import sapo.run.loop
 from bench.contest import Machine
 from bench.contests import REAL_STEP, TINY, TINY_MOE
@@ -82,12 +83,12 @@ class Meter:
 def put_meter(run: Any) -> Meter:
     """Around all that a run does for its observer alone."""
     meter = Meter(run.policy.device)
-    for name, value in list(vars(sapo.run.loop).items()):
-        observes = getattr(value, "__module__", "").startswith(
-            ("sapo.diagnostics", "sapo.run.state", "sapo.run.collapse")
-        )
-        if observes and callable(value) and not isinstance(value, type):
-            meter.around(sapo.run.loop, name)
+    observers = ("sapo.diagnostics", "sapo.run.state", "sapo.run.records", "sapo.run.collapse")
+    for module in (sapo.run.loop, sapo.run.journal):
+        for name, value in list(vars(module).items()):
+            observes = getattr(value, "__module__", "").startswith(observers)
+            if observes and callable(value) and not isinstance(value, type):
+                meter.around(module, name)
     for owner, names in (
         (run.diagnosis, ("before", "after")),
         (run.loggers, ("log",)),

@@ -127,10 +127,10 @@ def test_the_slope_of_a_power_is_its_exponent():
 def test_the_meter_leaves_the_loop_as_it_was():
     from bench.overhead import Meter
 
-    import sapo.run.loop
+    import sapo.run.journal
 
-    before, meter = sapo.run.loop.rollout_metrics, Meter()
-    meter.around(sapo.run.loop, "rollout_metrics")
-    assert sapo.run.loop.rollout_metrics is not before
+    before, meter = sapo.run.journal.rollout_metrics, Meter()
+    meter.around(sapo.run.journal, "rollout_metrics")
+    assert sapo.run.journal.rollout_metrics is not before
     meter.remove()
-    assert sapo.run.loop.rollout_metrics is before
+    assert sapo.run.journal.rollout_metrics is before

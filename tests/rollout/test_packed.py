@@ -13,9 +13,10 @@ from sapo.rollout.engine import Request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cpu import native
 from sapo.rollout.local.cpu.packed import PackedBlocks, Panels
-from sapo.rollout.local.decoder import PACKED_CALLS, FastDecoder, copied_bytes
+from sapo.rollout.local.decoder import FastDecoder, copied_bytes
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.layouts import Arrangement
+from sapo.rollout.local.packing import PACKED_CALLS
 from sapo.rollout.params import SamplingParams
 from support.decoder_cases import MODELS, make
 from support.plain_models import plain_copy

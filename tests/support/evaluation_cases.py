@@ -57,6 +57,7 @@ class PlainPolicy:
     """Encodes nothing and shows what it was given."""
 
     has_chat_template = False
+    tokenizer = None
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
