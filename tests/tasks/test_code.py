@@ -381,7 +381,7 @@ def test_tests_survive_json(tests):
         ({"kind": "stdio", "cases": [["", ""]]}, "kind='stdio'; did you mean 'stdin'"),
         ({"kind": "stdin"}, "stdin tests need cases; got none"),
         ({"kind": "unit", "cases": [["1", "2"]]}, "unit tests need statements; got none"),
-        ({"kind": "functional", "cases": [["1", "2"]]}, "set function, as metadata's func_name"),
+        ({"kind": "functional", "cases": [["1", "2"]]}, "set function, or func_name in the metadata"),
         ({"kind": "stdin", "cases": [["1"]]}, "pairs of input and output"),
         ({"kind": "stdin", "cases": 3}, "as CodeTests.to_json gives them"),
         ({"kind": "stdin", "case": [["1", "1"]]}, "got 'case'; did you mean 'cases'"),

@@ -217,8 +217,8 @@ def test_the_rollout_batch_counts_every_round_that_a_step_may_draw(
     changes: dict, batches: int, tmp_path: Path, policies: Any
 ) -> None:
     phases = estimate_of(policies("qwen3"), tmp_path, **changes)
-    for phase in phases.values():  # by hand: 4 prompts x 4 samples x 12 tokens x 100 bytes are 19,200
-        assert phase["rollout batch"] == batches * 19_200
+    for phase in phases.values():  # by hand: 4 prompts x 4 samples x 12 tokens x 40 bytes are 7,680
+        assert phase["rollout batch"] == batches * 7_680
 
 
 def test_recorded_experts_and_a_gradient_to_compare_with_are_counted_where_there_are_some(tmp_path: Path) -> None:
