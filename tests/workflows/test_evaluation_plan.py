@@ -71,7 +71,7 @@ def test_the_prompt_settings_reach_the_prompt_and_the_others_the_task() -> None:
         (["prompt.styl=chat"], "unknown key prompt.styl; did you mean prompt.style?"),
         (["prompt.style=shout"], "prompt.style: input should be 'auto', 'plain' or 'chat'; got 'shout'"),
         (["prompt.template=no place"], "template must hold {prompt}; got 'no place'"),
-        (["prompt.shots=2"], "asks task 'add4' for examples and it has none to give"),
+        (["prompt.shots=2"], "asks task 'add4' for examples and it has none; write them in the recipe"),
         (["prompt.shots=-1"], "shots must be 0 or more"),
         (["digits"], "an override is written key=value; got 'digits'"),
         (["digit=4"], "did you mean 'digits'?"),

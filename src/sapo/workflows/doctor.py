@@ -29,6 +29,7 @@ EXTRAS = {
     "sandbox": "running generated code",
     "lora": "adapters",
     "gguf": "GGUF files",
+    "optim": "optimizers with moments of eight bits or fewer",
     "smollm2": "a real model without a hub",
     "wandb": "Weights & Biases",
     "trackio": "trackio",
