@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test test-oldest browser test-gpu test-verl reference lint types bench bench-vllm evidence clean
+.PHONY: quickstart demo test test-oldest browser test-gpu test-scale test-verl reference lint types bench bench-vllm evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -29,6 +29,9 @@ test-gpu: .venv/installed-dev ## what only a CUDA device can show; the other tes
 
 browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's package, else Playwright's download
 	@BIN=$(BIN) tests/browser.sh
+
+test-scale: .venv/installed-dev ## what several processes do together: ranks, torchrun, kills
+	$(BIN)/python -m pytest -m scale
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl

@@ -43,6 +43,10 @@ class ColdStartError(RunFailure):
     """A cold start that did not reach its target within max_updates."""
 
 
+class RankError(RunFailure):
+    """A rank of a training group that died; the message says which, and where its log is."""
+
+
 class RunProcessError(RunFailure):
     """The process of one run of a comparison ended without a result."""
 

@@ -14,10 +14,12 @@ from pathlib import Path
 PATIENCE = 300.0  # seconds; a limit for a hung process, not a measurement
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path, torchrun: int | None = None) -> subprocess.Popen:
+    """Start the command line, by torchrun on so many processes if a number is given."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(cwd / "cache")}
     return subprocess.Popen(
-        [sys.executable, "-m", "sapo.cli", *arguments],
+        [sys.executable, *launcher, "-m", "sapo", *arguments],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,

@@ -6,6 +6,7 @@ stopped by Ctrl-C or a termination signal, with everything saved.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -26,7 +27,7 @@ from sapo.cli.export import export
 from sapo.cli.generate import generate
 from sapo.cli.report import report
 from sapo.cli.terminal import StopSignal, console, errors, say, stop_signals
-from sapo.errors import Interrupted, RunFailure, UserError
+from sapo.errors import ConfigError, Interrupted, RunFailure, UserError
 
 app = typer.Typer(
     name="sapo",
@@ -180,6 +181,7 @@ app.command()(doctor)
 def main() -> None:
     """Run the command line: one line and exit code 2 for a user's mistake, a traceback for ours."""
     try:
+        _under_torchrun()
         code = app(standalone_mode=False)  # the code of a typer.Exit, None otherwise
     except TyperException as error:  # an unknown command or option, a value of the wrong type
         message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -193,6 +195,28 @@ def main() -> None:
     except Interrupted:
         _fail("stopped; nothing was lost: run the same command again", code=128 + StopSignal.last)
     sys.exit(code or 0)
+
+
+def _under_torchrun() -> None:
+    """Serve the driver where torchrun started this process as another rank.
+
+    Raises:
+        ConfigError: a command that runs in one process.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    from sapo.workflows.training_group import is_other_rank, serve_rank
+
+    several = sys.argv[1:2] in (["train"], ["resume"]) and "--dry-run" not in sys.argv
+    if is_other_rank():
+        if several:
+            serve_rank()
+        sys.exit(0 if several else 2)
+    if not several:
+        raise ConfigError(
+            "torchrun starts several processes for `sapo train` and `sapo resume` only; got "
+            f"{shlex.join(sys.argv[1:])}; start it without torchrun"
+        )
 
 
 def _fail(message: str, code: int) -> None:

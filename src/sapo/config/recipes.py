@@ -162,6 +162,8 @@ RESUMABLE_KEYS = (
     "diagnostics",
     "warnings",
     "train.tokens_per_microbatch",
+    "train.ranks",
+    "train.replicas",
 )
 
 

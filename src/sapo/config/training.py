@@ -49,6 +49,20 @@ class TrainConfig(Section):
     """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
     entropy: bool = True
     """Measure the policy's entropy in each update."""
+    ranks: int = Field(1, ge=1)
+    """Processes that train together, with weights, gradients and optimizer state sharded over them (FSDP2). On one
+    machine they are started with the run; torchrun starts them anywhere, and then this may be left out."""
+    replicas: int = Field(1, ge=1)
+    """Groups of ranks that hold all weights each (HSDP): sharded within a group, replicated over the groups."""
+
+    @model_validator(mode="after")
+    def _replicas_divide_ranks(self) -> TrainConfig:
+        if self.ranks % self.replicas:
+            raise ValueError(
+                f"ranks must be a multiple of replicas; got {self.ranks} and {self.replicas}; leave replicas out to "
+                "shard over all ranks"
+            )
+        return self
 
     @model_validator(mode="after")
     def _minimum_below_peak(self) -> TrainConfig:

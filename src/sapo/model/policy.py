@@ -47,6 +47,8 @@ class Policy:
         self.adapter: Any = None
         """The peft model around `model` when only an adapter is trained (model/adapters.py)."""
         self.decoder: nn.Module = model.get_decoder()
+        self.sharded_dtype: torch.dtype | None = None
+        """The precision that passes compute in where the weights are sharded over ranks (model/sharding.py)."""
         self._token_texts: list[str] | None = None
         self.make_deterministic()
 
@@ -129,7 +131,15 @@ class Policy:
         Args:
             work: returns tensors, or a tuple that has those with a graph among its own elements.
         """
-        return work()
+        if self.sharded_dtype is None:
+            return work()
+        try:
+            found: T = self.model(work)
+            return found
+        finally:
+            # A backward pass does so itself. Weights left whole here would be the old ones after the next change.
+            if not torch.is_grad_enabled():
+                self.model.reshard()
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
         """Compute (N, H) last hidden states of packed tokens, times `logit_scale`, for the head to use as they are.

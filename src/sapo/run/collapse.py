@@ -157,6 +157,7 @@ def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, trainers:
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             parameter.copy_(weights[name])
+    trainers.take_weights(policy)
     trainers.restore_optimizer(checkpoint.optimizer_tensors())
     return RunState.deserialise(checkpoint.state(), checkpoint.batches())
 

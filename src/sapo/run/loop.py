@@ -74,6 +74,7 @@ class TrainingRun:
         state: a new run's, or a checkpoint's.
         should_stop: asked wherever work can be left without loss.
         reference: what a KL penalty keeps close to; None for the policy with its adapter switched off.
+        trainers: a training group, whose weights are those of the policy; None to train the policy in this process.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class TrainingRun:
         listener: Listener | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         reference: Policy | None = None,
+        trainers: Trainers | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -98,7 +100,7 @@ class TrainingRun:
         self.replay = RoutingReplay.of(config, policy)
         settings = trainer_settings(config)
         routers = None if self.replay is None else self.replay.routers
-        self.trainer: Trainers = make_trainer(config, settings, policy, reference, routers)
+        self.trainer: Trainers = trainers or make_trainer(config, settings, policy, reference, routers)
         self.packer = make_packer(config, policy)
         self.logprobs = GroupLogprobs(self.trainer, self.packer, "adapter_off" if reference is None else "reference")
         self._staleness = Staleness(config.rollout.staleness, config.train.minibatches)
@@ -182,6 +184,7 @@ class TrainingRun:
     def rollout(self) -> RolloutBatch:
         """Sample, score, advantages, choose, log pi_old: all at the present weights."""
         state, sampled_at = self.state, self.trainer.updates
+        self.trainer.send_weights(self.policy)
         weights = sampler_weights(self.policy.weights(), self.config.experiments, state.step)
         selected = self.collector.collect(
             state.num_sampled, state.position, weights, self._version, self._engine_records()
@@ -313,6 +316,7 @@ class TrainingRun:
         """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
         state = self.state
         with self._phase("evaluate"):
+            self.trainer.send_weights(self.policy)
             give_back_freed_memory()
             evaluations = self.held_out.evaluate(self._version)
         for evaluation in evaluations:
@@ -332,6 +336,7 @@ class TrainingRun:
         state = self.state
         with self._phase("checkpoint"):
             note_checkpoint(state, self.config)
+            self.trainer.send_weights(self.policy)
             state.metrics_bytes = self.directory.metrics_bytes()
             fields, batches = state.serialise()
             written = save_checkpoint(

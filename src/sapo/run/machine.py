@@ -43,10 +43,13 @@ def resolve_device(device: str) -> str:
 def resolve_machine(config: RunConfig) -> RunConfig:
     """Choose threads and device, and apply the threads: another count is another rounding.
 
+    Ranks that are started with the run share the machine's threads; torchrun's have been given theirs.
+
     Raises:
         ConfigError: a device that is not there, or CUDA graphs on one that has none.
     """
-    threads = config.threads or torch.get_num_threads()
+    sharing = 1 if "TORCHELASTIC_RUN_ID" in os.environ else config.train.ranks
+    threads = config.threads or max(1, torch.get_num_threads() // sharing)
     torch.set_num_threads(threads)
     device = resolve_device(config.device)
     if config.rollout.cuda_graphs is True and not device.startswith("cuda"):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
 from sapo.config import RunConfig, TrainConfig
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
+from sapo.model.sharding import shard
 from sapo.objectives import make_objective
 from sapo.run.machine import resolve_device
+from sapo.training.collective import Collective
 from sapo.training.optimizer import OptimizerOptions, PolicyOptimizer, find_optimizer
 from sapo.training.optimizer_check import prove_optimizer
 from sapo.training.packer import Packer
@@ -36,12 +41,14 @@ def make_trainer(
     policy: Policy,
     reference: Policy | None = None,
     routers: Routers | None = None,
+    ranks: Collective | None = None,
 ) -> Trainer:
     """Make the trainer of a policy in this process, with a fresh optimizer.
 
     Args:
         reference: what a KL penalty keeps close to; None for the policy with its adapter switched off.
         routers: for routing replay.
+        ranks: the training group that the policy is sharded over.
     """
     train = config.train
     optimizer = PolicyOptimizer(
@@ -51,8 +58,24 @@ def make_trainer(
         weight_decay=train.weight_decay,
         grad_clip=train.grad_clip,
         name=train.optimizer,
+        rounded=policy.sharded_dtype in (torch.bfloat16, torch.float16),
     )
-    return Trainer(policy, optimizer, settings, reference=reference, routers=routers)
+    return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks)
+
+
+def make_rank(config: RunConfig, policy: Policy, reference: Policy | None, ranks: Collective) -> Trainer:
+    """Make the trainer of one rank; the policies, which every rank has loaded alike, are sharded in place."""
+    device, replicas = policy.device.type, config.train.replicas
+    if replicas == 1:
+        mesh = init_device_mesh(device, (ranks.size,), mesh_dim_names=("shard",))
+    else:
+        shape = (replicas, ranks.size // replicas)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+    for sharded in (policy, reference):
+        if sharded is not None:
+            shard(sharded, mesh)
+    routers = Routers(policy) if config.model.routing_replay else None
+    return make_trainer(config, trainer_settings(config), policy, reference, routers, ranks)
 
 
 def check_optimizer(config: RunConfig) -> None:
@@ -62,6 +85,11 @@ def check_optimizer(config: RunConfig) -> None:
         ConfigError: the rule, and the way out.
     """
     train = config.train
+    if train.ranks > 1 and train.optimizer == "adamw_8bit":
+        raise ConfigError(
+            f"train.optimizer=adamw_8bit needs train.ranks=1, since its blocks of 256 elements would be cut by the "
+            f"slices of the ranks; got {train.ranks} ranks; use train.optimizer=adamw"
+        )
     takes = find_optimizer(train.optimizer).takes
     for option in fields(OptimizerOptions):
         key = {"eps": "adam_eps"}.get(option.name, option.name)
@@ -76,11 +104,13 @@ def check_optimizer(config: RunConfig) -> None:
 
 
 def make_packer(config: RunConfig, policy: Policy) -> Packer:
-    """Make the packer of a run, for a trainer that computes where the policy is."""
+    """Make the packer of a run, for a trainer that computes where the policy is, or for the ranks of a group."""
+    ranks = config.train.ranks
     return Packer(
         normalizer=config.objective.normalizer,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
         max_new_tokens=config.rollout.max_new_tokens,
-        device=policy.device,
+        device=policy.device if ranks == 1 else "cpu",
         include_flat=config.objective.kl is not None,
+        ranks=ranks,
     )

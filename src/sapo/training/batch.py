@@ -8,8 +8,9 @@ every denominator, as if they had not been sampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +50,12 @@ def pack(
     device: torch.device | str = "cpu",
     include_flat: bool = False,
     include_all: bool = False,
+    ranks: int = 1,
 ) -> Shares:
-    """Pack the groups of one mini-batch into micro-batches of at most `tokens_per_microbatch` input tokens, all of them
-    one share.
+    """Pack the groups of one mini-batch into micro-batches of at most `tokens_per_microbatch` input tokens.
+
+    Whole groups are dealt to ranks, the longest first and each to the rank that has least. All ranks get equally many
+    micro-batches, since their passes are collectives: what is missing is one token that predicts nothing.
 
     Args:
         groups: with their advantages set.
@@ -60,22 +64,56 @@ def pack(
         max_new_tokens: the constant of the `constant_length` normaliser.
         include_flat: pack groups whose rewards are all equal too: a penalty that is not the rewards' pulls on them.
         include_all: pack whatever there is, masked completions as well (for measurements over the whole batch).
+        ranks: of the training group.
     """
     counted_B = torch.tensor([counts for g in groups for counts in g.counted], dtype=torch.bool)
     lengths = torch.tensor([len(c) for g in groups for c in g.completions], dtype=torch.int64)[counted_B]
     weights_B = torch.zeros(len(counted_B), dtype=torch.float64)
     weights_B[counted_B] = sequence_weights(lengths, normalizer, max_length=max_new_tokens)
-    plan: list[list[_Member]] = [[]]
-    budget = tokens_per_microbatch
+    packed = [members for members in _members(groups, include_flat, include_all) if members]
+    dealt = [_plan([packed[i] for i in share], tokens_per_microbatch) for share in _deal(packed, ranks)]
+    shares = [[_pack_members(members, weights_B, device) for members in plan] for plan in dealt]
+    most = max(map(len, shares))
+    if any(len(share) < most for share in shares):
+        empty = _without_targets(next(share for share in shares if share)[0])
+        shares = [share + [empty] * (most - len(share)) for share in shares]
+    return Shares(tuple(map(tuple, shares)), num_sequences=len(lengths), num_tokens=int(lengths.sum()))
+
+
+def _members(groups: Sequence[Group], include_flat: bool, include_all: bool) -> Iterator[list[_Member]]:
+    """Yield the sequences of each group that are packed."""
     sequence = 0
     for group in groups:
         members = [_Member(group, c, sequence + i, group.advantages[i]) for i, c in enumerate(group.completions)]
         sequence += len(members)
-        if not include_all:
-            if group.zero_variance and not include_flat:
-                continue
-            members = [m for m, counts in zip(members, group.counted, strict=True) if counts]
-        prompt_tokens = len(group.prompt.token_ids)
+        if include_all:
+            yield members
+        elif include_flat or not group.zero_variance:
+            yield [m for m, counts in zip(members, group.counted, strict=True) if counts]
+
+
+def _deal(packed: Sequence[Sequence[_Member]], ranks: int) -> list[list[int]]:
+    """Deal groups to ranks, the longest first, each to the rank with the fewest tokens so far.
+
+    Returns:
+        The places of each rank's groups, in their order.
+    """
+    tokens = [_prompt_tokens(members) + sum(m.num_inputs for m in members) for members in packed]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for place in sorted(range(len(packed)), key=lambda i: -tokens[i]):
+        rank = loads.index(min(loads))
+        shares[rank].append(place)
+        loads[rank] += tokens[place]
+    return [sorted(share) for share in shares]
+
+
+def _plan(packed: Sequence[Sequence[_Member]], tokens_per_microbatch: int) -> list[list[_Member]]:
+    """Cut the groups of one rank into micro-batches."""
+    plan: list[list[_Member]] = [[]]
+    budget = tokens_per_microbatch
+    for members in packed:
+        prompt_tokens = _prompt_tokens(members)
         # A group that would fit a fresh micro-batch is not cut in two, since both halves would compute its prompt.
         whole = prompt_tokens + sum(m.num_inputs for m in members)
         if plan[-1] and budget < whole <= tokens_per_microbatch:
@@ -91,8 +129,28 @@ def pack(
             plan[-1].append(member)
             budget -= cost
             fresh_group = False
-    microbatches = tuple(_pack_members(members, weights_B, device) for members in plan if members)
-    return Shares((microbatches,), num_sequences=len(lengths), num_tokens=int(lengths.sum()))
+    return [members for members in plan if members]
+
+
+def _prompt_tokens(members: Sequence[_Member]) -> int:
+    return len(members[0].group.prompt.token_ids)
+
+
+def _without_targets(batch: PackedBatch) -> PackedBatch:
+    """Return the first token of a batch alone: a pass over it computes no loss, and its gradient is 0."""
+    per_target = (
+        "predictor_M",
+        "target_M",
+        "sequence_M",
+        "old_logprobs_M",
+        "reference_logprobs_M",
+        "sampler_logprobs_M",
+    )
+    cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[:0].clone() for name in per_target}
+    cut |= {name: getattr(batch, name)[:0].clone() for name in ("advantages_B", "weights_B")}
+    cut |= {name: getattr(batch, name)[:1].clone() for name in ("token_ids_N", "position_ids_N")}
+    experts = None if batch.experts_Nlk is None else batch.experts_Nlk[:1].clone()
+    return replace(batch, segments=(Segment(0, 1, -1),), sequence_ids=(), experts_Nlk=experts, **cut)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ def _surrogate_head(
     policy: Policy, hidden_MH: Tensor, batch: PackedBatch, settings: TrainerSettings
 ) -> tuple[HeadOutput, Surrogate]:
     objective = settings.objective
+    if not batch.num_targets:  # what a rank passes over while others have more micro-batches
+        nothing = hidden_MH.new_zeros(0, dtype=torch.float64)
+        head = _head(policy, hidden_MH, batch, settings, lambda logprob, at: (nothing.sum(), nothing))
+        return head, Surrogate(nothing, nothing, nothing)
     advantage_M = batch.advantages_B[batch.sequence_M]
     tis_M = None if settings.tis is None else mismatch_weights(settings.tis, batch).weight_M
     loss_of = _weighted_loss(batch, settings.kl)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sapo.model.sharding import whole
 from sapo.objectives import Objective
 from sapo.training.settings import TrainerSettings
 
@@ -39,9 +40,9 @@ def _compare(used: Gradient, other: Gradient) -> dict[str, float]:
     product = used_norm * norm
     if not 0 < product < float("inf"):
         return {}
-    inner = sum(torch.sum(used[i] * other[i], dtype=torch.float64).item() for i in used if i in other)
+    inner = sum(whole(torch.sum(used[i] * other[i], dtype=torch.float64)).item() for i in used if i in other)
     return {"cosine": inner / product, "norm_ratio": norm / used_norm}
 
 
 def _norm(gradient: Gradient) -> float:
-    return sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
+    return sum(float(whole(g.double().square().sum())) for g in gradient.values()) ** 0.5

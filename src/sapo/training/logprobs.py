@@ -73,6 +73,8 @@ def _by_completion(groups: Sequence[Group], shares: Shares, of_batch: Sequence[t
     """Return the log-probabilities of packed tokens completion by completion, empty where one was not packed."""
     found: dict[int, np.ndarray] = {}
     for batch, logprob_M in zip(shares.microbatches, of_batch, strict=True):
+        if not batch.num_sequences:
+            continue
         values_M = logprob_M.numpy()
         values_M.flags.writeable = False  # completions keep views: those of a micro-batch live equally long
         ends = torch.bincount(batch.sequence_M, minlength=batch.num_sequences).cumsum(0).tolist()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sapo.errors import ConfigError
+from sapo.model.sharding import own_part, shard_like, whole
 from sapo.training.optimizer_state import OptimizerState
 from sapo.utils.names import did_you_mean
 from sapo.utils.plugins import import_named
@@ -152,6 +153,8 @@ class PolicyOptimizer:
         betas, eps, weight_decay: see `OptimizerOptions`.
         grad_clip: largest norm of the gradient; None does not clip.
         name: one of OPTIMIZERS, or `module:Class`.
+        rounded: passes run on a copy of the parameters in 16 bits (model/sharding.py), so the parameters themselves are
+            kept as masters.
 
     Raises:
         ConfigError: see `find_optimizer`.
@@ -166,6 +169,7 @@ class PolicyOptimizer:
         weight_decay: float,
         grad_clip: float | None,
         name: str = "adamw",
+        rounded: bool = False,
     ) -> None:
         self.names = [name for name, _ in named_parameters]
         self.parameters = [p for _, p in named_parameters]
@@ -174,6 +178,12 @@ class PolicyOptimizer:
             for p in self.parameters
         ]
         self.grad_clip = grad_clip
+        self._kept = {
+            f"master/{name}": master
+            for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True)
+            if rounded or master is not parameter
+        }
+        """Masters that a checkpoint needs beside the weights."""
         self.inner = find_optimizer(name).make(self.masters, OptimizerOptions(betas, eps, weight_decay))
         """The torch optimizer over the masters."""
         self._state = OptimizerState(self.inner, dict(zip(self.names, self.masters, strict=True)))
@@ -192,18 +202,19 @@ class PolicyOptimizer:
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the collected gradients."""
         grads = [m.grad for m in self.masters if m.grad is not None]
-        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        return whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
 
     def gradients(self) -> dict[int, Tensor]:
         """Return the collected gradient of every master weight that has one, by its place."""
         return {i: m.grad for i, m in enumerate(self.masters) if m.grad is not None}
 
-    def first_nonfinite_gradient(self) -> str | None:
-        """Name of the first parameter whose gradient is not finite."""
-        for name, master in zip(self.names, self.masters, strict=True):
-            if master.grad is not None and not torch.isfinite(master.grad).all():
-                return name
-        return None
+    def first_nonfinite_gradient(self) -> int:
+        """Return the place in `names` of the first parameter whose gradient is not finite, of a sharded one this rank's
+        slice; their number where there is none."""
+        for place, master in enumerate(self.masters):
+            if master.grad is not None and not torch.isfinite(own_part(master.grad)).all():
+                return place
+        return len(self.names)
 
     def step(self, learning_rate: float, norm: Tensor) -> None:
         """Clip by the norm given, update the masters, copy them to the policy, drop the gradients."""
@@ -229,14 +240,12 @@ class PolicyOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything a bitwise resume needs, as flat names to plain tensors: the optimizer's state and masters.
 
+        Of sharded parameters they are whole, and making them so is a collective.
+
         Raises:
             ConfigError: the optimizer keeps something that a checkpoint cannot hold.
         """
-        tensors = self._state.to_tensors()
-        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                tensors[f"master/{name}"] = master.detach()
-        return tensors
+        return self._state.to_tensors() | {key: whole(master.detach()) for key, master in self._kept.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the state that `state_tensors` gave in place of the present one.
@@ -244,9 +253,8 @@ class PolicyOptimizer:
         Raises:
             ValueError: tensors of another model or of another optimizer.
         """
-        of_masters = {f"master/{name}": name for name in self.names}
+        of_masters = {f"master/{name}" for name in self.names}
         self._state.from_tensors({k: v for k, v in tensors.items() if k not in of_masters})
-        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                with torch.no_grad():
-                    master.copy_(tensors[f"master/{name}"])
+        with torch.no_grad():
+            for key, master in self._kept.items():
+                master.copy_(shard_like(master, tensors[key]))

@@ -4,6 +4,8 @@ A checkpoint holds tensors and text and no pickle. A plain tensor under KEY of t
 `KEY/NAME`. Everything else that a state may hold is taken apart: a tensor subclass (quantised moments, say) into its
 plain inner tensors, a list or a mapping into its elements. What is then left is JSON, in one more tensor of bytes,
 `description`, which is there only if it says something.
+
+What is sharded over ranks is written whole, so that a run can be resumed on another number of ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sapo.errors import ConfigError
+from sapo.model.sharding import shard_like, whole
 
 DESCRIPTION = "description"
 
@@ -83,7 +86,9 @@ class OptimizerState:
         state: dict[str, dict[str, Any]] = {}
         for path, node in nodes.items():
             key, _, name = path.partition("/")
-            state.setdefault(name, {})[key] = _put_together(node, tensors, self.masters[name].device, packages)
+            master = self.masters[name]
+            value = _put_together(node, tensors, master.device, packages)
+            state.setdefault(name, {})[key] = shard_like(master, value) if isinstance(value, Tensor) else value
         self.optimizer.state.clear()  # a checkpoint of a run's start has nothing to overwrite the present state with
         for name, values in state.items():
             self.optimizer.state[self.masters[name]] = values
@@ -112,6 +117,7 @@ def _changed(value: Any, setting: Any) -> bool:
 
 def _take_apart(value: Any, path: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """Add the plain tensors in a value to `tensors`; return the JSON that says how they make it up."""
+    value = whole(value)
     if type(value) in (Tensor, nn.Parameter):
         tensors[path] = value.detach()
         return {"tensor": path, **({} if value.device == device else {"device": str(value.device)})}

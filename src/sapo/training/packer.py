@@ -31,6 +31,8 @@ class Packer:
     """Where the packed tensors are put: where the trainer computes."""
     include_flat: bool = False
     """Pack zero-variance groups too: with a KL penalty the reference still pulls on them."""
+    ranks: int = 1
+    """Ranks of the training group that the groups are dealt to."""
 
     def pack(self, groups: Sequence[Group], include_all: bool = False) -> Shares:
         """Pack the groups of one mini-batch.
@@ -46,4 +48,5 @@ class Packer:
             device=self.device,
             include_flat=self.include_flat,
             include_all=include_all,
+            ranks=self.ranks,
         )

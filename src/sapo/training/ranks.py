@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
 from sapo.data import PackedBatch
 from sapo.objectives import Objective
 from sapo.training.results import UpdateResult
+
+# For the annotation only: what packs batches needs no transformers.
+if TYPE_CHECKING:
+    from sapo.model.policy import Policy
 
 LogprobsOf = Literal["policy", "reference", "adapter_off"]
 """Whose log-probabilities: of the trained policy, of the reference policy, or of the trained policy without its
@@ -67,9 +71,10 @@ class Logprobs:
 
 
 class Trainers(Protocol):
-    """Everything a driver asks of the processes that train. `Trainer` is the implementation in one process.
+    """Everything a driver asks of the processes that train.
 
-    Trainers and engine share the policy in that process, so there is nothing here yet that sends weights.
+    `Trainer` is the implementation in one process, where the driver's policy is the one trained. `RankedTrainers`
+    (training/ranked.py) speaks to a training group, whose weights the driver's policy is a copy of.
     """
 
     @property
@@ -113,6 +118,12 @@ class Trainers(Protocol):
             Interrupted: `should_stop` said so between micro-batches.
         """
 
+    def send_weights(self, to: Policy) -> None:
+        """Bring the driver's policy to the present weights, if it is not there yet."""
+
+    def take_weights(self, of: Policy) -> None:
+        """Train on from the weights of the driver's policy: a run went back to an earlier checkpoint, say."""
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the state of the optimizer as a checkpoint keeps it."""
 
@@ -122,3 +133,6 @@ class Trainers(Protocol):
         Raises:
             ValueError: tensors of another model.
         """
+
+    def close(self) -> None:
+        """End for good: end the processes that train."""

@@ -19,17 +19,27 @@ from sapo.model.head import HeadOutput
 from sapo.model.policy import Policy
 from sapo.model.routing import Recording, Replay, Routers
 from sapo.objectives import Objective, Surrogate
+from sapo.training.collective import Collective
 from sapo.training.forward import loss_and_surrogate, response_logprobs
 from sapo.training.gradients import Gradient, compare_gradients
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
-from sapo.training.results import Output, UpdateResult, collect_result, first_nonfinite, skipped_result
+from sapo.training.results import (
+    Output,
+    UpdateResult,
+    collect_result,
+    first_nonfinite,
+    nonfinite_causes,
+    skipped_result,
+)
 from sapo.training.settings import TrainerSettings
 from sapo.utils.spans import span
 
 
 class Trainer:
-    """Updates a policy by an objective: all `Trainers` there are, in one process.
+    """Updates a policy by an objective: all `Trainers` there are, in one process; or one rank of a training group.
+
+    A rank is given its own share, in `Shares` of one, and makes the same calls as all others.
 
     Args:
         policy: changed in place.
@@ -38,6 +48,7 @@ class Trainer:
         reference: the frozen policy that `logprobs(of="reference")` is of.
         routers: the policy's, for routing replay: batches that carry recorded experts are run through these. None
             without it.
+        ranks: the training group, whose ranks have sharded the policy among them.
     """
 
     def __init__(
@@ -48,12 +59,14 @@ class Trainer:
         *,
         reference: Policy | None = None,
         routers: Routers | None = None,
+        ranks: Collective | None = None,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
         self.settings = settings
         self.reference = reference
         self.routers = routers
+        self.ranks = ranks or Collective()
         self.updates = 0
         if settings.activation_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -69,7 +82,7 @@ class Trainer:
         replays: list[Replay | None] = []
         with self._training():
             for batch in share:
-                if should_stop():
+                if self.ranks.any(should_stop):
                     raise Interrupted
                 with self.replaying(batch) as replay:
                     loss, head, surrogate = self._forward(batch, self.settings)
@@ -77,8 +90,8 @@ class Trainer:
                         loss.backward()
                 self.optimizer.collect_gradients()
                 outputs.append((batch, head, surrogate))
-                replays.append(replay)
-            total = sum(head.loss.item() for _, head, _ in outputs)
+                replays.append(replay if batch.num_targets else None)
+            total = self.ranks.sum(sum(head.loss.item() for _, head, _ in outputs))
             norm = self.optimizer.gradient_norm()
             self._check_finite(total, norm, outputs)
         with span("optimizer"):
@@ -154,7 +167,7 @@ class Trainer:
         def gradient_of(settings: TrainerSettings) -> Gradient:
             self.optimizer.zero_grad()
             for batch in share:
-                if should_stop():
+                if self.ranks.any(should_stop):
                     raise Interrupted
                 with self.replaying(batch):
                     self._forward(batch, settings)[0].backward()
@@ -167,6 +180,14 @@ class Trainer:
         finally:
             self.optimizer.zero_grad()
 
+    def send_weights(self, to: Policy) -> None:
+        """Do nothing: the driver's policy is the one trained; see `Trainers.send_weights`."""
+        assert to is self.policy, "in one process the driver and the trainer share the policy"
+
+    def take_weights(self, of: Policy) -> None:
+        """Do nothing: the driver's policy is the one trained; see `Trainers.take_weights`."""
+        assert of is self.policy, "in one process the driver and the trainer share the policy"
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the state of the optimizer; see `Trainers.optimizer_tensors`."""
         return self.optimizer.state_tensors()
@@ -175,11 +196,16 @@ class Trainer:
         """Restore the state of the optimizer; see `Trainers.restore_optimizer`."""
         self.optimizer.load_state_tensors(tensors)
 
+    def close(self) -> None:
+        """Do nothing: there are no other processes; see `Trainers.close`."""
+
     def _check_finite(self, loss: float, norm: Tensor, outputs: Sequence[Output]) -> None:
         if torch.isfinite(norm) and loss == loss and abs(loss) != float("inf"):
-            return
-        cause = first_nonfinite(outputs, self.settings)
-        if cause is None:
-            parameter = self.optimizer.first_nonfinite_gradient()
-            cause = f"the gradient of {parameter}" if parameter else "the gradient norm"
-        raise NonFiniteError(f"{cause} is not finite (loss {loss}, gradient norm {norm.item()})")
+            return  # both are of all ranks, so that these agree
+        causes, names = [*nonfinite_causes(self.settings)], self.optimizer.names
+        cause = self.ranks.least(first_nonfinite(outputs, self.settings))
+        parameter = self.ranks.least(self.optimizer.first_nonfinite_gradient())
+        found = "the gradient norm" if parameter == len(names) else f"the gradient of {names[parameter]}"
+        if cause < len(causes):
+            found = causes[cause]
+        raise NonFiniteError(f"{found} is not finite (loss {loss}, gradient norm {norm.item()})")

@@ -13,7 +13,7 @@ from typing import Any
 from sapo.config import RunConfig
 from sapo.config.recipes import override_run
 from sapo.conformance.objective_laws import Judgement
-from sapo.errors import CollapseError, ConfigError, NonFiniteError
+from sapo.errors import CollapseError, ConfigError, NonFiniteError, RankError
 from sapo.model.loading import load_policy
 from sapo.objectives import is_plugin
 from sapo.rollout.registry import check_engine
@@ -29,6 +29,7 @@ from sapo.training.checkpoint import newest_whole, set_broken_aside
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
 from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy
+from sapo.workflows.training_group import is_other_rank, resolve_ranks, serve_rank, start_trainers
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ def train(
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
-        NonFiniteError, CollapseError: the run stopped itself; the message, which failure.json keeps, names step, cause
-            and checkpoint.
+        NonFiniteError, CollapseError, RankError: the run stopped itself; the message, which failure.json keeps, names
+            step, cause and checkpoint.
     """
-    config = resolve_machine(config)
+    _serve_if_other_rank()
+    config = resolve_ranks(resolve_machine(config))
     if config.run_dir is None:
         raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
     RunDirectory.check_free(Path(config.run_dir))
@@ -76,7 +78,12 @@ def train(
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
     directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
-    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
+    try:
+        trainers = start_trainers(config, directory.path, policy, reference, None)
+    except BaseException:
+        directory.close()
+        raise
+    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference, trainers))
 
 
 def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambda _: None) -> DryRun:
@@ -89,7 +96,7 @@ def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambd
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run.
     """
-    config = resolve_machine(config)
+    config = resolve_ranks(resolve_machine(config))
     if config.run_dir is not None:
         RunDirectory.check_free(Path(config.run_dir))
     check_loggers(config)
@@ -119,6 +126,7 @@ def resume(
     Raises:
         ConfigError: not a run directory, or an override that would make it another run.
     """
+    _serve_if_other_rank()
     directory, config = RunDirectory.open(run)
     try:
         training = _resumed(directory, config, str(run), overrides or [], listener or Silent(), should_stop)
@@ -137,7 +145,7 @@ def _resumed(
     should_stop: Callable[[], bool],
 ) -> TrainingRun:
     """Make the run at its newest whole checkpoint; its files change only when nothing can be refused any more."""
-    config = resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides))
+    config = resolve_ranks(resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides)))
     _warn_of_another_machine(config, listener)
     check_loggers(config)
     check_engine(config)
@@ -163,13 +171,21 @@ def _resumed(
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
     directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
-    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference)
+    trainers = start_trainers(config, directory.path, policy, reference, checkpoint.path if checkpoint else None)
+    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference, trainers)
     if checkpoint is not None:
         training.trainer.restore_optimizer(checkpoint.optimizer_tensors())
     set_broken_aside(directory.checkpoints, checkpoint)
     if overrides:
         directory.write_config(config)
     return training
+
+
+def _serve_if_other_rank() -> None:
+    """Serve the driver and end this process, if torchrun started it as another rank."""
+    if is_other_rank():
+        serve_rank()
+        raise SystemExit(0)
 
 
 def _provenance(config: RunConfig) -> dict[str, Any]:
@@ -203,10 +219,11 @@ def _finish(training: TrainingRun) -> Run:
     try:
         stopped = training.run()
         return Run(training.directory.path, training.config, training.summary(), stopped)
-    except (NonFiniteError, CollapseError) as error:
+    except (NonFiniteError, CollapseError, RankError) as error:
         training.directory.write_failure(str(error))
         raise
     finally:
         training.loggers.close()
         training.directory.close()
         training.engine.close()
+        training.trainer.close()

@@ -1,0 +1,93 @@
+"""A policy whose weights are sharded over the ranks of a training group by PyTorch's FSDP2.
+
+Every rank keeps a slice of each parameter, along its first dimension. The whole is gathered for a forward or backward
+pass only: block by block, and embedding, final norm and head together. Gradients are summed over ranks and never
+averaged, since the weights of a packed batch have the normaliser of the whole mini-batch in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sapo.model.policy import Policy
+
+
+def shard(policy: Policy, mesh: DeviceMesh) -> None:
+    """Shard the weights of a policy in place; every rank has loaded the same ones.
+
+    Weights of 16 bits become slices in float32, which are the master weights of the optimizer, and are rounded to 16
+    bits as they are gathered: a pass computes what the unsharded policy of that precision computes. Gradients are
+    summed in float32.
+
+    Args:
+        mesh: one dimension to shard over; with two, weights are replicated over the first and sharded over the second
+            (HSDP).
+    """
+    model, dtype = policy.model, policy.dtype
+    precision = MixedPrecisionPolicy()
+    if dtype in (torch.bfloat16, torch.float16):
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        model.float()
+    # FSDP gathers what belongs to the root within the root's own forward, and nowhere else.
+    model.forward = MethodType(_work_or(type(model).forward), model)
+    for block in blocks(policy):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+    policy.sharded_dtype = dtype
+
+
+def blocks(policy: Policy) -> list[nn.Module]:
+    """Return the blocks of the decoder: each is gathered by itself."""
+    names = set(policy.model._no_split_modules or ())
+    found = [module for module in policy.decoder.modules() if type(module).__name__ in names]
+    return found or list(policy.decoder.layers)  # type: ignore[arg-type]
+
+
+def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter whole, by its name in the model, in the precision that passes compute in; tied ones once.
+
+    A collective: every rank runs through all of them. One parameter at a time is whole.
+    """
+    policy.model.reshard()
+    for name, parameter in policy.model.named_parameters():
+        yield name, whole(parameter.detach().to(policy.sharded_dtype))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on every rank; any other is returned as it is. A collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the slice of a sharded tensor that this rank keeps; any other is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(parameter: Tensor, full: Tensor) -> Tensor:
+    """Shard a tensor of a parameter's shape as the parameter is; each rank has the whole and keeps its slice."""
+    if not isinstance(parameter, DTensor) or full.shape != parameter.shape:
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _work_or(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that runs the work it is given (`Policy.run`); called otherwise, it is the model's own."""
+
+    def forward(self: nn.Module, *args: Any, **options: Any) -> Any:
+        if len(args) == 1 and not options and not isinstance(args[0], Tensor) and callable(args[0]):
+            return args[0]()
+        return own(self, *args, **options)
+
+    return forward

@@ -1,0 +1,206 @@
+"""The driver of a training group, and the loop of a rank that serves it.
+
+There is one driver: rank 0, which also trains a share itself. The other ranks keep no state of the run. Each waits for
+a call, makes it on its own share together with all others, and answers with what it measured. What ends a call on all
+ranks alike (a request to stop, a quantity that is not finite) is not answered: the driver has found the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapo.errors import Interrupted, NonFiniteError, RankError, RunFailure
+from sapo.model.policy import Policy
+from sapo.model.sharding import full_weights, shard_like
+from sapo.objectives import Objective
+from sapo.training.ranks import Logprobs, LogprobsOf, Shares
+from sapo.training.results import UpdateResult, join_results
+from sapo.training.trainer import Trainer
+from sapo.training.wire import (
+    Message,
+    Wire,
+    logprobs_message,
+    read_logprobs,
+    read_result,
+    read_share,
+    result_message,
+    share_message,
+)
+
+
+class RankedTrainers:
+    """A training group as the driver sees it: `Trainers` over many processes.
+
+    Args:
+        own: the trainer of rank 0, which is this process.
+        wire: to the other ranks.
+        policy: the driver's, which engines draw with and checkpoints are written of; at the weights that `own` was made
+            with.
+        first_failure: given the error of a call, says what happened to the first rank that died; None where all live.
+        on_close: ends the other processes, once they have been told to.
+    """
+
+    def __init__(
+        self,
+        own: Trainer,
+        wire: Wire,
+        policy: Policy,
+        *,
+        first_failure: Callable[[Exception], str | None] = lambda _: None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.own = own
+        self._wire = wire
+        self._others = range(1, own.ranks.size)
+        self._first_failure = first_failure
+        self._on_close = on_close
+        self._sent = (policy, own.updates)
+        self._closed = False
+
+    @property
+    def updates(self) -> int:
+        """Updates made: the version of the weights."""
+        return self.own.updates
+
+    def update(
+        self, shares: Shares, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
+    ) -> UpdateResult:
+        """Make one step of the optimizer; see `Trainers.update`."""
+        with self._together():
+            mine = self._deal(shares, call="update", learning_rate=learning_rate)
+            result = self.own.update(mine, learning_rate, should_stop)
+            return join_results([result, *(read_result(self._wire.receive(rank)) for rank in self._others)])
+
+    def logprobs(self, shares: Shares, of: LogprobsOf = "policy", record: bool = False) -> Logprobs:
+        """Compute log pi at the present weights; see `Trainers.logprobs`."""
+        with self._together():
+            mine = self._deal(shares, call="logprobs", of=of, record=record)
+            parts = [self.own.logprobs(mine, of, record)]
+            parts += [read_logprobs(self._wire.receive(rank)) for rank in self._others]
+        experts = tuple(t for part in parts for t in part.experts or ())
+        return Logprobs(tuple(t for part in parts for t in part.of_batch), experts if record else None)
+
+    def gradients(
+        self, shares: Shares, objectives: Mapping[str, Objective], should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Compare the gradients of other objectives with that of the one in use; see `Trainers.gradients`.
+
+        The ranks were given the objectives when they were started; here they are named by their labels.
+        """
+        with self._together():
+            return self.own.gradients(
+                self._deal(shares, call="gradients", labels=list(objectives)), objectives, should_stop
+            )
+
+    def send_weights(self, to: Policy) -> None:
+        """Bring the driver's policy to the present weights; see `Trainers.send_weights`."""
+        if self._sent == (to, self.updates):
+            return
+        with self._together(), torch.no_grad():
+            self._tell(call="send_weights")
+            parameters = dict(to.model.named_parameters())
+            for name, tensor in full_weights(self.own.policy):
+                parameters[name].copy_(tensor)
+        self._sent = (to, self.updates)
+
+    def take_weights(self, of: Policy) -> None:
+        """Train on from the weights of the driver's policy; see `Trainers.take_weights`."""
+        weights = dict(of.weights())
+        with self._together():
+            self._tell(weights, call="take_weights")
+            take_weights(self.own, weights)
+        self._sent = (of, self.updates)
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Return the state of the optimizer; see `Trainers.optimizer_tensors`."""
+        with self._together():
+            self._tell(call="optimizer_tensors")
+            return self.own.optimizer_tensors()
+
+    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the state of the optimizer; see `Trainers.restore_optimizer`."""
+        with self._together():
+            self._tell(tensors, call="restore_optimizer")
+            self.own.restore_optimizer(tensors)
+
+    def close(self) -> None:
+        """End the other ranks; see `Trainers.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(RuntimeError):  # those that are gone cannot be told
+            self._tell(call="close")
+        self._on_close()
+
+    def _deal(self, shares: Shares, **header: Any) -> Shares:
+        """Give the other ranks their shares, and return the driver's own."""
+        for rank in self._others:
+            self._wire.send(share_message(shares, rank, **header), rank)
+        return read_share(share_message(shares, 0), self.own.policy.device)
+
+    def _tell(self, tensors: Mapping[str, Tensor] | None = None, **header: Any) -> None:
+        for rank in self._others:
+            self._wire.send(Message(header, tensors or {}), rank)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Within it all ranks make one call. One that died is named in place of the connection that broke."""
+        try:
+            yield
+        except (Interrupted, RunFailure):
+            raise
+        except RuntimeError as error:
+            failure = self._first_failure(error)
+            if failure is None:
+                raise
+            raise RankError(failure) from error
+
+
+def serve(trainer: Trainer, wire: Wire, objectives: Mapping[str, Objective]) -> None:
+    """Answer the driver's calls until it says that there are no more.
+
+    Args:
+        trainer: of this rank.
+        objectives: those that `gradients` may be asked to compare, by label.
+    """
+    while (message := wire.receive(0)).header["call"] != "close":
+        with suppress(Interrupted, NonFiniteError):
+            answer = _answer(trainer, message, objectives)
+            if answer is not None:
+                wire.send(answer, 0)
+
+
+def take_weights(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights in place of the sharded ones of a rank."""
+    with torch.no_grad():
+        for name, parameter in trainer.policy.model.named_parameters():
+            parameter.copy_(shard_like(parameter, weights[name].to(parameter.device, parameter.dtype)))
+
+
+def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objective]) -> Message | None:
+    """Make the call of a message; what it gives is returned where it is not the same on every rank."""
+    header, device = message.header, trainer.policy.device
+    match header["call"]:
+        case "update":
+            return result_message(trainer.update(read_share(message, device), header["learning_rate"]))
+        case "logprobs":
+            return logprobs_message(trainer.logprobs(read_share(message, device), header["of"], header["record"]))
+        case "gradients":
+            trainer.gradients(read_share(message, device), {label: objectives[label] for label in header["labels"]})
+        case "send_weights":
+            for _ in full_weights(trainer.policy):
+                pass
+        case "take_weights":
+            take_weights(trainer, message.tensors)
+        case "optimizer_tensors":
+            trainer.optimizer_tensors()
+        case "restore_optimizer":
+            trainer.restore_optimizer(message.tensors)
+        case call:
+            raise AssertionError(f"the driver called {call!r}, which no rank answers")
+    return None
