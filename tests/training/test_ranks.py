@@ -26,8 +26,9 @@ ON_THREE = ["dense", "moe with replay", "kl", "one group", "gspo with tis"]  # 3
 ON_FOUR = ["replicas", "replicas, moe, lora, kl", "one group, gspo, kl, tis"]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
-"""Largest difference, absolute for what is below 1. Only the order of sums differs: 1e-15 was seen in float64. In float32
-it was 1e-6, and 4e-5 of a weight, since AdamW divides a small gradient by its own size; an update moves it by 1e-2."""
+"""Largest difference, absolute for what is below 1. Only the order of sums differs: 1e-15 was seen in float64. In
+float32 it was 1e-6, and 4e-5 of a weight, since AdamW divides a small gradient by its own size; an update moves it by
+1e-2."""
 
 
 def free_port() -> int:

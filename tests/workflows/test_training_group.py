@@ -1,11 +1,12 @@
 """Runs on several ranks, as people start them: with the run, by torchrun, stopped, killed and resumed.
 
-What has to be equal bit for bit is compared with an uninterrupted run on as many ranks; what has to be equal to rounding,
-with one process.
+What has to be equal bit for bit is compared with an uninterrupted run on as many ranks; what has to be equal to
+rounding, with one process.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -86,9 +87,7 @@ def assert_equal_to_rounding(got: Path, expected: Path, step: int) -> None:
 
 
 def completions(file: Path) -> list[str]:
-    import json
-
-    return [json.loads(line)["completion"] for line in file.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
