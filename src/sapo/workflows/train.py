@@ -1,4 +1,4 @@
-"""From a checked recipe to a finished run: everything around the loop that starts, resumes and stops it.
+"""Make a finished run of a checked recipe: everything around the loop that starts, resumes and stops it.
 
 The Python surface (`sapo.train`, `sapo.resume`) and the command line both come through here.
 """
@@ -6,6 +6,7 @@ The Python surface (`sapo.train`, `sapo.resume`) and the command line both come 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,12 @@ def train(
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
     directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
-    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference))
+    try:
+        training = TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference)
+    except BaseException:
+        directory.close()
+        raise
+    return _finish(training)
 
 
 def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambda _: None) -> DryRun:
@@ -186,7 +192,9 @@ def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
 
     def warn(judged: Judgement) -> None:
         for verdict in judged.broken_by_design:
-            listener.warning(f"objective {judged.name} breaks the law {verdict}; the run goes on: it is of its design")
+            listener.warning(
+                f"objective {judged.name} breaks the law {verdict}; the run goes on, for it does not rely on this law"
+            )
 
     return warn
 
@@ -200,13 +208,12 @@ def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
 
 
 def _finish(training: TrainingRun) -> Run:
-    try:
-        stopped = training.run()
-        return Run(training.directory.path, training.config, training.summary(), stopped)
-    except (NonFiniteError, CollapseError) as error:
-        training.directory.write_failure(str(error))
-        raise
-    finally:
-        training.loggers.close()
-        training.directory.close()
-        training.engine.close()
+    with ExitStack() as stack:  # all three are closed, last to first, even where closing one of them fails
+        for opened in (training.engine, training.directory, training.loggers):
+            stack.callback(opened.close)
+        try:
+            stopped = training.run()
+            return Run(training.directory.path, training.config, training.summary(), stopped)
+        except (NonFiniteError, CollapseError) as error:
+            training.directory.write_failure(str(error))
+            raise
