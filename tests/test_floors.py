@@ -107,7 +107,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     [
         ("objectives", "from sapo.config import RunConfig", ["config"]),
         ("objectives", "import sapo.data", ["data"]),
-        ("model", "def late():\n    from sapo.rollout.local.engine.engine import LocalEngine", ["rollout"]),
+        ("model", "def late():\n    from sapo.rollout.local.engine import LocalEngine", ["rollout"]),
         ("tasks", "from sapo.model.policy import Policy", ["model"]),
         ("training", "from sapo.rollout.engine import Request", ["rollout"]),
         ("training", "from sapo import run", ["run"]),
