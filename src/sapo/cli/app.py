@@ -128,7 +128,8 @@ def conformance(
         list[str] | None,
         typer.Argument(
             metavar="[SUBJECT]... [KEY=VALUE]...",
-            help="sapo, trl, liger, verl, or a loss of yours as module:function with its settings; default: sapo.",
+            help="sapo, trl, liger, verl, or your own: a loss as module:function or an objective as module:Class, with "
+            "its settings; default: sapo.",
         ),
     ] = None,
     objective: Annotated[str, typer.Option(help="The objective that your own loss implements.")] = "sapo",
@@ -137,9 +138,9 @@ def conformance(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the results as markdown to this file.")] = None,
 ) -> None:
-    """Judge policy losses by the laws they should obey.
+    """Judge policy losses and objectives by the laws they should obey.
 
-    Exit code 1 when sapo or a loss of yours breaks one; 0 otherwise, whatever the other libraries do.
+    The exit code is 1 when sapo or a loss of yours breaks a law, and 0 otherwise, whatever the other libraries do.
     """
     from sapo.conformance.peers import FAMILIES
     from sapo.conformance.report import Report, judge_family, judge_function
@@ -158,7 +159,9 @@ def conformance(
             from sapo.errors import ConfigError
 
             known = ", ".join(FAMILIES)
-            raise ConfigError(f"a subject is one of {known} or module:function; got {name!r}; choose one of these")
+            raise ConfigError(
+                f"a subject is one of {known}, module:function or module:Class; got {name!r}; choose one of these"
+            )
         _print_conformance(reports[-1])
     if markdown is not None:
         markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))

@@ -17,7 +17,7 @@ STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "note": ""}
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what is installed, what this machine can do, and what is missing."""
+    """Report what is installed, what this machine can do, and what is missing."""
     from sapo.workflows.doctor import examine, is_broken
 
     findings = examine()

@@ -20,7 +20,8 @@ def generate(
     model: Annotated[
         Path,
         typer.Argument(
-            help="A Hugging Face model directory, a checkpoint or a run directory.", autocompletion=complete_model
+            help="A run directory, a checkpoint, a model directory, a .gguf file or a hub id.",
+            autocompletion=complete_model,
         ),
     ],
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
