@@ -61,12 +61,12 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Number of columns of the padded batch, at least one."""
+        """Return the number of columns of the padded batch, at least one."""
         return max(1, *(len(r.log_ratios) for r in self.responses)) + self.padding
 
     @property
     def num_tokens(self) -> int:
-        """Number of response tokens."""
+        """Return the number of response tokens."""
         return sum(len(r.log_ratios) for r in self.responses)
 
     def tensors(self, dtype: torch.dtype) -> Batch:

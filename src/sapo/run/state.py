@@ -43,7 +43,7 @@ class RolloutBatch:
 
 @dataclass
 class RunState:
-    """Where a run is. Everything that is not weights or optimiser, and survives a kill."""
+    """All of a run that is not weights or optimiser and must survive a kill."""
 
     step: int = 0
     """Whole steps done."""
@@ -163,6 +163,6 @@ def _without_arrays(gate: dict[str, Any], arrays: FlatArrays) -> dict[str, Any]:
 
 
 def _with_arrays(gate: dict[str, Any], arrays: ArrayReader) -> dict[str, Any]:
-    """The inverse; checkpoints of earlier versions hold lists in the JSON value."""
+    """Undo `_without_arrays`; checkpoints of earlier versions hold lists in the JSON value."""
     names = gate.get("arrays", [])
     return {k: v for k, v in gate.items() if k != "arrays"} | {name: arrays.take(f"gates.{name}") for name in names}
