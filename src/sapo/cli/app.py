@@ -26,7 +26,7 @@ from sapo.cli.export import export
 from sapo.cli.generate import generate
 from sapo.cli.report import report
 from sapo.cli.terminal import StopSignal, console, errors, say, stop_signals
-from sapo.errors import Interrupted, RunFailure, UserError
+from sapo.errors import ConfigError, Interrupted, RunFailure, UserError
 
 app = typer.Typer(
     name="sapo",
@@ -156,15 +156,18 @@ def conformance(
         elif name in FAMILIES:
             reports.append(judge_family(name))
         else:
-            from sapo.errors import ConfigError
-
             known = ", ".join(FAMILIES)
             raise ConfigError(
                 f"a subject is one of {known}, module:function or module:Class; got {name!r}; choose one of these"
             )
         _print_conformance(reports[-1])
     if markdown is not None:
-        markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))
+        try:
+            markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))
+        except OSError as error:
+            raise ConfigError(
+                f"--markdown {markdown} cannot be written: {error.strerror}; name another file"
+            ) from error
         say(f"wrote {markdown}")
     if any(report.ours and report.broken for report in reports):
         raise typer.Exit(1)
@@ -254,7 +257,7 @@ def _print_conformance(report: Any) -> None:
     from sapo.conformance.report import counterexamples, summary
 
     # No column is cut: a table of fifteen objectives is wider than most terminals.
-    Console(width=max(console.width, 48 + 10 * len(report.subjects))).print(conformance_table(report))
+    Console(width=max(console.width, 48 + 10 * len(report.subjects)), emoji=False).print(conformance_table(report))
     for line in counterexamples(report):
         say(line)
     say(summary(report))

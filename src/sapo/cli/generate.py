@@ -13,6 +13,7 @@ import typer
 from sapo.cli.completion import complete_model
 from sapo.utils.text import visible
 
+# Default of --max-new-tokens.
 LONGEST = 256
 
 
