@@ -112,7 +112,7 @@ class ModelConfig(Section):
         if (self.path is None) == (self.coldstart is None):
             got = "both" if self.path is not None else "neither"
             raise ValueError(
-                f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
+                f"give model.path or model.coldstart, exactly one of them; got {got}; set the other to null"
             )
         if self.routing_replay and self.coldstart is not None and self.coldstart.architecture != "qwen3_moe":
             raise ValueError(
