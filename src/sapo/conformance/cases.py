@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LEVELS = (-0.125, -1.0, -3.0)
+"""Levels of random responses: the likelier of pi and pi_old is 0.88, 0.37 or 0.05."""
 SPREADS = (0.0002, 0.05, 0.4, 1.5)
 """Standard deviations of log-ratios in random cases: sequence clips are 3e-4 wide, token clips 0.2."""
 

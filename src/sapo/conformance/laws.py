@@ -40,6 +40,7 @@ FAR = (50.0, -50.0, 100.0, -100.0)
 GARBAGE = (100.0, math.inf, math.nan, -100.0, -math.inf)
 """Contents of padded places, as log-ratios."""
 RANDOM_CASES = 40
+"""Number of ragged batches that a law is tried on after the single tokens."""
 
 
 def gradient_is_the_papers(subject: Subject) -> Verdict:

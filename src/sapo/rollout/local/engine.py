@@ -39,6 +39,7 @@ from sapo.utils.rng import token_uniforms
 from sapo.utils.spans import span
 
 PREFILL_TOKENS = 8192
+"""Prompt tokens of one prefill, unless a single prompt has more: bounds its memory and changes no completion."""
 
 
 class LocalEngine:
