@@ -54,7 +54,7 @@ def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory,
         return warning
     checkpoints = list_checkpoints(directory.checkpoints)
     resume = (
-        f"`sapo resume {directory.path} train.learning_rate=...` goes back to {checkpoints[0].label}"
+        f"`sapo resume {directory.path} train.learning_rate=...` goes on from {checkpoints[0].label}"
         if checkpoints
         else "there is no checkpoint yet: start again with a lower train.learning_rate"
     )

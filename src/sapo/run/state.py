@@ -85,11 +85,11 @@ class RunState:
     candidate_step: int | None = None
     """The step of a checkpoint that the present step will prove healthy, or not."""
     tried_steps: list[int] = field(default_factory=list)
-    """Those of them that the run has gone back to."""
+    """Those of the healthy steps that a rollback has used."""
     kept_steps: list[int] = field(default_factory=list)
     """Steps whose checkpoints are kept for good: the last healthy ones before a warning."""
     rollbacks: int = 0
-    """How often the run went back to a healthy checkpoint."""
+    """Number of rollbacks to a healthy checkpoint."""
     learning_rate_scale: float = 1.0
     """Factor of the learning rate that the rollbacks have left."""
 
