@@ -1,6 +1,6 @@
 """Write docs/reference.md, every key of a recipe, from the docstrings of its settings: `python -m scripts.reference`.
 
-tests/docs/test_reference.py holds the page current.
+tests/docs/test_made_pages.py holds the page current.
 """
 
 from __future__ import annotations

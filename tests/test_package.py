@@ -41,8 +41,10 @@ def test_the_wheel_carries_the_recipes(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("sapo_rl-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for recipe in (ROOT / "recipes").glob("*.yaml"):
-        assert f"sapo/recipes/{recipe.name}" in names
+    recipes = list((ROOT / "recipes").rglob("*.yaml"))
+    assert any("studies" in recipe.parts for recipe in recipes)
+    for recipe in recipes:
+        assert f"sapo/{recipe.relative_to(ROOT).as_posix()}" in names
     for part in ("html", "css", "js"):
         assert f"sapo/evaluation/page/completions.{part}" in names
 
@@ -56,10 +58,12 @@ def test_the_front_door_has_what_it_names() -> None:
         sapo.nothing  # noqa: B018
 
 
-def test_the_objectives_need_torch_and_nothing_else_of_ours() -> None:
+def test_the_objectives_load_no_library_but_torch_and_of_ours_errors_and_helpers() -> None:
     code = (
         "import sys, sapo.objectives; "
-        "heavy = {'transformers', 'pydantic', 'omegaconf', 'rich'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'transformers', 'pydantic', 'omegaconf', 'rich'} & set(sys.modules); assert not heavy, heavy; "
+        "ours = {m.split('.')[1] for m in sys.modules if m.startswith('sapo.')}; "
+        "assert ours == {'errors', 'objectives', 'utils'}, ours"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -5,8 +5,8 @@
     run = sapo.train(config)
     print(run.summary["final"]["pass@1"])
 
-The objectives alone, with nothing but torch, are in `sapo.objectives`. Names here are loaded when first used, so that
-importing a part of the package costs only that part.
+The objectives alone, which need no library but torch, are in `sapo.objectives`. Names here are loaded when first used,
+so that importing a part of the package costs only that part.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 # On some processors MKL rounds a product differently with the alignment of its buffers, and a resumed run would not be
 # the run it continues. Read when MKL is first used, hence before torch. research/log.md has what was measured.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# The library under torch.profiler tells of its stages on stderr below this level; read when torch is loaded.
+# Below this level the library under torch.profiler writes its stages to standard error. Read when torch is loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-# transformers imports torchao where it is installed, which warns of each library for GPUs it cannot load and of its
-# enums: no matter of ours, and on the standard error of every command.
+# transformers imports torchao where it is installed. On import torchao warns of GPU libraries it cannot load and of its
+# enums, on the standard error of every command, and a user can do nothing about it.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 

@@ -189,10 +189,10 @@ def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
         (("compare", "quickstart", "--objectives", "sapo,grop"), "got 'grop'; did you mean 'grpo'?"),
         (("compare", "quickstart", "--jobs", "0"), "--jobs must be 1 or more; got 0"),
         (("compare", "quickstart", "train.learning_rate=1"), "use learning_rates (--learning-rates)"),
-        (("compare", "quickstart", "--arms", "sapo"), "is a recipe of one run: --objectives"),
-        (("compare", "paper_fig5", "--objectives", "sapo"), "has arms; --arms takes some"),
+        (("compare", "quickstart", "--arms", "sapo"), "is a recipe of one run; use --objectives"),
+        (("compare", "paper_fig5", "--objectives", "sapo"), "has arms; choose some by --arms"),
         (("train", "paper_fig5"), "`sapo compare paper_fig5` makes them"),
-        (("eval-compare", "nowhere", "nowhere"), "no results at nowhere: sapo eval writes one"),
+        (("eval-compare", "nowhere", "nowhere"), "no results at nowhere; `sapo eval` writes them"),
     ],
 )
 def test_other_mistakes_on_the_command_line_are_one_line_too(
@@ -363,3 +363,21 @@ def test_the_tiny_model_of_the_tests_is_an_ordinary_directory(tmp_path: Path) ->
     directory = write_model(tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(directory).config.architectures == ["Qwen3ForCausalLM"]
     assert AutoTokenizer.from_pretrained(directory)("1+1=")["input_ids"] == [1, 10, 1, 14]
+
+
+def test_a_name_between_colons_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from sapo.cli.terminal import errors, say
+
+    say("module a:b:c")
+    errors.print("module a:b:c", markup=False)
+    assert [text.strip() for text in capsys.readouterr()] == ["module a:b:c", "module a:b:c"]
+
+
+def test_a_page_of_laws_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss_of_a_test.py").write_text("def loss(logp_BT, *others):\n    return logp_BT.sum()\n")
+    arguments = ("conformance", "loss_of_a_test:loss", "--markdown", "nowhere/laws.md")
+    code, lines = sapo_here(monkeypatch, capsys, tmp_path, *arguments)
+    assert code == 2
+    assert lines == ["sapo: --markdown nowhere/laws.md cannot be written: No such file or directory; name another file"]

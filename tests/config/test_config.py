@@ -112,7 +112,10 @@ def test_a_written_config_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
         (changed(train__minibatches=5), "must be a multiple of train.minibatches; got 32 and 5; use 35 prompts"),
         (changed(train__betas=[0.9, 1.0]), "betas must lie in [0, 1)"),
         (changed(train__learning_rate=float("nan")), "train.learning_rate"),
-        (changed(model={}), "give model.path or model.coldstart, exactly one of them; got neither; null takes"),
+        (
+            changed(model={}),
+            "give model.path or model.coldstart, exactly one of them; got neither; set the other to null",
+        ),
         (changed(model__coldstart={}), "exactly one of them; got both"),
         (changed(model={"coldstart": {"heads": 3}}), "hidden_size must be an even multiple of heads; got 64 and 3"),
         (

@@ -138,7 +138,8 @@ def test_a_mistake_in_the_call_is_exit_code_two_in_one_line(
 ) -> None:
     assert run("tlr", monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err == (
-        "sapo: a subject is one of sapo, trl, liger, verl or module:function; got 'tlr'; choose one of these\n"
+        "sapo: a subject is one of sapo, trl, liger, verl, module:function or module:Class; "
+        "got 'tlr'; choose one of these\n"
     )
 
 

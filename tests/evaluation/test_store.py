@@ -136,7 +136,7 @@ def test_two_processes_never_write_one(tmp_path: Path) -> None:
 
 
 def test_results_that_are_not_there_or_of_another_version_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sapo eval writes one"):
+    with pytest.raises(ConfigError, match="`sapo eval` writes them"):
         read_results(tmp_path)
     with store(tmp_path / "e") as unfinished:
         unfinished.keep(problems(1), Clock())

@@ -130,6 +130,20 @@ def test_an_engine_of_ones_own_trains_evaluates_and_resumes_to_the_bit(tmp_path:
     assert fingerprint(stopped, 6) == fingerprint(whole, 6)
 
 
+def test_a_run_whose_engine_cannot_be_made_leaves_its_directory_unlocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(policy, settings):
+        raise RuntimeError("no server")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ListEngine, "from_settings", refuse)
+        with pytest.raises(RuntimeError, match="no server"):
+            run_recipe(tmp_path, train__steps=1)
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_stale_batch_is_as_old_as_the_weights_its_engine_held(tmp_path: Path) -> None:
     run = run_recipe(tmp_path, rollout__staleness=3, eval__every=0)
     assert [m.get("rollout/age") for m in metrics(run) if m["kind"] == "step"] == [None, 2, 3, 3, 3, 3]

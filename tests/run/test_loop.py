@@ -366,7 +366,7 @@ def test_a_nonfinite_update_stops_the_run_with_step_cause_and_checkpoint(
         run_recipe(tmp_path)
     message = str(caught.value)
     assert message.startswith("step 4, update 0: log pi of the policy is not finite")
-    assert "goes back to step 2" in message
+    assert "goes on from step 2" in message
 
 
 def test_an_unfaithful_sampler_is_found_by_the_self_check_and_corrected(

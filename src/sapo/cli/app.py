@@ -129,7 +129,8 @@ def conformance(
         list[str] | None,
         typer.Argument(
             metavar="[SUBJECT]... [KEY=VALUE]...",
-            help="sapo, trl, liger, verl, or a loss of yours as module:function with its settings; default: sapo.",
+            help="sapo, trl, liger, verl, or your own: a loss as module:function or an objective as module:Class, with "
+            "its settings; default: sapo.",
         ),
     ] = None,
     objective: Annotated[str, typer.Option(help="The objective that your own loss implements.")] = "sapo",
@@ -138,9 +139,9 @@ def conformance(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the results as markdown to this file.")] = None,
 ) -> None:
-    """Judge policy losses by the laws they should obey.
+    """Judge policy losses and objectives by the laws they should obey.
 
-    Exit code 1 when sapo or a loss of yours breaks one; 0 otherwise, whatever the other libraries do.
+    The exit code is 1 when sapo or a loss of yours breaks a law, and 0 otherwise, whatever the other libraries do.
     """
     from sapo.conformance.peers import FAMILIES
     from sapo.conformance.report import Report, judge_family, judge_function
@@ -156,13 +157,18 @@ def conformance(
         elif name in FAMILIES:
             reports.append(judge_family(name))
         else:
-            from sapo.errors import ConfigError
-
             known = ", ".join(FAMILIES)
-            raise ConfigError(f"a subject is one of {known} or module:function; got {name!r}; choose one of these")
+            raise ConfigError(
+                f"a subject is one of {known}, module:function or module:Class; got {name!r}; choose one of these"
+            )
         _print_conformance(reports[-1])
     if markdown is not None:
-        markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))
+        try:
+            markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))
+        except OSError as error:
+            raise ConfigError(
+                f"--markdown {markdown} cannot be written: {error.strerror}; name another file"
+            ) from error
         say(f"wrote {markdown}")
     if any(report.ours and report.broken for report in reports):
         raise typer.Exit(1)
@@ -275,7 +281,7 @@ def _print_conformance(report: Any) -> None:
     from sapo.conformance.report import counterexamples, summary
 
     # No column is cut: a table of fifteen objectives is wider than most terminals.
-    Console(width=max(console.width, 48 + 10 * len(report.subjects))).print(conformance_table(report))
+    Console(width=max(console.width, 48 + 10 * len(report.subjects)), emoji=False).print(conformance_table(report))
     for line in counterexamples(report):
         say(line)
     say(summary(report))

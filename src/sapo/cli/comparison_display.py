@@ -160,7 +160,7 @@ class ComparisonDisplay:
 def show_results(results: ComparisonResults, console: Console) -> None:
     """Print the table of a comparison, with every seed, and how to read it."""
     # No column is cut: a table with intervals is wider than most terminals.
-    wide = Console(width=max(console.width, 150), file=console.file)
+    wide = Console(width=max(console.width, 150), file=console.file, emoji=False)
     lines = [budget_sentence(results), *legend(results)]
     for task in results.tasks:
         table = Table(title=task, title_justify="left")

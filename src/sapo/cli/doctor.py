@@ -17,7 +17,7 @@ STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "note": ""}
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what is installed, what this machine can do, and what is missing."""
+    """Report what is installed, what this machine can do, and what is missing."""
     from sapo.workflows.doctor import examine, is_broken
 
     findings = examine()
@@ -25,7 +25,7 @@ def doctor(
     if as_json:
         print(json.dumps({"ok": not broken, "findings": [asdict(f) for f in findings]}, indent=1))
         raise typer.Exit(int(broken))
-    console = Console()
+    console = Console(emoji=False)
     width = max(len(f.name) for f in findings)
     for section, group in groupby(findings, key=lambda f: f.section):
         console.print(Text(section, style="bold"))

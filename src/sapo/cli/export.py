@@ -15,7 +15,7 @@ def export(
         Path,
         typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", autocompletion=complete_run),
     ],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist yet.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist, or be empty.")],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the run's.")] = None,
 ) -> None:
     """Write a run's model for transformers, vLLM and lm-eval to load."""

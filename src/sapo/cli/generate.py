@@ -13,6 +13,7 @@ import typer
 from sapo.cli.completion import complete_model
 from sapo.utils.text import visible
 
+# Default of --max-new-tokens.
 LONGEST = 256
 
 
@@ -20,7 +21,8 @@ def generate(
     model: Annotated[
         Path,
         typer.Argument(
-            help="A Hugging Face model directory, a checkpoint or a run directory.", autocompletion=complete_model
+            help="A run directory, a checkpoint, a model directory, a .gguf file or a hub id.",
+            autocompletion=complete_model,
         ),
     ],
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from sapo.utils.text import visible
 
-console = Console()
-errors = Console(stderr=True)
+# Without emoji: rich would print the ":b:" of a path or of a model's text as a picture.
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 def say(text: str) -> None:
-    """Print a line as plain text: no markup, nothing cut, control characters escaped."""
+    """Print a line as plain text: no markup or emoji, nothing cut, control characters escaped."""
     console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 

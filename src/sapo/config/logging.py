@@ -54,6 +54,7 @@ class ProfileConfig(Section):
     """Where the time goes: parts of phases timed, some steps traced operator by operator."""
 
     first_step: int = Field(2, ge=1)
-    """The first step traced, 1-based; the run's first one also pays for what is done once."""
+    """First step that is traced, counted from 1. Step 1, the only one to do some work once, is left out by default."""
     steps: int = Field(1, ge=0)
-    """Steps traced; a traced step is slower, and its file grows with the tokens it generates. 0 only times."""
+    """Number of steps that are traced. A traced step is slower, and its file grows with the tokens it generates. 0 only
+    times."""

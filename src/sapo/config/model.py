@@ -1,7 +1,4 @@
-"""Settings of the policy to start from: a model that is there, or one made by a cold start; its adapter, its routing.
-
-They are a part of the recipe (config.py) in a file of their own.
-"""
+"""Settings of the policy to start from: an existing model or one made by a cold start, its adapter, its routing."""
 
 from __future__ import annotations
 
@@ -38,17 +35,17 @@ class ColdStartConfig(Section):
     examples: int = Field(2000, ge=1)
     """Worked examples to train on; a small space of problems repeats some."""
     batch_size: int = Field(64, ge=1)
-    """Examples per update."""
+    """Worked examples in each update."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_updates: int = Field(20, ge=0)
-    """Linear warm-up."""
+    """Updates of linear learning-rate warm-up."""
     max_updates: int = Field(2000, ge=1)
-    """Give up here: a run that has not reached the target by then fails and says so."""
+    """Largest number of updates. A cold start that has not reached `target` by then fails, and says how far it came."""
     eval_every: int = Field(5, ge=1)
-    """Updates between evaluations; pass@1 jumps steeply, so few."""
+    """Updates between evaluations. A small number, because pass@1 rises steeply once it starts to rise."""
     eval_problems: int = Field(128, ge=8)
-    """Problems of an evaluation, one sample each: the training side's next ones after the examples."""
+    """Problems of an evaluation, one sample each: those of the training side that follow the examples."""
     seed: int = 0
     """Random seed of the initial weights and of the order of examples. It is not the run's seed: runs of all seeds
     share one cold start."""
@@ -92,7 +89,7 @@ class ModelConfig(Section):
     coldstart: ColdStartConfig | None = None
     """Make the model instead of loading one."""
     lora: LoraConfig | None = None
-    """Train an adapter instead of all weights; learning rates want to be some 30 times higher."""
+    """Train an adapter instead of all weights. Its learning rate should be some 30 times higher."""
     routing_replay: bool | Literal["R2", "R3"] = False
     """Routing replay for mixtures of experts: in all updates of a batch, each token goes to the experts it went to at
     the weights that sampled. R2: recorded by the trainer's forward pass that computes log pi_old. R3: recorded by the
@@ -115,7 +112,7 @@ class ModelConfig(Section):
         if (self.path is None) == (self.coldstart is None):
             got = "both" if self.path is not None else "neither"
             raise ValueError(
-                f"give model.path or model.coldstart, exactly one of them; got {got}; null takes one of a recipe away"
+                f"give model.path or model.coldstart, exactly one of them; got {got}; set the other to null"
             )
         if self.routing_replay and self.coldstart is not None and self.coldstart.architecture != "qwen3_moe":
             raise ValueError(

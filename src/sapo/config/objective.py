@@ -16,7 +16,7 @@ class KLConfig(Section):
     """A KL penalty towards a reference policy; the paper has none."""
 
     coefficient: float = Field(gt=0)
-    """Factor of the estimated KL in the loss. The estimate has the normaliser of the policy term."""
+    """Factor of the estimated KL in the loss. The KL of a token has the same weight as its policy term."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence from sampled tokens; k3 is GRPO's. objectives/kl.py has the formulas."""
     reference: str | None = None
@@ -25,7 +25,7 @@ class KLConfig(Section):
 
     @property
     def penalty(self) -> KLPenalty:
-        """The penalty, as the trainer takes it."""
+        """Return the penalty, as the trainer takes it."""
         return KLPenalty(coefficient=self.coefficient, estimator=self.estimator)
 
 
@@ -44,7 +44,7 @@ class TISConfig(Section):
 
     @property
     def weights(self) -> TIS:
-        """The correction, as the trainer takes it."""
+        """Return the correction, as the trainer takes it."""
         return TIS(mode=self.mode, cap=self.cap, floor=self.floor)
 
     @model_validator(mode="after")
@@ -63,7 +63,7 @@ class NamedObjective(BaseModel):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The objective's own settings, as `make_objective` takes them."""
+        """Return the objective's own settings, as `make_objective` takes them."""
         return dict(self.model_extra or {})
 
     def make(self) -> Objective:

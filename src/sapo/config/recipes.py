@@ -30,14 +30,14 @@ _ARMS = re.compile(r"^arms:", re.MULTILINE)
 
 
 def known_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes of a run."""
+    """Return name -> file of the shipped recipes of a run."""
     return {
         name: file for name, file in shipped_recipes().items() if not _ARMS.search(file.read_text(encoding="utf-8"))
     }
 
 
 def known_comparisons() -> dict[str, Path]:
-    """Name -> file of the recipes of a comparison: those with arms."""
+    """Return name -> file of the shipped recipes of a comparison: those with arms."""
     return {name: file for name, file in shipped_recipes().items() if _ARMS.search(file.read_text(encoding="utf-8"))}
 
 

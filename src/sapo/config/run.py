@@ -1,8 +1,7 @@
-"""The recipe: every setting of a run, documented once, checked before anything is loaded.
+"""The whole recipe, `RunConfig`, and the checks that concern more than one of its sections.
 
-Sections of the model, the rollout and the diagnostics are in files of their own (model_config.py, rollout_config.py,
-diagnostics_config.py); all are imported from here. How a recipe is found, read and overridden is recipe.py. Settings of
-an objective or a task are checked by the objective or task itself, which refuses those it does not use.
+Each section is in a file beside this one; recipes.py finds, reads and overrides recipes. Keys that moved to the section
+`experiments` are refused by their new names.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _keys_that_moved(cls, raw: Any) -> Any:
-        """Refuse keys of studies where they stood before, by their new names; at their defaults they are dropped."""
+        """Refuse keys that moved to `experiments`, naming the new key; drop those that have their defaults."""
         return without_moved_keys(raw) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
@@ -129,7 +128,7 @@ class RunConfig(Section):
 
     @property
     def objective_name(self) -> str:
-        """Name of the objective. Of one that is the user's own, module:Class, a run has recorded the class's name."""
+        """Return the objective's name; of a user's own, module:Class, the name that its run recorded."""
         return str((self.provenance or {}).get("objective", self.objective.name))
 
     def batch_sentence(self) -> str:
@@ -157,7 +156,7 @@ MOVED = {
     },
     ("train", "old_logprobs"): "old_logprobs",
 }
-"""Section and key of before -> key in `experiments`."""
+"""Section and key where a setting stood before -> its key in `experiments`."""
 
 
 def without_moved_keys(raw: dict[str, Any]) -> dict[str, Any]:
@@ -173,8 +172,7 @@ def without_moved_keys(raw: dict[str, Any]) -> dict[str, Any]:
             continue
         if held[key] != ExperimentsConfig.model_fields[new].default:
             raise ValueError(
-                f"{section}.{key} is a setting of studies, and they have a section of their own; got {held[key]!r}; "
-                f"write experiments.{new}"
+                f"{section}.{key} has moved to the section experiments; got {held[key]!r}; write experiments.{new}"
             )
         cleaned[section] = {k: v for k, v in held.items() if k != key}
     return cleaned

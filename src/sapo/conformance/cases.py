@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LEVELS = (-0.125, -1.0, -3.0)
+"""Levels of random responses: the likelier of pi and pi_old is 0.88, 0.37 or 0.05."""
 SPREADS = (0.0002, 0.05, 0.4, 1.5)
 """Standard deviations of log-ratios in random cases: sequence clips are 3e-4 wide, token clips 0.2."""
 
@@ -61,12 +62,12 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Number of columns of the padded batch, at least one."""
+        """Return the number of columns of the padded batch, at least one."""
         return max(1, *(len(r.log_ratios) for r in self.responses)) + self.padding
 
     @property
     def num_tokens(self) -> int:
-        """Number of response tokens."""
+        """Return the number of response tokens."""
         return sum(len(r.log_ratios) for r in self.responses)
 
     def tensors(self, dtype: torch.dtype) -> Batch:

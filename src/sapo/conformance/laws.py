@@ -31,7 +31,7 @@ from sapo.conformance.search import (
     search_each,
     search_splits,
 )
-from sapo.conformance.subjects import MAX_LENGTH, Outcome, Subject, measure
+from sapo.conformance.subjects import MAX_LENGTH, LossOutcome, Subject, measure
 
 NEAR = (0.0, 0.1, -0.1, 0.3, -0.3, 1.0, -1.0, 2.0, -2.0)
 """Log-ratios at which a gradient is compared with its formula."""
@@ -40,6 +40,7 @@ FAR = (50.0, -50.0, 100.0, -100.0)
 GARBAGE = (100.0, math.inf, math.nan, -100.0, -math.inf)
 """Contents of padded places, as log-ratios."""
 RANDOM_CASES = 40
+"""Number of ragged batches that a law is tried on after the single tokens."""
 
 
 def gradient_is_the_papers(subject: Subject) -> Verdict:
@@ -92,7 +93,7 @@ def no_gradient_without_advantage(subject: Subject) -> Verdict:
     cases = single_tokens((*NEAR, *FAR), (0.0,))
     cases += [Case((Response(0.0, (z, 0.1)), Response(1.0, (0.1,)))) for z in (*NEAR, *FAR)]
 
-    def check(case: Case, out: Outcome) -> str:
+    def check(case: Case, out: LossOutcome) -> str:
         if out.error:
             return out.error
         for i, response in enumerate(case.responses):
@@ -180,7 +181,7 @@ def an_empty_response_counts(subject: Subject) -> Verdict:
 def no_tokens_no_gradient(subject: Subject) -> Verdict:
     """Require a finite loss and a gradient of 0 for a batch without any response token."""
 
-    def check(case: Case, out: Outcome) -> str:
+    def check(case: Case, out: LossOutcome) -> str:
         return describe_not_finite(out) or ("the gradient is not 0" if bool((out.gradient_BT != 0).any()) else "")
 
     cases = [Case((Response(a, ()),) * rows) for a in (1.0, -1.0) for rows in (1, 2)]

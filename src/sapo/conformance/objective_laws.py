@@ -150,17 +150,17 @@ class Judgement:
 
     @property
     def refused_by(self) -> list[Verdict]:
-        """Broken laws that a run relies on."""
+        """Return the broken laws that a run relies on."""
         return [v for v in self.verdicts if v.status == BROKEN and v.law in REQUIRED]
 
     @property
     def broken_by_design(self) -> list[Verdict]:
-        """Broken laws that are a matter of design."""
+        """Return the broken laws that are a matter of design."""
         return [v for v in self.verdicts if v.status == BROKEN and v.law not in REQUIRED]
 
     @property
     def refusal(self) -> str | None:
-        """Why no run may use it, in one line; None where one may."""
+        """Return in one line why no run may use the objective; None where one may."""
         if not self.refused_by:
             return None
         more = [v.law for v in self.refused_by[1:]]
@@ -234,7 +234,7 @@ class _Batch:
 
 
 def _guarded(check: Check) -> Check:
-    """Return a check to which an error of the objective is what is wrong."""
+    """Return a check that describes an error raised by the objective in place of raising it."""
 
     @wraps(check)
     def guarded(case: Case) -> str:
@@ -254,7 +254,7 @@ def _malformed(numbers_M: Tensor, bare_M: Tensor, like_M: Tensor) -> str:
     if not bool(numbers_M.isfinite().all()):
         return f"is {numbers_M[~numbers_M.isfinite()][0].item()}"
     if not torch.equal(numbers_M.detach(), bare_M.detach()):
-        return "is another without autograd"
+        return "has other values without autograd"
     return ""
 
 

@@ -42,7 +42,7 @@ class Report:
 
     @property
     def broken(self) -> int:
-        """Number of broken laws, over all subjects."""
+        """Return the number of broken laws, over all subjects."""
         return sum(v.status == BROKEN for verdicts in self.verdicts for v in verdicts)
 
     def names(self) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sapo.conformance.cases import Case, shrink
-from sapo.conformance.subjects import Outcome, Subject, Whole, measure
+from sapo.conformance.subjects import LossOutcome, Subject, Whole, measure
 
 HELD: Final = "held"
 BROKEN: Final = "broken"
@@ -64,7 +64,7 @@ def search_each(subject: Subject, law: str, cases: list[Case], check_in: Callabl
     return found
 
 
-def search_dtypes(subject: Subject, law: str, cases: list[Case], check: Callable[[Case, Outcome], str]) -> Verdict:
+def search_dtypes(subject: Subject, law: str, cases: list[Case], check: Callable[[Case, LossOutcome], str]) -> Verdict:
     """Search for a case whose outcome is wrong, in every dtype of the subject."""
     return search_each(subject, law, cases, lambda dtype: lambda case: check(case, measure(subject, case, dtype)))
 
@@ -92,7 +92,7 @@ def search_splits(
             total += out.loss
             gradient_BT[rows, : part.width] = out.gradient_BT
         entire = measure(subject, case)
-        return describe_unlike(Outcome(total, gradient_BT), entire, response_mask(case), rtol=subject.rtol)
+        return describe_unlike(LossOutcome(total, gradient_BT), entire, response_mask(case), rtol=subject.rtol)
 
     return search(subject, law, cases, check)
 
@@ -102,7 +102,7 @@ def response_mask(case: Case) -> Tensor:
     return case.tensors(torch.float64).mask_BT
 
 
-def describe_not_finite(out: Outcome) -> str:
+def describe_not_finite(out: LossOutcome) -> str:
     """Describe a loss or a gradient that is not finite."""
     if out.error:
         return out.error
@@ -112,7 +112,7 @@ def describe_not_finite(out: Outcome) -> str:
     return f"the gradient is {bad[0].item()}" if bad.numel() else ""
 
 
-def describe_difference(out: Outcome, case: Case, expected: list[list[float]], rtol: float) -> str:
+def describe_difference(out: LossOutcome, case: Case, expected: list[list[float]], rtol: float) -> str:
     """Describe a gradient that is not `expected` at response tokens and 0 elsewhere."""
     if out.error:
         return out.error
@@ -124,7 +124,7 @@ def describe_difference(out: Outcome, case: Case, expected: list[list[float]], r
     return compare_gradients(out.gradient_BT, wanted_BT, rtol)
 
 
-def describe_unlike(out: Outcome, wanted: Outcome, mask_BT: Tensor, *, rtol: float) -> str:
+def describe_unlike(out: LossOutcome, wanted: LossOutcome, mask_BT: Tensor, *, rtol: float) -> str:
     """Describe an outcome that differs from another at response tokens, or has a gradient elsewhere."""
     if out.error or wanted.error:
         return out.error or wanted.error

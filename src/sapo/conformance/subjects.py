@@ -62,10 +62,11 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LossOutcome:
     """A loss and its gradient in log pi, or the error that was raised.
 
-    Outcome(-1.0, tensor([[-1.0]]), "") on policy with A = 1, and Outcome(nan, tensor([[nan]]), "RuntimeError: ...").
+    LossOutcome(-1.0, tensor([[-1.0]]), "") on policy with A = 1; where an error was raised,
+    LossOutcome(nan, tensor([[nan]]), "RuntimeError: ...").
     """
 
     loss: float
@@ -73,7 +74,7 @@ class Outcome:
     error: str = ""
 
 
-def measure(subject: Subject, case: Case, dtype: torch.dtype | None = None, whole: Whole | None = None) -> Outcome:
+def measure(subject: Subject, case: Case, dtype: torch.dtype | None = None, whole: Whole | None = None) -> LossOutcome:
     """Compute loss and gradient of a subject on a case.
 
     Args:
@@ -90,10 +91,10 @@ def measure(subject: Subject, case: Case, dtype: torch.dtype | None = None, whol
             gradient_BT = gradient_BT if found is None else found
     except Exception as error:  # any error of a user's loss is its outcome
         nothing = torch.full_like(batch.logp_BT.detach(), torch.nan)
-        return Outcome(
+        return LossOutcome(
             float("nan"), nothing, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
-    return Outcome(loss.item(), gradient_BT.detach().double())
+    return LossOutcome(loss.item(), gradient_BT.detach().double())
 
 
 def own_subjects(names: list[str] | None = None) -> list[Subject]:

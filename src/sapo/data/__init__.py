@@ -1,4 +1,4 @@
-"""What crosses the floors: frozen dataclasses, each with a worked example."""
+"""The data that packages hand to each other: frozen dataclasses, each with a worked example."""
 
 from sapo.data.packed import PackedBatch, Segment
 from sapo.data.rollouts import Completion, Group, Prompt, RoutedExperts, Score, Status

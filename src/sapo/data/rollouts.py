@@ -1,7 +1,7 @@
-"""The data that crosses the floors: a prompt, its completions, the group they form, the batch they are packed into.
+"""The data that packages hand to each other: a prompt, its completions with their scores, the group they form.
 
-Every arrow of the way of a step (README) hands over one of these frozen dataclasses. Token ids travel; text is made
-once, for the verifier and the log, and never turned back into ids.
+The packed batch is in packed.py; docs/architecture.md shows the way of a step. Token ids travel; text is made once, for
+the verifier and the log, and never turned back into ids.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What one batch says: measured figures of an update and of a rollout batch, under flat names for metrics.jsonl, which
-docs/metrics.md defines; and the rules that find a run going wrong in them.
+"""Measure each update and each rollout batch, and find in the figures that a run goes wrong.
+
+The figures have the names of metrics.jsonl, which docs/metrics.md defines.
 
 Only what was measured is reported: a figure that does not exist (the entropy when it was not asked for, any figure of
 an update that was skipped) is left out, never written as 0.

@@ -1,7 +1,7 @@
-"""Counterfactual gates: what other objectives would have made of the tokens of an update, from its log-ratios alone.
+"""Counterfactual gates: what other objectives would have done to the tokens of an update, from its log-ratios alone.
 
 Every objective is asked about the same ratios, advantages and weights of the loss: those of the run. So the figures
-tell gates apart and nothing else; what a run under another objective would have become is another matter.
+compare gates and nothing else; they do not say what a run under another objective would have become.
 
 On grad log pi of a token stands v = weight of the loss x slope. The vector v of another objective is compared with that
 of the one in use by cosine and by norm. Gradients of the tokens are not orthogonal, so this is not the cosine of the

@@ -1,4 +1,4 @@
-"""What a run measures of its updates, by its recipe: figures of each, and of some also distributions, counterfactual
+"""Measure the updates of a run as its recipe asks: figures of each, and of some also distributions, counterfactual
 gates and true gradients.
 
 Nothing measured here enters the training: a run without it writes the same weights.
@@ -59,7 +59,7 @@ class Diagnosis:
     def before(
         self, step: int, trainers: Trainers, shares: Shares, should_stop: Callable[[], bool]
     ) -> dict[str, float]:
-        """What must be measured at the weights that an update starts from: the true gradients of other objectives.
+        """Measure what needs the weights that an update starts from: the true gradients of other objectives.
 
         Args:
             step: counted from 1, as metrics.jsonl does.
@@ -73,7 +73,7 @@ class Diagnosis:
         return {f"true_gradient/{name}": value for name, value in figures.items()}
 
     def after(self, step: int, result: UpdateResult, groups: Sequence[Group]) -> Measured:
-        """What an update of these groups says."""
+        """Measure an update of these groups from its result."""
         figures = minibatch_metrics(groups)
         if result.skipped:
             return Measured(figures)

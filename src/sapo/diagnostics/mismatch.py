@@ -1,4 +1,4 @@
-"""What the sampler did otherwise than the policy at the same weights: pi_old / mu, and the weights that correct it."""
+"""Measure the mismatch between sampler and trainer at equal weights: pi_old / mu, and the weights that correct it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How far the ratios of an update have moved and what the gate made of them, over all tokens and by the sign of A.
 
-Tails are told by quantiles of logarithms and not by means: single ratios reach several hundred, and a mean is theirs.
+Tails are described by quantiles of logarithms and not by means: a few ratios of several hundred would decide a mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ QUANTILES = {"p001": 0.001, "p01": 0.01, "p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
 def quantiles(values: Floats, ends: bool = True) -> dict[str, float]:
-    """Order statistics at QUANTILES, and the two ends; each is a value that was measured, none is interpolated.
+    """Return the order statistics at QUANTILES and the two ends; each is a measured value, none is interpolated.
 
     >>> quantiles(np.array([3.0, 1.0, 2.0]))
     {'p001': 1.0, 'p01': 1.0, 'p50': 2.0, 'p99': 3.0, 'p999': 3.0, 'min': 1.0, 'max': 3.0}

@@ -89,7 +89,7 @@ def minibatch_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _shaped(groups: Sequence[Group], penalised: bool) -> dict[str, float]:
-    """What the advantages were made of where that is not the verifier's reward, and which completions carry no loss."""
+    """Return figures of shaped rewards and of masked completions, where there are any."""
     metrics: dict[str, float] = {}
     shaped = np.array([r for g in groups for r in g.shaped_rewards])
     if shaped.size:

@@ -26,7 +26,7 @@ SIDES = ("pos", "neg")
 class GatedTokens:
     """M response tokens that the objective's gate weighed, those of a sequence beside each other.
 
-    With a KL penalty the tokens of groups without spread carry a gradient too, the penalty's: they are not here.
+    With a KL penalty the tokens of zero-variance groups carry its gradient. They are not here.
 
     >>> one = np.ones(3)
     >>> tokens = GatedTokens(np.log([1.0, 2.0, 0.5]), one, one, np.array([1.0, 1.0, -1.0]), np.array([0, 0, 1]), (0, 4))

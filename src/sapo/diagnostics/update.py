@@ -1,9 +1,9 @@
 """Figures of one update: how far the policy has moved and what the gate made of it. docs/metrics.md defines each.
 
-All figures are over the response tokens that carried a gradient, in float64: those of groups with some variance. With a
-KL penalty the tokens of other groups carry one too, the penalty's: `kl`, `entropy` and `tokens/gradient` count them.
-Figures of ratios, gate and theory, and those by the sign of the advantage, leave them out, whose advantage of 0 no gate
-weighs.
+All figures are over the response tokens that carried a gradient, in float64. Without a KL penalty these are the tokens
+of groups whose rewards differ. With one, the tokens of zero-variance groups carry the penalty's gradient: `kl`,
+`entropy` and `tokens/gradient` count them. Figures of ratios, gate and theory, and figures by the sign of the
+advantage, leave them out, because no gate weighs an advantage of 0.
 """
 
 from __future__ import annotations
@@ -133,8 +133,10 @@ def task_figures(
 
 
 def step_update_metrics(updates: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """Means over the updates of a step that moved the weights, as `update/...` and `task/<name>/update/...`; those at
-    the weights that sampled and those after them apart, as `on_policy/...` and `off_policy/...`.
+    """Average over the updates of a step that moved the weights.
+
+    The means are `update/...` and `task/<name>/update/...`; over the updates at the weights that sampled alone they are
+    `on_policy/...`, and over the later ones `off_policy/...`.
 
     Args:
         updates: figures of each update, with `skipped` and, for the two apart, `on_policy`.

@@ -204,19 +204,18 @@ def update_findings(health: Health, record: Record, settings: WarningsConfig) ->
     findings = []
     if "ratio/p99" in record:
         factor = max(record["ratio/p99"], 1 / max(record["ratio/p01"], 1e-300))
-        text = (
-            f"one token in a hundred of an update has moved by a factor of {factor:.3g} (above {settings.ratio_tail:g})"
-        )
+        text = f"one token in a hundred of an update has a ratio {factor:.3g} times above or below 1"
+        text += f" (limit {settings.ratio_tail:g})"
         findings.append(Finding("ratio_tail", factor > settings.ratio_tail, factor, settings.ratio_tail, text))
     if "grad_norm" in record and len(health.gradient_norms) >= settings.gradient_updates // 5:
         limit = settings.gradient_spike * statistics.median(health.gradient_norms)
         norm = record["grad_norm"]
-        text = f"gradient norm {norm:.3g} is above {settings.gradient_spike:g} times the median of late, {limit:.3g}"
+        text = f"gradient norm {norm:.3g} is above {limit:.3g}, {settings.gradient_spike:g} times the recent median"
         findings.append(Finding("gradient_spike", norm > limit, norm, limit, text))
     if "ratio/abs_dev" in record and record.get("on_policy", record["update"] == 0):
         moved, limit = record["ratio/abs_dev"], settings.unfaithful
         text = f"mean |r - 1| of the first update is {moved:.3g} (above {limit:g})"
-        text += ": log pi_old is not the policy's that sampled"
+        text += ": log pi_old is not that of the policy that sampled"
         findings.append(Finding("unfaithful_old_logprobs", moved > limit, moved, limit, text))
     return findings
 
@@ -237,7 +236,7 @@ def _entropy_findings(health: Health, record: Record, settings: WarningsConfig) 
         return []
     entropy, low, high = record["update/entropy"], settings.entropy_low * reference, settings.entropy_high * reference
     solved = record["reward/mean"] >= settings.entropy_solved
-    of = f"of {reference:.3g} nats at the start"
+    of = f"nats, from {reference:.3g} at the start"
     return [
         Finding(
             "entropy_collapse",
@@ -256,13 +255,14 @@ def _batch_findings(health: Health, record: Record, settings: WarningsConfig) ->
     findings = []
     if "groups/none_right" in record:
         share, most = record["groups/none_right"], settings.zero_variance
-        text = f"in {share:.0%} of the groups all rewards are equal and none is full (above {most:.0%})"
+        text = f"{share:.0%} of the groups have equal rewards and no right completion (above {most:.0%})"
         findings.append(Finding("zero_variance_flood", share > most, share, most, text))
     length, reward = _reference(health, "length/mean", settings), _reference(health, "reward/mean", settings)
     if length is not None and reward is not None:
         low = settings.length_low * length
         short = record["length/mean"] < low and record["reward/mean"] <= reward
-        text = f"completions of {record['length/mean']:.3g} tokens, of {length:.3g} at the start, and no better reward"
+        text = f"mean length is {record['length/mean']:.3g} tokens, from {length:.3g} at the start"
+        text += ", and the reward is no better"
         findings.append(Finding("length_collapse", short, record["length/mean"], low, text))
     return findings
 
@@ -274,7 +274,7 @@ def _reward_findings(health: Health, settings: WarningsConfig) -> list[Finding]:
     now, best = statistics.fmean(health.rewards), health.best_reward
     doubt = 3 * math.hypot(_standard_error(health.rewards), health.best_error)
     low = settings.reward_low * best
-    text = f"mean reward of {settings.reward_steps} steps is {now:.3g}, of {best:.3g} at best"
+    text = f"mean reward of {settings.reward_steps} steps is {now:.3g}; the best so far was {best:.3g}"
     return [Finding("reward_collapse", now < low and best - now > doubt, now, low, text)]
 
 

@@ -70,7 +70,7 @@ def best_constant(
         for judged in _judge(task, [(p, texts) for p in prompts[first : first + AT_ONCE]]):
             for name, completion in zip(candidates, judged, strict=True):
                 right[name] += completion.score.reward >= threshold
-    best, hits = right.most_common(1)[0]  # of equals the one that is the reference more often
+    best, hits = right.most_common(1)[0]  # most_common keeps the order: on a tie, the more frequent reference
     return ConstantAnswer(best, hits / len(prompts), judged=len(candidates), distinct=len(count))
 
 
@@ -80,7 +80,7 @@ def _spelling(task: Task, prompts: Sequence[Prompt], threshold: float) -> str | 
     for judged in _judge(task, probes):
         for spelling, completion in zip(SPELLINGS, judged, strict=True):
             hits[spelling] += completion.score.reward >= threshold
-    best = max(SPELLINGS, key=hits.__getitem__)  # of equals the first, which is the plainest
+    best = max(SPELLINGS, key=hits.__getitem__)  # on a tie the first, which is the plainest
     return best if hits[best] else None
 
 

@@ -51,7 +51,7 @@ class InMemoryStore:
         self.clock = Clock()
 
     def keep(self, chunk: Sequence[Answered], clock: Clock) -> None:
-        """See `ProgressStore.keep`."""
+        """Keep the next problems in memory; see `ProgressStore.keep`."""
         self.answered += chunk
         self.clock += clock
 

@@ -68,8 +68,8 @@ def read_results(path: str | Path) -> dict[str, Any]:
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
         unfinished = (file.parent / "progress.jsonl").exists()
-        state = "the evaluation was not finished; the same sapo eval goes on" if unfinished else "sapo eval writes one"
-        raise ConfigError(f"no results at {file}: {state}")
+        state = "it was not finished, and the same `sapo eval` resumes it" if unfinished else "`sapo eval` writes them"
+        raise ConfigError(f"no results at {file}; {state}")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         schema = record["schema"]

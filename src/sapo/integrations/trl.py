@@ -44,7 +44,10 @@ SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier", 
 class SAPOConfig(GRPOConfig):
     """GRPOConfig with the objective in place of `loss_type`, which is not read."""
 
-    objective: str = field(default="sapo", metadata={"help": "A name in sapo.objectives.OBJECTIVES."})
+    objective: str = field(
+        default="sapo",
+        metadata={"help": "A name in sapo.objectives.OBJECTIVES, or an objective of your own as module:Class."},
+    )
     objective_settings: Any = field(
         default=None, metadata={"help": "Its hyperparameters, a dict or JSON; the paper's where left out."}
     )

@@ -67,8 +67,9 @@ def register(name: str, objective: str, **hyper: Any) -> None:
 
     Args:
         name: free in verl's registry, or one registered here before.
-        objective: a name in sapo.objectives.OBJECTIVES; `hyper` are its settings, which verl's configuration then does
-            not change. Those left out come from it where it has them.
+        objective: a name in sapo.objectives.OBJECTIVES, or `module:Class`.
+        hyper: its settings, which verl's configuration then does not change. Those left out come from it where it has
+            them.
 
     Raises:
         ValueError: a name that verl itself uses, an unknown objective, or a wrong setting.

@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 def is_plugin(name: str) -> bool:
-    """Tell whether a name is `module:Class` and not that of an objective of this package.
+    """Tell whether a name is a user's own `module:Class`, and not one of OBJECTIVES.
 
     >>> is_plugin("my_module:MyObjective"), is_plugin("sapo")
     (True, False)
@@ -37,7 +37,8 @@ def load_objective(spec: str, taken: Container[str] = ()) -> type[Objective]:
         taken: names of other objectives, which the class may not have.
 
     Raises:
-        ValueError: no such module or class, or a class that is no objective.
+        UserError: no such module or class.
+        ValueError: a class that is no complete objective.
     """
     found = import_named(spec, what="objective", noun="class", error=UserError)
     if not (inspect.isclass(found) and issubclass(found, Objective)):

@@ -76,7 +76,7 @@ class Tokens:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the surrogate: that of the log-ratios."""
+        """Return the dtype of the surrogate: that of the log-ratios."""
         return self.log_ratio_M.dtype
 
 
@@ -107,7 +107,7 @@ class Ratios:
 
     @property
     def positive(self) -> Tensor:
-        """Where the advantage is > 0; bool."""
+        """Return where the advantage is > 0; bool."""
         return self.advantages > 0
 
 

@@ -37,6 +37,7 @@ SHORT = {
 """Short names of settings in a label; an empty name shows the value alone."""
 
 MOST_IN_A_LABEL = 3
+"""Largest number of settings in a label; runs that differ in more are called by their names."""
 
 # Sections that one of their settings identifies: the others follow from it, or the run's name has them.
 TOLD_BY = {"model.coldstart.": "model.coldstart.architecture"}

@@ -1,9 +1,9 @@
-"""What a run does when its figures turn bad: it keeps the last healthy checkpoint, and stops or goes back there.
+"""Answer a collapse: keep the last healthy checkpoint, and stop the run or roll it back to that checkpoint.
 
-A checkpoint is healthy when it was written by schedule (not on being stopped, so that a run that is interrupted and
-resumed goes back to where one that is not does) and no rule about the policy was broken when it was written, nor in the
-step after it: what the last updates before it have done is seen in that step's completions and not before. The rules
-are diagnostics/warnings.py.
+A checkpoint is healthy when three things hold. It was written by schedule, not on a stop: a run that was stopped and
+resumed then rolls back to the same checkpoint as one that was not. No rule about the policy was broken when it was
+written. And none was broken in the step after it, whose completions are the first to show what the last updates before
+the checkpoint did. The rules are in diagnostics/warnings.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sapo.training.checkpoint import Checkpoint, list_checkpoints
 from sapo.training.ranks import Trainers
 
 KEPT_FOR_ROLLBACKS = 3
-"""Healthy checkpoints that are kept where a run may have to go back further than to the last."""
+"""Number of healthy checkpoints that are kept under `on_collapse: rollback`: a second collapse rolls back further."""
 
 
 def note_warning(state: RunState, warning: Warning) -> None:
@@ -42,7 +42,7 @@ def note_warning(state: RunState, warning: Warning) -> None:
 
 
 def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory, error: NonFiniteError) -> Warning:
-    """A loss, gradient or log-probability that is not finite, noted as a collapse of the present step to be answered.
+    """Note a loss, gradient or log-probability that is not finite as a collapse of the present step.
 
     Raises:
         NonFiniteError: the recipe only warns of collapses; or no update was made yet, so that a lower learning rate
@@ -54,7 +54,7 @@ def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory,
         return warning
     checkpoints = list_checkpoints(directory.checkpoints)
     resume = (
-        f"`sapo resume {directory.path} train.learning_rate=...` goes back to {checkpoints[0].label}"
+        f"`sapo resume {directory.path} train.learning_rate=...` goes on from {checkpoints[0].label}"
         if checkpoints
         else "there is no checkpoint yet: start again with a lower train.learning_rate"
     )
@@ -64,7 +64,7 @@ def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory,
 
 
 def note_checkpoint(state: RunState, config: RunConfig) -> None:
-    """Before a checkpoint is written: whether it may turn out to be a healthy one."""
+    """Note, before a checkpoint is written, whether it may turn out to be a healthy one."""
     every = config.checkpoint.every
     scheduled = state.step == 0 or (every > 0 and state.step % every == 0)
     if not scheduled or state.update or state.groups is not None or state.step in state.healthy_steps:
@@ -76,7 +76,7 @@ def note_checkpoint(state: RunState, config: RunConfig) -> None:
 
 
 def note_step(state: RunState, config: RunConfig) -> None:
-    """After a step: the checkpoint before it is healthy if the step has broken no rule."""
+    """Note, after a step, that the checkpoint before it is healthy if the step has broken no rule."""
     if state.candidate_step is not None and state.health.healthy:
         most = KEPT_FOR_ROLLBACKS if config.warnings.on_collapse == "rollback" else 1
         state.healthy_steps = [*state.healthy_steps, state.candidate_step][-most:]
@@ -84,18 +84,18 @@ def note_step(state: RunState, config: RunConfig) -> None:
 
 
 def kept_checkpoints(state: RunState) -> set[int]:
-    """Steps whose checkpoints are not pruned."""
+    """Return the steps whose checkpoints are not pruned."""
     return {*state.kept_steps, *state.healthy_steps, *(() if state.candidate_step is None else (state.candidate_step,))}
 
 
 def answer_collapse(
     config: RunConfig, directory: RunDirectory, policy: Policy, trainers: Trainers, state: RunState
 ) -> RunState:
-    """The state to go on with where a collapse was found: the run's own, or its last healthy one.
+    """Return the state to go on with after a collapse: the run's own, or that of its last healthy checkpoint.
 
     For a rollback, weights and optimiser are those of that checkpoint, the learning rate is scaled down, and what came
     after leaves metrics.jsonl and rollouts/ for rolled-back/; tokens and seconds stay counted. The same prompts come
-    again. The caller writes a checkpoint of the state at once: a kill before that does the same again.
+    again. The caller writes a checkpoint of the state at once; a run that is killed before that rolls back again.
 
     Raises:
         CollapseError: the recipe says stop, there have been enough rollbacks, or there is no healthy checkpoint. The
@@ -136,7 +136,7 @@ def answer_collapse(
 
 
 def rollback_record(collapsed: RunState, restored: RunState) -> dict[str, Any]:
-    """The line that says a run went back."""
+    """Return the line of metrics.jsonl that records a rollback."""
     assert collapsed.collapse is not None
     return {
         "kind": "rollback",
@@ -149,7 +149,7 @@ def rollback_record(collapsed: RunState, restored: RunState) -> dict[str, Any]:
 
 
 def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, trainers: Trainers) -> RunState:
-    """Put the weights and the optimiser's state of a checkpoint in place of the present ones; the state it holds."""
+    """Restore the weights and the optimiser's state of a checkpoint, and return the run's state that it holds."""
     kept = load_policy(
         checkpoint.path, config.model.dtype, config.device, trust_remote_code=config.model.trust_remote_code
     )
@@ -173,9 +173,10 @@ def set_collapsed_aside(directory: RunDirectory, healthy: Checkpoint) -> None:
 
 
 def _healthy_checkpoint(directory: RunDirectory, state: RunState) -> Checkpoint | None:
-    """The last healthy one that was not gone back to yet, else the first that is left; proven whole.
+    """Return the last healthy checkpoint that no rollback has used yet, else the oldest one; it is verified.
 
-    A run that collapses again has found its checkpoint, healthy by every rule, to be past help already.
+    A run that collapses again after a rollback shows that its checkpoint could not be saved, healthy as it was by the
+    rules.
     """
     whole = {}
     for checkpoint in list_checkpoints(directory.checkpoints):

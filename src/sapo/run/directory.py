@@ -8,7 +8,7 @@ runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; 
           rolled-back/      what rollbacks took out of metrics.jsonl and rollouts/
           checkpoints/      see training/checkpoint.py
           profile/          with profile=true: see profiling.py
-          tensorboard/      and wandb/: see loggers.py
+          tensorboard/      and wandb/: see loggers/
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Journal:
             self.listener.warning(warning.line)
 
     def warn(self, cause: str, text: str) -> None:
-        """Write a warning of the present step that is no rule's."""
+        """Write a warning of the present step that comes from the loop and not from a rule of early warning."""
         step = self._state().step + 1
         self.directory.append_metrics({"kind": "warning", "step": step, "cause": cause, "text": text})
         self.listener.warning(text)

@@ -1,4 +1,4 @@
-"""Who is told of a run's progress."""
+"""The interface of whoever is told of a run's progress."""
 
 from __future__ import annotations
 

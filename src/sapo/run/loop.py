@@ -25,6 +25,7 @@ from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import Interrupted, NonFiniteError
 from sapo.model.policy import Policy
 from sapo.rollout.collector import Collector
+from sapo.rollout.engine import Engine
 from sapo.rollout.registry import make_engine
 from sapo.rollout.selection import Selection
 from sapo.rollout.staleness import Staleness, sampler_weights
@@ -74,6 +75,7 @@ class TrainingRun:
         state: a new run's, or a checkpoint's.
         should_stop: asked wherever work can be left without loss.
         reference: what a KL penalty keeps close to; None for the policy with its adapter switched off.
+        engine: of the policy; None for the one that the recipe names.
         trainers: a training group, whose weights are those of the policy; None to train the policy in this process.
     """
 
@@ -87,6 +89,7 @@ class TrainingRun:
         listener: Listener | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         reference: Policy | None = None,
+        engine: Engine | None = None,
         trainers: Trainers | None = None,
     ) -> None:
         self.config = config
@@ -96,7 +99,7 @@ class TrainingRun:
         self.listener = listener or Silent()
         self.should_stop = should_stop
         self.tasks = tasks
-        self.engine = make_engine(policy, config.rollout)
+        self.engine = engine or make_engine(policy, config.rollout)
         self.replay = RoutingReplay.of(config, policy)
         settings = trainer_settings(config)
         routers = None if self.replay is None else self.replay.routers

@@ -37,8 +37,10 @@ class RoutingReplay:
         return cls(config, policy) if config.model.routing_replay else None
 
     def engine_records(self, old_logprobs: str | None) -> bool:
-        """Whether the engine records as it samples. Before it is known who does, the engine does: the self-check is
-        made on the first step's batch."""
+        """Return whether the engine records as it samples.
+
+        It does so too before the self-check has decided, which is made on the first step's batch.
+        """
         return replay_kind(self._config, old_logprobs) != "R2"
 
     def trainer_records(self, old_logprobs: str | None) -> bool:

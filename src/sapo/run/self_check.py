@@ -19,12 +19,12 @@ from sapo.errors import NonFiniteError
 from sapo.training.logprobs import GroupLogprobs
 
 CHECKED_GROUPS = 8
-"""A few groups tell as much as all of them."""
+"""Number of groups whose log-probabilities are compared: a few tell as much as all of them."""
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Which log pi_old a run uses, and what that was decided by.
+    """The log pi_old that a run uses, and the figures that decided it.
 
     >>> check = SelfCheck("trainer", equal=False, cut=False, log_ratio_max_abs=0.02, ratio_abs_dev=0.001, tokens=512)
     >>> check.warning is None, check.to_json()["log_ratio/max_abs"]
@@ -35,8 +35,8 @@ class SelfCheck:
     equal: bool
     """The engine's may be taken as the trainer's."""
     cut: bool
-    """Sampling cuts a tail: the engine's are of another distribution than the policy's, however little of it the first
-    step happens to show."""
+    """The engine's are of another distribution than the policy's, however little the first step happens to show it:
+    sampling cuts a tail, or the engine does not give exact log-probabilities."""
     log_ratio_max_abs: float
     """Largest |log r|, in nats."""
     ratio_abs_dev: float
@@ -48,7 +48,7 @@ class SelfCheck:
 
     @property
     def warning(self) -> str | None:
-        """What to say when the recipe insists on log-probabilities that are not the policy's."""
+        """Return a warning where the recipe insists on log-probabilities that are not the policy's; None elsewhere."""
         if self.equal or self.old_logprobs != "engine":
             return None
         differs = f"differs from the trainer's by up to {self.log_ratio_max_abs:.3g}"
@@ -56,7 +56,7 @@ class SelfCheck:
         return f"log pi_old is the engine's although it {why}; train.old_logprobs=auto would recompute it"
 
     def to_json(self) -> dict[str, Any]:
-        """As metrics.jsonl has it."""
+        """Return its line of metrics.jsonl, without kind and step."""
         return {
             "old_logprobs": self.old_logprobs,
             "equal": self.equal,
@@ -67,7 +67,7 @@ class SelfCheck:
 
 
 def check_sampled(groups: Sequence[Group]) -> None:
-    """Refuse completions of a sampler that is past sampling, before their figures are taken.
+    """Refuse completions of a sampler whose weights are no longer finite, before their figures are taken.
 
     Raises:
         NonFiniteError: a log-probability of the sampler is not finite.

@@ -43,7 +43,7 @@ class RolloutBatch:
 
 @dataclass
 class RunState:
-    """Where a run is. Everything that is not weights or optimiser, and survives a kill."""
+    """All of a run that is not weights or optimiser and must survive a kill."""
 
     step: int = 0
     """Whole steps done."""
@@ -85,11 +85,11 @@ class RunState:
     candidate_step: int | None = None
     """The step of a checkpoint that the present step will prove healthy, or not."""
     tried_steps: list[int] = field(default_factory=list)
-    """Those of them that the run has gone back to."""
+    """Those of the healthy steps that a rollback has used."""
     kept_steps: list[int] = field(default_factory=list)
     """Steps whose checkpoints are kept for good: the last healthy ones before a warning."""
     rollbacks: int = 0
-    """How often the run went back to a healthy checkpoint."""
+    """Number of rollbacks to a healthy checkpoint."""
     learning_rate_scale: float = 1.0
     """Factor of the learning rate that the rollbacks have left."""
 
@@ -163,6 +163,6 @@ def _without_arrays(gate: dict[str, Any], arrays: FlatArrays) -> dict[str, Any]:
 
 
 def _with_arrays(gate: dict[str, Any], arrays: ArrayReader) -> dict[str, Any]:
-    """The inverse; checkpoints of earlier versions hold lists in the JSON value."""
+    """Undo `_without_arrays`; checkpoints of earlier versions hold lists in the JSON value."""
     names = gate.get("arrays", [])
     return {k: v for k, v in gate.items() if k != "arrays"} | {name: arrays.take(f"gates.{name}") for name in names}

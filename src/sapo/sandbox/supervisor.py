@@ -30,9 +30,11 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 
+# Seconds between two measurements of the memory of all processes.
 MEMORY_LOOK_SECONDS = 0.1
 # Seconds the kernel may take to end a killed process before this is an error.
 END_PATIENCE = 10.0
+# Bytes that are kept of what a backend reports.
 MAX_STATUS_BYTES = 4096
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
+# The digest of blake2b.
 HASH_BITS = 512
 
 

@@ -19,7 +19,7 @@ _ROUNDS = 10
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Compute Philox-4x32-10 of counters (..., 4) under one key: four 32-bit words each, as uint64 (..., 4).
 
-    The known-answer vectors of the authors' Random123 library are in tests/rollout/test_rng.py.
+    The known-answer vectors of the authors' Random123 library are in tests/utils/test_rng.py.
     """
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) & _MASK for i in range(4))
     k0, k1 = key[0] & 0xFFFFFFFF, key[1] & 0xFFFFFFFF

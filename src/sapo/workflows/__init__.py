@@ -1,1 +1,1 @@
-"""One file for each verb of the front door: train, evaluate, compare, generate, export and diagnose."""
+"""One file for each thing that a user can ask for: train, evaluate, compare, generate, export, diagnose and so on."""

@@ -45,6 +45,7 @@ RECIPE_VERSION = 1
 """Increased when the same recipe would make another model."""
 
 TOKENS_PER_MICROBATCH = 16384
+"""Packed tokens of one forward pass: bounds memory and does not change the model."""
 
 RECORDED_PROBLEMS = 512
 """Number of fresh problems behind the pass@1 in coldstart.json."""

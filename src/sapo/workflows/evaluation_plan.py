@@ -22,6 +22,7 @@ from sapo.tasks.rows.reading import EXTENSIONS
 from sapo.utils.hashing import seed_for
 from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
+# The default of eval.seed, so that runs and `sapo eval` draw the same problems.
 DEFAULT_SEED = 12345
 
 # Settings of a prompt that are text. On a command line they are taken literally: YAML would parse the colon and braces

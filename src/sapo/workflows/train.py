@@ -1,4 +1,4 @@
-"""From a checked recipe to a finished run: everything around the loop that starts, resumes and stops it.
+"""Make a finished run of a checked recipe: everything around the loop that starts, resumes and stops it.
 
 The Python surface (`sapo.train`, `sapo.resume`) and the command line both come through here.
 """
@@ -6,6 +6,7 @@ The Python surface (`sapo.train`, `sapo.resume`) and the command line both come 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sapo.conformance.objective_laws import Judgement
 from sapo.errors import CollapseError, ConfigError, NonFiniteError, RankError
 from sapo.model.loading import load_policy
 from sapo.objectives import is_plugin
-from sapo.rollout.registry import check_engine
+from sapo.rollout.registry import check_engine, make_engine
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import check_loggers
@@ -77,13 +78,16 @@ def train(
     check_prompts(config, policy, tasks)
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
-    directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
-    try:
+    with ExitStack() as opened:  # all that was opened is closed, last to first, even where closing one of them fails
+        engine = opened.enter_context(closing(make_engine(policy, config.rollout)))
+        directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
+        opened.enter_context(closing(directory))
         trainers = start_trainers(config, directory.path, policy, reference, None)
-    except BaseException:
-        directory.close()
-        raise
-    return _finish(TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference, trainers))
+        if trainers is not None:
+            opened.enter_context(closing(trainers))
+        return _run_to_its_end(
+            TrainingRun(config, directory, policy, tasks, None, listener, should_stop, reference, engine, trainers)
+        )
 
 
 def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambda _: None) -> DryRun:
@@ -127,16 +131,16 @@ def resume(
         ConfigError: not a run directory, or an override that would make it another run.
     """
     _serve_if_other_rank()
-    directory, config = RunDirectory.open(run)
-    try:
-        training = _resumed(directory, config, str(run), overrides or [], listener or Silent(), should_stop)
-    except BaseException:
-        directory.close()
-        raise
-    return _finish(training)
+    with ExitStack() as opened:
+        directory, config = RunDirectory.open(run)
+        opened.enter_context(closing(directory))
+        return _run_to_its_end(
+            _resumed(opened, directory, config, str(run), overrides or [], listener or Silent(), should_stop)
+        )
 
 
 def _resumed(
+    opened: ExitStack,
     directory: RunDirectory,
     config: RunConfig,
     run: str,
@@ -144,7 +148,11 @@ def _resumed(
     listener: Listener,
     should_stop: Callable[[], bool],
 ) -> TrainingRun:
-    """Make the run at its newest whole checkpoint; its files change only when nothing can be refused any more."""
+    """Make the run at its newest whole checkpoint; its files change only when nothing can be refused any more.
+
+    Args:
+        opened: closes what is opened here.
+    """
     config = resolve_ranks(resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides)))
     _warn_of_another_machine(config, listener)
     check_loggers(config)
@@ -170,9 +178,12 @@ def _resumed(
         state = RunState.deserialise(checkpoint.state(), checkpoint.batches())
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
-    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
+    engine = opened.enter_context(closing(make_engine(policy, config.rollout)))
     trainers = start_trainers(config, directory.path, policy, reference, checkpoint.path if checkpoint else None)
-    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference, trainers)
+    if trainers is not None:
+        opened.enter_context(closing(trainers))
+    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
+    training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference, engine, trainers)
     if checkpoint is not None:
         training.trainer.restore_optimizer(checkpoint.optimizer_tensors())
     set_broken_aside(directory.checkpoints, checkpoint)
@@ -202,7 +213,9 @@ def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
 
     def warn(judged: Judgement) -> None:
         for verdict in judged.broken_by_design:
-            listener.warning(f"objective {judged.name} breaks the law {verdict}; the run goes on: it is of its design")
+            listener.warning(
+                f"objective {judged.name} breaks the law {verdict}; the run goes on, for it does not rely on this law"
+            )
 
     return warn
 
@@ -215,15 +228,11 @@ def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
             listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run is resumed, but not bit for bit")
 
 
-def _finish(training: TrainingRun) -> Run:
-    try:
-        stopped = training.run()
-        return Run(training.directory.path, training.config, training.summary(), stopped)
-    except (NonFiniteError, CollapseError, RankError) as error:
-        training.directory.write_failure(str(error))
-        raise
-    finally:
-        training.loggers.close()
-        training.directory.close()
-        training.engine.close()
-        training.trainer.close()
+def _run_to_its_end(training: TrainingRun) -> Run:
+    with closing(training.loggers):
+        try:
+            stopped = training.run()
+            return Run(training.directory.path, training.config, training.summary(), stopped)
+        except (NonFiniteError, CollapseError, RankError) as error:
+            training.directory.write_failure(str(error))
+            raise

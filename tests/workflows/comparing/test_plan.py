@@ -169,7 +169,7 @@ def test_an_arm_may_sample_at_another_temperature_where_all_are_evaluated_at_one
         ({"overrides": ["run_dir=x"]}, "use --out"),
         ({"overrides": ["objective.tau_neg=1"]}, "arm soft has its own objective.tau_neg"),
         ({"overrides": ["objective={}"]}, "arm soft has its own objective.name"),
-        ({"objectives": ["sapo"]}, "has arms; --arms takes some"),
+        ({"objectives": ["sapo"]}, "has arms; choose some by --arms"),
         ({"arms": ["softer"]}, "unknown arm 'softer'"),
         ({"baseline": "softer"}, "baseline must be one of the arms"),
     ],

@@ -91,7 +91,7 @@ class KVCache:
         preamble: int = 0,
     ) -> None:
         self.rows = rows
-        self.length = max(1, new_tokens - 1)  # the last token drawn is never looked at
+        self.length = max(1, new_tokens - 1)  # no later token attends to the last one drawn
         self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
         self.preamble = Pool(1, preamble)
         self.pools: list[Pool] = []
@@ -168,8 +168,11 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _padded(length: int) -> int:
-    """A length in whole vector registers, an odd number of them: at a distance of a power of two, the dimensions of a
-    key would compete for the same few places of the processor's cache."""
+    """Return a length in whole vector registers, an odd number of them.
+
+    At a distance of a power of two, the dimensions of a key would compete for the same few places of the processor's
+    cache.
+    """
     return (-(-length // LANES) | 1) * LANES
 
 

@@ -5,10 +5,10 @@ launches them as one, and repeats exactly what was captured: the same kernels, s
 
     reads and writes tensors that stay where they are: what each row has drawn, its position, whether it goes on;
     works on shapes that come from a few sizes alone (`StepShape`), never from numbers of the device;
-    leaves rows that end within it, and what fills up its shape, to compute what nobody looks at.
+    goes on computing for rows that have ended, and for rows that only fill up its shape: nobody reads the result.
 
-The host looks every few tokens, takes finished rows out and lets prompts in (local.py). The draws are those of any
-other way of decoding, since a token's random number depends on nothing but the token (rng.py). The same step runs
+The host looks every few tokens, takes finished rows out and lets prompts in (engine.py). The draws are those of any
+other way of decoding, since a token's random number depends on nothing but the token (utils/rng.py). The same step runs
 uncaptured on a CPU, where the tests hold it against the other way, and repeat a trace of it in place of a graph.
 """
 

@@ -2,7 +2,7 @@
 
 Each prompt is prefilled once and kept once for all its samples, and what all prompts begin with once for all
 (cache.py); rows that finish leave the batch and waiting prompts take their place; one uniform per token comes from a
-counter (rng.py). On a GPU the host looks every few tokens only (device_steps.py). The weights are the trainer's,
+counter (utils/rng.py). On a GPU the host looks every few tokens only (device_steps.py). The weights are the trainer's,
 arranged anew for each call where the model allows a faster forward (decoder.py), so that there is nothing to
 synchronise, and the log-probabilities of the draws are log pi_old. Weights that are not the trainer's (a sampler of
 another precision) lie in a twin of the policy (twin.py).
@@ -39,6 +39,7 @@ from sapo.utils.rng import token_uniforms
 from sapo.utils.spans import span
 
 PREFILL_TOKENS = 8192
+"""Prompt tokens of one prefill, unless a single prompt has more: bounds its memory and changes no completion."""
 
 
 class LocalEngine:

@@ -1,7 +1,7 @@
 """How the engine's tokens find their keys in the cache: whole prompts in prefill, one new token a row in a decode step.
 
 A decode step multiplies the queries of a whole group with its prompt at once, those of all rows with the preamble, and
-each row's with its suffix; one softmax joins the three. On a CPU one kernel does a layer's step (model/native.py) where
+each row's with its suffix; one softmax joins the three. On a CPU one kernel does a layer's step (cpu/native.py) where
 there is a compiler; otherwise, on a GPU and for capped scores, torch's operations do.
 """
 
@@ -42,7 +42,7 @@ class PrefillLayout:
             if not inside:
                 continue
             longest = max(lengths[i] for i in inside)
-            # Padded with the last token: what padding computes is looked at by nobody, for it comes after all else.
+            # Padded with the last token: it comes after all else, so that nothing reads what padding computes.
             index = np.stack([starts[i] + np.minimum(np.arange(longest), lengths[i] - 1) for i in inside])
             for row, i in enumerate(inside):
                 output[starts[i] : starts[i + 1]] = offset + row * longest + np.arange(lengths[i])
@@ -276,7 +276,7 @@ class DecodeLayout:
         sliding_window: int | None,
         softcap: float | None = None,
     ) -> Tensor:
-        """By the compiled kernel where it can; see `Layout.attend`."""
+        """Attend by the compiled kernel where it can be used; see `Layout.attend`."""
         native = self.arrangement.native
         if native is not None and softcap is None and _suits_kernel(query, key, value):
             return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
@@ -350,7 +350,7 @@ class StaticLayout(_Joined):
         return self._masks[sliding_window, dtype]
 
     def _hidden(self, sliding_window: int | None) -> Tensor:
-        """(R, K) bool; see `DecodeLayout._hidden`."""
+        """Return (R, K) bool; see `_DecodeByTorch._hidden`."""
         before, device, rows = self.cache.preamble.length, self.place_R.device, len(self.place_R)
         prompt_R1, place_R1 = self.prompt_R[:, None], self.place_R[:, None]
         shared_K = torch.arange(before + self.num_keys, device=device)

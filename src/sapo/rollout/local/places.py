@@ -1,8 +1,4 @@
-"""The rows' own keys and values as packed.c has them, and where all that a decode step looks at is.
-
-Blocks of LANES keys whose numbers lie side by side, so that a step reads memory in order; in the model's own precision,
-which the kernel widens as it reads; and rows that stay where they are when others leave, for `place_R` says where.
-"""
+"""Addresses of all the keys and values that a decode step reads, as the kernels of kernels.c and packed.c take them."""
 
 from __future__ import annotations
 
@@ -13,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sapo.rollout.local.cpu.native import kernels
+from sapo.rollout.local.cpu.own_tokens import OwnTokens
 from sapo.rollout.local.cpu.packed import Places
 
 if TYPE_CHECKING:
     from sapo.rollout.local.cache import KVCache
-from sapo.rollout.local.cpu.own_tokens import OwnTokens
 
 
 class NativeStep:

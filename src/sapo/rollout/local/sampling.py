@@ -117,7 +117,7 @@ def _cross(weight_RK: Tensor, cumulative_RK: Tensor, threshold_R1: Tensor) -> tu
     """
     total_R1 = cumulative_RK[:, -1:]
     threshold_R1 = threshold_R1.clamp_(min=0.0).minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
-    # Not a number anywhere gives a place beyond the last; its log-probability will say so.
+    # A NaN in the row gives a place beyond the last one; the log-probability is then NaN too.
     place_R1 = torch.searchsorted(cumulative_RK, threshold_R1, right=True).clamp_(max=weight_RK.shape[1] - 1)
     return place_R1, threshold_R1 - (cumulative_RK.gather(1, place_R1) - weight_RK.gather(1, place_R1))
 
@@ -136,8 +136,11 @@ def truncate(logits_RV: Tensor, params: SamplingParams, look: bool = True) -> Te
 
 
 def _nucleus(logits_RV: Tensor, top_p: float, look: bool) -> Tensor:
-    """Top-p. Only rows whose likeliest NUCLEUS_TOKENS tokens do not reach it are sorted whole, where one may look which
-    they are."""
+    """Set to -inf what top-p leaves out.
+
+    Where the host may `look` at the numbers, only rows whose NUCLEUS_TOKENS likeliest tokens do not reach top_p are
+    sorted whole.
+    """
     vocabulary = logits_RV.shape[1]
     if vocabulary <= 4 * NUCLEUS_TOKENS:
         return _nucleus_by_sorting(logits_RV, top_p)

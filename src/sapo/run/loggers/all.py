@@ -1,8 +1,8 @@
 """Where figures go beside metrics.jsonl: TensorBoard, Weights & Biases, trackio. All get the same ones.
 
-metrics.jsonl is the record; a logger is a view of it. None of them is asked for anything but `log` and `close`, none
-takes part in the state that resumes to the bit, and a resumed run goes on in the same remote run: its id is kept in
-loggers.json of the run directory, not in the recipe, so that repeating a recipe is another run.
+metrics.jsonl is the record; a logger is a view of it, with the methods `log` and `close`, and no part of the state that
+resumes bit for bit. A resumed run continues the same remote run. Its id is kept in loggers.json of the run directory
+and not in the recipe, so that repeating a recipe makes another remote run.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ DEFAULT_SIZE = 2**17
 # A held-out question then costs four draws, and a training question 1.33, of generators that may take 0.2 s.
 DEFAULT_HELD_OUT_FRACTION = 0.25
 
+# Draws after which a side without a question is an error.
 MAX_DRAWS = 1000
 
 # A question that comes once in 50 draws of its side is missed with probability exp(-10).

@@ -43,7 +43,9 @@ REFUSED = {
 }
 
 CHECKED_ITEMS = 8
+"""Number of first items of a dataset that are checked."""
 MAX_JUNK_SCORE = 0.01
+"""Largest score of junk that is accepted: countdown gives 0.01 for an answer that is no expression."""
 
 JUNK = ("junk", "I do not know.", "0 0 0", "None", "{}", "[]", "\\x00", "The answer is in the question.")
 

@@ -20,6 +20,7 @@ _LABELLED = re.compile(r"\(?([A-Za-z])(?:\)|[.:](?=\s)|[.:)]$)\s*(.*)", re.DOTAL
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 
+# Characters of an answer that is read: longer than any option, and short enough for the patterns here to be fast.
 MAX_LENGTH = 1000
 
 

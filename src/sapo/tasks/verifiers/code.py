@@ -53,10 +53,10 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CodeVerdict:
     """The results of the tests.
 
-    >>> Verdict(passed=2, total=3, failure="test 3: exit code 1: ZeroDivisionError").passed
+    >>> CodeVerdict(passed=2, total=3, failure="test 3: exit code 1: ZeroDivisionError").passed
     2
     """
 
@@ -168,7 +168,7 @@ def complete_program(program: Program, tests: CodeTests) -> str:
 # ---------------------------------------------------------------------------------------------------------- judging
 
 
-def _judge_stdin(source: str, tests: CodeTests) -> Verdict:
+def _judge_stdin(source: str, tests: CodeTests) -> CodeVerdict:
     begin, passed, failure, run = time.monotonic(), 0, "", 0
     for number, (given, expected) in enumerate(tests.cases, start=1):
         _check_budget(begin, number, tests)
@@ -180,14 +180,14 @@ def _judge_stdin(source: str, tests: CodeTests) -> Verdict:
         wrong = f"printed {result.stdout.strip()[:60]!r}, expected {expected.strip()[:60]!r}"
         failure = failure or f"test {number}: {wrong if result.succeeded else result.reason}"
         if _is_syntax(result.stderr.strip().rpartition("\n")[2]):
-            return Verdict(0, len(tests), failure, syntax_error=True)
+            return CodeVerdict(0, len(tests), failure, syntax_error=True)
         # The other tests would probably run to the limit too, which is slow.
         if not tests.partial or result.outcome is Outcome.TIMED_OUT:
             break
-    return Verdict(passed, len(tests), failure, complete=run == len(tests))
+    return CodeVerdict(passed, len(tests), failure, complete=run == len(tests))
 
 
-def _judge_functional(source: str, tests: CodeTests) -> Verdict:
+def _judge_functional(source: str, tests: CodeTests) -> CodeVerdict:
     calls, expected = [], []
     for number, (given, answer) in enumerate(tests.cases, start=1):
         try:
@@ -207,10 +207,10 @@ def _judge_functional(source: str, tests: CodeTests) -> Verdict:
             missing = result.reason if not result.succeeded else "no result"
             wrong = f"returned {str(said.get('value'))[:60]}, expected {str(answer)[:60]}"
             failure = f"test {number}: {wrong if 'value' in said else said.get('error', missing)}"
-    return Verdict(passed, len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded))
+    return CodeVerdict(passed, len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded))
 
 
-def _judge_unit(source: str, tests: CodeTests) -> Verdict:
+def _judge_unit(source: str, tests: CodeTests) -> CodeVerdict:
     token = secrets.token_hex(16)
     statements = [f"{tests.setup}\n{statement}" if tests.setup else statement for statement in tests.statements]
     order = {"token": token, "tests": statements}
@@ -221,7 +221,9 @@ def _judge_unit(source: str, tests: CodeTests) -> Verdict:
     if len(passed) < len(tests) and not failure:
         errors = [said["error"] for said in reports if "error" in said]
         failure = str(errors[0]) if errors else result.reason if not result.succeeded else "it ended before the tests"
-    return Verdict(len(passed), len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded))
+    return CodeVerdict(
+        len(passed), len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded)
+    )
 
 
 def same_output(printed: str, expected: str) -> bool:

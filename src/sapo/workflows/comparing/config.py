@@ -33,6 +33,7 @@ OBJECTIVES = ("sapo", "gspo", "grpo")
 """Objectives that a recipe of one run compares by default: the paper's three."""
 
 SEEDS = 3
+"""Number of seeds by default, and the least that shows how far seeds lie apart."""
 
 _RUN_BY_RUN = {
     "run_dir": "--out",
@@ -110,12 +111,12 @@ def load_comparison(
     name = Path(name_or_path).absolute().name if begun.is_file() else path.stem
     if "arms" in raw or "recipe" in raw:
         if objectives is not None:
-            raise ConfigError(f"--objectives makes arms of a recipe of one run; {path} has arms; --arms takes some")
+            raise ConfigError(f"--objectives makes arms of a recipe of one run; {path} has arms; choose some by --arms")
         config = parse_settings(ComparisonConfig, raw)
     else:
         config = _of_one_run(path, raw, objectives)
         if arms is not None:
-            raise ConfigError(f"--arms takes some of a comparison's arms; {path} is a recipe of one run: --objectives")
+            raise ConfigError(f"--arms chooses arms of a comparison; {path} is a recipe of one run; use --objectives")
     given = {"arms": arms, "learning_rates": learning_rates, "seeds": seeds, "baseline": baseline}
     return _plan(f"{name}-quick" if quick else name, config, path, overrides, given, quick)
 

@@ -1,8 +1,8 @@
 /* What stands between the matrix products of a decode step, on a CPU: norms, rotary embedding, gated activation, and
-   attention of one new token per row to [preamble | prompt | suffix] (rollout/cache.py says how those lie).
+   attention of one new token per row to [preamble | prompt | suffix] (../cache.py says how those lie).
 
-   model/native.py compiles this file for the machine it runs on. Every function does what a few lines of torch in
-   model/fast.py and rollout/layouts.py do, which run where there is no compiler; tests hold the two together. Rows are
+   native.py compiles this file for the machine it runs on. Every function does what a few lines of torch in
+   ../decoder.py and ../layouts.py do, which run where there is no compiler; tests hold the two together. Rows are
    independent of each other, so that the number of threads changes no bit. Each takes one array of 64-bit numbers:
    addresses, sizes and strides, in elements. */
 

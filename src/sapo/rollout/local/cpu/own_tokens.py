@@ -1,17 +1,16 @@
-"""The rows' own keys and values as packed.c has them: blocks of LANES keys whose numbers lie side by side."""
+"""The rows' own keys and values as packed.c has them.
+
+Blocks of LANES keys whose numbers lie side by side, so that a step reads memory in order; in the model's own precision,
+which the kernel widens as it reads. Rows stay where they are when others leave: `place_R` says where each one is.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sapo.rollout.local.cpu.native import LANES
 from sapo.rollout.local.cpu.packed import fresh_memory
-
-if TYPE_CHECKING:
-    pass
 
 
 class OwnTokens:

@@ -1,7 +1,7 @@
 /* A decode step's blocks in one call, products on weights packed for it, and the draw: for processors with 512-bit
    registers.
 
-   model/packed.py says for which models; what a block computes is in model/fast.py, and tests hold the two together.
+   packed.py says for which models; what a block computes is in ../decoder.py, and tests hold the two together.
    A number of the model is a float or, in `narrow` models, a bfloat16. Products and keys take 32 bits at a time, one
    float or two bfloat16 that one instruction multiplies and adds up, so that one loop serves both: a `word`. Sums are in
    float32 and run over the words in order, whatever the rows around: rows are independent of each other to the bit, and
@@ -27,7 +27,7 @@ void packed_draw(const int64_t *a) { (void)a; }
 #include <stddef.h>
 #include <string.h>
 
-/* What of model/fast.py is not a product: kernels.c. */
+/* What is not a product: kernels.c. */
 void norm_float32(const int64_t *a);
 void norm_bfloat16(const int64_t *a);
 void rotate_float32(const int64_t *a);
@@ -228,7 +228,7 @@ void packed_multiply(const int64_t *a) {
     multiply(a[0], &p);
 }
 
-/* One layer; model/packed.py fills these in, field by field. */
+/* One layer; packed.py fills these in, field by field. */
 struct layer {
     const void *norm;
     const int32_t *qkv;
@@ -539,7 +539,7 @@ static void pick(const struct model *m, float *share, int64_t *picked, float *we
     for (int64_t k = 0; m->renormalise && k < m->top; k++) weight[k] /= kept;
 }
 
-/* x += the weighted outputs of a row's experts, likeliest first, rounded as model/fast.py rounds them. */
+/* x += the weighted outputs of a row's experts, likeliest first, rounded as ../decoder.py rounds them. */
 INLINE void combine_row(const int narrow, const struct model *m, const struct workspace *w, int64_t row, void *x) {
     for (int64_t d = 0; d < m->hidden; d += LANES) {
         const __mmask16 mask = first_lanes(m->hidden - d);

@@ -3,7 +3,7 @@
 A few dozen rows times a weight matrix is what decoding consists of. Here a weight lies in panels of 32 outputs, in the
 order in which the product reads it; the next panel is fetched while one is multiplied; and what follows a product
 (bias, rounding, silu(gate) up, the sum into the residual stream) is done while its outputs are in the nearest cache.
-Between products nothing goes back to Python. `fast.FastDecoder` takes this where the model and the processor `suit`,
+Between products nothing goes back to Python. `decoder.FastDecoder` takes this where the model and the processor `suit`,
 and oneDNN and its own operations elsewhere; both compute the same but for rounding. Here a row's numbers do not depend
 on the rows around it, to the bit.
 """
@@ -37,7 +37,7 @@ CHUNK_BYTES = 2**25
 
 @dataclass(frozen=True)
 class Places:
-    """Where the keys and values are that a decode step looks at: addresses and lengths, from rollout/places.py.
+    """Addresses and lengths of the keys and values that a decode step reads; local/places.py fills them in.
 
     Two rows of one prompt of 9 tokens, each with room for 64 tokens of its own:
 
@@ -126,7 +126,7 @@ def draw(native: Kernels, logits_RV: Tensor, uniform_R: Tensor, temperature: flo
 
     Args:
         logits_RV: float32.
-        uniform_R: in (0, 1); the draw inverts the cumulative distribution, as `rollout.sampling` does.
+        uniform_R: in (0, 1); the draw inverts the cumulative distribution, as local/sampling.py does.
         temperature: above 0.
     """
     rows, vocabulary = logits_RV.shape
@@ -182,7 +182,7 @@ class Panels:
 
 
 class PackedLinear:
-    """A weight in panels; `fast.Linear` computes the same.
+    """A weight in panels; `packing.Linear` computes the same.
 
     Args:
         weight: the panels.
@@ -258,7 +258,7 @@ class PackedBlocks:
     """All blocks of a decoder that `suits`, for decode steps.
 
     Args:
-        layers: of `fast.FastDecoder`, packed.
+        layers: of `decoder.FastDecoder`, packed.
         hidden_size: of the residual stream.
         native: the compiled kernels.
         dtype: of the model.
@@ -287,7 +287,7 @@ class PackedBlocks:
 
         Args:
             hidden_RH: embeddings of one new token for each row.
-            angles: cos and sin of `fast.FastDecoder`, (R, D).
+            angles: cos and sin of `decoder.FastDecoder`, (R, D).
         """
         places = layout.places(len(self._table), self.kv_heads, self.size, self.dtype)
         cos_RD, sin_RD = (t.contiguous() for t in angles)
