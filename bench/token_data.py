@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import inspect
 import json
 import os
 import statistics
@@ -184,7 +185,11 @@ def write_state(directory: Path, state: Any) -> Any:
     policy: Any = NoWeights()
     written = state.serialise() if hasattr(state, "serialise") else (state.to_json(),)
     parts = dict(zip(("state", "batches"), written, strict=False))
-    return save_checkpoint(directory, 1, 0, policy=policy, optimizer_tensors={"step": torch.zeros(1)}, **parts)
+    if "save_optimizer" in inspect.signature(save_checkpoint).parameters:
+        parts["save_optimizer"] = lambda _: None
+    else:
+        parts["optimizer_tensors"] = {"step": torch.zeros(1)}
+    return save_checkpoint(directory, 1, 0, policy=policy, **parts)
 
 
 def read_state(checkpoint: Any) -> Any:

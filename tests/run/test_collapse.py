@@ -21,6 +21,7 @@ from sapo.model.loading import load_policy
 from sapo.report import make_report
 from sapo.run.collapse import restore
 from sapo.training.checkpoint import list_checkpoints
+from sapo.training.optimizer_files import OptimizerFiles
 from sapo.training.trainer import Trainer
 from sapo.workflows.train import resume
 from support.runs import REWARD, fingerprint, metrics, write_recipe
@@ -272,13 +273,13 @@ def test_going_back_leaves_what_the_checkpoint_holds_and_nothing_else(tmp_path: 
     newest, _, start = list_checkpoints(run / "checkpoints")
     policy = load_policy(newest.path, dtype)
     trainer = make_trainer(policy)
-    trainer.restore_optimizer(newest.optimizer_tensors())
+    trainer.restore_optimizer(newest.path)
     assert trainer.optimizer.inner.state
     state = restore(start, config.model_copy(update={"device": "cpu"}), policy, trainer)
     assert state.step == 0
     kept = load_policy(start.path, dtype).model.named_parameters()
     assert all(torch.equal(p, dict(policy.model.named_parameters())[name]) for name, p in kept)
-    tensors, expected = trainer.optimizer_tensors(), start.optimizer_tensors()
+    tensors, expected = trainer.optimizer.state_tensors(), OptimizerFiles(start.path).read({})
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert not any(name.startswith("exp_avg") for name in tensors)

@@ -82,7 +82,13 @@ def state() -> RunState:
 def save(directory: Path, kept: RunState) -> Checkpoint:
     fields, batches = kept.serialise()
     return save_checkpoint(
-        directory, kept.step, kept.update, policy=NoWeights(), optimizer_tensors={}, state=fields, batches=batches
+        directory,
+        kept.step,
+        kept.update,
+        policy=NoWeights(),
+        save_optimizer=lambda _: None,
+        state=fields,
+        batches=batches,
     )
 
 

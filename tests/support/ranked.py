@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from sapo.rollout.params import SamplingParams
 from sapo.training.collective import Collective
 from sapo.training.logprobs import GroupLogprobs
 from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.optimizer_files import OptimizerFiles
 from sapo.training.packer import Packer
 from sapo.training.ranked import RankedTrainers, serve
 from sapo.training.ranks import Trainers
@@ -166,7 +168,8 @@ def drive(case: Case, trainers: Trainers, policy: Policy, size: int) -> dict[str
     updates = [trainers.update(packer.pack(groups), 1e-2)]
     trainers.send_weights(policy)
     first = {name: p.detach().clone() for name, p in policy.weights()}
-    optimizer = {name: t.clone() for name, t in trainers.optimizer_tensors().items()}
+    directory = Path(tempfile.mkdtemp())
+    trainers.save_optimizer(directory)
     updates += [trainers.update(packer.pack(groups), 1e-2) for _ in range(2)]
     found["loss"] = [u.loss for u in updates]
     found["norm"] = [u.grad_norm for u in updates]
@@ -174,14 +177,17 @@ def drive(case: Case, trainers: Trainers, policy: Policy, size: int) -> dict[str
     found["tokens"] = [by_sequence(u) for u in updates]
     trainers.send_weights(policy)
     found["weights"] = {name: p.detach().clone() for name, p in policy.weights()}
-    found["optimizer"] = {name: t.clone() for name, t in trainers.optimizer_tensors().items()}
+    (directory / "last").mkdir()
+    trainers.save_optimizer(directory / "last")
+    found["optimizer"] = OptimizerFiles(directory / "last").read({})  # whole, though each rank wrote its rows
+    found["files"] = sorted(file.name for file in (directory / "last").iterdir())
     found["logprobs"] = of_groups.compute(groups, include_all=not case.replay)  # the flat group has no record
     found["completions"] = complete(policy, groups)
     with torch.no_grad():  # what a rollback does: back to the first update, and the second once more
         for name, parameter in policy.model.named_parameters():
             parameter.copy_(first[name])
     trainers.take_weights(policy)
-    trainers.restore_optimizer(optimizer)
+    trainers.restore_optimizer(directory)
     again = trainers.update(packer.pack(groups), 1e-2)
     found["again"] = (again.loss, again.grad_norm)
     return found

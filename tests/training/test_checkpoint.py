@@ -13,6 +13,7 @@ from sapo.errors import CheckpointError
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
 from sapo.training.checkpoint import list_checkpoints, newest_whole, prune, save_checkpoint
+from sapo.training.optimizer_files import OptimizerFiles, write_own_rows
 from support.runs import write_model
 
 
@@ -25,7 +26,13 @@ def save(policy: Policy, directory: Path, step: int, update: int = 0, **state):
     tensors = {"exp_avg/x": torch.arange(3.0), "step/x": torch.tensor(4.0)}
     batches = {"token_ids": np.arange(5, dtype=np.int32), "logprobs": np.zeros(0, np.float32)}
     return save_checkpoint(
-        directory, step, update, policy=policy, optimizer_tensors=tensors, state=state, batches=batches
+        directory,
+        step,
+        update,
+        policy=policy,
+        save_optimizer=lambda aside: write_own_rows(aside, tensors, 0, 1),
+        state=state,
+        batches=batches,
     )
 
 
@@ -35,7 +42,7 @@ def test_a_checkpoint_gives_back_what_it_was_given(policy: Policy, tmp_path: Pat
     checkpoint.verify()
     assert checkpoint.label == "step 7, update 2"
     assert checkpoint.state() == state
-    tensors = checkpoint.optimizer_tensors()
+    tensors = OptimizerFiles(checkpoint.path).read({})
     assert torch.equal(tensors["exp_avg/x"], torch.arange(3.0))
     assert tensors["step/x"].item() == 4.0
     batches = checkpoint.batches()

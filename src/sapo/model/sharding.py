@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sapo.model.policy import Policy
 
@@ -75,9 +75,40 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def own_rows(tensor: DTensor) -> tuple[int, int]:
+    """Return the first of the rows that this rank keeps of a sharded tensor, and one past the last."""
+    mesh, dimension = tensor.device_mesh, tensor.placements.index(Shard(0))
+    most = -(-tensor.shape[0] // mesh.size(dimension))  # as torch.chunk cuts
+    start = min(mesh.get_local_rank(dimension) * most, tensor.shape[0])
+    stop = min(start + most, tensor.shape[0])
+    assert stop - start == tensor.to_local().shape[0], "a rank keeps the rows that torch.chunk gives it"
+    return start, stop
+
+
+def is_first_replica(tensor: DTensor) -> bool:
+    """Return whether this rank is in the first of the groups that hold all rows each (HSDP)."""
+    mesh, dimension = tensor.device_mesh, tensor.placements.index(Shard(0))
+    return not any(mesh.get_local_rank(other) for other in range(mesh.ndim) if other != dimension)
+
+
+def shard_from_rows(parameter: DTensor, rows: Tensor) -> DTensor:
+    """Make a tensor sharded as a parameter is, of the rows that this rank keeps."""
+    return DTensor.from_local(
+        rows.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def shard_like(parameter: Tensor, full: Tensor) -> Tensor:
-    """Shard a tensor of a parameter's shape as the parameter is; each rank has the whole and keeps its slice."""
-    if not isinstance(parameter, DTensor) or full.shape != parameter.shape:
+    """Shard a tensor of a parameter's shape as the parameter is; each rank has the whole and keeps its slice.
+
+    What is sharded already, or of another shape, is returned as it is.
+    """
+    if not isinstance(parameter, DTensor) or isinstance(full, DTensor) or full.shape != parameter.shape:
         return full
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

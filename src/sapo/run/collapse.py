@@ -158,7 +158,7 @@ def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, trainers:
         for name, parameter in policy.model.named_parameters():
             parameter.copy_(weights[name])
     trainers.take_weights(policy)
-    trainers.restore_optimizer(checkpoint.optimizer_tensors())
+    trainers.restore_optimizer(checkpoint.path)
     return RunState.deserialise(checkpoint.state(), checkpoint.batches())
 
 

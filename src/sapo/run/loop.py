@@ -347,7 +347,7 @@ class TrainingRun:
                 state.step,
                 state.update,
                 policy=self.policy,
-                optimizer_tensors=self.trainer.optimizer_tensors(),
+                save_optimizer=self.trainer.save_optimizer,
                 state=fields,
                 batches=batches,
             )

@@ -3,7 +3,7 @@
 checkpoints/step-000100/             after 100 whole steps
 checkpoints/step-000100-update-2/    in the middle of the 101st step, after two of its updates
     model.safetensors, config.json, tokenizer.json ...   an ordinary Hugging Face directory
-    optimizer.safetensors            moments, step counts, float32 masters
+    optimizer.safetensors            moments, step counts, float32 masters; a file of each rank where several train
     state.json                       step, update in the step, prompts, texts and scores of batches, counters
     batches.safetensors              token data of those batches: flat arrays with their offsets
     manifest.json                    size and SHA-256 of every file
@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sapo.errors import CheckpointError
 from sapo.model.policy import Policy
@@ -79,10 +77,6 @@ class Checkpoint:
         file = self.path / "batches.safetensors"
         return safetensors.numpy.load_file(file) if file.exists() else {}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state, as it was given to `save_checkpoint`."""
-        return load_file(self.path / "optimizer.safetensors")
-
 
 def save_checkpoint(
     directory: Path,
@@ -90,7 +84,7 @@ def save_checkpoint(
     update: int,
     *,
     policy: Policy,
-    optimizer_tensors: dict[str, Tensor],
+    save_optimizer: Callable[[Path], object],
     state: dict[str, Any],
     batches: Mapping[str, np.ndarray],
 ) -> Checkpoint:
@@ -99,6 +93,7 @@ def save_checkpoint(
     Args:
         directory: the run's checkpoints/.
         step: whole steps done; `update`: updates done in the step after them.
+        save_optimizer: writes the optimizer's state into a directory; see `Trainers.save_optimizer`.
         state, batches: the run's state, as `RunState.serialise` gives it.
     """
     name = f"step-{step:06d}" + (f"-update-{update}" if update else "")
@@ -107,7 +102,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     policy.save(aside)
-    save_file({k: v.detach().cpu().contiguous() for k, v in optimizer_tensors.items()}, aside / "optimizer.safetensors")
+    save_optimizer(aside)
     (aside / "state.json").write_text(json.dumps(state))
     safetensors.numpy.save_file(dict(batches), aside / "batches.safetensors")
     manifest = {

@@ -240,12 +240,12 @@ class PolicyOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything a bitwise resume needs, as flat names to plain tensors: the optimizer's state and masters.
 
-        Of sharded parameters they are whole, and making them so is a collective.
+        Of sharded parameters they are sharded alike.
 
         Raises:
             ConfigError: the optimizer keeps something that a checkpoint cannot hold.
         """
-        return self._state.to_tensors() | {key: whole(master.detach()) for key, master in self._kept.items()}
+        return self._state.to_tensors() | {key: master.detach() for key, master in self._kept.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the state that `state_tensors` gave in place of the present one.

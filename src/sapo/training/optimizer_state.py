@@ -5,7 +5,7 @@ A checkpoint holds tensors and text and no pickle. A plain tensor under KEY of t
 plain inner tensors, a list or a mapping into its elements. What is then left is JSON, in one more tensor of bytes,
 `description`, which is there only if it says something.
 
-What is sharded over ranks is written whole, so that a run can be resumed on another number of ranks.
+Of sharded parameters the tensors are sharded too; training/optimizer_files.py writes the rows of each rank.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sapo.errors import ConfigError
-from sapo.model.sharding import shard_like, whole
+from sapo.model.sharding import shard_like
 
 DESCRIPTION = "description"
 
@@ -117,8 +118,7 @@ def _changed(value: Any, setting: Any) -> bool:
 
 def _take_apart(value: Any, path: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """Add the plain tensors in a value to `tensors`; return the JSON that says how they make it up."""
-    value = whole(value)
-    if type(value) in (Tensor, nn.Parameter):
+    if type(value) in (Tensor, nn.Parameter, DTensor):
         tensors[path] = value.detach()
         return {"tensor": path, **({} if value.device == device else {"device": str(value.device)})}
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):

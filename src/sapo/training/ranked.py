@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sapo.errors import Interrupted, NonFiniteError, RankError, RunFailure
 from sapo.model.policy import Policy
 from sapo.model.sharding import full_weights, shard_like
 from sapo.objectives import Objective
+from sapo.training.optimizer_files import Written, write_index
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
 from sapo.training.results import UpdateResult, join_results
 from sapo.training.trainer import Trainer
@@ -110,23 +114,24 @@ class RankedTrainers:
 
     def take_weights(self, of: Policy) -> None:
         """Train on from the weights of the driver's policy; see `Trainers.take_weights`."""
-        weights = dict(of.weights())
         with self._together():
-            self._tell(weights, call="take_weights")
-            take_weights(self.own, weights)
+            self._tell(call="take_weights")
+            receive_weights(self.own, dict(of.weights()))
         self._sent = (of, self.updates)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Return the state of the optimizer; see `Trainers.optimizer_tensors`."""
+    def save_optimizer(self, directory: Path) -> None:
+        """Write the state of the optimizer, each rank its own part; see `Trainers.save_optimizer`."""
         with self._together():
-            self._tell(call="optimizer_tensors")
-            return self.own.optimizer_tensors()
+            self._tell(call="save_optimizer", directory=str(directory.absolute()))
+            written = [self.own.save_optimizer(directory)]
+            written += [Written(**self._wire.receive(rank).header) for rank in self._others]
+        write_index(directory, written)
 
-    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state of the optimizer; see `Trainers.restore_optimizer`."""
+    def restore_optimizer(self, directory: Path) -> None:
+        """Restore the state of the optimizer, each rank its own part; see `Trainers.restore_optimizer`."""
         with self._together():
-            self._tell(tensors, call="restore_optimizer")
-            self.own.restore_optimizer(tensors)
+            self._tell(call="restore_optimizer", directory=str(directory.absolute()))
+            self.own.restore_optimizer(directory)
 
     def close(self) -> None:
         """End the other ranks; see `Trainers.close`."""
@@ -143,9 +148,9 @@ class RankedTrainers:
             self._wire.send(share_message(shares, rank, **header), rank)
         return read_share(share_message(shares, 0), self.own.policy.device)
 
-    def _tell(self, tensors: Mapping[str, Tensor] | None = None, **header: Any) -> None:
+    def _tell(self, **header: Any) -> None:
         for rank in self._others:
-            self._wire.send(Message(header, tensors or {}), rank)
+            self._wire.send(Message(header), rank)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -175,11 +180,21 @@ def serve(trainer: Trainer, wire: Wire, objectives: Mapping[str, Objective]) -> 
                 wire.send(answer, 0)
 
 
-def take_weights(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
-    """Put whole weights in place of the sharded ones of a rank."""
+def receive_weights(trainer: Trainer, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Put the driver's whole weights in place of the sharded ones of a rank, one parameter at a time. A collective.
+
+    Args:
+        weights: the driver's, by name; None on the other ranks.
+    """
+    policy, group = trainer.policy, trainer.ranks.group
     with torch.no_grad():
-        for name, parameter in trainer.policy.model.named_parameters():
-            parameter.copy_(shard_like(parameter, weights[name].to(parameter.device, parameter.dtype)))
+        for name, parameter in policy.model.named_parameters():
+            if weights is not None:
+                full = weights[name].to("cpu", policy.sharded_dtype).contiguous()
+            else:
+                full = torch.empty(parameter.shape, dtype=policy.sharded_dtype)
+            dist.broadcast(full, 0, group=group)
+            parameter.copy_(shard_like(parameter, full.to(parameter.device, parameter.dtype)))
 
 
 def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objective]) -> Message | None:
@@ -196,11 +211,11 @@ def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objecti
             for _ in full_weights(trainer.policy):
                 pass
         case "take_weights":
-            take_weights(trainer, message.tensors)
-        case "optimizer_tensors":
-            trainer.optimizer_tensors()
+            receive_weights(trainer)
+        case "save_optimizer":
+            return Message(asdict(trainer.save_optimizer(Path(header["directory"]))))
         case "restore_optimizer":
-            trainer.restore_optimizer(message.tensors)
+            trainer.restore_optimizer(Path(header["directory"]))
         case call:
             raise AssertionError(f"the driver called {call!r}, which no rank answers")
     return None

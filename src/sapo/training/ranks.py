@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
@@ -124,14 +125,17 @@ class Trainers(Protocol):
     def take_weights(self, of: Policy) -> None:
         """Train on from the weights of the driver's policy: a run went back to an earlier checkpoint, say."""
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Return the state of the optimizer as a checkpoint keeps it."""
+    def save_optimizer(self, directory: Path) -> None:
+        """Write the state of the optimizer into a checkpoint's directory, which all ranks can reach.
 
-    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the state that `optimizer_tensors` gave in place of the present one.
+        The files are those of training/optimizer_files.py.
+        """
+
+    def restore_optimizer(self, directory: Path) -> None:
+        """Put the state that a checkpoint holds in place of the present one, however many ranks wrote it.
 
         Raises:
-            ValueError: tensors of another model.
+            CheckpointError, ValueError: of another model or optimizer.
         """
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from sapo.training.collective import Collective
 from sapo.training.forward import loss_and_surrogate, response_logprobs
 from sapo.training.gradients import Gradient, compare_gradients
 from sapo.training.optimizer import PolicyOptimizer
+from sapo.training.optimizer_files import OptimizerFiles, Written, write_own_rows
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
 from sapo.training.results import (
     Output,
@@ -188,13 +190,18 @@ class Trainer:
         """Do nothing: the driver's policy is the one trained; see `Trainers.take_weights`."""
         assert of is self.policy, "in one process the driver and the trainer share the policy"
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Return the state of the optimizer; see `Trainers.optimizer_tensors`."""
-        return self.optimizer.state_tensors()
+    def save_optimizer(self, directory: Path) -> Written:
+        """Write the state of the optimizer; see `Trainers.save_optimizer`.
 
-    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        Returns:
+            What this rank wrote, for the index that several ranks need.
+        """
+        return write_own_rows(directory, self.optimizer.state_tensors(), self.ranks.rank, self.ranks.size)
+
+    def restore_optimizer(self, directory: Path) -> None:
         """Restore the state of the optimizer; see `Trainers.restore_optimizer`."""
-        self.optimizer.load_state_tensors(tensors)
+        parameters = dict(zip(self.optimizer.names, self.optimizer.masters, strict=True))
+        self.optimizer.load_state_tensors(OptimizerFiles(directory).read(parameters))
 
     def close(self) -> None:
         """Do nothing: there are no other processes; see `Trainers.close`."""

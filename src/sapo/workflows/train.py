@@ -185,7 +185,7 @@ def _resumed(
     directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference, engine, trainers)
     if checkpoint is not None:
-        training.trainer.restore_optimizer(checkpoint.optimizer_tensors())
+        training.trainer.restore_optimizer(checkpoint.path)
     set_broken_aside(directory.checkpoints, checkpoint)
     if overrides:
         directory.write_config(config)
