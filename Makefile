@@ -30,8 +30,8 @@ test-gpu: .venv/installed-dev ## what only a CUDA device can show; the other tes
 browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's package, else Playwright's download
 	@BIN=$(BIN) tests/browser.sh
 
-test-scale: .venv/installed-dev ## what several processes do together: ranks, torchrun, kills
-	$(BIN)/python -m pytest -m scale
+test-scale: .venv/installed-dev ## runs as processes: ranks that train together, runs killed and resumed
+	$(BIN)/python -m pytest -n 2 -m scale
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl

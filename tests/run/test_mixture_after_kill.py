@@ -12,7 +12,7 @@ from support.runs import fingerprint, metrics, write_mixture
 
 STEPS = 12
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -19,7 +19,7 @@ from support.runs import fingerprint, write_recipe
 
 STEPS = 24
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_a_stop_between_updates_keeps_the_record(
     assert fingerprint(stopped, 6) == fingerprint(whole, 6)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("kind", ["R3", "R2"])
 def test_a_killed_run_with_replay_resumes_to_the_bit(tmp_path: Path, kind: str) -> None:
     settings = {

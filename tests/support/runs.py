@@ -106,7 +106,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def fingerprint(run: Path, step: int) -> dict[str, Any]:
     """Everything of a finished run that must be equal bit for bit: metrics, weights, optimiser, completions."""
     checkpoint = run / "checkpoints" / f"step-{step:06d}"
-    assert (checkpoint / "optimizer.safetensors").is_file()
+    assert list(checkpoint.glob("optimizer*.safetensors"))
     files = [
         *sorted(checkpoint.glob("*.safetensors")),
         *sorted((run / "rollouts").iterdir()),

@@ -115,7 +115,7 @@ def test_gradients_compared_leave_weights_optimizer_and_mode_as_they_were() -> N
     }
     figures = trainer.gradients(shares, {"grpo": make_objective("grpo")})
     assert figures.keys() == {"grpo/cosine", "grpo/norm_ratio"}
-    after = {**trainer.optimizer.state_tensors(), **trainer.policy.model.state_dict()}
+    after = {**trainer.optimizer.state_tensors(), **weights()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert trainer.optimizer.gradients() == {}

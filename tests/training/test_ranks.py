@@ -93,13 +93,16 @@ def assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
         assert worst <= allowed, f"{what}: differs by {worst:.3g} where {allowed:.3g} is allowed"
 
 
-def assert_one_process_gives(got: dict[str, Any], name: str) -> None:
+def assert_one_process_gives(got: dict[str, Any], name: str, size: int) -> None:
     case, expected = CASES[name], one_process(CASES[name])
     for what in ("loss", "norm", "cosines", "tokens", "logprobs", "weights", "optimizer", "again"):
         assert_close(got[what], expected[what], TOLERANCE[case.dtype], what)
     assert got["changed"] == expected["changed"], "choices of experts that the live router would not have made"
     assert got["experts"] == expected["experts"], "the experts that were recorded"
     assert (got["changed"][0][1] is not None) == case.replay
+    assert expected["files"] == ["optimizer.safetensors"]
+    assert "optimizer.index.json" in got["files"]
+    assert len(got["files"]) == 1 + size, "each rank wrote what it keeps"
     assert [tokens for tokens, _ in got["completions"]] == [tokens for tokens, _ in expected["completions"]]
     assert_close([x for _, x in got["completions"]], [x for _, x in expected["completions"]], 1e-4, "completions")
     # Nothing would be compared if nothing had been learned.
@@ -109,17 +112,17 @@ def assert_one_process_gives(got: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ON_TWO if CASES[name].dtype != torch.bfloat16])
 def test_two_ranks_do_what_one_process_does(name: str, two_ranks: dict[str, Any]) -> None:
-    assert_one_process_gives(two_ranks[name], name)
+    assert_one_process_gives(two_ranks[name], name, 2)
 
 
 @pytest.mark.parametrize("name", ON_THREE)
 def test_slices_need_not_be_equal(name: str, three_ranks: dict[str, Any]) -> None:
-    assert_one_process_gives(three_ranks[name], name)
+    assert_one_process_gives(three_ranks[name], name, 3)
 
 
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_weights_may_be_replicated_over_groups_of_ranks(name: str, four_ranks: dict[str, Any]) -> None:
-    assert_one_process_gives(four_ranks[name], name)
+    assert_one_process_gives(four_ranks[name], name, 4)
 
 
 @pytest.mark.parametrize("name", [name for name in ON_TWO if CASES[name].dtype == torch.bfloat16])

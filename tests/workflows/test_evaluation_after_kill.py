@@ -17,7 +17,7 @@ import pytest
 from support.processes import finish, kill_when, start
 from support.runs import write_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 
 COMMAND = ["--task", "arithmetic", "digits=3", "--problems", "150", "--samples", "16", "--k", "1,4", "--greedy"]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -79,11 +80,16 @@ def assert_equal_to_rounding(got: Path, expected: Path, step: int) -> None:
     assert compared > 3 * step
     for file in sorted((expected / "rollouts").iterdir()):
         assert completions(got / "rollouts" / file.name) == completions(file), file.name
-    name = f"checkpoints/step-{step:06d}/model.safetensors"
-    mine_weights, their_weights = load_file(got / name), load_file(expected / name)
+    mine_weights, their_weights = weights(got, step), weights(expected, step)
     assert mine_weights.keys() == their_weights.keys()
     for key, weight in their_weights.items():
         assert (mine_weights[key] - weight).abs().max() < 1e-4, key
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint, or those of its adapter."""
+    (file,) = (run / "checkpoints" / f"step-{step:06d}").glob("*model.safetensors")
+    return load_file(file)
 
 
 def completions(file: Path) -> list[str]:
@@ -134,8 +140,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for mine, theirs in zip(lines, expected, strict=True):
         assert mine["reward/mean"] == theirs["reward/mean"], theirs["step"]
-    name = f"checkpoints/step-{STEPS:06d}/model.safetensors"
-    mine_weights, their_weights = load_file(tmp_path / "several" / name), load_file(tmp_path / "one" / name)
+    mine_weights, their_weights = weights(tmp_path / "several", STEPS), weights(tmp_path / "one", STEPS)
     for key, weight in their_weights.items():
         assert (mine_weights[key] - weight).abs().max() < 1e-4, key
 

@@ -115,7 +115,7 @@ class OptimizerFiles:
         if not shape:
             return self._read(parts[0]["file"], name, slice(None))
         start, stop = wanted or (0, shape[0])
-        pieces = []
+        pieces: list[Tensor] = []
         for part in sorted(parts, key=lambda p: p["rows"][0]):
             first, end = part["rows"]
             low, high = max(start, first), min(stop, end)

@@ -125,7 +125,7 @@ class Trainers(Protocol):
     def take_weights(self, of: Policy) -> None:
         """Train on from the weights of the driver's policy: a run went back to an earlier checkpoint, say."""
 
-    def save_optimizer(self, directory: Path) -> None:
+    def save_optimizer(self, directory: Path) -> object:
         """Write the state of the optimizer into a checkpoint's directory, which all ranks can reach.
 
         The files are those of training/optimizer_files.py.

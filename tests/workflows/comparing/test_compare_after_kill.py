@@ -21,7 +21,7 @@ from support.runs import fingerprint, write_recipe
 STEPS = 12
 RUNS = [f"{arm}-lr1e-3-seed{seed}" for seed in (0, 1) for arm in ("sapo", "grpo")]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 
 
 def command(directory: Path, *more: str) -> list[str]:
