@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapo.errors import ConfigError
+from sapo.errors import CheckpointError, ConfigError
 from sapo.model.sharding import own_part, shard_like, whole
 from sapo.training.optimizer_state import OptimizerState
 from sapo.utils.names import did_you_mean
@@ -251,8 +251,15 @@ class PolicyOptimizer:
         """Put the state that `state_tensors` gave in place of the present one.
 
         Raises:
-            ValueError: tensors of another model or of another optimizer.
+            CheckpointError: tensors of another model or of another optimizer.
         """
+        for key, master in self._kept.items():
+            if key not in tensors or tensors[key].shape != master.shape:
+                got = f"one of shape {tuple(tensors[key].shape)}" if key in tensors else "none"
+                raise CheckpointError(
+                    f"the optimizer's state must hold {key} of shape {tuple(master.shape)}; got {got}; resume from a "
+                    "checkpoint of this run"
+                )
         of_masters = {f"master/{name}" for name in self.names}
         self._state.from_tensors({k: v for k, v in tensors.items() if k not in of_masters})
         with torch.no_grad():

@@ -131,7 +131,7 @@ class Trainers(Protocol):
         """Put the state that `optimizer_tensors` gave in place of the present one.
 
         Raises:
-            ValueError: tensors of another model.
+            CheckpointError: tensors of another model or of another optimizer.
         """
 
     def close(self) -> None:
