@@ -87,7 +87,16 @@ def resume(
         Path,
         typer.Argument(metavar="RUN", help="The run directory, as in runs/quickstart.", autocompletion=complete_run),
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings to change, as in train.steps=100. These may change: train.steps, train.learning_rate, "
+            "train.tokens_per_microbatch, train.ranks, train.replicas, eval.every, checkpoint, log, profile, "
+            "diagnostics and warnings, each with its keys.",
+            autocompletion=complete_override,
+        ),
+    ] = None,
 ) -> None:
     """Resume a run from its newest whole checkpoint."""
     from sapo.cli.progress import Display

@@ -60,7 +60,7 @@ def describe_prompt(prompt: SeenPrompt) -> str:
 
 def _memory_table(memory: MemoryEstimate) -> Table:
     """Make the table of the largest phase part by part, with the totals of the others."""
-    table = Table(title="memory, every completion at its full length", title_justify="left")
+    table = Table(title="memory at full length", title_justify="left")
     table.add_column(f"{memory.largest_phase}, on {memory.device}")
     table.add_column("MiB", justify="right")
     for part, size in memory.phases[memory.largest_phase].items():
