@@ -144,7 +144,7 @@ def conformance(
     ] = None,
     objective: Annotated[str, typer.Option(help="The objective that your own loss implements.")] = "sapo",
     normalizer: Annotated[
-        str | None, typer.Option(help="Normaliser of your own loss; default: that of the objective.")
+        str | None, typer.Option(help="Normalizer of your own loss; default: that of the objective.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the results as markdown to this file.")] = None,
 ) -> None:

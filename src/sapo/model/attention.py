@@ -76,7 +76,7 @@ def shared_prefix_attention(
             f"{type(module).__name__} uses attention sinks, which shared-prefix attention does not compute"
         )
     if dropout:
-        raise ValueError(f"attention dropout must be 0 in policy optimisation; got {dropout}")
+        raise ValueError(f"attention dropout must be 0 in policy optimization; got {dropout}")
     output_NHD = packed_layout.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0].transpose(0, 1),
@@ -225,7 +225,7 @@ class _TreeAttention(torch.autograd.Function):
     """A layer's attention on a processor, all buckets: what is kept for the backward pass is packed.
 
     Autograd would keep each response's copy of the keys and values of its prompt, and bring their gradients back copy
-    by copy. Kept are queries, keys, values and outputs of N tokens and the log-normalisers of the softmax, and the
+    by copy. Kept are queries, keys, values and outputs of N tokens and the log-normalizers of the softmax, and the
     copies are made again.
     """
 

@@ -1,4 +1,4 @@
-"""Groups to packed batches: the only owner of masks, weights and normalisers.
+"""Groups to packed batches: the only owner of masks, weights and normalizers.
 
 A mini-batch is some whole groups; its weights are normalised once, over all its sequences, and passed down to the
 micro-batches, so that how it is split changes no gradient. Groups whose rewards are all equal have no gradient: they
@@ -61,7 +61,7 @@ def pack(
         groups: with their advantages set.
         normalizer: see `objectives.sequence_weights`.
         tokens_per_microbatch: bounds memory only; a single longer sequence gets a micro-batch of its own.
-        max_new_tokens: the constant of the `constant_length` normaliser.
+        max_new_tokens: the constant of the `constant_length` normalizer.
         include_flat: pack groups whose rewards are all equal too: a penalty that is not the rewards' pulls on them.
         include_all: pack whatever there is, masked completions as well (for measurements over the whole batch).
         ranks: of the training group.

@@ -80,7 +80,7 @@ class Checkpoint:
         return safetensors.numpy.load_file(file) if file.exists() else {}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state, as it was given to `save_checkpoint`."""
+        """The optimizer's state, as it was given to `save_checkpoint`."""
         return load_file(self.path / "optimizer.safetensors")
 
 

@@ -1,8 +1,8 @@
 """The door to trainers: what the driver hands over, what it may ask, and what comes back.
 
 The driver (`sapo.run`) samples, scores and packs. Trainers hold the weights and are given packed batches and nothing
-else of a rollout. `PackedBatch.weights_B` has the normaliser of the whole mini-batch in it, so the gradient of an
-update is the sum over all micro-batches of all ranks, and no trainer computes a normaliser.
+else of a rollout. `PackedBatch.weights_B` has the normalizer of the whole mini-batch in it, so the gradient of an
+update is the sum over all micro-batches of all ranks, and no trainer computes a normalizer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Shares:
     of_rank: tuple[tuple[PackedBatch, ...], ...]
     """Micro-batches by rank, as many on each; one rank where training is one process."""
     num_sequences: int
-    """Sequences of the mini-batch. Zero-variance groups are counted, since the normalisers are theirs too; masked
+    """Sequences of the mini-batch. Zero-variance groups are counted, since the normalizers are theirs too; masked
     completions are not."""
     num_tokens: int
     """Response tokens of those sequences."""

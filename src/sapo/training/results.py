@@ -55,7 +55,7 @@ class UpdateResult:
     tis: MismatchWeights | None = None
     """The correction for the mismatch; None without one."""
     loss_weight_M: Tensor | None = None
-    """Weight of each token in the loss, the normaliser of the mini-batch included; None where it was not kept."""
+    """Weight of each token in the loss, the normalizer of the mini-batch included; None where it was not kept."""
     old_logprob_M: Tensor | None = None
     """log pi_old of each token; likewise."""
 
