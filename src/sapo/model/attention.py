@@ -135,8 +135,8 @@ class Bucket:
     """Rows among the b * Q queries that pad."""
 
     def mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """(b, 1, Q, K) additive: query j of a segment sees path positions up to prefix + j, no further back than the
-        window."""
+        """Make the additive mask, (b, 1, Q, K): query j of a segment sees path positions up to prefix + j, and no
+        further back than the window."""
         _, num_queries, num_keys = self.size
         device = self.query_index.device
         # A padded query sees what the segment's last one sees: within a window it might else see no key at all, and

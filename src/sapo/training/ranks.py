@@ -45,12 +45,12 @@ class Shares:
 
     @property
     def microbatches(self) -> tuple[PackedBatch, ...]:
-        """Micro-batches of all ranks, rank by rank."""
+        """Return the micro-batches of all ranks, rank by rank."""
         return tuple(batch for share in self.of_rank for batch in share)
 
     @property
     def num_targets(self) -> int:
-        """Response tokens that carry a gradient."""
+        """Count the response tokens that carry a gradient."""
         return sum(b.num_targets for b in self.microbatches)
 
 
@@ -79,7 +79,7 @@ class Trainers(Protocol):
 
     @property
     def updates(self) -> int:
-        """Updates made: the version of the weights."""
+        """Return the number of updates made: the version of the weights."""
 
     def update(
         self, shares: Shares, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
@@ -122,7 +122,7 @@ class Trainers(Protocol):
         """Bring the driver's policy to the present weights, if it is not there yet."""
 
     def take_weights(self, of: Policy) -> None:
-        """Train on from the weights of the driver's policy: a run went back to an earlier checkpoint, say."""
+        """Train on from the weights of the driver's policy, as after a rollback."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the state of the optimizer as a checkpoint keeps it."""
@@ -135,4 +135,4 @@ class Trainers(Protocol):
         """
 
     def close(self) -> None:
-        """End for good: end the processes that train."""
+        """End the processes that train, for good."""

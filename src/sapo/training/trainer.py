@@ -101,7 +101,7 @@ class Trainer:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Within it passes are those of an update; gradients are dropped when it ends in an exception."""
+        """Set the model up for the passes of an update; drop the gradients if the block ends in an exception."""
         # transformers checkpoints only in training mode; dropout is off
         self.policy.model.train(self.settings.activation_checkpointing)
         try:
@@ -114,7 +114,7 @@ class Trainer:
 
     @contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[Replay | None]:
-        """Within it one forward over a batch, and its backward, go through the experts it carries, if it does."""
+        """Send one forward pass over a batch, and its backward pass, through the experts it carries, if any."""
         if batch.experts_Nlk is None:
             yield None
             return
