@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sapo.data import PackedBatch
 from sapo.objectives import Objective
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 # For the annotation only: what packs batches needs no transformers.
 if TYPE_CHECKING:

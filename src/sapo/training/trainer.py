@@ -24,7 +24,8 @@ from sapo.training.forward import loss_and_surrogate, response_logprobs
 from sapo.training.gradients import Gradient, compare_gradients
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
-from sapo.training.results import (
+from sapo.training.settings import TrainerSettings
+from sapo.training.update_result import (
     Output,
     UpdateResult,
     collect_result,
@@ -32,7 +33,6 @@ from sapo.training.results import (
     nonfinite_causes,
     skipped_result,
 )
-from sapo.training.settings import TrainerSettings
 from sapo.utils.spans import span
 
 

@@ -13,7 +13,7 @@ from sapo.data import PackedBatch
 from sapo.model.head import HeadOutput
 from sapo.model.routing import Replay
 from sapo.objectives import KLPenalty, MismatchWeights, Surrogate
-from sapo.training.mismatch import join_mismatch
+from sapo.training.mismatch_correction import join_mismatch
 from sapo.training.settings import TrainerSettings
 
 Output = tuple[PackedBatch, HeadOutput, Surrogate]
