@@ -73,7 +73,7 @@ def coldstart_path(config: RunConfig) -> Path:
         "task": config.tasks[0].model_dump(mode="json", exclude={"weight", "label", "curriculum", "prompt"}),
         "prompt": _prompt_section(config).model_dump(mode="json"),
         "max_new_tokens": config.rollout.max_new_tokens,
-        "threads": torch.get_num_threads(),  # another number sums in another order: other weights
+        "threads": torch.get_num_threads(),  # another number may sum in another order
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     return cache_directory() / "coldstart" / f"{config.tasks[0].name}-{_section(config).architecture}-{digest}"
