@@ -110,7 +110,7 @@ def decode_seconds(shape: Shape, prompts: list[int], limits: list[list[int]], ra
 
 
 def train_seconds(shape: Shape, prompts: list[int], limits: list[list[int]], rates: Rates, minibatches: int) -> float:
-    """Forward and backward of every token once, and the optimiser's passes over the weights."""
+    """Forward and backward of every token once, and the optimizer's passes over the weights."""
     weights = shape.layers * shape.block
     flops = 0.0
     for prompt, group in zip(prompts, limits, strict=True):

@@ -86,7 +86,7 @@ def rollout_of(policy: Policy, settings: dict[str, Any], device: torch.device) -
 
 
 def update(settings: dict[str, Any], device: torch.device) -> Work:
-    """Train on given completions: a pass of mini-batches, one step of the optimiser each."""
+    """Train on given completions: a pass of mini-batches, one step of the optimizer each."""
     return update_of(load_policy(settings["model"], settings["dtype"], device), settings, device)
 
 

@@ -1,7 +1,7 @@
 """TRL's side: GRPOTrainer(loss_type="sapo") in its own `train()`, a step being one rollout and its mini-batches.
 
 The clock runs from the callback before the first of a step's mini-batches to the callback after the last, so
-generation, rewards, old log-probabilities, losses and the optimiser are in, data loading is not. Two things are forced,
+generation, rewards, old log-probabilities, losses and the optimizer are in, data loading is not. Two things are forced,
 both on the trainer's own methods: each completion's length (role step), or the completions themselves (role update),
 which then cost nothing. In role update the batch is not shuffled, so that its mini-batches are ours and losses can be
 compared.

@@ -23,8 +23,8 @@ class ModelError(UserError):
     """A model that cannot be used as it is; the message says what is missing."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why."""
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used: a file is missing, cut short or changed, or it is of another model."""
 
 
 class RunFailure(RuntimeError):  # noqa: N818 (the word of the field for what ends a run)

@@ -14,6 +14,7 @@ import yaml
 from typer.main import get_command
 
 from sapo.cli import app, main
+from sapo.config.recipes import RESUMABLE_KEYS
 from sapo.data import Prompt
 from sapo.model.policy import Policy
 from sapo.rollout.prompting import PromptFormat
@@ -177,12 +178,16 @@ def test_a_mistake_gets_one_line_exit_code_2_and_nothing_is_written(
         (("resume", "nowhere"), "no run directory at nowhere"),
         (("resume", "."), "has no config.yaml"),
         (("eval", "nowhere", "--task", "arithmetic"), "no model directory at nowhere"),
-        (("eval", "nowhere", "--task", "arithmatic"), "did you mean 'arithmetic'?"),
-        (("eval", "nowhere", "--task", "arithmetic", "--k", "1,8"), "every k must lie in 1..samples (4)"),
-        (("eval", "nowhere", "--task", "arithmetic", "--top-p", "2"), "--top-p must lie in (0, 1]"),
-        (("eval", "nowhere", "--task", "arithmetic", "--k", "one"), "--k takes whole numbers between commas"),
-        (("eval", "nowhere", "--task", "arithmetic", "prompt.styl=chat"), "did you mean prompt.style?"),
-        (("eval", "nowhere"), "nowhere is not a run directory, so it has no tasks of its own; name one with --task"),
+        (("eval", "nowhere", "--task", "aime25"), "no model directory at nowhere"),  # before the hub is asked for rows
+        (("eval", "nowhere"), "no model directory at nowhere"),
+        (("diagnose", "nowhere", "--task", "aime25"), "no model directory at nowhere"),
+        (("eval", "no.gguf", "--task", "aime25"), "no GGUF file at no.gguf"),
+        (("eval", "no/where", "--task", "arithmatic"), "did you mean 'arithmetic'?"),
+        (("eval", "no/where", "--task", "arithmetic", "--k", "1,8"), "every k must lie in 1..samples (4)"),
+        (("eval", "no/where", "--task", "arithmetic", "--top-p", "2"), "--top-p must lie in (0, 1]"),
+        (("eval", "no/where", "--task", "arithmetic", "--k", "one"), "--k takes whole numbers between commas"),
+        (("eval", "no/where", "--task", "arithmetic", "prompt.styl=chat"), "did you mean prompt.style?"),
+        (("eval", "no/where"), "no/where is not a run directory, so it has no tasks of its own; name one with --task"),
         (("compare", "quickstart", "--seeds", "0"), "a comparison needs seeds, 1 or more of them; got 0"),
         (("compare", "quickstart", "--seeds", "some"), "--seeds takes numbers between commas, as in 3, or 0,1,2"),
         (("compare", "quickstart", "--learning-rates", ","), "--learning-rates takes numbers between commas"),
@@ -229,6 +234,22 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     assert "TypeError" in result.stderr
 
 
+def test_the_help_of_resume_lists_what_may_change() -> None:
+    (overrides,) = (p for p in get_command(app).commands["resume"].params if p.name == "overrides")
+    assert [key for key in RESUMABLE_KEYS if key not in overrides.help] == []
+
+
+def test_a_finished_run_says_that_no_step_is_left(tmp_path: Path) -> None:
+    assert sapo("train", str(write_recipe(tmp_path, train__steps=1, eval__every=0)), cwd=tmp_path).returncode == 0
+    result = sapo("resume", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "no step is left: the run has made its 1 step; to train on: sapo resume run train.steps=N, N above 1"
+        in result.stdout
+    )
+    assert "Each step draws" not in result.stdout
+
+
 def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     result = sapo("train", str(recipe), cwd=tmp_path)
@@ -250,7 +271,6 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert "resuming from" in result.stdout
     assert "step-000004" in result.stdout
     assert fingerprint(tmp_path / "run", 6) == whole
-
     assert "next: sapo eval " in result.stdout
     data = str(tmp_path / "prompts.jsonl")
     arguments = ["eval", str(tmp_path / "run"), "--task", data, "verifier=rewards_of_a_test:share_of_sevens"]

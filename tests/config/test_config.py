@@ -217,11 +217,19 @@ def test_the_batch_sentence_does_the_sums() -> None:
     )
 
 
+def test_the_batch_sentence_counts_one_in_the_singular() -> None:
+    single = changed(train={"steps": 1, "minibatches": 2}, rollout__prompts_per_step=2)
+    assert parse_recipe(single).batch_sentence() == (
+        "Each step draws 8 completions of 2 prompts (16 sequences) and makes 2 updates of 1 prompt (8 sequences) "
+        "each; 1 step makes 2 updates."
+    )
+
+
 def test_the_batch_sentence_says_what_becomes_of_zero_variance_groups() -> None:
     assert (
         parse_recipe(changed(rollout__zero_variance="drop"))
         .batch_sentence()
-        .endswith("steps make 4 updates. Zero-variance groups leave the batch, so updates may be smaller.")
+        .endswith("1 step makes 4 updates. Zero-variance groups leave the batch, so updates may be smaller.")
     )
     assert (
         parse_recipe(changed(rollout={"zero_variance": "refill", "max_refills": 1}))

@@ -18,7 +18,7 @@ from sapo.diagnostics import (
     update_metrics,
 )
 from sapo.objectives import discrepancy_bound, gate_discrepancy, make_objective, variance
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 
 def result_of(ratios: list[list[float]], advantages: list[float], entropy: list[float] | None = None) -> UpdateResult:

@@ -28,7 +28,7 @@ def share_of_sevens(completions: list[str], **_: Any) -> list[float]:
 
 
 class Recorder(SAPOTrainer):
-    """Keeps, for each update, its micro-batches, the weights before it and the gradient TRL handed the optimiser."""
+    """Keeps, for each update, its micro-batches, the weights before it and the gradient TRL handed the optimizer."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -186,7 +186,7 @@ def test_an_adapter_gets_the_same_gradient_through_the_head(tmp_path: Path) -> N
         assert_same(runs[0].updates[update][2], runs[1].updates[update][2], rtol=1e-3)
 
 
-def test_the_kl_term_has_the_normaliser_of_the_policy_term(tmp_path: Path) -> None:
+def test_the_kl_term_has_the_normalizer_of_the_policy_term(tmp_path: Path) -> None:
     trainer = train(tmp_path, objective="sapo", beta=0.5)
     parts, model, got = trainer.updates[1]
     model.zero_grad()

@@ -130,7 +130,7 @@ def test_an_engine_of_ones_own_trains_evaluates_and_resumes_to_the_bit(tmp_path:
     assert fingerprint(stopped, 6) == fingerprint(whole, 6)
 
 
-def test_a_run_whose_engine_cannot_be_made_leaves_its_directory_unlocked(
+def test_a_run_whose_engine_cannot_be_made_writes_nothing_and_a_resume_leaves_the_directory_unlocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(policy, settings):
@@ -140,8 +140,13 @@ def test_a_run_whose_engine_cannot_be_made_leaves_its_directory_unlocked(
         patched.setattr(ListEngine, "from_settings", refuse)
         with pytest.raises(RuntimeError, match="no server"):
             run_recipe(tmp_path, train__steps=1)
-    resume(tmp_path / "run")
-    assert (tmp_path / "run" / "summary.json").exists()
+        assert not (tmp_path / "run").exists()
+    run = run_recipe(tmp_path, train__steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ListEngine, "from_settings", refuse)
+        with pytest.raises(RuntimeError, match="no server"):
+            resume(run, ["train.steps=2"])
+    assert resume(run, ["train.steps=2"]).summary["steps"] == 2
 
 
 def test_a_stale_batch_is_as_old_as_the_weights_its_engine_held(tmp_path: Path) -> None:
@@ -168,3 +173,17 @@ def test_the_engine_of_the_page_trains_as_it_stands_there(tmp_path: Path) -> Non
     run = sapo.train(sapo.load_recipe(recipe)).directory
     assert [m["step"] for m in metrics(run) if m["kind"] == "step"] == [1, 2]
     assert all(f'"{name}"' in page or f"`{name}" in page for name in (*METHODS, *NEEDS))
+
+
+def test_an_engine_without_a_version_is_refused_when_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(policy, settings):
+        engine = ListEngine(policy)
+        del engine.version
+        return engine
+
+    monkeypatch.setattr(ListEngine, "from_settings", forgetful)
+    with pytest.raises(ConfigError, match=r"must have `version`, .*; got None; set self\.version = 0"):
+        run_recipe(tmp_path)
+    assert not (tmp_path / "run").exists()

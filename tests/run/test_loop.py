@@ -6,14 +6,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import save_file
 
 import sapo
 from sapo.config.diagnostics import WarningsConfig
 from sapo.data import Status
-from sapo.errors import ConfigError, NonFiniteError
+from sapo.errors import ConfigError, NonFiniteError, UserError
 from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.rollout.local.cpu.native import kernels_in_use
@@ -200,6 +202,26 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path)
     assert len(listener.warnings) == 1
     assert "step-000006/model.safetensors holds" in listener.warnings[0]
     assert fingerprint(run, 6) == fingerprint(whole, 6)
+
+
+def test_a_state_that_asks_for_more_token_data_than_there_is_is_a_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = 0
+    original = Trainer.update
+
+    def counting(self, *args, **kwargs):
+        nonlocal updates
+        updates += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "update", counting)
+    run = run_recipe(tmp_path, should_stop=lambda: updates >= 2)
+    (newest,) = [c for c in list_checkpoints(run / "checkpoints") if c.update]
+    save_file({"none": np.zeros(1)}, newest.path / "batches.safetensors")
+    monkeypatch.setattr(Checkpoint, "verify", lambda self: None)  # as if it had been written so
+    with pytest.raises(UserError, match=r"asks for more token data .*; resume from an earlier checkpoint"):
+        resume(run)
 
 
 def test_a_checkpoint_kept_alone_outlives_a_broken_one_that_was_newer(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A real process, killed with SIGKILL at chosen and at random moments, ends as the run that never was.
 
-Metrics (but for the clock), weights, optimiser state and completions are compared bit for bit.
+Metrics (but for the clock), weights, optimizer state and completions are compared bit for bit.
 """
 
 from __future__ import annotations

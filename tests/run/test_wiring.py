@@ -51,7 +51,7 @@ def test_sampling_settings_reach_the_engine_and_the_loss(build) -> None:
     assert run.collector.engine is run.held_out.engine is run.engine
 
 
-def test_optimiser_settings_reach_the_optimiser(build) -> None:
+def test_optimizer_settings_reach_the_optimizer(build) -> None:
     run, _ = build(
         "train={steps: 3, minibatches: 2, betas: [0.7, 0.8], adam_eps: 1e-5, weight_decay: 0.3, grad_clip: 0.25, "
         "tokens_per_microbatch: 77, entropy: false}"

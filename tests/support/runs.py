@@ -104,7 +104,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(run: Path, step: int) -> dict[str, Any]:
-    """Everything of a finished run that must be equal bit for bit: metrics, weights, optimiser, completions."""
+    """Everything of a finished run that must be equal bit for bit: metrics, weights, optimizer, completions."""
     checkpoint = run / "checkpoints" / f"step-{step:06d}"
     assert list(checkpoint.glob("optimizer*.safetensors"))
     files = [

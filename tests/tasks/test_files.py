@@ -208,7 +208,10 @@ GOOD = json.dumps({"prompt": "p", "answer": "a"}).encode()
         ),
         (
             b'{"prompt": "p", "Answers": "a"}',
-            ["no field 'answer'; it has ['prompt', 'Answers']; set answer_field or add it; did you mean 'Answers'?"],
+            [
+                "no field 'answer'; it has ['prompt', 'Answers']; "
+                "set answer_field (null for rows without an answer) or add it; did you mean 'Answers'?"
+            ],
         ),
         (b'{"prompt": "", "answer": "a"}', ["field 'prompt'", "non-empty", "got ''"]),
         (b'{"prompt": " ", "answer": "a"}', ["field 'prompt'", "non-empty", "got ' '"]),

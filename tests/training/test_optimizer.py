@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from sapo.config import TrainConfig
-from sapo.errors import ConfigError
+from sapo.errors import CheckpointError, ConfigError
 from sapo.training.optimizer import OPTIMIZERS, OptimizerOptions, PolicyOptimizer, find_optimizer
 from sapo.training.optimizer_check import prove_optimizer, state_bytes
 from sapo.training.optimizer_state import DESCRIPTION
@@ -123,11 +123,24 @@ def test_the_state_of_another_model_or_optimizer_is_refused(name: str) -> None:
     optimizer = make(name, fresh())
     train(optimizer, range(1))
     tensors = optimizer.state_tensors()
-    with pytest.raises(ValueError, match="is of another model: it has"):
+    with pytest.raises(CheckpointError, match=r"must be of the model that is trained; got .* more"):
         make(name, fresh()[:1]).load_state_tensors(tensors)
     if name == "adamw_8bit":
-        with pytest.raises(ValueError, match="of another optimizer: it has tensors of torchao"):
+        with pytest.raises(CheckpointError, match="must be of the optimizer that trains; got tensors of torchao"):
             make("adamw", fresh()).load_state_tensors(tensors)
+
+
+def test_masters_of_another_model_are_refused() -> None:
+    optimizer = make("adamw", fresh(torch.bfloat16))
+    tensors = optimizer.state_tensors()
+    cut = {**tensors, "master/layer.1.weight": torch.zeros(1)}  # copied, it would fill all seven elements
+    with pytest.raises(
+        CheckpointError, match=r"must hold master/layer\.1\.weight of shape \(7,\); got one of shape \(1,\)"
+    ):
+        optimizer.load_state_tensors(cut)
+    del tensors["master/layer.1.weight"]
+    with pytest.raises(CheckpointError, match=r"must hold master/layer\.1\.weight of shape \(7,\); got none"):
+        optimizer.load_state_tensors(tensors)
 
 
 @pytest.mark.parametrize("spec", ["os:system", "torch:device", "transformers:PreTrainedModel"])
@@ -140,7 +153,7 @@ def test_no_class_is_used_because_a_file_names_it(spec: str) -> None:
     named = text.replace("torchao.optim.subclass_8bit:OptimState8bit", spec)
     assert named != text
     tensors[DESCRIPTION] = torch.tensor(list(named.encode()), dtype=torch.uint8)
-    with pytest.raises(ValueError, match=f"of another optimizer: it has tensors of {spec}"):
+    with pytest.raises(CheckpointError, match=f"of the optimizer that trains; got tensors of {spec}"):
         optimizer.load_state_tensors(tensors)
 
 

@@ -415,7 +415,7 @@ def plain_kl_gradient(policy: Policy, groups: list[Group], estimator: str, coeff
 @pytest.mark.parametrize("tokens_per_microbatch", [10_000, 15])
 @pytest.mark.parametrize("objective", ["sapo", "gspo"])
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_the_penalty_adds_its_own_gradient_under_the_same_normaliser(
+def test_the_penalty_adds_its_own_gradient_under_the_same_normalizer(
     estimator: str, objective: str, tokens_per_microbatch: int
 ) -> None:
     policy, groups = make_policy(), with_reference(make_groups())

@@ -87,7 +87,16 @@ def resume(
         Path,
         typer.Argument(metavar="RUN", help="The run directory, as in runs/quickstart.", autocompletion=complete_run),
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings to change, as in train.steps=100. These may change: train.steps, train.learning_rate, "
+            "train.tokens_per_microbatch, train.ranks, train.replicas, eval.every, checkpoint, log, profile, "
+            "diagnostics and warnings, each with its keys.",
+            autocompletion=complete_override,
+        ),
+    ] = None,
 ) -> None:
     """Resume a run from its newest whole checkpoint."""
     from sapo.cli.progress import Display
@@ -135,7 +144,7 @@ def conformance(
     ] = None,
     objective: Annotated[str, typer.Option(help="The objective that your own loss implements.")] = "sapo",
     normalizer: Annotated[
-        str | None, typer.Option(help="Normaliser of your own loss; default: that of the objective.")
+        str | None, typer.Option(help="Normalizer of your own loss; default: that of the objective.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the results as markdown to this file.")] = None,
 ) -> None:

@@ -83,7 +83,7 @@ class ComparisonDisplay:
     def coldstart(self, progress: ColdStartProgress) -> None:
         """Report an evaluation while a starting model is made."""
         if not self._told_coldstart:
-            self.note("cold start: making the model that all runs start from; later runs of the recipe reuse it")
+            self.note("cold start: making the model that all runs start from; later runs on as many threads reuse it")
             self._told_coldstart = True
         if progress.update % 100 == 0:
             self.note(f"cold start: update {progress.update}, pass@1 {progress.pass_at_1:.3f}")

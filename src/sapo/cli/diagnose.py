@@ -89,6 +89,7 @@ def diagnose(
     from sapo.cli.tables import Progress
     from sapo.errors import ConfigError
     from sapo.model.rounding import Rounding
+    from sapo.model.sources import check_source
     from sapo.run.models import load_model
     from sapo.workflows.evaluation_plan import plan_evaluations
     from sapo.workflows.sampler_mismatch import diagnose as measure
@@ -98,6 +99,7 @@ def diagnose(
     except ValueError as error:
         raise ConfigError(f"--sampler-{error}") from error
     chosen = _objectives(model, objectives)
+    check_source(model)  # before the rows of a task are downloaded
     asked = plan_evaluations(
         model,
         task or [],

@@ -30,7 +30,7 @@ def show_dry_run(run: DryRun, console: Console) -> None:
     say("held-out problems: " + ", ".join(f"{task} {count}" for task, count in run.held_out.items()))
     for number, prompt in enumerate(run.prompts, 1):
         say(f"\nprompt {number} of the first step, as the model sees it:\n" + describe_prompt(prompt))
-    say("")
+    say("\nmemory, every completion at its full length")  # as a title, the table would wrap it
     console.print(_memory_table(run.memory))
     say("nothing was written")
 
@@ -60,7 +60,7 @@ def describe_prompt(prompt: SeenPrompt) -> str:
 
 def _memory_table(memory: MemoryEstimate) -> Table:
     """Make the table of the largest phase part by part, with the totals of the others."""
-    table = Table(title="memory, every completion at its full length", title_justify="left")
+    table = Table()
     table.add_column(f"{memory.largest_phase}, on {memory.device}")
     table.add_column("MiB", justify="right")
     for part, size in memory.phases[memory.largest_phase].items():

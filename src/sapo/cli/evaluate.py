@@ -84,6 +84,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on a task's held-out problems; the same command resumes a killed evaluation."""
+    from sapo.model.sources import check_source
     from sapo.workflows.evaluate import EvaluatedModel
     from sapo.workflows.evaluation_plan import plan_evaluations
 
@@ -98,6 +99,7 @@ def evaluate(
         "constant": constant,
         "engine": engine,
     }
+    check_source(model)  # before the rows of a task are downloaded
     asked = plan_evaluations(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
     subject = EvaluatedModel.load(model, dtype, device)
     for planned in asked:

@@ -43,6 +43,7 @@ class Display:
         self._progress: Progress | None = None
         self._task: Any = None
         self._coldstart: ColdStartProgress | None = None
+        self._resumed: Checkpoint | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -60,6 +61,13 @@ class Display:
         """Print what the run will do, when its loop begins or resumes."""
         self._end_coldstart()
         self.steps = config.train.steps
+        if self._resumed is not None and self._resumed.step >= self.steps:
+            steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+            self.say(
+                f"no step is left: the run has made its {steps}; to train on: sapo resume {config.run_dir} "
+                f"train.steps=N, N above {self.steps}"
+            )
+            return
         self.say(config.batch_sentence())
         if (replay := replay_sentence(config)) is not None:
             self.say(replay)
@@ -71,7 +79,7 @@ class Display:
     def coldstart(self, progress: ColdStartProgress) -> None:
         """Show an evaluation of the cold start."""
         if self._coldstart is None and not self.console.is_terminal:
-            self.say("cold start: making the starting model; later runs of the recipe reuse it")
+            self.say("cold start: making the starting model; later runs of the recipe on as many threads reuse it")
         self._coldstart = progress
         if self.console.is_terminal:
             self._show(
@@ -121,6 +129,7 @@ class Display:
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """Print which checkpoint the run resumes from."""
+        self._resumed = checkpoint
         self.say(f"resuming from {checkpoint.path} ({checkpoint.label})")
 
     def _self_check(self, record: dict[str, Any]) -> None:

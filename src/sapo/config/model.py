@@ -85,7 +85,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that the model brings along: a directory or a hub repository may have some."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimiser."""
+    """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimizer."""
     coldstart: ColdStartConfig | None = None
     """Make the model instead of loading one."""
     lora: LoraConfig | None = None

@@ -135,6 +135,7 @@ class RunConfig(Section):
         """Describe the batch sizes, a common source of confusion, in one sentence."""
         r, t = self.rollout, self.train
         sequences = r.prompts_per_step * r.samples_per_prompt
+        updates, prompts = t.steps * t.minibatches, r.prompts_per_step // t.minibatches
         ending = {
             "keep": "",
             "drop": " Zero-variance groups leave the batch, so updates may be smaller.",
@@ -142,11 +143,15 @@ class RunConfig(Section):
             f" {r.refill_rounds} more round{'s' * (r.refill_rounds > 1)} of sampling.",
         }[r.zero_variance]
         return (
-            f"Each step draws {r.samples_per_prompt} completions of {r.prompts_per_step} prompts"
-            f" ({sequences} sequences) and makes {t.minibatches} update{'s' * (t.minibatches > 1)} of"
-            f" {r.prompts_per_step // t.minibatches} prompts ({sequences // t.minibatches} sequences) each;"
-            f" {t.steps} steps make {t.steps * t.minibatches} updates.{ending}"
+            f"Each step draws {r.samples_per_prompt} completions of {_count(r.prompts_per_step, 'prompt')}"
+            f" ({sequences} sequences) and makes {_count(t.minibatches, 'update')} of"
+            f" {_count(prompts, 'prompt')} ({sequences // t.minibatches} sequences) each;"
+            f" {_count(t.steps, 'step')} {'makes' if t.steps == 1 else 'make'} {_count(updates, 'update')}.{ending}"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 MOVED = {

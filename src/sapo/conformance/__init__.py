@@ -4,7 +4,7 @@ On the command line it is `sapo conformance trl`, `sapo conformance my_module:my
 `sapo conformance my_module:MyObjective` for an objective. From Python it is
 `judge(function_subject("my_module:my_loss"))` and `judge_objective("my_module:MyObjective")`.
 
-A subject names the objective that it claims to be, with settings and normaliser. `laws.LAWS` are for its loss,
+A subject names the objective that it claims to be, with settings and normalizer. `laws.LAWS` are for its loss,
 `objective_laws.OBJECTIVE_LAWS` for an objective. A broken law comes with the smallest counterexample found.
 """
 

@@ -44,7 +44,7 @@ RANDOM_CASES = 40
 
 
 def gradient_is_the_papers(subject: Subject) -> Verdict:
-    """Require that the gradient in log pi of a token is minus its normaliser weight times the objective's slope."""
+    """Require that the gradient in log pi of a token is minus its normalizer weight times the objective's slope."""
 
     if subject.objective.name not in reference.SLOPES:
         return Verdict("gradient_is_the_papers", DOES_NOT_APPLY, "conformance.reference has no formula for it")

@@ -65,7 +65,7 @@ class Family:
 
 CLIP = {"eps_low": 0.2, "eps_high": 0.28}
 TRL_LOSSES: tuple[tuple[str, str, str, dict[str, Any], dict[str, Any]], ...] = (
-    # name, objective, normaliser, settings of the objective, settings of TRL
+    # name, objective, normalizer, settings of the objective, settings of TRL
     ("sapo", "sapo", "sequence_mean", {}, {}),
     ("grpo", "grpo", "sequence_mean", CLIP, {}),
     ("dr_grpo", "dr_grpo", "constant_length", CLIP, {}),
@@ -227,7 +227,7 @@ def _liger_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 # verl
 
 VERL_LOSSES: tuple[tuple[str, str, str, dict[str, Any], dict[str, Any]], ...] = (
-    # name, objective, normaliser, settings of the objective, settings of verl's actor
+    # name, objective, normalizer, settings of the objective, settings of verl's actor
     ("sapo", "sapo", "sequence_mean", {}, {}),
     ("vanilla", "grpo", "sequence_mean", {"eps_low": 0.2, "eps_high": 0.27}, {"clip_ratio_high": 0.27}),
     ("gspo", "gspo", "sequence_mean", {}, {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}),

@@ -16,7 +16,7 @@ from sapo.errors import ConfigError
 MARKS = {"held": "held", "broken": "**broken**", "does not apply": "–"}
 
 PREAMBLE = (
-    "Each loss is compared with the objective it is named after, with the settings and the normaliser of the second",
+    "Each loss is compared with the objective it is named after, with the settings and the normalizer of the second",
     "table. A broken law comes with the smallest case found that breaks it: `A` is the advantage of a response,",
     "`log r` the log-ratio of each of its tokens, log pi - log pi_old; `|` separates the responses of a mini-batch.",
     "Losses are called as functions, with the arguments that their trainers pass. A trainer may exclude a case:",
@@ -120,7 +120,7 @@ def markdown(reports: list[Report], command: str) -> str:
         for place, law in enumerate(report.laws):
             marks = [MARKS[verdicts[place].status] for verdicts in report.verdicts]
             lines.append(f"| `{law}` | " + " | ".join(marks) + " |")
-        lines += ["", "| loss | compared with | normaliser | call |", "|---|---|---|---|"]
+        lines += ["", "| loss | compared with | normalizer | call |", "|---|---|---|---|"]
         for name, s in zip(names, report.subjects, strict=True):
             lines.append(f"| {name} | `{s.objective!r}` | `{s.normalizer}` | `{s.call}` |")
         examples = [line.replace("|", "\\|") for line in counterexamples(report)]

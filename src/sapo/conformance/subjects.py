@@ -1,4 +1,4 @@
-"""Subjects of the laws: a loss with the objective, settings and normaliser that it claims to have."""
+"""Subjects of the laws: a loss with the objective, settings and normalizer that it claims to have."""
 
 from __future__ import annotations
 

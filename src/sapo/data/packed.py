@@ -61,7 +61,7 @@ class PackedBatch:
     """Which of the B sequences each response token belongs to; ascending."""
     advantages_B: torch.Tensor
     weights_B: torch.Tensor
-    """Weight of each token of a sequence in the loss, the normaliser of the whole mini-batch included."""
+    """Weight of each token of a sequence in the loss, the normalizer of the whole mini-batch included."""
     old_logprobs_M: torch.Tensor
     """log pi_old of each response token, float32."""
     sequence_ids: tuple[int, ...]

@@ -23,7 +23,7 @@ from sapo.diagnostics import (
 )
 from sapo.objectives import TAU_NEG, TAU_POS, Objective, make_objective
 from sapo.training.ranks import Shares, Trainers
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sapo.objectives import LOG_RATIO_LIMIT
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]

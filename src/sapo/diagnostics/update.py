@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sapo.diagnostics.mismatch import MISMATCH_METRICS, mismatch_metrics
 from sapo.diagnostics.ratios import gate_figures, ratio_figures, tail_figures
+from sapo.diagnostics.sampler_gap import MISMATCH_METRICS, mismatch_metrics
 from sapo.diagnostics.sequences import SequenceFigures, sequence_figures, theory_figures
 from sapo.diagnostics.tokens import GatedTokens, gated_tokens
 from sapo.objectives import TAU_NEG, TAU_POS
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 # Means over the updates of a step, as update/NAME.
 OF_A_STEP = (

@@ -18,6 +18,7 @@ from sapo.evaluation.constant import best_constant
 from sapo.evaluation.figures import Clock, Evaluation
 from sapo.evaluation.records import Answered, Sample, groups_of
 from sapo.model.policy import Policy
+from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
@@ -141,7 +142,7 @@ def examine(
     for first in range(len(keeper.answered), len(prompts), chunk):
         part = prompts[first : first + chunk]
         started = time.perf_counter()
-        drawn = engine.generate([Request(p, samples) for p in part], params, should_stop)
+        drawn = draw(engine, [Request(p, samples) for p in part], params, should_stop)
         likeliest = _greedily(engine, part, drawn, params, should_stop) if greedy else None
         generated = time.perf_counter()
         answered = _judge(policy, task, part, drawn, likeliest)
@@ -159,7 +160,7 @@ def _greedily(
     if params.temperature == 0:
         return [completions[0] for completions in drawn]
     likeliest = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
-    return [c for (c,) in engine.generate([Request(p, 1) for p in prompts], likeliest, should_stop)]
+    return [c for (c,) in draw(engine, [Request(p, 1) for p in prompts], likeliest, should_stop)]
 
 
 def _judge(

@@ -6,8 +6,8 @@
     SAPOTrainer(model, reward_funcs=reward, args=args, train_dataset=rows).train()
 
 Generation, rewards, advantages and the rest stay TRL's. Of the loss, these are ours: any objective by name; the bound
-on the log-ratio; one normaliser for the whole mini-batch, so that gradient accumulation changes nothing, where TRL
-takes the mean of micro-batch means; the KL term (beta) under that same normaliser; the policy head, which never holds
+on the log-ratio; one normalizer for the whole mini-batch, so that gradient accumulation changes nothing, where TRL
+takes the mean of micro-batch means; the KL term (beta) under that same normalizer; the policy head, which never holds
 more than a chunk of logits and sends no autograd graph through them; and what the gate did, as metrics. Options of
 TRL's loss that do not fit are refused.
 """

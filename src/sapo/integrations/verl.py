@@ -59,7 +59,7 @@ AGGREGATIONS = {
     "seq-mean-token-sum": "sequence_sum",
     "seq-mean-token-sum-norm": "constant_length",
 }
-"""verl's loss_agg_mode as a normaliser of ours."""
+"""verl's loss_agg_mode as a normalizer of ours."""
 
 
 def register(name: str, objective: str, **hyper: Any) -> None:

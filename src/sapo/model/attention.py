@@ -76,7 +76,7 @@ def shared_prefix_attention(
             f"{type(module).__name__} uses attention sinks, which shared-prefix attention does not compute"
         )
     if dropout:
-        raise ValueError(f"attention dropout must be 0 in policy optimisation; got {dropout}")
+        raise ValueError(f"attention dropout must be 0 in policy optimization; got {dropout}")
     output_NHD = packed_layout.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0].transpose(0, 1),
@@ -135,8 +135,8 @@ class Bucket:
     """Rows among the b * Q queries that pad."""
 
     def mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """(b, 1, Q, K) additive: query j of a segment sees path positions up to prefix + j, no further back than the
-        window."""
+        """Make the additive mask, (b, 1, Q, K): query j of a segment sees path positions up to prefix + j, and no
+        further back than the window."""
         _, num_queries, num_keys = self.size
         device = self.query_index.device
         # A padded query sees what the segment's last one sees: within a window it might else see no key at all, and
@@ -225,7 +225,7 @@ class _TreeAttention(torch.autograd.Function):
     """A layer's attention on a processor, all buckets: what is kept for the backward pass is packed.
 
     Autograd would keep each response's copy of the keys and values of its prompt, and bring their gradients back copy
-    by copy. Kept are queries, keys, values and outputs of N tokens and the log-normalisers of the softmax, and the
+    by copy. Kept are queries, keys, values and outputs of N tokens and the log-normalizers of the softmax, and the
     copies are made again.
     """
 

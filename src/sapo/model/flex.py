@@ -81,7 +81,7 @@ class TreeMask:
         return on_the_path if window is None else within_the_window
 
     def blocks(self, window: int | None) -> Any:
-        """The `BlockMask`: which blocks of keys each block of queries sees in part, and which as a whole."""
+        """Return the `BlockMask`: which blocks of keys each block of queries sees in part, and which as a whole."""
         if window not in self._blocks:
             self._blocks[window] = self._find_blocks(window)
         return self._blocks[window]
@@ -178,7 +178,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 def _intervals(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each segment: when a walk down the tree enters it and has left all below it, and its tokens' first position.
+    """Return when a walk down the tree enters each segment and has left all below it, and its first position.
 
     Segment k is an ancestor of q, or q itself, exactly when enter[k] <= enter[q] < leave[k].
     """

@@ -140,7 +140,7 @@ def _probe_paths() -> list[list[int]]:
 
 @torch.no_grad()
 def _own_logprobs(model: Any) -> Tensor:
-    """Log-probabilities of both sequences, one after the other, by the model's own forward."""
+    """Compute the log-probabilities of both sequences, one after the other, by the model's own forward."""
     ids = _probe_ids(model)
     logits = [model(input_ids=ids[path][None], use_cache=False).logits[0] for path in _probe_paths()]
     return torch.log_softmax(torch.cat(logits).float(), dim=-1)

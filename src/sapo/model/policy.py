@@ -115,7 +115,7 @@ class Policy:
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """End-of-sequence ids of the tokenizer and of the generation config."""
+        """Return the end-of-sequence ids of the tokenizer and of the generation config."""
         stops: set[int] = set()
         config = getattr(self.model, "generation_config", None)
         for ids in (self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):

@@ -2,7 +2,7 @@
 
 Every rank keeps a slice of each parameter, along its first dimension. The whole is gathered for a forward or backward
 pass only: block by block, and embedding, final norm and head together. Gradients are summed over ranks and never
-averaged, since the weights of a packed batch have the normaliser of the whole mini-batch in them.
+averaged, since the weights of a packed batch have the normalizer of the whole mini-batch in them.
 """
 
 from __future__ import annotations

@@ -56,19 +56,32 @@ def model_directory(source: str | Path, revision: str | None = None) -> Path:
         raise ModelError(
             f"a revision names a commit of a hub repository, and {text} is {kind}; got {revision!r}; leave it out"
         )
+    check_source(source)
     if is_package:
         return _from_file(_package_file(text))
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    return _from_file(path) if path.suffix == ".gguf" else _from_hub(text, revision)
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse what cannot be a model, before anything is converted, downloaded or read.
+
+    Raises:
+        ModelError: it is none of the four forms, or a file that does not exist.
+    """
+    text, path = str(source), Path(source)
+    if text.startswith(PACKAGE_PREFIX):
+        _package_file(text)
+    elif path.is_dir():
+        return
+    elif path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}; check the path")
-        return _from_file(path)
-    if _HUB_ID.fullmatch(text):
-        return _from_hub(text, revision)
-    raise ModelError(
-        f"no model directory at {path}; give a local Hugging Face directory, a .gguf file, or a hub id (owner/name)"
-    )
+    elif not _HUB_ID.fullmatch(text):
+        raise ModelError(
+            f"no model directory at {path}; give a local Hugging Face directory, a .gguf file, or a hub id (owner/name)"
+        )
 
 
 def _package_file(text: str) -> Path:

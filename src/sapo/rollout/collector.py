@@ -12,6 +12,7 @@ from sapo.config import RunConfig
 from sapo.data import Completion, Group, Prompt
 from sapo.model.policy import Policy
 from sapo.rollout.curriculum import Curriculum
+from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, Weights
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
@@ -77,6 +78,7 @@ class Collector:
             record_experts: groups carry the experts that the engine went through (routing replay R3).
 
         Raises:
+            ConfigError: the engine gave something other than it was asked for; see `draw`.
             Interrupted: when `should_stop` says so. Nothing has changed, and the batch comes out the same later.
         """
         with ExitStack() as stack:
@@ -90,7 +92,7 @@ class Collector:
             give_back_freed_memory()
             prompts = encode_by_task(self.policy, self.formats, self._task.values(), prompts)
             requests = [Request(p, self.config.rollout.samples_per_prompt) for p in prompts]
-            drawn = self.engine.generate(requests, self.params, self._should_stop, experts)
+            drawn = draw(self.engine, requests, self.params, self._should_stop, experts)
         with self._phase("score"):
             groups = self._scored(prompts, drawn)
             return groups if experts is None else experts.attach(groups)

@@ -52,9 +52,15 @@ def make_engine(policy: Policy, settings: RolloutConfig) -> Engine:
     """Make the engine that `settings.engine` names; weights are set before it draws (`weights.loaded`).
 
     Raises:
-        ConfigError: see `engine_class`.
+        ConfigError: see `engine_class`; or an engine without a version.
     """
-    return engine_class(settings.engine).from_settings(policy, settings)
+    engine = engine_class(settings.engine).from_settings(policy, settings)
+    if not isinstance(version := getattr(engine, "version", None), int):
+        raise ConfigError(
+            f"rollout.engine {settings.engine!r} must have `version`, the number of updates made by the weights it "
+            f"holds; got {version!r}; set self.version = 0 where the engine is made, and to `version` in set_weights"
+        )
+    return engine
 
 
 def check_engine(config: RunConfig) -> None:

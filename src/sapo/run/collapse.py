@@ -93,7 +93,7 @@ def answer_collapse(
 ) -> RunState:
     """Return the state to go on with after a collapse: the run's own, or that of its last healthy checkpoint.
 
-    For a rollback, weights and optimiser are those of that checkpoint, the learning rate is scaled down, and what came
+    For a rollback, weights and optimizer are those of that checkpoint, the learning rate is scaled down, and what came
     after leaves metrics.jsonl and rollouts/ for rolled-back/; tokens and seconds stay counted. The same prompts come
     again. The caller writes a checkpoint of the state at once; a run that is killed before that rolls back again.
 
@@ -149,7 +149,7 @@ def rollback_record(collapsed: RunState, restored: RunState) -> dict[str, Any]:
 
 
 def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, trainers: Trainers) -> RunState:
-    """Restore the weights and the optimiser's state of a checkpoint, and return the run's state that it holds."""
+    """Restore the weights and the optimizer's state of a checkpoint, and return the run's state that it holds."""
     kept = load_policy(
         checkpoint.path, config.model.dtype, config.device, trust_remote_code=config.model.trust_remote_code
     )

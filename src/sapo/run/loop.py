@@ -153,7 +153,7 @@ class TrainingRun:
         return None
 
     def step(self) -> None:
-        """One rollout batch and its updates."""
+        """Sample one rollout batch and make its updates."""
         state = self.state
         if state.groups is None:
             self._begin()
@@ -171,7 +171,7 @@ class TrainingRun:
             self._answer_collapse()
 
     def _begin(self) -> None:
-        """Take up the step's own batch; log pi_old of the current weights is of these."""
+        """Take up the batch of this step; compute log pi_old at the current weights if the recipe asks for that."""
         self._sample_due()
         batch = self.state.take_next(self.config.train.minibatches)
         if self.state.old_logprobs == "current":
@@ -179,13 +179,13 @@ class TrainingRun:
                 self.state.groups = self.logprobs.attach_old(batch.groups, None, self._trainer_records())
 
     def _sample_due(self) -> None:
-        """The step's own batch, or under staleness a later step's, when its time has come."""
+        """Sample the batches that are due: the step's own, or under staleness that of a later step."""
         state = self.state
         while state.num_sampled < self._staleness.num_due(state.step, state.update):
             state.ahead.append(self.rollout())
 
     def rollout(self) -> RolloutBatch:
-        """Sample, score, advantages, choose, log pi_old: all at the present weights."""
+        """Sample, score and choose groups and compute their advantages and log pi_old, all at the present weights."""
         state, sampled_at = self.state, self.trainer.updates
         self.trainer.send_weights(self.policy)
         weights = sampler_weights(self.policy.weights(), self.config.experiments, state.step)
@@ -226,7 +226,7 @@ class TrainingRun:
         return self.replay is not None and self.replay.trainer_records(self.state.old_logprobs)
 
     def _remember(self, selected: Selection) -> None:
-        """Take over what a whole batch has changed: a stop before this leaves the state of the step's start."""
+        """Put what a whole batch changed into the state: a stop before this leaves the state of the step's start."""
         state = self.state
         state.position = selected.position
         tokens = [sum(len(c) for g in groups for c in g.completions) for groups in (selected.groups, selected.dropped)]
@@ -237,13 +237,13 @@ class TrainingRun:
             self._warn(
                 "unfilled_groups",
                 f"step {state.step + 1}: {selected.unfilled} of {len(selected.groups)} groups of the batch "
-                f"have zero variance after {selected.refill_rounds} refills (rollout.max_refills); said once, counted "
-                "in groups/unfilled",
+                f"have zero variance after {selected.refill_rounds} refills (rollout.max_refills); this warning is "
+                "given once, groups/unfilled counts them",
             )
         state.unfilled += selected.unfilled
 
     def _choose_old_logprobs(self, groups: list[Group]) -> str:
-        """Which log pi_old this run uses, by the self-check of its first step."""
+        """Choose the source of log pi_old for this run, by the self-check of its first step."""
         step = self.state.step + 1
         full = self.collector.params.full_distribution and self.engine.capabilities.exact_logprobs
         rounded, both = not self.config.experiments.sampler_is_policy, self.config.objective.tis is not None
@@ -258,7 +258,7 @@ class TrainingRun:
         return check.old_logprobs
 
     def update(self, groups: tuple[Group, ...]) -> None:
-        """One update from one mini-batch."""
+        """Make one update from one mini-batch."""
         state, train = self.state, self.config.train
         learning_rate = state.learning_rate_scale * learning_rate_at(
             state.step,
@@ -300,7 +300,7 @@ class TrainingRun:
         state.update += 1
 
     def _answer_collapse(self) -> None:
-        """Go on, stop, or go back to the last healthy checkpoint, as the recipe says."""
+        """Go on, stop, or roll back to the last healthy checkpoint, as the recipe says."""
         collapsed = self.state
         self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer, collapsed)
         if self.state is not collapsed:
@@ -309,7 +309,7 @@ class TrainingRun:
             self.checkpoint()
 
     def _answer_non_finite(self, error: NonFiniteError) -> None:
-        """Stop, or go back as from a collapse, as the recipe says."""
+        """Stop, or roll back as after a collapse, as the recipe says."""
         warning = note_non_finite(self.state, self.config, self.directory, error)
         self.directory.append_metrics(warning.to_json())
         self.listener.warning(warning.line)
@@ -357,7 +357,7 @@ class TrainingRun:
         return written
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says."""
+        """Return the content of summary.json."""
         state = self.state
         return {
             "objective": self.config.objective.model_dump(),
@@ -380,5 +380,5 @@ class TrainingRun:
     def _checkpoint_due(self) -> bool:
         step, every = self.state.step, self.config.checkpoint.every
         due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
-        due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # else nothing could be gone back to
+        due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # to roll back to
         return due and self._saved_at != step

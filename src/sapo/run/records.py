@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sapo.data import Group
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 
 def token_gates(

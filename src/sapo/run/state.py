@@ -1,4 +1,4 @@
-"""The state of a run, and its rollout batches: what a checkpoint holds beside weights and optimiser.
+"""The state of a run, and its rollout batches: what a checkpoint holds beside weights and optimizer.
 
 Token data is kept apart as flat arrays (batches.safetensors), all else as JSON (state.json). Floats survive exactly:
 Python writes the shortest decimal that reads back as the same number, and arrays go as bytes.
@@ -43,7 +43,7 @@ class RolloutBatch:
 
 @dataclass
 class RunState:
-    """All of a run that is not weights or optimiser and must survive a kill."""
+    """All of a run that is not weights or optimizer and must survive a kill."""
 
     step: int = 0
     """Whole steps done."""

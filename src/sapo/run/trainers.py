@@ -96,8 +96,8 @@ def check_optimizer(config: RunConfig) -> None:
         value = getattr(train, key)
         if option.name not in takes and value != TrainConfig.model_fields[key].default:
             raise ConfigError(
-                f"train.{key} must be left out where the optimizer does not take it; got {value} for train.optimizer="
-                f"{train.optimizer}, whose __init__ has no {option.name}; leave it out, or give it that parameter"
+                f"train.optimizer={train.optimizer} takes no {option.name}; got train.{key}={value}; leave train.{key} "
+                f"out, or add {option.name} to its __init__"
             )
     options = OptimizerOptions(train.betas, train.adam_eps, train.weight_decay)
     prove_optimizer(train.optimizer, options, resolve_device(config.device))

@@ -1,1 +1,1 @@
-"""The update: groups to packed batches, packed batches to one step of the optimiser, and checkpoints."""
+"""The update: groups to packed batches, packed batches to one step of the optimizer, and checkpoints."""

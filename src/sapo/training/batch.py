@@ -1,4 +1,4 @@
-"""Groups to packed batches: the only owner of masks, weights and normalisers.
+"""Groups to packed batches: the only owner of masks, weights and normalizers.
 
 A mini-batch is some whole groups; its weights are normalised once, over all its sequences, and passed down to the
 micro-batches, so that how it is split changes no gradient. Groups whose rewards are all equal have no gradient: they
@@ -23,7 +23,7 @@ from sapo.training.ranks import Shares
 
 
 def split_minibatches(groups: Sequence[Group], minibatches: int, uneven: bool = False) -> list[tuple[Group, ...]]:
-    """The rollout batch dealt out like cards, whole groups: mini-batch i gets groups i, i + minibatches, ...
+    """Deal out the groups of a rollout batch like cards: mini-batch i gets groups i, i + minibatches, ...
 
     The prompts of a step come task by task, so each mini-batch gets every task's share.
 
@@ -61,7 +61,7 @@ def pack(
         groups: with their advantages set.
         normalizer: see `objectives.sequence_weights`.
         tokens_per_microbatch: bounds memory only; a single longer sequence gets a micro-batch of its own.
-        max_new_tokens: the constant of the `constant_length` normaliser.
+        max_new_tokens: the constant of the `constant_length` normalizer.
         include_flat: pack groups whose rewards are all equal too: a penalty that is not the rewards' pulls on them.
         include_all: pack whatever there is, masked completions as well (for measurements over the whole batch).
         ranks: of the training group.
@@ -221,7 +221,10 @@ def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic], device: torch.
 def _pack_experts(
     members: Sequence[_Member], groups: Sequence[Group], tree: PrefixTree, device: torch.device | str
 ) -> torch.Tensor | None:
-    """The recorded experts in the order of the packed tokens; what all prompts begin with goes by the first one's."""
+    """Return the recorded experts in the order of the packed tokens, None where nothing was recorded.
+
+    The tokens that all prompts begin with go to the experts of the first prompt.
+    """
     if all(g.prompt_experts is None for g in groups) and all(m.completion.experts is None for m in members):
         return None
     shared = tree.segments[0].length if tree.leaves[0] else 0
@@ -232,7 +235,7 @@ def _pack_experts(
 
 
 def _sampler_logprobs(completions: Sequence[Completion], device: torch.device | str) -> torch.Tensor | None:
-    """log mu of the completions' tokens, where log pi_old is not the same."""
+    """Return log mu of the completions' tokens, None where log pi_old is the same."""
     if not all(len(c.old_logprobs) for c in completions):
         return None
     return _joined([c.logprobs for c in completions], np.float32, device)

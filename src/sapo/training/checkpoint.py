@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """For a person to read."""
+        """Return the step and the update as a person reads them."""
         return f"step {self.step}" + (f", update {self.update}" if self.update else "")
 
     def verify(self) -> None:
@@ -68,12 +68,12 @@ class Checkpoint:
                 raise CheckpointError(f"{file} is not what was written: its SHA-256 differs")
 
     def state(self) -> dict[str, Any]:
-        """The run's state, as it was given to `save_checkpoint`."""
+        """Read the run's state, as it was given to `save_checkpoint`."""
         state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
         return state
 
     def batches(self) -> dict[str, np.ndarray]:
-        """Return the token data that was given to `save_checkpoint`; none of a checkpoint of an earlier version."""
+        """Read the token data that was given to `save_checkpoint`; a checkpoint of an earlier version has none."""
         file = self.path / "batches.safetensors"
         return safetensors.numpy.load_file(file) if file.exists() else {}
 
@@ -117,7 +117,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Checkpoints of a run, newest first, whole or not."""
+    """List the checkpoints of a run, newest first, whole or not."""
     found = [
         Checkpoint(path, int(match[1]), int(match[2] or 0))
         for path in directory.glob("step-*")
@@ -137,7 +137,7 @@ def set_broken_aside(directory: Path, newest: Checkpoint | None) -> None:
 
 
 def newest_whole(directory: Path, on_broken: Callable[[CheckpointError], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; `on_broken` hears of each newer one that is not."""
+    """Return the newest checkpoint that is whole, None without one; call `on_broken` for each newer one that is not."""
     for checkpoint in list_checkpoints(directory):
         try:
             checkpoint.verify()

@@ -20,7 +20,7 @@ class RecordedExperts:
         self._prompts: dict[int, RoutedExperts] = {}
 
     def add(self, batch: PackedBatch, experts_Nlk: Tensor) -> None:
-        """What a forward over a batch chose."""
+        """Record the experts that a forward pass over a batch chose."""
         experts = experts_Nlk.cpu().numpy()
         predictor_M, sequence_M = batch.predictor_M.cpu().numpy(), batch.sequence_M.cpu().numpy()
         ends = {segment.stop - 1: place for place, segment in enumerate(batch.segments)}
@@ -33,9 +33,9 @@ class RecordedExperts:
             self._prompts[sequence] = routed_experts(experts[_path(batch, ends[last_of_prompt])])
 
     def attach(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with what was recorded; a sequence that was not packed keeps nothing.
+        """Return the groups with the recorded experts; a sequence that was not packed gets none.
 
-        A group that two batches shared had its prompt computed in both: the record is the first one's.
+        The prompt of a group that two batches shared was computed in both: the record of the first is taken.
         """
         first, found = 0, []
         for group in groups:
@@ -52,7 +52,7 @@ class RecordedExperts:
 
 
 def without_experts(groups: Sequence[Group]) -> list[Group]:
-    """The groups as if nothing had been recorded: a forward over them goes where the live routers send it."""
+    """Return the groups without recorded experts: a forward pass over them goes where the live routers send it."""
     return [
         replace(g, prompt_experts=None, completions=tuple(replace(c, experts=None) for c in g.completions))
         for g in groups
@@ -60,7 +60,7 @@ def without_experts(groups: Sequence[Group]) -> list[Group]:
 
 
 def _path(batch: PackedBatch, place: int) -> list[int]:
-    """Packed positions of a segment and all it continues, from the root on."""
+    """List the packed positions of a segment and of all segments it continues, from the root on."""
     positions: list[int] = []
     while place >= 0:
         segment = batch.segments[place]

@@ -16,7 +16,7 @@ from sapo.model.attention import TreeLayout, gather_rows
 from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.objectives import KLPenalty, Surrogate
-from sapo.training.mismatch import correct, mismatch_weights
+from sapo.training.mismatch_correction import correct, mismatch_weights
 from sapo.training.settings import TrainerSettings
 from sapo.utils.spans import span
 

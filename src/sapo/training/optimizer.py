@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapo.errors import ConfigError
+from sapo.errors import CheckpointError, ConfigError
 from sapo.model.sharding import own_part, shard_like, whole
 from sapo.training.optimizer_state import OptimizerState
 from sapo.utils.names import did_you_mean
@@ -27,7 +27,7 @@ from sapo.utils.plugins import import_named
 def learning_rate_at(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, minimum: float = 0.0
 ) -> float:
-    """Learning rate of all updates of a step (0-based): linear warm-up, then the schedule.
+    """Return the learning rate of all updates of a step (0-based): linear warm-up, then the schedule.
 
     >>> [learning_rate_at(s, peak=1.0, warmup_steps=4, total_steps=10, schedule="constant") for s in (0, 3, 9)]
     [0.25, 1.0, 1.0]
@@ -109,7 +109,8 @@ def _adamw_8bit(masters: list[nn.Parameter], options: OptimizerOptions) -> torch
 
 
 def _adamw_8bit_bytes(elements: int, itemsize: int) -> int:
-    """Blocks of 256 elements have a byte each and a float32 scale; each moment has a table of 256 float32 values.
+    """Count the bytes of both moments: a byte an element and a float32 scale a block of 256, and a table of 256 float32
+    values for each moment.
 
     torchao leaves parameters below 4096 elements, and those that do not divide into blocks, in their own precision.
     """
@@ -200,7 +201,7 @@ class PolicyOptimizer:
             parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """Global L2 norm of the collected gradients."""
+        """Compute the global L2 norm of the collected gradients."""
         grads = [m.grad for m in self.masters if m.grad is not None]
         return whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
 
@@ -251,8 +252,15 @@ class PolicyOptimizer:
         """Put the state that `state_tensors` gave in place of the present one.
 
         Raises:
-            ValueError: tensors of another model or of another optimizer.
+            CheckpointError: tensors of another model or of another optimizer.
         """
+        for key, master in self._kept.items():
+            if key not in tensors or tensors[key].shape != master.shape:
+                got = f"one of shape {tuple(tensors[key].shape)}" if key in tensors else "none"
+                raise CheckpointError(
+                    f"the optimizer's state must hold {key} of shape {tuple(master.shape)}; got {got}; resume from a "
+                    "checkpoint of this run"
+                )
         of_masters = {f"master/{name}" for name in self.names}
         self._state.from_tensors({k: v for k, v in tensors.items() if k not in of_masters})
         with torch.no_grad():

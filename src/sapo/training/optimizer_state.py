@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sapo.errors import ConfigError
+from sapo.errors import CheckpointError, ConfigError
 from sapo.model.sharding import shard_like
 
 DESCRIPTION = "description"
@@ -69,7 +69,7 @@ class OptimizerState:
         """Put the state that `to_tensors` gave in place of the present one.
 
         Raises:
-            ValueError: of another model or optimizer.
+            CheckpointError: of another model or optimizer.
         """
         described: dict[str, Any] = {"state": {}, "groups": [{} for _ in self.optimizer.param_groups]}
         if DESCRIPTION in tensors:
@@ -80,8 +80,9 @@ class OptimizerState:
         nodes |= described["state"]
         of_parameter = {path: path.partition("/")[2] for path in nodes}
         if unknown := sorted(path for path, name in of_parameter.items() if name not in self.masters):
-            raise ValueError(
-                f"the optimiser state is of another model: it has {unknown[0]} and {len(unknown) - 1} more"
+            raise CheckpointError(
+                f"the optimizer's state must be of the model that is trained; got {unknown[0]} and {len(unknown) - 1} "
+                "more that it does not have; resume from a checkpoint of this run"
             )
         packages = {c.__module__.partition(".")[0] for c in type(self.optimizer).__mro__}
         state: dict[str, dict[str, Any]] = {}
@@ -169,10 +170,13 @@ def _tensor_class(spec: str, packages: set[str]) -> Any:
     """Return a tensor class of one of the packages, which has been imported with the optimizer.
 
     Raises:
-        ValueError: no such class there.
+        CheckpointError: no such class there.
     """
     module, _, name = spec.partition(":")
     found = getattr(sys.modules.get(module), name, None) if module.partition(".")[0] in packages else None
     if not (isinstance(found, type) and issubclass(found, Tensor) and hasattr(found, "__tensor_unflatten__")):
-        raise ValueError(f"the optimiser state is of another optimizer: it has tensors of {spec}")
+        raise CheckpointError(
+            f"the optimizer's state must be of the optimizer that trains; got tensors of {spec}; resume from a "
+            "checkpoint of this run"
+        )
     return found

@@ -26,7 +26,7 @@ class Packer:
     tokens_per_microbatch: int
     """Packed tokens of one forward pass: bounds memory and never changes the result."""
     max_new_tokens: int
-    """Longest completion there can be: the constant of the `constant_length` normaliser."""
+    """Longest completion there can be: the constant of the `constant_length` normalizer."""
     device: torch.device | str = "cpu"
     """Where the packed tensors are put: where the trainer computes."""
     include_flat: bool = False

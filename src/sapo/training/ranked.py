@@ -23,8 +23,8 @@ from sapo.model.sharding import full_weights, shard_like
 from sapo.objectives import Objective
 from sapo.training.optimizer_files import Written, write_index
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
-from sapo.training.results import UpdateResult, join_results
 from sapo.training.trainer import Trainer
+from sapo.training.update_result import UpdateResult, join_results
 from sapo.training.wire import (
     Message,
     Wire,

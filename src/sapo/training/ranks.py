@@ -1,8 +1,8 @@
 """The door to trainers: what the driver hands over, what it may ask, and what comes back.
 
 The driver (`sapo.run`) samples, scores and packs. Trainers hold the weights and are given packed batches and nothing
-else of a rollout. `PackedBatch.weights_B` has the normaliser of the whole mini-batch in it, so the gradient of an
-update is the sum over all micro-batches of all ranks, and no trainer computes a normaliser.
+else of a rollout. `PackedBatch.weights_B` has the normalizer of the whole mini-batch in it, so the gradient of an
+update is the sum over all micro-batches of all ranks, and no trainer computes a normalizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sapo.data import PackedBatch
 from sapo.objectives import Objective
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 # For the annotation only: what packs batches needs no transformers.
 if TYPE_CHECKING:
@@ -39,19 +39,19 @@ class Shares:
     of_rank: tuple[tuple[PackedBatch, ...], ...]
     """Micro-batches by rank, as many on each; one rank where training is one process."""
     num_sequences: int
-    """Sequences of the mini-batch. Zero-variance groups are counted, since the normalisers are theirs too; masked
+    """Sequences of the mini-batch. Zero-variance groups are counted, since the normalizers are theirs too; masked
     completions are not."""
     num_tokens: int
     """Response tokens of those sequences."""
 
     @property
     def microbatches(self) -> tuple[PackedBatch, ...]:
-        """Micro-batches of all ranks, rank by rank."""
+        """Return the micro-batches of all ranks, rank by rank."""
         return tuple(batch for share in self.of_rank for batch in share)
 
     @property
     def num_targets(self) -> int:
-        """Response tokens that carry a gradient."""
+        """Count the response tokens that carry a gradient."""
         return sum(b.num_targets for b in self.microbatches)
 
 
@@ -80,7 +80,7 @@ class Trainers(Protocol):
 
     @property
     def updates(self) -> int:
-        """Updates made: the version of the weights."""
+        """Return the number of updates made: the version of the weights."""
 
     def update(
         self, shares: Shares, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
@@ -123,7 +123,7 @@ class Trainers(Protocol):
         """Bring the driver's policy to the present weights, if it is not there yet."""
 
     def take_weights(self, of: Policy) -> None:
-        """Train on from the weights of the driver's policy: a run went back to an earlier checkpoint, say."""
+        """Train on from the weights of the driver's policy, as after a rollback."""
 
     def save_optimizer(self, directory: Path) -> object:
         """Write the state of the optimizer into a checkpoint's directory, which all ranks can reach.
@@ -135,8 +135,8 @@ class Trainers(Protocol):
         """Put the state that a checkpoint holds in place of the present one, however many ranks wrote it.
 
         Raises:
-            CheckpointError, ValueError: of another model or optimizer.
+            CheckpointError: of another model or optimizer.
         """
 
     def close(self) -> None:
-        """End for good: end the processes that train."""
+        """End the processes that train, for good."""

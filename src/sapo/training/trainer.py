@@ -26,7 +26,8 @@ from sapo.training.gradients import Gradient, compare_gradients
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.optimizer_files import OptimizerFiles, Written, write_own_rows
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
-from sapo.training.results import (
+from sapo.training.settings import TrainerSettings
+from sapo.training.update_result import (
     Output,
     UpdateResult,
     collect_result,
@@ -34,7 +35,6 @@ from sapo.training.results import (
     nonfinite_causes,
     skipped_result,
 )
-from sapo.training.settings import TrainerSettings
 from sapo.utils.spans import span
 
 
@@ -103,7 +103,7 @@ class Trainer:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Within it passes are those of an update; gradients are dropped when it ends in an exception."""
+        """Set the model up for the passes of an update; drop the gradients if the block ends in an exception."""
         # transformers checkpoints only in training mode; dropout is off
         self.policy.model.train(self.settings.activation_checkpointing)
         try:
@@ -116,7 +116,7 @@ class Trainer:
 
     @contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[Replay | None]:
-        """Within it one forward over a batch, and its backward, go through the experts it carries, if it does."""
+        """Send one forward pass over a batch, and its backward pass, through the experts it carries, if any."""
         if batch.experts_Nlk is None:
             yield None
             return

@@ -19,7 +19,7 @@ from torch import Tensor
 from sapo.data import PackedBatch, Segment
 from sapo.objectives import MismatchWeights
 from sapo.training.ranks import Logprobs, Shares
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.sources import cache_directory
 from sapo.model.tiny import character_tokenizer, tiny_model
+from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Request
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
@@ -72,7 +73,7 @@ def coldstart_path(config: RunConfig) -> Path:
         "task": config.tasks[0].model_dump(mode="json", exclude={"weight", "label", "curriculum", "prompt"}),
         "prompt": _prompt_section(config).model_dump(mode="json"),
         "max_new_tokens": config.rollout.max_new_tokens,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # another number may sum in another order
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     return cache_directory() / "coldstart" / f"{config.tasks[0].name}-{_section(config).architecture}-{digest}"
@@ -270,7 +271,7 @@ def _pass_at_1(policy: Policy, config: RunConfig, first: int, count: int) -> flo
     # The local engine, whichever draws for the run: the model is cached, and runs of several engines share it.
     made = make_engine(policy, RolloutConfig(cuda_graphs=config.rollout.cuda_graphs))
     with closing(made) as engine, loaded(engine, policy.weights(), version=0):
-        drawn = engine.generate([Request(p, 1) for p in prompts], params)
+        drawn = draw(engine, [Request(p, 1) for p in prompts], params)
     scored = score_groups([(task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     return float(np.mean([c.score.reward >= 1.0 for completions in scored for c in completions]))
 

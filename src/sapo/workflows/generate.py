@@ -11,6 +11,7 @@ from sapo.config import RolloutConfig
 from sapo.data import Completion, Prompt
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
+from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Request
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
@@ -111,7 +112,7 @@ def generate(
     params = replace(params, max_new_tokens=length, stop_token_ids=stops)
     made = make_engine(policy, RolloutConfig(engine=engine))
     with closing(made) as drawer, loaded(drawer, policy.weights(), version=0):
-        [completions] = drawer.generate([Request(prompt, samples)], params)
+        [completions] = draw(drawer, [Request(prompt, samples)], params)
 
     def decode(ids: tuple[int, ...]) -> str:
         shown: str = policy.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

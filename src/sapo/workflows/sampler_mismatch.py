@@ -46,6 +46,7 @@ from sapo.model.policy import Policy
 from sapo.model.rounding import Rounding, rounded_weights
 from sapo.objectives import LOG_RATIO_LIMIT, Factors, Objective, Ratios, TokenObjective, group_advantages
 from sapo.objectives.surrogates import bound_log_ratio
+from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Request
 from sapo.rollout.registry import make_engine, require
 from sapo.rollout.weights import loaded
@@ -233,7 +234,7 @@ def _draw(policy: Policy, planned: PlannedEvaluation, rounding: Rounding) -> lis
     require(settings.engine, "exact_logprobs", "a diagnosis", "give --engine local")
     weights = rounded_weights(policy.weights(), rounding)
     with closing(make_engine(policy, RolloutConfig(engine=settings.engine))) as engine, loaded(engine, weights, 0):
-        drawn = engine.generate([Request(p, settings.samples) for p in prompts], params)
+        drawn = draw(engine, [Request(p, settings.samples) for p in prompts], params)
     scored = score_groups([(planned.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     groups = []
     for prompt, completions in zip(prompts, scored, strict=True):

@@ -125,7 +125,8 @@ def present(where: str, row: Row, option: str, names: tuple[str | None, ...]) ->
             return name
     hint = did_you_mean(wanted[0], row)
     missing = " or ".join(repr(name) for name in wanted)
-    raise TaskError(f"{where}: the row has no field {missing}; it has {list(row)}; set {option} or add it{hint}")
+    way_out = "set answer_field (null for rows without an answer)" if option == "answer_field" else f"set {option}"
+    raise TaskError(f"{where}: the row has no field {missing}; it has {list(row)}; {way_out} or add it{hint}")
 
 
 def as_names(option: str, value: Names) -> tuple[str | None, ...]:

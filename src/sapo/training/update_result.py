@@ -13,7 +13,7 @@ from sapo.data import PackedBatch
 from sapo.model.head import HeadOutput
 from sapo.model.routing import Replay
 from sapo.objectives import KLPenalty, MismatchWeights, Surrogate
-from sapo.training.mismatch import join_mismatch
+from sapo.training.mismatch_correction import join_mismatch
 from sapo.training.settings import TrainerSettings
 
 Output = tuple[PackedBatch, HeadOutput, Surrogate]
@@ -55,7 +55,7 @@ class UpdateResult:
     tis: MismatchWeights | None = None
     """The correction for the mismatch; None without one."""
     loss_weight_M: Tensor | None = None
-    """Weight of each token in the loss, the normaliser of the mini-batch included; None where it was not kept."""
+    """Weight of each token in the loss, the normalizer of the mini-batch included; None where it was not kept."""
     old_logprob_M: Tensor | None = None
     """log pi_old of each token; likewise."""
 

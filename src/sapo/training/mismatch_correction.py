@@ -18,12 +18,12 @@ from sapo.objectives import TIS, MismatchWeights, Objective, Surrogate
 
 
 def mismatch_weights(tis: TIS, batch: PackedBatch) -> MismatchWeights:
-    """The weight of each response token of a micro-batch that carries both log-probabilities."""
+    """Compute the weight of each response token of a micro-batch that carries both log-probabilities."""
     return tis.weigh(log_mismatch(batch), batch.sequence_M, batch.num_sequences)
 
 
 def log_mismatch(batch: PackedBatch) -> Tensor:
-    """(M,) float64 log pi_old - log mu."""
+    """Compute log pi_old - log mu of each response token: (M,), float64."""
     assert batch.sampler_logprobs_M is not None, "log pi_old by the trainer comes before a correction for the sampler"
     return batch.old_logprobs_M.double() - batch.sampler_logprobs_M
 
@@ -31,7 +31,7 @@ def log_mismatch(batch: PackedBatch) -> Tensor:
 def correct(
     objective: Objective, log_ratio_M: Tensor, advantage_M: Tensor, batch: PackedBatch, tis_M: Tensor | None
 ) -> tuple[Surrogate, Tensor, Tensor]:
-    """An objective's surrogate over whole sequences, and value and slope of each token with the correction in them.
+    """Compute an objective's surrogate over whole sequences, and value and slope of each token with the correction.
 
     Args:
         log_ratio_M: of all tokens of the micro-batch, float64.
@@ -56,7 +56,10 @@ def correct(
 
 
 def join_mismatch(tis: TIS | None, batches: Sequence[PackedBatch]) -> tuple[Tensor | None, MismatchWeights | None]:
-    """log pi_old - log mu and the correction, over the micro-batches of an update; None for what there is not."""
+    """Join log pi_old - log mu and the correction over the micro-batches of an update.
+
+    The first is None where log mu is log pi_old, the second where there is no correction.
+    """
     if any(b.sampler_logprobs_M is None for b in batches):
         return None, None
     log_mismatch_M = torch.cat([log_mismatch(b) for b in batches])

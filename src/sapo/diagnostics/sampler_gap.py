@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sapo.objectives import LOG_RATIO_LIMIT
-from sapo.training.results import UpdateResult
+from sapo.training.update_result import UpdateResult
 
 MISMATCH_METRICS = ("mismatch/abs_dev", "tis/mean", "tis/clipped_share")
 
