@@ -110,9 +110,8 @@ def test_gradients_compared_leave_weights_optimizer_and_mode_as_they_were() -> N
     trainer = make_trainer(make_policy(torch.bfloat16), activation_checkpointing=True)
     shares = trainer.pack(make_groups())
     trainer.update(shares, 1e-3)
-    before = {
-        k: v.clone() for k, v in {**trainer.optimizer.state_tensors(), **trainer.policy.model.state_dict()}.items()
-    }
+    weights = trainer.policy.model.state_dict
+    before = {k: v.clone() for k, v in {**trainer.optimizer.state_tensors(), **weights()}.items()}
     figures = trainer.gradients(shares, {"grpo": make_objective("grpo")})
     assert figures.keys() == {"grpo/cosine", "grpo/norm_ratio"}
     after = {**trainer.optimizer.state_tensors(), **weights()}
