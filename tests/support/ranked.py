@@ -6,6 +6,7 @@ imports of torch and transformers.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from sapo.model.adapters import add_adapter
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
-from sapo.model.sharding import shard
+from sapo.model.sharding import allocate, receive_weights, shard
+from sapo.model.skeleton import buffers, build, describe, set_buffers
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.objectives import TIS, KLPenalty, make_objective
 from sapo.rollout.engine import Request
@@ -132,9 +134,8 @@ def make_reference(case: Case) -> Policy | None:
 def make_rank(case: Case, ranks: Collective, mesh: DeviceMesh | None) -> Trainer:
     policy, reference = make_model(case), make_reference(case)
     if mesh is not None:
-        shard(policy, mesh)
-        if reference is not None:
-            shard(reference, mesh)
+        policy = sharded(policy, ranks, mesh)
+        reference = None if reference is None else sharded(reference, ranks, mesh)
     optimizer = PolicyOptimizer(
         [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad],
         betas=(0.9, 0.95),
@@ -146,6 +147,17 @@ def make_rank(case: Case, ranks: Collective, mesh: DeviceMesh | None) -> Trainer
     settings = TrainerSettings(**{"objective": make_objective(case.objective), "temperature": 1.0, **case.settings})
     routers = Routers(policy) if case.replay else None
     return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks)
+
+
+def sharded(whole: Policy, ranks: Collective, mesh: DeviceMesh) -> Policy:
+    """Build a policy as a rank does: from a description, without weights, which rank 0 then sends."""
+    policy = build(json.loads(json.dumps(describe(whole))))
+    shard(policy, mesh)
+    allocate(policy, "cpu")
+    set_buffers(policy, buffers(whole))
+    assert ranks.group is not None
+    receive_weights(policy, ranks.group, dict(whole.weights()) if ranks.rank == 0 else None)
+    return policy
 
 
 def packer_of(case: Case, size: int) -> Packer:

@@ -164,6 +164,7 @@ RESUMABLE_KEYS = (
     "train.tokens_per_microbatch",
     "train.ranks",
     "train.replicas",
+    "train.max_restarts",
 )
 
 

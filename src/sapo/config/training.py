@@ -52,6 +52,9 @@ class TrainConfig(Section):
     ranks: int = Field(1, ge=1)
     """Processes that train together, with weights, gradients and optimizer state sharded over them (FSDP2). On one
     machine they are started with the run; torchrun starts them anywhere, and then this may be left out."""
+    max_restarts: int = Field(3, ge=0)
+    """How often the ranks of a run are started again after one has died, from the newest checkpoint. torchrun's are its
+    own to restart."""
     replicas: int = Field(1, ge=1)
     """Groups of ranks that hold all weights each (HSDP): sharded within a group, replicated over the groups."""
 

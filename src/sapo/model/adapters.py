@@ -51,6 +51,13 @@ def add_adapter(policy: Any, *, rank: int, alpha: float, targets: str | Sequence
     _install(policy, adapter)
 
 
+def install_adapter(policy: Any, settings: dict[str, Any]) -> None:
+    """Give a policy without weights an adapter by peft's own description of it (`PeftConfig.to_dict`)."""
+    peft = _peft()
+    known = {k: v for k, v in settings.items() if k != "peft_version"}
+    _install(policy, _quietly(lambda: peft.get_peft_model(policy.model, peft.LoraConfig(**known))))
+
+
 def load_adapter(policy: Any, directory: Path) -> None:
     """Give a policy the adapter saved in a directory, ready to be trained further.
 

@@ -108,7 +108,8 @@ class _Forwards:
 def use_closed_forms(model: nn.Module) -> None:
     """Let the norms and gated MLPs of a model compute their backward pass in closed form.
 
-    They keep their class, parameters and names; one to which someone else gave a forward keeps that.
+    They keep their class, parameters and names; one to which someone else gave a forward keeps that. A model on the
+    meta device has nothing to be proven on; see `use_proven_forms`.
     """
     for module in model.modules():
         if "forward" in module.__dict__:
@@ -123,6 +124,20 @@ def use_closed_forms(model: nn.Module) -> None:
                 _take(module, _Forwards.mlp, gate.in_features, gate.weight)
 
 
+def proven_forms(model: nn.Module) -> dict[str, str]:
+    """Return the modules that compute in closed form: name -> which."""
+    forms = {_Forwards.norm: "norm", _Forwards.mlp: "mlp"}
+    taken = ((name, getattr(vars(module).get("forward"), "__func__", None)) for name, module in model.named_modules())
+    return {name: forms[form] for name, form in taken if form in forms}
+
+
+def use_proven_forms(model: nn.Module, proven: dict[str, str]) -> None:
+    """Let the modules of a model compute as those of an equal one do, which were proven there."""
+    for name, form in proven.items():
+        module: Any = model.get_submodule(name)
+        module.forward = MethodType(getattr(_Forwards, form), module)
+
+
 def computes_as_its_class(module: nn.Module) -> bool:
     """Return whether a module's forward is its class's, or one of ours that computes the same."""
     own = vars(module).get("forward")
@@ -135,6 +150,8 @@ def _is_plain(layer: Any) -> bool:
 
 def _take(module: Any, forward: Any, width: int, like: Tensor) -> None:
     """Give the module that forward if it computes the same, to the bit, of three rows of one of its own."""
+    if like.is_meta:
+        return
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(3, width, generator=generator).to(like)
     try:

@@ -47,8 +47,8 @@ class Policy:
         self.adapter: Any = None
         """The peft model around `model` when only an adapter is trained (model/adapters.py)."""
         self.decoder: nn.Module = model.get_decoder()
-        self.sharded_dtype: torch.dtype | None = None
-        """The precision that passes compute in where the weights are sharded over ranks (model/sharding.py)."""
+        self.sharded: dict[str, torch.dtype] | None = None
+        """Where the weights are sharded over ranks: the precision of each parameter before (model/sharding.py)."""
         self._token_texts: list[str] | None = None
         self.make_deterministic()
 
@@ -131,7 +131,7 @@ class Policy:
         Args:
             work: returns tensors, or a tuple that has those with a graph among its own elements.
         """
-        if self.sharded_dtype is None:
+        if self.sharded is None:
             return work()
         try:
             found: T = self.model(work)

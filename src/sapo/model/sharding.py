@@ -7,11 +7,12 @@ averaged, since the weights of a packed batch have the normalizer of the whole m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -21,7 +22,7 @@ from sapo.model.policy import Policy
 
 
 def shard(policy: Policy, mesh: DeviceMesh) -> None:
-    """Shard the weights of a policy in place; every rank has loaded the same ones.
+    """Shard the weights of a policy in place; every rank has the same ones, or all have none (model/skeleton.py).
 
     Weights of 16 bits become slices in float32, which are the master weights of the optimizer, and are rounded to 16
     bits as they are gathered: a pass computes what the unsharded policy of that precision computes. Gradients are
@@ -32,6 +33,7 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
             (HSDP).
     """
     model, dtype = policy.model, policy.dtype
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     precision = MixedPrecisionPolicy()
     if dtype in (torch.bfloat16, torch.float16):
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -45,7 +47,40 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
-    policy.sharded_dtype = dtype
+    policy.sharded = before
+
+
+def receive_weights(
+    policy: Policy, group: dist.ProcessGroup | None, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Put the whole weights of rank 0 in place of the sharded ones, one parameter at a time. A collective.
+
+    Args:
+        group: of CPU tensors; None for the default one.
+        weights: on rank 0, by name; None on the other ranks.
+    """
+    assert policy.sharded is not None
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            dtype = policy.sharded[name]
+            if weights is None:
+                full = torch.empty(parameter.shape, dtype=dtype)
+            else:
+                full = weights[name].detach().to("cpu", dtype).contiguous()
+            dist.broadcast(full, 0, group=group)
+            parameter.copy_(shard_like(parameter, full.to(parameter.device, parameter.dtype)))
+
+
+def allocate(policy: Policy, device: str) -> None:
+    """Give a sharded policy on the meta device memory for this rank's slices; the values come later."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in policy.model.modules():
+        for name, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, name))
+    policy.model.to_empty(device=device)
+    for (first, its_name), *others in places.values():  # to_empty gives each place of a tied weight one of its own
+        for module, name in others:
+            module._parameters[name] = first._parameters[its_name]
 
 
 def blocks(policy: Policy) -> list[nn.Module]:
@@ -56,13 +91,14 @@ def blocks(policy: Policy) -> list[nn.Module]:
 
 
 def full_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter whole, by its name in the model, in the precision that passes compute in; tied ones once.
+    """Yield every parameter whole, by its name in the model, in the precision it had unsharded; tied ones once.
 
     A collective: every rank runs through all of them. One parameter at a time is whole.
     """
+    assert policy.sharded is not None
     policy.model.reshard()
     for name, parameter in policy.model.named_parameters():
-        yield name, whole(parameter.detach().to(policy.sharded_dtype))
+        yield name, whole(parameter.detach().to(policy.sharded[name]))
 
 
 def whole(tensor: Tensor) -> Tensor:

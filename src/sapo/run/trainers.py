@@ -11,7 +11,7 @@ from sapo.config import RunConfig, TrainConfig
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
-from sapo.model.sharding import shard
+from sapo.model.sharding import allocate, shard
 from sapo.objectives import make_objective
 from sapo.run.machine import resolve_device
 from sapo.training.collective import Collective
@@ -58,14 +58,17 @@ def make_trainer(
         weight_decay=train.weight_decay,
         grad_clip=train.grad_clip,
         name=train.optimizer,
-        rounded=policy.sharded_dtype in (torch.bfloat16, torch.float16),
+        rounded=policy.sharded is not None and not {*policy.sharded.values()} <= {torch.float32, torch.float64},
     )
     return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks)
 
 
 def make_rank(config: RunConfig, policy: Policy, reference: Policy | None, ranks: Collective) -> Trainer:
-    """Make the trainer of one rank; the policies, which every rank has loaded alike, are sharded in place."""
-    device, replicas = policy.device.type, config.train.replicas
+    """Make the trainer of one rank; the policies, which are alike on every rank, are sharded in place.
+
+    Policies on the meta device get memory for this rank's slices, and values from `receive_weights`.
+    """
+    device, replicas = torch.device(config.device).type, config.train.replicas
     if replicas == 1:
         mesh = init_device_mesh(device, (ranks.size,), mesh_dim_names=("shard",))
     else:
@@ -73,7 +76,10 @@ def make_rank(config: RunConfig, policy: Policy, reference: Policy | None, ranks
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
     for sharded in (policy, reference):
         if sharded is not None:
+            empty = sharded.device.type == "meta"
             shard(sharded, mesh)
+            if empty:
+                allocate(sharded, config.device)
     routers = Routers(policy) if config.model.routing_replay else None
     return make_trainer(config, trainer_settings(config), policy, reference, routers, ranks)
 

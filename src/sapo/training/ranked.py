@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from sapo.errors import Interrupted, NonFiniteError, RankError, RunFailure
 from sapo.model.policy import Policy
-from sapo.model.sharding import full_weights, shard_like
+from sapo.model.sharding import full_weights, receive_weights
 from sapo.objectives import Objective
 from sapo.training.optimizer_files import Written, write_index
 from sapo.training.ranks import Logprobs, LogprobsOf, Shares
@@ -116,7 +114,7 @@ class RankedTrainers:
         """Train on from the weights of the driver's policy; see `Trainers.take_weights`."""
         with self._together():
             self._tell(call="take_weights")
-            receive_weights(self.own, dict(of.weights()))
+            receive_weights(self.own.policy, self.own.ranks.group, dict(of.weights()))
         self._sent = (of, self.updates)
 
     def save_optimizer(self, directory: Path) -> None:
@@ -180,23 +178,6 @@ def serve(trainer: Trainer, wire: Wire, objectives: Mapping[str, Objective]) -> 
                 wire.send(answer, 0)
 
 
-def receive_weights(trainer: Trainer, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Put the driver's whole weights in place of the sharded ones of a rank, one parameter at a time. A collective.
-
-    Args:
-        weights: the driver's, by name; None on the other ranks.
-    """
-    policy, group = trainer.policy, trainer.ranks.group
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if weights is not None:
-                full = weights[name].to("cpu", policy.sharded_dtype).contiguous()
-            else:
-                full = torch.empty(parameter.shape, dtype=policy.sharded_dtype)
-            dist.broadcast(full, 0, group=group)
-            parameter.copy_(shard_like(parameter, full.to(parameter.device, parameter.dtype)))
-
-
 def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objective]) -> Message | None:
     """Make the call of a message; what it gives is returned where it is not the same on every rank."""
     header, device = message.header, trainer.policy.device
@@ -211,7 +192,7 @@ def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objecti
             for _ in full_weights(trainer.policy):
                 pass
         case "take_weights":
-            receive_weights(trainer)
+            receive_weights(trainer.policy, trainer.ranks.group)
         case "save_optimizer":
             return Message(asdict(trainer.save_optimizer(Path(header["directory"]))))
         case "restore_optimizer":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from sapo.training.checkpoint import newest_whole, set_broken_aside
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
 from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy
-from sapo.workflows.training_group import is_other_rank, resolve_ranks, serve_rank, start_trainers
+from sapo.workflows.training_group import (
+    check_ranks,
+    is_other_rank,
+    resolve_ranks,
+    serve_rank,
+    start_trainers,
+    torchrun_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,21 @@ def train(
             step, cause and checkpoint.
     """
     _serve_if_other_rank()
-    config = resolve_ranks(resolve_machine(config))
     if config.run_dir is None:
         raise ConfigError("run_dir must be given for a recipe that has no file to take its name from; got null")
-    RunDirectory.check_free(Path(config.run_dir))
+    first = partial(_train, config, Path(config.run_dir), listener, should_stop, on_coldstart)
+    return _with_restarts(first, config.run_dir, listener, should_stop)
+
+
+def _train(
+    config: RunConfig,
+    run_dir: Path,
+    listener: Listener | None,
+    should_stop: Callable[[], bool],
+    on_coldstart: Callable[[ColdStartProgress], None],
+) -> Run:
+    config = resolve_ranks(resolve_machine(config))
+    RunDirectory.check_free(run_dir)
     check_loggers(config)
     check_engine(config)
     check_optimizer(config)
@@ -78,11 +97,12 @@ def train(
     check_prompts(config, policy, tasks)
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
+    check_ranks(config, policy)
     with ExitStack() as opened:  # all that was opened is closed, last to first, even where closing one of them fails
         engine = opened.enter_context(closing(make_engine(policy, config.rollout)))
         directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
         opened.enter_context(closing(directory))
-        trainers = start_trainers(config, directory.path, policy, reference, None)
+        trainers = start_trainers(config, directory.path, policy, reference)
         if trainers is not None:
             opened.enter_context(closing(trainers))
         return _run_to_its_end(
@@ -131,12 +151,14 @@ def resume(
         ConfigError: not a run directory, or an override that would make it another run.
     """
     _serve_if_other_rank()
+    return _with_restarts(lambda: _resume(str(run), overrides or [], listener, should_stop), run, listener, should_stop)
+
+
+def _resume(run: str, overrides: list[str], listener: Listener | None, should_stop: Callable[[], bool]) -> Run:
     with ExitStack() as opened:
         directory, config = RunDirectory.open(run)
         opened.enter_context(closing(directory))
-        return _run_to_its_end(
-            _resumed(opened, directory, config, str(run), overrides or [], listener or Silent(), should_stop)
-        )
+        return _run_to_its_end(_resumed(opened, directory, config, run, overrides, listener or Silent(), should_stop))
 
 
 def _resumed(
@@ -178,8 +200,9 @@ def _resumed(
         state = RunState.deserialise(checkpoint.state(), checkpoint.batches())
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
+    check_ranks(config, policy)
     engine = opened.enter_context(closing(make_engine(policy, config.rollout)))
-    trainers = start_trainers(config, directory.path, policy, reference, checkpoint.path if checkpoint else None)
+    trainers = start_trainers(config, directory.path, policy, reference)
     if trainers is not None:
         opened.enter_context(closing(trainers))
     directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
@@ -226,6 +249,23 @@ def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
     for key in DECIDING_BITS:
         if key in before and before[key] != now[key]:
             listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run is resumed, but not bit for bit")
+
+
+def _with_restarts(
+    first: Callable[[], Run], directory: str | Path, listener: Listener | None, should_stop: Callable[[], bool]
+) -> Run:
+    """Run, and resume as often as the recipe allows where a rank has died; torchrun's ranks are its own to restart."""
+    run, restarts = first, 0
+    while True:
+        try:
+            return run()
+        except RankError as error:
+            most = RunDirectory.read_config(Path(directory)).train.max_restarts
+            if restarts == most or torchrun_ranks():
+                raise RankError(f"{error}; `sapo resume {directory}` goes on from the newest checkpoint") from error
+            restarts += 1
+            (listener or Silent()).warning(f"{error}; all ranks are started again ({restarts} of at most {most} times)")
+        run = partial(_resume, str(directory), [], listener, should_stop)
 
 
 def _run_to_its_end(training: TrainingRun) -> Run:

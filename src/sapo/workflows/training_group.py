@@ -1,8 +1,8 @@
 """The processes of a training group: started with the run on one machine, or by torchrun on any number.
 
-The process that a person started, or rank 0 of torchrun, is the driver. The others load the same weights as the driver,
-shard them, and serve (`sapo.training.ranked`). They write what they print to `ranks/NN.log` in the run's directory, and
-end when the driver does, however it ends.
+The process that a person started, or rank 0 of torchrun, is the driver. The others build the model without weights, are
+sent their slices of the driver's, and serve (`sapo.training.ranked`). They write what they print to `ranks/NN.log` in
+the run's directory, and end when the driver does, however it ends.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
 from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import ConfigError
-from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
+from sapo.model.sharding import receive_weights
+from sapo.model.skeleton import buffers, build, describe, set_buffers
 from sapo.run.trainers import make_rank, trainer_settings
 from sapo.training.collective import Collective
 from sapo.training.ranked import RankedTrainers, serve
 from sapo.training.trainer import Trainer
 from sapo.training.wire import Message, Wire
 from sapo.utils.text import first_line
-from sapo.workflows.start import reference_policy, starting_policy
 
 STARTED_BY_US = "SAPO_RANK_OF_PORT"
 """In the environment of a rank that was started with the run: "RANK SIZE PORT"."""
@@ -84,17 +84,29 @@ def resolve_ranks(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": train.model_copy(update={"ranks": ranks})})
 
 
+def check_ranks(config: RunConfig, policy: Policy) -> None:
+    """Refuse a model that the ranks of a group cannot build.
+
+    Raises:
+        ConfigError: it brings code of its own.
+    """
+    if config.train.ranks > 1 and not type(policy.model).__module__.startswith("transformers."):
+        raise ConfigError(
+            f"train.ranks={config.train.ranks} needs a model of transformers' own, which every rank builds from its "
+            f"config; got {type(policy.model).__name__}, which brings code of its own; use train.ranks=1"
+        )
+
+
 def start_trainers(
-    config: RunConfig, directory: Path, policy: Policy, reference: Policy | None, checkpoint: Path | None
+    config: RunConfig, directory: Path, policy: Policy, reference: Policy | None
 ) -> RankedTrainers | None:
     """Start or join the training group of a run and shard its policy; None where one process trains.
 
     Args:
         config: with its ranks, threads and device resolved.
         directory: of the run.
-        policy: the driver's own.
-        reference: becomes the driver's share of the sharded one.
-        checkpoint: the weights to begin with; None for those a new run starts from.
+        policy: the driver's own, whose weights training begins with.
+        reference: likewise of the reference.
     """
     size = config.train.ranks
     if size == 1:
@@ -102,15 +114,10 @@ def start_trainers(
     processes = None if torchrun_ranks() else RankProcesses(size, directory)
     try:
         ranks, wire = _join(0, size, None if processes is None else processes.store)
-        setup = {
-            "call": "setup",
-            "config": config.model_dump(mode="json"),
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "path": sys.path,
-        }
+        setup = _setup(config, policy, reference)
         for rank in range(1, size):
-            wire.send(Message(setup), rank)
-        own = make_rank(_on_own_device(config), _load(config, checkpoint), reference, ranks)
+            wire.send(setup, rank)
+        own = _make_rank(config, setup, ranks, [p for p in (policy, reference) if p is not None])
     except BaseException:
         if processes is not None:
             processes.end(0.0)
@@ -122,8 +129,7 @@ def start_trainers(
         dist.destroy_process_group()
 
     def first_failure(error: Exception) -> str | None:
-        lost = processes.first_failure() if processes is not None else _lost_connection(error)
-        return lost and f"{lost}; `sapo resume {directory}` goes on from the newest checkpoint"
+        return processes.first_failure() if processes is not None else _lost_connection(error)
 
     return RankedTrainers(own, wire, policy, first_failure=first_failure, on_close=end)
 
@@ -196,21 +202,42 @@ def serve_rank() -> None:
     message = wire.receive(0)
     assert message.header["call"] == "setup", f"the first call is setup, not {message.header['call']!r}"
     sys.path += [entry for entry in message.header["path"] if entry not in sys.path]
-    config = _on_own_device(parse_recipe(message.header["config"]))
+    config = parse_recipe(message.header["config"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    checkpoint = message.header["checkpoint"]
-    reference = reference_policy(config, lambda: False)
-    trainer: Trainer = make_rank(config, _load(config, checkpoint and Path(checkpoint)), reference, ranks)
+    trainer = _make_rank(config, message, ranks, None)
     serve(trainer, wire, Diagnosis(config, trainer_settings(config).objective).objectives)
     dist.destroy_process_group()
 
 
-def _load(config: RunConfig, checkpoint: Path | None) -> Policy:
-    if checkpoint is None:
-        return starting_policy(config, lambda _: None, lambda: False)
-    trusted = config.model.trust_remote_code
-    return load_policy(checkpoint, config.model.dtype, config.device, trust_remote_code=trusted)
+def _setup(config: RunConfig, policy: Policy, reference: Policy | None) -> Message:
+    """Return the first message: all that a rank is built from."""
+    built = {name: p for name, p in (("policy", policy), ("reference", reference)) if p is not None}
+    return Message(
+        {
+            "call": "setup",
+            "config": config.model_dump(mode="json"),
+            "path": sys.path,
+            "built": {name: describe(p) for name, p in built.items()},
+        },
+        {f"{name}/{key}": tensor for name, p in built.items() for key, tensor in buffers(p).items()},
+    )
+
+
+def _make_rank(config: RunConfig, setup: Message, ranks: Collective, loaded: list[Policy] | None) -> Trainer:
+    """Build, shard and fill the policies of this rank, and make its trainer. A collective.
+
+    Args:
+        loaded: on the driver, the policies whose weights all ranks are sent.
+    """
+    config = _on_own_device(config)
+    built = {name: build(description) for name, description in setup.header["built"].items()}
+    trainer = make_rank(config, built["policy"], built.get("reference"), ranks)
+    for place, (name, policy) in enumerate(built.items()):
+        prefix = f"{name}/"
+        set_buffers(policy, {k.removeprefix(prefix): t for k, t in setup.tensors.items() if k.startswith(prefix)})
+        receive_weights(policy, ranks.group, None if loaded is None else dict(loaded[place].weights()))
+    return trainer
 
 
 def _own_place() -> tuple[int, int, dist.Store | None]:
