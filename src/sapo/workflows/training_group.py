@@ -24,7 +24,7 @@ import torch.distributed as dist
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
 from sapo.diagnostics.measure import Diagnosis
-from sapo.errors import ConfigError
+from sapo.errors import ConfigError, RankError
 from sapo.model.policy import Policy
 from sapo.model.sharding import receive_weights
 from sapo.model.skeleton import buffers, build, describe, set_buffers
@@ -113,6 +113,8 @@ def start_trainers(
         return None
     processes = None if torchrun_ranks() else RankProcesses(size, directory)
     try:
+        if processes is not None:
+            processes.wait_until_ready()
         ranks, wire = _join(0, size, None if processes is None else processes.store)
         setup = _setup(config, policy, reference)
         for rank in range(1, size):
@@ -163,6 +165,19 @@ class RankProcesses:
                 env=environment,
                 start_new_session=True,
             )
+
+    def wait_until_ready(self) -> None:
+        """Wait until every process has been imported and is about to join.
+
+        Raises:
+            RankError: one has ended before that; joining would wait for it in vain.
+        """
+        waiting = set(self._processes)
+        while waiting:
+            if any(process.poll() is not None for process in self._processes.values()):
+                raise RankError(self.first_failure())
+            waiting = {rank for rank in waiting if not self.store.check([_ready(rank)])}
+            time.sleep(0.02)
 
     def first_failure(self) -> str | None:
         """Return what happened to the first rank that ended, None where all live; it may take a moment to be seen."""
@@ -247,7 +262,13 @@ def _own_place() -> tuple[int, int, dist.Store | None]:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _use_loopback()
     rank, size, port = map(int, os.environ[STARTED_BY_US].split())
-    return rank, size, dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    store.set(_ready(rank), "")
+    return rank, size, store
+
+
+def _ready(rank: int) -> str:
+    return f"ready/{rank}"
 
 
 def _end_with_parent() -> None:
