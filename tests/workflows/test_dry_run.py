@@ -169,21 +169,32 @@ def test_a_sampler_that_is_not_the_policy_is_told_of_in_plain_sentences(override
     assert sampler_sentences(load_recipe("quickstart", overrides)) == said
 
 
-def test_the_command_says_batches_prompts_and_memory(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, rollout__staleness=2)
+def run_command(recipe: Path, *overrides: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-m", "sapo.cli", "train", str(recipe), "--dry-run"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "sapo.cli", "train", str(recipe), *overrides, "--dry-run"],
+        cwd=recipe.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "Each step draws 4 completions of 4 prompts (16 sequences)" in result.stdout
-    assert "Every batch is 2 updates (1 step) old at its first update" in result.stdout
-    assert "prompt 2 of the first step, as the model sees it:" in result.stdout
-    assert "a completion ends with the end token" in result.stdout
-    assert "estimated peak" in result.stdout
-    assert "nothing was written" in result.stdout
+    return result.stdout
+
+
+def test_the_command_says_batches_prompts_and_memory(tmp_path: Path) -> None:
+    said = run_command(write_recipe(tmp_path, rollout__staleness=2))
+    assert "Each step draws 4 completions of 4 prompts (16 sequences)" in said
+    assert "Every batch is 2 updates (1 step) old at its first update" in said
+    assert "prompt 2 of the first step, as the model sees it:" in said
+    assert "a completion ends with the end token" in said
+    assert "estimated peak" in said
+    assert "nothing was written" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_whose_memory_it_is_where_several_ranks_train(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    said = " ".join(run_command(recipe, "train.ranks=2").split())
+    assert "each of 2 ranks keeps its slices of weights, gradients and optimizer state" in said
+    assert "each of" not in run_command(recipe)

@@ -31,6 +31,11 @@ def show_dry_run(run: DryRun, console: Console) -> None:
     for number, prompt in enumerate(run.prompts, 1):
         say(f"\nprompt {number} of the first step, as the model sees it:\n" + describe_prompt(prompt))
     say("\nmemory, every completion at its full length")  # as a title, the table would wrap it
+    if (ranks := run.config.train.ranks) > 1:
+        say(
+            f"as one process would need it; each of {ranks} ranks keeps its slices of weights, gradients and optimizer "
+            "state, and the driver a whole copy of the weights as well (docs/scaling.md)"
+        )
     console.print(_memory_table(run.memory))
     say("nothing was written")
 

@@ -17,6 +17,7 @@ from sapo.config.recipes import override_run
 from sapo.conformance.objective_laws import Judgement
 from sapo.errors import CollapseError, ConfigError, NonFiniteError, RankError
 from sapo.model.loading import load_policy
+from sapo.model.policy import Policy
 from sapo.objectives import is_plugin
 from sapo.rollout.registry import check_engine, make_engine
 from sapo.run.directory import RunDirectory
@@ -129,9 +130,15 @@ def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambd
     check_objectives(config, on_judged)
     return rehearse(
         config,
-        load=lambda c: starting_policy(c, lambda _: None, lambda: False),
+        load=_policy_of_a_dry_run,
         load_reference=lambda c: reference_policy(c, lambda: False),
     )
+
+
+def _policy_of_a_dry_run(config: RunConfig) -> Policy:
+    policy = starting_policy(config, lambda _: None, lambda: False)
+    check_ranks(config, policy)
+    return policy
 
 
 def resume(
