@@ -68,8 +68,8 @@ def test_only_the_registry_knows_where_the_local_engine_is() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("locl", r"rollout.engine must be one of local or module:Class; got 'locl'; did you mean 'local'\?"),
-        ("vllm:", "rollout.engine must be one of local or module:Class; got 'vllm:'"),
+        ("locl", r"rollout.engine must be one of local, vllm or module:Class; got 'locl'; did you mean 'local'\?"),
+        ("vllm:", "rollout.engine must be one of local, vllm or module:Class; got 'vllm:'"),
         ("no_such_module:Engine", "rollout.engine 'no_such_module:Engine': importing 'no_such_module' failed"),
         ("support.list_engine:ListEngin", r"has no class 'ListEngin'; did you mean 'ListEngine'\?"),
         ("support.runs:write_model", "it lacks from_settings, generate, .* capabilities; add what is missing"),

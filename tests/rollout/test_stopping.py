@@ -8,8 +8,8 @@ import torch
 from sapo.data import Completion, Prompt
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.local.stopping import StopRules
 from sapo.rollout.params import SamplingParams
+from sapo.rollout.stopping import StopRules
 
 
 def draw(policy, stop: tuple[str, ...], samples: int = 96, max_new_tokens: int = 20) -> tuple[Completion, ...]:

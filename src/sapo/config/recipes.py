@@ -164,6 +164,8 @@ RESUMABLE_KEYS = (
     "train.tokens_per_microbatch",
     "train.ranks",
     "train.replicas",
+    "rollout.parity_every",
+    "rollout.parity_tolerance",
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sapo.config import RunConfig
 from sapo.config.recipes import override_run
 from sapo.conformance.objective_laws import Judgement
-from sapo.errors import CollapseError, ConfigError, NonFiniteError, RankError
+from sapo.errors import CollapseError, ConfigError, NonFiniteError, ParityError, RankError
 from sapo.model.loading import load_policy
 from sapo.objectives import is_plugin
 from sapo.rollout.registry import check_engine, make_engine
@@ -61,8 +61,8 @@ def train(
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
-        NonFiniteError, CollapseError, RankError: the run stopped itself; the message, which failure.json keeps, names
-            step, cause and checkpoint.
+        NonFiniteError, CollapseError, ParityError, RankError: the run stopped itself; the message, which failure.json
+            keeps, names step, cause and checkpoint.
     """
     _serve_if_other_rank()
     config = resolve_ranks(resolve_machine(config))
@@ -233,6 +233,6 @@ def _run_to_its_end(training: TrainingRun) -> Run:
         try:
             stopped = training.run()
             return Run(training.directory.path, training.config, training.summary(), stopped)
-        except (NonFiniteError, CollapseError, RankError) as error:
+        except (NonFiniteError, CollapseError, ParityError, RankError) as error:
             training.directory.write_failure(str(error))
             raise
