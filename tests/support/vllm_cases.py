@@ -1,4 +1,4 @@
-"""What the tests of the engine `vllm` share: a mark, and tiny policies with heads that vLLM's CPU build has kernels for."""
+"""What the tests of the engine `vllm` share: a mark, and tiny policies whose heads its CPU build has kernels for."""
 
 from __future__ import annotations
 

@@ -94,7 +94,10 @@ class Collector:
         requests = [Request(group.prompt, len(group.completions)) for group in like]
         with loaded(self.engine, weights, version):
             drawn = self.engine.generate(requests, params, self._should_stop)
-        return [Group(group.prompt, completions) for group, completions in zip(like, drawn, strict=True)]
+        return [
+            Group(group.prompt, completions, advantages=(0.0,) * len(completions))
+            for group, completions in zip(like, drawn, strict=True)
+        ]
 
     def _groups(self, prompts: Sequence[Prompt], record_experts: bool) -> list[Group]:
         experts = ExpertLog() if record_experts else None

@@ -13,6 +13,7 @@ from sapo.data import Prompt
 from sapo.errors import Interrupted
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.vllm import core
 from sapo.rollout.vllm.engine import VllmEngine
 from support.engine_cases import assert_same, flat, params, plain_logprobs, ragged_requests, random_ids, request
 from support.plain_models import plain_copy
@@ -28,7 +29,9 @@ def policy():
 
 @pytest.fixture(scope="module")
 def engine(policy):
-    made = VllmEngine(policy, max_rows=11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "PREFILL_TOKENS", 64)  # so that prompts wait for a later prefill
+        made = VllmEngine(policy, max_rows=11)
     made.wake()
     made.set_weights(policy.weights(), 3)
     yield made
@@ -208,13 +211,11 @@ def test_the_process_is_left_as_it_was(engine) -> None:
     assert (threads, torch.get_num_threads()) == (2, 1)
 
 
-def test_starting_and_ending_leave_the_global_generators_alone(policy) -> None:
+def test_what_a_start_does_to_the_global_generators_is_undone() -> None:
     torch.manual_seed(7), random.seed(7), np.random.seed(7)
     expected = torch.rand(1).item(), random.random(), np.random.rand()
     torch.manual_seed(7), random.seed(7), np.random.seed(7)
     # Only one vLLM can run in a process, so its start is left out: the guard alone.
-    from sapo.rollout.vllm.core import _process_kept
-
-    with _process_kept():
+    with core._process_kept():
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
     assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected

