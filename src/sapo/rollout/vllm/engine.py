@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 from sapo.config import RolloutConfig, RunConfig, VllmConfig
 from sapo.data import Completion
 from sapo.errors import ConfigError, Interrupted
-from sapo.model.adapters import folded_weights, folds, is_adapted
+from sapo.model.adapters import folded_weights, unfoldable
 from sapo.model.policy import Policy
 from sapo.rollout.engine import Capabilities, Request, Weights, check_lengths
 from sapo.rollout.experts import ExpertLog
@@ -114,9 +114,10 @@ class VllmEngine:
 
 
 def _check_adapter(policy: Policy) -> None:
-    for name, module in policy.model.named_modules():
-        if is_adapted(module) and not folds(module):
-            raise ConfigError(
-                f"rollout.engine=vllm takes adapters that fold into the weights (plain LoRA); got another at {name}; "
-                "use rollout.engine=local"
-            )
+    name = unfoldable(policy)
+    if name is not None:
+        raise ConfigError(
+            "rollout.engine=vllm takes adapters that fold into the weight of a linear layer, which those of experts "
+            f"and routers do not; got one at {name}; set model.lora.targets to the attention's layers, as "
+            "[q_proj,k_proj,v_proj,o_proj], or rollout.engine=local"
+        )
