@@ -15,9 +15,10 @@ from sapo.errors import ConfigError, ModelError
 from sapo.model.adapters import add_adapter
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
+from sapo.rollout.engine import Request
 from sapo.rollout.vllm import core
 from sapo.rollout.vllm.engine import VllmEngine
-from support.engine_cases import params, plain_logprobs, ragged_requests
+from support.engine_cases import params, plain_logprobs, ragged_requests, random_ids, request
 from support.plain_models import plain_copy
 from support.policies import make_policy
 from support.vllm_cases import disturb, needs_vllm, wide_policy
@@ -49,10 +50,10 @@ CASES = {
 }
 
 
-def gap(engine: VllmEngine, policy: Policy) -> float:
+def gap(engine: VllmEngine, policy: Policy, requests: list[Request] | None = None) -> float:
     """Return the largest difference of a log-probability from a plain forward at the policy's weights."""
     plain = plain_copy(policy.model)
-    requests = ragged_requests()
+    requests = requests or ragged_requests()
     return max(
         float((torch.tensor(c.logprobs) - plain_logprobs(plain, asked.prompt.token_ids, c, 1.0)).abs().max())
         for asked, group in zip(requests, engine.generate(requests, params(max_new_tokens=8)), strict=True)
@@ -72,6 +73,18 @@ def test_the_engine_follows_changed_weights(case: str) -> None:
             engine.set_weights(policy.weights(), update)
             assert gap(engine, policy) < TOLERANCE
         assert engine.version == 2
+
+
+def test_what_was_cached_of_a_long_prompt_is_forgotten_with_the_old_weights() -> None:
+    policy = wide_policy("qwen3")
+    # vLLM keeps whole blocks of 128 tokens of a prompt for later requests.
+    requests = [request(random_ids(300, seed=0), 2)]
+    with closing(VllmEngine(policy)) as engine:
+        engine.set_weights(policy.weights(), 0)
+        assert gap(engine, policy, requests) < TOLERANCE
+        disturb(policy)
+        engine.set_weights(policy.weights(), 1)
+        assert gap(engine, policy, requests) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["tied", "mixture"])
