@@ -18,6 +18,7 @@ from sapo.errors import CollapseError, ConfigError, NonFiniteError, ParityError,
 from sapo.model.loading import load_policy
 from sapo.objectives import is_plugin
 from sapo.rollout.registry import check_engine, make_engine
+from sapo.rollout.vllm.core import vllm_version
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import check_loggers
@@ -200,12 +201,13 @@ def _serve_if_other_rank() -> None:
 
 
 def _provenance(config: RunConfig) -> dict[str, Any]:
-    """Return versions, commit and machine, and the name of an objective that is the user's own.
+    """Return versions, commit and machine, the name of an objective that is the user's own, and the version of vLLM.
 
-    A report has the name from here: it imports no module that a run directory names.
+    A report has the name of the objective from here: it imports no module that a run directory names.
     """
     own = {"objective": config.objective.make().name} if is_plugin(config.objective.name) else {}
-    return provenance() | own
+    engine = {"vllm": vllm_version()} if config.rollout.engine == "vllm" else {}
+    return provenance() | own | engine
 
 
 def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:

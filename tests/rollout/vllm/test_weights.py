@@ -45,6 +45,7 @@ CASES = {
     "tied": lambda: wide_policy("qwen3", tie_embeddings=True),
     "mixture": lambda: wide_policy("qwen3_moe"),
     "llama": lambda: wide_policy("llama"),
+    "sliding window": lambda: wide_policy("mistral"),
     "lora of a mixture": lambda: adapted("qwen3_moe", ["q_proj", "o_proj"]),
     "lora": lambda: adapted("qwen3", "all-linear"),
 }
@@ -120,6 +121,17 @@ def test_a_tied_head_of_49_thousand_tokens_follows_changed_weights(
             assert gap(engine, smollm2) > 100 * TOLERANCE
         engine.set_weights(smollm2.weights(), 1)
         assert gap(engine, smollm2) < TOLERANCE
+
+
+def test_a_bfloat16_policy_follows_changed_weights_up_to_rounding() -> None:
+    policy = wide_policy("qwen3", dtype=torch.bfloat16, gain=2.0)
+    with closing(VllmEngine(policy)) as engine:
+        engine.set_weights(policy.weights(), 0)
+        disturb(policy, share=0.3)
+        stale = gap(engine, policy)
+        engine.set_weights(policy.weights(), 1)
+        # bfloat16 keeps 8 bits: single log-probabilities are off by some hundredths.
+        assert gap(engine, policy) < 0.1 < stale / 2
 
 
 def test_heads_without_a_kernel_are_refused_in_one_line() -> None:

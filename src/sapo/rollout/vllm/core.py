@@ -155,6 +155,14 @@ class VllmCore:
         _end_process_group()
 
 
+def vllm_version() -> str:
+    """Return the version of vLLM that is installed."""
+    _prepare_import()
+    import vllm
+
+    return str(vllm.__version__)
+
+
 def check_head_size(size: int) -> None:
     """Refuse a size of attention heads that vLLM's CPU build has no kernel for.
 

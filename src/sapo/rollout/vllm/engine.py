@@ -82,7 +82,8 @@ class VllmEngine:
         assert experts is None, "this engine records no experts"
         if not requests:
             return []
-        check_lengths(requests, params, self._core.max_length)
+        check_lengths(requests, params, self.policy.max_length)
+        self._check_room(requests, params)
         drawing = Drawing(self.policy, self._core, requests, params)
         try:
             while drawing.unfinished:
@@ -111,6 +112,14 @@ class VllmEngine:
         """See `Engine.close`."""
         self._core.close()
         self._ready = False
+
+    def _check_room(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        longest = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
+        if longest > self._core.max_length:
+            raise ConfigError(
+                f"vLLM's cache must hold the longest sequence, prompt and completion; got {longest} tokens and a cache "
+                f"for {self._core.max_length}; raise rollout.vllm.kv_cache_gib, or rollout.vllm.max_model_len if given"
+            )
 
 
 def _check_adapter(policy: Policy) -> None:
