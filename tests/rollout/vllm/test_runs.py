@@ -12,6 +12,7 @@ import sapo
 from sapo.errors import ParityError
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.vllm import core
+from sapo.run.directory import RunDirectory
 from sapo.workflows.evaluation_plan import plan_evaluations
 from sapo.workflows.train import resume
 from support.runs import REWARD, fingerprint, metrics, write_model, write_recipe
@@ -56,6 +57,7 @@ def test_thirty_steps_learn_on_policy(tmp_path: Path) -> None:
     parity = of_kind(run, "parity")
     # by hand: batches 0 to 3, then every tenth; steps count from 1
     assert [m["step"] for m in parity] == [1, 2, 3, 4, 11, 21]
+    assert RunDirectory.read_config(run).provenance["vllm"].startswith("0.32.")
     assert max(m["log_ratio/max_abs"] for m in parity) < 1e-4
 
 
