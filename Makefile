@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test test-oldest browser test-gpu test-scale test-verl reference lint types bench bench-vllm evidence clean
+.PHONY: quickstart demo test test-oldest browser test-gpu test-scale test-verl test-vllm reference lint types bench bench-vllm trials evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -32,6 +32,9 @@ browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's 
 
 test-scale: .venv/installed-dev ## runs as processes: ranks that train together, runs killed and resumed
 	$(BIN)/python -m pytest -n 2 -m scale
+
+test-vllm: .venv-vllm/installed ## the engine `vllm`, on vLLM's CPU build
+	.venv-vllm/bin/python -m pytest tests/rollout/vllm
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
@@ -61,11 +64,14 @@ bench: .venv/installed-dev bench-vllm ## measurements against peers, about an ho
 bench-vllm:
 	PYTHON=$(PYTHON) bench/vllm_cpu.sh
 
+trials: .venv/installed-dev ## runs killed at twenty seeded moments, a quarter of an hour; docs/reliability.md
+	$(BIN)/python -m bench.kills
+
 evidence: .venv/installed-dev ## the runs behind research/evidence.md, two to three hours on two cores; goes on where it was
 	$(BIN)/python -m research.evidence
 
 clean: ## what was built; runs/ stays
-	rm -rf .venv .venv-verl .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-verl .venv-vllm .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
 # another build with gigabytes of CUDA libraries.
@@ -89,8 +95,9 @@ clean: ## what was built; runs/ stays
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# verl cannot be installed beside our transformers, nor the oldest torch beside the tested one. Each has an environment of
-# its own, which looks into .venv for all that its requirements do not pin.
+# verl cannot be installed beside our transformers, nor the oldest torch beside the tested one, and vLLM's CPU build brings
+# seventy packages along. Each has an environment of its own, which looks into .venv for all that its requirements do not
+# pin.
 .venv-%/installed: .venv/installed-dev tests/%-requirements.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/$*-requirements.txt

@@ -47,6 +47,10 @@ class RankError(RunFailure):
     """A rank of a training group that died; the message says which, and where its log is."""
 
 
+class ParityError(RunFailure):
+    """A run whose engine samples with other weights than the policy's."""
+
+
 class RunProcessError(RunFailure):
     """The process of one run of a comparison ended without a result."""
 

@@ -95,7 +95,10 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             },
         ),
         "masked": (write_mixture, {"rollout__overlong": "mask", "rollout__zero_variance": "drop"}),
-        "single": (write_recipe, {"curriculum": {"memory": 0.5}, "rollout__zero_variance": "refill"}),
+        "single": (
+            write_recipe,
+            {"curriculum": {"memory": 0.5}, "rollout__zero_variance": "refill", "rollout__parity_every": 1},
+        ),
         "single_masked": (write_recipe, {"rollout__overlong": "mask"}),
         "single_penalised": (write_recipe, {"rollout__overlong": "penalty", "rollout__overlong_buffer": 4}),
         "corrected": (

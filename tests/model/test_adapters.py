@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sapo.data import Completion, Group, Prompt, Score
 from sapo.errors import ModelError
-from sapo.model.adapters import adapter_off, add_adapter, merged
+from sapo.model.adapters import adapter_off, add_adapter, folded_weights, merged, unfoldable
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
 from sapo.rollout.engine import Request
@@ -47,6 +47,33 @@ def assert_same_completions(policy: Policy, other: Policy) -> None:
     assert [c.token_ids.tolist() for c in drawn] == [c.token_ids.tolist() for c in expected]
     for got, want in zip(drawn, expected, strict=True):
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_folded_weights_are_those_of_the_merged_model_by_its_names(new_policy, architecture: str) -> None:
+    options = {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]} if architecture == "qwen3_moe" else {}
+    policy = with_adapter(new_policy(architecture), **options)
+    assert unfoldable(policy) is None
+    streamed = {name: tensor.clone() for name, tensor in folded_weights(policy, policy.weights())}
+    before = {name: tensor.clone() for name, tensor in new_policy(architecture).weights()}
+    expected = dict(merged(policy).named_parameters())  # by peft
+    assert streamed.keys() == expected.keys() == before.keys()
+    for name, tensor in streamed.items():
+        torch.testing.assert_close(tensor, expected[name].detach(), rtol=0, atol=1e-6)
+    assert sum(not torch.equal(streamed[name], before[name]) for name in before) > 4
+
+
+def test_adapters_of_experts_and_routers_are_named_as_ones_that_do_not_fold(new_policy, policies) -> None:
+    assert unfoldable(policies("qwen3_moe")) is None
+    assert unfoldable(with_adapter(new_policy("qwen3_moe"))) == "model.layers.0.mlp.experts"
+
+
+def test_folded_weights_of_a_policy_without_adapter_are_its_own(policies) -> None:
+    policy = policies("qwen3")
+    for (name, tensor), (expected_name, expected) in zip(
+        folded_weights(policy, policy.weights()), policy.weights(), strict=True
+    ):
+        assert (name, tensor.data_ptr()) == (expected_name, expected.data_ptr())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

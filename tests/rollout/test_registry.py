@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import sapo
 from sapo.config import RolloutConfig
 from sapo.errors import ConfigError
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.registry import METHODS, NEEDS, engine_class, make_engine
+from sapo.rollout.registry import METHODS, NEEDS, check_engine, engine_class, make_engine
 from sapo.workflows.evaluation_plan import plan_evaluations
 from sapo.workflows.train import resume
 from support.list_engine import TEXTS, ListEngine
@@ -51,6 +52,28 @@ def test_the_registry_and_the_protocol_load_no_engine() -> None:
     assert found.strip() == "[]"
 
 
+def test_vllm_that_is_not_installed_is_named_with_the_ways_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
+    config = sapo.load_recipe(write_recipe(tmp_path), ["rollout.engine=vllm", "model.path=no/such/model"])
+    with pytest.raises(
+        ConfigError, match=r"needs the package vllm.*pip install 'sapo-rl\[vllm\]'.*engines\.md"
+    ) as refused:
+        sapo.train(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_engine_vllm_cannot_record_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object())
+    config = sapo.load_recipe(write_recipe(tmp_path), ["rollout.engine=vllm", "model.routing_replay=R3"])
+    with pytest.raises(
+        ConfigError, match=r"needs an engine that records the experts of every token; got rollout\.engine=v"
+    ):
+        check_engine(config)
+
+
 def test_only_the_registry_knows_where_the_local_engine_is() -> None:
     source = Path(sapo.__file__).parent
     named = [
@@ -68,8 +91,8 @@ def test_only_the_registry_knows_where_the_local_engine_is() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("locl", r"rollout.engine must be one of local or module:Class; got 'locl'; did you mean 'local'\?"),
-        ("vllm:", "rollout.engine must be one of local or module:Class; got 'vllm:'"),
+        ("locl", r"rollout.engine must be one of local, vllm or module:Class; got 'locl'; did you mean 'local'\?"),
+        ("vllm:", "rollout.engine must be one of local, vllm or module:Class; got 'vllm:'"),
         ("no_such_module:Engine", "rollout.engine 'no_such_module:Engine': importing 'no_such_module' failed"),
         ("support.list_engine:ListEngin", r"has no class 'ListEngin'; did you mean 'ListEngine'\?"),
         ("support.runs:write_model", "it lacks from_settings, generate, .* capabilities; add what is missing"),

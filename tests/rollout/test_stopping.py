@@ -8,8 +8,8 @@ import torch
 from sapo.data import Completion, Prompt
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
-from sapo.rollout.local.stopping import StopRules
 from sapo.rollout.params import SamplingParams
+from sapo.rollout.stopping import StopRules
 
 
 def draw(policy, stop: tuple[str, ...], samples: int = 96, max_new_tokens: int = 20) -> tuple[Completion, ...]:
@@ -75,9 +75,9 @@ def test_a_string_counts_only_within_the_completion(policies) -> None:
             )
         )
 
-    assert stopped([one, two])
-    assert stopped([two, two, one, two])
-    assert not stopped([two])  # the 1 before it belongs to the prompt
+    for history, ends in (([one, two], True), ([two, two, one, two], True), ([two], False)):
+        assert stopped(history) == ends  # the 1 before a lone 2 belongs to the prompt
+        assert rules.ends(0, history) == ends
     assert not stopped([one, one])
 
 

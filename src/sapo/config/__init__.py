@@ -10,7 +10,7 @@ from sapo.config.experiments import ExperimentsConfig, SamplerDtype, SamplerSwit
 from sapo.config.logging import LogConfig, ProfileConfig, TrackioConfig, WandbConfig
 from sapo.config.model import ColdStartConfig, LoraConfig, ModelConfig
 from sapo.config.objective import KLConfig, ObjectiveConfig, TISConfig
-from sapo.config.rollout import RolloutConfig
+from sapo.config.rollout import RolloutConfig, VllmConfig
 from sapo.config.run import RunConfig
 from sapo.config.section import Section
 from sapo.config.tasks import CurriculumConfig, PromptConfig, ShotConfig, TaskConfig
@@ -43,6 +43,7 @@ __all__ = [
     "TaskConfig",
     "TrackioConfig",
     "TrainConfig",
+    "VllmConfig",
     "WandbConfig",
     "WarningsConfig",
 ]

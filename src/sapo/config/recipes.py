@@ -165,6 +165,8 @@ RESUMABLE_KEYS = (
     "train.ranks",
     "train.replicas",
     "train.max_restarts",
+    "rollout.parity_every",
+    "rollout.parity_tolerance",
 )
 
 

@@ -9,12 +9,37 @@ from pydantic import Field, field_validator, model_validator
 from sapo.config.section import Section
 
 
+class VllmConfig(Section):
+    """Settings of the engine `vllm`. The number of sequences decoded together is `rollout.max_rows`."""
+
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes for weights and cache while it draws. It sleeps while the trainer works.
+    A CPU takes `kv_cache_gib` in its place."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Size of the key-value cache in GiB. null: 1 on a CPU, and on a GPU what `gpu_memory_utilization` leaves."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest sequence, prompt and completion together, in tokens. null: that of the model, or the longest that fits
+    the cache."""
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs and compilation: a quicker start and slower decoding. null: on a CPU only."""
+
+
 class RolloutConfig(Section):
     """How completions are drawn."""
 
     engine: str = "local"
-    """What draws completions: `local`, which samples with the trainer's own weights, or `module:Class`, an engine of
-    your own (rollout/engine.py has the protocol)."""
+    """What draws completions: `local`, which samples with the trainer's own weights; `vllm`, which is vLLM in the same
+    process (extra `vllm`, or its CPU build); or `module:Class`, an engine of your own (rollout/engine.py has the
+    protocol)."""
+    vllm: VllmConfig | None = None
+    """Settings of the engine `vllm`; null takes their defaults."""
+    parity_every: int | None = Field(None, ge=0)
+    """Batches between two checks that an engine which copies the weights has the policy's: its log-probabilities are
+    held against the trainer's, and a run whose engine differs stops. The first batches are always checked. null: 10 for
+    such an engine (`vllm`), and none for `local`, which has no copy. 0: none."""
+    parity_tolerance: float | None = Field(None, gt=0)
+    """Largest difference that the check allows. In float32 it is the largest |log r| of a token, and null is 0.001. In
+    16 bits it is the mean |r - 1|, since single tokens differ by rounding, and null is 0.1."""
     prompts_per_step: int = Field(32, ge=1)
     """Prompts of one rollout batch."""
     samples_per_prompt: int = Field(8, ge=2)
@@ -68,6 +93,12 @@ class RolloutConfig(Section):
         if value not in ("auto", True, False):
             raise ValueError(f"cuda_graphs must be auto, true or false; got {value!r}; auto suits every device")
         return bool(value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _vllm_of_the_engine(self) -> RolloutConfig:
+        if self.vllm is not None and self.engine == "local":
+            raise ValueError("rollout.vllm is for rollout.engine=vllm; got engine local; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _options_of_their_choice(self) -> RolloutConfig:

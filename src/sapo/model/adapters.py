@@ -118,6 +118,18 @@ def folds(module: Any) -> bool:
     )
 
 
+def unfoldable(policy: Any) -> str | None:
+    """Return the name of a module whose adapter does not fold into the weight of a linear layer; None without one.
+
+    Adapters of experts and routers are such: peft wraps their parameters, and not a layer.
+    """
+    for name, module in policy.model.named_modules():
+        adapts = type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer")
+        if adapts and not (is_adapted(module) and folds(module)):
+            return str(name)
+    return None
+
+
 def folded_weight(module: Any) -> torch.Tensor:
     """Return the (out, in) weight of a linear layer, with the product of a foldable adapter added in a copy."""
     if not is_adapted(module):
@@ -126,6 +138,46 @@ def folded_weight(module: Any) -> torch.Tensor:
     if module.disable_adapters:
         return weight
     return weight + module.get_delta_weight(module.active_adapters[0]).detach()
+
+
+def folded_weights(policy: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield weights by the names they have without an adapter, its product added in a copy, one layer at a time.
+
+    Args:
+        policy: its adapter is one that folds, or it has none.
+        weights: every parameter by the policy's own name, as `Policy.weights` yields them.
+    """
+    adapted = {name: module for name, module in policy.model.named_modules() if is_adapted(module)}
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        layer, part = _adapted_part(name)
+        if layer not in adapted:
+            yield name, tensor
+        elif part == "bias":
+            yield f"{layer}.bias", tensor
+        else:
+            parts = waiting.setdefault(layer, {})
+            parts[part] = tensor
+            if len(parts) == 3:
+                yield f"{layer}.weight", _folded(adapted[layer], **waiting.pop(layer))
+    assert not waiting, f"weights of an adapted layer are missing: {sorted(waiting)[0]}"
+
+
+def _adapted_part(name: str) -> tuple[str, str]:
+    """Split the name of a parameter of an adapted layer: the layer, and base, a, b or bias; others give nothing."""
+    infixes = {".base_layer.weight": "base", ".base_layer.bias": "bias", ".lora_A.": "a", ".lora_B.": "b"}
+    for infix, part in infixes.items():
+        layer, found, _ = name.partition(infix)
+        if found:
+            return layer, part
+    return "", ""
+
+
+def _folded(module: Any, base: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if module.disable_adapters:
+        return base
+    product = (b.float() @ a.float()) * module.scaling[module.active_adapters[0]]
+    return (base.float() + product).to(base.dtype)
 
 
 def _install(policy: Any, adapter: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 
 from sapo.config import RunConfig
 from sapo.data import Completion, Group, Prompt
@@ -85,6 +86,20 @@ class Collector:
             with self._phase("generate"):
                 stack.enter_context(loaded(self.engine, weights, version))
             return self.selector.select(batch, position, lambda prompts: self._groups(prompts, record_experts))
+
+    def probe(self, like: Sequence[Group], weights: Weights, version: int) -> list[Group]:
+        """Draw completions of the same prompts from whole distributions, for a comparison of log-probabilities.
+
+        They are neither scored nor trained on.
+        """
+        params = replace(self.params, top_p=1.0, top_k=0, min_p=0.0)
+        requests = [Request(group.prompt, len(group.completions)) for group in like]
+        with loaded(self.engine, weights, version):
+            drawn = draw(self.engine, requests, params, self._should_stop)
+        return [
+            Group(group.prompt, completions, advantages=(0.0,) * len(completions))
+            for group, completions in zip(like, drawn, strict=True)
+        ]
 
     def _groups(self, prompts: Sequence[Prompt], record_experts: bool) -> list[Group]:
         experts = ExpertLog() if record_experts else None

@@ -65,6 +65,31 @@ class Capabilities:
     exact_logprobs: bool = True
     """A token's log-probability is that of the distribution it was drawn from. Log pi_old can be taken from the engine,
     and objective.tis weigh by it, only where that holds."""
+    copies_weights: bool = False
+    """It samples with a copy of the weights in a form of its own, so that a run proves from time to time that the copy
+    is the policy's (`rollout.parity_every`)."""
+
+
+def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: int | None) -> None:
+    """Refuse requests that do not fit the positions of the model, or the sampling settings.
+
+    Args:
+        limit: positions of the model, None where its config does not say.
+
+    Raises:
+        ValueError: the rule, and the way out.
+    """
+    longest = max(len(r.prompt.token_ids) for r in requests)
+    if limit is not None and longest + params.max_new_tokens > limit:
+        raise ValueError(
+            f"prompt and completion must fit the model's {limit} positions; got a prompt of {longest} tokens and "
+            f"max_new_tokens {params.max_new_tokens}; shorten one of them"
+        )
+    most = max((max(r.limits) for r in requests if r.limits), default=0)
+    if most > params.max_new_tokens:
+        raise ValueError(
+            f"a sample's limit must not exceed max_new_tokens; got {most} and {params.max_new_tokens}; raise that"
+        )
 
 
 class Engine(Protocol):

@@ -5,6 +5,7 @@ A class is loaded when it is named, so that an engine costs nothing where anothe
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from sapo.config import RolloutConfig, RunConfig
@@ -17,7 +18,10 @@ from sapo.utils.plugins import import_named
 if TYPE_CHECKING:
     from sapo.model.policy import Policy
 
-ENGINES: dict[str, str] = {"local": "sapo.rollout.local.engine:LocalEngine"}
+ENGINES: dict[str, str] = {
+    "local": "sapo.rollout.local.engine:LocalEngine",
+    "vllm": "sapo.rollout.vllm.engine:VllmEngine",
+}
 """Name -> where the class is."""
 
 NEEDS = {
@@ -41,6 +45,11 @@ def engine_class(name: str) -> type[Engine]:
         raise ConfigError(
             f"rollout.engine must be one of {', '.join(ENGINES)} or module:Class; got {name!r}"
             f"{did_you_mean(name, ENGINES)}"
+        )
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm needs the package vllm, which is not installed; pip install 'sapo-rl[vllm]' on a "
+            "machine with a GPU, docs/engines.md on one without, or set rollout.engine=local"
         )
     found = import_named(ENGINES.get(name, name), what="rollout.engine", noun="class", error=ConfigError)
     _check_protocol(name, found)
@@ -67,10 +76,11 @@ def check_engine(config: RunConfig) -> None:
     """Refuse a recipe that asks its engine for what it cannot do.
 
     Raises:
-        ConfigError: see `engine_class`; or the rule that is broken, and the way out.
+        ConfigError: see `engine_class`; or the rule that is broken, and the way out. An engine's own rules are in its
+            class method `check(config)`, if it has one.
     """
     name, replay = config.rollout.engine, config.model.routing_replay
-    engine_class(name)
+    engine = engine_class(name)
     if replay in (True, "R3"):
         key = f"model.routing_replay={'true' if replay is True else replay}"
         require(name, "records_experts", key, "set it to R2, which the trainer records")
@@ -80,6 +90,8 @@ def check_engine(config: RunConfig) -> None:
         require(name, "exact_logprobs", "train.old_logprobs=engine", "set it to trainer")
     if config.objective.tis is not None:
         require(name, "exact_logprobs", "objective.tis", "leave it out")
+    if callable(check := getattr(engine, "check", None)):
+        check(config)
 
 
 def require(name: str, capability: str, wanted_by: str, way_out: str) -> None:

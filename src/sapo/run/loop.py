@@ -42,6 +42,7 @@ from sapo.run.held_out import HeldOutEvaluations
 from sapo.run.journal import Journal
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import LoggerSet
+from sapo.run.parity import ParityCheck
 from sapo.run.preflight import TaskSet
 from sapo.run.profiling import Profiler, phases
 from sapo.run.records import token_gates
@@ -123,6 +124,7 @@ class TrainingRun:
         self.collector = Collector(
             config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula, self._phase, should_stop
         )
+        self.parity = ParityCheck(config, policy, self.collector, self.logprobs, directory.path)
         self.held_out = HeldOutEvaluations(config, policy, self.engine, tasks, should_stop)
 
     def run(self) -> StopReason | None:
@@ -193,9 +195,18 @@ class TrainingRun:
             state.num_sampled, state.position, weights, self._version, self._engine_records()
         )
         check_sampled([*selected.groups, *selected.dropped])
+        self._check_parity(selected)
         groups = self._with_logprobs(selected, sampled_at)
         self._remember(selected)
         return RolloutBatch(groups, selected.dropped, self.collector.selector.figures(selected), self.engine.version)
+
+    def _check_parity(self, selected: Selection) -> None:
+        """Prove, where it is due, that an engine with a copy of the weights has the policy's."""
+        state = self.state
+        if self.parity.due(state.num_sampled):
+            with self._phase("old_logprobs"):
+                found = self.parity.check([*selected.groups, *selected.dropped], state.step, self._version)
+            self._append({"kind": "parity", "step": state.step + 1, **found})
 
     @property
     def _version(self) -> int:

@@ -78,6 +78,51 @@ def check_sampled(groups: Sequence[Group]) -> None:
                 raise NonFiniteError("a log-probability of the sampler is not finite: its weights are ruined")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How far the engine's log-probabilities are from the trainer's.
+
+    >>> Comparison(log_ratio_max_abs=0.25, ratio_abs_dev=0.01, tokens=512, engine=-1.5, trainer=-1.25).tokens
+    512
+    """
+
+    log_ratio_max_abs: float
+    """Largest |log r|, in nats."""
+    ratio_abs_dev: float
+    """Mean |r - 1| over tokens."""
+    tokens: int
+    """Tokens compared."""
+    engine: float
+    """Log-probability by the engine of the token that they differ most about."""
+    trainer: float
+    """The trainer's of the same token."""
+
+
+def compare_logprobs(logprobs: GroupLogprobs, groups: Sequence[Group]) -> Comparison:
+    """Hold the engine's log-probabilities of a few groups against the trainer's, at the weights that sampled.
+
+    Raises:
+        NonFiniteError: a log-probability is not finite.
+    """
+    checked = groups[:CHECKED_GROUPS]
+    theirs = np.concatenate([c.logprobs for g in checked for c in g.completions], dtype=np.float64)
+    ours = np.concatenate([part for per_group in logprobs.compute(checked) for part in per_group], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # of two infinities
+        difference = ours - theirs
+    if len(wrong := np.flatnonzero(~np.isfinite(difference))):
+        raise NonFiniteError(
+            f"a log-probability is not finite in the self-check: {theirs[wrong[0]]} by the engine, {ours[wrong[0]]} by "
+            "the trainer"
+        )
+    worst, count = int(np.abs(difference).argmax()), len(difference)
+    # One after the other by the C library: numpy adds in another order, and its expm1 is another on each processor.
+    total = 0.0
+    for moved in np.minimum(20.0, difference).tolist():
+        total += abs(math.expm1(moved))
+    largest = float(abs(difference[worst]))
+    return Comparison(largest, total / count, count, float(theirs[worst]), float(ours[worst]))
+
+
 def check_old_logprobs(
     logprobs: GroupLogprobs,
     groups: Sequence[Group],
@@ -102,23 +147,10 @@ def check_old_logprobs(
     Raises:
         NonFiniteError: a log-probability is not finite.
     """
-    checked = groups[:CHECKED_GROUPS]
-    theirs = np.concatenate([c.logprobs for g in checked for c in g.completions], dtype=np.float64)
-    ours = np.concatenate([part for per_group in logprobs.compute(checked) for part in per_group], dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # of two infinities
-        difference = ours - theirs
-    if len(wrong := np.flatnonzero(~np.isfinite(difference))):
-        raise NonFiniteError(
-            f"a log-probability is not finite in the self-check: {theirs[wrong[0]]} by the engine, {ours[wrong[0]]} by "
-            "the trainer"
-        )
-    worst, count = float(np.abs(difference).max()), len(difference)
-    # One after the other by the C library: numpy adds in another order, and its expm1 is another on each processor.
-    total = 0.0
-    for moved in np.minimum(20.0, difference).tolist():
-        total += abs(math.expm1(moved))
-    equal = worst <= settings.self_check_tolerance and full_distribution and not rounded
+    seen = compare_logprobs(logprobs, groups)
+    equal = seen.log_ratio_max_abs <= settings.self_check_tolerance and full_distribution and not rounded
     chosen = old_logprobs or settings.old_logprobs
     if chosen == "auto":
         chosen = "engine" if equal and not both else "trainer"
-    return SelfCheck(chosen, equal, not full_distribution, worst, total / count, count, rounded)
+    cut = not full_distribution
+    return SelfCheck(chosen, equal, cut, seen.log_ratio_max_abs, seen.ratio_abs_dev, seen.tokens, rounded)

@@ -15,11 +15,12 @@ from typing import Any
 from sapo.config import RunConfig
 from sapo.config.recipes import override_run
 from sapo.conformance.objective_laws import Judgement
-from sapo.errors import CollapseError, ConfigError, NonFiniteError, RankError
+from sapo.errors import CollapseError, ConfigError, NonFiniteError, ParityError, RankError
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
 from sapo.objectives import is_plugin
 from sapo.rollout.registry import check_engine, make_engine
+from sapo.rollout.vllm.core import vllm_version
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import check_loggers
@@ -70,8 +71,8 @@ def train(
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
-        NonFiniteError, CollapseError, RankError: the run stopped itself; the message, which failure.json keeps, names
-            step, cause and checkpoint.
+        NonFiniteError, CollapseError, ParityError, RankError: the run stopped itself; the message, which failure.json
+            keeps, names step, cause and checkpoint.
     """
     _serve_if_other_rank()
     if config.run_dir is None:
@@ -230,12 +231,13 @@ def _serve_if_other_rank() -> None:
 
 
 def _provenance(config: RunConfig) -> dict[str, Any]:
-    """Return versions, commit and machine, and the name of an objective that is the user's own.
+    """Return versions, commit and machine, the name of an objective that is the user's own, and the version of vLLM.
 
-    A report has the name from here: it imports no module that a run directory names.
+    A report has the name of the objective from here: it imports no module that a run directory names.
     """
     own = {"objective": config.objective.make().name} if is_plugin(config.objective.name) else {}
-    return provenance() | own
+    engine = {"vllm": vllm_version()} if config.rollout.engine == "vllm" else {}
+    return provenance() | own | engine
 
 
 def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
@@ -280,6 +282,6 @@ def _run_to_its_end(training: TrainingRun) -> Run:
         try:
             stopped = training.run()
             return Run(training.directory.path, training.config, training.summary(), stopped)
-        except (NonFiniteError, CollapseError, RankError) as error:
+        except (NonFiniteError, CollapseError, ParityError, RankError) as error:
             training.directory.write_failure(str(error))
             raise

@@ -30,8 +30,8 @@ from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.decoder import FastDecoder, refusal
 from sapo.rollout.local.layouts import Part, StaticLayout
 from sapo.rollout.local.sampling import sample_tokens
-from sapo.rollout.local.stopping import StopRules
 from sapo.rollout.params import SamplingParams
+from sapo.rollout.stopping import StopRules
 from sapo.utils.text import first_line
 
 GraphChoice = bool | Literal["auto", "eager"]

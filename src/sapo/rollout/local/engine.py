@@ -24,7 +24,7 @@ from sapo.data import Completion
 from sapo.errors import Interrupted
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import prefix_tree
-from sapo.rollout.engine import Capabilities, Request, Weights
+from sapo.rollout.engine import Capabilities, Request, Weights, check_lengths
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
@@ -32,9 +32,9 @@ from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, 
 from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.local.sampling import sample_tokens
-from sapo.rollout.local.stopping import StopRules
 from sapo.rollout.local.twin import Twin
 from sapo.rollout.params import SamplingParams
+from sapo.rollout.stopping import StopRules
 from sapo.utils.rng import token_uniforms
 from sapo.utils.spans import span
 
@@ -80,7 +80,7 @@ class LocalEngine:
         assert not self._asleep, "an engine draws after `wake` and `set_weights`, not while it sleeps"
         if not requests:
             return []
-        self._check_lengths(requests, params)
+        check_lengths(requests, params, self.policy.max_length)
         recorder = None if experts is None else ExpertRecorder(self._sampler, experts)
         decoding = _Decoding(self._sampler, requests, params, self.max_rows, recorder, self.cuda_graphs)
         with nullcontext() if recorder is None else recorder.recording(hooked=decoding.decoder is self._sampler):
@@ -121,20 +121,6 @@ class LocalEngine:
         """See `Engine.close`."""
         self.sleep()
         self._twin = None
-
-    def _check_lengths(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        limit = self.policy.max_length
-        longest = max(len(r.prompt.token_ids) for r in requests)
-        if limit is not None and longest + params.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt and completion must fit the model's {limit} positions; got a prompt of {longest} tokens and "
-                f"max_new_tokens {params.max_new_tokens}; shorten one of them"
-            )
-        most = max((max(r.limits) for r in requests if r.limits), default=0)
-        if most > params.max_new_tokens:
-            raise ValueError(
-                f"a sample's limit must not exceed max_new_tokens; got {most} and {params.max_new_tokens}; raise that"
-            )
 
 
 class _Decoding:

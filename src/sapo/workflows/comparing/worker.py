@@ -18,7 +18,7 @@ from typing import Any
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
-from sapo.errors import CollapseError, ConfigError, Interrupted, NonFiniteError, UserError
+from sapo.errors import CollapseError, ConfigError, Interrupted, NonFiniteError, ParityError, UserError
 from sapo.evaluation.store import differing
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener
@@ -121,7 +121,8 @@ def main() -> None:
         run = execute(config, reporter, reporter.should_stop)
     except UserError as error:
         reporter.send("refused", message=str(error))
-    except (NonFiniteError, CollapseError) as error:  # this is a result of the comparison: the run is not repeated
+    except (NonFiniteError, CollapseError, ParityError) as error:
+        # This is a result of the comparison: the run is not repeated.
         reporter.send("failed", reason=str(error))
     except Interrupted:
         reporter.send("stopped")

@@ -63,6 +63,13 @@ class StopRules:
         tail = self.policy.decode(history_T[first:generated].tolist())
         return any(string in tail for string in strings)
 
+    def ends(self, number: int, token_ids: Sequence[int]) -> bool:
+        """Return whether the last of a sample's tokens ends it, by its id or because it completes a string."""
+        token = token_ids[-1]
+        if self.ends_SV[number, token]:
+            return True
+        return bool(self.may_SV[number, token]) and self.completed(number, torch.tensor(token_ids), len(token_ids))
+
     def text(self, number: int, token_ids: Sequence[int]) -> str:
         """Return a finished completion's text: what comes before the end token or the stop string."""
         if token_ids[-1] in self.stop_token_ids:

@@ -1,0 +1,140 @@
+"""One call of generate on vLLM: a request for each sample, stepped until every one has ended by our stop rules."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sapo.data import Completion
+from sapo.data.rollouts import FinishReason
+from sapo.model.policy import Policy
+from sapo.rollout.engine import Request
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.stopping import StopRules
+from sapo.rollout.vllm.core import VllmCore
+
+
+def request_seed(seed: int, prompt_id: int, sample: int) -> int:
+    """Return 63 bits from (seed, prompt, sample): the only randomness of a completion.
+
+    >>> request_seed(5, 7, 0) == request_seed(5, 7, 0) != request_seed(5, 7, 1)
+    True
+    """
+    whole = 2**64 - 1
+    packed = struct.pack("<QQQ", seed & whole, prompt_id & whole, sample)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass
+class _Row:
+    """A sample being drawn."""
+
+    request: int
+    sample: int
+    stop_set: int
+    watched: bool
+    """It has stop strings, so that every token is looked at as it comes."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class Drawing:
+    """One call of generate.
+
+    Token ids end a sample within vLLM. Strings end it here, by the rules that the local engine has: vLLM is given no
+    tokenizer, and its own rules read another text where a character is cut into several tokens.
+
+    Args:
+        core: with nothing in flight.
+    """
+
+    def __init__(self, policy: Policy, core: VllmCore, requests: Sequence[Request], params: SamplingParams) -> None:
+        self._core = core
+        self._requests = requests
+        stop_sets = sorted({r.prompt.stop for r in requests})
+        self._rules = StopRules(policy, stop_sets, params.stop_token_ids)
+        self._rows: dict[str, _Row] = {}
+        for i, request in enumerate(requests):
+            stop_set, watched = stop_sets.index(request.prompt.stop), bool(request.prompt.stop)
+            for sample in range(request.samples):
+                self._rows[f"{i}/{sample}"] = _Row(i, sample, stop_set, watched)
+        self._unfinished = set(self._rows)
+        for name, row in self._rows.items():
+            request = requests[row.request]
+            prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+            core.engine.add_request(name, prompt, _vllm_params(request, row, params))
+
+    @property
+    def unfinished(self) -> bool:
+        """Return whether a sample has not ended."""
+        return bool(self._unfinished)
+
+    def step(self) -> None:
+        """Draw one more token of each sample in vLLM's batch."""
+        ended = []
+        for output in self._core.step():
+            row, (part,) = self._rows[output.request_id], output.outputs
+            if self._take(row, part.token_ids, part.logprobs):
+                ended.append(output.request_id)
+                row.finish = "stop"
+            elif part.finish_reason is not None:
+                row.finish = "stop" if part.finish_reason == "stop" else "length"
+            if row.finish is not None:
+                self._unfinished.discard(output.request_id)
+        if ended:
+            self._core.engine.abort_request(ended)
+
+    def abort(self) -> None:
+        """End what has not ended, so that vLLM keeps nothing of this call."""
+        if self._unfinished:
+            self._core.engine.abort_request(sorted(self._unfinished))
+            self._unfinished.clear()
+
+    def completions(self) -> list[tuple[Completion, ...]]:
+        """Return all results, in the order of the requests."""
+        rows = iter(self._rows.values())
+        return [tuple(self._completion(next(rows)) for _ in range(r.samples)) for r in self._requests]
+
+    def _take(self, row: _Row, token_ids: Sequence[int], logprobs: Sequence[Any]) -> bool:
+        """Append new tokens to a row; return whether one of them has completed a stop string."""
+        for token, found in zip(token_ids, logprobs, strict=True):
+            row.token_ids.append(token)
+            row.logprobs.append(found[token].logprob)
+            if row.watched and self._rules.ends(row.stop_set, row.token_ids):
+                return True
+        return False
+
+    def _completion(self, row: _Row) -> Completion:
+        assert row.finish is not None, "a sample was lost"
+        return Completion(
+            token_ids=np.array(row.token_ids, dtype=np.int64),
+            logprobs=np.array(row.logprobs, dtype=np.float32),
+            finish_reason=row.finish,
+            text=self._rules.text(row.stop_set, row.token_ids),
+        )
+
+
+def _vllm_params(request: Request, row: _Row, params: SamplingParams) -> Any:
+    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VllmParams(
+        n=1,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k or -1,
+        min_p=params.min_p,
+        seed=request_seed(params.seed, request.prompt.id, row.sample),
+        max_tokens=request.limits[row.sample] if request.limits else params.max_new_tokens,
+        stop_token_ids=sorted(params.stop_token_ids),
+        ignore_eos=True,  # ours are explicit
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA if row.watched else RequestOutputKind.FINAL_ONLY,
+    )

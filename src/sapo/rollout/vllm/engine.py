@@ -1,0 +1,132 @@
+"""The engine `vllm`: completions by vLLM in this process, in tokens and with the log-probabilities they were drawn by.
+
+Each sample is a request of its own, whose noise is seeded by (seed, prompt, sample) alone. A sample therefore draws the
+same noise whatever else is in the batch; vLLM rounds by the composition of its batches, so that a token whose
+probability falls on the edge of a draw may still differ. Weights are a copy in vLLM's own form. `run/parity.py` proves
+from time to time that it is the policy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self
+
+from sapo.config import RolloutConfig, RunConfig, VllmConfig
+from sapo.data import Completion
+from sapo.errors import ConfigError, Interrupted
+from sapo.model.adapters import folded_weights, unfoldable
+from sapo.model.policy import Policy
+from sapo.rollout.engine import Capabilities, Request, Weights, check_lengths
+from sapo.rollout.experts import ExpertLog
+from sapo.rollout.params import SamplingParams
+from sapo.rollout.vllm.core import VllmCore, check_head_size
+from sapo.rollout.vllm.drawing import Drawing
+
+
+class VllmEngine:
+    """Samples completions with vLLM.
+
+    Args:
+        policy: the model; vLLM is started from its config, without weights.
+        max_rows: sequences decoded together.
+        settings: `rollout.vllm` of the recipe.
+
+    Raises:
+        ConfigError, ModelError: vLLM cannot run this model here; the message says why.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities(copies_weights=True)
+
+    def __init__(self, policy: Policy, max_rows: int = 256, settings: VllmConfig | None = None) -> None:
+        _check_adapter(policy)
+        self.policy = policy
+        self.version = 0
+        self._core = VllmCore(policy, max_rows, settings or VllmConfig())
+        self._ready = False
+
+    @classmethod
+    def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
+        """See `Engine.from_settings`."""
+        return cls(policy, settings.max_rows, settings.vllm)
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse what a recipe asks for and this engine cannot do, before anything is loaded or made.
+
+        Raises:
+            ConfigError: the rule, and the way out.
+        """
+        if config.train.ranks > 1:
+            raise ConfigError(
+                f"rollout.engine=vllm runs in the process that trains, which must be one; got train.ranks="
+                f"{config.train.ranks}; set train.ranks=1 or rollout.engine=local"
+            )
+        if config.device not in ("auto", "cpu", "cuda", "cuda:0"):
+            raise ConfigError(
+                f"rollout.engine=vllm draws on the first device it sees; got device={config.device}; set device=cuda "
+                f"and the environment's CUDA_VISIBLE_DEVICES={config.device.partition(':')[2]}"
+            )
+        made = config.model.coldstart
+        if made is not None and not config.device.startswith("cuda"):
+            check_head_size(made.hidden_size // made.heads)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool] = lambda: False,
+        experts: ExpertLog | None = None,
+    ) -> list[tuple[Completion, ...]]:
+        """See `Engine.generate`."""
+        assert self._ready, "an engine draws after `set_weights`, and not while it sleeps"
+        assert experts is None, "this engine records no experts"
+        if not requests:
+            return []
+        check_lengths(requests, params, self.policy.max_length)
+        self._check_room(requests, params)
+        drawing = Drawing(self.policy, self._core, requests, params)
+        try:
+            while drawing.unfinished:
+                if should_stop():
+                    raise Interrupted
+                drawing.step()
+        finally:
+            drawing.abort()
+        return drawing.completions()
+
+    def set_weights(self, weights: Weights, version: int) -> None:
+        """See `Engine.set_weights`. An adapter is folded into the weights, one layer after the other."""
+        self._core.load(folded_weights(self.policy, weights))
+        self.version, self._ready = version, True
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`. A CPU keeps the memory."""
+        self._core.sleep()
+        self._ready = False
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        self._core.wake()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._core.close()
+        self._ready = False
+
+    def _check_room(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        longest = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
+        if longest > self._core.max_length:
+            raise ConfigError(
+                f"vLLM's cache must hold the longest sequence, prompt and completion; got {longest} tokens and a cache "
+                f"for {self._core.max_length}; raise rollout.vllm.kv_cache_gib, or rollout.vllm.max_model_len if given"
+            )
+
+
+def _check_adapter(policy: Policy) -> None:
+    name = unfoldable(policy)
+    if name is not None:
+        raise ConfigError(
+            "rollout.engine=vllm takes adapters that fold into the weight of a linear layer, which those of experts "
+            f"and routers do not; got one at {name}; set model.lora.targets to the attention's layers, as "
+            "[q_proj,k_proj,v_proj,o_proj], or rollout.engine=local"
+        )

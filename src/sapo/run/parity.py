@@ -1,0 +1,95 @@
+"""The parity check of an engine that copies the weights: does it sample with the policy's?
+
+An engine with a copy of its own can hold other weights than the policy without any error: a layer that a sync left as
+it was, an adapter that was not folded in, a cache of older weights. Its log-probabilities of what it has just drawn are
+therefore held against the trainer's after the first syncs and every so often, and a run whose engine differs stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sapo.config import RunConfig
+from sapo.data import Group
+from sapo.errors import ParityError
+from sapo.model.policy import Policy
+from sapo.rollout.collector import Collector
+from sapo.run.self_check import CHECKED_GROUPS, Comparison, compare_logprobs
+from sapo.training.logprobs import GroupLogprobs
+
+FIRST_BATCHES = 4
+"""Batches from the run's first that are all checked: the one at the starting weights, and those of the first three
+syncs of weights that an update has changed. Reloading the same weights hides most faults of a sync."""
+EVERY = 10
+"""Batches between two checks after that, where the recipe does not say."""
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
+
+
+class ParityCheck:
+    """The parity checks of one run.
+
+    Args:
+        config: `rollout.parity_every`, `rollout.parity_tolerance` and what decides how the engine samples are used.
+        collector: draws anew where the batch's own log-probabilities are of another distribution than the policy's.
+        directory: of the run, for the message.
+    """
+
+    def __init__(
+        self, config: RunConfig, policy: Policy, collector: Collector, logprobs: GroupLogprobs, directory: Path
+    ) -> None:
+        rollout, copies = config.rollout, collector.engine.capabilities.copies_weights
+        self._config = config
+        self._policy = policy
+        self._collector = collector
+        self._logprobs = logprobs
+        self._directory = directory
+        self._every = (EVERY if copies else 0) if rollout.parity_every is None else rollout.parity_every
+        # Under staleness, batches are drawn ahead of the first update.
+        self._first = FIRST_BATCHES + -(-rollout.staleness // config.train.minibatches)
+        self._by_token = policy.dtype not in (torch.bfloat16, torch.float16)
+        self._tolerance = rollout.parity_tolerance or (TOLERANCE if self._by_token else TOLERANCE_16_BITS)
+
+    def due(self, batch: int) -> bool:
+        """Return whether a batch (0, 1, ...) is checked."""
+        return self._every > 0 and (batch < self._first or batch % self._every == 0)
+
+    def check(self, groups: Sequence[Group], step: int, version: int) -> dict[str, float]:
+        """Compare a few groups that were just drawn; return the figures for metrics.jsonl.
+
+        Args:
+            step: 0, 1, ...
+            version: updates made by the weights that drew them.
+
+        Raises:
+            ParityError: the engine differs by more than the tolerance.
+        """
+        found = compare_logprobs(self._logprobs, self._of_the_policy(groups[:CHECKED_GROUPS], step, version))
+        worst = found.log_ratio_max_abs if self._by_token else found.ratio_abs_dev
+        if not worst <= self._tolerance:
+            raise ParityError(self._message(found, step))
+        return {
+            "log_ratio/max_abs": found.log_ratio_max_abs,
+            "ratio/abs_dev": found.ratio_abs_dev,
+            "tokens": found.tokens,
+        }
+
+    def _of_the_policy(self, groups: Sequence[Group], step: int, version: int) -> Sequence[Group]:
+        """Return the groups, or others of the same prompts where these were not drawn from the policy as it is."""
+        rounded = self._config.experiments.sampler_dtype_at(step) is not None
+        if self._collector.params.full_distribution and not rounded:
+            return groups
+        return self._collector.probe(groups, self._policy.weights(), version)
+
+    def _message(self, found: Comparison, step: int) -> str:
+        name, what = self._config.rollout.engine, "largest |log r|" if self._by_token else "mean |r - 1|"
+        return (
+            f"step {step + 1}: the engine does not sample with the policy's weights: of the token they differ most "
+            f"about, log-probability {found.engine:.4f} by rollout.engine={name} and {found.trainer:.4f} by the "
+            f"trainer (|log r| {found.log_ratio_max_abs:.2g}, mean |r - 1| {found.ratio_abs_dev:.2g} over "
+            f"{found.tokens} tokens; rollout.parity_tolerance allows {self._tolerance:g} of {what}); look at how the "
+            f"weights of this model reach the engine (docs/engines.md), then `sapo resume {self._directory}`, or start "
+            "again with rollout.engine=local"
+        )
