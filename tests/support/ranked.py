@@ -34,6 +34,7 @@ from sapo.objectives import TIS, KLPenalty, make_objective
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
+from sapo.run.trainers import context_group
 from sapo.training.collective import Collective
 from sapo.training.logprobs import GroupLogprobs
 from sapo.training.optimizer import PolicyOptimizer
@@ -59,6 +60,8 @@ class Case:
     replay: bool = False
     groups: int = 7
     replicas: int = 1
+    context: int = 1
+    heads: tuple[int, int] = (2, 1)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,6 +91,19 @@ CASES = {
     "bfloat16 moe tied": Case("qwen3_moe", tied=True, dtype=torch.bfloat16),
     "replicas": Case(replicas=2),
     "replicas, moe, lora, kl": Case("qwen3_moe", lora=True, replicas=2, settings={"kl": KLPenalty(coefficient=0.1)}),
+    "context": Case(context=2),
+    "context, grouped heads": Case(context=2, heads=(4, 2)),
+    "context, moe, gspo, tis": Case("qwen3_moe", objective="gspo", context=2, settings={"tis": TIS()}),
+    "context, tis by sequence, kl": Case(
+        context=2, settings={"tis": TIS(mode="sequence"), "kl": KLPenalty(coefficient=0.1)}
+    ),
+    "context, lora, activation checkpointing, temperature": Case(
+        lora=True, context=2, settings={"activation_checkpointing": True, "temperature": 0.7}
+    ),
+    "context, one group": Case(context=2, groups=1),
+    "context of two among four": Case(context=2, heads=(4, 1)),
+    "context of four, fewer heads of keys": Case(context=4, heads=(4, 2)),
+    "context of two, replicas": Case(objective="gspo", context=2, replicas=2),
     "float32": Case(dtype=torch.float32),
     "float32 moe tied": Case("qwen3_moe", tied=True, dtype=torch.float32),
 }
@@ -103,8 +119,8 @@ def make_model(case: Case, seed: int = 1) -> Policy:
         pad_token_id=tokenizer.pad_token_id,
         hidden_size=32,
         layers=2,
-        heads=2,
-        kv_heads=1,
+        heads=case.heads[0],
+        kv_heads=case.heads[1],
         intermediate_size=48,
         max_length=64,
         tie_embeddings=case.tied,
@@ -146,7 +162,8 @@ def make_rank(case: Case, ranks: Collective, mesh: DeviceMesh | None) -> Trainer
     )
     settings = TrainerSettings(**{"objective": make_objective(case.objective), "temperature": 1.0, **case.settings})
     routers = Routers(policy) if case.replay else None
-    return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks)
+    context = None if mesh is None else context_group(ranks, case.context)
+    return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks, context=context)
 
 
 def sharded(whole: Policy, ranks: Collective, mesh: DeviceMesh) -> Policy:
@@ -162,7 +179,7 @@ def sharded(whole: Policy, ranks: Collective, mesh: DeviceMesh) -> Policy:
 
 def packer_of(case: Case, size: int) -> Packer:
     kl = case.settings.get("kl") is not None
-    return Packer("sequence_mean", 40, MAX_NEW_TOKENS, include_flat=kl, ranks=size)
+    return Packer("sequence_mean", 40, MAX_NEW_TOKENS, include_flat=kl, ranks=max(1, size // case.context))
 
 
 def drive(case: Case, trainers: Trainers, policy: Policy, size: int) -> dict[str, Any]:

@@ -119,6 +119,13 @@ def test_two_ranks_reach_the_metrics_of_one_process(changes: dict[str, Any], tmp
     assert_equal_to_rounding(tmp_path / "two", tmp_path / "one", STEPS)
 
 
+def test_ranks_that_share_each_micro_batch_reach_the_metrics_of_one_process(tmp_path: Path) -> None:
+    file = str(recipe_in(tmp_path, objective__name="gspo"))
+    finish(start("train", file, "run_dir=one", cwd=tmp_path))
+    finish(start("train", file, "run_dir=two", "train.ranks=2", "train.context_parallel=2", cwd=tmp_path))
+    assert_equal_to_rounding(tmp_path / "two", tmp_path / "one", STEPS)
+
+
 @pytest.mark.parametrize("replay", ["R2", "R3"])
 def test_a_mixture_of_experts_replays_its_routing_on_two_ranks(replay: str, tmp_path: Path) -> None:
     file = recipe_in(tmp_path, model__routing_replay=replay)
@@ -267,6 +274,18 @@ REFUSED = [
     (["train.ranks=0"], None, "train.ranks"),
     (["train.ranks=3", "train.replicas=2"], None, "ranks must be a multiple of replicas; got 3 and 2"),
     (["train.ranks=2", "train.optimizer=adamw_8bit"], None, "train.optimizer=adamw_8bit needs train.ranks=1"),
+    (["train.ranks=2", "train.context_parallel=3"], None, "ranks must be a multiple of context_parallel; got 2 and 3"),
+    (["train.context_parallel=2"], None, "train.context_parallel must divide the number of ranks; got 2 and 1"),
+    (
+        ["train.ranks=4", "train.context_parallel=4"],
+        None,
+        "2 attention heads with 1 of keys and values cannot be shared",
+    ),
+    (
+        ["train.ranks=2", "train.context_parallel=2", "model.routing_replay=true"],
+        None,
+        "train.context_parallel=2 cannot go with model.routing_replay",
+    ),
     (["train.ranks=3"], 2, "train.ranks must be the number of processes that torchrun starts; got 3 and 2"),
     (["train.replicas=3", "train.ranks=3"], 2, "train.ranks must be the number of processes that torchrun starts"),
 ]

@@ -92,9 +92,9 @@ def resume(
         typer.Argument(
             metavar="[KEY=VALUE]...",
             help="Settings to change, as in train.steps=100. These may change: train.steps, train.learning_rate, "
-            "train.tokens_per_microbatch, train.ranks, train.replicas, train.max_restarts, rollout.parity_every, "
-            "rollout.parity_tolerance, eval.every, checkpoint, log, profile, diagnostics and warnings, each with its "
-            "keys.",
+            "train.tokens_per_microbatch, train.ranks, train.replicas, train.max_restarts, "
+            "train.context_parallel, rollout.parity_every, rollout.parity_tolerance, eval.every, checkpoint, log, "
+            "profile, diagnostics and warnings, each with its keys.",
             autocompletion=complete_override,
         ),
     ] = None,

@@ -165,6 +165,7 @@ RESUMABLE_KEYS = (
     "train.ranks",
     "train.replicas",
     "train.max_restarts",
+    "train.context_parallel",
     "rollout.parity_every",
     "rollout.parity_tolerance",
 )

@@ -58,6 +58,19 @@ class TrainConfig(Section):
     replicas: int = Field(1, ge=1)
     """Groups of ranks that hold all weights each (HSDP): sharded within a group, replicated over the groups."""
 
+    context_parallel: int = Field(1, ge=1)
+    """Ranks that share each micro-batch: each computes a slice of its tokens, and attention for a share of the heads
+    (Ulysses). For sequences too long for one device."""
+
+    @model_validator(mode="after")
+    def _context_divides_ranks(self) -> TrainConfig:
+        if self.ranks % self.context_parallel and self.ranks > 1:
+            raise ValueError(
+                f"ranks must be a multiple of context_parallel; got {self.ranks} and {self.context_parallel}; leave "
+                "context_parallel out to give each rank micro-batches of its own"
+            )
+        return self
+
     @model_validator(mode="after")
     def _replicas_divide_ranks(self) -> TrainConfig:
         if self.ranks % self.replicas:

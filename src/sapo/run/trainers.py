@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from sapo.config import RunConfig, TrainConfig
 from sapo.errors import ConfigError
+from sapo.model.context import ContextGroup
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
 from sapo.model.sharding import allocate, shard
@@ -42,6 +44,7 @@ def make_trainer(
     reference: Policy | None = None,
     routers: Routers | None = None,
     ranks: Collective | None = None,
+    context: ContextGroup | None = None,
 ) -> Trainer:
     """Make the trainer of a policy in this process, with a fresh optimizer.
 
@@ -49,6 +52,7 @@ def make_trainer(
         reference: what a KL penalty keeps close to; None for the policy with its adapter switched off.
         routers: for routing replay.
         ranks: the training group that the policy is sharded over.
+        context: the ranks among them that share each micro-batch.
     """
     train = config.train
     optimizer = PolicyOptimizer(
@@ -60,7 +64,7 @@ def make_trainer(
         name=train.optimizer,
         rounded=policy.sharded is not None and not {*policy.sharded.values()} <= {torch.float32, torch.float64},
     )
-    return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks)
+    return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks, context=context)
 
 
 def make_rank(config: RunConfig, policy: Policy, reference: Policy | None, ranks: Collective) -> Trainer:
@@ -81,7 +85,19 @@ def make_rank(config: RunConfig, policy: Policy, reference: Policy | None, ranks
             if empty:
                 allocate(sharded, config.device)
     routers = Routers(policy) if config.model.routing_replay else None
-    return make_trainer(config, trainer_settings(config), policy, reference, routers, ranks)
+    context = context_group(ranks, config.train.context_parallel)
+    return make_trainer(config, trainer_settings(config), policy, reference, routers, ranks, context)
+
+
+def context_group(ranks: Collective, size: int) -> ContextGroup | None:
+    """Make the groups of so many neighbouring ranks, and return this rank's; None for ranks by themselves.
+
+    A collective: every rank makes every group.
+    """
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks.size, size)]
+    return ContextGroup(ranks.rank % size, size, groups[ranks.rank // size])
 
 
 def check_optimizer(config: RunConfig) -> None:
@@ -118,5 +134,5 @@ def make_packer(config: RunConfig, policy: Policy) -> Packer:
         max_new_tokens=config.rollout.max_new_tokens,
         device=policy.device if ranks == 1 else "cpu",
         include_flat=config.objective.kl is not None,
-        ranks=ranks,
+        ranks=ranks // config.train.context_parallel if ranks > 1 else 1,
     )

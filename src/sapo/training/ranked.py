@@ -59,6 +59,8 @@ class RankedTrainers:
         self.own = own
         self._wire = wire
         self._others = range(1, own.ranks.size)
+        self._sharing = 1 if own.context is None else own.context.size
+        self._answering = [rank for rank in self._others if rank % self._sharing == 0]
         self._first_failure = first_failure
         self._on_close = on_close
         self._sent = (policy, own.updates)
@@ -76,14 +78,14 @@ class RankedTrainers:
         with self._together():
             mine = self._deal(shares, call="update", learning_rate=learning_rate)
             result = self.own.update(mine, learning_rate, should_stop)
-            return join_results([result, *(read_result(self._wire.receive(rank)) for rank in self._others)])
+            return join_results([result, *(read_result(self._wire.receive(rank)) for rank in self._answering)])
 
     def logprobs(self, shares: Shares, of: LogprobsOf = "policy", record: bool = False) -> Logprobs:
         """Compute log pi at the present weights; see `Trainers.logprobs`."""
         with self._together():
             mine = self._deal(shares, call="logprobs", of=of, record=record)
             parts = [self.own.logprobs(mine, of, record)]
-            parts += [read_logprobs(self._wire.receive(rank)) for rank in self._others]
+            parts += [read_logprobs(self._wire.receive(rank)) for rank in self._answering]
         experts = tuple(t for part in parts for t in part.experts or ())
         return Logprobs(tuple(t for part in parts for t in part.of_batch), experts if record else None)
 
@@ -141,9 +143,9 @@ class RankedTrainers:
         self._on_close()
 
     def _deal(self, shares: Shares, **header: Any) -> Shares:
-        """Give the other ranks their shares, and return the driver's own."""
+        """Give the other ranks their shares, which those of a context group have in common; return the driver's own."""
         for rank in self._others:
-            self._wire.send(share_message(shares, rank, **header), rank)
+            self._wire.send(share_message(shares, rank // self._sharing, **header), rank)
         return read_share(share_message(shares, 0), self.own.policy.device)
 
     def _tell(self, **header: Any) -> None:
@@ -183,9 +185,11 @@ def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objecti
     header, device = message.header, trainer.policy.device
     match header["call"]:
         case "update":
-            return result_message(trainer.update(read_share(message, device), header["learning_rate"]))
+            result = trainer.update(read_share(message, device), header["learning_rate"])
+            return result_message(result) if trainer.answers else None
         case "logprobs":
-            return logprobs_message(trainer.logprobs(read_share(message, device), header["of"], header["record"]))
+            logprobs = trainer.logprobs(read_share(message, device), header["of"], header["record"])
+            return logprobs_message(logprobs) if trainer.answers else None
         case "gradients":
             trainer.gradients(read_share(message, device), {label: objectives[label] for label in header["labels"]})
         case "send_weights":

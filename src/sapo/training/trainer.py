@@ -16,6 +16,7 @@ from torch import Tensor
 from sapo.data import PackedBatch
 from sapo.errors import Interrupted, NonFiniteError
 from sapo.model.adapters import adapter_off
+from sapo.model.context import ContextGroup
 from sapo.model.head import HeadOutput
 from sapo.model.policy import Policy
 from sapo.model.routing import Recording, Replay, Routers
@@ -51,6 +52,7 @@ class Trainer:
         routers: the policy's, for routing replay: batches that carry recorded experts are run through these. None
             without it.
         ranks: the training group, whose ranks have sharded the policy among them.
+        context: the ranks among them that share each micro-batch.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Trainer:
         reference: Policy | None = None,
         routers: Routers | None = None,
         ranks: Collective | None = None,
+        context: ContextGroup | None = None,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -69,6 +72,7 @@ class Trainer:
         self.reference = reference
         self.routers = routers
         self.ranks = ranks or Collective()
+        self.context = context
         self.updates = 0
         if settings.activation_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,6 +105,11 @@ class Trainer:
         self.updates += 1
         return collect_result(total, norm.item(), outputs, replays, self.settings)
 
+    @property
+    def answers(self) -> bool:
+        """Return whether this rank tells the driver what was measured: one of those that share a micro-batch does."""
+        return self.context is None or self.context.rank == 0
+
     @contextmanager
     def _training(self) -> Iterator[None]:
         """Set the model up for the passes of an update; drop the gradients if the block ends in an exception."""
@@ -127,7 +136,7 @@ class Trainer:
 
     def _forward(self, batch: PackedBatch, settings: TrainerSettings) -> tuple[Tensor, HeadOutput, Surrogate]:
         self._check_replaying(batch)
-        return loss_and_surrogate(self.policy, batch, settings)
+        return loss_and_surrogate(self.policy, batch, settings, self.context)
 
     def _check_replaying(self, batch: PackedBatch) -> None:
         replayed = self.routers is not None and isinstance(self.routers.active, Replay)
@@ -144,7 +153,9 @@ class Trainer:
             for batch in share:
                 with self.replaying(batch), self._recording(record) as recording:
                     self._check_replaying(batch)
-                    logprobs.append(response_logprobs(policy, batch, self.settings.temperature).float().cpu())
+                    logprobs.append(
+                        response_logprobs(policy, batch, self.settings.temperature, self.context).float().cpu()
+                    )
                     if recording is not None:
                         experts.append(recording.take().cpu())
         return Logprobs(tuple(logprobs), tuple(experts) if record else None)

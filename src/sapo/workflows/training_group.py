@@ -25,6 +25,7 @@ from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
 from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import ConfigError, RankError
+from sapo.model.context import check_heads
 from sapo.model.policy import Policy
 from sapo.model.sharding import receive_weights
 from sapo.model.skeleton import buffers, build, describe, set_buffers
@@ -81,6 +82,16 @@ def resolve_ranks(config: RunConfig) -> RunConfig:
             f"train.replicas must divide the number of ranks; got {train.replicas} and {ranks}; leave it out to shard "
             "over all ranks"
         )
+    if ranks % train.context_parallel:
+        raise ConfigError(
+            f"train.context_parallel must divide the number of ranks; got {train.context_parallel} and {ranks}; leave "
+            "it out, or start more ranks"
+        )
+    if train.context_parallel > 1 and config.model.routing_replay:
+        raise ConfigError(
+            f"train.context_parallel={train.context_parallel} cannot go with model.routing_replay, whose records are "
+            "of whole micro-batches; set model.routing_replay=false, or leave context_parallel out"
+        )
     return config.model_copy(update={"train": train.model_copy(update={"ranks": ranks})})
 
 
@@ -88,13 +99,18 @@ def check_ranks(config: RunConfig, policy: Policy) -> None:
     """Refuse a model that the ranks of a group cannot build.
 
     Raises:
-        ConfigError: it brings code of its own.
+        ConfigError: it brings code of its own, or its attention heads cannot be shared.
     """
     if config.train.ranks > 1 and not type(policy.model).__module__.startswith("transformers."):
         raise ConfigError(
             f"train.ranks={config.train.ranks} needs a model of transformers' own, which every rank builds from its "
             f"config; got {type(policy.model).__name__}, which brings code of its own; use train.ranks=1"
         )
+    settings, sharing = policy.model.config, config.train.context_parallel
+    heads = settings.num_attention_heads
+    problem = check_heads(heads, getattr(settings, "num_key_value_heads", None) or heads, sharing)
+    if sharing > 1 and problem is not None:
+        raise ConfigError(f"train.context_parallel={sharing} does not fit the model: {problem}; use a divisor")
 
 
 def start_trainers(
