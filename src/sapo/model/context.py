@@ -74,17 +74,17 @@ def own_slice(batch: PackedBatch, context: ContextGroup, device: torch.device) -
     bounds = context.bounds(padded.num_tokens)
     low, high = bounds[context.rank], bounds[context.rank + 1]
     at = ((batch.predictor_M >= low) & (batch.predictor_M < high)).nonzero()[:, 0]
-    optional = ("reference_logprobs_M", "sampler_logprobs_M")
-    own = replace(
-        padded,
-        token_ids_N=padded.token_ids_N[low:high],
-        position_ids_N=padded.position_ids_N[low:high],
-        predictor_M=batch.predictor_M[at] - low,
-        target_M=batch.target_M[at],
-        sequence_M=batch.sequence_M[at],
-        old_logprobs_M=batch.old_logprobs_M[at],
-        **{name: None if (t := getattr(batch, name)) is None else t[at] for name in optional},
+    of_targets = (
+        "predictor_M",
+        "target_M",
+        "sequence_M",
+        "old_logprobs_M",
+        "reference_logprobs_M",
+        "sampler_logprobs_M",
     )
+    cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[at] for name in of_targets}
+    cut |= {name: getattr(padded, name)[low:high] for name in ("token_ids_N", "position_ids_N")}
+    own = replace(padded, **cut | {"predictor_M": cut["predictor_M"] - low})
     lengths = [stop - start for start, stop in pairwise(bounds)]
     return ContextSlice(own, at, UlyssesLayout(TreeLayout(padded.segments, device), lengths, context))
 
@@ -132,9 +132,8 @@ class UlyssesLayout:
         repeats = size // math.gcd(key.shape[1], size)
         if repeats > 1:  # fewer heads of keys than ranks: each rank needs one of its own
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        mine = (self._heads_for_tokens(x) for x in (query, key, value))
-        output = self._inner.attend(layer, *mine, scaling, sliding_window, softcap)
-        return self._tokens_for_heads(output)
+        query, key, value = (self._heads_for_tokens(x) for x in (query, key, value))
+        return self._tokens_for_heads(self._inner.attend(layer, query, key, value, scaling, sliding_window, softcap))
 
     def _heads_for_tokens(self, own_nHD: Tensor) -> Tensor:
         """Give away all but a share of the heads of this rank's tokens, for that share of all tokens: (N, H / c, D)."""
