@@ -82,7 +82,7 @@ def place(tmp_path: Path) -> Path:
     ("words", "offered"),
     [
         (("sapo", "tr"), ["train"]),
-        (("sapo", "train", "quick"), ["quickstart"]),
+        (("sapo", "train", "quick"), ["quickstart", "quickstart_vllm"]),
         (("sapo", "train", "min"), ["mine.yaml"]),
         (("sapo", "resume", "runs/s"), ["runs/second"]),
         (("sapo", "generate", "models/m"), ["models/mine"]),
