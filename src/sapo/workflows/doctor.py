@@ -31,6 +31,7 @@ EXTRAS = {
     "gguf": "GGUF files",
     "optim": "optimizers with moments of eight bits or fewer",
     "smollm2": "a real model without a hub",
+    "vllm": "the engine vllm",
     "wandb": "Weights & Biases",
     "trackio": "trackio",
     "report": "pages and images of runs",
