@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 # On some processors MKL rounds a product differently with the alignment of its buffers, and a resumed run would not be
 # the run it continues. Read when MKL is first used, hence before torch. research/log.md has what was measured.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# Threads of GNU OpenMP wait for each other by spinning, 300,000 times by default, before they sleep. Beside another busy
-# process they spin on the core that the one they wait for needs. Read when torch is loaded; research/log.md.
+# Threads of GNU OpenMP wait for each other by spinning, 300,000 times by default, before they sleep. Beside another
+# busy process they spin on the core that the one they wait for needs. Read when torch is loaded; research/log.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Below this level the library under torch.profiler writes its stages to standard error. Read when torch is loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
