@@ -42,6 +42,7 @@ SETTINGS = (
     "eval.every=0",
     "eval.problems=16",
     "eval.samples=2",
+    "eval.k=[1]",
     "checkpoint.every=3",
     "checkpoint.keep=2",
     "log.rollouts_every=1",
