@@ -20,9 +20,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
+from sapo.config.recipes import load_recipe
+from sapo.errors import RankError
+from sapo.model.loading import load_policy
+from sapo.run.machine import resolve_machine
+from sapo.workflows import training_group
 from support.processes import PATIENCE, finish, kill_when, last_line, start
 from support.runs import fingerprint, metrics, write_model, write_recipe
 
@@ -198,6 +204,26 @@ def test_a_run_survives_the_death_of_a_rank(number: int, tmp_path: Path, uninter
     assert "Traceback" not in output, output
     assert ("was ended by SIGKILL" in " ".join(output.split())) == killed, when
     assert fingerprint(run, STEPS) == uninterrupted, when
+
+
+def test_a_rank_that_dies_while_it_is_set_up_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_in(tmp_path, train__ranks=2)
+    config = training_group.resolve_ranks(resolve_machine(load_recipe(recipe)))
+    (tmp_path / "run").mkdir()
+    seen: list[psutil.Process] = []
+
+    def dies(*_: Any) -> None:
+        seen.extend(other_ranks(os.getpid()))
+        seen[0].kill()
+        raise RuntimeError("Connection closed by peer")  # what gloo says
+
+    monkeypatch.setattr(training_group, "_make_rank", dies)
+    with pytest.raises(RankError, match=r"rank 1 \(process \d+\) was ended by SIGKILL"):
+        training_group.start_trainers(config, tmp_path / "run", load_policy(tmp_path / "model"), None)
+    assert_gone(seen)
+    assert not dist.is_initialized(), "the ranks can be started again"
 
 
 def test_a_run_that_may_not_restart_its_ranks_says_who_died_and_can_be_resumed(

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
 from sapo.diagnostics.measure import Diagnosis
-from sapo.errors import ConfigError, RankError
+from sapo.errors import ConfigError, RankError, RunFailure
 from sapo.model.context import check_heads
 from sapo.model.policy import Policy
 from sapo.model.sharding import receive_weights
@@ -128,6 +128,10 @@ def start_trainers(
     if size == 1:
         return None
     processes = None if torchrun_ranks() else RankProcesses(size, directory)
+
+    def first_failure(error: Exception) -> str | None:
+        return processes.first_failure() if processes is not None else _lost_connection(error)
+
     try:
         if processes is not None:
             processes.wait_until_ready()
@@ -136,18 +140,22 @@ def start_trainers(
         for rank in range(1, size):
             wire.send(setup, rank)
         own = _make_rank(config, setup, ranks, [p for p in (policy, reference) if p is not None])
-    except BaseException:
+    except BaseException as error:
+        failure = (
+            first_failure(error) if isinstance(error, RuntimeError) and not isinstance(error, RunFailure) else None
+        )
         if processes is not None:
             processes.end(0.0)
+        if dist.is_initialized():  # or the ranks could not be started again
+            dist.destroy_process_group()
+        if failure is not None:
+            raise RankError(failure) from error
         raise
 
     def end() -> None:
         if processes is not None:
             processes.end(ENDING_SECONDS)
         dist.destroy_process_group()
-
-    def first_failure(error: Exception) -> str | None:
-        return processes.first_failure() if processes is not None else _lost_connection(error)
 
     return RankedTrainers(own, wire, policy, first_failure=first_failure, on_close=end)
 
