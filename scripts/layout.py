@@ -14,7 +14,7 @@ MARKS = "<!-- packages -->", "<!-- /packages -->"
 # From the top floor down, as tests/test_floors.py has them.
 ORDER = (
     *("cli", "report", "workflows", "run", "integrations", "evaluation", "diagnostics", "rollout", "training"),
-    *("conformance", "config", "model", "tasks", "objectives", "data", "utils", "sandbox"),
+    *("conformance", "config", "model", "tasks", "environments", "objectives", "data", "utils", "sandbox"),
 )
 
 

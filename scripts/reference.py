@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sapo.config import RunConfig
+from sapo.config.suites import SuiteConfig
 from sapo.workflows.comparing.config import ComparisonConfig
+from scripts import commands
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
@@ -30,6 +32,15 @@ A recipe is a YAML file. Any key can be given on the command line as `key=value`
 of a task or of an objective beside those below are its own: docs/tasks.md and docs/verifiers.md have the tasks' and the
 verifiers', src/sapo/objectives the objectives'.
 """
+
+SUITE = """## A suite
+
+`sapo eval MODEL --suite SUITE` reads a YAML file with these keys ([evaluation.md](evaluation.md)). A benchmark may
+set those of `settings` for itself; its further keys are those of its task.
+"""
+
+PLACES: dict[Any, str] = {list: "N.", dict: "NAME."}
+"""What stands in a key for the place of a section among several."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +63,17 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[Key]:
         key = f"{prefix}{name}"
         meaning = " ".join((field.description or "").split())
         yield Key(key, type_in_words(field.annotation), default_in_words(field), meaning)
-        for inner, is_list in sections_in(field.annotation):
-            yield from keys_of(inner, f"{key}.N." if is_list else f"{key}.")
+        for inner, place in sections_in(field.annotation):
+            yield from keys_of(inner, f"{key}.{place}")
 
 
-def sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Yield the sections that a type holds, and whether they are the members of a list."""
+def sections_in(annotation: Any, place: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    """Yield the sections that a type holds, and "N." for the members of a list, "NAME." for those of a mapping."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        yield annotation, in_list
+        yield annotation, place
         return
     for inner in get_args(annotation):
-        yield from sections_in(inner, in_list or get_origin(annotation) is list)
+        yield from sections_in(inner, place or PLACES.get(get_origin(annotation), ""))
 
 
 def type_in_words(annotation: Any) -> str:
@@ -114,8 +125,18 @@ def table(keys: list[Key]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key in keys:
         cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.meaning)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append("| " + " | ".join(as_cell(cell) for cell in cells) + " |")
     return "\n".join(rows)
+
+
+def as_cell(text: str) -> str:
+    """Return text for a cell of a table: Markdown would take what stands in angle brackets, outside code, for HTML.
+
+    >>> as_cell("runs/<name>, or `a<b|c`")
+    'runs/&lt;name>, or `a<b\\\\|c`'
+    """
+    parts = text.replace("|", "\\|").split("`")
+    return "`".join(part if code % 2 else part.replace("<", "&lt;") for code, part in enumerate(parts))
 
 
 def page() -> str:
@@ -129,13 +150,17 @@ def page() -> str:
         parts.append(f"## {title}\n\n{table(keys)}\n")
     own = [key for key in keys_of(ComparisonConfig) if key.name not in RunConfig.model_fields]
     parts.append(f"## A comparison\n\n`sapo compare RECIPE` reads these keys beside those of a run.\n\n{table(own)}\n")
+    of_all = {key.name.partition(".")[2] for key in keys_of(SuiteConfig) if key.name.startswith("settings.")}
+    suite = [key for key in keys_of(SuiteConfig) if key.name.removeprefix("benchmarks.NAME.") not in of_all]
+    parts.append(f"{SUITE}\n{table(suite)}\n")
     return "\n".join(parts)
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and that of the commands."""
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.name}")
+    commands.main()
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from sapo.model.policy import Policy
-from sapo.model.tiny import ARCHITECTURES
 from support.browser import MISSING
 from support.plain_models import plain_copy
-from support.policies import make_policy
+from support.policies import ATTENTION_ONLY, make_policy
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -43,7 +42,7 @@ def policies() -> Callable[..., Policy]:
     return get
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=(*ATTENTION_ONLY, "qwen3_5"))
 def policy(request: pytest.FixtureRequest, policies: Callable[..., Policy]) -> Policy:
     """A tiny float32 policy of each architecture; not to be changed by a test."""
     return policies(request.param)

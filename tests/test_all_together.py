@@ -90,7 +90,8 @@ def test_a_run_of_everything_measures_it_goes_back_and_resumes_bit_for_bit(tmp_p
     assert updates[0]["mismatch/abs_dev"] > 1e-4, "and mu another's"
     for update in updates:
         assert {"kl", "tis/mean", "routing/changed_share", "theory/variance_mean"} <= update.keys()
-        asked_for_gradients = update["step"] in (1, 3, 6)
+        # Of an update whose tokens the clip has all silenced there is no gradient to compare with.
+        asked_for_gradients = update["step"] in (1, 3, 6) and update["gate/effective_tokens"] > 0
         assert ("true_gradient/grpo/cosine" in update) == asked_for_gradients
     rows = [json.loads(line) for f in sorted((whole / "rollouts").iterdir()) for line in f.open()]
     measured = {(r["update"], r["on_policy"]) for r in rows if "log_ratio" in r}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -16,8 +17,13 @@ import sapo
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(sapo.__path__, "sapo.")]
-HOSTS = {"sapo.integrations.trl": "trl", "sapo.integrations.verl": "verl"}
-"""What these modules live inside: verl only in .venv-verl."""
+HOSTS = {
+    "sapo.integrations.trl": "trl",
+    "sapo.integrations.verl": "verl",
+    "sapo.rollout.servers.worker": "vllm",
+    "sapo.utils.hosted": "ray",
+}
+"""What these modules live inside: verl only in .venv-verl, and likewise vllm and ray."""
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -33,13 +39,20 @@ def test_there_are_examples_in_docstrings() -> None:
     assert total > 40
 
 
-def test_the_wheel_carries_the_recipes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as it would be published."""
+    out = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("sapo_rl-*.whl")
+    (made,) = out.glob("sapo_rl-*.whl")
+    return made
+
+
+def test_the_wheel_carries_the_recipes(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     recipes = list((ROOT / "recipes").rglob("*.yaml"))
     assert any("studies" in recipe.parts for recipe in recipes)
@@ -47,6 +60,30 @@ def test_the_wheel_carries_the_recipes(tmp_path: Path) -> None:
         assert f"sapo/{recipe.relative_to(ROOT).as_posix()}" in names
     for part in ("html", "css", "js"):
         assert f"sapo/evaluation/page/completions.{part}" in names
+    assert "sapo/py.typed" in names
+
+
+def test_the_wheel_works_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked where nothing else of the repository is; what it depends on is that of this environment."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path / "site")}
+    program = (
+        "import sys, sapo; from sapo.cli import main; print(sapo.__file__); "
+        "sapo.load_recipe('quickstart', ['train.steps=1']); sys.argv = ['sapo', 'recipes']; main()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "empty",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.splitlines()[0]).is_relative_to(tmp_path / "site")
+    assert "paper_fig4" in ran.stdout
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_the_front_door_has_what_it_names() -> None:

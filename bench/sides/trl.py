@@ -5,6 +5,9 @@ generation, rewards, old log-probabilities, losses and the optimizer are in, dat
 both on the trainer's own methods: each completion's length (role step), or the completions themselves (role update),
 which then cost nothing. In role update the batch is not shuffled, so that its mini-batches are ours and losses can be
 compared.
+
+With `ranks` in the settings, the step runs on so many processes under accelerate, which is asked for FSDP2. The first
+starts the others and tells them what the parent asks for. Completions are given to each rank by its place in the batch.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from typing import Any
 
+import psutil
 import torch
 
 from bench.rewards import of_place, of_text
+from bench.sides.accelerated import join_ranks
 from bench.sides.clock import Listening, Stopwatch, use_machine
 from bench.sides.hf import DTYPES, AtLength
 from bench.sides.serve import LEARNING_RATE, Commands, completions_of, limits_of
@@ -27,6 +33,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 def main(commands: Commands) -> None:
     """Serve rounds until the parent hangs up."""
     settings = commands.settings
+    if settings.get("ranks", 1) > 1:
+        commands = join_ranks(commands)
     device = use_machine(settings)
     logging.disable(logging.WARNING)
     from transformers import TrainerCallback
@@ -37,8 +45,32 @@ def main(commands: Commands) -> None:
     fixed = settings["role"] == "update"
     if fixed:
         grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+    model, criterion = _model(settings), AtLength(torch.zeros(1, dtype=torch.long), 0)
+    trainer = _told(GRPOTrainer, settings, device, criterion)(
+        model,
+        functools.partial(_by_place, _rank()) if fixed else _by_text,
+        args=_config(settings, device),
+        train_dataset=_rows(settings),
+        processing_class=_tokenizer(settings),
+    )
+    # No drawn token ends a row: it has its length.
+    trainer.eos_token_ids = [-1]
+    trainer.generation_kwargs["eos_token_id"] = trainer.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = None
+    model.generate = functools.partial(model.generate, stopping_criteria=[criterion])
+    trainer.add_callback(_pacemaker(TrainerCallback, commands, trainer, settings, device))
+    trainer.train()
 
-    class Trainer(GRPOTrainer):  # type: ignore[misc]
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _told(base: Any, settings: dict[str, Any], device: torch.device, criterion: AtLength) -> Any:
+    """Return TRL's trainer with the lengths of its completions, or these themselves, as told."""
+    fixed, size, rank = settings["role"] == "update", settings.get("ranks", 1), _rank()
+
+    class Trainer(base):  # type: ignore[misc]
         """Lengths or completions as told; remembers the losses."""
 
         limits: list[list[int]] = limits_of(settings, "warm")
@@ -49,12 +81,13 @@ def main(commands: Commands) -> None:
             flat = [n for group in self.limits for n in group]
             if fixed:
                 drawn, logprobs = [ids for group in completions_of(self.limits) for ids in group], None
+                drawn = drawn[rank * len(drawn) // size : (rank + 1) * len(drawn) // size]
             else:
                 criterion.last_R = torch.tensor(flat, device=device) + self._prompt_width(args[0])
                 self.generation_config.max_new_tokens = max(flat)
                 drawn, logprobs = super()._generate_single_turn(*args, **options)
                 drawn = [ids[:n] for ids, n in zip(drawn, flat, strict=True)]
-            type(self).tokens = sum(map(len, drawn))
+            type(self).tokens = sum(map(sum, self.limits)) if size > 1 else sum(map(len, drawn))
             return drawn, logprobs
 
         @staticmethod
@@ -63,29 +96,17 @@ def main(commands: Commands) -> None:
 
         def training_step(self, *args: Any, **options: Any) -> Any:
             loss = super().training_step(*args, **options)
-            self.losses.append(loss.item())
+            mean = loss.detach().clone()
+            if size > 1:
+                torch.distributed.all_reduce(mean)
+            self.losses.append(mean.item() / size)
             return loss
 
-    model = _model(settings)
-    trainer = Trainer(
-        model,
-        _by_place if fixed else _by_text,
-        args=_config(settings, device),
-        train_dataset=_rows(settings),
-        processing_class=_tokenizer(settings),
-    )
-    # No drawn token ends a row: it has its length.
-    trainer.eos_token_ids = [-1]
-    trainer.generation_kwargs["eos_token_id"] = trainer.generation_config.eos_token_id = None
-    model.generation_config.eos_token_id = None
-    criterion = AtLength(torch.zeros(1, dtype=torch.long), 0)
-    model.generate = functools.partial(model.generate, stopping_criteria=[criterion])
-    trainer.add_callback(_pacemaker(TrainerCallback, commands, trainer, settings, device))
-    trainer.train()
+    return Trainer
 
 
-def _by_place(completions: list[Any], **_: Any) -> list[float]:
-    return [of_place(i) for i in range(len(completions))]
+def _by_place(rank: int, completions: list[Any], **_: Any) -> list[float]:
+    return [of_place(rank * len(completions) + i) for i in range(len(completions))]
 
 
 def _by_text(completions: list[str], **_: Any) -> list[float]:
@@ -107,7 +128,11 @@ def _pacemaker(base: Any, commands: Commands, trainer: Any, settings: dict[str, 
             if state.global_step % per_step:
                 return
             if self.round == 2:
-                commands.ready(backends=self.backends)
+                commands.ready(
+                    backends=self.backends,
+                    startup=time.time() - psutil.Process().create_time(),
+                    sharded=all(hasattr(p, "full_tensor") for p in trainer.model_wrapped.parameters()),
+                )
             self.do = "warm" if self.round < 2 else next(commands, None)
             if self.do is None:
                 os._exit(0)  # the parent has hung up; there is nothing to save
@@ -162,7 +187,7 @@ def _config(settings: dict[str, Any], device: torch.device) -> Any:
         use_cpu=device.type == "cpu",
         # In bfloat16 the weights themselves are, without float32 masters: the fastest that TRL has.
         bf16=settings["dtype"] == "bfloat16",
-        per_device_train_batch_size=sequences // minibatches,
+        per_device_train_batch_size=sequences // minibatches // settings.get("ranks", 1),
         gradient_accumulation_steps=1,
         steps_per_generation=minibatches,
         num_iterations=1,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from research.evidence import alarm_rules
 from sapo.workflows.comparing.plan import format_rate
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,9 +60,13 @@ def outcomes(studies: dict[str, Any]) -> str:
     parts = []
     for study in studies.values():
         baseline, budget = study["results"]["baseline"], study["results"]["budget"]
+        cells = study["results"]["cells"]
+        tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+        several = len(tasks) > 1
         headings = ("arm", "lr", "final pass@1", "best", f"less {baseline}", "collapsed", "final of each seed")
         rows = [
             (
+                *[cell["task"]] * several,
                 cell["arm"],
                 format_rate(cell["learning_rate"]),
                 _interval(cell["final"]),
@@ -70,11 +75,12 @@ def outcomes(studies: dict[str, Any]) -> str:
                 f"{cell['collapsed']} of {len(cell['seeds'])}",
                 " ".join(_finals(study["results"], cell)),
             )
-            for cell in study["results"]["cells"]
+            for cell in sorted(cells, key=lambda cell: tasks.index(cell["task"]))
         ]
-        start = study["results"]["cells"][0]["start"]["value"]
-        said = f"`{study['command']}`: {budget['steps']} steps; pass@1 {start:.3f} at the start."
-        parts.append(f"{said}\n\n{_table(headings, rows)}")
+        starts = {cell["task"]: cell["start"]["value"] for cell in reversed(cells)}
+        shown = [f"{starts[task]:.3f}{f' ({task})' * several}" for task in tasks]
+        said = f"`{study['command']}`: {budget['steps']} steps; pass@1 {', '.join(shown)} at the start."
+        parts.append(f"{said}\n\n{_table([*['task'] * several, *headings], rows)}")
     return "\n\n".join(parts)
 
 
@@ -135,6 +141,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bias": bias,
     "alarms": alarms,
     "causes": causes,
+    "alarm_rules": alarm_rules.table,
 }
 
 

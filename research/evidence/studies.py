@@ -74,6 +74,7 @@ STUDIES = (
     Study("paper_fig23", "paper_fig23"),
     Study("paper_fig4", "paper_fig4"),
     Study("paper_fig5", "paper_fig5"),
+    Study("paper_fig6", "paper_fig6"),
     Study("regime_clean", "regime_clean"),
     Study("regime_lr_ceiling", "regime_lr_ceiling"),
     Study("regime_stale", "regime_stale"),

@@ -1,8 +1,7 @@
 """sapo: reinforcement-learning post-training of language models around Soft Adaptive Policy Optimization.
 
     import sapo
-    config = sapo.load_recipe("quickstart", ["train.steps=20", "run_dir=runs/short"])
-    run = sapo.train(config)
+    run = sapo.train("quickstart", steps=20, run_dir="runs/short")
     print(run.summary["final"]["pass@1"])
 
 The objectives alone, which need no library but torch, are in `sapo.objectives`. Names here are loaded when first used,
@@ -33,9 +32,12 @@ if TYPE_CHECKING:
     from sapo.config import RunConfig
     from sapo.config.recipes import load_recipe
     from sapo.evaluation import Evaluation
-    from sapo.workflows.comparing import compare, load_comparison
-    from sapo.workflows.evaluate import evaluate
-    from sapo.workflows.train import Run, resume, train
+    from sapo.front.compare import compare
+    from sapo.front.evaluate import evaluate
+    from sapo.front.generate import generate
+    from sapo.front.run import Run
+    from sapo.front.train import resume, train
+    from sapo.workflows.comparing import load_comparison
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ __all__ = [
     "RunConfig",
     "compare",
     "evaluate",
+    "generate",
     "load_comparison",
     "load_recipe",
     "resume",
@@ -53,14 +56,15 @@ __all__ = [
 
 _HOMES = {
     "Evaluation": "sapo.evaluation",
-    "Run": "sapo.workflows.train",
+    "Run": "sapo.front.run",
     "RunConfig": "sapo.config",
-    "compare": "sapo.workflows.comparing",
-    "evaluate": "sapo.workflows.evaluate",
+    "compare": "sapo.front.compare",
+    "evaluate": "sapo.front.evaluate",
+    "generate": "sapo.front.generate",
     "load_comparison": "sapo.workflows.comparing",
     "load_recipe": "sapo.config.recipes",
-    "resume": "sapo.workflows.train",
-    "train": "sapo.workflows.train",
+    "resume": "sapo.front.train",
+    "train": "sapo.front.train",
 }
 
 

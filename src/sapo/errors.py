@@ -1,10 +1,12 @@
-"""Every error a caller may want to catch. Imports nothing.
+"""Every error a caller may want to catch. Imports nothing of the package.
 
 `UserError` is a mistake in what was asked: the command line prints one line and exits with code 2. `RunFailure` is a
 run that stopped itself: one line and exit code 1. Everything else is a fault of ours and keeps its traceback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -19,12 +21,20 @@ class TaskError(UserError):
     """A task or a verifier that cannot be built as asked."""
 
 
+class PictureError(TaskError):
+    """A picture that cannot be used: it cannot be read, is too large, or lies where it may not be taken from."""
+
+
 class ModelError(UserError):
     """A model that cannot be used as it is; the message says what is missing."""
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used: a file is missing, cut short or changed, or it is of another model."""
+
+
+class ClusterError(UserError):
+    """A cluster that does not answer, or has no room for the processes of a run."""
 
 
 class RunFailure(RuntimeError):  # noqa: N818 (the word of the field for what ends a run)
@@ -39,12 +49,36 @@ class CollapseError(RunFailure):
     """A run that stopped itself because its policy has collapsed."""
 
 
+class RewardError(RunFailure):
+    """A run whose verifier or reward function failed on every completion of a step.
+
+    Likewise one whose environments failed in more episodes of a step than the recipe allows.
+    """
+
+
 class ColdStartError(RunFailure):
     """A cold start that did not reach its target within max_updates."""
 
 
+class StorageError(RunFailure):
+    """A run that could not write or read one of its files: a full disk, or a directory that was removed."""
+
+
 class RankError(RunFailure):
     """A rank of a training group that died; the message says which, and where its log is."""
+
+    def __init__(self, message: str | None, table: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.table = tuple(table)
+        """Lines: the last sign of life of every rank."""
+
+
+class EngineError(RunFailure):
+    """An engine in a process of its own, or all vLLM servers, that died or did not answer; the message says which."""
+
+
+class SelfCheckError(RunFailure):
+    """A run whose self-check chose a source of log pi_old that the run cannot have."""
 
 
 class ParityError(RunFailure):

@@ -18,11 +18,12 @@ from sapo.config.recipes import RESUMABLE_KEYS
 from sapo.data import Prompt
 from sapo.model.policy import Policy
 from sapo.rollout.prompting import PromptFormat
+from support.kernels import fresh_cache
 from support.runs import fingerprint, write_model, write_recipe
 
 
 def sapo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(cwd / "cache"), "COLUMNS": "120"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": fresh_cache(cwd / "cache"), "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-m", "sapo.cli", *arguments],
         cwd=cwd,
@@ -256,7 +257,7 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     assert "Each step draws 4 completions of 4 prompts (16 sequences)" in result.stdout
     assert "log pi_old: the engine's, equal to the trainer's by the self-check" in result.stdout
-    assert "held-out pass@1" in result.stdout
+    assert "held-out mean reward" in result.stdout, "the verifier's rewards are shares"
     assert "wrote " in result.stdout
     assert "\x1b" not in result.stdout, "no colours or cursor movements where there is no terminal"
 
@@ -282,7 +283,7 @@ def test_a_whole_run_resumes_evaluates_and_says_what_it_wrote(tmp_path: Path) ->
     assert written["results"]["samples"] == 8
     assert {"mean@8", "pass@1", "pass@4", "majority@8", "greedy", "constant"} <= set(written["results"])
     assert written["results"]["greedy"] is not None
-    assert "held-out problems; 256 were asked for" in result.stdout, "fewer than asked for are said aloud"
+    assert "24 of 24 held-out problems; 256 were asked for" in result.stdout, "fewer than asked for are said aloud"
     assert "wrote evals/run-prompts/results.json" in result.stdout
 
 
@@ -370,7 +371,7 @@ def test_help_says_what_an_option_is_that_is_left_out(
 def test_completions_are_shown_as_text_never_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from sapo.cli.progress import Display
+    from sapo.front.display import Display
 
     display = Display(Console(width=80))
     display.warning("[red]not a colour[/red] [link=file:///etc/passwd]x[/link]")

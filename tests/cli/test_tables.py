@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from sapo.cli.tables import MOST_SLICES, Progress, comparison_table, evaluation_table
+from sapo.cli.tables import MOST_SLICES, Progress, comparison_table, evaluation_table, suite_table
 from sapo.data import Status
 from sapo.evaluation import ConstantAnswer, compare
 from support.evaluation_cases import answered, counted, results, sample
@@ -42,6 +42,16 @@ def test_every_figure_that_was_measured_has_a_row() -> None:
     assert row(text, "cells")[1] == "1.000"
     assert row(text, "best constant")[1:] == ["0.250", "always 7"]
     assert row(text, "truncated")[1:] == ["1", "25.0%"]
+
+
+def test_no_answer_of_a_suite_leaves_out_what_was_cut() -> None:
+    problems = [
+        answered(0, sample("x", 1.0, answer="1"), sample("y", status=Status.UNPARSEABLE)),
+        answered(1, sample("cut", status=Status.TRUNCATED), sample("cut", status=Status.TRUNCATED)),
+    ]
+    table = suite_table("s", {"sums": results(problems).evaluation})
+    cells = dict(zip((str(column.header) for column in table.columns), row(shown(table), "sums"), strict=True))
+    assert cells["no answer"] == "25.0%"  # by hand: one of four
 
 
 def test_what_was_not_measured_has_none() -> None:

@@ -27,7 +27,7 @@ def changed(**changes: object) -> dict:
 
 
 def test_every_shipped_recipe_is_valid_and_names_itself() -> None:
-    assert {"quickstart", "moe_quickstart"} <= set(known_recipes())
+    assert {"quickstart", "moe_quickstart", "vision_quickstart"} <= set(known_recipes())
     for name in known_recipes():
         assert load_recipe(name).run_dir == f"runs/{name}"
 

@@ -139,7 +139,7 @@ def test_a_mistake_in_the_call_is_exit_code_two_in_one_line(
     assert run("tlr", monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err == (
         "sapo: a subject is one of sapo, trl, liger, verl, module:function or module:Class; "
-        "got 'tlr'; choose one of these\n"
+        "got 'tlr'; did you mean 'trl'?\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from sapo.data import Completion, Score
+from sapo.data import Completion, Group, Observation, Prompt, Score
 from sapo.data.arrays import ArrayReader, FlatArrays
+from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.errors import CheckpointError
 
 NAMES = ("token_ids", "logprobs", "old_logprobs", "reference_logprobs")
@@ -122,3 +124,38 @@ def test_flat_arrays_give_back_each_name_in_its_own_order() -> None:
     for name in ("a", "c"):
         with pytest.raises(CheckpointError, match=rf"more token data \({name}\) than batches.safetensors holds"):
             reader.take(name)
+
+
+OBSERVATIONS = (Observation(0, (4,), "go"), Observation(2, (5, 6), "\N{SNOWMAN}", keep=3), Observation(3, ()))
+
+
+def test_observations_survive_a_checkpoint_and_a_copy() -> None:
+    played = completion(observations=OBSERVATIONS)
+    group = Group(Prompt(1, "t", "?", (1, 2)), (completion(), played, played), (1.0, 0.0, -1.0))
+    arrays = FlatArrays()
+    value = json.loads(json.dumps(group_to_json(group, arrays)))
+    assert group_from_json(value, ArrayReader(arrays.joined())) == group
+    assert copy.deepcopy(played) == pickle.loads(pickle.dumps(played)) == played
+    assert played != completion()
+    assert played != completion(observations=OBSERVATIONS[:2])
+
+
+def test_observations_lie_in_their_places_and_the_length_is_of_own_tokens() -> None:
+    played = completion(observations=OBSERVATIONS)
+    assert len(played) == 3
+    assert played.sequence.tolist() == [4, 7, 9, 5, 6, 1]
+    assert [(own, ids.tolist()) for own, ids in played.spans] == [
+        (False, [4]),
+        (True, [7, 9]),
+        (False, [5, 6]),
+        (True, [1]),
+    ]
+    assert played.turns == ((0, 2), (2, 3))
+    assert completion().sequence.tolist() == [7, 9, 1]
+    assert completion().turns == ((0, 3),)
+
+
+@pytest.mark.parametrize("places", [(4,), (2, 1), (-1,)])
+def test_observations_that_lie_nowhere_are_refused(places: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="observations must lie between a completion's 3 tokens, in their order"):
+        completion(observations=tuple(Observation(at, (5,)) for at in places))

@@ -96,7 +96,8 @@ def test_rollout_figures_count_statuses_and_zero_variance_groups() -> None:
     assert figures["groups/zero_variance"] == 0.5
     assert figures["length/mean"] == 3.0
     assert figures["tokens/generated"] == 12
-    assert [figures[f"status/{s.value}"] for s in Status] == [2, 1, 1, 0]
+    statuses = {name: count for name, count in figures.items() if name.startswith("status/")}
+    assert list(statuses.values()) == [2, 1, 1, 0], f"without errors of environments, where there are none: {statuses}"
     assert figures["task/a/reward/mean"] == 0.5
     assert figures["task/b/status/truncated"] == 1
     assert not any(k.startswith("task/") for k in rollout_metrics(groups[:1])), "one task needs no figures of its own"

@@ -116,6 +116,16 @@ def test_a_figure_that_was_not_measured_breaks_no_rule() -> None:
     assert causes([*bare, {"kind": "update", "step": 30, "update": 0, "skipped": True}]) == []
 
 
+def test_a_step_in_which_every_completion_failed_says_nothing_of_rewards() -> None:
+    records = [step(n) for n in range(1, 40)]
+    for record in records[25:30]:
+        del record["reward/mean"]
+    assert causes(records) == []
+    fallen = [step(n) if n < 30 else step(n, **{"reward/mean": 0.0}) for n in range(1, 60)]
+    del fallen[28]["reward/mean"]
+    assert "reward_collapse" in {cause for _, cause in causes(fallen)}
+
+
 def test_health_is_pure_and_survives_a_trip_through_text_at_every_line() -> None:
     settings = WarningsConfig()
     records = [r for i in range(1, 30) for r in (update(i, 0), update(i, ratio__p99=25.0 if i == 20 else 1.1), step(i))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import sapo
 from sapo.diagnostics.titles import TITLES, titles_table
 from sapo.errors import CollapseError
+from support.game import GAME
+from support.kernels import fresh_cache
 from support.runs import write_mixture, write_model, write_recipe
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -110,6 +113,14 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
                 "objective": {"name": "grpo", "tis": {"mode": "token"}},
             },
         ),
+        "episodes": (
+            write_recipe,
+            {
+                "tasks": [{"name": "game_of_a_test:Next", "fails": 3}],
+                "rollout__turns": {"max": 2, "max_environment_errors": 1.0},
+            },
+        ),
+        "free": (write_recipe, {"rollout__schedule": "free", "rollout__run_in": "thread"}),
         "rolled_back": (
             write_recipe,
             {
@@ -125,8 +136,10 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     }
     with pytest.MonkeyPatch.context() as patch:
         (root / "rewards_of_a_test.py").write_text(REWARD)
+        (root / "game_of_a_test.py").write_text(GAME)
+        patch.delitem(sys.modules, "game_of_a_test", raising=False)
         patch.syspath_prepend(str(root))
-        patch.setenv("SAPO_CACHE", str(root / "cache"))
+        patch.setenv("SAPO_CACHE", fresh_cache(root / "cache"))
         for name, (write, changes) in runs.items():
             (root / name).mkdir()
             file = write(root / name, eval=eval_all, **{**short, **changes})

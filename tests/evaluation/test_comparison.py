@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sapo.data import Status
 from sapo.errors import ConfigError
 from sapo.evaluation import comparison
 from sapo.evaluation.comparison import Discordance, compare, sign_flip_p_value
@@ -198,3 +199,25 @@ def test_the_comparison_can_be_written_as_json() -> None:
     assert record["schema"] == "sapo.comparison/1"
     assert (record["better"], record["worse"], record["equal"]) == (2, 1, 1)
     assert (record["a"]["name"], record["b"]["mean"]["value"]) == ("x", 9 / 16)
+
+
+def test_completions_that_failed_leave_the_pass_rates_that_are_compared() -> None:
+    lost, right, wrong = sample("", status=Status.ENVIRONMENT_ERROR), sample("x", 1.0), sample("y")
+    a = results([answered(0, right, lost, wrong), answered(1, lost, lost, lost), answered(2, wrong, wrong, right)])
+    b = results([answered(0, right, right, lost), answered(1, right, right, right), answered(2, lost, lost, right)])
+    found = compared(a, b)
+    assert found.problems == 2, "of the second problem nothing is known of a"
+    assert (found.means[0].value, found.means[1].value) == (pytest.approx((1 / 2 + 1 / 3) / 2), 1.0)
+    assert found.difference.value == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert (found.better, found.worse) == (2, 0)
+    nothing = results([answered(i, lost, lost, lost) for i in range(3)])
+    with pytest.raises(ConfigError, match="problems that both judged; got none of 3"):
+        compared(a, nothing)
+
+
+def test_greedy_completions_that_failed_leave_their_pairs() -> None:
+    lost, right, wrong = sample("", status=Status.VERIFIER_ERROR), sample("x", 1.0), sample("y")
+    a = results([answered(i, right, greedy=greedy) for i, greedy in enumerate((right, lost, wrong))])
+    b = results([answered(i, right, greedy=greedy) for i, greedy in enumerate((wrong, right, right))])
+    greedy = compared(a, b).greedy
+    assert (greedy.only_a, greedy.only_b) == (1, 1)

@@ -85,7 +85,7 @@ def test_the_figures_are_those_that_were_measured() -> None:
         answered(1, sample("x"), sample("x")),
     ]
     words = {f["name"]: (f["value"], f["more"]) for f in page_data(results(problems))["figures"]}
-    assert set(words) == {"mean@2", "majority@2", "tokens"}
+    assert set(words) == {"mean reward", "mean@2", "majority@2", "tokens"}
     assert words["mean@2"] == ("0.250", "0.000 to 0.500")
     constant = ConstantAnswer("1" * 99, share=1.0, judged=1, distinct=1)
     words = {f["name"]: (f["value"], f["more"]) for f in page_data(results(problems, constant=constant))["figures"]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sapo.data import Completion, Group, Prompt, Score
@@ -20,7 +21,7 @@ from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from support.trainer_cases import make_trainer
 
-ARCHITECTURES = ("qwen3", "llama", "qwen3_moe")
+ARCHITECTURES = ("qwen3", "llama", "qwen3_moe", "qwen3_5")
 
 
 def with_adapter(policy: Policy, *, moved: bool = True, **options) -> Policy:
@@ -183,6 +184,31 @@ def test_an_adapter_of_another_model_is_refused(new_policy, tmp_path: Path) -> N
     with_adapter(load_policy(tmp_path / "base")).save(tmp_path / "adapter")
     new_policy("qwen3", hidden_size=48).save(tmp_path / "base")
     with pytest.raises(ModelError, match="does not fit its model"):
+        load_policy(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("drop", "1 that its layers need are missing, the first of them .*layers.1.*lora_A"),
+        ("add", "1 have no place in the model, the first of them .*layers.9.*lora_A"),
+    ],
+)
+def test_an_adapter_with_missing_or_left_over_tensors_is_refused(
+    new_policy, tmp_path: Path, architecture: str, change: str, message: str
+) -> None:
+    new_policy(architecture).save(tmp_path / "base")
+    with_adapter(load_policy(tmp_path / "base")).save(tmp_path / "adapter")
+    load_policy(tmp_path / "adapter")  # whole, it is taken
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in sorted(tensors) if "layers.1" in n and "q_proj" in n and "lora_A" in n)
+    tensor = tensors.pop(name) if change == "drop" else tensors[name]
+    if change == "add":
+        tensors[name.replace("layers.1", "layers.9")] = tensor.clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message):
         load_policy(tmp_path / "adapter")
 
 

@@ -1,4 +1,7 @@
-"""Decoders of many families: each runs packed as transformers runs it, or is refused with the reason."""
+"""Decoders of many families: each runs as transformers runs it, on packed tokens or in rows, or is refused.
+
+tests/trials/models.py tries every family of transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sapo.data import Prompt
-from sapo.errors import ModelError
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer
@@ -64,16 +66,19 @@ RUN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_oss": {**EXPERTS, **WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "diffllama": {},
 }
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "qwen3_next": (EXPERTS, "computes something beside attention"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "computes something beside attention"),
-    "stablelm": ({}, "cannot run on packed tokens"),
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "stablelm": ({}, "without packed_layout="),
+    "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, "interface of attention"),
+    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4}, "interface of attention"),
 }
 
 
 def make_model(name: str, options: dict[str, Any]) -> Any:
-    shape = {k: v for k, v in SHAPE.items() if name != "gpt2" or k.endswith("_id") or k == "vocab_size"}
+    old = name in ("gpt2", "mpt", "gptj")  # with names of their own
+    shape = {k: v for k, v in SHAPE.items() if not old or k.endswith("_id") or k == "vocab_size"}
     config = AutoConfig.for_model(name, **{**shape, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -85,11 +90,14 @@ def make_model(name: str, options: dict[str, Any]) -> Any:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=RUN)
+@pytest.fixture(scope="module", params=[*RUN, *ROWS])
 def pair(request: pytest.FixtureRequest) -> tuple[Policy, Any]:
     """A policy and a copy of its model with transformers' own attention."""
-    model = make_model(request.param, RUN[request.param])
-    return prepare_policy(copy.deepcopy(model), TOKENIZER), model
+    options = RUN[request.param] if request.param in RUN else ROWS[request.param][0]
+    model = make_model(request.param, options)
+    policy = prepare_policy(copy.deepcopy(model), TOKENIZER)
+    assert policy.path == ("packed" if request.param in RUN else "rows")
+    return policy, model
 
 
 def requests() -> list[Request]:
@@ -112,8 +120,10 @@ def test_sampled_logprobs_equal_the_models_own_forward(pair: tuple[Policy, Any])
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_decoder_that_keeps_a_state_or_hides_its_attention_is_refused(name: str) -> None:
-    options, message = REFUSED[name]
-    with pytest.raises(ModelError, match=message):
-        prepare_policy(make_model(name, options), TOKENIZER)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_decoder_that_hides_its_attention_runs_in_rows_and_says_why(name: str) -> None:
+    options, reason = ROWS[name]
+    policy = prepare_policy(make_model(name, options), TOKENIZER)
+    assert policy.path == "rows"
+    assert reason in str(policy.path_reason)
+    assert [n for n in policy.notices if "runs in padded rows" in n and reason in n]

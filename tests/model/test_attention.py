@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from torch import nn
 
 from sapo.data import Segment
-from sapo.model.attention import TreeLayout, gather_rows, shared_prefix_attention
+from sapo.model.attention import TreeLayout, shared_prefix_attention
+from sapo.model.gather import gather_rows
 from sapo.model.loading import prepare_policy
-from sapo.model.tiny import ARCHITECTURES
 from support.attention_cases import attention_by_definition, normal, query_key_value
+from support.policies import ATTENTION_ONLY
 from support.tree_cases import TREES, chain, leaves_of, path_of, positions_of, visible_NN
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("architecture", ATTENTION_ONLY)
 every_window = pytest.mark.parametrize("window", [None, 1, 3, 17])
 
 
@@ -27,6 +28,31 @@ def test_tree_attention_and_its_gradient_equal_the_definition(segments, window):
     slope = normal(*ours.shape, seed=9)
     for a, b in zip(*(torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@every_window
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(segments=TREES)
+def test_attention_with_sinks_and_its_gradient_equal_the_definition(segments, window, softcap):
+    inputs = (*query_key_value(segments[-1].stop), normal(4, seed=7).requires_grad_())
+    ours = TreeLayout(segments).attend(0, *inputs[:3], 0.7, window, softcap, inputs[3])
+    theirs = attention_by_definition(*inputs[:3], visible_NN(segments, window), 0.7, inputs[3], softcap)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    slope = normal(*ours.shape, seed=9)
+    for a, b in zip(*(torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_a_layer_that_attends_twice_in_a_forward_has_two_numbers():
+    layout = TreeLayout((Segment(0, 5, -1),), on_keys=lambda layer, *_: seen.append(layer))
+    seen: list[int] = []
+    for _ in range(2):
+        attend(packed_layout=layout)
+    layout.calls.clear()  # as the next forward does
+    attend(packed_layout=layout)
+    assert len(set(seen)) == 2
+    assert seen[0] == seen[2]
 
 
 @every_window
@@ -154,6 +180,31 @@ def test_segments_of_like_size_share_a_bucket_and_unlike_ones_do_not():
     assert sorted(b.size for b in TreeLayout(responses).buckets) == [(1, 10, 210), (1, 200, 200), (2, 40, 240)]
 
 
+def test_responses_to_one_long_prompt_share_a_mask_and_take_their_turns():
+    """By hand: 25 rows of 600 + 40 keys have 16,000, and one more would have 16,640 where 16,384 are allowed."""
+    segments = chain([600, *[40] * 30, 620, *[40] * 4], [-1, *[0] * 30, -1, *[31] * 4])
+    buckets = TreeLayout(segments).buckets
+    assert sorted(b.size for b in buckets) == [(2, 620, 620), (4, 40, 660), (5, 40, 640), (25, 40, 640)]
+    for bucket in buckets:
+        _, queries, keys = bucket.size
+        assert bucket.mask(None, torch.float32).shape == (1, 1, queries, keys)
+        assert bucket.mask_numbers == queries * keys
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_trees_attend_as_the_definition_says_with_masks_that_are_shared(window):
+    """Responses of unequal length to two prompts of unequal length: queries and keys are padded."""
+    segments = chain([530, 60, 7, 50, 3, 515, 49, 60, 20], [-1, 0, 0, 0, 0, -1, 5, 5, 5])
+    assert any(len(b.padding) and b.size[0] > 1 and len(b.prefix_b) == 1 for b in TreeLayout(segments).buckets)
+    inputs = query_key_value(segments[-1].stop)
+    ours = TreeLayout(segments).attend(0, *inputs, 0.7, window)
+    theirs = attention_by_definition(*inputs, visible_NN(segments, window), 0.7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    slope = normal(*ours.shape, seed=9)
+    for a, b in zip(*(torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "segments",
     [
@@ -194,10 +245,9 @@ def attend(num_tokens=5, **options):
     ("options", "message"),
     [
         ({"packed_layout": None}, r"packed_layout=.*set_attn_implementation\('sdpa'\)"),
-        ({"s_aux": torch.zeros(4)}, "Layer uses attention sinks"),
         ({"dropout": 0.1}, r"dropout must be 0 .* got 0\.1"),
     ],
-    ids=["layout", "sinks", "dropout"],
+    ids=["layout", "dropout"],
 )
 def test_what_is_not_computed_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

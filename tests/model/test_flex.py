@@ -72,6 +72,14 @@ def test_flex_attention_and_its_gradient_equal_the_definition(segments, heads, k
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@every_window
+def test_sinks_equal_the_definition(window):
+    inputs = (*query_key_value(WIDE[-1].stop), normal(4, seed=7))
+    ours = TreeMask(WIDE, CPU).attend(*inputs[:3], 0.7, window, None, inputs[3])
+    theirs = attention_by_definition(*inputs[:3], visible_NN(WIDE, window), 0.7, inputs[3])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 def test_capped_scores_equal_those_of_our_own_attention():
     inputs = query_key_value(TREE[-1].stop)
     ours = TreeMask(TREE, CPU).attend(*inputs, 0.7, 3, softcap=1.5)

@@ -42,6 +42,20 @@ def test_compiled_attention_and_its_gradient_equal_the_definition(
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * b.abs().max().item())
 
 
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_sinks_and_their_gradient_equal_the_definition(window, dtype, tolerance):
+    inputs = [*on_gpu(WIDE, dtype, 4, 2, 64), normal(4, seed=7).to("cuda", dtype).requires_grad_()]
+    ours = TreeLayout(WIDE, "cuda").attend(0, *inputs[:3], 0.125, window, None, inputs[3])
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    theirs = attention_by_definition(*exact[:3], visible_NN(WIDE, window).to("cuda"), 0.125, exact[3])
+    slope = normal(*ours.shape, seed=9).to("cuda")
+    ours_and_gradients = (ours, *torch.autograd.grad((ours * slope.to(dtype)).sum(), inputs))
+    theirs_and_gradients = (theirs, *torch.autograd.grad((theirs * slope).sum(), exact))
+    for a, b in zip(ours_and_gradients, theirs_and_gradients, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * b.abs().max().item())
+
+
 def test_capped_scores_equal_the_padded_way(monkeypatch):
     inputs = on_gpu(WIDE, torch.float32, 4, 2, 64)
     ours = TreeLayout(WIDE, "cuda").attend(0, *inputs, 0.7, 30, softcap=1.5)

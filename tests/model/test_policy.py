@@ -195,7 +195,7 @@ def test_soft_capping_is_computed_as_the_model_does(scores, logits):
 def test_a_step_between_decoder_and_logits_is_refused(new_policy):
     model = new_policy("llama").model
     model.lm_head.register_forward_hook(lambda module, args, logits: 0.9 * logits)
-    with pytest.raises(ModelError, match="LlamaForCausalLM computes something beside attention"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does something between its last hidden"):
         prepare_policy(model, TOKENIZER)
 
 

@@ -160,3 +160,35 @@ def test_a_policy_computes_through_these_products(new_policy, monkeypatch) -> No
         policy.model(input_ids=torch.tensor([[1, 2, 3]]))
     # Seven layers of each of two blocks, and the head.
     assert len(calls) == 2 * 7 + 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "inside"),
+    [
+        (nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4), bias=False), (2, 4, 4)),
+        (nn.Conv3d(3, 5, (1, 4, 4), stride=(1, 4, 4)), (1, 4, 4)),
+        (nn.Conv2d(3, 5, 4, stride=4, padding="valid"), (4, 4)),
+        (nn.Conv2d(3, 5, 4, stride=4), (8, 12)),  # whole pictures, as CLIP takes them
+    ],
+    ids=["Qwen-VL", "one frame", "valid", "pictures"],
+)
+def test_patches_are_embedded_as_by_the_convolution(layer: nn.Module, inside: tuple[int, ...]) -> None:
+    plain = copy.deepcopy(layer).double()
+    use_best_products(layer)
+    assert layer.forward.__func__ is products.patches_forward
+    x = normal(7, 3, *inside).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    ours, theirs = layer(x), plain(wide)
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    slope = normal(*ours.shape, seed=1)
+    got = torch.autograd.grad((ours * slope).sum(), [x, *layer.parameters()])
+    wanted = torch.autograd.grad((theirs * slope).sum(), [wide, *plain.parameters()])
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=0, atol=1e-4)
+
+
+def test_a_convolution_over_more_than_one_patch_keeps_its_forward() -> None:
+    for layer in (nn.Conv2d(3, 6, 4, padding=1), nn.Conv2d(3, 6, 4, groups=3), nn.Conv2d(3, 6, 3, padding="same")):
+        use_best_products(layer)
+        assert "forward" not in vars(layer)

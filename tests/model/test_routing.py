@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -15,8 +16,20 @@ from sapo.errors import ModelError
 from sapo.model.adapters import add_adapter
 from sapo.model.attention import TreeLayout
 from sapo.model.policy import Policy
+from sapo.model.router_families import ROUTERS, router_family
 from sapo.model.routing import Routers, pack_experts, routed_experts
-from support.moe_cases import EXPERTS, FAMILIES, PER_TOKEN, SHAPE, TOKENIZER, ByHand, make_moe, mixture_layers, perturb
+from support.moe_cases import (
+    EXPERTS,
+    FAMILIES,
+    PER_TOKEN,
+    SHAPE,
+    TOKENIZER,
+    ByHand,
+    make_moe,
+    make_router,
+    mixture_layers,
+    perturb,
+)
 
 # A prompt of 5 tokens and two responses to it.
 SEGMENTS = (Segment(0, 5, -1), Segment(5, 4, 0), Segment(9, 3, 0))
@@ -156,7 +169,7 @@ def test_the_recompute_of_activation_checkpointing_goes_where_the_forward_went()
         policy = make_moe()
         experts_Nlk = random_experts(policy)
         if checkpointed:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.enable_checkpointing()
             policy.model.train()
         runs = {"n": 0}
         for block in mixture_layers(policy.model):
@@ -170,7 +183,7 @@ def test_the_recompute_of_activation_checkpointing_goes_where_the_forward_went()
 
 def test_a_recompute_that_was_not_announced_is_an_error() -> None:
     policy = make_moe()
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.enable_checkpointing()
     policy.model.train()
     with pytest.raises(AssertionError, match="layer 1 was run 2 times"):
         _replay(policy, recorded(policy), times=1)
@@ -180,19 +193,39 @@ def test_routers_below_all_that_is_trained_need_no_recompute() -> None:
     policy = make_moe()
     policy.model.requires_grad_(False)
     policy.decoder.layers[1].requires_grad_(True)  # type: ignore[union-attr, index]
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.enable_checkpointing()
     policy.model.train()
     with Routers(policy).replay(random_experts(policy), recomputed=True):
         forward(policy).square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "granitemoe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_weights_of_the_experts_a_router_chose_are_its_own_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    router = make_router(name).to(dtype)
+    hidden = torch.randn(50, router.weight.shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    # Those of MiniMax-M2 and LFM2 are handed the bias that their block keeps.
+    needs_bias = len(inspect.signature(type(router).forward).parameters) > 2
+    output = router(hidden, torch.linspace(-0.1, 0.1, EXPERTS)) if needs_bias else router(hidden)
+    family = router_family(router)
+    assert family is not None
+    logits, weights, experts = (output[i] for i in family.order)
+    assert experts.dtype == torch.int64
+    assert logits.shape == (50, EXPERTS)
+    assert torch.equal(family.weights(router)(logits, experts).to(weights.dtype), weights)
+    # In another order they are the same numbers: nothing hangs on which place an expert has.
+    swapped = family.weights(router)(logits, experts.flip(1)).to(weights.dtype).flip(1)
+    torch.testing.assert_close(swapped, weights, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phimoe"])
 def test_a_model_without_routers_that_can_be_replayed_is_refused_in_one_line(name: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SHAPE))
+    names = [family.name for family in ROUTERS.values()]
     with pytest.raises(ModelError) as caught:
         Routers(Policy(model, TOKENIZER))
     assert str(caught.value) == (
-        "routing replay needs a mixture of experts of the families Qwen2-MoE, Qwen3-MoE, Mixtral or OLMoE; "
+        f"routing replay needs a mixture of experts of the families {', '.join(names[:-1])} or {names[-1]}; "
         f"got {type(model).__name__}; set model.routing_replay=false"
     )
 

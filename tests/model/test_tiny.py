@@ -56,6 +56,27 @@ def test_the_seed_alone_makes_the_weights(architecture):
     assert {p.dtype for p in first.parameters()} == {torch.float32}
 
 
+# By hand, heads of 16: queries and keys of 2 heads and values of 4 are projected and convolved together, the gate z has
+# the width of the values, a and b one number a head; A_log and dt_bias likewise; the norm is of one head.
+DELTA_NET = 64 * (2 * 32 + 64) + 4 * (2 * 32 + 64) + 64 * 64 + 2 * 64 * 4 + 2 * 4 + 16 + 64 * 64
+# The queries come with a gate of their size.
+GATED_ATTENTION = attention_by_hand() + 64 * 64 + QUERY_KEY_NORMS
+SHARED_EXPERT = MLP + 64
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mixture"), [("qwen3_5", MLP), ("qwen3_5_moe", ROUTER + 8 * MLP + SHARED_EXPERT)]
+)
+def test_parameter_counts_of_hybrids_by_hand(architecture, mixture):
+    both = mixture + TWO_NORMS
+    model = default_model(architecture)
+    assert model.config.layer_types == ["linear_attention", "full_attention"]
+    assert count(model) == EMBEDDINGS + DELTA_NET + GATED_ATTENTION + 2 * both + FINAL_NORM
+    # Of five layers the fourth attends, and the last.
+    model = default_model(architecture, layers=5)
+    assert count(model) == EMBEDDINGS + 3 * DELTA_NET + 2 * GATED_ATTENTION + 5 * both + FINAL_NORM
+
+
 def test_the_window_and_the_ends_reach_the_config():
     config = default_model("mistral", sliding_window=7, max_length=99).config
     assert (config.sliding_window, config.max_position_embeddings) == (7, 99)
@@ -64,7 +85,9 @@ def test_the_window_and_the_ends_reach_the_config():
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown architecture 'gpt2'; known: qwen3, qwen3_moe, llama, mistral"):
+    with pytest.raises(
+        ValueError, match=r"unknown architecture 'gpt2'; known: qwen3, qwen3_moe, llama, mistral, qwen3_5"
+    ):
         default_model("gpt2")
 
 

@@ -118,13 +118,35 @@ def test_alarms_are_counted_by_cause_among_collapsed_and_healthy_runs(tmp_path: 
 
 def test_the_words_name_the_best_rate_what_differs_and_what_collapsed(tmp_path: Path) -> None:
     write_comparison(tmp_path / "made")
-    first, final, against, collapsed = words_of(read_comparison(tmp_path / "made"))
+    comparison = read_comparison(tmp_path / "made")
+    first, final, against, at_rates, collapsed = words_of(comparison)
     assert first.startswith("2 arms x 2 learning rates x 2 seeds = 8 runs, all ended. Every run: 4 steps of")
     assert "soft 0.469 [" in final  # (7 + 8) / 32
     assert "hard 0.125 [" in final  # (1 + 3) / 32
     assert "at 1e-4" in final
     assert "hard below it by 0.344 [" in against
+    assert at_rates.startswith("Against soft at the same learning rate: hard below it by 0.344 [")
+    assert "at 1e-4; hard below it by 0.344 [" in at_rates
     assert collapsed == "Collapsed: hard at 1e-4 1 of 2; hard at 3e-4 1 of 2."
+
+
+def test_the_words_deny_a_difference_only_where_no_interval_of_a_table_excludes_0(tmp_path: Path) -> None:
+    write_comparison(tmp_path / "made")
+    file = tmp_path / "made" / "results.json"
+    results = json.loads(file.read_text())
+    none, clear = {"value": 0.1, "low": -0.1, "high": 0.3}, {"value": 0.3, "low": 0.1, "high": 0.5}
+    for row in (*results["tuned"], *results["cells"]):
+        if row["difference"]:
+            row["difference"] = none
+    file.write_text(json.dumps(results))
+    _, _, tuned, at_rates, _ = words_of(read_comparison(tmp_path / "made"))
+    assert tuned.endswith("no interval of a difference from it excludes 0.")
+    assert at_rates.endswith("no interval of a difference from it excludes 0.")
+    next(c for c in results["cells"] if c["difference"])["difference"] = clear
+    file.write_text(json.dumps(results))
+    _, _, tuned, at_rates, _ = words_of(read_comparison(tmp_path / "made"))
+    assert tuned.endswith("no interval of a difference from it excludes 0.")
+    assert at_rates.endswith("hard above it by 0.300 [0.100, 0.500] at 1e-4; 1 other interval includes 0.")
 
 
 def test_a_plan_of_another_version_is_said_and_its_runs_are_shown(tmp_path: Path) -> None:

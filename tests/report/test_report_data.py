@@ -97,7 +97,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_arms_named_by_the_differen
     ]
     figures = figures_of(make_report([tmp_path]))
     assert [t.name for t in strong(figures["fig4"])] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2", "GRPO"]
-    assert [t.name for t in strong(figures["fig5"])] == ["SAPO, tau_neg 1.05", "SAPO, tau_neg 2"]
+    assert [t.name for t in strong(figures["fig5"])] == ["τ_neg = 1.05", "τ_neg = 2"]
 
 
 def test_another_sampler_is_another_experiment_and_not_in_the_figure_of_objectives(tmp_path: Path) -> None:
@@ -370,6 +370,29 @@ def test_an_arm_is_called_by_its_routing_replay_and_what_that_changed_is_a_figur
     assert "routing" not in figures_of(make_report([tmp_path / "d"])), "a run without it has no such figure"
 
 
+def test_the_staleness_of_a_free_schedule_is_a_figure_by_step_and_over_all_tokens(tmp_path: Path) -> None:
+    histograms = [([0], [8]), ([0, 2], [6, 2]), ([1, 2], [4, 4]), ([2], [8])]
+    records = []
+    for record in step_records(4):
+        if record["kind"] == "step":
+            ages, tokens = histograms[record["step"] - 1]
+            records.append({"kind": "staleness", "step": record["step"], "staleness": ages, "tokens": tokens})
+            mean = sum(a * t for a, t in zip(ages, tokens, strict=True)) / 8
+            found = {"rollout/staleness_mean": mean, "rollout/staleness_max": max(ages), "rollout/discarded_stale": 1}
+            record |= found
+        records.append(record)
+    write_run(tmp_path / "free", config=settings(), records=records)
+    write_run(tmp_path / "fixed", config=settings(), records=step_records(4))
+    figure = figures_of(make_report([tmp_path / "free"]))["staleness"]
+    (mean, largest), (spread,) = (panel.traces for panel in figure.panels)
+    assert (mean.y, largest.y) == ((0.0, 0.5, 1.5, 2.0), (0, 2, 2, 2))
+    # Of 32 tokens 14 are new, 4 are one update old, and 14 two.
+    assert spread.y == (0.0, 14 / 32, 14 / 32, 4 / 32, 4 / 32, 14 / 32, 14 / 32, 0.0)
+    assert spread.x == (-0.5, -0.5, 0.5, 0.5, 1.5, 1.5, 2.5, 2.5)
+    assert "drawn again: 4." in figure.caption
+    assert "staleness" not in figures_of(make_report([tmp_path / "fixed"])), "a fixed schedule has no such figure"
+
+
 def test_figure_1_has_the_closed_forms_of_the_paper() -> None:
     r = np.array([0.5, 0.9, 1.0, 1.2, 2.0])
     value, weight = gate_curve(objective_of({"name": "sapo"}), r, 1)
@@ -478,3 +501,21 @@ def test_a_run_that_broke_says_so_and_why(tmp_path: Path) -> None:
 def test_a_rollout_row_of_the_cases_is_consistent() -> None:
     row = rollout_row(0, 1, [1, 2, 3], update=1)
     assert row["gate_weight"][0] == pytest.approx(1 / math.cosh(1.05 * (math.exp(-0.4) - 1) / 2) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "models"),
+    [
+        ({"num_experts": 128}, "mixture of experts"),
+        ({"text_config": {"num_experts": 128}, "vision_config": {}}, "mixture of experts"),  # as Qwen3-VL-MoE has it
+        ({"text_config": {"hidden_size": 64}}, "dense"),
+    ],
+)
+def test_a_mixture_of_experts_is_known_by_the_config_of_its_checkpoint(
+    config: dict, models: str, tmp_path: Path
+) -> None:
+    own = settings()
+    own["model"] = {"path": "somewhere/model"}
+    run = write_run(tmp_path / "a", config=own)
+    (run / "checkpoints" / "step-000004" / "config.json").write_text(json.dumps(config))
+    assert make_report([run]).lines[0].models == models

@@ -63,7 +63,6 @@ def test_it_opens_from_a_file_without_complaint_or_request_and_every_figure_has_
         "bound",
         "timings",
         "fig1",
-        "fig3",
     }
     for key, plots in drawn:
         assert plots

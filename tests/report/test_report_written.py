@@ -12,9 +12,10 @@ from PIL import Image
 from sapo.cli import main
 from sapo.errors import ConfigError
 from sapo.report import make_report
-from sapo.report.images import draw, write_images
+from sapo.report.images import check_images, draw, write_images
 from sapo.report.live import fingerprint, watch
-from sapo.report.page import write_page
+from sapo.report.page import plotly_script, write_page
+from sapo.report.runs import read_runs
 from support.report_cases import ATTACKS, default_rows, settings, step_records, write_run, write_summary
 
 
@@ -50,6 +51,27 @@ def test_watching_writes_when_something_is_new_and_ends_with_the_run(tmp_path: P
     assert [r.lines[0].steps for r in told] == [2, 3, 4]
     assert last.finished
     assert not watched(page), "the last page reloads itself no more"
+
+
+def test_watching_ends_with_a_run_that_its_own_rule_ended(tmp_path: Path) -> None:
+    records = [r for r in step_records(4) if r["step"] <= 2]
+    config = settings()
+    config["train"]["stop_when"] = {"metric": "pass@1", "reaches": 0.3, "patience": None}
+    run = write_run(tmp_path / "a", config=config, records=records, finished=False)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        write_summary(run, 2, ended_early="pass@1 0.300 has reached 0.3")
+        assert len(waits) < 100, "the page waits for steps that will not come"
+
+    last = watch([run], tmp_path / "report.html", tokens=None, should_stop=lambda: False, wait=wait)
+    assert waits
+    assert last.finished
+    assert [(line.state, line.steps) for line in last.lines] == [("done", 2)]
+    assert [run.ended for run in read_runs([run])] == [True]
+    append(run, *(r for r in step_records(4) if r["step"] == 3))
+    assert not make_report([run]).finished, "a resume has taken it further"
 
 
 def test_asked_to_stop_it_writes_a_last_page_that_rests(tmp_path: Path) -> None:
@@ -88,7 +110,7 @@ def test_images_are_written_of_what_was_measured_and_are_the_same_each_time(tmp_
     written = write_images(figures, tmp_path / "png")
     measured = {f.key for f in figures if not f.missing}
     assert {"reward", "pass1", "ratios", "fig1", "fig3", "fig5"} <= measured
-    assert {f.name for f in written} == {f"{k}.{end}" for k in measured for end in ("png", "pdf")}
+    assert {f.name for f in written} == {f"{k}.{end}" for k in measured for end in ("png", "pdf", "csv")}
     for key in measured:
         image = Image.open(tmp_path / "png" / f"{key}.png").convert("L")
         assert image.width > 600
@@ -173,8 +195,10 @@ def test_the_command_says_what_it_wrote_and_what_no_run_measured(
     assert "\x1b" not in said
 
 
-def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ConfigError, match=r"pip install 'sapo-rl\[report\]'"):
-        write_page(make_report([write_run(tmp_path / "a")]), tmp_path / "report.html")
+@pytest.mark.parametrize(("missing", "needs"), [("plotly.offline", "plotly"), ("matplotlib", "matplotlib")])
+def test_a_missing_library_is_said_with_a_command_that_adds_it(
+    missing: str, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=rf"not installed; pip install {needs}$"):
+        plotly_script() if needs == "plotly" else check_images()

@@ -9,7 +9,7 @@ import pytest
 
 import sapo
 from sapo.config import CurriculumConfig, RolloutConfig
-from sapo.data import Completion, Group, Prompt, Score
+from sapo.data import Completion, Group, Prompt, Score, Status
 from sapo.errors import ConfigError
 from sapo.rollout.curriculum import Curriculum
 from sapo.rollout.selection import Position, Selector
@@ -112,6 +112,20 @@ def test_the_pass_rate_is_a_running_one_of_rewards_of_one() -> None:
     first = rule.updated(None, group(prompt, [1.0, 0.0, 0.99, 0.0]))
     assert first == 0.25, "a reward below 1 is no pass"
     assert rule.updated(first, group(prompt, [1.0, 1.0])) == 0.75 * 0.25 + 0.25 * 1.0
+
+
+def test_failed_completions_say_nothing_of_a_row() -> None:
+    rule, prompt = Curriculum(CurriculumConfig(memory=0.75), seed=0), Prompt(0, "t", "")
+    lost = Completion((), (), "stop", score=Score(0.0, Status.VERIFIER_ERROR))
+    half = group(prompt, [1.0, 0.0]).completions
+    assert rule.updated(None, Group(prompt, (*half, lost, lost))) == 0.5
+    assert rule.updated(0.25, Group(prompt, (lost, lost))) == 0.25
+    assert rule.updated(None, Group(prompt, (lost, lost))) is None
+
+    selection = selector(Rows(40)).select(
+        0, Position({}, {"rows": {3: 0.5}}), lambda prompts: [Group(p, (lost,) * 4) for p in prompts]
+    )
+    assert selection.position.pass_rates["rows"] == {3: 0.5}, "rows that were not judged count as not seen"
 
 
 def test_each_epoch_of_a_file_gives_every_row_once_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

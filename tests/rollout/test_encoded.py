@@ -18,7 +18,7 @@ def prompt(text: str, **metadata) -> Prompt:
 def test_the_largest_token_ids_come_back_as_they_were() -> None:
     encoded, ids = EncodedPrompts(), (0, 2**31 - 1, 151_643)
     encoded.add(prompt("a"), ids)
-    assert encoded.find(prompt("a")) == ids
+    assert encoded.find(prompt("a")) == (ids, None)
 
 
 def test_text_and_messages_together_name_a_prompt() -> None:
@@ -36,8 +36,10 @@ def test_text_and_messages_together_name_a_prompt() -> None:
     for number, row in enumerate(rows):
         assert encoded.find(row) is None
         encoded.add(row, (number,))
-    assert [encoded.find(row) for row in rows] == [(number,) for number in range(len(rows))]
-    assert encoded.find(prompt("a", solution="7")) == (0,), "what else a row brings does not change what is asked"
+    assert [encoded.find(row) for row in rows] == [((number,), None) for number in range(len(rows))]
+    assert encoded.find(prompt("a", solution="7")) == ((0,), None), (
+        "what else a row brings does not change what is asked"
+    )
 
 
 def test_a_full_store_keeps_what_it_has_and_takes_what_still_fits() -> None:

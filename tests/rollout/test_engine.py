@@ -1,18 +1,20 @@
 """The local engine against transformers: greedy text, log-probabilities, and what may not depend on the batch."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sapo.data import Prompt
-from sapo.errors import Interrupted
+from sapo.errors import ConfigError, Interrupted
 from sapo.rollout.engine import Request
 from sapo.rollout.local import engine as local
 from sapo.rollout.local.decoder import decoder_of
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.layouts import DecodeLayout, PrefillLayout
+from sapo.rollout.vllm.engine import VllmEngine
 from support.engine_cases import (
     PROMPT_LENGTHS,
     SAMPLES,
@@ -344,3 +346,14 @@ def test_limits_that_do_not_fit_the_request_are_refused(policies):
             replace(asked, limits=limits)
     with pytest.raises(ValueError, match="must not exceed max_new_tokens; got 17 and 16"):
         LocalEngine(policies("qwen3")).generate([replace(asked, limits=(3, 17))], params())
+
+
+def test_the_room_of_vllm_is_asked_for_each_request_and_not_for_the_longest_of_each_kind():
+    """In a wave one episode has a long history and little left, another the reverse."""
+    long, short = request(random_ids(12, seed=0), samples=1), request(random_ids(4, seed=1), samples=1)
+    asked = [replace(long, limits=(2,)), replace(short, limits=(10,))]
+    VllmEngine._check_room(SimpleNamespace(max_length=14), asked, params(max_new_tokens=10))
+    with pytest.raises(ConfigError, match="got 14 tokens and a cache for 13"):
+        VllmEngine._check_room(SimpleNamespace(max_length=13), asked, params(max_new_tokens=10))
+    with pytest.raises(ConfigError, match="got 22 tokens and a cache for 14"):
+        VllmEngine._check_room(SimpleNamespace(max_length=14), [long, short], params(max_new_tokens=10))

@@ -8,7 +8,7 @@ import pytest
 
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Group, Prompt, Score, Status
-from sapo.diagnostics import rollout_metrics
+from sapo.diagnostics import minibatch_metrics, rollout_metrics
 from sapo.rollout.shaping import overlong_penalty, random_reward, shape_group
 
 PROMPT = Prompt(0, "t", "?", (1,))
@@ -104,3 +104,63 @@ def test_advantages_of_random_rewards_are_of_the_coins_and_the_verifiers_reward_
     assert not group.zero_variance
     assert not any(name.startswith("overlong/") for name in rollout_metrics([group], penalised=False))
     assert rollout_metrics([group], penalised=False)["reward/shaped_mean"] == sum(coins) / 8
+
+
+def failed(status: Status) -> Completion:
+    return Completion((1,) * 5, (-0.5,) * 5, "stop", score=Score(0.0, status, "it broke"))
+
+
+@pytest.mark.parametrize("status", [Status.VERIFIER_ERROR, Status.ENVIRONMENT_ERROR])
+@pytest.mark.parametrize("advantage", ["group_mean", "group_std", "leave_one_out"])
+def test_failed_completions_leave_baseline_deviation_and_loss(status: Status, advantage: str) -> None:
+    with_failed = shaped([completion(5, 1.0), failed(status), completion(6, 0.0), completion(7, 0.0)], advantage)
+    without = shaped([completion(5, 1.0), completion(6, 0.0), completion(7, 0.0)], advantage)
+    assert with_failed.masked == (False, True, False, False)
+    assert with_failed.advantages == (without.advantages[0], 0.0, *without.advantages[1:])
+    assert without.masked == ()
+
+
+def test_a_group_has_zero_variance_when_only_a_failure_differs() -> None:
+    assert shaped([completion(5, 1.0), failed(Status.VERIFIER_ERROR), completion(6, 1.0)]).zero_variance
+    assert shaped([failed(Status.VERIFIER_ERROR)] * 3).zero_variance
+    assert not shaped([completion(5, 1.0), failed(Status.VERIFIER_ERROR), completion(6, 0.0)]).zero_variance
+
+
+def figures_without_counts(group: Group) -> dict[str, float]:
+    """Return the figures of a batch that are about rewards."""
+    figures = {**rollout_metrics([group]), **minibatch_metrics([group])}
+    return {k: v for k, v in figures.items() if "reward" in k or "right" in k or k.startswith(("pass@", "overlong/pe"))}
+
+
+@pytest.mark.parametrize("status", [Status.VERIFIER_ERROR, Status.ENVIRONMENT_ERROR])
+def test_failed_completions_leave_the_figures_of_rewards_and_are_counted(status: Status) -> None:
+    penalty = {"overlong": "penalty", "overlong_buffer": 16}
+    for rewards, options in (([1.0, 0.0, 1.0], {}), ([1.0, 1.0, 1.0], {}), ([1.0, 0.0, 0.5], penalty)):
+        answers = [completion(5, reward) for reward in rewards]
+        with_failed = shaped([*answers, failed(status)], **options)
+        found = figures_without_counts(with_failed)
+        assert found == figures_without_counts(shaped(answers, **options))
+        assert {"reward/mean", "reward/std", "pass@1", "groups/none_right", "batch/reward_mean"} <= found.keys()
+        assert rollout_metrics([with_failed])[f"status/{status.value}"] == 1
+    right, none = shaped([completion(5, 1.0)] * 2), shaped([completion(5, 0.0)] * 2)
+    lost = shaped([failed(status)] * 2)
+    assert rollout_metrics([right, none, lost])["groups/none_right"] == 0.5, (
+        "of a group without scores nothing is known"
+    )
+    assert rollout_metrics([lost])["groups"] == 1
+    assert figures_without_counts(lost) == {}
+
+
+def test_failed_and_truncated_completions_are_masked_and_counted_apart() -> None:
+    scored = [completion(5, 1.0), failed(Status.VERIFIER_ERROR), completion(20, 0.0), completion(6, 0.0)]
+    group = shaped(scored, overlong="mask")
+    assert group.masked == (False, True, True, False)
+    metrics = rollout_metrics([group])
+    assert metrics["overlong/masked"] == 0.25
+    assert metrics["status/verifier_error"] == 1
+    assert "status/environment_error" not in metrics
+    assert "overlong/masked" not in rollout_metrics([shaped(scored)])
+    assert (
+        rollout_metrics([shaped([completion(5, 1.0), failed(Status.ENVIRONMENT_ERROR)])])["status/environment_error"]
+        == 1
+    )

@@ -24,6 +24,7 @@ from sapo.training.checkpoint import list_checkpoints
 from sapo.training.optimizer_files import OptimizerFiles
 from sapo.training.trainer import Trainer
 from sapo.workflows.train import resume
+from support.kernels import fresh_cache
 from support.runs import REWARD, fingerprint, metrics, write_recipe
 from support.trainer_cases import make_trainer
 
@@ -46,7 +47,7 @@ ROLLBACK = {**COLLAPSING, "warnings": {"on_collapse": "rollback", "rollback_lear
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rewards_of_a_test.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAPO_CACHE", fresh_cache(tmp_path / "cache"))
     monkeypatch.setattr(
         sapo.run.loop, "learning_rate_at", lambda step, peak, **_: min(peak, 0.001) if step < 3 else peak
     )
@@ -107,6 +108,30 @@ def test_stop_ends_the_run_at_its_last_healthy_checkpoint(tmp_path: Path) -> Non
 def test_a_collapse_without_a_healthy_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(CollapseError, match="no healthy checkpoint yet: start again with a lower"):
         run_recipe(tmp_path, **{**COLLAPSING, "checkpoint__every": 0}, warnings={"on_collapse": "stop"})
+
+
+@pytest.mark.parametrize("asked", [1, 4, 12])
+def test_a_stop_before_the_first_update_leaves_no_healthy_checkpoint(tmp_path: Path, asked: int) -> None:
+    settings = {**COLLAPSING, "checkpoint__every": 0, "warnings": {"on_collapse": "stop"}}
+    count = iter(range(100_000))
+    stopped = run_recipe(tmp_path, should_stop=lambda: next(count) >= asked, **settings)
+    assert [(c.step, c.update) for c in list_checkpoints(stopped / "checkpoints")] == [(0, 0)]
+    with pytest.raises(CollapseError, match="no healthy checkpoint yet: start again with a lower"):
+        resume(stopped)
+
+
+@pytest.mark.parametrize("asked", [1, 4, 12])
+def test_a_stop_before_the_first_update_leaves_a_rollback_as_it_would_have_been(tmp_path: Path, asked: int) -> None:
+    settings = {**ROLLBACK, "checkpoint__every": 0}
+    whole = run_recipe(tmp_path / "whole", **settings)
+    count = iter(range(100_000))
+    stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **settings)
+    assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
+    resume(stopped)
+    assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, stopped)]
+    assert summaries[0]["rollbacks"] == 1
+    assert summaries[0]["tokens"] == summaries[1]["tokens"]
 
 
 def test_a_rollback_scales_the_learning_rate_and_the_run_learns_after_all(tmp_path: Path) -> None:

@@ -23,14 +23,17 @@ from sapo.config.recipes import load_recipe, parse_recipe
 from sapo.errors import ConfigError
 from sapo.run.loggers.all import check_loggers, run_identity
 from sapo.run.loggers.base import panel_name
+from support.kernels import fresh_cache
 from support.runs import fingerprint, metrics, write_recipe
 
-ALL = {"tensorboard": True, "rollouts_every": 2, "wandb": {"mode": "offline"}, "trackio": {"project": "tests"}}
+EVERY = {"rollouts_every": 2, "samples_every": 2}
+ALL = {"tensorboard": True, **EVERY, "wandb": {"mode": "offline"}, "trackio": {"project": "tests"}}
 
 
 def run_cli(*arguments: str, cwd: Path, **environment: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    own = {"OMP_NUM_THREADS": "1", "TRACKIO_DIR": str(cwd / "trackio"), "HF_HUB_OFFLINE": "1", "HOME": str(cwd)}
+    places = {"TRACKIO_DIR": str(cwd / "trackio"), "HOME": str(cwd), "SAPO_CACHE": fresh_cache(cwd / "cache")}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **places}
     result = subprocess.run(
         [sys.executable, "-m", "sapo.cli", *arguments],
         cwd=cwd,
@@ -133,6 +136,33 @@ def test_tensorboard_holds_the_figures(logged: Path) -> None:
     events.Reload()
     found = {e.step: e.value for e in events.Scalars("train/reward/mean")}
     assert found == pytest.approx(rewards(logged / "run"), abs=1e-7)  # event files hold float32
+
+
+def sampled(run: Path, step: int) -> set[tuple[str, float]]:
+    """Text and reward of the completions of a step, by rollouts/."""
+    lines = (run / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+    return {(line["text"], line["reward"]) for line in map(json.loads, lines)}
+
+
+def test_every_logger_holds_two_completions_with_their_rewards(logged: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = logged / "run"
+    tables = [json.loads(f.read_text()) for f in (run / "wandb").rglob("*.table.json")]
+    by_wandb = {step: [row for t in tables for row in t["data"] if row[0] == step] for step in (2, 6)}
+    with sqlite3.connect(logged / "trackio" / "tests.db") as connection:
+        rows = [(step, json.loads(text)) for step, text in connection.execute("select step, metrics from metrics")]
+    by_trackio = {step: line["samples"]["_value"] for step, line in rows if "samples" in line}
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    by_tensorboard = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("samples/text_summary")}
+    for step in (2, 6):
+        assert len(by_wandb[step]) == len(by_trackio[step]) == 2
+        for table_row, line in zip(by_wandb[step], by_trackio[step], strict=True):
+            assert (line["text"], line["reward"]) == (table_row[3], pytest.approx(table_row[4]))
+            assert (line["text"], line["reward"]) in sampled(run, step)
+            assert line["text"] in by_tensorboard[step]
+            assert f"{line['reward']:.3f}" in by_tensorboard[step]
 
 
 def test_logging_changes_no_bit_of_a_run(logged: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import sapo
 from sapo.config.diagnostics import WarningsConfig
 from sapo.data import Status
-from sapo.errors import ConfigError, NonFiniteError, UserError
+from sapo.errors import ConfigError, NonFiniteError
 from sapo.model.loading import prepare_policy
 from sapo.model.tiny import character_tokenizer, tiny_model
 from sapo.rollout.local.cpu.native import kernels_in_use
@@ -27,6 +27,7 @@ from sapo.training.trainer import Trainer
 from sapo.utils.machine import processor_name
 from sapo.workflows.export import export_model
 from sapo.workflows.train import resume
+from support.kernels import fresh_cache
 from support.runs import REWARD, fingerprint, metrics, write_recipe
 
 FAITHFUL = WarningsConfig().unfaithful
@@ -64,7 +65,7 @@ def run_recipe(directory: Path, listener: Recorder | None = None, should_stop=la
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rewards_of_a_test.py").write_text(REWARD)  # the user's reward function is imported from there
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("SAPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAPO_CACHE", fresh_cache(tmp_path / "cache"))
 
 
 def test_a_run_leaves_what_it_says_behind(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path)
     assert fingerprint(run, 6) == fingerprint(whole, 6)
 
 
-def test_a_state_that_asks_for_more_token_data_than_there_is_is_a_mistake_of_the_user(
+def test_a_state_that_asks_for_more_token_data_than_there_is_gives_way_to_an_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updates = 0
@@ -216,12 +217,16 @@ def test_a_state_that_asks_for_more_token_data_than_there_is_is_a_mistake_of_the
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "update", counting)
-    run = run_recipe(tmp_path, should_stop=lambda: updates >= 2)
+    whole = fingerprint(run_recipe(tmp_path / "whole"), 6)
+    updates = 0
+    run = run_recipe(tmp_path / "stopped", should_stop=lambda: updates >= 2)
     (newest,) = [c for c in list_checkpoints(run / "checkpoints") if c.update]
     save_file({"none": np.zeros(1)}, newest.path / "batches.safetensors")
     monkeypatch.setattr(Checkpoint, "verify", lambda self: None)  # as if it had been written so
-    with pytest.raises(UserError, match=r"asks for more token data .*; resume from an earlier checkpoint"):
-        resume(run)
+    listener = Recorder()
+    resume(run, listener=listener)
+    assert "asks for more token data" in listener.warnings[0]
+    assert fingerprint(run, 6) == whole
 
 
 def test_a_checkpoint_kept_alone_outlives_a_broken_one_that_was_newer(tmp_path: Path) -> None:
@@ -401,7 +406,7 @@ def test_an_unfaithful_sampler_is_found_by_the_self_check_and_corrected(
     assert (check["equal"], check["old_logprobs"]) == (False, "trainer")
     first_updates = [m for m in metrics(run) if m["kind"] == "update" and m["update"] == 0]
     assert all(m["ratio/abs_dev"] < 1e-5 for m in first_updates), "recomputed at the weights that sampled: r = 1"
-    assert listener.warnings == []
+    assert ["differ from the trainer's by up to 0.05 nats" in w for w in listener.warnings] == [True]
 
 
 def test_an_unfaithful_log_pi_old_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +473,7 @@ def test_statuses_are_counted_apart_from_wrong_answers(tmp_path: Path) -> None:
     config = sapo.load_recipe(file, ["tasks.0.verifier=rewards_of_errors:judge", "tasks.0.score_truncated=false"])
     run = sapo.train(config).directory
     for step in (m for m in metrics(run) if m["kind"] == "step"):
-        counts = {s: step[f"status/{s.value}"] for s in Status}
+        counts = {s: step.get(f"status/{s.value}", 0) for s in Status}  # errors of environments where there are some
         assert sum(counts.values()) == 16
         assert counts[Status.TRUNCATED] > 0
     total_errors = sum(m["status/verifier_error"] for m in metrics(run) if m["kind"] == "step")

@@ -56,6 +56,23 @@ def test_the_engines_serve_where_they_are_the_trainers_or_the_recipe_insists(
     assert warning is None or warning in str(seen.warning)
 
 
+@pytest.mark.parametrize(
+    ("difference", "dtype", "full_distribution", "warned"),
+    [
+        (1.3, "float32", True, True),
+        (0.04, "float32", True, False),  # the limit is .05
+        (1.3, "bfloat16", True, False),
+        (1.3, "float32", False, False),
+    ],
+)
+def test_an_engine_that_computes_another_model_is_warned_of(
+    difference: float, dtype: str, full_distribution: bool, warned: bool
+) -> None:
+    found = check([-1.0 + difference], "auto", full_distribution).mismatch(dtype)
+    assert (found is not None) == warned
+    assert not warned or "differ from the trainer's by up to 1.3 nats" in str(found)
+
+
 def test_the_figures_are_those_of_a_loop_over_python_numbers_to_the_bit() -> None:
     """The reference is the loop that the check once was, over every token of every completion in turn."""
     generator = np.random.default_rng(0)

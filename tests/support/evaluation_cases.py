@@ -58,12 +58,16 @@ class PlainPolicy:
 
     has_chat_template = False
     tokenizer = None
+    vision = None
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
     def show(self, token_ids: Sequence[int]) -> str:
         return f"<s>{bytes(token_ids).decode()}"
+
+    def show_prompt(self, prompt: Prompt) -> str:
+        return self.show(prompt.token_ids)
 
 
 def sample(text: str, reward: float = 0.0, status: Status = Status.SCORED, **more: Any) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,55 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "mixtral": ("mixtral", {"sliding_window": None}, True),
     "olmoe": ("olmoe", {"norm_topk_prob": False}, False),
 }
+
+# Class of a router -> the model type whose config makes one.
+ROUTER_MODELS = {
+    "Qwen2MoeTopKRouter": "qwen2_moe",
+    "Qwen3MoeTopKRouter": "qwen3_moe",
+    "Qwen3VLMoeTextTopKRouter": "qwen3_vl_moe_text",
+    "Qwen3NextTopKRouter": "qwen3_next",
+    "Qwen3_5MoeTopKRouter": "qwen3_5_moe_text",
+    "MixtralTopKRouter": "mixtral",
+    "OlmoeTopKRouter": "olmoe",
+    "FlexOlmoTopKRouter": "flex_olmo",
+    "GptOssTopKRouter": "gpt_oss",
+    "GraniteMoeTopKRouter": "granitemoe",
+    "GraniteMoeSharedTopKRouter": "granitemoeshared",
+    "GraniteMoeHybridTopKRouter": "granitemoehybrid",
+    "GraniteMoeSWATopKRouter": "granitemoe_swa",
+    "DeepseekV3TopkRouter": "deepseek_v3",
+    "Dots1TopkRouter": "dots1",
+    "ExaoneMoeTopkRouter": "exaone_moe",
+    "Glm4MoeTopkRouter": "glm4_moe",
+    "Glm4MoeLiteTopkRouter": "glm4_moe_lite",
+    "KimiLinearTopkRouter": "kimi_linear",
+    "MiMoV2FlashTopkRouter": "mimo_v2_flash",
+    "NemotronHTopkRouter": "nemotron_h",
+    "SolarOpenTopkRouter": "solar_open",
+    "MiniMaxM2TopKRouter": "minimax_m2",
+    "Lfm2MoeTopKRouter": "lfm2_moe",
+}
+
+
+def make_router(name: str) -> Any:
+    """A router of a class of transformers, far from undecided, its scale and its bias none that change nothing."""
+    config = AutoConfig.for_model(
+        ROUTER_MODELS[name],
+        hidden_size=16,
+        num_experts_per_tok=PER_TOKEN,
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+        **dict.fromkeys(("n_group", "topk_group"), 1),
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        mamba_n_heads=4,  # of the hybrids; the default does not fit the width
+    )
+    folder = ROUTER_MODELS[name].removesuffix("_text")
+    router: Any = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in (*router.parameters(), *router.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return router
 
 
 def make_moe(family: str = "qwen3_moe", seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:

@@ -13,6 +13,9 @@ from sapo.model.tiny import character_tokenizer, tiny_model
 
 ALPHABET = "0123456789+-*=?"
 
+ATTENTION_ONLY = ("qwen3", "qwen3_moe", "llama", "mistral")
+"""Architectures without recurrent layers, which tests/model/test_recurrent.py has in plenty."""
+
 
 WINDOW = 6
 """Sliding window of the tiny mistral: shorter than nearly every sequence the tests run."""

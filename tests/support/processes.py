@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support.kernels import fresh_cache
+
 PATIENCE = 300.0  # seconds; a limit for a hung process, not a measurement
 
 
-def start(*arguments: str, cwd: Path, torchrun: int | None = None) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path, torchrun: int | None = None, new_session: bool = False) -> subprocess.Popen:
     """Start the command line, by torchrun on so many processes if a number is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(cwd / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": fresh_cache(cwd / "cache")}
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "sapo", *arguments],
         cwd=cwd,
@@ -25,6 +27,7 @@ def start(*arguments: str, cwd: Path, torchrun: int | None = None) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=new_session,
     )
 
 

@@ -46,6 +46,7 @@ from sapo.training.settings import TrainerSettings
 from sapo.training.trainer import Trainer
 from sapo.training.wire import Wire
 from support.trainer_cases import ALPHABET, MAX_NEW_TOKENS, make_groups
+from support.vision_cases import SMALL, SQUARE, WIDE, make_vision_model, shown
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Case:
     replicas: int = 1
     context: int = 1
     heads: tuple[int, int] = (2, 1)
+    vision: str | None = None
+    """What is trained of the vision part; None for a model of text."""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,12 +107,48 @@ CASES = {
     "context of two among four": Case(context=2, heads=(4, 1)),
     "context of four, fewer heads of keys": Case(context=4, heads=(4, 2)),
     "context of two, replicas": Case(objective="gspo", context=2, replicas=2),
+    "pictures": Case("qwen3_vl", vision="tower"),
+    "pictures, merger, activation checkpointing, kl": Case(
+        "qwen3_vl", vision="merger", settings={"activation_checkpointing": True, "kl": KLPenalty(coefficient=0.1)}
+    ),
+    "pictures, frozen tower, gspo": Case("qwen3_vl", vision="none", objective="gspo"),
+    "pictures, moe with replay": Case("qwen3_vl_moe", vision="tower", replay=True),
+    "pictures, lora": Case("qwen3_vl", vision="none", lora=True),
+    "pictures, layers of the tower that are not used": Case("llava", vision="tower"),
+    "pictures, one group": Case("qwen3_vl", vision="tower", groups=1),
+    "pictures, context": Case("qwen3_vl", vision="tower", context=2),
+    "pictures, replicas": Case("qwen3_vl_moe", vision="tower", replicas=2),
+    "pictures, bfloat16": Case("qwen3_vl", vision="tower", dtype=torch.bfloat16),
     "float32": Case(dtype=torch.float32),
     "float32 moe tied": Case("qwen3_moe", tied=True, dtype=torch.float32),
 }
 
 
 def make_model(case: Case, seed: int = 1) -> Policy:
+    policy = make_text_model(case, seed) if case.vision is None else make_pictured_model(case, seed)
+    if case.lora:
+        targets = ["q_proj", "v_proj"] + (["down_proj"] if case.architecture == "qwen3" else [])
+        add_adapter(policy, rank=2, alpha=4, targets=targets, seed=3)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():  # B starts at 0, where A has no gradient
+            for parameter in policy.parameters():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def make_pictured_model(case: Case, seed: int) -> Policy:
+    model, family = make_vision_model(case.architecture, gain=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    policy = prepare_policy(model.to(case.dtype), family.tokenizer, family)
+    assert policy.vision is not None
+    policy.vision.train(case.vision)
+    return policy
+
+
+def make_text_model(case: Case, seed: int) -> Policy:
     tokenizer = character_tokenizer(ALPHABET)
     model = tiny_model(
         case.architecture,
@@ -127,15 +166,17 @@ def make_model(case: Case, seed: int = 1) -> Policy:
     )
     if case.architecture == "qwen3_moe":
         model.set_experts_implementation("eager")  # torch's grouped product rounds by the batch
-    policy = prepare_policy(model.to(case.dtype), tokenizer)
-    if case.lora:
-        targets = ["q_proj", "v_proj"] + (["down_proj"] if case.architecture == "qwen3" else [])
-        add_adapter(policy, rank=2, alpha=4, targets=targets, seed=3)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():  # B starts at 0, where A has no gradient
-            for parameter in policy.parameters():
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return policy
+    return prepare_policy(model.to(case.dtype), tokenizer)
+
+
+def groups_of(case: Case, policy: Policy) -> list[Group]:
+    """Groups of random completions; of a model that sees pictures, two prompts in three show one or two."""
+    groups = make_groups(case.groups, 3, seed=4)
+    if case.vision is None:
+        return groups
+    questions = [("1+<image>=<image>", WIDE, SQUARE), ("12+3",), ("7", SMALL)]
+    asked = [shown(policy, *questions[i % 3], prompt_id=g.prompt.id) for i, g in enumerate(groups)]
+    return [replace(group, prompt=prompt) for group, prompt in zip(groups, asked, strict=True)]
 
 
 def make_reference(case: Case) -> Policy | None:
@@ -186,7 +227,7 @@ def drive(case: Case, trainers: Trainers, policy: Policy, size: int) -> dict[str
     """Play the driver: three updates on the same groups, then completions with the weights they end at."""
     packer = packer_of(case, size)
     of_groups = GroupLogprobs(trainers, packer, "adapter_off" if case.lora else "reference")
-    groups = make_groups(case.groups, 3, seed=4)
+    groups = groups_of(case, policy)
     if case.replay or case.settings.get("tis") is not None:
         groups = of_groups.attach_old(groups, None, record=case.replay)
     if case.settings.get("kl") is not None:

@@ -146,10 +146,10 @@ def write_run(
     return path
 
 
-def write_summary(path: Path, steps: int) -> None:
+def write_summary(path: Path, steps: int, **more: Any) -> None:
     """summary.json of a run that has ended."""
     seconds = {"generate": 4.0, "update": 2.5, "total": 6.5}
-    summary = {"steps": steps, "tokens": {"generated": 410, "trained": 300}, "seconds": seconds}
+    summary = {"steps": steps, "tokens": {"generated": 410, "trained": 300}, "seconds": seconds, **more}
     (path / "summary.json").write_text(json.dumps(summary))
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
+from dataclasses import replace
 
+import psutil
 import pytest
 
 from sapo.data import Completion, Prompt, Score, Status
@@ -11,8 +16,13 @@ from sapo.errors import TaskError
 from sapo.sandbox import SandboxError, SandboxUnavailable, choice
 from sapo.tasks import load_verifier
 from sapo.tasks.verifiers import code as code_module
-from sapo.tasks.verifiers.code import Program, code, find_program, same_output
+from sapo.tasks.verifiers.code import code
+from sapo.tasks.verifiers.code_outputs import same_output
+from sapo.tasks.verifiers.code_program import Program, find_program
 from sapo.tasks.verifiers.code_tests import CodeTests
+from sapo.tasks.workers.pool import WorkerPool
+from sapo.tasks.workers.wire import Home, Job
+from sapo.utils.signals import ANNOUNCING
 
 SUM = CodeTests("stdin", cases=(("1 2\n", "3\n"), ("10 -4\n", "6\n"), ("0 0\n", "0\n")), cpu_seconds=2)
 ADD = CodeTests("functional", cases=(("1\n2", "3"), ('"a"\n"b"', '"ab"')), function="add", cpu_seconds=1)
@@ -167,7 +177,14 @@ def test_without_partial_a_wrong_program_costs_one_run(monkeypatch):
         ("1  2", "1 2", True),  # numbers, word by word
         ("a  b", "a b", False),
         ("1.0", "1", True),
-        ("1e2", "100", True),
+        ("1e+16", "10000000000000000", True),  # as Python prints a float
+        ("1e-05", "0.00001", True),
+        ("1e2", "1e2", True),
+        ("1e2", "100", False),  # nobody prints so but to please a parser
+        ("100", "1e2", True),  # whoever wrote what is expected may write so
+        ("100.0 -5", "+1.0E2 -.5e+1", True),
+        ("100", "1e 2", False),
+        ("1", "1e999", False),  # no float, and its difference from 1 no Decimal
         ("0.1", "0.10000000000000000001", False),  # exactly: floats would call them equal
         ("50000000000000000", "50000000000000001", False),
         ("nan", "nan", True),  # the same text
@@ -182,6 +199,7 @@ def test_without_partial_a_wrong_program_costs_one_run(monkeypatch):
 )
 def test_outputs_are_compared_as_livecodebench_does(printed, expected, equal):
     assert same_output(printed, expected) is equal
+    assert same_output(printed, expected, 1e-30) is equal, "a tolerance that no two of these are within"
 
 
 # ------------------------------------------------------------------------------------------------ functional tests
@@ -333,7 +351,8 @@ def test_an_equal_to_all_inside_a_list_does_not_pass_either():
 def test_replaced_builtins_do_not_reach_the_tests():
     tests = CodeTests.from_mbpp(["assert all(square(x) == x * x for x in range(9))", "assert len(square(2)) == 1"])
     source = "import builtins\nbuiltins.all = lambda xs: True\nbuiltins.len = lambda x: 1\ndef square(x): return 'ab'"
-    assert shows(judge(block(source), tests)) == (0.0, "scored", 0.0)
+    score = judge(block(source), tests)
+    assert (score.reward, score.status) == (0.0, Status.SCORED)
 
 
 def test_a_class_of_the_programs_own_is_a_fine_argument():
@@ -468,3 +487,36 @@ def test_without_a_sandbox_its_name_in_a_recipe_is_refused_in_one_line(monkeypat
 def test_a_pool_may_run_it_and_knows_how_long():
     assert code.isolated is True
     assert code.deadline > code_module.BUDGET_SECONDS
+
+
+# ----------------------------------------------------------------------------------------------------------- signals
+
+
+def test_a_cluster_that_announces_its_end_costs_no_program(tmp_path):
+    """It signals every process of a job, those in a sandbox too."""
+    home, reached = Home(str(tmp_path), tuple(sys.path)), []
+    tests = CodeTests("stdin", cases=(("", "done\n"),), cpu_seconds=2)
+    prompt = Prompt(id=0, task="t", text="?", metadata={"tests": tests.to_json()})
+    sleeping = Job("code", block("import time\ntime.sleep(1)\nprint('done')"), prompt, 60.0, home)
+    pool = WorkerPool(1)
+    try:
+        pool.run([replace(sleeping, text=block("print('done')"))])  # the worker has proven its sandbox from here on
+        worker = psutil.Process(pool.worker_ids()[0])
+
+        def signal_all_below() -> None:
+            while not any("-s" in process.cmdline() for process in worker.children(recursive=True)):
+                time.sleep(0.01)
+            time.sleep(0.3)
+            for process in worker.children(recursive=True):
+                reached.append(process.pid)
+                for number in ANNOUNCING:
+                    process.send_signal(number)
+
+        thread = threading.Thread(target=signal_all_below, daemon=True)
+        thread.start()
+        [score] = pool.run([sleeping])
+        thread.join()
+    finally:
+        pool.close()
+    assert reached
+    assert score.reward == 1.0, score

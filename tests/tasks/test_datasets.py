@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import inspect
 import json
 import textwrap
@@ -217,9 +218,9 @@ def test_examples_are_distinct_training_questions_with_their_solutions_whatever_
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-def test_images_in_a_task_of_text_are_one_line_with_the_way_out(tmp_path):
+def test_pictures_of_the_library_are_shown_as_they_are_encoded(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     rows = datasets.Dataset.from_dict({"prompt": ["p"], "answer": ["a"], "picture": [str(tmp_path / "a.png")]})
     rows = rows.cast_column("picture", datasets.Image())
     rows.save_to_disk(tmp_path / "saved")
@@ -231,21 +232,19 @@ def test_images_in_a_task_of_text_are_one_line_with_the_way_out(tmp_path):
         ),
     )
     listed.save_to_disk(tmp_path / "listed")
-    write_jsonl(tmp_path / "paths.jsonl", [{"prompt": "p", "answer": "a", "image": "images/1.jpg"}])
+    write_jsonl(tmp_path / "paths.jsonl", [{"prompt": "p", "answer": "a", "image": "a.png"}])
     columns = {"saved": "picture", "rows.parquet": "picture", "listed": "picture", "paths.jsonl": "image"}
+    encoded = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
     for name, column in columns.items():
-        text = message(path=tmp_path / name)
-        assert f"prompts are text so far, vision-language models come later; got images in {column}; " in text
-        if name in ("saved", "listed"):  # by the column's type, before an image is decoded
-            assert text.startswith(f"{tmp_path / name}[train]: ")
-        task = DatasetTask(path=tmp_path / name, drop_fields=[column], held_out_fraction=1)
-        assert column not in task.held_out(1)[0].metadata
-
-
-def test_an_image_in_a_chat_is_one_line(tmp_path):
-    content = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "What is it?"}]
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": content}], "answer": 2}])
-    assert f"{path}:1: prompts are text so far" in message(path=path)
+        named = {"path": tmp_path / name, "held_out_fraction": 1, "allow_paths": True}
+        (shown,) = DatasetTask(**named, image_field=column).held_out(1)[0].pictures
+        assert (shown.sha256, shown.size) == (encoded, (8, 8)), name
+        if column == "picture":
+            assert f"the field that image_field names; got some in {column}; set image_field={column}" in message(
+                **named
+            )
+        text = DatasetTask(**named, drop_fields=[column]).held_out(1)[0]
+        assert (text.pictures, text.metadata) == ((), {})
 
 
 @pytest.mark.parametrize(
@@ -272,13 +271,16 @@ def test_an_image_in_a_chat_is_one_line(tmp_path):
         ({"path": "sums.jsonl", "prompt_field": "a", "answer_field": "a"}, ["must differ"]),
         ({"path": "sums.jsonl", **COLUMNS, "verifier": "exakt"}, ["did you mean 'exact'"]),
         ({"path": "sums.jsonl", "prompt_field": "question", "answer_field": None}, ["compares with an answer"]),
-        ({"path": "sums.jsonl", **COLUMNS, "image_field": "image"}, ["need their images (column 'image')"]),
+        ({"path": "sums.jsonl", **COLUMNS, "image_field": "image"}, ["sums.jsonl:1: the row has no field 'image'"]),
+        ({"path": "sums.jsonl", **COLUMNS, "on_bad_row": "drop"}, ["on_bad_row must be refuse or skip; got 'drop'"]),
+        ({"path": "sums.jsonl", **COLUMNS, "picture_marker": ""}, ["picture_marker must be a text or null; got ''"]),
+        ({"path": "sums.jsonl", **COLUMNS, "frame": True}, ["frame must be a whole number"]),
         ({"path": "sums.jsonl", **COLUMNS, "held_out_fraction": 2}, ["between 0 and 1", "got 2"]),
         (
             {"path": "sums.jsonl", "held_out_fraction": 0.5, "held_out_path": "x.jsonl"},
             ["one of them; got held_out_path=x.jsonl and held_out_fraction=0.5"],
         ),
-        ({"path": "sums.jsonl", "split": 3}, ["split must be a string; got 3"]),
+        ({"path": "sums.jsonl", "split": 3}, ["split must be a text"]),
         ({"path": "sums.jsonl", "promt_field": "x"}, ["got 'promt_field'; did you mean 'prompt_field'?"]),
     ],
 )

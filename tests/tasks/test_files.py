@@ -223,6 +223,11 @@ GOOD = json.dumps({"prompt": "p", "answer": "a"}).encode()
         (b'{"prompt": "p", "answer": true}', ["field 'answer'", "got True"]),
         (b'{"prompt": "p", "answer": NaN}', ["field 'answer'", "got nan"]),
         (b'{"prompt": "p", "answer": ["a"]}', ["field 'answer'", "got ['a']"]),
+        (
+            b'{"prompt": "p", "answer": ' + b"9" * 400 + b"}",
+            ["field 'answer'", "an integer of 400 digits; put it in quotes"],
+        ),
+        (b'{"prompt": "p", "answer": -1' + b"0" * 399 + b"}", ["field 'answer'", "an integer of 400 digits"]),
         (b'{"prompt": "p", "answer": "a", "messages": []}', ["'messages' must be the prompt", "prompt_field=messages"]),
     ],
 )
@@ -240,9 +245,9 @@ def test_a_bad_row_is_refused_with_its_file_and_line(tmp_path, line, parts):
 
 
 def test_a_missing_column_of_parquet_is_refused_with_the_columns_there_are(tmp_path):
-    path = write_parquet(tmp_path / "data.parquet", [{"prompt": "p", "solution": "a"}] * 3)
+    path = write_parquet(tmp_path / "data.parquet", [{"prompt": "p", "solutions": "a"}] * 3)
     with pytest.raises(
-        TaskError, match=r"no field 'answer'; it has \['prompt', 'solution'\]; set answer_field"
+        TaskError, match=r"no field 'answer'; it has \['prompt', 'solutions'\]; set answer_field"
     ) as caught:
         FileTask(path)
     assert str(path) in str(caught.value)
@@ -259,9 +264,10 @@ def test_a_bad_row_of_parquet_is_refused_with_its_number(tmp_path):
     [
         ("missing.jsonl", None, ["there must be a file", "check the path"]),
         ("missing.parquet", None, ["there must be a file"]),
-        ("data.jsn", b"{}", ["must end in .jsonl, .json or .parquet", "'.jsn'", "did you mean '.json"]),
-        ("data.csv", b"", ["must end in .jsonl, .json or .parquet", "'.csv'"]),
-        ("data", b"", ["must end in .jsonl, .json or .parquet", "''"]),
+        ("data.jsn", b"{}", ["must end in .jsonl, .json, .csv or .parquet", "'.jsn'", "did you mean '.json"]),
+        ("data.tsv", b"", ["must end in .jsonl, .json, .csv or .parquet", "'.tsv'"]),
+        ("data.jsonl.gz", b"{}", ["must be compressed by gzip"]),
+        ("data", b"", ["must end in .jsonl, .json, .csv or .parquet", "''"]),
         ("data.json", b"{}", ["one list of objects", "got {}"]),
         ("data.json", b'{"a": 1}\n{"a": 2}', ["one list of objects", "Extra data", "one object per line is .jsonl"]),
         ("data.json", b"[]", ["at least one row"]),

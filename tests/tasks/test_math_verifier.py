@@ -208,7 +208,7 @@ WRONG = [
     (r"\frac{a}{b}", r"\boxed{b/a}"),
     ("xy", r"\boxed{xz}"),
     ("18", "18 or 19?"),
-    ("18", "The answer is 18 and not 19."),
+    ("19", "The answer is 18 and not 19."),
 ]
 
 
@@ -254,7 +254,7 @@ def test_what_is_no_mathematics_is_unparseable_and_the_reason_is_short(reference
     [
         (r"\boxed{1} then \boxed{2} #### 3", "2"),
         ("the answer is 3 #### 4\nBye 9", "4"),
-        ("The answer is 3. The final answer is: 4 apples, not 5", "5"),
+        ("The answer is 3. The final answer is: 4 apples, not 5", "4 apples"),
         ("The answer is 4 apples.", "4 apples"),
         ("The answer is $x^2$, of course.", "x^2"),
         ("We have $x = 1$ and so $y = 2$.", "y = 2"),
@@ -320,14 +320,14 @@ def test_a_fresh_worker_compares_expressions(monkeypatch):
         pool.close()
 
 
-TOWER = r"\boxed{10^{10^{10^{10}}}}"
+SLOW = r"\boxed{(x+1)^{5000}}"
 
 
 def test_an_answer_that_would_take_for_ever_costs_its_completion_and_no_other():
     pool = WorkerPool(1)
     math = load_verifier({"name": "math", "deadline": 3})
     prompt = Prompt(id=0, task="t", text="?", answer="x^2")
-    texts = [r"\boxed{x^2}", TOWER, r"\boxed{x \cdot x}", r"\boxed{(" + "9!" * 400 + ")!!!}", r"\boxed{x^2}"]
+    texts = [r"\boxed{x^2}", SLOW, r"\boxed{x \cdot x}", r"\boxed{(" + "9!" * 400 + ")!!!}", r"\boxed{x^2}"]
     try:
         scores = pool.run([math.job(text, prompt) for text in texts])
     finally:

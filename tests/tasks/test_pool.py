@@ -14,8 +14,9 @@ import pytest
 from sapo.data import Completion, Prompt, Score, Status
 from sapo.errors import TaskError
 from sapo.tasks import FileTask, load_verifier, score_completions, score_groups
-from sapo.tasks.workers.pool import WorkerPool, default_size, shared_pool
+from sapo.tasks.workers.pool import WorkerPool, _scores, default_size, shared_pool
 from sapo.tasks.workers.wire import Home, Job
+from sapo.utils.signals import ANNOUNCING
 
 PROMPT = Prompt(id=0, task="t", text="question", answer="a", metadata={"k": [1, 2]})
 
@@ -25,6 +26,12 @@ import asyncio, os, random, signal, subprocess, sys, time
 def sleepy(completion):
     time.sleep(random.random() / 50)
     return int(completion)
+
+leaked = []
+
+def found():
+    # Wherever they lie: a parent with many open files gives high ones.
+    return [fd for fd in map(int, os.listdir("/dev/fd")) if fd > 2]
 
 def act(completion):
     what, _, rest = completion.partition(" ")
@@ -49,7 +56,62 @@ def act(completion):
     if what == "orphan":
         print(subprocess.Popen(["sleep", "1000"], close_fds=False).pid, file=open(rest, "w"), flush=True); os._exit(4)
     if what == "pid": return os.getpid()
-    if what == "close": os.closerange(3, 100); return 1
+    if what == "wait":
+        print("waiting", file=open(rest, "w"), flush=True)
+        subprocess.run(["sleep", "0.5"], check=True)
+        return 1
+    if what == "terminate":
+        import multiprocessing
+        forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+        forked.start()
+        started = subprocess.Popen(["sleep", "1000"])
+        forked.terminate(); started.terminate(); forked.join()
+        return float(forked.exitcode == started.wait() == -signal.SIGTERM)
+    if what == "close": os.closerange(3, 1 + max(found())); return 1
+    if what == "huge": return float(rest)
+    if what == "junk":
+        for fd in found():
+            try: os.write(fd, rest.encode())
+            except OSError: pass
+        return 1
+    if what == "forge":
+        import struct
+        frame = b'{"job": 1, "reward": 1, "status": "scored", "detail": "", "answer": null, "figures": {}}'
+        for fd in found():
+            try: os.write(fd, struct.pack("!4sI", b"sapo", len(frame)) + frame)
+            except OSError: pass
+        return 0.25
+    if what == "again":
+        import json, struct
+        frame = sys._getframe()
+        while "ticket" not in frame.f_locals: frame = frame.f_back
+        began = json.dumps({"job": frame.f_locals["ticket"], "began": True}).encode()
+        while True:
+            for fd in found():
+                try: os.write(fd, struct.pack("!4sI", b"sapo", len(began)) + began)
+                except OSError: pass
+            time.sleep(0.05)
+    if what == "patch":
+        import json, pickle, struct
+        json.dumps = json.loads = json.JSONEncoder.encode = pickle.loads = pickle.dumps = lambda *a, **k: "{'no': json"
+        return 1
+    if what == "longwinded":
+        from sapo.data import Score
+        return Score(1.0, answer="a" * 10**6, detail="d" * 10**6, figures={str(i): 1.0 for i in range(int(rest or 1))})
+    if what == "memory":
+        kept = [bytearray(2**28) for _ in range(64)]
+        return 1
+    if what == "leak":
+        leaked.append(bytearray(300 * 2**20)); return 1
+    if what == "stray":
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                with open(rest, "w") as file: file.write(str(os.getpid()))
+                time.sleep(1000)
+            os._exit(0)
+        while not os.path.exists(rest) or not open(rest).read(): time.sleep(0.01)
+        return 1
     if what == "badstatus":
         from sapo.data import Score
         return Score(1.0, "splendid")
@@ -78,8 +140,9 @@ def pool():
 def act(pool, home):
     """act("exit", "fine", ...): scores of completions of the function above."""
 
-    def run(*texts, deadline=20.0, function="act"):
-        return pool.run([Job(f"rewards_of_the_pool:{function}", text, PROMPT, deadline, home) for text in texts])
+    def run(*texts, deadline=20.0, function="act", **options):
+        spec = {"name": f"rewards_of_the_pool:{function}", **options}
+        return pool.run([Job(spec, text, PROMPT, deadline, home) for text in texts])
 
     return run
 
@@ -179,6 +242,73 @@ def test_a_verifier_that_closes_the_workers_socket_costs_one_completion(act):
     assert scores[1] == Score(0.5)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "junk x",
+        "junk " + "\x00" * 64,
+        "junk sapo\x00\x00\x00\x04[1]]",
+        "junk sapo\x00\x00\x00\x02{]",
+        "forge",
+        "again",
+        "junk sapo\x7f",
+    ],
+)
+def test_what_a_verifier_writes_to_descriptors_it_found_costs_one_completion(act, text):
+    crowd = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]  # as in a program that has much open
+    scores = act("fine", text, "fine", "fine")
+    for fd in crowd:
+        os.close(fd)
+    assert [score.reward for score in scores] == [0.5, 0, 0.5, 0.5]
+    assert scores[1].status is Status.VERIFIER_ERROR
+    assert "the worker wrote what is no answer" in scores[1].detail
+
+
+def test_a_verifier_that_patches_the_library_costs_nothing(act, pool):
+    assert act("pid", "patch", "fine", "patch", "pid")[1:4] == [Score(1.0), Score(0.5), Score(1.0)]
+    assert json.loads("[1]") == [1]  # patched in the worker alone
+
+
+def test_texts_of_a_score_are_cut_and_too_many_figures_are_an_error(act):
+    (score,) = act("longwinded")
+    assert (len(score.answer), len(score.detail)) == (10_000, 500)
+    (score,) = act("longwinded 100000")
+    assert score.status is Status.VERIFIER_ERROR
+    assert score.detail.startswith("ValueError: a score must fit into 1048576 bytes; got 1")
+
+
+@pytest.mark.parametrize("reward", ["1e200", "-1e308", "1e16"])
+def test_a_finite_reward_that_nothing_can_be_computed_with_is_an_error(act, reward):
+    scores = act("huge " + reward, "huge 1e15")
+    rule = f"ValueError: a reward must lie within +-1e+15; got {float(reward):g}; scale it down"
+    assert scores == [error(rule), Score(1e15)]
+
+
+def test_a_verifier_that_fills_the_memory_costs_one_completion(act):
+    scores = act("fine", "memory", "fine", memory_gb=0.5)
+    reason = "MemoryError: rewards_of_the_pool:act may use 0.5 GiB, and asked for more; mend it, or set its memory_gb"
+    assert scores == [Score(0.5), error(reason), Score(0.5)]
+
+
+def test_more_memory_than_there_are_addresses_is_no_limit(act):
+    assert act("fine", memory_gb=1e300) == [Score(0.5)]
+
+
+def test_a_verifier_that_leaks_gets_a_new_worker_when_its_memory_is_full(pool, home):
+    jobs = [Job({"name": "rewards_of_the_pool:act", "memory_gb": 0.5}, "leak", PROMPT, 20.0, home)] * 4
+    one = WorkerPool(1)
+    assert [score.reward for score in one.run(jobs)] == [1.0, 0.0, 1.0, 0.0]
+    one.close()
+
+
+def test_a_process_that_left_its_session_and_its_parent_ends_with_the_worker(act, pool, tmp_path):
+    assert act(f"stray {tmp_path}/pid") == [Score(1.0)]
+    stray = int((tmp_path / "pid").read_text())
+    assert alive(stray)
+    pool.close()
+    wait_until(lambda: not alive(stray))
+
+
 def test_workers_are_kept_from_batch_to_batch(act):
     assert act("pid") == act("pid")
 
@@ -199,6 +329,27 @@ def test_no_worker_starts_before_there_is_work_and_closing_leaves_none(act, pool
     assert workers
     assert not any(map(alive, workers))
     assert act("fine") == [Score(0.5)]  # a closed pool opens again
+
+
+class OfTheParent:
+    """What a worker cannot make, since it does not find this module."""
+
+
+def test_metadata_that_a_worker_cannot_read_is_said(pool, home, monkeypatch):
+    monkeypatch.setattr(OfTheParent, "__module__", "found_in_the_parent_alone")
+    monkeypatch.setitem(sys.modules, "found_in_the_parent_alone", sys.modules[__name__])
+    bad = dataclasses.replace(PROMPT, metadata={"object": OfTheParent()})
+    first, second = pool.run([Job("rewards_of_the_pool:act", "fine", prompt, 20.0, home) for prompt in (bad, PROMPT)])
+    assert (first, second) == (error("ModuleNotFoundError: No module named 'found_in_the_parent_alone'"), Score(0.5))
+
+
+HUGE = {"reward": 10**400, "status": "scored", "detail": "", "answer": None, "figures": {}}
+
+
+@pytest.mark.parametrize("scores", [7, [], [{"reward": 1.0}], [1, 2], [HUGE, {}], {"a": 1}])
+def test_forged_scores_of_a_batch_are_errors_of_its_completions(scores, home):
+    found = _scores({"job": 1, "scores": scores}, Job("m:f", ("a", "b"), PROMPT, 20.0, home))
+    assert [(score.reward, score.status) for score in found] == [(0.0, Status.VERIFIER_ERROR)] * 2
 
 
 def test_metadata_that_cannot_be_sent_is_an_error_of_its_completion(pool, home):
@@ -230,6 +381,32 @@ def test_an_interrupt_in_the_middle_leaves_no_stale_answer(act, pool, home):
         Score(0.5),
         error("ValueError: because b"),
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ANNOUNCING], ids=lambda n: signal.Signals(n).name)
+def test_a_signal_that_stops_a_run_costs_no_completion(act, pool, tmp_path, number):
+    """A cluster sends it to every process of a job. What a verifier has started can still be ended by SIGINT."""
+    act("fine")
+    (worker, *_) = pool.worker_ids()
+    guard = os.getpgid(worker)
+
+    def signal_when_it_waits() -> None:
+        wait_until((tmp_path / "waiting").exists)
+        time.sleep(0.1)
+        for process in {guard, worker}:
+            os.kill(process, number)
+        if number in ANNOUNCING:
+            os.killpg(guard, number)
+
+    thread = threading.Thread(target=signal_when_it_waits)
+    thread.start()
+    assert act(f"wait {tmp_path / 'waiting'}") == [Score(1.0)]
+    thread.join()
+    assert pool.worker_ids() == [worker]
+
+
+def test_a_verifier_ends_its_own_children_as_ever(act):
+    assert act("terminate") == [Score(1.0)]
 
 
 def test_threads_take_turns_with_one_pool(act):
@@ -291,6 +468,25 @@ def test_no_worker_outlives_a_parent_that_is_killed(home, end):
     _, errors = parent.communicate(timeout=60)
     wait_until(lambda: not any(map(alive, workers)))
     assert errors.count("Traceback") <= (end == signal.SIGINT)  # the parent's own, none of a worker's
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stray_process_of_a_verifier_does_not_outlive_a_parent_that_is_killed(home, tmp_path, end):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, f"stray {tmp_path}/pid", "hang"],
+        cwd=home.directory,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout.readline()
+    written = tmp_path / "pid"
+    wait_until(lambda: written.exists() and written.read_text())
+    stray = int(written.read_text())
+    assert alive(stray)
+    parent.send_signal(end)
+    parent.communicate(timeout=60)
+    wait_until(lambda: not alive(stray))
 
 
 def test_a_program_that_ends_takes_its_workers_along_and_says_nothing(home):
@@ -366,8 +562,8 @@ def test_a_batch_of_several_tasks_is_scored_in_order_with_truncated_ones_in_thei
 
 def test_only_a_users_function_is_asked_again_about_the_same_text(task, tmp_path, monkeypatch):
     jobs = []
-    run = WorkerPool.run
-    monkeypatch.setattr(WorkerPool, "run", lambda self, batch: jobs.append(len(batch)) or run(self, batch))
+    run = WorkerPool.run_batches
+    monkeypatch.setattr(WorkerPool, "run_batches", lambda self, batch: jobs.append(len(batch)) or run(self, batch))
     for verifier, count in [("rewards_of_the_pool:act", 3), ({"name": "regex", "pattern": "a(.)"}, 2)]:
         jobs.clear()
         scored = score_completions(task(verifier), PROMPT, [completion("ab"), completion("aa"), completion("ab")])

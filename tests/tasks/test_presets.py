@@ -16,6 +16,7 @@ import pytest
 from sapo.errors import TaskError
 from sapo.tasks import PRESETS, VERIFIERS, make_task
 from sapo.tasks.rows.presets import ALIASES
+from sapo.tasks.verifiers import build_verifier
 from sapo.tasks.verifiers.code import CodeTests
 
 BENCHMARKS = Path(__file__).parents[2] / ".." / "shared" / "benchdata"
@@ -228,16 +229,8 @@ def test_both_configurations_of_mbpp_carry_their_assertions_and_show_them(tmp_pa
 
 
 @needs_rows
-def test_mathvision_is_refused_since_its_questions_need_their_images():
-    with pytest.raises(TaskError) as caught:
-        make_task("mathvision", seed=0, path=BENCHMARKS / "mathvision_testmini_40.jsonl")
-    assert str(caught.value).startswith("mathvision: its questions need their images (column 'decoded_image'), and ")
-
-
-@needs_rows
-def test_every_row_of_mathvision_without_its_image_has_its_options_by_letter():
-    options = {"image_field": None, "drop_fields": ["image"]}
-    _, prompts = prompts_of("mathvision", "mathvision_testmini_40", **options)
+def test_every_row_of_mathvision_shows_its_picture_and_has_its_options_by_letter():
+    _, prompts = prompts_of("mathvision", "mathvision_testmini_40")
     rows = {row["id"]: row for row in rows_of("mathvision_testmini_40")}
     assert len(prompts) == len(rows) == 40
     for text, prompt in prompts.items():
@@ -248,6 +241,26 @@ def test_every_row_of_mathvision_without_its_image_has_its_options_by_letter():
             assert f"\n({letter}) {option}\n" in text
         assert (prompt.answer, prompt.metadata["options"]) == (row["answer"], row["options"])
         assert prompt.metadata["subject"] == row["subject"]
+        (shown,) = prompt.pictures
+        assert shown.path == str((BENCHMARKS / row["image"]).resolve())
+        assert "<image" in text  # the markers stay text
+
+
+@needs_rows
+@pytest.mark.slow
+def test_every_reference_of_mathvision_is_right_and_junk_is_not():
+    _, prompts = prompts_of("mathvision", "mathvision_testmini_40")
+    judge = build_verifier("choice_or_math")
+    for prompt in prompts.values():
+        for text in (rf"So \boxed{{{prompt.answer}}}.", f"The answer is {prompt.answer}", prompt.answer):
+            score = judge(text, prompt)
+            assert score.reward == 1.0, (text, prompt)
+            assert score.figures["answered_by_letter"] == float(prompt.answer in tuple("ABCDE"))
+        if prompt.answer in tuple("ABCDE"):
+            assert judge(rf"\boxed{{({prompt.answer})}}", prompt).reward == 1.0
+            assert judge(f"The answer is ({prompt.answer.lower()}).", prompt).reward == 1.0
+        for text in ("", "I do not know.", r"\boxed{}", r"\boxed{Z}", r"\boxed{123456}", "<image1>"):
+            assert judge(text, prompt).reward == 0.0, (text, prompt)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -259,7 +272,13 @@ def test_every_preset_names_its_repository_licence_wording_and_verifier():
         assert preset.dataset.count("/") == 1
         assert preset.licence
         assert "{prompt}" in preset.template
-    assert {preset.verifier for preset in PRESETS.values()} == {"math", "boxed_integer", "choice", "zebra", "code"}
+    assert {preset.verifier for preset in PRESETS.values()} == {
+        "math",
+        "boxed_integer",
+        "choice_or_math",
+        "zebra",
+        "code",
+    }
 
 
 @needs_rows
@@ -290,7 +309,8 @@ def test_without_a_path_a_preset_asks_the_hub_for_its_splits(monkeypatch):
 
     def load(path, **arguments):
         asked.append((path, arguments.get("name"), arguments["split"]))
-        other = {"question": f"{arguments['split']}?", "answer": "#### 1", "problem": "p"}
+        answer = "#### 1" if "gsm8k" in path else "1"
+        other = {"question": f"{arguments['split']}?", "answer": answer, "problem": "p"}
         return datasets.Dataset.from_list([other])
 
     monkeypatch.setattr(datasets, "load_dataset", load)

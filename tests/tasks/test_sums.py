@@ -19,7 +19,8 @@ def operands(text: str) -> tuple[frozenset[int], str] | tuple[tuple[int, int], s
 @pytest.mark.parametrize("options", [{"digits": 1}, {"digits": 2, "operations": ["add"]}])
 def test_no_held_out_problem_is_trained_on_even_the_other_way_round(options: dict) -> None:
     held_out = {operands(p.text) for p in SumsTask(**options, seed=1).held_out(10_000)}
-    trained = {operands(SumsTask(**options, seed=2).train_prompt(i).text) for i in range(3000)}
+    other = SumsTask(**options, seed=2)
+    trained = {operands(other.train_prompt(i).text) for i in range(3000)}
     assert held_out
     assert not held_out & trained
     shots = {operands(question) for question, _ in SumsTask(**options).shots(4)}

@@ -58,11 +58,11 @@ def test_every_recipe_of_the_page_makes_tasks_that_ask(rows, text):
         assert prompt.task == task.name == (task_config.label or task.name)
         assert prompt.text in form.text(prompt)
         if task_config.options.get("held_out_fraction") != 1:
-            assert task.train_prompt(0).text != prompt.text
+            assert task.train_prompt(0).identity != prompt.identity
 
 
 def test_the_page_has_as_many_recipes_as_sections_with_one():
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 9
 
 
 def test_the_page_lists_every_preset_with_its_repository_licence_and_verifier():

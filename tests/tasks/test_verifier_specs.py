@@ -28,7 +28,9 @@ def judge(spec, text, answer=None, **metadata):
 def test_every_name_loads_and_needs_at_most_the_options_it_says(name):
     options = {"regex": {"pattern": "a"}, "format": {"pattern": "a"}, "length": {"limit": 9}}.get(name, {})
     verifier = load_verifier({"name": name, **options})
-    assert isinstance(verifier, Isolated) == (name in ("math", "regex", "format", "json_schema", "code"))
+    assert isinstance(verifier, Isolated) == (
+        name in ("math", "choice_or_math", "regex", "format", "json_schema", "code")
+    )
     # A program may do another thing each time it runs.
     assert is_pure(build_verifier({"name": name, **options})) == (name != "code")
 
@@ -41,10 +43,13 @@ def test_every_name_loads_and_needs_at_most_the_options_it_says(name):
         ({"pattern": "a"}, "a verifier's mapping must have a name; got {'pattern': 'a'}"),
         ({"name": 3}, "must have a name"),
         ({"name": "regex", "patern": "a"}, "takes the options .*pattern.*; got 'patern'; did you mean 'pattern'"),
-        ({"name": "exact", "case": True}, "'exact' takes no options; got 'case'"),
+        ({"name": "exact", "case": True}, "'exact' takes the options thinking_end, thinking_start; got 'case'"),
         ({"name": "regex"}, "'regex' needs the option 'pattern'"),
         ({"name": "length", "margin": 3}, "'length' needs the option 'limit'"),
-        ({"name": "m:f", "dedline": 3}, "'m:f' takes the options deadline; got 'dedline'; did you mean 'deadline'"),
+        (
+            {"name": "m:f", "dedline": 3},
+            "'m:f' takes the options deadline, memory_gb; got 'dedline'; did you mean 'deadline'",
+        ),
         ({"name": "m:f", "deadline": 0}, "deadline must be a positive number of seconds; got 0"),
         ({"name": "math", "deadline": "soon"}, "deadline must be a positive number of seconds; got 'soon'"),
         ({"name": "math", "deadline": float("inf")}, "deadline must be a positive number of seconds; got inf"),
@@ -53,6 +58,7 @@ def test_every_name_loads_and_needs_at_most_the_options_it_says(name):
         (["math"], "or a list of these with weights; got \\['math'\\]"),
         (7, "got 7"),
         ([{"name": "exact", "weight": "big"}], "'exact': a weight must be a finite number; got 'big'"),
+        ([{"name": "exact", "weight": 1e200}], "a weight must lie within .* got 1e.200"),
         ([{"name": "exact", "weight": float("nan")}], "a weight must be a finite number; got nan"),
         ({"name": "regex", "pattern": "(a"}, "must be a regular expression; got '\\(a': missing \\)"),
         ({"name": "regex", "pattern": ""}, "must be a regular expression; got ''"),
@@ -345,7 +351,8 @@ VALUES = ["red", "$\\frac{1}{2}$", "1,000", "red wine", "None of these."]
         ("So the answer is red wine.", "D", "D"),
         ("D", "D", "D"),
         ("D. red wine", "D", "D"),
-        ("I choose red wine", "D", None),
+        ("I choose red wine", "D", "D"),
+        ("I like red wine", "D", None),
         ("A cat sat there", "A", None),
         (r"\boxed{F}", "A", None),
         (r"\boxed{green}", "A", None),

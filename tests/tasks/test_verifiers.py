@@ -198,7 +198,6 @@ def test_what_a_users_function_may_not_return_is_an_error_of_the_verifier(module
         ("def f(response): return 1", ["must take completion", "['response']", "rename"]),
         ("def f(answer): return 1", ["must take completion", "['answer']"]),
         ("def f(completion, /): return 1", ["must take completion", "['completion']"]),
-        ("def f(completion, gold): return 1", ["required ['gold']", "rename them or give defaults"]),
         ("def g(completion): return 1", ["my_rewards.py has no function 'f'"]),
         ("f = 3", ["has no function 'f'"]),
         ("import my_missing_module", ["importing 'my_rewards' failed", "ModuleNotFoundError", "my_missing_module"]),

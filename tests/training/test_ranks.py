@@ -23,6 +23,7 @@ pytestmark = pytest.mark.scale
 
 ON_FOUR = [
     "replicas",
+    "pictures, replicas",
     "replicas, moe, lora, kl",
     "one group, gspo, kl, tis",
     "context of two among four",
@@ -30,12 +31,17 @@ ON_FOUR = [
     "context of two, replicas",
 ]
 ON_TWO = [name for name in CASES if name not in ON_FOUR or name == "one group, gspo, kl, tis"]
-ON_THREE = ["dense", "moe with replay", "kl", "one group", "gspo with tis"]  # 32 rows do not divide by 3
+ON_THREE = ["dense", "pictures", "moe with replay", "kl", "one group", "gspo with tis"]  # 32 rows do not divide by 3
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 """Largest difference, absolute for what is below 1. Only the order of sums differs: 1e-15 was seen in float64. In
 float32 it was 1e-6, and 4e-5 of a weight, since AdamW divides a small gradient by its own size; an update moves it by
 1e-2."""
+
+
+OF_A_TRAINED_TOWER = 1e-6
+"""Likewise, in float64, where a tower is trained: it computes together what a rank has of pictures, in another order of
+sums, and transformers rounds to float32 within norms and rotations. 2e-7 was seen."""
 
 
 def free_port() -> int:
@@ -102,8 +108,9 @@ def assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
 
 def assert_one_process_gives(got: dict[str, Any], name: str, size: int) -> None:
     case, expected = CASES[name], one_process(CASES[name])
+    tolerance = OF_A_TRAINED_TOWER if case.vision == "tower" else TOLERANCE[case.dtype]
     for what in ("loss", "norm", "cosines", "tokens", "logprobs", "weights", "optimizer", "again"):
-        assert_close(got[what], expected[what], TOLERANCE[case.dtype], what)
+        assert_close(got[what], expected[what], tolerance, what)
     assert got["changed"] == expected["changed"], "choices of experts that the live router would not have made"
     assert got["experts"] == expected["experts"], "the experts that were recorded"
     assert (got["changed"][0][1] is not None) == case.replay

@@ -13,13 +13,16 @@ import torch
 from sapo.data import Group
 from sapo.diagnostics import update_metrics
 from sapo.errors import Interrupted, NonFiniteError
+from sapo.model.adapters import add_adapter
 from sapo.model.policy import Policy
 from sapo.objectives import NORMALIZERS, OBJECTIVES, KLPenalty, policy_loss
 from sapo.rollout.engine import Request
+from sapo.rollout.local.decoder import refusal
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.training.batch import split_minibatches
 from sapo.training.optimizer import learning_rate_at
+from sapo.workflows.activations import count_kept
 from support.plain_models import plain_copy
 from support.trainer_cases import (
     MAX_NEW_TOKENS,
@@ -116,6 +119,18 @@ def test_activation_checkpointing_leaves_gradient_unchanged() -> None:
     trainer.policy.model.train()
     assert_same(packed_gradient(trainer, groups), plain)
     assert calls["n"] == 2 * 2, "each of the two blocks runs once forward and once again in the backward pass"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_activation_checkpointing_leaves_the_policy_to_the_fast_forward_of_an_engine(lora: bool) -> None:
+    policy = make_policy(torch.float32)
+    if lora:
+        add_adapter(policy, rank=2, alpha=4, targets=["q_proj", "down_proj"], seed=3)
+    trainer = make_trainer(policy, activation_checkpointing=True)
+    trainer.update(trainer.pack(make_groups()), 1e-2)
+    assert refusal(policy) is None
+    count_kept(policy, lambda: trainer.logprobs(trainer.pack(make_groups())), checkpointing=True)
+    assert refusal(policy) is None
 
 
 def count_block_calls(policy: Policy) -> dict[str, int]:

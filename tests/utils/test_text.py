@@ -9,7 +9,7 @@ from rich.console import Console
 
 import sapo.cli.terminal as terminal
 from sapo.cli.generate import shown_to
-from sapo.cli.progress import Display
+from sapo.front.display import Display
 from sapo.utils.text import visible
 
 STEERING = "\x1b[2J\x1b]0;title\x07 over\rwritten \u202egnorw\u2066 \x9b31m \x7f \ufeff"

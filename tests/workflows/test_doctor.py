@@ -9,12 +9,14 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sapo.utils.machine import processor_name
 from sapo.workflows import doctor
 from sapo.workflows.doctor import CheckResult, examine, is_broken
+from support.kernels import fresh_cache
 
 
 def by_name(findings: list[CheckResult]) -> dict[str, CheckResult]:
@@ -100,7 +102,7 @@ def test_a_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyP
 
 def test_every_extra_of_the_package_is_looked_at() -> None:
     offered = set(metadata.metadata("sapo-rl").get_all("Provides-Extra") or [])
-    assert offered - {"all", "dev", "peers"} == set(doctor.EXTRAS)
+    assert offered - {"all", "dev", "docs", "peers"} == set(doctor.EXTRAS)
 
 
 def test_a_cache_that_cannot_be_written_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -126,11 +128,14 @@ def test_kernels_that_cannot_be_compiled_are_missing_and_no_fault(
 
 
 def test_the_command_prints_a_report_and_json(tmp_path: Path) -> None:
+    cache, here = fresh_cache(tmp_path / "cache"), tmp_path / "here"
+    here.mkdir()
+
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "sapo.cli", "doctor", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": str(tmp_path / "cache")},
+            cwd=here,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": cache},
             capture_output=True,
             text=True,
             check=False,
@@ -143,7 +148,8 @@ def test_the_command_prints_a_report_and_json(tmp_path: Path) -> None:
     assert {f["section"] for f in report["findings"]} == {"packages", "extras", "machine", "disk", "sandbox"}
     for finding in report["findings"]:
         assert finding["name"] in plain.stdout
-    assert list(tmp_path.iterdir()) == [], "it only looks"
+    assert list(here.iterdir()) == [], "it only looks"
+    assert [p.name for p in Path(cache).iterdir()] == ["kernels"]
 
 
 def test_the_processor_is_named_as_the_system_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +159,17 @@ def test_the_processor_is_named_as_the_system_names_it(tmp_path: Path, monkeypat
     assert by_name(examine(tmp_path))["processor"].value.startswith("Abacus 1 @ 2 beads, ")
     monkeypatch.setattr("sapo.utils.machine.CPUINFO", tmp_path / "none")  # no Linux
     assert processor_name() == (platform.processor() or platform.machine())
+
+
+def test_a_model_is_reported_with_how_it_is_trained_and_decoded(policies: Any, tmp_path: Path) -> None:
+    policies("qwen3").save(tmp_path / "model")
+    found = by_name(doctor.examine_model(str(tmp_path / "model")))
+    assert found["class"].value.startswith("Qwen3ForCausalLM, ")
+    assert (found["training"].value, found["decoding"].value) == ("on packed tokens, each prompt once", "packed")
+    assert not is_broken(list(found.values()))
+
+
+def test_a_model_that_cannot_be_used_is_broken_and_says_why(tmp_path: Path) -> None:
+    (found,) = doctor.examine_model(str(tmp_path))
+    assert found.state == "broken"
+    assert "no config.json" in found.value

@@ -17,7 +17,10 @@ from sapo.rollout.params import SamplingParams
 from sapo.tasks import FileTask, make_task
 from sapo.workflows import evaluate as evaluation_order
 from sapo.workflows.evaluation_plan import plan_evaluations
+from support.pictures import encoded, noise
+from support.row_cases import TOKENIZER, stablelm
 from support.runs import metrics, write_model, write_recipe
+from support.vision_recipes import write_vision_recipe
 
 QUICK = {"problems": 12, "samples": 3, "max_new_tokens": 8, "device": "cpu"}
 
@@ -136,6 +139,20 @@ def test_a_row_whose_answer_was_mended_is_another_row(model: Path, tmp_path: Pat
         sapo.evaluate(model, task("2"), out=tmp_path / "e", **QUICK)
 
 
+def test_a_row_whose_picture_was_replaced_is_another_row(tmp_path: Path) -> None:
+    write_vision_recipe(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "<image>1+1=", "answer": "2", "image": "shown.png"}))
+
+    def evaluate(seed: int) -> None:
+        (tmp_path / "shown.png").write_bytes(encoded(noise(seed)))
+        task = FileTask(tmp_path / "rows.jsonl", held_out_fraction=1.0)
+        sapo.evaluate(tmp_path / "model", task, out=tmp_path / "e", **QUICK)
+
+    evaluate(1)
+    with pytest.raises(ConfigError, match=r"holds another evaluation, with problems\.rows="):
+        evaluate(2)
+
+
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
     task = make_task("arithmetic", seed=0, digits=2)
     with pytest.raises(ConfigError, match=r"--max-new-tokens must leave room .* got 60 .* in a model of 64"):
@@ -161,3 +178,17 @@ def test_a_run_evaluated_again_gives_the_figures_it_logged_last(tmp_path: Path, 
     again = planned.run(subject).evaluation.metrics()
     assert {k: again[k] for k in again if k in logged} == {k: logged[k] for k in again if k in logged}
     assert {"mean@2", "pass@1", "reward/mean", "status/scored"} <= set(again) & set(logged)
+
+
+def test_a_slow_way_to_run_is_said_once(tmp_path: Path) -> None:
+    directory, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    stablelm().save_pretrained(directory)
+    TOKENIZER.save_pretrained(directory)
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": "7"}) + "\n" for i in range(4)))
+    subject = evaluation_order.EvaluatedModel.load(directory)
+    said: list[str] = []
+    few = {"samples": 1, "max_new_tokens": 2}
+    for _ in range(2):
+        (planned,) = plan_evaluations(directory, [str(rows)], ["verifier=last_number"], **few)
+        planned.run(subject, report=said.append)
+    assert [("StableLmForCausalLM" in text, "rows" in text) for text in said] == [(True, True)], said

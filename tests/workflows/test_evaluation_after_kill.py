@@ -82,6 +82,7 @@ def test_a_killed_evaluation_is_not_mixed_with_another_model_s(tmp_path: Path) -
     before = progress.read_bytes()
     write_model(tmp_path / "model", seed=1)
     output = finish(start(*evaluate(tmp_path), cwd=tmp_path), code=2)
-    assert "holds another evaluation, with model.weights=" in output
-    assert len(output.strip().splitlines()) == 1
+    extent, refusal = output.strip().splitlines()
+    assert extent == "add3: 150 generated problems; --problems sets how many"
+    assert "holds another evaluation, with model.weights=" in refusal
     assert progress.read_bytes() == before

@@ -55,6 +55,11 @@ def test_an_override_of_the_prompt_is_read_as_it_is_meant(override: str, key: st
         assert getattr(PromptConfig(**{key: value}), key) == value
 
 
+def test_texts_of_a_task_are_taken_as_they_stand() -> None:
+    options, _ = split_overrides(["template=Q: {prompt}", "answer_after=####", "verifier=math"])
+    assert options == {"template": "Q: {prompt}", "answer_after": "####", "verifier": "math"}
+
+
 def test_the_prompt_settings_reach_the_prompt_and_the_others_the_task() -> None:
     planned = plan_task_evaluation(
         "arithmetic", ["digits=2", "prompt.template=Q: {prompt}", 'prompt.stop=[";"]'], EvaluationSettings()
@@ -89,8 +94,51 @@ def test_a_file_is_a_task(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(40)))
     (planned,) = plan_evaluations(Path("nowhere"), [str(file)], ["verifier=last_number"], samples=8, ks=(1, 8))
     assert planned.task.name == "sums"
-    assert planned.task_about["options"] == {"path": str(file), "verifier": "last_number"}
+    assert planned.task_about["options"] == {"path": str(file), "verifier": "last_number", "held_out_fraction": 1}
     assert (planned.settings.samples, planned.settings.ks) == (8, (1, 8))
+
+
+def write_sums(file: Path, numbers: list[int]) -> Path:
+    file.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in numbers))
+    return file
+
+
+def test_all_rows_are_evaluated_and_it_is_said_how_many(tmp_path: Path) -> None:
+    file = write_sums(tmp_path / "sums.jsonl", [*range(300), 5])
+    policy = EvaluatedModel.load(write_model(tmp_path / "model"), device="cpu").policy
+
+    def asked(kind: str, overrides: list[str], **given: int) -> tuple[int, str]:
+        options = [f"path={file}", "verifier=last_number", *overrides] if kind != str(file) else overrides
+        (planned,) = plan_evaluations(Path("nowhere"), [kind], options, max_new_tokens=4, **given)
+        prompts = planned.ask(policy)
+        return len(prompts), planned.extent(prompts)
+
+    whole = "sums: 300 of 300 held-out problems (besides 1 rows that repeat one)"
+    assert asked(str(file), ["verifier=last_number"]) == (300, whole), "300 questions, one of them twice"
+    assert asked("file", []) == asked("dataset", []) == (300, whole)
+    part = "sums: 256 of 300 held-out problems (besides 1 rows that repeat one); --problems 300 takes all"
+    assert asked("file", [], problems=256) == (256, part)
+    assert asked("file", [], problems=400)[1].endswith("; 400 were asked for")
+    some, _ = asked("file", ["held_out_fraction=0.1"])
+    assert 10 <= some <= 50, "a share that is asked for: 30 of 300 on average"
+
+
+def test_a_benchmark_is_evaluated_whole(tmp_path: Path) -> None:
+    rows = ({"question": f"{i}+1=", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(1319))
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    policy = EvaluatedModel.load(write_model(tmp_path / "model"), device="cpu").policy
+    options = [f"path={file}", "template={prompt}"]  # the model of the tests has no letters
+    (planned,) = plan_evaluations(Path("nowhere"), ["gsm8k"], options, max_new_tokens=4)
+    prompts = planned.ask(policy)
+    assert planned.extent(prompts) == "gsm8k: 1,319 of 1,319 held-out problems"
+    assert len({prompt.text for prompt in prompts}) == 1319
+
+
+def test_generated_problems_are_256_unless_another_number_is_asked_for(tmp_path: Path) -> None:
+    policy = EvaluatedModel.load(write_model(tmp_path / "model"), device="cpu").policy
+    (planned,) = plan_evaluations(Path("nowhere"), ["arithmetic"], ["digits=3"], max_new_tokens=4)
+    assert planned.extent(planned.ask(policy)) == "add3: 256 generated problems; --problems sets how many"
 
 
 def test_several_tasks_make_several_evaluations() -> None:
@@ -105,7 +153,7 @@ def test_several_tasks_make_several_evaluations() -> None:
 def test_the_defaults_are_those_that_help_shows() -> None:
     (planned,) = plan_evaluations(Path("nowhere"), ["arithmetic"], [], samples=None, temperature=None)
     params = planned.settings.params
-    assert (planned.settings.problems, planned.settings.samples, planned.settings.ks) == (256, 4, (1,))
+    assert (planned.settings.problems, planned.settings.samples, planned.settings.ks) == (None, 4, (1,))
     assert (params.max_new_tokens, params.temperature, params.top_p) == (64, 1.0, 1.0)
     assert (params.seed, planned.task_about["seed"]) == (seed_for(12345, "evaluation"), 12345)
     assert (planned.settings.greedy, planned.settings.constant) == (False, True)
@@ -179,7 +227,8 @@ def test_a_seed_that_is_given_draws_as_a_run_of_that_seed_does(tmp_path: Path) -
     file = tmp_path / "prompts.jsonl"
     (own,) = plan_evaluations(run, [], [])
     (given,) = plan_evaluations(run, [], [], seed=7)
-    (named,) = plan_evaluations(Path("nowhere"), [str(file)], ["verifier=exact"], seed=7)
+    share = ["verifier=exact", "held_out_fraction=0.1"]
+    (named,) = plan_evaluations(Path("nowhere"), [str(file)], share, seed=7)
     (other,) = plan_evaluations(run, [], [], seed=8)
     assert own.settings.params.seed == given.settings.params.seed == named.settings.params.seed
     assert [p.text for p in own.task.held_out(2)] == [p.text for p in named.task.held_out(2)]

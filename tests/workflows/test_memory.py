@@ -25,7 +25,7 @@ from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.layouts import PrefillLayout
 from sapo.training.batch import pack
 from sapo.workflows.activations import Counts, full_length_group, kept_bytes, measure_activations
-from sapo.workflows.memory import estimate_memory
+from sapo.workflows.memory import estimate_memory, measure_cache
 from support.moe_cases import make_moe
 from support.runs import write_recipe
 
@@ -126,7 +126,19 @@ def test_activations_of_a_larger_batch_are_what_the_small_ones_say(
     for shape in ((2, 40, 4, 24), (3, 17, 5, 31), (1, 3, 8, 50)):
         batch = packed(groups(*shape))
         # Measured on that batch itself: counted storages, in bytes.
-        assert cost.bytes(Counts.of(batch)) == pytest.approx(kept_bytes(policy, batch, checkpointing), rel=0.02)
+        assert cost.bytes(Counts.of_policy(policy, batch)) == pytest.approx(
+            kept_bytes(policy, batch, checkpointing), rel=0.02
+        )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_hybrid_is_counted_to_within_a_few_percent(checkpointing: bool, new_policy: Any) -> None:
+    policy = new_policy("qwen3_5")  # the first rectangle of a tree begins without a state, and keeps less for it
+    cost = measure_activations(policy, checkpointing)
+    for shape in ((2, 40, 4, 24), (1, 3, 8, 50), (1, 200, 2, 150)):
+        batch = packed(groups(*shape))
+        kept = kept_bytes(policy, batch, checkpointing)
+        assert cost.bytes(Counts.of_policy(policy, batch)) == pytest.approx(kept, rel=0.1)
 
 
 def test_a_mixture_of_experts_is_counted_to_within_a_few_percent(new_policy: Any) -> None:
@@ -162,7 +174,26 @@ def test_counts_are_those_of_the_attention_buckets() -> None:
     # longest of each: 3 queries and 5 keys a row.
     batch = packed([full_length_group(Prompt(0, "t", "", (1, 2, 3)), 2, 3)])
     assert [b.size for b in TreeLayout(batch.segments).buckets] == [(3, 3, 5)]
-    assert Counts.of(batch) == Counts(tokens=7, queries=9, keys=15, pairs=45)
+    assert Counts.of(batch) == Counts(tokens=7, queries=9, keys=15, pairs=45, masks=45)
+
+
+def test_scanned_tokens_are_those_of_padded_chunks() -> None:
+    # By hand: a prompt of 3 tokens fills one chunk of 4; two responses of 5 inputs, two chunks each.
+    batch = packed([full_length_group(Prompt(0, "t", "", (1, 2, 3)), 2, 6)])
+    assert Counts.of(batch, chunk=4).scanned == 4 + 2 * 8
+    assert Counts.of(batch).scanned == 0
+
+
+def test_states_of_rows_are_counted_by_what_the_engine_keeps(tmp_path: Path, new_policy: Any) -> None:
+    policy = new_policy("qwen3_5")
+    kept = measure_cache(policy)
+    # By hand: of 2 layers one is recurrent, with windows of 3 tokens of 2 * 2 + 4 heads, and 4 states of 8 x 8; the
+    # other keeps keys and values of 2 heads. Heads have 8 channels, all is float32.
+    assert kept.states_of_row == 4 * (3 * 8 * 8 + 4 * 8 * 8)
+    assert kept.keys_of_token == 2 * 2 * 8
+    parts = estimate_of(policy, tmp_path)["generate"]
+    assert parts["recurrent states of the rows"] % kept.states_of_row == 0
+    assert "recurrent states of the rows" not in estimate_of(new_policy("llama"), tmp_path)["generate"]
 
 
 def estimate_of(policy: Policy, tmp_path: Path, dtype: str = "float32", **changes: Any) -> dict[str, dict[str, int]]:

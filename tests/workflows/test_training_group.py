@@ -13,7 +13,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from bench.processes import processes_of
 from safetensors.torch import load_file
 
 from sapo.config.recipes import load_recipe
@@ -52,17 +52,6 @@ def recipe_in(directory: Path, **changes: Any) -> Path:
             **changes,
         },
     )
-
-
-def other_ranks(driver: int) -> list[psutil.Process]:
-    """The ranks that a driver started, and not its verifiers."""
-    found = []
-    with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(driver).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if "sapo.workflows.training_group" in child.cmdline():
-                    found.append(child)
-    return found
 
 
 def assert_gone(processes: list[psutil.Process], seconds: float = 60.0) -> None:
@@ -184,7 +173,7 @@ def kill_a_rank(driver: subprocess.Popen, moment: Callable[[], bool]) -> tuple[b
     deadline = time.monotonic() + PATIENCE
     ranks: list[psutil.Process] = []
     while driver.poll() is None and not (moment() and ranks) and time.monotonic() < deadline:
-        ranks = ranks or other_ranks(driver.pid)
+        ranks = ranks or processes_of(driver.pid)
         time.sleep(0.001)
     killed = driver.poll() is None and bool(ranks)
     if killed:
@@ -215,7 +204,7 @@ def test_a_rank_that_dies_while_it_is_set_up_is_named_and_leaves_nothing_behind(
     seen: list[psutil.Process] = []
 
     def dies(*_: Any) -> None:
-        seen.extend(other_ranks(os.getpid()))
+        seen.extend(processes_of(os.getpid()))
         seen[0].kill()
         raise RuntimeError("Connection closed by peer")  # what gloo says
 
@@ -254,7 +243,7 @@ def test_the_driver_is_killed(number: int, tmp_path: Path, uninterrupted: dict[s
 
     def watched() -> bool:
         if not seen:
-            seen.extend(other_ranks(driver.pid))
+            seen.extend(processes_of(driver.pid))
         return moment()
 
     killed = kill_when(driver, watched)
@@ -269,7 +258,7 @@ def test_a_signal_stops_all_ranks_at_a_safe_point(tmp_path: Path, uninterrupted:
     deadline = time.monotonic() + PATIENCE
     while last_line(tmp_path / "run").get("step", 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.001)
-    ranks = other_ranks(driver.pid)
+    ranks = processes_of(driver.pid)
     driver.send_signal(signal.SIGINT)
     output = finish(driver, code=128 + signal.SIGINT)
     assert "next: sapo resume" in output
@@ -287,7 +276,7 @@ def test_a_run_whose_reward_fails_leaves_no_process(tmp_path: Path) -> None:
     driver = start("train", str(file), "train.ranks=2", cwd=tmp_path)
     seen: list[psutil.Process] = []
     while driver.poll() is None:
-        seen = seen or other_ranks(driver.pid)
+        seen = seen or processes_of(driver.pid)
         time.sleep(0.01)
     output, _ = driver.communicate()
     assert driver.returncode == 1
@@ -342,4 +331,4 @@ def test_the_recipe_of_a_run_names_its_ranks(tmp_path: Path) -> None:
     finish(start("train", str(recipe_in(tmp_path)), "train.steps=1", cwd=tmp_path, torchrun=2))
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["train"]["ranks"] == 2
-    assert os.listdir(tmp_path / "run" / "ranks") == [] if (tmp_path / "run" / "ranks").exists() else True
+    assert sorted(os.listdir(tmp_path / "run" / "ranks")) == ["00.json", "01.json"], "torchrun has the logs"

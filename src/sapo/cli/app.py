@@ -1,22 +1,25 @@
 """The command line: parse arguments, call the library, print what was written and what to run next.
 
-Exit codes: 0 done; 2 the user's mistake, in one line; 1 the run's failure, or ours (with its traceback); 130 and 143
-stopped by Ctrl-C or a termination signal, with everything saved.
+Exit codes: 0 done; 2 the user's mistake, in one line; 1 the run's failure, or ours (with its traceback); 130, 143, 129
+and 138 stopped by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, with everything saved.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from sapo.cli.chat import chat
 from sapo.cli.compare import compare
 from sapo.cli.completion import complete_override, complete_recipe, complete_run
 from sapo.cli.diagnose import diagnose
@@ -25,9 +28,19 @@ from sapo.cli.evaluate import compare as compare_evaluations
 from sapo.cli.evaluate import evaluate
 from sapo.cli.export import export
 from sapo.cli.generate import generate
+from sapo.cli.plan import plan
+from sapo.cli.recipes import recipes
 from sapo.cli.report import report
+from sapo.cli.serve import serve
 from sapo.cli.terminal import StopSignal, console, errors, say, stop_signals
-from sapo.errors import ConfigError, Interrupted, RunFailure, UserError
+from sapo.cli.watch import watch
+from sapo.errors import ConfigError, Interrupted, RankError, RunFailure, UserError
+from sapo.utils.files import check_output, storage_failure
+
+# For annotations only: `--help` is to answer before a library is loaded.
+if TYPE_CHECKING:
+    from sapo.front.display import Display
+    from sapo.workflows.train import Run
 
 app = typer.Typer(
     name="sapo",
@@ -37,6 +50,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of a disk, and not of a name."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -45,6 +61,29 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
+
+
+Quietly = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the lines of metrics.jsonl as they come, and the summary as the last.")
+]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from sapo import __version__
+
+        say(f"sapo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def sapo(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """Soft Adaptive Policy Optimization: reinforcement-learning post-training of language models."""
 
 
 @app.command()
@@ -63,22 +102,26 @@ def train(
             "--dry-run", help="Load and check everything, print what the run would do and its memory, and stop."
         ),
     ] = False,
+    quiet: Quietly = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a policy by a recipe."""
-    from sapo.cli.progress import Display
     from sapo.config.recipes import load_recipe
     from sapo.workflows.train import dry_run as rehearse
     from sapo.workflows.train import train as run_training
 
+    display = _display(quiet, as_json)
+    if dry_run and (quiet or as_json):
+        raise ConfigError(f"--dry-run prints tables; got {'--quiet' if quiet else '--json'} with it; leave one out")
     config = load_recipe(recipe, overrides)
     if dry_run:
         from sapo.cli.dry_run import show_dry_run, show_laws
 
         show_dry_run(rehearse(config, on_judged=lambda judged: show_laws(judged, console)), console)
         return
-    with Display(console) as display, stop_signals() as stop:
+    with display, stop_signals() as stop:
         run = run_training(config, listener=display, should_stop=stop, on_coldstart=display.coldstart)
-    _report_end(run, stop)
+    _report_end(run, stop, display)
 
 
 @app.command()
@@ -92,20 +135,33 @@ def resume(
         typer.Argument(
             metavar="[KEY=VALUE]...",
             help="Settings to change, as in train.steps=100. These may change: train.steps, train.learning_rate, "
-            "train.tokens_per_microbatch, train.ranks, train.replicas, train.max_restarts, "
-            "train.context_parallel, rollout.parity_every, rollout.parity_tolerance, eval.every, checkpoint, log, "
-            "profile, diagnostics and warnings, each with its keys.",
+            "train.tokens_per_microbatch, train.picture_tokens_per_microbatch, train.ranks, train.replicas, "
+            "train.max_restarts, "
+            "train.rank_timeout, train.stall_timeout, "
+            "train.context_parallel, train.stop_when, rollout.parity_every, rollout.parity_tolerance, rollout.servers, "
+            "rollout.server_timeout, rollout.run_in, rollout.max_staleness, rollout.timeout, "
+            "rollout.turns.max_environment_errors, rollout.turns.seconds_per_reply, eval.every, "
+            "checkpoint, log, profile, diagnostics, warnings and cluster, each with its keys.",
             autocompletion=complete_override,
         ),
     ] = None,
+    accept_changes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY[,KEY]",
+            help="Go on with rows, models, modules or settings that have changed since the run began, by their keys.",
+        ),
+    ] = None,
+    quiet: Quietly = False,
+    as_json: AsJson = False,
 ) -> None:
     """Resume a run from its newest whole checkpoint."""
-    from sapo.cli.progress import Display
     from sapo.workflows.train import resume as resume_training
 
-    with Display(console) as display, stop_signals() as stop:
-        run = resume_training(run_directory, overrides, listener=display, should_stop=stop)
-    _report_end(run, stop)
+    with _display(quiet, as_json) as display, stop_signals() as stop:
+        accepted = [key.strip() for key in (accept_changes or "").split(",") if key.strip()]
+        run = resume_training(run_directory, overrides, accept_changes=accepted, listener=display, should_stop=stop)
+    _report_end(run, stop, display)
 
 
 @app.command()
@@ -116,8 +172,8 @@ def coldstart(
     overrides: Overrides = None,
 ) -> None:
     """Make a recipe's starting model, if the cache has none."""
-    from sapo.cli.progress import Display
     from sapo.config.recipes import load_recipe
+    from sapo.front.display import Display
     from sapo.run.machine import resolve_machine
     from sapo.workflows.coldstart import describe, ensure_coldstart
 
@@ -153,24 +209,21 @@ def conformance(
 
     The exit code is 1 when sapo or a loss of yours breaks a law, and 0 otherwise, whatever the other libraries do.
     """
-    from sapo.conformance.peers import FAMILIES
-    from sapo.conformance.report import Report, judge_family, judge_function
+    from sapo.conformance.report import Report, check_subjects, judge_family, judge_function
     from sapo.conformance.report import markdown as as_markdown
 
     words = subjects or []
     names = [word for word in words if "=" not in word] or ["sapo"]
     settings = _settings([word for word in words if "=" in word])
+    check_subjects(names, objective=objective, normalizer=normalizer)
+    if markdown is not None:
+        check_output(markdown, "--markdown")
     reports: list[Report] = []
     for name in names:
         if ":" in name:
             reports.append(judge_function(name, objective=objective, normalizer=normalizer, hyper=settings))
-        elif name in FAMILIES:
-            reports.append(judge_family(name))
         else:
-            known = ", ".join(FAMILIES)
-            raise ConfigError(
-                f"a subject is one of {known}, module:function or module:Class; got {name!r}; choose one of these"
-            )
+            reports.append(judge_family(name))
         _print_conformance(reports[-1])
     if markdown is not None:
         try:
@@ -189,14 +242,21 @@ app.command(name="eval")(evaluate)
 app.command(name="eval-compare")(compare_evaluations)
 app.command()(diagnose)
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(export)
 app.command()(report)
+app.command()(watch)
+app.command()(plan)
 app.command()(doctor)
+app.command()(recipes)
 
 
 def main() -> None:
     """Run the command line: one line and exit code 2 for a user's mistake, a traceback for ours."""
+    _quiet_threads()
     try:
+        _refuse_windows()
         _under_torchrun()
         code = app(standalone_mode=False)  # the code of a typer.Exit, None otherwise
     except TyperException as error:  # an unknown command or option, a value of the wrong type
@@ -206,11 +266,49 @@ def main() -> None:
         sys.exit(130)
     except UserError as error:
         _fail(str(error), code=2)
+    except RankError as error:
+        _fail("\n".join([str(error), *error.table]), code=1)
     except RunFailure as error:
         _fail(str(error), code=1)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except Interrupted:
         _fail("stopped; nothing was lost: run the same command again", code=128 + StopSignal.last)
+    except Exception as error:
+        _fail_for_storage(error)
+        raise
     sys.exit(code or 0)
+
+
+def _refuse_windows() -> None:
+    """Refuse a system without the processes and signals that runs are made of; the objectives work there."""
+    if sys.platform == "win32":
+        raise ConfigError("sapo runs on Linux and macOS; this is Windows; use WSL2 (`wsl --install`), which is Linux")
+
+
+def _quiet_threads() -> None:
+    """Leave out the traceback of a thread that could not write, as TensorBoard's: the run says why it stops."""
+    shown = threading.excepthook
+
+    def show(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is None or storage_failure(failure.exc_value) is None:
+            shown(failure)
+
+    threading.excepthook = show
+
+
+def _fail_for_storage(error: Exception) -> None:
+    """End in one line where a file or directory is at fault: 1 where a disk is, 2 where a name is.
+
+    Errors that name no file are of pipes and sockets, and ours.
+    """
+    reason = storage_failure(error)
+    if reason is None or (isinstance(error, OSError) and error.filename is None and error.errno not in FULL):
+        return
+    if isinstance(error, OSError) and error.errno not in FULL:
+        _fail(f"a path cannot be used: {reason}; check the names on the command line and in the recipe", code=2)
+    _fail(f"a file cannot be written or read: {reason}; make room, and run the same command again", code=1)
 
 
 def _under_torchrun() -> None:
@@ -241,43 +339,30 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _report_end(run: Any, stop: StopSignal) -> None:
+def _display(quiet: bool, as_json: bool) -> Display:
+    """Return what shows a run.
+
+    Raises:
+        ConfigError: two ways at once.
+    """
+    from sapo.front.display import Display, JsonLines, Quiet
+
+    if quiet and as_json:
+        raise ConfigError("--quiet prints nothing and --json a line for each record; got both; leave one out")
+    return JsonLines(console, errors) if as_json else Quiet(errors) if quiet else Display(console)
+
+
+def _report_end(run: Run, stop: StopSignal, display: Display) -> None:
+    """Print what a run has come to and the next commands; leave with the code of a signal where one has stopped it."""
+    display.ended(run)
     if run.stopped is not None:
-        say(f"stopped at {run.stopped.checkpoint.label}, saved in {run.stopped.checkpoint.path}")
-        say(f"next: sapo resume {run.directory}")
         raise typer.Exit(128 + (stop.received or signal.SIGINT))
-    from sapo.diagnostics.titles import metric_title
-
-    summary = run.summary
-    start, final = summary["start"], summary["final"]
-    if start and final and "pass@1" in final:
-        title = metric_title("eval", "pass@1").title
-        say(f"{title} {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {summary['steps']} steps")
-        if "greedy" in final:
-            say(f"         greedy {start['greedy']:.3f} -> {final['greedy']:.3f}")
-        if "constant" in final:
-            say(f"  best constant {final['constant']:.3f}, one answer for every problem")
-    _report_seconds(run)
-    model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
-    rollouts = ", rollouts/" if run.config.log.rollouts_every else ""
-    say(f"wrote {run.directory}/summary.json, metrics.jsonl{rollouts} and the model in {model}")
-    say(f"next: sapo eval {run.directory}")
-    if run.config.log.tensorboard:
-        say(f"      tensorboard --logdir {run.directory}/tensorboard")
-
-
-def _report_seconds(run: Any) -> None:
-    from sapo.run.profiling import phases
-
-    seconds = run.summary["seconds"]
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in phases(seconds).items() if name != "total")
-    say(f"{seconds['total']:.1f} s: {parts}")
     if run.config.profile is not None:
         from sapo.cli.tables import seconds_table
 
-        console.print(seconds_table(seconds))
+        display.show(seconds_table(run.summary["seconds"]))
         for trace in sorted((run.directory / "profile").glob("*.json.gz")):
-            say(f"trace: {trace}, for chrome://tracing or https://ui.perfetto.dev")
+            display.say(f"trace: {trace}, for chrome://tracing or https://ui.perfetto.dev")
 
 
 def _settings(words: list[str]) -> dict[str, Any]:

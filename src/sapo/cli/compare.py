@@ -76,15 +76,15 @@ def compare(
     ] = None,
 ) -> None:
     """Compare objectives over learning rates and seeds; the same command resumes a killed comparison."""
-    from sapo.cli.comparison_display import ComparisonDisplay
+    from sapo.front.comparison_display import ComparisonDisplay
     from sapo.workflows.comparing import compare as compare_runs
     from sapo.workflows.comparing import load_comparison
 
     plan = load_comparison(
         recipe,
         overrides or [],
-        objectives=_words(objectives),
-        arms=_words(arms),
+        objectives=_names(objectives, "--objectives", "sapo,grpo"),
+        arms=_names(arms, "--arms", "sapo,grpo"),
         learning_rates=_numbers(learning_rates, float, "--learning-rates", "1e-4,2e-4"),
         seeds=_seeds(seeds),
         baseline=baseline,
@@ -98,7 +98,7 @@ def compare(
 
 
 def _report_end(compared: ComparedRuns, stop: StopSignal) -> None:
-    from sapo.cli.comparison_display import show_results
+    from sapo.front.comparison_display import show_results
 
     show_results(compared.results, console)
     say(f"wrote {compared.directory}/table.md (every run), results.json and runs/")
@@ -111,6 +111,23 @@ def _report_end(compared: ComparedRuns, stop: StopSignal) -> None:
 
 def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _names(text: str | None, option: str, example: str) -> list[str] | None:
+    """Read names between commas, each once.
+
+    Raises:
+        ConfigError: there is none, or one stands there twice.
+    """
+    from sapo.errors import ConfigError
+
+    words = _words(text)
+    if words is not None and not words:
+        raise ConfigError(f"{option} takes names between commas, as in {example}; got {text!r}")
+    for word in words or []:
+        if words is not None and words.count(word) > 1:
+            raise ConfigError(f"{option} takes each name once; got {word!r} {words.count(word)} times; leave one out")
+    return words
 
 
 def _seeds(text: str | None) -> int | list[int] | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 
-from sapo.utils.shipped import shipped_recipes
+from sapo.utils.shipped import shipped_recipes, shipped_suites
 
 MODEL_FILE, RUN_FILE, COMPARISON_FILE = "config.json", "config.yaml", "comparison.yaml"
 
@@ -86,10 +86,16 @@ def complete_model(incomplete: str) -> list[str]:
 def complete_task(incomplete: str) -> list[str]:
     """Complete tasks by name, and files of rows."""
     from sapo.tasks import TASKS
-    from sapo.tasks.rows.reading import EXTENSIONS
+    from sapo.tasks.rows.reading import is_rows_file
 
-    files = _paths(incomplete, lambda p: p.suffix in EXTENSIONS)
+    files = _paths(incomplete, is_rows_file)
     return _starting_with(incomplete, [*sorted(TASKS), *files])
+
+
+def complete_suite(incomplete: str) -> list[str]:
+    """Complete shipped suites, and YAML files below the directory being typed."""
+    files = _paths(incomplete, lambda p: p.suffix in (".yaml", ".yml"))
+    return _starting_with(incomplete, [*sorted(shipped_suites()), *files])
 
 
 def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:

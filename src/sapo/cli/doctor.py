@@ -15,12 +15,15 @@ STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "note": ""}
 
 
 def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Report too how this model is trained and decoded: a directory.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Report what is installed, what this machine can do, and what is missing."""
-    from sapo.workflows.doctor import examine, is_broken
+    from sapo.workflows.doctor import examine, examine_model, is_broken
 
-    findings = examine()
+    findings = examine() if model is None else [*examine(), *examine_model(model)]
     broken = is_broken(findings)
     if as_json:
         print(json.dumps({"ok": not broken, "findings": [asdict(f) for f in findings]}, indent=1))

@@ -27,7 +27,11 @@ def show_dry_run(run: DryRun, console: Console) -> None:
     say(f"model: {run.model}")
     if run.coldstart_missing:
         say("the starting model is not made yet: an untrained model of its shape is used here")
+    for text in run.warnings:
+        say(f"warning: {text}")
     say("held-out problems: " + ", ".join(f"{task} {count}" for task, count in run.held_out.items()))
+    for tried in run.rewards:
+        say(tried.sentence)
     for number, prompt in enumerate(run.prompts, 1):
         say(f"\nprompt {number} of the first step, as the model sees it:\n" + describe_prompt(prompt))
     say("\nmemory, every completion at its full length")  # as a title, the table would wrap it

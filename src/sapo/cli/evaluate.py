@@ -1,14 +1,18 @@
-"""`sapo eval`: a model on a task's held-out problems. `sapo eval-compare`: two of these, problem by problem."""
+"""`sapo eval`: a model on a task's held-out problems, or on a suite of benchmarks.
+
+`sapo eval-compare`: two evaluations of the same problems, problem by problem.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sapo.cli.completion import complete_model, complete_task
+from sapo.cli.completion import complete_model, complete_suite, complete_task
 from sapo.cli.terminal import console, say, stop_signals
 
 if TYPE_CHECKING:
@@ -38,8 +42,19 @@ def evaluate(
             autocompletion=complete_task,
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Several benchmarks in one table: a .yaml file, or the name of a shipped suite, paper_fig6. Its "
+            "settings are BENCHMARK.KEY=VALUE, and path=DIRECTORY has the rows of each.",
+            autocompletion=complete_suite,
+        ),
+    ] = None,
     problems: Annotated[
-        int | None, typer.Option(min=1, help="Held-out problems.", show_default="256, or the run's")
+        int | None,
+        typer.Option(
+            min=1, help="Held-out problems.", show_default="all rows, 256 of a task that generates them, or the run's"
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Completions of each problem (n).", show_default="4, or the run's")
@@ -59,7 +74,9 @@ def evaluate(
             "--constant/--no-constant", help="Measure the best constant answer.", show_default="yes, or the run's"
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Smallest reward that counts as right.")] = 1.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Smallest reward that counts as right.", show_default="1")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
     ] = None,
@@ -83,7 +100,10 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="The directory to write to.", show_default="evals/MODEL-TASK")
     ] = None,
 ) -> None:
-    """Evaluate a model on a task's held-out problems; the same command resumes a killed evaluation."""
+    """Evaluate a model on a task's held-out problems, or on the benchmarks of a suite; the same command resumes a
+    killed evaluation."""
+    from sapo.cli.suite import evaluate_suite
+    from sapo.errors import ConfigError
     from sapo.model.sources import check_source
     from sapo.workflows.evaluate import EvaluatedModel
     from sapo.workflows.evaluation_plan import plan_evaluations
@@ -100,10 +120,17 @@ def evaluate(
         "engine": engine,
     }
     check_source(model)  # before the rows of a task are downloaded
-    asked = plan_evaluations(model, task or [], overrides or [], seed=seed, threshold=threshold, **given)
+    if suite is not None:
+        if task:
+            raise ConfigError(f"--suite has benchmarks of its own; got --task {task[0]} beside it; give one of the two")
+        given |= {"threshold": threshold}
+        evaluate_suite(model, suite, overrides or [], given, seed=seed, dtype=dtype, device=device, out=out)
+        return
+    smallest = 1.0 if threshold is None else threshold
+    asked = plan_evaluations(model, task or [], overrides or [], seed=seed, threshold=smallest, **given)
     subject = EvaluatedModel.load(model, dtype, device)
     for planned in asked:
-        _evaluate_task(planned, model, subject, out, problems, alone=len(asked) == 1)
+        _evaluate_task(planned, model, subject, out, alone=len(asked) == 1)
 
 
 def compare(
@@ -116,9 +143,12 @@ def compare(
     from sapo.errors import ConfigError
     from sapo.evaluation.comparison import compare as compare_results
     from sapo.evaluation.results import read_results
+    from sapo.utils.files import check_output
 
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise ConfigError(f"{out} exists already; name another file with --out")
+    if out is not None:
+        check_output(out, "--out")
     result = compare_results(read_results(first), read_results(second), (str(first), str(second)))
     console.print(comparison_table(result))
     if out is not None:
@@ -132,25 +162,25 @@ def _evaluate_task(
     model: Path,
     subject: EvaluatedModel,
     out: Path | None,
-    problems: int | None,
     *,
     alone: bool,
 ) -> None:
-    """Run one of the planned evaluations and print its figures. `problems` is what the user asked for, or None."""
+    """Run one of the planned evaluations and print its figures."""
     from sapo.cli.tables import Progress, evaluation_table
+    from sapo.tasks import notices_of
     from sapo.workflows.evaluation_plan import output_directory
 
     prompts = planned.ask(subject.policy)
     directory, note = output_directory(model, subject, planned, prompts, out, alone=alone)
     if note:
         say(f"note: {note}")
+    for line in notices_of([planned.task]):
+        say(f"note: {line}")
+    say(planned.extent(prompts))
     with Progress(console) as progress, stop_signals() as stop:
         results = planned.run(
             subject, prompts, out=directory, should_stop=stop, on_progress=progress, report=progress.note
         )
-    there = results.evaluation.problems
-    if problems is not None and there < problems:
-        say(f"note: {planned.task.name} has {there} held-out problems; {problems} were asked for")
     console.print(evaluation_table(results.evaluation))
     say(f"wrote {directory}/results.json, completions.jsonl and the completions to read in {directory}/index.html")
 

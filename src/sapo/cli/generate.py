@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sapo.cli.completion import complete_model
 from sapo.utils.text import visible
+
+# For the annotations only: `--help` is to answer before a library is loaded.
+if TYPE_CHECKING:
+    from sapo.data import Picture
+    from sapo.workflows.generate import Generation
 
 # Default of --max-new-tokens.
 LONGEST = 256
@@ -26,6 +31,10 @@ def generate(
         ),
     ],
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture for a vision-language model; where the prompt has <image>, or before it."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest completion.", show_default="256, or what the model has room for")
@@ -66,6 +75,8 @@ def generate(
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
     told = chat is not None or system is not None or bool(stop)
     text = sys.stdin.read() if prompt == "-" else prompt
+    pictures = _opened(image or [])
+    streams = sys.stdout.isatty() and samples == 1 and not (logprobs or as_json)
     result = draw(
         load_model(model, dtype, device)[0],
         text,
@@ -77,11 +88,33 @@ def generate(
         form=None if told else format_of_run(model),
         shorten=max_new_tokens is None,
         engine=engine,
+        pictures=pictures,
+        on_text=_show_piece if streams else None,
     )
-    if as_json:
+    if streams:
+        print()
+    elif as_json:
         print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
-        return
-    spelled = shown_to(terminal=sys.stdout.isatty())
+    else:
+        _show(result, logprobs)
+
+
+def _opened(files: Sequence[Path]) -> list[Picture]:
+    """Open the pictures that the call names, wherever they lie."""
+    from sapo.data.picture_files import PictureRules, open_picture
+
+    rules = PictureRules(allow_paths=True, leave_out="leave --image out", take_frame="save one frame as a picture")
+    return [open_picture(file, "--image", rules, lambda line: print(line, file=sys.stderr)) for file in files]
+
+
+def _show_piece(text: str) -> None:
+    sys.stdout.write(visible(text))
+    sys.stdout.flush()
+
+
+def _show(result: Generation, logprobs: bool) -> None:
+    """Print the completions, or with `logprobs` a line for each token."""
+    spelled, samples = shown_to(terminal=sys.stdout.isatty()), len(result.completions)
     for number, (completion, texts) in enumerate(zip(result.completions, result.token_texts, strict=True), 1):
         if samples > 1:
             print(f"--- {number} of {samples}, {len(completion)} tokens, {completion.finish_reason}")

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo.conformance.report import Report
+from sapo.data import Status
 from sapo.diagnostics.titles import metric_title
 from sapo.evaluation.comparison import Comparison, Discordance
 from sapo.evaluation.estimates import Estimate
@@ -73,6 +74,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -111,10 +116,13 @@ def evaluation_table(result: Evaluation) -> RenderableType:
         ("greedy", result.greedy),
         *((escape(name), figure.mean) for name, figure in result.figures.items()),
     ]
+    if not result.binary:  # shares of right completions say little of other rewards than 0 and 1
+        estimates = [(escape(name), figure.mean) for name, figure in result.figures.items()]
+    table.add_row(metric_title("eval", "reward/mean").title, measured(result.reward_mean), "")
     for name, estimate in estimates:
         if estimate is not None:
             table.add_row(name, *_columns(estimate))
-    if result.constant is not None:
+    if result.constant is not None and result.binary:
         answer = visible(result.constant.answer.splitlines()[0][:24])
         table.add_row(
             metric_title("eval", "constant").title, f"{result.constant.share:.3f}", escape(f"always {answer}")
@@ -129,7 +137,31 @@ def evaluation_table(result: Evaluation) -> RenderableType:
     if result.tokens_per_second is not None:
         table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}", "")
     table.add_row("time", f"{result.seconds:.1f}", "s")
-    return Group(table, *(_slice_table(name, rows, n) for name, rows in result.slices.items()))
+    slices = result.slices.items() if result.binary else ()
+    return Group(table, *(_slice_table(name, rows, n) for name, rows in slices))
+
+
+def suite_table(suite: str, evaluations: Mapping[str, Evaluation]) -> Table:
+    """Make the table of a suite: a row for each benchmark."""
+    table = Table(title=escape(suite))
+    table.add_column("benchmark", no_wrap=True)
+    for heading in ("problems", "n", "mean@n", "95% interval", "best constant", "no answer", "cut", "tokens", "time"):
+        table.add_column(heading, justify="right")
+    for label, result in evaluations.items():
+        drawn = result.problems * result.samples
+        constant = "" if result.constant is None else f"{result.constant.share:.3f}"
+        table.add_row(
+            escape(label),
+            f"{result.problems:,}",
+            str(result.samples),
+            *_columns(result.mean),
+            constant,
+            f"{result.statuses.get(Status.UNPARSEABLE.value, 0) / drawn:.1%}",
+            f"{result.finish_reasons['length'] / drawn:.1%}",
+            f"{result.length_mean:,.0f}",
+            f"{result.seconds:,.0f} s",
+        )
+    return table
 
 
 def _slice_table(name: str, rows: list[Slice], samples: int) -> Table:
@@ -141,7 +173,7 @@ def _slice_table(name: str, rows: list[Slice], samples: int) -> Table:
     for heading in (f"mean@{samples}", "95% interval", *(f"pass@{k}" for k in ks)):
         table.add_column(heading, justify="right")
     for row in rows[:MOST_SLICES]:
-        passes = (f"{row.pass_at[k].value:.3f}" for k in ks)
+        passes = ("" if (estimate := row.pass_at[k]) is None else f"{estimate.value:.3f}" for k in ks)
         table.add_row(escape(visible(row.value)), str(row.problems), *_columns(row.mean), *passes)
     return table
 
@@ -166,7 +198,14 @@ def comparison_table(result: Comparison) -> RenderableType:
     return Group(*(Text(f"{letter}: {name}") for letter, name in zip("AB", result.names, strict=True)), table)
 
 
-def _columns(estimate: Estimate) -> tuple[str, str]:
+def measured(value: float | None) -> str:
+    """Return a figure as it is shown; None is one that no completion was judged for."""
+    return "not judged" if value is None else f"{value:.3f}"
+
+
+def _columns(estimate: Estimate | None) -> tuple[str, str]:
+    if estimate is None:
+        return measured(None), ""
     return f"{estimate.value:.3f}", f"{estimate.low:.3f} .. {estimate.high:.3f}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sapo.utils.signals import STOPPING
 from sapo.utils.text import visible
 
 # Without emoji: rich would print the ":b:" of a path or of a model's text as a picture.
@@ -23,7 +24,11 @@ def say(text: str) -> None:
 
 
 class StopSignal:
-    """Is true once Ctrl-C or a termination signal has come; a second signal stops at once."""
+    """Is true once one of STOPPING has come; Ctrl-C after it, or SIGTERM twice, stops at once.
+
+    SIGHUP and SIGUSR1 may come twice, and SIGTERM after them: a shell and the kernel each send a SIGHUP, and a cluster
+    warns before it ends a job. What is being saved then is saved to its end.
+    """
 
     last: int = signal.SIGINT
     """The signal that came; the exit code names it."""
@@ -35,19 +40,36 @@ class StopSignal:
         return self.received is not None
 
     def handle(self, number: int, _: Any) -> None:
-        """Handle either signal."""
+        """Handle a signal."""
         if self.received is not None:
-            os._exit(128 + number)  # asked twice: the newest checkpoint on disk is kept
+            asked_before = self.received in (signal.SIGINT, signal.SIGTERM)
+            if number == signal.SIGINT or (number == signal.SIGTERM and asked_before):
+                os._exit(128 + number)  # asked twice: the newest checkpoint on disk is kept
+            return
         self.received = number
         StopSignal.last = number
-        errors.print("stopping at the next safe point; once more stops at once", markup=False)
+        try:
+            errors.print("stopping at the next safe point; Ctrl-C stops at once", markup=False)
+        except OSError:  # the terminal is gone; writing to it would end the run before it is saved
+            _write_nowhere()
+
+
+def _write_nowhere() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Catch Ctrl-C and termination signals for the duration of the block; what is given says whether one came."""
+    """Catch STOPPING for the duration of the block; what is given says whether one came.
+
+    A signal that was ignored when the command was started, as nohup ignores SIGHUP, stays ignored.
+    """
     stop = StopSignal()
-    previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop.handle) for number in caught}
     try:
         yield stop
     finally:

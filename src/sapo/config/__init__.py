@@ -5,6 +5,7 @@ and overrides recipes. Settings of an objective or a task are checked by the obj
 those it does not use.
 """
 
+from sapo.config.cluster import ClusterConfig
 from sapo.config.diagnostics import CounterfactualConfig, DiagnosticsConfig, WarningsConfig
 from sapo.config.experiments import ExperimentsConfig, SamplerDtype, SamplerSwitchConfig
 from sapo.config.logging import LogConfig, ProfileConfig, TrackioConfig, WandbConfig
@@ -19,6 +20,7 @@ from sapo.errors import ConfigError
 
 __all__ = [
     "CheckpointConfig",
+    "ClusterConfig",
     "ColdStartConfig",
     "ConfigError",
     "CounterfactualConfig",

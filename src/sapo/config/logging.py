@@ -48,6 +48,10 @@ class LogConfig(Section):
     """Also log to trackio; null does not."""
     rollouts_every: int = Field(10, ge=0)
     """Steps between files in rollouts/; 0 writes none."""
+    samples_every: int = Field(10, ge=0)
+    """Steps between two sampled completions with their rewards in the terminal and the loggers; 0 shows none."""
+    keep_pictures: bool = True
+    """Keep what the prompts of rollouts/ show in pictures/, each picture once, by its hash. The report shows them."""
 
 
 class ProfileConfig(Section):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 
-from sapo.config.section import Section
+from sapo.config.section import CheckedNumbers, Section, check_size
 from sapo.objectives import NORMALIZERS, TIS, KLPenalty, Objective, find_objective, is_plugin, make_objective
 from sapo.utils.names import nearest
 
@@ -53,7 +53,7 @@ class TISConfig(Section):
         return self
 
 
-class NamedObjective(BaseModel):
+class NamedObjective(CheckedNumbers):
     """An objective by its name. Hyperparameters beside the keys below are the objective's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
@@ -72,6 +72,10 @@ class NamedObjective(BaseModel):
         Raises:
             ValueError: an unknown name or hyperparameter, or a value out of its range.
         """
+        for key, value in self.hyperparameters.items():
+            check_size(key, value)
+            if isinstance(value, bool) and _is_number(self.name, key):
+                raise ValueError(f"{key} must be a number; got {str(value).lower()}; write 1 or 0")
         made = make_objective(self.name, **self.hyperparameters)
         if hidden := sorted({f.name for f in fields(made)} & set(type(self).model_fields)):
             raise ValueError(
@@ -79,6 +83,14 @@ class NamedObjective(BaseModel):
                 f"keys of the recipe; got {', '.join(hidden)}; rename it"
             )
         return made
+
+
+def _is_number(objective: str, key: str) -> bool:
+    """Tell whether a hyperparameter of an objective is declared as a number."""
+    found = known_objective(objective)
+    kinds = {f.name: str(f.type) for f in fields(found)} if found is not None else {}
+    kind = kinds.get(key, "")
+    return "bool" not in kind and ("int" in kind or "float" in kind)
 
 
 class ObjectiveConfig(NamedObjective):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -22,7 +21,9 @@ from sapo.config import ObjectiveConfig, PromptConfig, RunConfig
 from sapo.config.objective import known_objective
 from sapo.errors import ConfigError
 from sapo.utils.names import nearest
+from sapo.utils.reading import parse_yaml, read_yaml
 from sapo.utils.shipped import shipped_recipes
+from sapo.utils.text import first_line
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -67,13 +68,7 @@ def read_recipe(name_or_path: str | os.PathLike[str]) -> tuple[Path, dict[str, A
         ConfigError: no such recipe, or no mapping of settings.
     """
     path = _find_recipe(name_or_path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings; got {type(raw).__name__}")
-    return path, raw
+    return path, read_yaml(path)
 
 
 def resolve_recipe(raw: Mapping[str, Any], overrides: list[str], where: str | os.PathLike[str]) -> RunConfig:
@@ -82,15 +77,25 @@ def resolve_recipe(raw: Mapping[str, Any], overrides: list[str], where: str | os
     Raises:
         ConfigError: with one line per mistake.
     """
+    return change_recipe(raw, [parse_override(override) for override in overrides], where)
+
+
+def change_recipe(
+    raw: Mapping[str, Any], changes: Sequence[tuple[str, Any]], where: str | os.PathLike[str]
+) -> RunConfig:
+    """Apply changes, dotted keys with values, to a recipe's settings and check them; errors name it by `where`.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
     settings = copy.deepcopy(dict(raw))
-    changes = [parse_override(override) for override in overrides]
     _drop_settings_of_another_objective(settings, dict(changes).get("objective.name"))
     merged = OmegaConf.create(settings)
     for key, value in changes:
         try:
             OmegaConf.update(merged, key, value, merge=True, force_add=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{key} is not a place in {where}: {str(error).splitlines()[0]}") from error
+        except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(f"{key} is not a place in {where}: {first_line(error)}") from error
     try:
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -162,12 +167,24 @@ RESUMABLE_KEYS = (
     "diagnostics",
     "warnings",
     "train.tokens_per_microbatch",
+    "train.picture_tokens_per_microbatch",
     "train.ranks",
     "train.replicas",
     "train.max_restarts",
+    "train.rank_timeout",
+    "train.stall_timeout",
     "train.context_parallel",
+    "train.stop_when",
+    "cluster",
     "rollout.parity_every",
     "rollout.parity_tolerance",
+    "rollout.servers",
+    "rollout.server_timeout",
+    "rollout.run_in",
+    "rollout.max_staleness",
+    "rollout.timeout",
+    "rollout.turns.max_environment_errors",
+    "rollout.turns.seconds_per_reply",
 )
 
 
@@ -185,7 +202,10 @@ def override_run(config: RunConfig, overrides: list[str]) -> RunConfig:
                 f"{key} cannot change when a run is resumed; {', '.join(RESUMABLE_KEYS)} can; "
                 f"`sapo train {config.run_dir}/config.yaml run_dir=NAME {override}` starts another run"
             )
-        OmegaConf.update(settings, key, value, force_add=True)
+        try:
+            OmegaConf.update(settings, key, value, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(f"{key} is not a place in the recipe of {config.run_dir}: {first_line(error)}") from error
     resolved = OmegaConf.to_container(settings, resolve=False)
     assert isinstance(resolved, dict)
     return parse_recipe({str(k): v for k, v in resolved.items()})
@@ -223,9 +243,9 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise ConfigError(f"an override is written key=value; got {override!r}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {text!r:.200}") from error
     if isinstance(value, str):
         value = _as_number(value)
     return key.strip(), value

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sapo.config.cluster import ClusterConfig
 from sapo.config.diagnostics import DiagnosticsConfig, WarningsConfig
 from sapo.config.experiments import ExperimentsConfig
 from sapo.config.logging import LogConfig, ProfileConfig
@@ -28,7 +29,7 @@ class RunConfig(Section):
     """Directory the run is written to; runs/<recipe name> by default."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Random seed of the order of prompts and of sampling."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """Number of CPU threads; null takes what the machine has. The run records it, because results are equal bit for bit
     only with the same number."""
     device: str = "auto"
@@ -47,6 +48,8 @@ class RunConfig(Section):
     """Sampling of completions."""
     train: TrainConfig
     """Updates of the policy."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where the processes of the run are."""
     eval: EvalConfig = EvalConfig()
     """Evaluation on held-out problems during training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -75,6 +78,12 @@ class RunConfig(Section):
         """Refuse keys that moved to `experiments`, naming the new key; drop those that have their defaults."""
         return without_moved_keys(raw) if isinstance(raw, dict) else raw
 
+    @model_validator(mode="before")
+    @classmethod
+    def _cluster_says_where(cls, raw: Any) -> Any:
+        """Take `cluster.trainers` for `train.ranks`, and `cluster.engines` for engines in processes of their own."""
+        return with_engines_in_processes(with_trainers_as_ranks(raw)) if isinstance(raw, dict) else raw
+
     @model_validator(mode="after")
     def _log_pi_old_fits(self) -> RunConfig:
         source = self.train.old_logprobs
@@ -83,12 +92,60 @@ class RunConfig(Section):
                 "objective.tis weighs a token by pi_old / mu, so log pi_old must be the trainer's; got "
                 "train.old_logprobs=engine, which takes mu for pi_old; leave it at auto, or set trainer"
             )
-        if self.experiments.old_logprobs == "current" and not self.rollout.staleness:
+        may_be_old = self.rollout.staleness or self.rollout.schedule == "free"
+        if self.experiments.old_logprobs == "current" and not may_be_old:
             raise ValueError(
                 "experiments.old_logprobs=current is for batches older than their first update; got "
                 "rollout.staleness=0, where the current weights are those that sampled; use train.old_logprobs=trainer"
             )
         return self
+
+    @model_validator(mode="after")
+    def _log_pi_old_of_an_overlapped_batch(self) -> RunConfig:
+        """Refuse what needs the trainer's log pi of a batch drawn beside the updates: its weights are gone by then."""
+        needing = {
+            "train.old_logprobs=trainer": self.old_logprobs == "trainer",
+            "objective.tis": self.objective.tis is not None,
+            "a cut distribution (rollout.top_p, top_k or min_p)": self.rollout.cuts_tails,
+            "a sampler of rounded weights (experiments.sampler_dtype)": not self.experiments.sampler_is_policy,
+            "model.routing_replay=R2": self.model.routing_replay == "R2",
+        }
+        found = [what for what, needed in needing.items() if needed]
+        if self.rollout.overlaps and found and self.old_logprobs in ("auto", "trainer"):
+            raise ValueError(
+                f"{self.rollout.overlap_keys} draws a batch while the weights move on, and {found[0]} needs the "
+                "trainer's log pi_old at the weights that sampled it; use rollout.run_in=driver"
+                f"{' with schedule=fixed' * (self.rollout.schedule == 'free')}, or experiments.old_logprobs=current"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_to_stop_by(self) -> RunConfig:
+        if self.train.stop_when is not None and self.eval.every == 0:
+            raise ValueError(
+                "train.stop_when looks at the evaluations during training, so it needs eval.every above 0; got "
+                "eval.every=0, which evaluates before and after it; eval.every=10 evaluates every tenth step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _free_schedule_without_curriculum(self) -> RunConfig:
+        if self.rollout.schedule == "free" and any(t.curriculum or self.curriculum for t in self.tasks):
+            raise ValueError(
+                "a curriculum chooses a batch's prompts by the pass rates of those before it; got "
+                "rollout.schedule=free, where they are not known when prompts are chosen; leave out one of them"
+            )
+        return self
+
+    @property
+    def max_staleness(self) -> int:
+        """Return the bound of the free schedule in updates."""
+        return self.rollout.max_staleness or self.train.minibatches
+
+    @property
+    def largest_age(self) -> int:
+        """Return how many updates old a batch can be at its first update."""
+        return self.max_staleness if self.rollout.schedule == "free" else self.rollout.staleness
 
     @model_validator(mode="after")
     def _rewards_to_shape(self) -> RunConfig:
@@ -181,3 +238,41 @@ def without_moved_keys(raw: dict[str, Any]) -> dict[str, Any]:
             )
         cleaned[section] = {k: v for k, v in held.items() if k != key}
     return cleaned
+
+
+def with_trainers_as_ranks(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose number of ranks is `train.ranks`, wherever it was given.
+
+    Raises:
+        ValueError: `cluster.trainers` and `train.ranks` differ.
+    """
+    cluster, train = raw.get("cluster"), raw.get("train")
+    if not isinstance(cluster, dict) or not isinstance(train, dict) or cluster.get("kind") != "ray":
+        return raw
+    trainers, ranks = cluster.get("trainers"), train.get("ranks", 1)
+    if type(trainers) is not int or trainers < 1:
+        return raw  # absent, or refused where it is declared
+    if ranks not in (1, trainers):
+        raise ValueError(
+            f"cluster.trainers is another name of train.ranks; got {trainers} and {ranks}; leave one of them out"
+        )
+    return raw | {"cluster": cluster | {"trainers": None}, "train": train | {"ranks": trainers}}
+
+
+def with_engines_in_processes(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose engines draw in processes of their own if they are those of a cluster.
+
+    Raises:
+        ValueError: it asks for a thread of the driver as well.
+    """
+    cluster, rollout = raw.get("cluster"), raw.get("rollout", {})
+    if not isinstance(cluster, dict) or not isinstance(rollout, dict) or cluster.get("kind") != "ray":
+        return raw
+    if not cluster.get("engines"):
+        return raw
+    if (where := rollout.get("run_in", "driver")) not in ("driver", "process"):
+        raise ValueError(
+            f"cluster.engines draw in processes of the cluster; got {cluster['engines']} with rollout.run_in={where}; "
+            "leave one of them out"
+        )
+    return raw | {"rollout": rollout | {"run_in": "process"}}

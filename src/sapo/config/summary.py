@@ -24,11 +24,22 @@ def sampler_sentences(config: RunConfig) -> list[str]:
         steps = rollout.staleness / config.train.minibatches
         ages = f"{rollout.staleness} update{'s' * (rollout.staleness > 1)} ({steps:.3g} step{'s' * (steps != 1)})"
         sentences.append(f"Every batch is {ages} old at its first update; those of the run's start are younger.")
+    if rollout.schedule == "free":
+        sentences.append(free_sentence(config))
     if sentences or config.objective.tis is not None:
         sentences.append(_log_pi_old(config))
     if config.objective.tis is not None:
         sentences.append(_correction(config))
     return sentences
+
+
+def free_sentence(config: RunConfig) -> str:
+    """Describe the free schedule of a recipe in a sentence."""
+    bound = config.max_staleness
+    return (
+        f"Completions are drawn beside the updates and trained on at most {bound} update{'s' * (bound > 1)} later "
+        "(rollout.schedule=free): which weights draw which depends on the clock, so two runs of this recipe differ."
+    )
 
 
 def _precision(experiments: ExperimentsConfig) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from sapo.config.section import Section
+from sapo.config.section import CheckedNumbers, Section
 
 
 class ShotConfig(Section):
@@ -36,6 +36,9 @@ class PromptConfig(Section):
     """Few-shot examples before the question: a list, or a number that the task picks from its training split."""
     stop: list[str] = Field([])
     """Strings that end a completion. The token that completes one is kept and carries loss."""
+    special_tokens: bool = False
+    """Whether the text of a completion, as verifiers and logs get it, has special tokens in it, spelled out. The token
+    that ends a completion is left out in any case."""
 
     @model_validator(mode="after")
     def _holds_its_places(self) -> PromptConfig:
@@ -68,7 +71,7 @@ class CurriculumConfig(Section):
         return self
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(CheckedNumbers):
     """Where prompts come from and how answers are scored. Further settings are the task's own, checked by it."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
@@ -83,6 +86,12 @@ class TaskConfig(BaseModel):
     """Prompt format of this task; the recipe's `prompt` when null."""
     curriculum: CurriculumConfig | None = None
     """Curriculum of this task; the recipe's `curriculum` when null."""
+
+    @model_validator(mode="after")
+    def _seed_of_the_run(self) -> TaskConfig:
+        if "seed" in (self.model_extra or {}):
+            raise ValueError("a task has the seed of the run; got one of its own; set `seed` beside `tasks`")
+        return self
 
     @property
     def options(self) -> dict[str, Any]:

@@ -6,7 +6,24 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sapo.config.section import Section
+from sapo.config.section import LOWEST_TEMPERATURE, Section
+
+
+class StopConfig(Section):
+    """End a run before its last step by a figure of its evaluations (`eval.every`), with all that the last step has."""
+
+    metric: str = "pass@1"
+    """Figure of an evaluation, by its name in metrics.jsonl; of the first task where there are several."""
+    reaches: float | None = Field(None, allow_inf_nan=False)
+    """End as soon as the figure is this or more."""
+    patience: int | None = Field(None, ge=1)
+    """End after as many evaluations in a row that are no better than the best before them."""
+
+    @model_validator(mode="after")
+    def _some_rule(self) -> StopConfig:
+        if self.reaches is None and self.patience is None:
+            raise ValueError("stop_when needs reaches or patience; got neither; {metric: pass@1, reaches: 0.9} has one")
+        return self
 
 
 class TrainConfig(Section):
@@ -14,10 +31,13 @@ class TrainConfig(Section):
 
     steps: int = Field(ge=1)
     """Training steps; each samples one rollout batch and makes `minibatches` updates from it."""
-    minibatches: int = Field(4, ge=1)
+    minibatches: int = Field(4, ge=1, le=10**6)
     """Updates per rollout batch: all but the first are off-policy."""
     tokens_per_microbatch: int = Field(8192, ge=1)
     """Packed tokens of one forward pass; bounds memory, never changes the result."""
+    picture_tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens of pictures of one forward pass; bounds the memory of the vision tower, never changes the result. A prompt
+    with more gets a forward pass of its own."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
@@ -49,15 +69,24 @@ class TrainConfig(Section):
     """Largest |log r| on policy for which the engine's log-probabilities are taken as the trainer's."""
     entropy: bool = True
     """Measure the policy's entropy in each update."""
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1, le=65536)
     """Processes that train together, with weights, gradients and optimizer state sharded over them (FSDP2). On one
     machine they are started with the run; torchrun starts them anywhere, and then this may be left out."""
     max_restarts: int = Field(3, ge=0)
-    """How often the ranks of a run are started again after one has died, from the newest checkpoint. torchrun's are its
-    own to restart."""
+    """How often the ranks of a run are started again after one has died, from the newest checkpoint; and how often
+    engines with rollout.run_in=process are, with the weights they had. torchrun's ranks are its own to restart."""
+    rank_timeout: float = Field(60.0, gt=0)
+    """Seconds without a sign of life after which a rank counts as lost: stopped, or on a machine that died. It is ended
+    where it can be, and answered as one that died. A rank that does not hear of the driver for so long ends by itself.
+    Signs of life are given during long computations too."""
+    stall_timeout: float = Field(1800.0, gt=0)
+    """Seconds within one call to the ranks in which none makes a pass over a micro-batch, after which all of them count
+    as lost although they live. Each writes its stacks to its log first. It must be longer than any single pass."""
     replicas: int = Field(1, ge=1)
     """Groups of ranks that hold all weights each (HSDP): sharded within a group, replicated over the groups."""
 
+    stop_when: StopConfig | None = None
+    """End the run early; null makes all steps."""
     context_parallel: int = Field(1, ge=1)
     """Ranks that share each micro-batch: each computes a slice of its tokens, and attention for a share of the heads
     (Ulysses). For sequences too long for one device."""
@@ -104,20 +133,28 @@ class EvalConfig(Section):
 
     every: int = Field(50, ge=0)
     """Steps between evaluations; the first and the last step are always evaluated. 0: only those two."""
-    problems: int = Field(256, ge=1)
+    problems: int = Field(256, ge=1, le=10**6)
     """Held-out problems per task."""
-    samples: int = Field(4, ge=1)
+    samples: int = Field(4, ge=1, le=10**6)
     """Completions of each problem (n of mean@n)."""
     k: list[int] = Field([1])
     """pass@k to report; none above `samples`."""
-    temperature: float | None = Field(None, ge=0)
-    """Sampling temperature; null takes the rollout's."""
+    temperature: float | None = Field(None, ge=0, le=1e3)
+    """Sampling temperature; null takes the rollout's. 0 is greedy, and otherwise it is 0.001 or more."""
     greedy: bool = False
     """Also draw one completion of each problem at temperature 0 (greedy decoding)."""
     constant: bool = False
     """Also score the best constant answer: the accuracy of giving one fixed answer to every problem."""
-    seed: int = 12345
+    seed: int = Field(12345, ge=0, lt=2**63)
     """Random seed of the evaluation's sampling. It is the same at every evaluation, so that curves are paired."""
+
+    @model_validator(mode="after")
+    def _temperature_to_divide_by(self) -> EvalConfig:
+        if self.temperature is not None and 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 or at least {LOWEST_TEMPERATURE}; got {self.temperature}; 0 is greedy"
+            )
+        return self
 
     @model_validator(mode="after")
     def _k_within_samples(self) -> EvalConfig:

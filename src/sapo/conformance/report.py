@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata
@@ -12,6 +13,7 @@ from sapo.conformance.objective_laws import OBJECTIVE_LAWS, judge_objective
 from sapo.conformance.search import BROKEN, HELD, Verdict
 from sapo.conformance.subjects import Subject, function_subject, is_objective, objective_subject
 from sapo.errors import ConfigError
+from sapo.utils.names import did_you_mean
 
 MARKS = {"held": "held", "broken": "**broken**", "does not apply": "–"}
 
@@ -48,6 +50,37 @@ class Report:
     def names(self) -> list[str]:
         """Return the names of the subjects without that of their family."""
         return [s.name.removeprefix(f"{self.family} ") for s in self.subjects]
+
+
+def check_subjects(names: Sequence[str], *, objective: str, normalizer: str | None) -> None:
+    """Refuse names that nothing can be judged by, before the first is judged, which takes seconds.
+
+    Raises:
+        ConfigError: no such family, one that is not installed, no such module, function or class; one named twice; or
+            an objective or normalizer that is none.
+    """
+    from sapo.conformance.peers import FAMILIES
+    from sapo.objectives import NORMALIZERS, find_objective
+    from sapo.objectives.checks import unknown_option
+    from sapo.utils.plugins import import_named
+
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ConfigError(f"each subject is judged once; got {name!r} twice; leave one out")
+        if ":" not in name and name not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ConfigError(
+                f"a subject is one of {known}, module:function or module:Class; got {name!r}"
+                f"{did_you_mean(name, FAMILIES) or '; choose one of these'}"
+            )
+        if ":" in name:
+            import_named(name, what="subject", noun="function or class", error=ConfigError)
+    try:
+        find_objective(objective)
+        if normalizer is not None and normalizer not in NORMALIZERS:
+            raise unknown_option("normalizer", normalizer, NORMALIZERS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def judge_family(name: str) -> Report:

@@ -66,10 +66,18 @@ class FlatArrays:
 
     def __init__(self) -> None:
         self._parts: dict[str, list[NDArray[Any]]] = {}
+        self._places: dict[tuple[str, str], int] = {}
 
     def put(self, name: str, array: NDArray[Any]) -> None:
         """Append an array to those of its name."""
         self._parts.setdefault(name, []).append(array)
+
+    def put_once(self, name: str, key: str, array: NDArray[Any]) -> int:
+        """Append an array unless one of this key is there; return which of its name it is, for `ArrayReader.at`."""
+        if (name, key) not in self._places:
+            self._places[name, key] = len(self._parts.get(name, ()))
+            self.put(name, array)
+        return self._places[name, key]
 
     def joined(self) -> dict[str, NDArray[Any]]:
         """Return one flat array for each name, and its offsets: part i lies from offset i to offset i + 1."""
@@ -110,6 +118,20 @@ class ArrayReader:
                 "checkpoint"
             )
         return part
+
+    def at(self, name: str, place: int) -> NDArray[Any]:
+        """Return an array of a name by its place, as often as it is asked for.
+
+        Raises:
+            CheckpointError: there are not so many.
+        """
+        offsets = self._joined.get(f"{name}.offsets", np.zeros(1, np.int64))
+        if place + 1 >= len(offsets):
+            raise CheckpointError(
+                f"state.json asks for {name} {place} and batches.safetensors holds {len(offsets) - 1}; resume from an "
+                "earlier checkpoint"
+            )
+        return self._joined[name][int(offsets[place]) : int(offsets[place + 1])]
 
     def _split(self, name: str) -> Iterator[NDArray[Any]]:
         if name in self._joined:

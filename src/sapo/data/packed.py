@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sapo.data.pictures import Picture
+
 # For the annotations only: the processes that judge answers need the text, not a tensor library.
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,35 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class PackedPictures:
+    """The pictures of packed tokens, and which of the tokens stand for them.
+
+    Two pictures, of two tokens and of one:
+
+    >>> import torch
+    >>> first, second = Picture("ab", (32, 16), data=b"..."), Picture("cd", (16, 16), data=b"...")
+    >>> packed = PackedPictures((first, second), lengths=(2, 1), places_I=torch.tensor([1, 2, 7]))
+    >>> packed.num_tokens
+    3
+    """
+
+    pictures: tuple[Picture, ...]
+    """In the order of their places. One that two prompts do not share comes twice."""
+    lengths: tuple[int, ...]
+    """Tokens of each picture."""
+    places_I: torch.Tensor
+    """(I,) Packed positions of those tokens, ascending."""
+    rows_I: torch.Tensor | None = None
+    """(I,) Which of the pictures' tokens these are, counted through all pictures; None for all of them. A slice of the
+    packed tokens may begin or end within a picture."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Return I, the number of tokens that stand for pictures."""
+        return sum(self.lengths) if self.rows_I is None else len(self.rows_I)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch without padding: N packed input tokens, M response tokens to score, B sequences.
 
@@ -54,6 +85,7 @@ class PackedBatch:
 
     token_ids_N: torch.Tensor
     position_ids_N: torch.Tensor
+    """(N,), or (3, N) where the model's rotary embedding has three positions a token and a prompt shows a picture."""
     segments: tuple[Segment, ...]
     predictor_M: torch.Tensor
     target_M: torch.Tensor
@@ -72,6 +104,8 @@ class PackedBatch:
     """The experts to send each input token to, uint8 or int16; None for those the live routers choose."""
     sampler_logprobs_M: torch.Tensor | None = None
     """log mu of each response token, float32, under the distribution it was drawn from; None where it is log pi_old."""
+    pictures: PackedPictures | None = None
+    """What the prompts show; None where they are all text."""
 
     @property
     def num_tokens(self) -> int:

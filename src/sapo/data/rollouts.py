@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
+
+from sapo.data.pictures import Picture, PictureTokens
+from sapo.utils.rewards import all_equal
 
 # For the annotations only: the processes that judge answers need the text, not an array library.
 if TYPE_CHECKING:
@@ -22,14 +26,23 @@ FinishReason = Literal["stop", "length"]
 class Status(StrEnum):
     """What happened when a completion was scored. A wrong answer is `SCORED` with reward 0; the others are not answers.
 
-    >>> Status.TRUNCATED.value
-    'truncated'
+    >>> Status.TRUNCATED.value, Status.TRUNCATED.failed, Status.VERIFIER_ERROR.failed
+    ('truncated', False, True)
     """
 
     SCORED = "scored"
     UNPARSEABLE = "unparseable"
     TRUNCATED = "truncated"
     VERIFIER_ERROR = "verifier_error"
+    ENVIRONMENT_ERROR = "environment_error"
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the reward says nothing of the completion, because whoever should give it failed.
+
+        Such a completion leaves the loss, its denominators and the baseline of its group.
+        """
+        return self in (Status.VERIFIER_ERROR, Status.ENVIRONMENT_ERROR)
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ NOT_SCORED = Score(0.0)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, as text and as the token ids the model sees.
+    """One question, as text with the pictures it is about, and as the token ids the model sees.
 
     >>> prompt = Prompt(id=7, task="arithmetic", text="12+34=", token_ids=(3, 4, 12, 5, 6, 15), answer="46")
     >>> prompt.answer
@@ -73,6 +86,36 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     """Strings that end its completions, beside the model's end tokens; set with the token ids."""
+    special_tokens: bool = False
+    """The text of its completions has special tokens in it, spelled out, but the one that ends a completion."""
+    pictures: tuple[Picture, ...] = ()
+    """What the question shows, in the order of their markers in the text."""
+    picture_tokens: PictureTokens | None = None
+    """Which token ids stand for the pictures; set with the token ids. None without pictures."""
+
+    @property
+    def identity(self) -> str:
+        """Return what makes two prompts the same question: the text and the content of the pictures.
+
+        >>> Prompt(id=7, task="arithmetic", text="12+34=").identity
+        '12+34='
+        """
+        return "\x1f".join([self.text, *(picture.sha256 for picture in self.pictures)])
+
+    @property
+    def likeness(self) -> str:
+        """Return what prompts share that differ in blanks and case alone.
+
+        >>> Prompt(id=7, task="sums", text="What is 2 + 2?").likeness
+        'whatis2+2?'
+        """
+        return "".join(self.identity.casefold().split())
+
+    @property
+    def next_position(self) -> int:
+        """Return the position of a completion's first token."""
+        found = None if self.picture_tokens is None else self.picture_tokens.next_position
+        return len(self.token_ids) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -103,9 +146,34 @@ class RoutedExperts:
         return len(self.indices) // (self.layers * self.per_token * (1 + self.wide))
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What an environment said between two turns of the policy: tokens that it read and did not draw.
+
+    >>> Observation(at=3, token_ids=(5, 6), text="12").keep is None
+    True
+    """
+
+    at: int
+    """How many of the policy's own tokens come before it; 0 opens this sample."""
+    token_ids: tuple[int, ...]
+    text: str = ""
+    """For logs only."""
+    keep: int | None = None
+    """How many tokens of all that came before, the prompt's counted, the policy still sees; None for all. A template
+    that drops the thinking of earlier turns, or a summary in place of the history, keeps fewer."""
+
+
 @dataclass(frozen=True, init=False, eq=False)
 class Completion:
     """One sampled response: what the engine emitted, token by token, and what the verifier said of it.
+
+    In an episode of several turns, `token_ids` and all that goes with them, and the length, are of the policy's own
+    tokens, all turns in their order. What the environment said lies in `observations`, between them:
+
+    >>> turns = Completion((7, 1, 8, 1), (-0.1,) * 4, "stop", observations=(Observation(2, (5, 6), "12"),))
+    >>> len(turns), turns.sequence.tolist(), turns.turns
+    (4, [7, 1, 5, 6, 8, 1], ((0, 2), (2, 4)))
 
     `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was sampled from (after
     temperature and truncation of the tail). The stop token, when one came, is the last token and carries loss.
@@ -128,7 +196,12 @@ class Completion:
     reference_logprobs: NDArray[np.float32]
     """log pi_ref of each token; empty without a reference policy."""
     experts: RoutedExperts | None
-    """With routing replay, of its tokens but the last, which is no input; None where nothing was recorded."""
+    """With routing replay, of its sequence but the last token, which is no input; None where nothing was recorded."""
+    versions: tuple[tuple[int, int], ...]
+    """Runs of (tokens, updates made by the weights that drew them), in order; empty where one version drew the batch,
+    which is the batch's own."""
+    observations: tuple[Observation, ...]
+    """What the environment said between its tokens, in order; empty for a single turn."""
 
     def __init__(
         self,
@@ -140,6 +213,8 @@ class Completion:
         old_logprobs: Sequence[float] | NDArray[np.floating] = (),
         reference_logprobs: Sequence[float] | NDArray[np.floating] = (),
         experts: RoutedExperts | None = None,
+        versions: tuple[tuple[int, int], ...] = (),
+        observations: tuple[Observation, ...] = (),
     ) -> None:
         from sapo.data.arrays import LOGPROBS, TOKEN_IDS, read_only  # numpy, which is not loaded before it is needed
 
@@ -152,6 +227,14 @@ class Completion:
         put(self, "old_logprobs", read_only(old_logprobs, LOGPROBS))
         put(self, "reference_logprobs", read_only(reference_logprobs, LOGPROBS))
         put(self, "experts", experts)
+        put(self, "versions", versions)
+        put(self, "observations", observations)
+        places = [0, *(o.at for o in observations), len(self)]
+        if places != sorted(places):
+            raise ValueError(
+                f"observations must lie between a completion's {len(self)} tokens, in their order; got the places "
+                f"{places[1:-1]}; count the policy's own tokens before each"
+            )
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -159,7 +242,8 @@ class Completion:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Completion):
             return NotImplemented
-        return (self._bytes(), self.score, self.experts) == (other._bytes(), other.score, other.experts)
+        own, theirs = ((c._bytes(), c.score, c.experts, c.versions, c.observations) for c in (self, other))
+        return own == theirs
 
     def __hash__(self) -> int:
         return hash(self._bytes())  # without the score, whose figures may be a dict
@@ -167,6 +251,41 @@ class Completion:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and unpickle through the constructor: numpy's own way gives arrays that may be written to."""
         return Completion, tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def spans(self) -> list[tuple[bool, NDArray[np.int32]]]:
+        """Return the runs of tokens after the prompt, and whether the policy drew them; none is empty."""
+        from sapo.data.arrays import TOKEN_IDS, read_only
+
+        spans, start = [], 0
+        for observation in self.observations:
+            spans += [(True, self.token_ids[start : observation.at])]
+            spans += [(False, read_only(observation.token_ids, TOKEN_IDS))]
+            start = observation.at
+        spans += [(True, self.token_ids[start:])]
+        return [(own, ids) for own, ids in spans if len(ids)]
+
+    @property
+    def sequence(self) -> NDArray[np.int32]:
+        """Return all tokens after the prompt as they came about, observations in their places.
+
+        Where an observation keeps less than all, what it dropped is in it too.
+        """
+        if not self.observations:
+            return self.token_ids
+        import numpy as np
+
+        return np.concatenate([self.token_ids[:0], *(ids for _, ids in self.spans)])
+
+    @property
+    def turns(self) -> tuple[tuple[int, int], ...]:
+        """Return for each turn its first own token and one past its last; a turn in which none was drawn is left out.
+
+        >>> Completion((7, 1), (-0.1, -0.2), "stop").turns
+        ((0, 2),)
+        """
+        ends = [0, *(o.at for o in self.observations), len(self)]
+        return tuple((start, stop) for start, stop in pairwise(ends) if start < stop)
 
     def _bytes(self) -> tuple[bytes | str, ...]:
         arrays = (self.token_ids, self.logprobs, self.old_logprobs, self.reference_logprobs)
@@ -191,7 +310,8 @@ class Group:
     shaped_rewards: tuple[float, ...] = ()
     """What the advantages are made of where it is not the verifier's reward alone; empty otherwise."""
     masked: tuple[bool, ...] = ()
-    """Completions that carry no loss and leave every denominator; empty when that was not asked for."""
+    """Completions that carry no loss and leave every denominator: failed ones, and truncated ones where that was asked
+    for; empty where there are none."""
     prompt_experts: RoutedExperts | None = None
     """With routing replay, of the prompt's tokens, which all completions share; None where nothing was recorded."""
 
@@ -199,6 +319,11 @@ class Group:
     def rewards(self) -> tuple[float, ...]:
         """Return R_1 .. R_G, as the verifier gave them."""
         return tuple(c.score.reward for c in self.completions)
+
+    @property
+    def scored_rewards(self) -> tuple[float, ...]:
+        """Return the verifier's rewards of the completions whose verifier and environment did not fail."""
+        return tuple(c.score.reward for c in self.completions if not c.score.status.failed)
 
     @property
     def training_rewards(self) -> tuple[float, ...]:
@@ -212,7 +337,8 @@ class Group:
 
     @property
     def zero_variance(self) -> bool:
-        """Return whether the group has no gradient: its rewards are all equal, so that every advantage is 0, or all
-        its completions are masked."""
-        rewards = self.training_rewards
-        return max(rewards) == min(rewards) or not any(self.counted)
+        """Return whether the group has no gradient: the rewards of completions that did not fail are all equal, so that
+        every advantage is 0, or all its completions are masked."""
+        scored = zip(self.training_rewards, self.completions, strict=True)
+        rewards = [reward for reward, completion in scored if not completion.score.status.failed]
+        return not any(self.counted) or not rewards or all_equal(rewards)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from sapo.data.arrays import TOKEN_IDS, ArrayReader, FlatArrays, read_only
-from sapo.data.rollouts import Completion, Group, Prompt, RoutedExperts, Score, Status
+from sapo.data.pictures import Picture, PictureTokens
+from sapo.data.rollouts import Completion, Group, Observation, Prompt, RoutedExperts, Score, Status
 
 _TOKEN_DATA = ("token_ids", "logprobs", "old_logprobs", "reference_logprobs")
 
@@ -29,10 +30,8 @@ def group_to_json(group: Group, arrays: FlatArrays) -> dict[str, Any]:
     >>> group_from_json(value, ArrayReader(arrays.joined())) == group
     True
     """
-    arrays.put("prompt.token_ids", read_only(group.prompt.token_ids, TOKEN_IDS))
-    prompt = {k: v for k, v in vars(group.prompt).items() if k != "token_ids"}
     return {
-        "prompt": {**prompt, "metadata": {}},
+        "prompt": _prompt_to_json(group.prompt, arrays),
         "prompt_experts": _experts_to_json(group.prompt_experts, arrays),
         "completions": [_completion_to_json(c, arrays) for c in group.completions],
         "advantages": group.advantages,
@@ -46,16 +45,56 @@ def group_from_json(value: dict[str, Any], arrays: ArrayReader) -> Group:
 
     Checkpoints of earlier versions hold the token data in the JSON value itself, and are read as well.
     """
-    prompt = value["prompt"]
-    ids = prompt["token_ids"] if "token_ids" in prompt else arrays.take("prompt.token_ids").tolist()
     return Group(
-        prompt=Prompt(**{**prompt, "token_ids": tuple(ids), "stop": tuple(prompt["stop"])}),
+        prompt=_prompt_from_json(value["prompt"], arrays),
         prompt_experts=_experts_from_json(value.get("prompt_experts"), arrays),
         completions=tuple(_completion_from_json(c, arrays) for c in value["completions"]),
         advantages=tuple(value["advantages"]),
         shaped_rewards=tuple(value["shaped_rewards"]),
         masked=tuple(value["masked"]),
     )
+
+
+def _prompt_to_json(prompt: Prompt, arrays: FlatArrays) -> dict[str, Any]:
+    """Write a prompt; pictures by their hash, the bytes of those that have no file once for all groups."""
+    arrays.put("prompt.token_ids", read_only(prompt.token_ids, TOKEN_IDS))
+    apart = ("token_ids", "pictures", "picture_tokens")
+    value = {k: v for k, v in vars(prompt).items() if k not in apart} | {"metadata": {}}
+    if prompt.pictures:
+        value["pictures"] = [_picture_to_json(picture, arrays) for picture in prompt.pictures]
+    if prompt.picture_tokens is not None:
+        tokens = prompt.picture_tokens
+        for places in tokens.places:
+            arrays.put("prompt.places", read_only(places, TOKEN_IDS))
+        for axis in tokens.positions or ():
+            arrays.put("prompt.positions", read_only(axis, TOKEN_IDS))
+        value["picture_tokens"] = {"pictures": len(tokens.places), "positions": len(tokens.positions or ())}
+    return value
+
+
+def _prompt_from_json(value: dict[str, Any], arrays: ArrayReader) -> Prompt:
+    ids = value["token_ids"] if "token_ids" in value else arrays.take("prompt.token_ids").tolist()
+    taken: dict[str, Any] = {"token_ids": tuple(ids), "stop": tuple(value["stop"])}
+    taken["pictures"] = tuple(_picture_from_json(p, arrays) for p in value.get("pictures", ()))
+    if counts := value.get("picture_tokens"):
+        places = tuple(tuple(arrays.take("prompt.places").tolist()) for _ in range(counts["pictures"]))
+        positions = tuple(tuple(arrays.take("prompt.positions").tolist()) for _ in range(counts["positions"]))
+        taken["picture_tokens"] = PictureTokens(places, positions or None)
+    return Prompt(**{**value, **taken})
+
+
+def _picture_to_json(picture: Picture, arrays: FlatArrays) -> dict[str, Any]:
+    value: dict[str, Any] = {"sha256": picture.sha256, "size": picture.size}
+    if picture.data is None:
+        return value | {"path": picture.path}
+    return value | {"stored": arrays.put_once("pictures", picture.sha256, np.frombuffer(picture.data, np.uint8))}
+
+
+def _picture_from_json(value: dict[str, Any], arrays: ArrayReader) -> Picture:
+    size = (int(value["size"][0]), int(value["size"][1]))
+    if "stored" not in value:
+        return Picture(value["sha256"], size, path=value["path"])
+    return Picture(value["sha256"], size, data=arrays.at("pictures", value["stored"]).tobytes())
 
 
 def _completion_to_json(completion: Completion, arrays: FlatArrays) -> dict[str, Any]:
@@ -66,6 +105,12 @@ def _completion_to_json(completion: Completion, arrays: FlatArrays) -> dict[str,
         "text": completion.text,
         "score": {**vars(completion.score), "figures": dict(completion.score.figures)},
         "experts": _experts_to_json(completion.experts, arrays),
+        **({"versions": completion.versions} if completion.versions else {}),
+        **(
+            {"observations": [_observation_to_json(o, arrays) for o in completion.observations]}
+            if completion.observations
+            else {}
+        ),
     }
 
 
@@ -77,7 +122,18 @@ def _completion_from_json(value: dict[str, Any], arrays: ArrayReader) -> Complet
         text=value["text"],
         score=Score(**{**score, "status": Status(score["status"])}),
         experts=_experts_from_json(value.get("experts"), arrays),
+        versions=tuple((tokens, version) for tokens, version in value.get("versions", ())),
+        observations=tuple(_observation_from_json(o, arrays) for o in value.get("observations", ())),
     )
+
+
+def _observation_to_json(observation: Observation, arrays: FlatArrays) -> dict[str, Any]:
+    arrays.put("observation.token_ids", read_only(observation.token_ids, TOKEN_IDS))
+    return {k: v for k, v in vars(observation).items() if k != "token_ids"}
+
+
+def _observation_from_json(value: dict[str, Any], arrays: ArrayReader) -> Observation:
+    return Observation(**value, token_ids=tuple(arrays.take("observation.token_ids").tolist()))
 
 
 def _experts_to_json(experts: RoutedExperts | None, arrays: FlatArrays) -> dict[str, Any] | None:

@@ -38,7 +38,10 @@ TITLES: dict[tuple[str, str], MetricTitle] = {
     ("step", "tokens/generated"): MetricTitle("sampled tokens"),
     ("step", "update/entropy"): MetricTitle("entropy", "nats per token"),
     ("step", "update/gate/eur"): MetricTitle("EUR"),
+    ("step", "update/ratio/abs_dev"): MetricTitle("|r - 1|"),
     ("step", "update/routing/changed_share"): MetricTitle("changed choices of experts", "share"),
+    ("step", "rollout/staleness_mean"): MetricTitle("staleness", "updates"),
+    ("staleness", "staleness"): MetricTitle("staleness", "updates"),
     ("update", "gate/eur"): MetricTitle("EUR"),
     ("update", "gate/p01_pos"): MetricTitle("1% quantile of the gate weight"),
     ("update", "gate/p01_neg"): MetricTitle("1% quantile of the gate weight"),
@@ -46,6 +49,7 @@ TITLES: dict[tuple[str, str], MetricTitle] = {
     ("update", "gate/below_half"): MetricTitle("gate weight below 1/2", "share of tokens"),
     ("update", "counterfactual/<name>/eur"): MetricTitle("EUR"),
     ("distribution", "variance"): MetricTitle("Var_i"),
+    ("eval", "reward/mean"): MetricTitle("mean reward"),
     ("eval", "pass@1"): MetricTitle("held-out pass@1"),
     ("eval", "mean@<n>"): MetricTitle("held-out pass@1"),
     ("eval", "greedy"): MetricTitle("greedy"),
@@ -66,5 +70,10 @@ def metric_title(kind: str, name: str) -> MetricTitle:
 
 def titles_table() -> list[str]:
     """Return the table as lines of markdown, for docs/metrics.md."""
-    rows = [f"| `{kind}` | `{name}` | {t.title} | {t.unit} |" for (kind, name), t in TITLES.items()]
+    rows = [f"| `{kind}` | `{name}` | {_cell(t.title)} | {t.unit} |" for (kind, name), t in TITLES.items()]
     return ["| kind | name | title | unit |", "|---|---|---|---|", *rows]
+
+
+def _cell(text: str) -> str:
+    """Return a text as it stands in a table of markdown, where a bar would end the cell."""
+    return text.replace("|", r"\|")

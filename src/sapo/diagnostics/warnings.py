@@ -20,9 +20,12 @@ Record = Mapping[str, Any]
 OF_UPDATES = ("ratio_tail", "gradient_spike")
 """Causes found in a single update."""
 
-OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs", "unequal_old_logprobs", "unfilled_groups")
+OF_THE_LOOP = ("unequal_old_logprobs", "engine_mismatch", "unfilled_groups", "verifier_failed", "environment_failed")
+"""Causes that the loop warns of itself. They follow no rule of this file, and their lines have no figures."""
+
+OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs", *OF_THE_LOOP)
 """Causes that lie in the verifier, the sampler or the recipe and not in the policy: they foretell no collapse, and a
-checkpoint made under them is healthy. The last two follow no rule of this file; the loop warns of them."""
+checkpoint made under them is healthy."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,8 @@ def _remember(health: Health, record: Record, settings: WarningsConfig) -> Healt
         known = reference.get(name, [])
         if name in record and len(known) < settings.reference_steps:
             reference[name] = [*known, record[name]]
-    rewards = (*health.rewards, record["reward/mean"])[-settings.reward_steps :]
+    measured = (record["reward/mean"],) if "reward/mean" in record else ()  # not where every completion failed
+    rewards = (*health.rewards, *measured)[-settings.reward_steps :]
     best, error = health.best_reward, health.best_error
     start = reference.get("reward/mean", [])
     if best is None and len(start) >= settings.reference_steps:  # a run may fall before it has a mean of so many steps
@@ -232,7 +236,7 @@ def step_findings(health: Health, record: Record, settings: WarningsConfig) -> l
 
 def _entropy_findings(health: Health, record: Record, settings: WarningsConfig) -> list[Finding]:
     reference = _reference(health, "update/entropy", settings)
-    if reference is None or "update/entropy" not in record:
+    if reference is None or not {"update/entropy", "reward/mean"} <= record.keys():
         return []
     entropy, low, high = record["update/entropy"], settings.entropy_low * reference, settings.entropy_high * reference
     solved = record["reward/mean"] >= settings.entropy_solved
@@ -258,7 +262,7 @@ def _batch_findings(health: Health, record: Record, settings: WarningsConfig) ->
         text = f"{share:.0%} of the groups have equal rewards and no right completion (above {most:.0%})"
         findings.append(Finding("zero_variance_flood", share > most, share, most, text))
     length, reward = _reference(health, "length/mean", settings), _reference(health, "reward/mean", settings)
-    if length is not None and reward is not None:
+    if length is not None and reward is not None and "reward/mean" in record:
         low = settings.length_low * length
         short = record["length/mean"] < low and record["reward/mean"] <= reward
         text = f"mean length is {record['length/mean']:.3g} tokens, from {length:.3g} at the start"

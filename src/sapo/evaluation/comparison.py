@@ -98,8 +98,10 @@ class Comparison:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] = ("a", "b")) -> Comparison:
     """Compare two results.json of the same problems, in whatever prompt formats they were asked.
 
+    Problems of which one of the two judged no sample, since its verifier or environment failed, are left out.
+
     Raises:
-        ConfigError: not the same problems, or judged by different thresholds.
+        ConfigError: not the same problems, none that both judged, or judged by different thresholds.
     """
     figures_a, figures_b = a["results"], b["results"]
     if figures_a["threshold"] != figures_b["threshold"]:
@@ -107,24 +109,31 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] =
             "two evaluations are compared by one threshold of the reward; got "
             f"{figures_a['threshold']} and {figures_b['threshold']}; evaluate again with one --threshold"
         )
-    pairs = _paired(figures_a["per_problem"], figures_b["per_problem"], names)
     n_a, n_b = figures_a["samples"], figures_b["samples"]
-    correct_a = np.array([p["correct"] for p, _ in pairs])
-    correct_b = np.array([p["correct"] for _, p in pairs])
+    paired = _paired(figures_a["per_problem"], figures_b["per_problem"], names)
+    greedy = [(p["greedy"], q["greedy"]) for p, q in paired if None not in (p["greedy"], q["greedy"])]
+    pairs = [(p, q) for p, q in paired if p.get("judged", n_a) and q.get("judged", n_b)]
+    if not pairs:
+        raise ConfigError(
+            f"two evaluations are compared on problems that both judged; got none of {len(paired)}; mend the verifier "
+            "or the environment, and evaluate again"
+        )
+    correct_a, correct_b = (np.array([pair[side]["correct"] for pair in pairs]) for side in (0, 1))
+    judged_a = np.array([p.get("judged", n_a) for p, _ in pairs])
+    judged_b = np.array([q.get("judged", n_b) for _, q in pairs])
     # In units of one over the least common multiple the differences are whole numbers, and ties are ties.
-    unit = math.lcm(n_a, n_b)
-    difference_P = correct_b * (unit // n_b) - correct_a * (unit // n_a)
-    greedy = [(p["greedy"], q["greedy"]) for p, q in pairs]
+    unit = math.lcm(*judged_a.tolist(), *judged_b.tolist())
+    difference_P = correct_b * (unit // judged_b) - correct_a * (unit // judged_a)
     return Comparison(
         problems=len(pairs),
         names=names,
         samples=(n_a, n_b),
-        means=(bootstrap(correct_a / n_a), bootstrap(correct_b / n_b)),
+        means=(bootstrap(correct_a / judged_a), bootstrap(correct_b / judged_b)),
         difference=bootstrap(difference_P / unit),
         p_value=sign_flip_p_value(difference_P),
         better=int((difference_P > 0).sum()),
         worse=int((difference_P < 0).sum()),
-        greedy=None if any(None in pair for pair in greedy) else _discordance(greedy),
+        greedy=_discordance(greedy) if greedy else None,
         single=_discordance([(p["correct"] > 0, q["correct"] > 0) for p, q in pairs]) if n_a == n_b == 1 else None,
     )
 

@@ -16,6 +16,7 @@ from sapo.data import Completion, Prompt
 from sapo.errors import Interrupted
 from sapo.evaluation.figures import ConstantAnswer
 from sapo.tasks import Task, score_groups
+from sapo.utils.rewards import is_right
 
 SPELLINGS = ("{answer}", "\\boxed{{answer}}", "#### {answer}", "#{answer}", "<answer>{answer}</answer>")
 
@@ -69,7 +70,7 @@ def best_constant(
             raise Interrupted
         for judged in _judge(task, [(p, texts) for p in prompts[first : first + AT_ONCE]]):
             for name, completion in zip(candidates, judged, strict=True):
-                right[name] += completion.score.reward >= threshold
+                right[name] += is_right(completion.score.reward, threshold)
     best, hits = right.most_common(1)[0]  # most_common keeps the order: on a tie, the more frequent reference
     return ConstantAnswer(best, hits / len(prompts), judged=len(candidates), distinct=len(count))
 
@@ -79,7 +80,7 @@ def _spelling(task: Task, prompts: Sequence[Prompt], threshold: float) -> str | 
     hits = dict.fromkeys(SPELLINGS, 0)
     for judged in _judge(task, probes):
         for spelling, completion in zip(SPELLINGS, judged, strict=True):
-            hits[spelling] += completion.score.reward >= threshold
+            hits[spelling] += is_right(completion.score.reward, threshold)
     best = max(SPELLINGS, key=hits.__getitem__)  # on a tie the first, which is the plainest
     return best if hits[best] else None
 

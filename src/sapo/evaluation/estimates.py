@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sapo.errors import ConfigError
+
 RESAMPLES = 2000
 """Resamples of a bootstrap; the ends of an interval then vary by about 2% of its width."""
 CONFIDENCE = 0.95
@@ -116,12 +118,22 @@ def bootstrap_crossed(values_SP: np.ndarray, *, seed: int = 0, resamples: int = 
     seeds show little of how far seeds lie apart, and the interval is then too narrow rather than too wide.
 
     Args:
-        values_SP: one value of each run and problem: a pass rate, or the difference of two.
+        values_SP: one value of each run and problem: a pass rate, or the difference of two. Problems that some run did
+            not judge, whose value is NaN there, are left out of all.
+
+    Raises:
+        ConfigError: no problem is left.
 
     >>> bootstrap_crossed(np.array([[1.0, 1.0], [1.0, 1.0]]))
     Estimate(value=1.0, low=1.0, high=1.0)
     """
     values_SP = np.asarray(values_SP, dtype=np.float64)
+    if np.isnan(values_SP).any():
+        values_SP = values_SP[:, ~np.isnan(values_SP).any(axis=0)]
+    if not values_SP.size:
+        raise ConfigError(
+            "runs are compared on problems that all of them judged; got none; mend the verifier or the environment"
+        )
     seeds, problems = values_SP.shape
     generator = np.random.Generator(np.random.PCG64(seed))
     times_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)

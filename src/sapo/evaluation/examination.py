@@ -7,12 +7,14 @@ share a batch decides how their sums are rounded, so it must not depend on where
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from sapo.config import PromptConfig
+from sapo.config.rollout import TurnsConfig
 from sapo.data import Completion, Prompt
+from sapo.environments import is_environment
 from sapo.errors import TaskError
 from sapo.evaluation.constant import best_constant
 from sapo.evaluation.figures import Clock, Evaluation
@@ -20,6 +22,7 @@ from sapo.evaluation.records import Answered, Sample, groups_of
 from sapo.model.policy import Policy
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request
+from sapo.rollout.episodes import EpisodeDriver, Joiner, Play, joiners_for
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import Task, score_groups
@@ -70,6 +73,7 @@ def evaluate_policy(
     prompt_format: PromptFormat | None = None,
     greedy: bool = False,
     constant: bool = False,
+    turns: TurnsConfig | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate a policy on a task's held-out problems, all drawn by one call of the engine.
@@ -82,13 +86,15 @@ def evaluate_policy(
         threshold: smallest reward that counts as correct.
         prompt_format: how the questions are put; as they are when None.
         greedy: draw one more completion of each problem, at temperature 0.
-        constant: judge the best constant answer as well.
+        constant: judge the best constant answer as well; not of an environment, which takes no answer in one piece.
+        turns: limits of episodes, for an environment; their defaults when None.
 
     Raises:
         Interrupted: when `should_stop` says so.
         TaskError: the task has no held-out problem.
     """
-    prompts = ask(policy, task, problems, prompt_format)
+    form = prompt_format or PromptFormat.of(PromptConfig(), task)
+    prompts = ask(policy, task, problems, form)
     memory = InMemoryStore()
     examine(
         policy,
@@ -100,8 +106,11 @@ def evaluate_policy(
         samples=samples,
         params=params,
         greedy=greedy,
+        turns=turns,
+        joiners=joiners_for(policy, task, form, prompts[0]),
         should_stop=should_stop,
     )
+    constant = constant and not is_environment(task)
     best = best_constant(task, prompts, threshold=threshold, should_stop=should_stop) if constant else None
     return Evaluation.of(task.name, memory.answered, ks=ks, threshold=threshold, constant=best, clock=memory.clock)
 
@@ -129,6 +138,8 @@ def examine(
     samples: int,
     params: SamplingParams,
     greedy: bool = False,
+    turns: TurnsConfig | None = None,
+    joiners: Mapping[str, Joiner] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -137,17 +148,58 @@ def examine(
     Args:
         prompts: encoded; those that are done come first, whole chunks of them.
         chunk: problems of one call of the engine.
+        turns, joiners: limits of episodes and how turns of a chat are joined, for an environment; see `EpisodeDriver`.
         on_progress: called with the problems done, and all of them, after each chunk.
     """
+
+    def drawing(part: Sequence[Prompt]) -> tuple[list[tuple[Completion, ...]], list[Completion] | None]:
+        if is_environment(task):
+            limits, between = turns or TurnsConfig(), joiners or {}
+            return _played(policy, engine, task, part, samples, params, limits, between, greedy, should_stop)
+        drawn = draw(engine, [Request(p, samples) for p in part], params, should_stop)
+        return drawn, _greedily(engine, part, drawn, params, should_stop) if greedy else None
+
     for first in range(len(keeper.answered), len(prompts), chunk):
         part = prompts[first : first + chunk]
         started = time.perf_counter()
-        drawn = draw(engine, [Request(p, samples) for p in part], params, should_stop)
-        likeliest = _greedily(engine, part, drawn, params, should_stop) if greedy else None
+        drawn, likeliest = drawing(part)
         generated = time.perf_counter()
         answered = _judge(policy, task, part, drawn, likeliest)
         keeper.keep(answered, Clock(generated - started, time.perf_counter() - generated))
         on_progress(first + len(part), len(prompts))
+
+
+def _transcript(policy: Policy, completion: Completion) -> tuple[tuple[str, str], ...]:
+    """Return who said what in an episode of several turns, for a person to read; empty for a single turn."""
+    if not completion.observations:
+        return ()
+    said = [("policy" if own else "environment", policy.show(ids.tolist())) for own, ids in completion.spans]
+    return tuple(said)
+
+
+def _likeliest(params: SamplingParams) -> SamplingParams:
+    return replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+
+
+def _played(
+    policy: Policy,
+    engine: Engine,
+    task: Any,
+    prompts: Sequence[Prompt],
+    samples: int,
+    params: SamplingParams,
+    turns: TurnsConfig,
+    joiners: Mapping[str, Joiner],
+    greedy: bool,
+    should_stop: Callable[[], bool],
+) -> tuple[list[tuple[Completion, ...]], list[Completion] | None]:
+    """Play episodes of an environment, as training does; with `greedy`, one more of each prompt at temperature 0."""
+
+    def play(params: SamplingParams, samples: int) -> list[tuple[Completion, ...]]:
+        driver = EpisodeDriver(policy, engine, params, turns, joiners, should_stop)
+        return driver.play([Play(task, p, samples) for p in prompts])
+
+    return play(params, samples), [c for (c,) in play(_likeliest(params), 1)] if greedy else None
 
 
 def _greedily(
@@ -159,7 +211,7 @@ def _greedily(
 ) -> list[Completion]:
     if params.temperature == 0:
         return [completions[0] for completions in drawn]
-    likeliest = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+    likeliest = _likeliest(params)
     return [c for (c,) in draw(engine, [Request(p, 1) for p in prompts], likeliest, should_stop)]
 
 
@@ -173,18 +225,20 @@ def _judge(
     """Score all completions in one call, so that slow verifiers work side by side."""
     extra: list[list[Completion]] = [[] for _ in prompts] if likeliest is None else [[c] for c in likeliest]
     together = [(task, p, [*c, *e]) for p, c, e in zip(prompts, drawn, extra, strict=True)]
+    judged = [tuple(c) for _, _, c in together] if is_environment(task) else score_groups(together)
     answered = []
-    for prompt, completions, scored in zip(prompts, drawn, score_groups(together), strict=True):
-        samples = tuple(Sample.of(c) for c in scored)
+    for prompt, completions, scored in zip(prompts, drawn, judged, strict=True):
+        samples = tuple(replace(Sample.of(c), transcript=_transcript(policy, c)) for c in scored)
         answered.append(
             Answered(
                 id=prompt.id,
                 prompt=prompt.text,
-                seen=policy.show(prompt.token_ids),
+                seen=policy.show_prompt(prompt),
                 answer=prompt.answer,
                 groups=groups_of(prompt),
                 samples=samples[: len(completions)],
                 greedy=samples[len(completions)] if likeliest is not None else None,
+                pictures=tuple(picture.sha256 for picture in prompt.pictures),
             )
         )
     return answered

@@ -1,7 +1,12 @@
-"""The figures of one evaluation, all of them functions of its judged completions."""
+"""The figures of one evaluation, all of them functions of its judged completions.
+
+Completions whose verifier or environment failed were not judged: they are counted, and are in no other figure. A
+problem has as many samples as were judged, and one with fewer than k is left out of pass@k.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +16,7 @@ import numpy as np
 from sapo.data import Status
 from sapo.evaluation.estimates import Estimate, bootstrap, bootstrap_ratio, majority_share, pass_at_k
 from sapo.evaluation.records import GROUPINGS, Answered, Sample
+from sapo.utils.rewards import is_right
 
 # Words with an order of their own. Other values are sorted as numbers where they are numbers, else as text.
 _ORDERED = ("very easy", "easy", "medium", "hard", "very hard")
@@ -47,8 +53,8 @@ class Slice:
 
     value: str
     problems: int
-    mean: Estimate
-    pass_at: Mapping[int, Estimate]
+    mean: Estimate | None
+    pass_at: Mapping[int, Estimate | None]
     statuses: Mapping[str, int]
 
     def to_json(self, samples: int) -> dict[str, Any]:
@@ -56,8 +62,8 @@ class Slice:
         return {
             "value": self.value,
             "problems": self.problems,
-            f"mean@{samples}": self.mean.to_json(),
-            **{f"pass@{k}": estimate.to_json() for k, estimate in self.pass_at.items()},
+            f"mean@{samples}": _or_none(self.mean),
+            **{f"pass@{k}": _or_none(estimate) for k, estimate in self.pass_at.items()},
             "statuses": dict(self.statuses),
         }
 
@@ -105,17 +111,18 @@ class Evaluation:
     task: str
     problems: int
     samples: int
-    mean: Estimate
-    """mean@n."""
-    pass_at: dict[int, Estimate]
-    """k -> pass@k."""
+    mean: Estimate | None
+    """mean@n, n the judged samples of a problem; None where no completion was judged."""
+    pass_at: dict[int, Estimate | None]
+    """k -> pass@k; None where no problem has k judged samples."""
     majority: Estimate | None
     """majority@n; None where the verifier took no answer from any completion."""
     greedy: Estimate | None
     """Share of right greedy completions; None when none were asked for."""
     constant: ConstantAnswer | None
     """None when not asked for, or where no constant can be judged: see `constant.best_constant`."""
-    reward_mean: float
+    reward_mean: float | None
+    """None where no completion was judged."""
     statuses: dict[str, int]
     finish_reasons: dict[str, int]
     """Completions by stop and length. One of `length` was cut, even where its task scores it."""
@@ -146,22 +153,22 @@ class Evaluation:
         """Compute the figures of judged completions; every problem has the same number of them."""
         samples = len(answered[0].samples)
         flat = [s for problem in answered for s in problem.samples]
-        correct_P = np.array([count_right(problem, threshold) for problem in answered])
         greedy = [problem.greedy for problem in answered if problem.greedy is not None]
+        rewards = [s.reward for s in flat if not s.status.failed]
         return cls(
             task=task,
             problems=len(answered),
             samples=samples,
-            mean=bootstrap(correct_P / samples),
-            pass_at={k: bootstrap(pass_at_k(samples, correct_P, k)) for k in ks},
+            mean=_mean(answered, threshold),
+            pass_at=_pass_at(answered, threshold, ks),
             majority=_majority(answered, threshold),
-            greedy=bootstrap(np.array([s.reward >= threshold for s in greedy])) if greedy else None,
+            greedy=_bootstrap([is_right(s.reward, threshold) for s in greedy if not s.status.failed]),
             constant=constant,
-            reward_mean=float(np.mean([s.reward for s in flat])),
+            reward_mean=float(np.mean(rewards)) if rewards else None,
             statuses=_statuses(flat),
             finish_reasons={r: sum(s.finish_reason == r for s in flat) for r in ("stop", "length")},
             figures=_figures(answered),
-            slices=_slices(answered, correct_P, ks),
+            slices=_slices(answered, threshold, ks),
             length_mean=float(np.mean([s.tokens for s in flat])),
             length_max=max(s.tokens for s in flat),
             tokens=sum(s.tokens for s in flat),
@@ -175,6 +182,44 @@ class Evaluation:
     def correct(self) -> list[int]:
         """Return c of each problem, (P,), in order: comparisons of runs are paired by it."""
         return [count_right(problem, self.threshold) for problem in self.answered]
+
+    @property
+    def judged(self) -> list[int]:
+        """Return the samples of each problem, (P,), whose verifier and environment did not fail."""
+        return [count_judged(problem) for problem in self.answered]
+
+    @property
+    def failed(self) -> int:
+        """Return how many completions failed to be judged, greedy ones included."""
+        return sum(s.status.failed for s in self._drawn)
+
+    def failure(self, most: float) -> str | None:
+        """Return a sentence on the completions that failed, where they are more than a share of all, or all.
+
+        Args:
+            most: largest share that may fail.
+        """
+        drawn, failed = len(self._drawn), [s for s in self._drawn if s.status.failed]
+        if not failed or (len(failed) < drawn and len(failed) <= most * drawn):
+            return None
+        (status, reason), count = Counter(
+            (s.status, s.detail.partition(", after turn")[0]) for s in failed
+        ).most_common(1)[0]
+        who = "environments" if status is Status.ENVIRONMENT_ERROR else "the verifier"
+        return (
+            f"evaluation on {self.task}: {who} failed in {len(failed)} of {drawn} completions, {count} times with "
+            f"{reason}; its figures are over the others"
+        )
+
+    @property
+    def _drawn(self) -> list[Sample]:
+        return [s for p in self.answered for s in (*p.samples, *([p.greedy] if p.greedy is not None else []))]
+
+    @property
+    def binary(self) -> bool:
+        """Return whether every reward is 0 or 1. Otherwise a share of right completions says little, and the mean
+        reward is shown alone."""
+        return all(s.reward in (0.0, 1.0) for s in self._drawn if not s.status.failed)
 
     @property
     def seconds(self) -> float:
@@ -194,12 +239,13 @@ class Evaluation:
             "problems": self.problems,
             "samples": self.samples,
             "threshold": self.threshold,
-            f"mean@{self.samples}": self.mean.to_json(),
-            **{f"pass@{k}": estimate.to_json() for k, estimate in self.pass_at.items()},
+            f"mean@{self.samples}": _or_none(self.mean),
+            **{f"pass@{k}": _or_none(estimate) for k, estimate in self.pass_at.items()},
             f"majority@{self.samples}": _or_none(self.majority),
             "greedy": _or_none(self.greedy),
             "constant": _or_none(self.constant),
             "reward_mean": self.reward_mean,
+            "binary": self.binary,
             "statuses": self.statuses,
             "finish_reasons": self.finish_reasons,
             "figures": {name: figure.to_json() for name, figure in self.figures.items()},
@@ -207,17 +253,20 @@ class Evaluation:
             "tokens": self.tokens,
             "greedy_tokens": self.greedy_tokens,
             "slices": {name: [s.to_json(self.samples) for s in rows] for name, rows in self.slices.items()},
-            "per_problem": [
-                {
-                    "id": problem.id,
-                    "key": problem.key,
-                    "prompt": problem.prompt[:80],
-                    "correct": count_right(problem, self.threshold),
-                    "reward_mean": float(np.mean([s.reward for s in problem.samples])),
-                    "greedy": None if problem.greedy is None else problem.greedy.reward >= self.threshold,
-                }
-                for problem in self.answered
-            ],
+            "per_problem": [self._of_problem(problem) for problem in self.answered],
+        }
+
+    def _of_problem(self, problem: Answered) -> dict[str, Any]:
+        rewards = [s.reward for s in problem.samples if not s.status.failed]
+        greedy = None if problem.greedy is None or problem.greedy.status.failed else problem.greedy
+        return {
+            "id": problem.id,
+            "key": problem.key,
+            "prompt": problem.prompt[:80],
+            "correct": count_right(problem, self.threshold),
+            **({"judged": len(rewards)} if len(rewards) < len(problem.samples) else {}),
+            "reward_mean": float(np.mean(rewards)) if rewards else None,
+            "greedy": None if greedy is None else is_right(greedy.reward, self.threshold),
         }
 
     def timing(self) -> dict[str, Any]:
@@ -230,20 +279,19 @@ class Evaluation:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """Return flat figures for metrics.jsonl, without the clock."""
+        """Return flat figures for metrics.jsonl, without the clock; those that were not measured are left out."""
         metrics: dict[str, Any] = {
             "task": self.task,
             "problems": self.problems,
             "samples": self.samples,
-            "reward/mean": self.reward_mean,
-            f"mean@{self.samples}": self.mean.value,
+            "binary": self.binary,
             "length/mean": self.length_mean,
             "tokens/generated": self.tokens + self.greedy_tokens,
         }
-        for k, estimate in self.pass_at.items():
-            metrics[f"pass@{k}"] = estimate.value
-            metrics[f"pass@{k}/low"], metrics[f"pass@{k}/high"] = estimate.low, estimate.high
-        for name, figure in ((f"majority@{self.samples}", self.majority), ("greedy", self.greedy)):
+        if self.reward_mean is not None and self.mean is not None:
+            metrics |= {"reward/mean": self.reward_mean, f"mean@{self.samples}": self.mean.value}
+        shares = [(f"pass@{k}", estimate) for k, estimate in self.pass_at.items()]
+        for name, figure in (*shares, (f"majority@{self.samples}", self.majority), ("greedy", self.greedy)):
             if figure is not None:
                 metrics[name] = figure.value
                 metrics[f"{name}/low"], metrics[f"{name}/high"] = figure.low, figure.high
@@ -257,22 +305,51 @@ class Evaluation:
 
 
 def count_right(problem: Answered, threshold: float) -> int:
-    """Return c, the samples whose reward reaches the threshold."""
-    return sum(s.reward >= threshold for s in problem.samples)
+    """Return c, the judged samples whose reward reaches the threshold."""
+    return sum(is_right(s.reward, threshold) for s in problem.samples if not s.status.failed)
+
+
+def count_judged(problem: Answered) -> int:
+    """Return n, the samples whose verifier and environment did not fail."""
+    return sum(not s.status.failed for s in problem.samples)
+
+
+def _bootstrap(values: Sequence[float] | np.ndarray) -> Estimate | None:
+    return bootstrap(np.array(values)) if len(values) else None
+
+
+def _mean(answered: Sequence[Answered], threshold: float) -> Estimate | None:
+    return _bootstrap([count_right(p, threshold) / n for p in answered if (n := count_judged(p))])
+
+
+def _pass_at(answered: Sequence[Answered], threshold: float, ks: Sequence[int]) -> dict[int, Estimate | None]:
+    judged_P = np.array([count_judged(problem) for problem in answered])
+    correct_P = np.array([count_right(problem, threshold) for problem in answered])
+    estimates = {}
+    for k in ks:
+        value_P = np.full(len(answered), np.nan)
+        for n in sorted({int(n) for n in judged_P if n >= k}):
+            value_P[judged_P == n] = pass_at_k(n, correct_P[judged_P == n], k)
+        estimates[k] = _bootstrap(value_P[judged_P >= k])
+    return estimates
 
 
 def _majority(answered: Sequence[Answered], threshold: float) -> Estimate | None:
-    if all(s.answer is None for problem in answered for s in problem.samples):
+    judged = [[s for s in problem.samples if not s.status.failed] for problem in answered]
+    if all(s.answer is None for samples in judged for s in samples):
         return None
-    shares = [
-        majority_share([s.answer for s in problem.samples], [s.reward >= threshold for s in problem.samples])
-        for problem in answered
-    ]
-    return bootstrap(np.array(shares))
+    return _bootstrap(
+        [
+            majority_share([s.answer for s in samples], [is_right(s.reward, threshold) for s in samples])
+            for samples in judged
+            if samples
+        ]
+    )
 
 
 def _statuses(samples: Sequence[Sample]) -> dict[str, int]:
-    return {status.value: sum(s.status is status for s in samples) for status in Status}
+    counts = {status.value: sum(s.status is status for s in samples) for status in Status}
+    return {name: n for name, n in counts.items() if n or name != Status.ENVIRONMENT_ERROR.value}
 
 
 def _figures(answered: Sequence[Answered]) -> dict[str, VerifierFigure]:
@@ -286,8 +363,7 @@ def _figures(answered: Sequence[Answered]) -> dict[str, VerifierFigure]:
     return found
 
 
-def _slices(answered: Sequence[Answered], correct_P: np.ndarray, ks: Sequence[int]) -> dict[str, list[Slice]]:
-    samples = len(answered[0].samples)
+def _slices(answered: Sequence[Answered], threshold: float, ks: Sequence[int]) -> dict[str, list[Slice]]:
     slices: dict[str, list[Slice]] = {}
     for name in GROUPINGS:
         values = {value for problem in answered for value in problem.groups.get(name, ())}
@@ -295,15 +371,14 @@ def _slices(answered: Sequence[Answered], correct_P: np.ndarray, ks: Sequence[in
             continue
         slices[name] = []
         for value in _sorted_values(values):
-            members = [i for i, problem in enumerate(answered) if value in problem.groups.get(name, ())]
-            correct = correct_P[members]
+            members = [problem for problem in answered if value in problem.groups.get(name, ())]
             slices[name].append(
                 Slice(
                     value=value,
                     problems=len(members),
-                    mean=bootstrap(correct / samples),
-                    pass_at={k: bootstrap(pass_at_k(samples, correct, k)) for k in ks},
-                    statuses=_statuses([s for i in members for s in answered[i].samples]),
+                    mean=_mean(members, threshold),
+                    pass_at=_pass_at(members, threshold, ks),
+                    statuses=_statuses([s for problem in members for s in problem.samples]),
                 )
             )
     return slices

@@ -36,6 +36,8 @@ class Sample:
     """The answer that the verifier read; None when it found none or does not name it."""
     detail: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
+    transcript: tuple[tuple[str, str], ...] = ()
+    """Of several turns: who said what, "policy" or "environment", in order; `text` is that of the last turn."""
 
     @classmethod
     def of(cls, completion: Completion) -> Sample:
@@ -53,7 +55,7 @@ class Sample:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON value; `detail` and `figures` only where there are any."""
+        """Return a JSON value; `detail`, `figures` and `transcript` only where there are any."""
         record: dict[str, Any] = {
             "text": self.text,
             "reward": self.reward,
@@ -66,12 +68,15 @@ class Sample:
             record["detail"] = self.detail
         if self.figures:
             record["figures"] = dict(self.figures)
+        if self.transcript:
+            record["transcript"] = [list(said) for said in self.transcript]
         return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Sample:
         """Read what `to_json` made."""
-        return cls(**{**record, "status": Status(record["status"])})
+        transcript = tuple((who, text) for who, text in record.get("transcript", ()))
+        return cls(**{**record, "status": Status(record["status"]), "transcript": transcript})
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Answered:
     samples: tuple[Sample, ...]
     greedy: Sample | None = None
     """A completion at temperature 0, where one was asked for."""
+    pictures: tuple[str, ...] = ()
+    """Hashes of the pictures it shows."""
 
     @property
     def key(self) -> str:
@@ -105,7 +112,7 @@ class Answered:
         >>> Answered(id=0, prompt="12+34=", seen="", answer="46", groups={}, samples=()).key
         '53c57f690e83f389'
         """
-        text = f"{self.prompt}\x00{self.answer}"
+        text = "\x00".join([self.prompt, str(self.answer), *self.pictures])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -118,6 +125,7 @@ class Answered:
             "groups": {name: list(values) for name, values in self.groups.items()},
             "samples": [s.to_json() for s in self.samples],
             "greedy": self.greedy.to_json() if self.greedy else None,
+            **({"pictures": list(self.pictures)} if self.pictures else {}),
         }
 
     @classmethod
@@ -130,6 +138,7 @@ class Answered:
                 "groups": {name: tuple(values) for name, values in record["groups"].items()},
                 "samples": tuple(Sample.from_json(s) for s in record["samples"]),
                 "greedy": Sample.from_json(greedy) if greedy else None,
+                "pictures": tuple(record.get("pictures", ())),
             }
         )
 

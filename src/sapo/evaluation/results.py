@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from sapo.errors import ConfigError
 from sapo.evaluation.figures import Clock, ConstantAnswer, Evaluation
 from sapo.evaluation.store import read_completions
+from sapo.utils.reading import interpreting, read_json
 
 SCHEMA = "sapo.evaluation/1"
 
@@ -44,18 +44,19 @@ class Results:
         """
         directory = Path(directory)
         record = read_results(directory)
-        figures, timing = record["results"], record["timing"]
-        constant = figures["constant"]
-        evaluation = Evaluation.of(
-            figures["task"],
-            read_completions(directory),
-            ks=[int(name.removeprefix("pass@")) for name in figures if name.startswith("pass@")],
-            threshold=figures["threshold"],
-            constant=ConstantAnswer(**constant) if constant else None,
-            clock=Clock(timing["generate_seconds"], timing["score_seconds"]),
-        )
-        about = {k: v for k, v in record.items() if k not in ("schema", "results", "timing")}
-        return cls(about, evaluation)
+        with interpreting(directory / "results.json", "the results.json of an evaluation"):
+            figures, timing = record["results"], record["timing"]
+            constant = figures["constant"]
+            evaluation = Evaluation.of(
+                figures["task"],
+                read_completions(directory),
+                ks=[int(name.removeprefix("pass@")) for name in figures if name.startswith("pass@")],
+                threshold=figures["threshold"],
+                constant=ConstantAnswer(**constant) if constant else None,
+                clock=Clock(timing["generate_seconds"], timing["score_seconds"]),
+            )
+            about = {k: v for k, v in record.items() if k not in ("schema", "results", "timing")}
+            return cls(about, evaluation)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -70,12 +71,8 @@ def read_results(path: str | Path) -> dict[str, Any]:
         unfinished = (file.parent / "progress.jsonl").exists()
         state = "it was not finished, and the same `sapo eval` resumes it" if unfinished else "`sapo eval` writes them"
         raise ConfigError(f"no results at {file}; {state}")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        schema = record["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not the results.json of an evaluation") from error
+    record = read_json(file, "the results.json of an evaluation")
+    schema = record.get("schema")
     if schema != SCHEMA:
         raise ConfigError(f"{file} must be of schema {SCHEMA}; got {schema!r}; evaluate again with this version")
-    assert isinstance(record, dict)
     return record

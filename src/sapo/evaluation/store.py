@@ -21,6 +21,7 @@ from sapo.errors import ConfigError
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.records import Answered
 from sapo.utils.files import lock_directory, write_whole
+from sapo.utils.reading import check_kinds, interpreting, is_whole, read_json
 
 
 class EvaluationStore:
@@ -43,6 +44,8 @@ class EvaluationStore:
         differs = difference(path, asked)
         if differs is not None:
             raise ConfigError(f"{path} holds {differs}; name another directory with --out")
+        if path.is_dir():
+            check_kinds(path, _FILES, ())
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_directory(path)
@@ -50,8 +53,13 @@ class EvaluationStore:
             raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
         if not (path / "config.json").exists():
             write_whole(path / "config.json", json.dumps({"asked": asked, "machine": machine}, indent=1) + "\n")
-        self.machine: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))["machine"]
-        self._recover()
+        try:
+            self.machine = _machine_of(path / "config.json")
+            with interpreting(path, "the directory of an evaluation", way_out="name another with --out"):
+                self._recover()
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def finished(self) -> bool:
@@ -96,8 +104,11 @@ class EvaluationStore:
     def _recover(self) -> None:
         if self.finished:
             self.answered = read_completions(self.path)
-            timing = json.loads((self.path / "results.json").read_text(encoding="utf-8"))["timing"]
-            self.clock = Clock(timing["generate_seconds"], timing["score_seconds"])
+            file = self.path / "results.json"
+            results = read_json(file, "the results of an evaluation", way_out="evaluate again with another --out")
+            with interpreting(file, "the results of an evaluation", way_out="evaluate again with another --out"):
+                timing = results["timing"]
+                self.clock = Clock(float(timing["generate_seconds"]), float(timing["score_seconds"]))
             return
         file = self.path / "progress.jsonl"
         if not file.exists():
@@ -134,8 +145,8 @@ def difference(path: Path, asked: Mapping[str, Any]) -> str | None:
         strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
         return f"no evaluation but {strangers[0]}" if strangers else None
     try:
-        there = json.loads(config.read_text(encoding="utf-8"))["asked"]
-    except (ValueError, KeyError, TypeError):
+        there = read_json(config, "the question of an evaluation")["asked"]
+    except (ConfigError, KeyError):
         return "a config.json that is not of an evaluation"
     here = json.loads(json.dumps(asked))
     for key, (a, b) in differing(there, here):
@@ -152,10 +163,8 @@ def read_completions(directory: Path) -> list[Answered]:
     file = directory / "completions.jsonl"
     if not file.is_file():
         raise ConfigError(f"{directory} has no completions.jsonl: it is no finished evaluation")
-    try:
+    with interpreting(file, "the completions of an evaluation"):
         return [Answered.from_json(json.loads(line)) for line in file.read_bytes().splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not what an evaluation writes: {error}") from error
 
 
 def differing(there: Any, here: Any, prefix: str = "") -> list[tuple[str, tuple[str, str]]]:
@@ -171,6 +180,16 @@ def differing(there: Any, here: Any, prefix: str = "") -> list[tuple[str, tuple[
             for found in differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
         ]
     return [] if there == here else [(prefix, (_brief(there), _brief(here)))]
+
+
+_FILES = ("config.json", "progress.jsonl", "completions.jsonl", "results.json", "index.html", ".lock")
+
+
+def _machine_of(file: Path) -> dict[str, Any]:
+    machine = read_json(file, "the question of an evaluation").get("machine")
+    if not isinstance(machine, dict) or not is_whole(machine.get("threads"), 1):
+        raise ConfigError(f"{file} must say on which machine the evaluation was begun; it does not; name another --out")
+    return machine
 
 
 def _brief(value: Any) -> str:

@@ -89,10 +89,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Forwards:
-    """What stands in for the forward of a layer; without autograd, and where it does not apply, that is its own."""
+    """Stand in for the forward of a layer; without autograd, and where it does not apply, call the layer's own."""
 
     @staticmethod
-    def norm(self: Any, hidden_states: Tensor) -> Tensor:
+    def norm(self: Any, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if rest or named:  # one that takes a gate, and does without here (Mamba-2)
+            return type(self).forward(self, hidden_states, *rest, **named)
         # A norm of transformers computes a float64 model in float32.
         if not torch.is_grad_enabled() or hidden_states.dtype == torch.float64:
             return type(self).forward(self, hidden_states)

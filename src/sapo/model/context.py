@@ -9,16 +9,17 @@ and are never shifted, so nothing can go wrong where slices meet.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo.data import PackedBatch, Segment
+from sapo.data import PackedBatch, PackedPictures, Segment
 from sapo.model.attention import Layout, TreeLayout
 
 
@@ -33,7 +34,7 @@ class ContextGroup:
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
-    """Of the device's tensors; None for the default one."""
+    """Process group of the device's tensors; None for the default one."""
 
     def bounds(self, tokens: int) -> list[int]:
         """Return where the ranks' slices of so many tokens begin, and the end."""
@@ -60,11 +61,23 @@ class ContextSlice:
     layout: Layout
 
 
-def check_heads(heads: int, kv_heads: int, size: int) -> str | None:
-    """Return why attention heads cannot be shared by so many ranks, None where they can."""
+def check_heads(heads: int, kv_heads: int, size: int, is_recurrent: bool = False) -> str | None:
+    """Return why so many ranks cannot share a model's sequences and what to do, None where they can.
+
+    Args:
+        is_recurrent: the model has layers that carry a state from token to token.
+    """
+    if is_recurrent and size > 1:
+        return (
+            "its recurrent layers carry a state from token to token, and a rank would have to wait for the one before; "
+            "leave context_parallel out"
+        )
     repeated = kv_heads * size // math.gcd(kv_heads, size)
     if heads % repeated:
-        return f"{heads} attention heads with {kv_heads} of keys and values cannot be shared evenly by {size} ranks"
+        return (
+            f"{heads} attention heads with {kv_heads} of keys and values cannot be shared evenly by {size} ranks; "
+            "use a divisor"
+        )
     return None
 
 
@@ -83,8 +96,9 @@ def own_slice(batch: PackedBatch, context: ContextGroup, device: torch.device) -
         "sampler_logprobs_M",
     )
     cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[at] for name in of_targets}
-    cut |= {name: getattr(padded, name)[low:high] for name in ("token_ids_N", "position_ids_N")}
-    own = replace(padded, **cut | {"predictor_M": cut["predictor_M"] - low})
+    cut |= {name: getattr(padded, name)[..., low:high] for name in ("token_ids_N", "position_ids_N")}
+    cut |= {"predictor_M": cut["predictor_M"] - low, "pictures": _own_pictures(padded.pictures, low, high)}
+    own = replace(padded, **cut)
     lengths = [stop - start for start, stop in pairwise(bounds)]
     return ContextSlice(own, at, UlyssesLayout(TreeLayout(padded.segments, device), lengths, context))
 
@@ -95,12 +109,30 @@ def _at_least(batch: PackedBatch, tokens: int) -> PackedBatch:
     if missing <= 0:
         return batch
     nothing = batch.token_ids_N.new_zeros(missing)
+    positions = nothing.expand(*batch.position_ids_N.shape[:-1], missing)
     return replace(
         batch,
         token_ids_N=torch.cat([batch.token_ids_N, nothing]),
-        position_ids_N=torch.cat([batch.position_ids_N, nothing]),
+        position_ids_N=torch.cat([batch.position_ids_N, positions], dim=-1),
         segments=(*batch.segments, *(Segment(batch.num_tokens + i, 1, -1) for i in range(missing))),
     )
+
+
+def _own_pictures(packed: PackedPictures | None, low: int, high: int) -> PackedPictures | None:
+    """Return the pictures with tokens from `low` to `high`, and which of their tokens these are.
+
+    The tower computes a picture on every rank that has one of its tokens.
+    """
+    if packed is None:
+        return None
+    rows_I = ((packed.places_I >= low) & (packed.places_I < high)).nonzero()[:, 0]
+    if not len(rows_I):
+        return None
+    stops = list(accumulate(packed.lengths))
+    first, last = (bisect_right(stops, int(row)) for row in (rows_I[0], rows_I[-1]))
+    start = stops[first] - packed.lengths[first]
+    of = slice(first, last + 1)
+    return PackedPictures(packed.pictures[of], packed.lengths[of], packed.places_I[rows_I] - low, rows_I - start)
 
 
 class UlyssesLayout:
@@ -114,6 +146,7 @@ class UlyssesLayout:
 
     def __init__(self, inner: Layout, lengths: Sequence[int], context: ContextGroup) -> None:
         self._inner = inner
+        self.calls: dict[int, int] = {}
         self._lengths = list(lengths)
         self._context = context
 
@@ -126,6 +159,7 @@ class UlyssesLayout:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Map this rank's (n, heads, D) queries, (n, kv heads, D) keys and values to (n, heads, D)."""
         size = self._context.size
@@ -133,7 +167,10 @@ class UlyssesLayout:
         if repeats > 1:  # fewer heads of keys than ranks: each rank needs one of its own
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         query, key, value = (self._heads_for_tokens(x) for x in (query, key, value))
-        return self._tokens_for_heads(self._inner.attend(layer, query, key, value, scaling, sliding_window, softcap))
+        if sinks_H is not None:
+            sinks_H = sinks_H.chunk(size)[self._context.rank]
+        shared = self._inner.attend(layer, query, key, value, scaling, sliding_window, softcap, sinks_H)
+        return self._tokens_for_heads(shared)
 
     def _heads_for_tokens(self, own_nHD: Tensor) -> Tensor:
         """Give away all but a share of the heads of this rank's tokens, for that share of all tokens: (N, H / c, D)."""

@@ -111,6 +111,7 @@ class TreeMask:
         scaling: float,
         window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Compute attention over the tree; see `Layout.attend`. Differentiable.
 
@@ -125,7 +126,13 @@ class TreeMask:
             "scale": scaling,
             "enable_gqa": query_NHD.shape[1] != key_NhD.shape[1],
         }
-        output_1HND = _attend(query_NHD.device.type == "cuda", *padded, **options)
+        compiled = query_NHD.device.type == "cuda"
+        if sinks_H is None:
+            output_1HND = _attend(compiled, *padded, **options)
+        else:  # which takes exp(s) of the sum that normalizes the keys' weights
+            output_1HND, normalizer_1HN = _attend(compiled, *padded, return_lse=True, **options)
+            share_1HN = torch.sigmoid(normalizer_1HN - sinks_H.to(normalizer_1HN.dtype)[:, None])
+            output_1HND = output_1HND * share_1HN[..., None].to(output_1HND.dtype)
         return output_1HND[0].transpose(0, 1)[: self.num_tokens]
 
 
@@ -140,7 +147,7 @@ def padded_length(num_tokens: int) -> int:
     return BLOCK * (power * 3 // 4 if power >= 4 and blocks <= power * 3 // 4 else power)
 
 
-def _attend(compiled: bool, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def _attend(compiled: bool, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     if not compiled:
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -160,7 +167,7 @@ def _attend(compiled: bool, query: Tensor, key: Tensor, value: Tensor, **options
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Whole or not at all: the way out of a compiler that gives up is N x N scores.

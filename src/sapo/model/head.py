@@ -48,7 +48,7 @@ def chunk_tokens(vocabulary: int, itemsize: int = 4) -> int:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What the head says of M response tokens."""
+    """Hold what the head computes of M response tokens."""
 
     loss: Tensor
     """Scalar; backward() through it reaches the hidden states and the head's weights."""
@@ -67,6 +67,7 @@ def policy_head(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    unused_K: Tensor | None = None,
     entropy: bool = False,
     chunk: int | None = None,
 ) -> HeadOutput:
@@ -79,12 +80,13 @@ def policy_head(
         loss_and_coefficient: the objective, called once per chunk (it is not differentiated).
         temperature: the logits are divided by it, as in sampling.
         softcap: c of a model whose logits are c tanh(x / c), Gemma 2's, before the temperature.
+        unused_K: token ids that no distribution includes; none of the targets.
         entropy: also return the entropy of each token's distribution.
         chunk: tokens per chunk; chosen from the vocabulary when None.
     """
     size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
     loss, logprob_M, entropy_M = _PolicyHead.apply(
-        hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, softcap, entropy, size
+        hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, softcap, unused_K, entropy, size
     )
     return HeadOutput(loss, logprob_M, entropy_M if entropy else None)
 
@@ -98,11 +100,12 @@ def token_logprobs(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    unused_K: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute (M,) log pi of the targets, one chunk of logits at a time, without gradient."""
+    """Compute (M,) log pi of the targets, one chunk of logits at a time, without gradient; see `policy_head`."""
     size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
-    shape = _Shape(temperature, softcap, entropy=False, gradient=False)
+    shape = _Shape(temperature, softcap, unused_K, entropy=False, gradient=False)
     logprob_M = hidden_MH.new_empty(target_M.shape, dtype=_wide(hidden_MH.dtype))
     for at in _chunks(target_M.shape[0], size):
         logits = linear(hidden_MH[at], weight_VH)
@@ -121,12 +124,13 @@ class _PolicyHead(torch.autograd.Function):
         loss_and_coefficient: LossAndCoefficient,
         temperature: float,
         softcap: float | None,
+        unused_K: Tensor | None,
         entropy: bool,
         size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = _wide(hidden_MH.dtype)
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden_MH, weight_VH, bias_V)
-        shape = _Shape(temperature, softcap, entropy, any(ctx.needs_input_grad[:3]))
+        shape = _Shape(temperature, softcap, unused_K, entropy, any(ctx.needs_input_grad[:3]))
         loss = hidden_MH.new_zeros((), dtype=wide)
         logprob_M = hidden_MH.new_empty(target_M.shape, dtype=wide)
         entropy_M = torch.empty_like(logprob_M) if entropy else logprob_M.new_empty(0)
@@ -159,12 +163,12 @@ class _PolicyHead(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
             None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
             None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 class _Gradients:
-    """What the chunks add up to: d loss / d hidden states, weight and bias, those that are needed."""
+    """Add up the gradients of the chunks: d loss / d hidden states, weight and bias, those that are needed."""
 
     def __init__(self, needs: Sequence[bool], hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
         needs_hidden, needs_weight, needs_bias = needs
@@ -209,21 +213,22 @@ class _Gradients:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What becomes of raw logits, and what is wanted of them."""
+    """Settings of a pass: how raw logits are transformed, and which figures are wanted of them."""
 
     temperature: float
     softcap: float | None
+    unused_K: Tensor | None
     entropy: bool
     gradient: bool
 
 
 @dataclass(frozen=True)
 class _Normalized:
-    """Of each token of a chunk."""
+    """Hold the figures of each token of a chunk."""
 
     logprob: Tensor
     entropy: Tensor
-    """Empty unless asked for."""
+    """Entropy in nats; empty unless asked for."""
     steepness: Tensor | None
     """d capped / d raw of the target's logit."""
 
@@ -251,6 +256,8 @@ def _normalize(logits_MV: Tensor, target_M: Tensor, bias_V: Tensor | None, shape
             block.mul_(shape.softcap)
         if shape.temperature != 1.0:
             block.div_(shape.temperature)
+        if shape.unused_K is not None:
+            block.index_fill_(1, shape.unused_K, torch.finfo(wide).min)  # not -inf: 0 times it is NaN in the entropy
         block.sub_(block.amax(-1, keepdim=True))
         if bias_V is not None:  # of -inf, 0 times it would make the entropy NaN
             block.clamp_(min=torch.finfo(wide).min)

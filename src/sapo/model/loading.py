@@ -1,32 +1,45 @@
-"""Load a policy, and prove that it computes on packed trees what the model computes on plain sequences."""
+"""Load a policy, and choose how it runs by the proof that it computes what the model computes (proof.py)."""
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sapo.data import Segment
 from sapo.errors import ModelError
 from sapo.model.adapters import ADAPTER_FILE, adapter_base, load_adapter
-from sapo.model.attention import ATTENTION_NAME, TreeLayout
-from sapo.model.policy import DTYPES, Policy
+from sapo.model.attention import ATTENTION_NAME, attend_by
+from sapo.model.policy import DTYPES, Policy, decoder_of_model
+from sapo.model.positions import fixed_length, longest_sequence
+from sapo.model.proof import (
+    TOLERANCE,
+    TOLERANCES,
+    OwnForward,
+    check_head,
+    fault_of,
+    make_probe,
+    own_forward,
+    within_reach,
+)
 from sapo.model.sources import model_directory
+from sapo.model.vision import Vision, is_vision_model, load_family
+from sapo.model.vision_families import Family
+from sapo.model.vision_proof import own_logprobs_of_picture, packed_logprobs_of_picture
+from sapo.utils.faults import is_bug_of_ours
+from sapo.utils.reading import read_json
 from sapo.utils.text import first_line
 
+_UNLOADABLE = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
+"""Exceptions that transformers raises for a directory without a model, or with damaged settings."""
+_COMPUTED = re.compile(r"rotary|inv_freq|masked_bias|attn\.bias|position_ids|num_batches_tracked")
+"""Names of tensors in files of weights that a model computes itself."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
-
-
-# A prompt and two responses to it. With one response only, tokens would stand in the order of the text, and a layer
-# that carries a state from token to token (a convolution, linear attention) would look right and leak one response into
-# the next in every real batch.
-_PROBE_PROMPT, _PROBE_RESPONSES = 6, (5, 4)
 
 
 def load_policy(
@@ -36,6 +49,8 @@ def load_policy(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    max_tokens_per_picture: int | None = None,
+    text_only: bool = False,
 ) -> Policy:
     """Load a Hugging Face decoder and prove that its packed forward equals its own.
 
@@ -44,6 +59,8 @@ def load_policy(
             package, or a hub id: see model/sources.py.
         revision: of a hub repository.
         trust_remote_code: run code that the model brings along.
+        max_tokens_per_picture: scale pictures down to this; None for the limit that the image processor has.
+        text_only: leave the vision part of a model out.
 
     Raises:
         ModelError: a missing directory, config, weights or tokenizer, or an architecture that cannot run packed.
@@ -51,7 +68,15 @@ def load_policy(
     directory = model_directory(source, revision)
     if (directory / ADAPTER_FILE).is_file():
         base, base_revision = adapter_base(directory)
-        policy = load_policy(base, dtype, device, revision=base_revision, trust_remote_code=trust_remote_code)
+        policy = load_policy(
+            base,
+            dtype,
+            device,
+            revision=base_revision,
+            trust_remote_code=trust_remote_code,
+            max_tokens_per_picture=max_tokens_per_picture,
+            text_only=text_only,
+        )
         load_adapter(policy, directory)
         return policy
     _check_directory(directory)
@@ -62,103 +87,178 @@ def load_policy(
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {first_line(error)}") from error
+    shows = is_vision_model(directory) and not text_only
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = _load_model(
+            AutoModelForImageTextToText if shows else AutoModelForCausalLM,
             directory,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}") from error
+    except (*_UNLOADABLE, SafetensorError) as error:
+        kind = "vision-language" if shows else "causal language"
+        raise ModelError(f"{directory} cannot be loaded as a {kind} model: {first_line(error)}") from error
     model, loading = loaded
     if loading["missing_keys"]:  # transformers would leave them at random values
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"the weights in {directory} lack {len(missing)} tensors, the first of them {missing[0]}")
-    model = model.to(device)
+    if unknown := sorted(key for key in loading["unexpected_keys"] if not _COMPUTED.search(key)):
+        raise ModelError(
+            f"the weights in {directory} must be those of its config.json; got {len(unknown)} tensors that the model "
+            f"has no place for, the first of them {unknown[0]}; a checkpoint would lose them; take the config that "
+            "belongs to these weights"
+        )
+    model = _unmapped(model.to(device))
     if tokenizer.eos_token_id is None and getattr(model.generation_config, "eos_token_id", None) is None:
         raise ModelError(f"the tokenizer in {directory} has no end-of-sequence token; set eos_token in its config")
-    policy = prepare_policy(model, tokenizer)
+    if not all(type(token) is int and token >= 0 for token in _end_tokens(model)):
+        raise ModelError(
+            f"eos_token_id in {directory} must be token ids; got {_end_tokens(model)!r:.80}; mend its config"
+        )
+    family = load_family(directory, model.config, tokenizer) if shows else None
+    if family is not None and max_tokens_per_picture is not None:
+        family.limit(max_tokens_per_picture)
+    policy = prepare_policy(model, tokenizer, family)
     policy.source = str(directory.absolute()) if Path(source).is_dir() else str(source)
     policy.revision = revision
     return policy
+
+
+def _load_model(auto: Any, directory: Path, **options: Any) -> Any:
+    """Load a model with the attention of torch, or with its own code's where it has no other (gpt-oss)."""
+    try:
+        return auto.from_pretrained(directory, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return auto.from_pretrained(directory, attn_implementation="eager", **options)
+
+
+def _unmapped(model: Any) -> Any:
+    """Move weights from the file that they are mapped from into memory of this process, one tensor after the other.
+
+    A mapped weight is read when it is first used. Whoever writes the file anew in the meantime, as a second export
+    does, would end this process by SIGBUS or change its weights, and a deleted checkpoint would stay on the disk.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.detach().clone()
+    return model
+
+
+def _end_tokens(model: Any) -> list[Any]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
 def _refuse_remote_code(directory: Path) -> None:
     """Refuse a model that brings its own code, before transformers asks for leave in its own words."""
     for name in ("config.json", "tokenizer_config.json"):
         file = directory / name
-        if file.is_file() and json.loads(file.read_text()).get("auto_map"):
+        if file.is_file() and read_json(file, "a model's settings", ModelError).get("auto_map"):
             raise ModelError(
                 f"{directory} brings code of its own ({name}: auto_map), which is not run unless asked for; "
                 "read it, then set model.trust_remote_code=true"
             )
 
 
-def prepare_policy(model: Any, tokenizer: Any) -> Policy:
-    """Turn a transformers decoder into a policy: packed attention, dropout off, the packed forward proven equal.
+def prepare_policy(model: Any, tokenizer: Any, family: Family | None = None) -> Policy:
+    """Turn a transformers decoder into a policy: dropout off, and its forward proven equal to the model's own.
+
+    It runs on packed tokens where that is exact, and in padded rows elsewhere (`Policy.path`).
+
+    Args:
+        family: of a vision-language model, whose proof holds a picture as well.
 
     Raises:
-        ModelError: when the packed forward differs from the model's own.
+        ModelError: neither is the model's own forward.
     """
-    if model.config._attn_implementation == ATTENTION_NAME:  # prepared before
-        model.set_attn_implementation("sdpa")
-    expected = _own_logprobs(model.eval())
-    model.set_attn_implementation(ATTENTION_NAME)
-    policy = Policy(model, tokenizer)
-    try:
-        got = _packed_logprobs(policy)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot run on packed tokens: {first_line(error)}") from error
-    # bfloat16 keeps 8 bits: two orders of summation differ by several hundredths in log-probability.
-    tolerance = 0.25 if policy.dtype == torch.bfloat16 else 1e-3
-    difference = (expected - got).abs().max().item()
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{type(model).__name__} computes something beside attention that the packed forward does not (a state "
-            "carried from token to token, as in convolutions and linear attention, or a step before its logits): "
-            f"log-probabilities differ by up to {difference:.3g} (allowed {tolerance:g})"
-        )
+    own_attention = own_attention_of(model)
+    attend_by(model, own_attention)
+    vision = None if family is None else Vision(model, family)
+    model.eval()
+    with within_reach(model) as widest:
+        longest = longest_sequence(model.config.get_text_config())
+        own = own_forward(model, make_probe(model, tokenizer, widest, longest))
+        expected_of_picture = None if vision is None else own_logprobs_of_picture(vision)
+        policy = Policy(model, tokenizer, vision=vision)
+        policy.own_attention = own_attention
+        check_head(policy, own)
+        _note_length(policy)
+        _choose_path(policy, own)
+        if expected_of_picture is not None:
+            _check_picture(policy, expected_of_picture)
     return policy
 
 
-def _probe_ids(model: Any) -> Tensor:
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (_PROBE_PROMPT + sum(_PROBE_RESPONSES),), generator=generator).to(model.device)
+def _note_length(policy: Policy) -> None:
+    """Say where sequences are shorter than the positions of the config."""
+    config = policy.model.config.get_text_config()
+    limit, named = fixed_length(config), getattr(config, "max_position_embeddings", None)
+    if limit is not None and isinstance(named, int) and limit[0] < named:
+        policy.notices.append(
+            f"{type(policy.model).__name__}: sequences have at most {limit[0]} tokens, of {named} positions: with a "
+            f"longer one {limit[1]} rotary embeddings turn every token of its forward otherwise, so that one row would "
+            "change the others (docs/models.md)"
+        )
 
 
-def _probe_paths() -> list[list[int]]:
-    """List the packed positions of the prompt followed by each response."""
-    paths, start = [], _PROBE_PROMPT
-    for length in _PROBE_RESPONSES:
-        paths.append([*range(_PROBE_PROMPT), *range(start, start + length)])
-        start += length
-    return paths
+def _choose_path(policy: Policy, own: OwnForward) -> None:
+    """Let a policy run on packed tokens where that is exact, or else in rows.
+
+    Raises:
+        ModelError: it is exact in neither.
+    """
+    name = type(policy.model).__name__
+    attend_by(policy.model, ATTENTION_NAME)
+    policy.path_reason = fault_of(policy, own)
+    if policy.path_reason is None:
+        return
+    if policy.vision is not None:
+        raise ModelError(
+            f"{name} cannot run on packed tokens: {policy.path_reason}; with pictures there is no other way; train a "
+            "model of text alone, or one of another family"
+        )
+    policy.path = "rows"
+    attend_by(policy.model, policy.own_attention)
+    in_rows = fault_of(policy, own)
+    if in_rows is not None:
+        raise ModelError(
+            f"{name} is exact neither on packed tokens ({policy.path_reason}) nor in padded rows ({in_rows}); take a "
+            "model of another family"
+        )
+    policy.notices.append(
+        f"{name} runs in padded rows, each prompt once for each of its responses: slower, and exact; on packed tokens "
+        f"it would not be: {policy.path_reason}"
+    )
 
 
-@torch.no_grad()
-def _own_logprobs(model: Any) -> Tensor:
-    """Compute the log-probabilities of both sequences, one after the other, by the model's own forward."""
-    ids = _probe_ids(model)
-    logits = [model(input_ids=ids[path][None], use_cache=False).logits[0] for path in _probe_paths()]
-    return torch.log_softmax(torch.cat(logits).float(), dim=-1)
+def _check_picture(policy: Policy, expected: Tensor) -> None:
+    name = type(policy.model).__name__
+    try:
+        difference = (expected - packed_logprobs_of_picture(policy)).abs().max().item()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if is_bug_of_ours(error):
+            raise
+        raise ModelError(f"{name} cannot run on packed tokens with a picture: {first_line(error)}") from error
+    tolerance = TOLERANCES.get(policy.dtype, TOLERANCE)
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{name} does something with pictures that the packed forward does not (in Gemma 3 the "
+            "tokens of a picture attend to each other both ways): log-probabilities of a prompt with a picture differ "
+            f"by up to {difference:.3g} (allowed {tolerance:g})"
+        )
 
 
-@torch.no_grad()
-def _packed_logprobs(policy: Policy) -> Tensor:
-    """Compute the same from one packed forward pass, the prompt computed once."""
-    ids = _probe_ids(policy.model)
-    segments, positions, start = [Segment(0, _PROBE_PROMPT, -1)], list(range(_PROBE_PROMPT)), _PROBE_PROMPT
-    for length in _PROBE_RESPONSES:
-        segments.append(Segment(start, length, 0))
-        positions += range(_PROBE_PROMPT, _PROBE_PROMPT + length)
-        start += length
-    layout = TreeLayout(segments, ids.device)
-    positions_N = torch.tensor(positions, device=ids.device)
-    logits = policy.run(lambda: policy.logits(policy.hidden(ids, positions_N, layout)))
-    return torch.log_softmax(torch.cat([logits[path] for path in _probe_paths()]).float(), dim=-1)
+def own_attention_of(model: Any) -> str:
+    """Return the attention of transformers that a model computes by itself with."""
+    chosen = str(model.config.get_text_config()._attn_implementation)
+    if chosen != ATTENTION_NAME:
+        return chosen
+    return "sdpa" if getattr(decoder_of_model(model), "_supports_sdpa", True) else "eager"  # prepared before
 
 
 def _check_directory(directory: Path) -> None:
@@ -168,7 +268,13 @@ def _check_directory(directory: Path) -> None:
         raise ModelError(f"{directory} has no tokenizer (none of {', '.join(TOKENIZER_FILES[:3])}); save one beside it")
     if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
         raise ModelError(f"{directory} has no weights (*.safetensors)")
-    try:
-        json.loads((directory / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{directory / 'config.json'} is not valid JSON: {error}") from error
+    settings = read_json(directory / "config.json", "valid JSON, a model's settings", ModelError)
+    for section in (settings, settings.get("text_config")):
+        if isinstance(section, dict) and section.get("quantization_config"):
+            described = section["quantization_config"]
+            method = described.get("quant_method") if isinstance(described, dict) else described
+            raise ModelError(
+                f"the weights in {directory} must be plain floats to be trained and saved; got weights quantised by "
+                f"{method!r} (config.json: quantization_config); save them dequantised, as bfloat16, and name that "
+                "directory"
+            )

@@ -2,32 +2,73 @@
 
 The decoder is used through two doors only: `hidden`, packed token ids to last hidden states under a layout, and the
 output embedding, which the policy head and the sampler multiply themselves. A forward pass of training goes through
-both within one `run`. `load_policy` proves on a few tokens that the two together equal the model's own forward, so that
-a decoder with a step in between (logit soft-capping, say) is refused rather than trained wrongly.
+both within one `run`. `load_policy` proves on a few tokens that the two together equal the model's own forward
+(proof.py), so that a decoder with a step in between (a cap of its logits, say) is refused rather than trained wrongly.
+A decoder that cannot run on packed tokens runs in rows (rows.py) behind the same doors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from sapo.data import PackedPictures, Prompt
 from sapo.errors import ModelError
 from sapo.model.attention import Layout
 from sapo.model.blocks import use_closed_forms
 from sapo.model.head import head_logits
+from sapo.model.positions import fixed_length, longest_sequence
 from sapo.model.products import use_best_products
+from sapo.model.recurrent import chunk_tokens, use_states
+from sapo.model.rows import hidden_of_rows
+from sapo.model.vision import Vision
 from sapo.utils.text import first_line
 
 T = TypeVar("T")
 
+_NOISE = re.compile(r"drop(out|path|_prob|_path)?(_p|_prob|_rate)?$|dropout|pdrop|layerdrop|jitter|router_noise")
+"""Names of what a model draws at random in training mode."""
+_DECIDES = ("PhimoeTopKRouter",)
+"""Classes whose number of such a name also decides without drawing: Phi-MoE takes experts within it of the best."""
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the cap of a model's logits."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# The steps of a tokenizer's normalizer, as the library writes them down, and those of SentencePiece's kind.
+_STEP = re.compile(r"\b([A-Z]\w+)\(")
+_MARKS_BLANKS = {"Sequence", "Prepend", "Replace", "String"}
+
+
+@dataclass(frozen=True)
+class _AtRest:
+    """Recompute a block for transformers as it would, but with the block out of training mode meanwhile."""
+
+    block: Any
+    recompute: Callable[..., Any]
+
+    def __call__(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        return self.recompute(self._forward, forward, *inputs)
+
+    def _forward(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        before, self.block.training = self.block.training, False
+        try:
+            return forward(*inputs)
+        finally:
+            self.block.training = before
 
 
 class Policy:
@@ -37,31 +78,71 @@ class Policy:
         model: a transformers decoder whose attention implementation is `ATTENTION_NAME`.
         tokenizer: its tokenizer; the end-of-sequence token stops a completion.
         source: where the model came from, for what has to name it.
+        vision: what encodes pictures; None for a model of text alone.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, source: str = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: str = "", vision: Vision | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.vision = vision
         self.source = source
         self.revision: str | None = None
         self.adapter: Any = None
-        """The peft model around `model` when only an adapter is trained (model/adapters.py)."""
-        self.decoder: nn.Module = model.get_decoder()
+        """The peft model around `model` when only an adapter is trained (model/adapters.py); None otherwise."""
+        self.decoder: nn.Module = decoder_of_model(model)
+        self.path: Literal["packed", "rows"] = "packed"
+        """Layout the decoder runs in: all tokens packed, or one padded row for each sequence."""
+        self.path_reason: str | None = None
+        """Reason why it runs in rows; None where it runs packed."""
+        self.own_attention = "sdpa"
+        """The attention of transformers that the model computes by itself with."""
+        self.engine_paths: dict[str, str | None] = {}
+        """Ways to decode that were tried on this policy -> what was wrong with it, None where nothing was."""
+        self.is_built_elsewhere = False
+        """True for a copy of a policy of another process, which has made the proofs already."""
+        self.notices: list[str] = []
+        """Sentences that a person should read about the model before it is trained."""
         self.sharded: dict[str, torch.dtype] | None = None
-        """Where the weights are sharded over ranks: the precision of each parameter before (model/sharding.py)."""
+        """Precision of each parameter before the weights were sharded (model/sharding.py); None where they are not."""
         self._token_texts: list[str] | None = None
+        self._unused_K: Tensor | None = None
+        self.unused_tokens = self._tokens_without_text()
         self.make_deterministic()
 
     def make_deterministic(self) -> None:
         """Make the model the same function in rollout and in training: dropout would make r != 1 on policy."""
         for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-            if getattr(module, "attention_dropout", 0.0):
-                module.attention_dropout = 0.0
+            for name, value in vars(module).items():  # of functional dropout, of layers left out, of a router's noise
+                if type(module).__name__ in _DECIDES:
+                    continue
+                if _NOISE.search(name) and isinstance(value, float) and value:
+                    setattr(module, name, 0.0)
         use_best_products(self.model)
         use_closed_forms(self.model)
+        use_states(self.decoder)
         self.model.eval()
+
+    def enable_checkpointing(self) -> None:
+        """Make the blocks ready to be recomputed in backward passes, which `checkpoint_activations` switches."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its hook on the embedding is for reentrant checkpoints; an engine's fast forward takes no model with hooks.
+        self.model.disable_input_require_grads()
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Have the blocks recomputed in the backward pass, or not. transformers does so in training mode only.
+
+        Only the modules that recompute are put in that mode, and are out of it while they compute: whatever draws at
+        random in it, by its own mode or that of a module within, stays off.
+        """
+        self.model.eval()
+        if on:
+            for module in self.model.modules():
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+                recompute = getattr(module, "_gradient_checkpointing_func", None)
+                if module.training and recompute is not None and not isinstance(recompute, _AtRest):
+                    module._gradient_checkpointing_func = _AtRest(module, recompute)
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,15 +155,46 @@ class Policy:
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
+    def unused_tokens(self) -> tuple[int, ...]:
+        """Return the ids of the output embedding's rows that the tokenizer has no token for.
+
+        Embeddings are often padded to a round number of rows. The policy is the model's distribution over all other
+        tokens, in rollout and in training alike: such an id has no text that a verifier could judge. An id that ends
+        completions by the generation config needs no text.
+        """
+        return self._unused_tokens
+
+    @unused_tokens.setter
+    def unused_tokens(self, ids: Sequence[int]) -> None:
+        self._unused_tokens = tuple(ids)
+        self._unused_K = None
+
+    def _tokens_without_text(self) -> tuple[int, ...]:
+        if self.tokenizer is None:
+            return ()
+        used = {*self.tokenizer.get_vocab().values(), *getattr(self.tokenizer, "added_tokens_decoder", {})}
+        used |= self.stop_token_ids
+        return tuple(i for i in range(self.head_weight.shape[0]) if i not in used)
+
+    @property
+    def unused_K(self) -> Tensor | None:
+        """Return `unused_tokens` on the device of the weights; None where there are none."""
+        if self._unused_tokens and (self._unused_K is None or self._unused_K.device != self.device):
+            self._unused_K = torch.tensor(self._unused_tokens, device=self.device)
+        return self._unused_K
+
+    @property
     def logit_softcap(self) -> float | None:
-        """Return c of a model whose logits are c tanh(x / c) (Gemma 2)."""
-        return getattr(self.model.config, "final_logit_softcapping", None)
+        """Return c of a model whose logits are c tanh(x / c) (Gemma 2, RecurrentGemma, xLSTM)."""
+        config = self.model.config.get_text_config()
+        return next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
 
     @property
     def logit_scale(self) -> float:
         """Return the factor of the model's logits: 1 for most, not for Granite and Cohere."""
-        config = self.model.config
-        return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        config = self.model.config.get_text_config()
+        divided = getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None)
+        return getattr(config, "logit_scale", None) or 1.0 / (divided or 1.0)
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +222,13 @@ class Policy:
 
     @property
     def max_length(self) -> int | None:
-        """Return the longest sequence the model's positions allow, None when its config does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """Return the longest sequence the model takes, None when its config does not say; see positions.py."""
+        return longest_sequence(self.model.config.get_text_config())
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Return the tokens that its recurrent layers scan at once; 0 for a decoder without such layers."""
+        return chunk_tokens(self.decoder)
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -141,19 +258,50 @@ class Policy:
             if not torch.is_grad_enabled():
                 self.model.reshard()
 
-    def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
+    def hidden(
+        self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout, pictures: PackedPictures | None = None
+    ) -> Tensor:
         """Compute (N, H) last hidden states of packed tokens, times `logit_scale`, for the head to use as they are.
 
         Called within `run`.
+
+        Args:
+            position_ids_N: (N,), or (3, N) for a rotary embedding of three positions.
+            pictures: what some of the tokens stand for.
         """
-        output = self.decoder(
-            input_ids=token_ids_N[None], position_ids=position_ids_N[None], use_cache=False, packed_layout=layout
-        )
+        self._check_extent(position_ids_N)
+        if self.path == "rows":
+            assert pictures is None, "a policy that runs in rows has no pictures"
+            hidden_NH = hidden_of_rows(self.decoder, token_ids_N, layout)
+            return hidden_NH if self.logit_scale == 1.0 else hidden_NH * self.logit_scale
+        layout.calls.clear()
+        inputs: dict[str, Any] = {"input_ids": token_ids_N[None]}
+        if pictures is not None:
+            assert self.vision is not None, "pictures were given to a policy of text alone"
+            inputs = self.vision.embed(token_ids_N, pictures)
+        position_ids = position_ids_N[None] if position_ids_N.ndim == 1 else position_ids_N[:, None]
+        output = self.decoder(**inputs, position_ids=position_ids, use_cache=False, packed_layout=layout)
         hidden_NH = output.last_hidden_state[0]
+        if self.vision is not None:
+            hidden_NH = self.vision.reach(hidden_NH)
         return hidden_NH if self.logit_scale == 1.0 else hidden_NH * self.logit_scale
 
+    def _check_extent(self, position_ids_N: Tensor) -> None:
+        """Refuse a forward whose longest row would change the rotary embedding of all others.
+
+        Raises:
+            ModelError: it holds such a row.
+        """
+        limit = fixed_length(self.model.config.get_text_config())
+        if limit is not None and position_ids_N.device.type != "meta" and int(position_ids_N.max()) >= limit[0]:
+            raise ModelError(
+                f"a sequence must have at most {limit[0]} tokens in a model of {limit[1]} rotary embeddings, which "
+                f"turn every token of a longer one otherwise; got {int(position_ids_N.max()) + 1}; shorten the prompt "
+                "or rollout.max_new_tokens"
+            )
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Compute (N, V) logits in float32 of last hidden states, at temperature 1."""
+        """Compute (N, V) logits in float32 of last hidden states, at temperature 1, those of unused tokens too."""
         return head_logits(hidden_NH, self.head_weight, self.head_bias, self.logit_softcap)
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -163,11 +311,26 @@ class Policy:
             ModelError: when the tokenizer has no token for a part of it.
         """
         try:
-            ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+            opened = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
+            ids = self.tokenizer(text, add_special_tokens=not opened)["input_ids"]
         except Exception as error:  # the tokenizers library raises bare Exception for a character it does not know
             raise ModelError(f"the tokenizer cannot encode the prompt {text!r}: {error}") from error
+        eos = self.tokenizer.eos_token_id
+        if len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
+            ids = ids[:-1]  # what a tokenizer appends would end the prompt before its completion
         if not ids:
             raise ModelError(f"a prompt must have at least one token; got none from {text!r}")
+        return self._within_embedding(ids)
+
+    def _within_embedding(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Refuse a token that the embedding has no row for."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (largest := max(ids)) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ModelError(
+                f"the tokenizer must have no more tokens than the embedding has rows; got token {largest} ({token!r}) "
+                f"with {rows} rows; resize the embedding (resize_token_embeddings), or use the model's own tokenizer"
+            )
         return tuple(ids)
 
     @property
@@ -175,16 +338,68 @@ class Policy:
         """Return whether the tokenizer brings a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> tuple[int, ...]:
+    def tokens_per_byte(self) -> int | None:
+        """Return how many tokens a byte of text becomes at most, None where the tokenizer promises nothing.
+
+        BPE that begins with a symbol for every byte, or falls back to bytes, refuses no text, and merges only shorten
+        it.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or type(backend.model).__name__ != "BPE":
+            return None
+        if len(self.tokenizer) > self.model.get_input_embeddings().weight.shape[0]:
+            return None
+        steps = repr(backend.normalizer)
+        if backend.model.byte_fallback and "\u2581" in steps and set(_STEP.findall(steps)) <= _MARKS_BLANKS:
+            return 1  # a mark in place of each blank, and one before the text
+        if "ByteLevel(" not in repr(backend.pre_tokenizer):
+            return None
+        if backend.normalizer is None:
+            return 1
+        # NFC makes at most three times as many bytes, of musical symbols (Unicode Standard Annex 15).
+        return 3 if type(backend.normalizer).__name__ == "NFC" else None
+
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[int, ...]:
         """Encode a chat to token ids by the tokenizer's chat template, ready for the assistant's turn.
 
         Args:
             messages: each with a role and a content.
             thinking: the template's switch; None leaves it alone.
+            tools: functions that the template offers to the model.
 
         Raises:
-            ModelError: no chat template, one without that switch, or one that refuses the messages.
+            ModelError: no chat template, one without that switch or without a place for tools, or one that refuses the
+                messages.
         """
+        return self._within_embedding(
+            self._through_template(messages, thinking, tools, tokenize=True, return_dict=False)
+        )
+
+    def render_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Return the text that `encode_messages` encodes.
+
+        Raises:
+            ModelError: as from `encode_messages`.
+        """
+        return str(self._through_template(messages, thinking, tools, tokenize=False))
+
+    def _through_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        **output: bool,
+    ) -> Any:
         if not self.has_chat_template:
             raise ModelError(
                 "the prompt is a list of chat messages but the tokenizer has no chat template; "
@@ -196,13 +411,24 @@ class Policy:
                 f"prompt.thinking={str(thinking).lower()} needs a chat template with a switch (enable_thinking); "
                 "this tokenizer's has none; leave prompt.thinking out"
             )
+        if tools:
+            if "tools" not in str(self.tokenizer.chat_template):
+                raise ModelError(
+                    "the row brings tools and the tokenizer's chat template has no place for them; give a model with "
+                    "such a template, or drop the column tools (drop_fields)"
+                )
+            switch["tools"] = list(tools)
         try:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **switch
+            answered = bool(messages) and messages[-1].get("role") == "assistant"  # continued, and not answered again
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=not answered,
+                continue_final_message=answered,
+                **output,
+                **switch,
             )
         except Exception as error:  # templates raise exceptions of their own for roles they do not know
             raise ModelError(f"the chat template refuses the messages: {first_line(error)}") from error
-        return tuple(ids)
 
     def token_texts(self) -> list[str]:
         """Return the text each token of the vocabulary adds to a completion, special tokens as nothing.
@@ -211,14 +437,37 @@ class Policy:
         """
         if self._token_texts is None:
             vocabulary = range(self.head_weight.shape[0])
-            frame = next(
-                i for i in vocabulary if _is_plain(self.decode([i])) and self.decode([i, i]) == 2 * self.decode([i])
-            )
-            ids = [[frame, i] for i in vocabulary]
-            before = len(self.decode([frame]))
+            # A decoder that puts blanks between words has no token that doubles: any plain one is a frame there.
+            plain = [i for i in vocabulary if _is_plain(self.decode([i]))]
+            doubling = (i for i in plain if self.decode([i, i]) == 2 * self.decode([i]))
+            frame = next(doubling, plain[0] if plain else None)
+            ids = [[i] if frame is None else [frame, i] for i in vocabulary]
+            before = 0 if frame is None else len(self.decode([frame]))
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             self._token_texts = [text[before:] for text in texts]
         return self._token_texts
+
+    def special_texts(self) -> dict[int, str]:
+        """Return the special tokens that the model can draw, by id, as they are spelled."""
+        size = self.head_weight.shape[0]
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        found = {i: str(token.content) for i, token in added.items() if token.special}
+        found |= dict(zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True))
+        return {i: text for i, text in found.items() if i < size and text}
+
+    def end_of_turn(self) -> tuple[int, str] | None:
+        """Return the special token that the chat template puts behind an assistant's turn; None where it puts none."""
+        if not self.has_chat_template:
+            return None
+        answer = "forty-two"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template that refuses such a chat says so where one is encoded
+            return None
+        behind = text.rpartition(answer)[2].lstrip()
+        ends = [(i, special) for i, special in self.special_texts().items() if behind.startswith(special)]
+        return max(ends, key=lambda found: len(found[1])) if ends else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode a completion without its special tokens: for verifiers and logs only."""
@@ -227,6 +476,17 @@ class Policy:
     def show(self, token_ids: Sequence[int]) -> str:
         """Decode tokens with the special ones spelled out: what the model saw, for a person to read."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def show_prompt(self, prompt: Prompt) -> str:
+        """Decode a prompt as `show` does, the tokens of each picture as one mark with its size in pixels."""
+        if prompt.picture_tokens is None:
+            return self.show(prompt.token_ids)
+        text, start = "", 0
+        for picture, places in zip(prompt.pictures, prompt.picture_tokens.places, strict=True):
+            width, height = picture.size
+            text += f"{self.show(prompt.token_ids[start : places[0]])}<picture {width}x{height}, {len(places)} tokens>"
+            start = places[-1] + 1
+        return text + self.show(prompt.token_ids[start:])
 
     def fingerprint(self) -> str:
         """Return a name of the weights: a hash of all of them, with their names, shapes and precision."""
@@ -244,7 +504,33 @@ class Policy:
             else:
                 self.adapter.save_pretrained(directory, save_embedding_layers=False)
                 (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
+                _sort_targets(directory / "adapter_config.json")
+        if self.vision is not None:
+            self.vision.save(directory)
         self.tokenizer.save_pretrained(directory)
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in directory.iterdir():
+            if file.is_file():
+                file.chmod(0o666 & ~mask)  # safetensors writes weights for their owner alone
+
+
+def decoder_of_model(model: Any) -> nn.Module:
+    """Return the part of a model that maps token ids to last hidden states."""
+    decoder: nn.Module = model.get_decoder()
+    takes_ids = "input_ids" in inspect.signature(decoder.forward).parameters
+    if decoder is model or not takes_ids:  # Llama 4, or a head that is called decoder (ModernBERT)
+        decoder = getattr(model, model.base_model_prefix, None) or model.model
+    return decoder
+
+
+def _sort_targets(file: Path) -> None:
+    """Write the layers that an adapter is of in order: peft keeps a set, whose order is another in each process."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            settings[name] = sorted(value)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _is_plain(text: str) -> bool:

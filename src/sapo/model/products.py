@@ -122,8 +122,29 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     return linear(input, self.weight, self.bias)
 
 
+def patches_forward(self: Any, input: Tensor) -> Tensor:
+    """Compute a convolution whose inputs are single patches as the product that it is: (N, C, *P) -> (N, M, 1, ..).
+
+    Vision towers embed their patches so. On a processor the convolution takes several times as long.
+    """
+    if tuple(input.shape[2:]) != tuple(self.kernel_size):
+        found: Tensor = type(self).forward(self, input)
+        return found
+    rows_NM = linear(input.flatten(1), self.weight.flatten(1), self.bias)
+    return rows_NM.view(*rows_NM.shape, *(1 for _ in self.kernel_size))
+
+
+def _takes_patches(module: nn.Module) -> bool:
+    """Return whether a module is a convolution that gives one number a channel for an input of its kernel's size."""
+    if type(module) not in (nn.Conv2d, nn.Conv3d):
+        return False
+    convolution: Any = module
+    padded = convolution.padding != "valid" and (convolution.padding == "same" or any(convolution.padding))
+    return convolution.groups == 1 and not padded and set(convolution.dilation) == {1}
+
+
 def use_best_products(model: nn.Module) -> None:
-    """Let every linear layer of a model compute through `linear`.
+    """Let every linear layer of a model compute through `linear`, and so its embedding of patches.
 
     The layers keep their class, parameters and names, so that peft, saving and export see the model they know; layers
     of another class (quantised ones, say), and those to which someone else gave a forward, keep what they have.
@@ -131,3 +152,5 @@ def use_best_products(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        elif _takes_patches(module) and "forward" not in module.__dict__:
+            module.forward = MethodType(patches_forward, module)

@@ -27,7 +27,7 @@ SCALINGS = ("none", "tensor", "channel")
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a sampler's weights are rounded.
+    """Describe how a sampler's weights are rounded.
 
     >>> Rounding("float8_e4m3fn", scaling="none").round(torch.tensor([[0.3, 1000.0, -0.001]])).tolist()
     [[0.3125, 448.0, -0.001953125]]

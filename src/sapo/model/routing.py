@@ -2,16 +2,16 @@
 
 Routing replay (https://arxiv.org/abs/2507.18071, section 5.3; R2 and R3 of https://arxiv.org/abs/2512.01374): between
 two updates the routers move too, and a token that goes to other experts has another probability for that reason alone.
-Replay freezes the discrete choice and nothing else. The chosen experts' weights are gathered from the live router's
-softmax and normalised as the model has it, so that gradient reaches the router, and with unchanged weights every bit is
-that of a forward without replay.
+Replay freezes the discrete choice and nothing else. The chosen experts' weights are computed of the live router's
+logits as the model does it (router_families.py), so that gradient reaches the router, and with unchanged weights every
+bit is that of a forward without replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,46 +19,45 @@ from torch import Tensor, nn
 
 from sapo.data import RoutedExperts
 from sapo.errors import ModelError
+from sapo.model.router_families import ROUTERS, RouterFamily, WeightsOf, router_family
 
 # For the annotation only: what packs records needs no transformers.
 if TYPE_CHECKING:
     from sapo.model.policy import Policy
-
-SUPPORTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "Qwen2MoeTopKRouter": ("Qwen2-MoE", lambda router: router.norm_topk_prob),
-    "Qwen3MoeTopKRouter": ("Qwen3-MoE", lambda router: router.norm_topk_prob),
-    "MixtralTopKRouter": ("Mixtral", lambda _: True),
-    "OlmoeTopKRouter": ("OLMoE", lambda router: router.norm_topk_prob),
-}
-"""Class of the router -> family, and whether the weights of a token's experts are made to add up to 1. All of them take
-the softmax over all experts in float32 and return (logits, weights, indices)."""
 
 
 class Routers:
     """The routers of a policy's decoder, in the order of its layers.
 
     Args:
-        policy: a mixture of experts of a family in `SUPPORTED`.
+        policy: a mixture of experts of a family in `ROUTERS`.
 
     Raises:
         ModelError: a dense model, or a mixture whose routers are others.
     """
 
     def __init__(self, policy: Policy) -> None:
-        found = [m for m in policy.decoder.modules() if _family(m) is not None]
+        families = {m: family for m in policy.decoder.modules() if (family := router_family(m)) is not None}
+        found = list(families)
         if not found:
-            families = [family for family, _ in SUPPORTED.values()]
+            names = [family.name for family in ROUTERS.values()]
             raise ModelError(
-                f"routing replay needs a mixture of experts of the families {', '.join(families[:-1])} or "
-                f"{families[-1]}; got {type(policy.model).__name__}; set model.routing_replay=false"
+                f"routing replay needs a mixture of experts of the families {', '.join(names[:-1])} or {names[-1]}; "
+                f"got {type(policy.model).__name__}; set model.routing_replay=false"
+            )
+        if policy.path == "rows":
+            raise ModelError(
+                f"routing replay needs a model that runs on packed tokens; {type(policy.model).__name__} runs in rows "
+                f"({policy.path_reason}); set model.routing_replay=false"
             )
         self.modules: list[nn.Module] = found
         # Asked here and not in a forward, during which peft makes an adapted router a class of its own.
-        self._normalised = [SUPPORTED[str(_family(m))][1](m) for m in found]
+        self._families = list(families.values())
+        self._weights = [family.weights(m) for m, family in families.items()]
         self.per_token = int(found[0].top_k)  # type: ignore[arg-type]
         self.num_experts = int(found[0].num_experts)  # type: ignore[arg-type]
         self.active: Recording | Replay | None = None
-        """What the present forward is recorded by or replayed from."""
+        """Recording or replay that the present forward belongs to."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -72,10 +71,16 @@ class Routers:
         Args:
             hooked: the modules are listened to. Otherwise whoever makes the forwards calls `Recording.note`.
         """
-        recording = Recording(len(self.modules), self.num_experts)
+        recording = Recording(self._families, self.num_experts)
         with self._hooked(recording) if hooked else nullcontext():
             yield recording
         recording.check_taken()
+
+    @contextmanager
+    def listening(self, recording: Recording) -> Iterator[None]:
+        """Let a record made with `hooked=False` take one forward that goes through the modules."""
+        with self._hooked(recording):
+            yield
 
     @contextmanager
     def replay(self, experts_Nlk: Tensor, recomputed: bool = False) -> Iterator[Replay]:
@@ -87,7 +92,7 @@ class Routers:
         """
         expected = (len(self.modules), self.per_token)
         assert experts_Nlk.shape[1:] == expected, f"experts of {tuple(experts_Nlk.shape[1:])} for routers {expected}"
-        replay = Replay(experts_Nlk, self._normalised, recomputed)
+        replay = Replay(experts_Nlk, self._families, self._weights, recomputed)
         with self._hooked(replay):
             yield replay
         replay.check_consumed()
@@ -108,29 +113,25 @@ class Routers:
                 handle.remove()
 
 
-def _family(module: nn.Module) -> str | None:
-    """Return the supported class that a module is of."""
-    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in SUPPORTED), None)
-
-
 def _record_dtype(num_experts: int) -> torch.dtype:
     return torch.uint8 if num_experts <= 256 else torch.int16
 
 
 class Recording:
-    """What the routers choose, forward after forward.
+    """Record what the routers choose, forward after forward.
 
     Args:
-        layers: routers.
+        families: of the routers.
         num_experts: of a layer, which says how many bytes a choice takes.
     """
 
-    def __init__(self, layers: int, num_experts: int) -> None:
+    def __init__(self, families: Sequence[RouterFamily], num_experts: int) -> None:
+        self._families = families
         self._dtype = _record_dtype(num_experts)
-        self._chosen: list[Tensor | None] = [None] * layers
+        self._chosen: list[Tensor | None] = [None] * len(families)
 
     def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.note(layer, output[2])
+        self.note(layer, output[self._families[layer].order[2]])
 
     def note(self, layer: int, experts_Nk: Tensor) -> None:
         """Record what one layer has chosen in the present forward; layers without a router are not counted."""
@@ -154,21 +155,24 @@ class Replay:
 
     Args:
         experts_Nlk: of each token, layer and place.
-        normalised: by layer, whether the weights of a token's experts are made to add up to 1.
+        families, weights: of each layer's router.
         recomputed: see `Routers.replay`.
     """
 
-    def __init__(self, experts_Nlk: Tensor, normalised: Sequence[bool], recomputed: bool) -> None:
+    def __init__(
+        self, experts_Nlk: Tensor, families: Sequence[RouterFamily], weights: Sequence[WeightsOf], recomputed: bool
+    ) -> None:
         self._experts_Nlk = experts_Nlk
-        self._normalised = normalised
+        self._families, self._weights = families, weights
         self._recomputed = recomputed
         layers = experts_Nlk.shape[1]
         self._runs = [0] * layers
         self._in_graph = [False] * layers
         self._changed: list[Tensor] = []
 
-    def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits_NE, live_weights_Nk, live_Nk = output
+    def __call__(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        order = self._families[layer].order
+        logits_NE, live_weights_Nk, live_Nk = (output[i] for i in order)
         experts_Nk = self._experts_Nlk[:, layer].long()
         assert experts_Nk.shape == live_Nk.shape, f"{len(experts_Nk)} tokens recorded, {len(live_Nk)} in the forward"
         self._runs[layer] += 1
@@ -177,12 +181,9 @@ class Replay:
             self._in_graph[layer] = logits_NE.requires_grad
             kept_Nk = (experts_Nk[:, :, None] == live_Nk[:, None, :]).any(-1)
             self._changed.append((~kept_Nk).sum())
-        # As transformers computes it, float32 at any dtype, so that unchanged weights give unchanged bits.
-        probability_NE = torch.nn.functional.softmax(logits_NE, dtype=torch.float32, dim=-1)
-        weights_Nk = probability_NE.gather(1, experts_Nk)
-        if self._normalised[layer]:
-            weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
-        return logits_NE, weights_Nk.to(live_weights_Nk.dtype), experts_Nk
+        weights_Nk = self._weights[layer](logits_NE, experts_Nk).to(live_weights_Nk.dtype)
+        replayed = (logits_NE, weights_Nk, experts_Nk)
+        return tuple(replayed[order.index(i)] for i in range(3))
 
     @property
     def choices(self) -> int:

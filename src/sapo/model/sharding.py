@@ -1,8 +1,9 @@
 """A policy whose weights are sharded over the ranks of a training group by PyTorch's FSDP2.
 
 Every rank keeps a slice of each parameter, along its first dimension. The whole is gathered for a forward or backward
-pass only: block by block, and embedding, final norm and head together. Gradients are summed over ranks and never
-averaged, since the weights of a packed batch have the normalizer of the whole mini-batch in them.
+pass only: block by block, and embedding, final norm, head and vision tower together. So a pass over text and one over
+pictures are the same collectives, and no rank waits for a picture that another has. Gradients are summed over ranks and
+never averaged, since the weights of a packed batch have the normalizer of the whole mini-batch in them.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
     policy.sharded = before
+    if policy.vision is not None:
+        policy.vision.sharded = True
 
 
 def receive_weights(
@@ -69,6 +72,8 @@ def receive_weights(
                 full = weights[name].detach().to("cpu", dtype).contiguous()
             dist.broadcast(full, 0, group=group)
             parameter.copy_(shard_like(parameter, full.to(parameter.device, parameter.dtype)))
+    if policy.vision is not None:
+        policy.vision.forget()
 
 
 def allocate(policy: Policy, device: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sapo.objectives.checks import unknown_option
+from sapo.utils.rewards import ROUNDING
 
 ADVANTAGES = ("group_std", "group_mean", "leave_one_out")
 
@@ -27,7 +28,7 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
 
     Returns:
         Tensor of the same shape, in the dtype of the rewards (float32 for integers). It is exactly 0 for zero-variance
-        groups, those whose rewards are all equal; a group of one sample is one.
+        groups, those whose rewards are all equal but for ROUNDING; a group of one sample is one.
 
     Raises:
         ValueError: unknown kind, no samples, or a reward that is not finite.
@@ -44,6 +45,7 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
         raise ValueError(f"rewards must be finite; got {bad}; give a failed verification a reward of its own")
     dtype = rewards_G.dtype if rewards_G.is_floating_point() else torch.float32
     spread = rewards.amax(-1, keepdim=True) - rewards.amin(-1, keepdim=True)
+    spread = torch.where(spread > ROUNDING * rewards.abs().amax(-1, keepdim=True), spread, torch.zeros_like(spread))
     centred = rewards - rewards.mean(-1, keepdim=True)
     samples = rewards.shape[-1]
     if kind == "leave_one_out" and samples > 1:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sapo.report.runs import ReportedRun
+from sapo.utils.reading import read_yaml
 from sapo.workflows.comparing.plan import format_rate
 
 # Settings of where and how a run was made. They do not identify it.
@@ -61,6 +60,8 @@ class Arm:
     """Its learning rate, where a comparison has several: each rate has axes of its own."""
     legend: str = ""
     """Its name in figures, where that is shorter than its label."""
+    place: int = 0
+    """Place of its learning rate among those of arms of its colour: figures tell them by dash, then by shade."""
 
     @property
     def name(self) -> str:
@@ -95,12 +96,14 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[Arm]:
             label if _in_comparison(members[0]) is not None else _by_name(members, own, differing)
             for label, members, own in zip(labels, groups.values(), flat, strict=True)
         ]
-    arms = []
-    for place, (label, members) in enumerate(zip(labels, groups.values(), strict=True)):
+    arms: list[Arm] = []
+    colors: dict[str, int] = {}  # an arm of several comparisons or learning rates has one colour
+    for label, members in zip(labels, groups.values(), strict=True):
+        of = _in_comparison(members[0])
+        color = colors.setdefault(f"comparison {of[1]}" if of is not None else f"run {label} {len(arms)}", len(colors))
         if labels.count(label) > 1:
-            of = _in_comparison(members[0])
             label = f"{label} ({members[0].name if of is None else of[0].name})"
-        arms.append(Arm(label, tuple(members), place))
+        arms.append(Arm(label, tuple(members), color, place=sum(arm.color == color for arm in arms)))
     return arms
 
 
@@ -129,9 +132,9 @@ def plan_of(comparison: Path) -> tuple[list[str], list[str]]:
     """Read the names of a comparison's arms and its learning rates as its runs are named, both in their order. Both are
     empty where the plan cannot be read."""
     try:
-        plan = yaml.safe_load((comparison / "comparison.yaml").read_text(encoding="utf-8"))
+        plan = read_yaml(comparison / "comparison.yaml")
         return [str(arm) for arm in plan["arms"]], [format_rate(float(rate)) for rate in plan["learning_rates"]]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):  # of which a ConfigError is one
         return [], []
 
 
@@ -182,6 +185,12 @@ def _in_comparison(run: ReportedRun) -> tuple[Path, str, str] | None:
     return parent.parent, found["arm"], found["rate"]
 
 
+def arm_in_comparison(arm: Arm) -> str:
+    """Return the name that an arm has in its comparison; its label where no comparison made it."""
+    of = _in_comparison(arm.runs[0])
+    return arm.label if of is None else of[1]
+
+
 def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
     """Return the keys whose values differ between arms; settings of an objective are compared among its own arms."""
     keys = dict.fromkeys(key for own in flat for key in own)
@@ -199,7 +208,7 @@ def _differing(flat: Sequence[dict[str, Any]]) -> list[str]:
 def _label(run: ReportedRun, flat: dict[str, Any], differing: Sequence[str]) -> str:
     if (of := _in_comparison(run)) is not None:
         return f"{of[1]}, lr {of[2]}"
-    parts = [_objective(run)]
+    parts = [objective_of(run)]
     for key in _told(flat, differing):
         called = SHORT.get(key, key.rpartition(".")[2])
         parts.append(_tasks(run) if key == "tasks" else f"{called} {_brief(flat[key], key)}".strip())
@@ -224,11 +233,11 @@ def _by_name(members: Sequence[ReportedRun], flat: dict[str, Any], differing: Se
     more = f" and {len(members) - 1} more" if len(members) > 1 else ""
     rate = [key for key in differing if key == "train.learning_rate" and key in flat]
     return ", ".join(
-        [f"{members[0].name}{more}: {_objective(members[0])}", *(f"lr {_brief(flat[k], k)}" for k in rate)]
+        [f"{members[0].name}{more}: {objective_of(members[0])}", *(f"lr {_brief(flat[k], k)}" for k in rate)]
     )
 
 
-def _objective(run: ReportedRun) -> str:
+def objective_of(run: ReportedRun) -> str:
     """Return the objective's name, with the kind of routing replay that was used: GRPO-R2, GRPO-R3."""
     name = str(run.settings["objective"].get("name", "?"))
     # One of the user's own, module:Class, by the name its class has.

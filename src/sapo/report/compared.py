@@ -6,7 +6,6 @@ writes that file at the end, computes the figures of the runs that have ended.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from sapo.errors import ConfigError
 from sapo.report.runs import is_run
+from sapo.utils.reading import interpreting, read_json
 from sapo.utils.text import visible
 from sapo.workflows.comparing.plan import format_rate
 
@@ -128,15 +128,18 @@ def count(path: Path) -> dict[str, Any]:
 def _written(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    try:
-        results: dict[str, Any] = json.loads(file.read_bytes())
-        for part in ("cells", "runs", "seeds", "learning_rates", "arms", "baseline", "budget", "tuned"):
-            results[part]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{file} is not what `sapo compare` writes: {error!r}; move it away, and `sapo compare {file.parent}` "
-            "writes it anew"
-        ) from error
+    what, way_out = (
+        "what `sapo compare` writes",
+        f"move it away, and `sapo compare {file.parent}` writes it anew",
+    )
+    results = read_json(file, what, way_out=way_out)
+    kinds = {"cells": list, "runs": list, "seeds": list, "learning_rates": list, "arms": dict, "budget": dict}
+    with interpreting(file, what, way_out=way_out):
+        for part in (*kinds, "baseline", "tuned"):
+            if not isinstance(results[part], kinds.get(part, object)):
+                raise TypeError(f"{part}={results[part]!r:.60}")
+        for run in results["runs"]:
+            run["state"], dict(run["tasks"])
     return results
 
 
@@ -203,26 +206,48 @@ def _words_of_task(comparison: ReportedComparison, task: str) -> list[str]:
         for t in ordered
     )
     at = ", each arm at the learning rate of its highest mean" if rates else ""
-    clear = [t for t in ordered if t["difference"] and (t["difference"]["low"] > 0 or t["difference"]["high"] < 0)]
-    against = "no interval of a difference from it excludes 0"
-    if clear:
-        against = "; ".join(
-            f"{t['arm']} {'above' if t['difference']['low'] > 0 else 'below'} it by "
-            f"{abs(t['difference']['value']):.3f} [{_ends(t['difference'])}]"
-            for t in clear
-        )
     cells = comparison.cells(task)
+    paired = [
+        (
+            f"Against {results['baseline']}{' at its own best rate' if rates else ''}, paired by seed and problem",
+            ordered,
+            False,
+        )
+    ]
+    if rates:  # the table of cells has these differences too
+        paired.append((f"Against {results['baseline']} at the same learning rate", cells, True))
     collapsed = [
         f"{c['arm']}{' at ' + format_rate(c['learning_rate']) if rates else ''} {c['collapsed']} of {len(c['seeds'])}"
         for c in cells
         if c["collapsed"]
     ]
-    paired = f"Against {results['baseline']}, paired by seed and problem: {against}."
     return [
         f"Final pass@1 on {task}{at}, with 95% intervals: {each}.",
-        *([paired] if any(t["difference"] for t in ordered) else []),
+        *(
+            f"{start}: {_differences(rows, at_rate)}."
+            for start, rows, at_rate in paired
+            if any(r["difference"] for r in rows)
+        ),
         f"Collapsed: {'; '.join(collapsed)}." if collapsed else "No run collapsed.",
     ]
+
+
+def _differences(rows: Sequence[Mapping[str, Any]], at_rate: bool) -> str:
+    """Name the differences whose interval excludes 0, and say how many others there are."""
+    measured = [row for row in rows if row["difference"]]
+    clear = [row for row in measured if row["difference"]["low"] > 0 or row["difference"]["high"] < 0]
+    if not clear:
+        return "no interval of a difference from it excludes 0"
+    words = [
+        f"{row['arm']} {'above' if row['difference']['low'] > 0 else 'below'} it by "
+        f"{abs(row['difference']['value']):.3f} [{_ends(row['difference'])}]"
+        + (f" at {format_rate(row['learning_rate'])}" if at_rate else "")
+        for row in clear
+    ]
+    others = len(measured) - len(clear)
+    if others:
+        words.append(f"{_number(others, 'other interval')} include{'s' * (others == 1)} 0")
+    return "; ".join(words)
 
 
 def _ends(estimate: Mapping[str, float]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from sapo.diagnostics.titles import metric_title
-from sapo.report.arms import Arm
+from sapo.report.arms import Arm, arm_in_comparison
 from sapo.report.compared import ReportedComparison
-from sapo.report.curves import HELD_OUT, arm_traces, pass_traces
+from sapo.report.curves import HELD_OUT, MOST_BANDS, arm_traces, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 from sapo.workflows.comparing.plan import format_rate
 
@@ -27,14 +28,14 @@ def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], pref
         prefix: of the figures' keys.
     """
     several = len(comparison.tasks) > 1
+    colors = {arm_in_comparison(arm): arm.color for arm in arms}
+    panels = partial(_panels, comparison, colors=colors)
     figures = []
     for place, task in enumerate(comparison.tasks, 1):
         key, of = (f"{prefix}-task{place}", f", {task}") if several else (prefix, "")
-        figures.append(
-            _figure(f"{key}-final", f"Final pass@1{of}", FINAL, _panels(comparison, task, _final, "final pass@1"))
-        )
+        figures.append(_figure(f"{key}-final", f"Final pass@1{of}", FINAL, panels(task, _final, "final pass@1")))
         baseline = comparison.results["baseline"]
-        differences = _panels(comparison, task, _difference, f"final pass@1 less that of {baseline}")
+        differences = panels(task, _difference, f"final pass@1 less that of {baseline}")
         if differences:
             figures.append(_figure(f"{key}-difference", f"Difference from {baseline}{of}", DIFFERENCE, differences))
         curves = _curves(arms, HELD_OUT.label, partial(pass_traces, task=task))
@@ -55,8 +56,8 @@ DIFFERENCE = (
 
 
 BY_ARM = (
-    "The same axes for every arm. Several seeds: the mean in a band from the lowest to the highest, each seed a thin "
-    "line."
+    "The same axes for every arm; learning rates differ by dash. Several seeds: the mean in a band from the lowest to "
+    "the highest, each seed a thin line."
 )
 
 
@@ -68,12 +69,13 @@ Draw = Callable[[ReportedComparison, str, float, Sequence[str]], tuple[list[Trac
 """Returns the traces at one learning rate, and the place of the dotted line."""
 
 
-def _panels(comparison: ReportedComparison, task: str, draw: Draw, x: str) -> list[Panel]:
+def _panels(comparison: ReportedComparison, task: str, draw: Draw, x: str, *, colors: Mapping[str, int]) -> list[Panel]:
     """Draw a panel for each learning rate, with a row for each arm."""
     names, rates = list(comparison.results["arms"]), comparison.results["learning_rates"]
     panels = []
     for rate in rates:
         traces, mark = draw(comparison, task, rate, names)
+        traces = [replace(trace, color=colors.get(trace.name, trace.color)) for trace in traces]
         if traces:
             title = f"lr {format_rate(rate)}" if len(rates) > 1 else ""
             panels.append(Panel(x, "", tuple(traces), title, marks=(Mark("x", mark),), y_names=tuple(names)))
@@ -143,19 +145,24 @@ def _interval(arm: str, row: int, estimate: Any, hover: str) -> Trace:
     )  # fmt: skip
 
 
-def _reward_traces(arm: Arm, *, color: int | None = None, name: str = "") -> list[Trace]:
-    return arm_traces(arm, lambda run: run.series("reward/mean"), color=color, name=name)
+def _reward_traces(arm: Arm, *, name: str = "", place: int | None = None) -> list[Trace]:
+    return arm_traces(arm, lambda run: run.series("reward/mean"), name=name, place=place)
 
 
 def _curves(arms: Sequence[Arm], y: str, draw: Callable[..., list[Trace]]) -> list[Panel]:
-    """Draw axes for each arm; several learning rates have a colour each."""
+    """Draw axes for each arm, in its colour; several learning rates have a dash each.
+
+    Nothing where the axes of the story, which have every arm at one learning rate, show the same lines and few of them.
+    """
     rates = list(dict.fromkeys(arm.rate for arm in arms))
+    if len(rates) == 1 and len(arms) <= MOST_BANDS:
+        return []
     panels = []
     for name in dict.fromkeys(arm.name for arm in arms):
         traces: list[Trace] = []
         for arm in arms:
             if arm.name == name:
-                traces += draw(arm, color=rates.index(arm.rate), name=arm.rate) if arm.rate else draw(arm)
+                traces += draw(arm, name=arm.rate, place=rates.index(arm.rate)) if arm.rate else draw(arm)
         if traces:
             panels.append(Panel("step", y, tuple(traces), title=name))
     return share_axis(share_axis(panels), "x")

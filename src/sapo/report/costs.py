@@ -8,7 +8,18 @@ from sapo.report.arms import Arm
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.runs import ReportedRun
 
-PHASES = ("generate", "score", "old_logprobs", "reference", "update", "diagnose", "evaluate", "checkpoint")
+PHASES = (
+    "generate",
+    "score",
+    "copy",
+    "wait",
+    "old_logprobs",
+    "reference",
+    "update",
+    "diagnose",
+    "evaluate",
+    "checkpoint",
+)
 
 MOST_BARS = 12
 """Largest number of runs with a bar each: the names of more bars cannot be read."""

@@ -12,7 +12,7 @@ from functools import partial
 
 from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm, by_rate
-from sapo.report.figure import Dash, Figure, Panel, Trace, share_axis
+from sapo.report.figure import DASHES, Dash, Figure, Panel, Trace, share_axis
 from sapo.report.runs import MOST_POINTS, ReportedRun, thinned
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]
@@ -30,11 +30,30 @@ SEEDS = (
 
 
 def arm_traces(
-    arm: Arm, read: Reader, *, color: int | None = None, name: str = "", dash: Dash = "solid"
+    arm: Arm,
+    read: Reader,
+    *,
+    color: int | None = None,
+    name: str = "",
+    dash: Dash | None = None,
+    place: int | None = None,
 ) -> list[Trace]:
     """Draw the line of an arm, with band and seeds where several of its runs have the metric; nothing where none
-    has."""
-    name, color = name or arm.name, arm.color if color is None else color
+    has.
+
+    Args:
+        color: in place of the arm's own.
+        place: of its learning rate, in place of the arm's own; a dash or a shade tells it.
+        dash: in place of that of the learning rate.
+    """
+    place = arm.place if place is None else place
+    shade = 0 if dash is not None else place // len(DASHES)
+    dash = DASHES[place % len(DASHES)] if dash is None else dash
+    made = _arm_traces(arm, read, arm.color if color is None else color, name or arm.name, dash)
+    return [replace(trace, shade=shade) for trace in made] if shade else made
+
+
+def _arm_traces(arm: Arm, read: Reader, color: int, name: str, dash: Dash) -> list[Trace]:
     measured = [(run, *read(run)) for run in arm.runs]
     measured = [(run, x, y) for run, x, y in measured if x]
     if not measured:
@@ -93,18 +112,28 @@ def pass_at_1(run: ReportedRun, task: str | None = None) -> Series:
     found = evaluated(run, "pass@1", task)
     if found[0]:
         return found
-    names = [k for r in run.of_kind("eval")[:1] for k in r if k.startswith("mean@")]
+    names = [k for r in run.of_kind("eval") for k in r if k.startswith("mean@")]
     return evaluated(run, names[0], task) if names else ((), ())
 
 
-def pass_panels(arms: Sequence[Arm], task: str | None = None) -> list[Panel]:
-    """Draw held-out pass@1; a single run has the band of its 95% interval over problems."""
-    return rate_panels(arms, "step", HELD_OUT.label, partial(pass_traces, task=task))
+def pass_panels(arms: Sequence[Arm]) -> list[Panel]:
+    """Draw held-out pass@1, on axes for each task; a single run has the band of its 95% interval over problems."""
+    tasks = dict.fromkeys(r["task"] for arm in arms for run in arm.runs for r in run.of_kind("eval"))
+    panels = [
+        panel
+        for task in tasks
+        for panel in rate_panels(
+            arms, "step", HELD_OUT.label, partial(pass_traces, task=task), task if len(tasks) > 1 else ""
+        )
+    ]
+    return share_axis(share_axis(panels), "x")
 
 
-def pass_traces(arm: Arm, task: str | None = None, *, color: int | None = None, name: str = "") -> list[Trace]:
+def pass_traces(
+    arm: Arm, task: str | None = None, *, color: int | None = None, name: str = "", place: int | None = None
+) -> list[Trace]:
     """Draw held-out pass@1 of one arm."""
-    lines = arm_traces(arm, lambda run: pass_at_1(run, task), color=color, name=name)
+    lines = arm_traces(arm, lambda run: pass_at_1(run, task), color=color, name=name, place=place)
     if len(lines) == 1:
         [run] = [r for r in arm.runs if pass_at_1(r, task)[0]]
         x, low = evaluated(run, "pass@1/low", task)

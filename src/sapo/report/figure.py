@@ -6,13 +6,17 @@ stand in metrics.jsonl arrive here as they are there, never rounded.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 Kind = Literal["line", "band", "steps", "points", "bars", "intervals"]
-Dash = Literal["solid", "dash", "dot"]
+Dash = Literal["solid", "dash", "dot", "dashdot"]
+DASHES: tuple[Dash, ...] = ("solid", "dash", "dot", "dashdot")
+"""Dashes of learning rates that share axes, in their order."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Trace:
     """Traces of one name are shown and hidden together; the legend has each name once."""
     color: int = 0
     """Index into the palette; -1 is the colour of text."""
+    shade: int = 0
+    """How often the colour is mixed with the page's, by a third each time: for more learning rates than dashes."""
     dash: Dash = "solid"
     faint: bool = False
     """A line in the background: one seed of several."""
@@ -120,6 +126,8 @@ class Figure:
     """True if it takes the whole width of the page."""
     columns: int = 0
     """Panels beside each other; 0 leaves the choice to the page or the image."""
+    same_as: tuple[str, ...] = ()
+    """Keys of figures that show the same lines: a page names them and does not draw them again."""
 
     def __post_init__(self) -> None:
         assert bool(self.panels) != bool(self.missing), f"{self.key} has panels or says why not"
@@ -127,9 +135,56 @@ class Figure:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value."""
         own = _compact(self)
-        if self.panels:
+        if self.same_as:
+            own.pop("panels", None)
+        elif self.panels:
             own["panels"] = [p.to_json() for p in self.panels]
         return own
+
+    def to_csv(self) -> str:
+        """Return the numbers of all traces as CSV, a point to a row; what is missing is empty.
+
+        >>> panel = Panel("step", "reward", (Trace("line", (1,), (0.5,), name="a"),))
+        >>> print(Figure("f", "F", panels=(panel,)).to_csv())
+        panel,trace,kind,note,x_name,x,y_name,y,low,high
+        ,a,line,,step,1,reward,0.5,,
+        <BLANKLINE>
+        """
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        for panel in self.panels:
+            for trace in panel.traces:
+                y_name = panel.second if trace.second else panel.y
+                for i, x in enumerate(trace.x):
+                    y, low, high = (v[i] if i < len(v) else None for v in (trace.y, trace.low, trace.high))
+                    if y is None and low is None:
+                        continue  # a gap
+                    note = trace.hovers[i] if trace.hovers else trace.hover
+                    writer.writerow((panel.title, trace.name, trace.kind, note, panel.x, x, y_name, y, low, high))
+        return out.getvalue()
+
+
+CSV_COLUMNS = ("panel", "trace", "kind", "note", "x_name", "x", "y_name", "y", "low", "high")
+
+
+def mark_repeats(figures: Sequence[Figure], drawn: Sequence[Figure]) -> list[Figure]:
+    """Return figures with `same_as` where all of their panels are drawn already.
+
+    Names of traces and titles of panels do not count: a figure of the paper has its own.
+    """
+    known = {_content(panel): figure.key for figure in drawn for panel in figure.panels}
+    found = []
+    for figure in figures:
+        keys = [known.get(_content(panel)) for panel in figure.panels]
+        repeats = tuple(dict.fromkeys(key for key in keys if key is not None))
+        found.append(replace(figure, same_as=repeats) if keys and None not in keys else figure)
+    return found
+
+
+def _content(panel: Panel) -> tuple[Any, ...]:
+    traces = tuple(replace(trace, name="", hover="", hovers=()) for trace in panel.traces)
+    return panel.x, panel.y, panel.x_log, panel.y_log, traces
 
 
 def outline(

@@ -1,8 +1,10 @@
-"""The figures as PNG and PDF in a style fit for a paper: the data of the page, drawn by matplotlib."""
+"""The figures as PNG and PDF in a style fit for a paper, and their numbers as CSV: the data of the page, drawn by
+matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,16 +47,27 @@ ROW = 0.26
 MOST_IN_LEGEND = 10
 
 
+def check_images() -> None:
+    """Refuse to write images without the library that draws them.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401 (imported to see whether it can be)
+    except ImportError as error:
+        raise ConfigError("--png needs matplotlib, which is not installed; pip install matplotlib") from error
+
+
 def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
-    """Write KEY.png and KEY.pdf for every figure that was measured.
+    """Write KEY.png, KEY.pdf and KEY.csv for every figure that was measured.
 
     Raises:
         ConfigError: matplotlib is not installed, or the directory cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("--png needs matplotlib, which is not installed; pip install 'sapo-rl[report]'") from error
+    check_images()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -72,6 +85,9 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
                     drawn.savefig(file, metadata={"CreationDate": None} if ending == "pdf" else None)
                     written.append(file)
                 plt.close(drawn)
+                file = directory / f"{figure.key}.csv"
+                file.write_text(figure.to_csv(), encoding="utf-8")
+                written.append(file)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another --png") from error
     return written
@@ -102,7 +118,59 @@ def draw(figure: Figure) -> Any:
             list(handles.values()), [_plain(n) for n in handles], loc="outside upper center", ncols=per_row,
             handlelength=1.6, columnspacing=1.2,
         )  # fmt: skip
+    _keep_ticks_apart(drawn)
     return drawn
+
+
+MOST_THINNINGS = 4
+
+
+def _keep_ticks_apart(drawn: Any) -> None:
+    """Take labels from axes until no two of one axis overlap: minor ones first, then every second."""
+    for _ in range(MOST_THINNINGS):
+        drawn.canvas.draw()
+        crowded = [axis for axes in drawn.axes for axis in (axes.xaxis, axes.yaxis) if has_overlap(tick_boxes(axis))]
+        if not crowded:
+            return
+        for axis in crowded:
+            _thin(axis)
+
+
+def tick_boxes(axis: Any) -> list[Any]:
+    """Return the boxes, in pixels, of the labels that an axis shows, in the order of its ticks."""
+    ends = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = [
+        (tick.get_loc(), label)
+        for tick in ticks
+        for label in (tick.label1, tick.label2)
+        if label.get_visible() and label.get_text() and ends[0] <= tick.get_loc() <= ends[1]
+    ]
+    return [label.get_window_extent() for _, label in sorted(shown, key=lambda found: found[0])]
+
+
+def has_overlap(boxes: Sequence[Any]) -> bool:
+    """Return whether a box overlaps the next."""
+    return any(one.overlaps(other) for one, other in pairwise(boxes))
+
+
+def _thin(axis: Any) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter
+
+    if axis.get_minorticklabels() and any(label.get_text() for label in axis.get_minorticklabels()):
+        axis.set_minor_formatter(NullFormatter())
+        return
+    texts = [label.get_text() for label in axis.get_majorticklabels()]
+    if (
+        axis.get_scale() == "linear"
+        and not isinstance(axis.get_major_formatter(), FixedFormatter)
+        and axis.units is None
+    ):
+        axis.set_major_locator(MaxNLocator(nbins=max(2, len(texts) // 2)))
+        return
+    places = axis.get_majorticklocs()
+    axis.set_major_locator(FixedLocator(places[::2]))
+    axis.set_major_formatter(FixedFormatter(texts[::2]))
 
 
 def _legend(figure: Figure, axes: Any) -> dict[str, Any]:
@@ -164,8 +232,8 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
 
 
 def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: Panel) -> Any:
-    color = "0.35" if trace.color < 0 else PALETTE[trace.color % len(PALETTE)]
-    style = {"solid": "-", "dash": "--", "dot": ":"}[trace.dash]
+    color = "0.35" if trace.color < 0 else _shaded(PALETTE[trace.color % len(PALETTE)], trace.shade)
+    style = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}[trace.dash]
     y = np.array([np.nan if v is None else v for v in trace.y], dtype=float)
     if trace.kind == "band":
         return axes.fill_between(trace.x, trace.low, trace.high, color=color, alpha=0.18, linewidth=0)
@@ -191,6 +259,17 @@ def _draw_trace(trace: Trace, axes: Any, floors: dict[Any, np.ndarray], panel: P
     return axes.plot(
         trace.x, y, color=color, linestyle=style, linewidth=width, alpha=alpha, marker=marker, markersize=2.5
     )[0]
+
+
+def _shaded(color: str, shade: int) -> str:
+    """Return a colour mixed with white, as the page does in its light theme.
+
+    >>> _shaded("#000000", 0), _shaded("#000000", 1)
+    ('#000000', '#555555')
+    """
+    share = 1 - (2 / 3) ** shade
+    parts = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part * (1 - share) + 255 * share):02x}" for part in parts)
 
 
 def _plain(text: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from sapo.diagnostics.titles import metric_title
-from sapo.report.arms import Arm, flatten
+from sapo.report.arms import Arm, flatten, objective_of
 from sapo.report.curves import HELD_OUT, SEEDS, Series, arm_traces, pass_at_1, pass_panels, step_panels
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.gates import gates_figure
@@ -20,8 +21,15 @@ def paper_figures(arms: Sequence[Arm], spreads: Sequence[Spread | None]) -> list
     return [
         gates_figure(),
         *_spread_figures(arms, spreads),
-        _learning("fig4", "Fig. 4: objectives", arms, _objectives(arms), NO_OBJECTIVES),
-        _learning("fig5", "Fig. 5: the temperature of negative advantages", arms, _temperatures(arms), NO_TEMPERATURES),
+        _learning("fig4", "Fig. 4: objectives", arms, _objectives(arms), NO_OBJECTIVES, objective_name),
+        _learning(
+            "fig5",
+            "Fig. 5: the temperature of negative advantages",
+            arms,
+            _temperatures(arms),
+            NO_TEMPERATURES,
+            _temperature_name,
+        ),
         _tasks(arms),
     ]
 
@@ -98,11 +106,17 @@ def _largest(families: dict[Any, list[int]], value: Callable[[int], Any]) -> lis
     return max(several, key=len, default=[])
 
 
-def _learning(key: str, title: str, arms: Sequence[Arm], places: Sequence[int], missing: str) -> Figure:
-    """Draw mean reward and held-out pass@1 of some arms, in the colours they have elsewhere."""
+def _learning(
+    key: str, title: str, arms: Sequence[Arm], places: Sequence[int], missing: str, name: Callable[[Arm], str]
+) -> Figure:
+    """Draw mean reward and held-out pass@1 of some arms, in the colours they have elsewhere.
+
+    Args:
+        name: gives an arm the name that the paper would use.
+    """
     if not places:
         return Figure(key, title, missing=missing, wide=True)
-    own = [arms[place] for place in places]
+    own = _named([arms[place] for place in places], name)
     rewards, passes = step_panels(own, "reward/mean"), pass_panels(own)
     panels = (*rewards, *passes)
     if not panels:
@@ -110,6 +124,23 @@ def _learning(key: str, title: str, arms: Sequence[Arm], places: Sequence[int], 
     columns = 2 if len(rewards) < 2 else min(len(rewards), 3)  # learning rates side by side, pass@1 below reward
     caption = f"Mean reward and held-out pass@1. {SEEDS}"
     return Figure(key, title, caption, panels, wide=True, columns=columns)
+
+
+def objective_name(arm: Arm) -> str:
+    """Return the objective as the paper writes it, with its routing replay: SAPO, GSPO, GRPO-R2."""
+    return objective_of(arm.runs[0])
+
+
+def _temperature_name(arm: Arm) -> str:
+    return f"τ_neg = {arm.objective['tau_neg']:g}"
+
+
+def _named(arms: Sequence[Arm], name: Callable[[Arm], str]) -> list[Arm]:
+    """Name arms as the paper would, where that tells them apart on each pair of axes; else they keep their names."""
+    names = [(arm.rate, name(arm)) for arm in arms]
+    if len(set(names)) < len(names):
+        return list(arms)
+    return [replace(arm, legend=new) for arm, (_, new) in zip(arms, names, strict=True)]
 
 
 def _tasks(arms: Sequence[Arm]) -> Figure:

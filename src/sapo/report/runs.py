@@ -7,18 +7,15 @@ another version of the package can be reported.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sapo.errors import ConfigError
-
-# The loader in C, where it was built, is ten times as fast.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from sapo.model.mixtures import num_experts
+from sapo.utils.reading import is_whole, read_json, read_yaml
 
 MOST_POINTS = 1500
 """Largest number of points of one curve of one run. Of a longer one every second, third, ... point is drawn, no
@@ -80,8 +77,8 @@ class ReportedRun:
 
     @property
     def finished(self) -> bool:
-        """Tell whether all steps are done and the summary is written."""
-        return self.summary is not None and self.summary.get("steps") == self.planned_steps
+        """Tell whether the summary is written of all steps, or of those until train.stop_when ended the run."""
+        return has_finished(self.settings, self.summary, self.steps)
 
     @property
     def ended(self) -> bool:
@@ -94,9 +91,8 @@ class ReportedRun:
         if self.finished:
             return None
         try:
-            told = json.loads((self.path / "failure.json").read_bytes())
-            return str(told["reason"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(read_json(self.path / "failure.json", "why a run stopped")["reason"])
+        except (ConfigError, KeyError):
             return None
 
     def setting(self, key: str) -> Any:
@@ -113,10 +109,10 @@ class ReportedRun:
             return "moe" in str(architecture)
         for checkpoint in reversed(self.checkpoints):
             try:
-                shape = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                shape = read_json(checkpoint / "config.json", "a model's settings")
+            except ConfigError:
                 continue
-            return any(shape.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
+            return num_experts(shape) > 0
         return "moe" in str(self.setting("model.path")).lower()
 
     @property
@@ -129,6 +125,24 @@ class ReportedRun:
         """Return step -> file of its completions."""
         files = sorted((self.path / "rollouts").glob("step-*.jsonl"))
         return {int(f.stem.removeprefix("step-")): f for f in files if f.stem.removeprefix("step-").isdigit()}
+
+
+def has_finished(settings: Mapping[str, Any], summary: Mapping[str, Any] | None, steps: int) -> bool:
+    """Tell whether a run has made all steps, or was ended by its own rule, train.stop_when.
+
+    The summary of a run that a resume has taken further is of an earlier end.
+
+    Args:
+        settings: config.yaml.
+        summary: summary.json, once there is one.
+        steps: whole steps done, by metrics.jsonl.
+    """
+    train = settings.get("train")
+    if summary is None or not isinstance(train, dict):
+        return False
+    if summary.get("ended_early") is not None and train.get("stop_when") is not None:
+        return summary.get("steps") == steps
+    return summary.get("steps") == train.get("steps")
 
 
 def thinned(points: Sequence[tuple[int, Any]]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
@@ -169,9 +183,9 @@ def to_come(paths: Sequence[Path]) -> int:
     missing = 0
     for path in paths:
         try:
-            plan = yaml.safe_load((path / "comparison.yaml").read_text(encoding="utf-8"))
+            plan = read_yaml(path / "comparison.yaml")
             planned = len(plan["arms"]) * len(plan["learning_rates"]) * len(plan["seeds"])
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        except (ConfigError, KeyError, TypeError):
             continue  # no comparison, or one whose plan cannot be read
         missing += max(0, planned - sum(is_run(p) for p in (path / "runs").glob("*")))
     return missing
@@ -199,21 +213,22 @@ def read_run(path: Path, name: str) -> ReportedRun:
     Raises:
         ConfigError: a file of it is not what a run writes.
     """
-    try:
-        settings = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("objective"), dict):
+    settings = read_yaml(path / "config.yaml", "a run's settings with an objective", quick=True)
+    if not isinstance(settings.get("objective"), dict):
         raise ConfigError(f"{path / 'config.yaml'} must hold a run's settings with an objective; it does not")
-    return ReportedRun(name, path, settings, read_lines(path / "metrics.jsonl"), _read_summary(path / "summary.json"))
+    records = read_lines(path / "metrics.jsonl")
+    for number, record in enumerate(records, 1):
+        if type(record.get("kind")) is not str or not is_whole(record.get("step")):
+            raise ConfigError(
+                f"{path / 'metrics.jsonl'}, line {number} must have a kind and a step; the file was changed"
+            )
+    return ReportedRun(name, path, settings, records, _read_summary(path / "summary.json"))
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:
-    try:
-        summary = json.loads(file.read_bytes()) if file.is_file() else None
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}; the file was changed or cut") from error
-    return summary if isinstance(summary, dict) else None
+    return (
+        read_json(file, "JSON, the summary of a run", way_out="the file was changed or cut") if file.is_file() else None
+    )
 
 
 def read_lines(file: Path) -> tuple[dict[str, Any], ...]:
@@ -231,7 +246,7 @@ def read_lines(file: Path) -> tuple[dict[str, Any], ...]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number} is not JSON: {error}; the file was changed or cut") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{file}, line {number} must be an object; got {type(record).__name__}")

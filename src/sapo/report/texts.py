@@ -26,7 +26,10 @@ class TokenTexts:
         if file is not None:
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_file(str(file))
+            try:
+                self._tokenizer = Tokenizer.from_file(str(file))
+            except Exception:  # the library raises no other class for a damaged file; tokens are shown by number then
+                return
             self.numbers_only = False
             added = self._tokenizer.get_added_tokens_decoder()
             self._special = {i: t.content for i, t in added.items() if t.special}

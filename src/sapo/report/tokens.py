@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sapo.data.thumbnails import Thumbnails
 from sapo.report.gates import objective_of
+from sapo.report.pictures import add_thumbnails
 from sapo.report.rollouts import evenly, is_off_policy, rollouts_of
 from sapo.report.runs import ReportedRun
 from sapo.report.texts import TokenTexts
@@ -57,7 +59,7 @@ class TokenView:
     """Chunks, with counts of what was left out.
 
     >>> TokenView((), logged_steps=26, numbers_only=()).to_json()
-    {'chunks': [], 'logged_steps': 26, 'numbers_only': []}
+    {'chunks': [], 'logged_steps': 26, 'numbers_only': [], 'thumbnails': {}}
     """
 
     chunks: tuple[Chunk, ...]
@@ -65,6 +67,8 @@ class TokenView:
     """Number of files of rollouts/ over all runs."""
     numbers_only: tuple[int, ...]
     """Runs without a tokenizer: their tokens are shown by number."""
+    thumbnails: Mapping[str, str] = field(default_factory=dict)
+    """Pictures of prompts by hash, small, as data: URIs; as many as the page has room for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value."""
@@ -81,15 +85,23 @@ def token_view(runs: Sequence[ReportedRun], budget: int | None = DEFAULT_TOKENS)
     share = None if budget is None else budget // max(len(logged), 1)
     chunks: list[Chunk] = []
     numbers_only = []
+    thumbnails = Thumbnails()
     for place, files in logged.items():
         texts = TokenTexts(runs[place], runs)
         if texts.numbers_only:
             numbers_only.append(place)
-        chunks += _chunks(runs[place], place, files, texts, share)
-    return TokenView(tuple(chunks), sum(map(len, logged.values())), tuple(numbers_only))
+        chunks += _chunks(runs[place], place, files, texts, share, thumbnails)
+    return TokenView(tuple(chunks), sum(map(len, logged.values())), tuple(numbers_only), thumbnails.uris)
 
 
-def _chunks(run: ReportedRun, place: int, files: dict[int, Any], texts: TokenTexts, share: int | None) -> list[Chunk]:
+def _chunks(
+    run: ReportedRun,
+    place: int,
+    files: dict[int, Any],
+    texts: TokenTexts,
+    share: int | None,
+    thumbnails: Thumbnails,
+) -> list[Chunk]:
     steps = list(files)
     if share is not None:
         last = _tokens_of(rollouts_of(files[steps[-1]]))
@@ -101,6 +113,7 @@ def _chunks(run: ReportedRun, place: int, files: dict[int, Any], texts: TokenTex
         kept = _within(rows, room)
         if kept:
             value = step_value(run, kept, texts)
+            add_thumbnails(thumbnails, run, kept)
             chunks.append(Chunk(place, step, len(kept), _tokens_of(kept), len(rows) - len(kept), pack(value)))
     return chunks
 
@@ -153,6 +166,7 @@ def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTex
                 "task": row["task"],
                 "text": row["prompt"],
                 "answer": row.get("answer"),
+                **({"pictures": _pictures(row)} if row.get("pictures") else {}),
                 "samples": [],
             },
         )
@@ -174,6 +188,15 @@ def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTex
             sample["shaped"] = row["shaped_reward"]
         prompt["samples"].append(sample)
     return {"texts": list(known), "prompts": list(prompts.values())}
+
+
+def _pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a row's prompt shows: hash, and where the run wrote them size in pixels, tokens and their grid."""
+    more = {name: row.get(f"picture_{name}s") for name in ("size", "token", "grid")}
+    return [
+        {"hash": sha256, **{name: values[i] for name, values in more.items() if values}}
+        for i, sha256 in enumerate(row["pictures"])
+    ]
 
 
 def number_in_step(prompt_id: Any) -> Any:

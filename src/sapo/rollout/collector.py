@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from sapo.config import RunConfig
 from sapo.data import Completion, Group, Prompt
+from sapo.environments import is_environment
 from sapo.model.policy import Policy
 from sapo.rollout.curriculum import Curriculum
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, Weights
+from sapo.rollout.episodes import EpisodeDriver, Joiner, Play, joiners_for
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat, encode_by_task
@@ -60,7 +63,8 @@ class Collector:
         self.formats = formats
         self.params = SamplingParams.of(config.rollout, seed_for(config.seed, "rollout"), policy.stop_token_ids)
         self.selector = Selector(tasks, [t.weight for t in config.tasks], config.rollout, curricula)
-        self._task = {task.name: task for task in tasks}
+        self._task: dict[str, Any] = {task.name: task for task in tasks}
+        self._joiners: dict[str, dict[str, Joiner]] = {}
         random = config.experiments.rewards == "random"
         self._coins = seed_for(config.seed, "random_rewards") if random else None
         self._phase = phase
@@ -87,33 +91,73 @@ class Collector:
                 stack.enter_context(loaded(self.engine, weights, version))
             return self.selector.select(batch, position, lambda prompts: self._groups(prompts, record_experts))
 
-    def probe(self, like: Sequence[Group], weights: Weights, version: int) -> list[Group]:
-        """Draw completions of the same prompts from whole distributions, for a comparison of log-probabilities.
+    def groups(self, prompts: Sequence[Prompt], record_experts: bool = False) -> list[Group]:
+        """Draw and score a group for each prompt, from the weights that the engine holds; see `collect`.
+
+        Completions carry the versions of the weights that drew them: the engine's own account, or its `version`.
+        """
+        return [_with_versions(g, self.engine.version) for g in self._groups(prompts, record_experts)]
+
+    def first_prompts(self, batch: int, position: Position) -> list[Prompt]:
+        """Return the prompts that a batch draws first, encoded."""
+        return self._encoded(self.selector.first_prompts(batch, position))
+
+    def probe(self, prompts: Sequence[Prompt], weights: Weights, version: int) -> list[Group]:
+        """Draw completions of encoded prompts from whole distributions, for a comparison of log-probabilities.
 
         They are neither scored nor trained on.
         """
         params = replace(self.params, top_p=1.0, top_k=0, min_p=0.0)
-        requests = [Request(group.prompt, len(group.completions)) for group in like]
+        requests = [Request(prompt, self.config.rollout.samples_per_prompt) for prompt in prompts]
         with loaded(self.engine, weights, version):
             drawn = draw(self.engine, requests, params, self._should_stop)
         return [
-            Group(group.prompt, completions, advantages=(0.0,) * len(completions))
-            for group, completions in zip(like, drawn, strict=True)
+            Group(prompt, completions, advantages=(0.0,) * len(completions))
+            for prompt, completions in zip(prompts, drawn, strict=True)
         ]
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return encode_by_task(self.policy, self.formats, self._task.values(), prompts)
 
     def _groups(self, prompts: Sequence[Prompt], record_experts: bool) -> list[Group]:
         experts = ExpertLog() if record_experts else None
         with self._phase("generate"):
             give_back_freed_memory()
-            prompts = encode_by_task(self.policy, self.formats, self._task.values(), prompts)
-            requests = [Request(p, self.config.rollout.samples_per_prompt) for p in prompts]
-            drawn = draw(self.engine, requests, self.params, self._should_stop, experts)
+            prompts = self._encoded(prompts)
+            played = [i for i, p in enumerate(prompts) if is_environment(self._task[p.task])]
+            asked = [p for p in prompts if not is_environment(self._task[p.task])]
+            requests = [Request(p, self.config.rollout.samples_per_prompt) for p in asked]
+            drawn = draw(self.engine, requests, self.params, self._should_stop, experts) if asked else []
+            episodes = self._play([prompts[i] for i in played])
         with self._phase("score"):
-            groups = self._scored(prompts, drawn)
+            scored = iter(score_groups([(self._task[p.task], p, c) for p, c in zip(asked, drawn, strict=True)]))
+            by_place = dict(zip(played, episodes, strict=True))
+            completions = [by_place[i] if i in by_place else next(scored) for i in range(len(prompts))]
+            groups = self._shaped(prompts, completions)
             return groups if experts is None else experts.attach(groups)
 
-    def _scored(self, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Completion]]) -> list[Group]:
-        """Score completions and give them their advantages."""
+    def _play(self, prompts: Sequence[Prompt]) -> list[tuple[Completion, ...]]:
+        """Play the episodes of environments, which score themselves."""
+        if not prompts:
+            return []
+        for prompt in prompts:
+            if prompt.task not in self._joiners:
+                task, form = self._task[prompt.task], self.formats[prompt.task]
+                self._joiners[prompt.task] = joiners_for(self.policy, task, form, prompt)
+        joiners = {name: joiner for found in self._joiners.values() for name, joiner in found.items()}
+        driver = EpisodeDriver(
+            *(self.policy, self.engine, self.params, self.config.rollout.turns, joiners, self._should_stop)
+        )
+        samples = self.config.rollout.samples_per_prompt
+        return driver.play([Play(self._task[p.task], p, samples) for p in prompts])
+
+    def _shaped(self, prompts: Sequence[Prompt], scored: Sequence[Sequence[Completion]]) -> list[Group]:
+        """Give scored completions their advantages."""
         rollout, advantage = self.config.rollout, self.config.objective.advantage
-        scored = score_groups([(self._task[p.task], p, c) for p, c in zip(prompts, drawn, strict=True)])
         return [shape_group(p, c, rollout, advantage, self._coins) for p, c in zip(prompts, scored, strict=True)]
+
+
+def _with_versions(group: Group, version: int) -> Group:
+    """Return the group with a version for every token, this one where its completions name none."""
+    completions = (c if c.versions else replace(c, versions=((len(c), version),)) for c in group.completions)
+    return replace(group, completions=tuple(completions))

@@ -21,6 +21,7 @@ from sapo.config import CurriculumConfig, RunConfig
 from sapo.data import Group
 from sapo.errors import ConfigError
 from sapo.tasks import FiniteTask, Task
+from sapo.utils.rewards import is_right
 from sapo.utils.rng import token_uniforms
 
 
@@ -50,8 +51,8 @@ class Curriculum:
         """Return whether a pass rate lies in the band. None, a row not seen yet, does."""
         return rate is None or self.settings.low <= rate <= self.settings.high
 
-    def updated(self, rate: float | None, group: Group) -> float:
-        """Return the pass rate of a row after one more group.
+    def updated(self, rate: float | None, group: Group) -> float | None:
+        """Return the pass rate of a row after one more group; as before where all completions of the group failed.
 
         >>> from sapo.config import CurriculumConfig
         >>> from sapo.data import Completion, Prompt, Score
@@ -59,7 +60,10 @@ class Curriculum:
         >>> Curriculum(CurriculumConfig(memory=0.5), 0).updated(1.0, Group(Prompt(0, "t", ""), tuple(half)))
         0.75
         """
-        share = sum(reward >= 1.0 for reward in group.rewards) / len(group.rewards)
+        rewards = group.scored_rewards
+        if not rewards:
+            return rate
+        share = sum(map(is_right, rewards)) / len(rewards)
         memory = self.settings.memory
         return share if rate is None else memory * rate + (1 - memory) * share
 

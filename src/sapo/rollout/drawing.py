@@ -52,6 +52,10 @@ def _check_group(engine: Engine, place: int, request: Request, completions: Any)
         if not tokens or tokens != logprobs:
             rule = f"a token or more and a log-probability of each in sample {sample} of {where}"
             raise _wrong(engine, rule, f"{tokens} tokens and {logprobs} log-probabilities")
+        versions = completion.versions
+        if versions and sum(count for count, _ in versions) != tokens:
+            rule = f"versions of all {tokens} tokens of sample {sample} of {where}, or none"
+            raise _wrong(engine, rule, f"{versions}")
 
 
 def _wrong(engine: Engine, asked: str, came: str) -> ConfigError:

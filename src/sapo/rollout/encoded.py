@@ -11,13 +11,16 @@ import hashlib
 from array import array
 from typing import Any
 
-from sapo.data import Prompt
+from sapo.data import PictureTokens, Prompt
 
 MAX_BYTES = 256 * 2**20
 """Memory for the ids of one task: about 400,000 rows of 120 tokens."""
 
 # A digest, the header of a bytes object and their share of the dict: 135 to 180 bytes on CPython 3.11.
 BYTES_PER_PROMPT = 180
+
+_Kept = bytes | tuple[tuple[bytes, ...], ...]
+"""Token ids as int32; of a prompt with pictures also the places of each, and the axes of positions."""
 
 
 class EncodedPrompts:
@@ -31,30 +34,40 @@ class EncodedPrompts:
     >>> encoded.find(prompt)
     >>> encoded.add(prompt, (5, 3, 5, 9))
     >>> encoded.find(Prompt(id=7, task="sums", text="1+1="))
-    (5, 3, 5, 9)
+    ((5, 3, 5, 9), None)
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._ids: dict[bytes, bytes] = {}
+        self._ids: dict[bytes, _Kept] = {}
         self._tokenizer: Any = None
         self._template: str | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def find(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """Return the token ids of a prompt, or None where they are not kept."""
+    def find(self, prompt: Prompt) -> tuple[tuple[int, ...], PictureTokens | None] | None:
+        """Return the token ids of a prompt, and which stand for pictures; None where they are not kept."""
         kept = self._ids.get(_digest(prompt))
-        return None if kept is None else tuple(array("i", kept))
+        if kept is None:
+            return None
+        if isinstance(kept, bytes):
+            return tuple(array("i", kept)), None
+        (ids,), *parts = kept
+        places, positions = (tuple(tuple(array("i", part)) for part in of) for of in parts)
+        return tuple(array("i", ids)), PictureTokens(places, positions or None)
 
-    def add(self, prompt: Prompt, token_ids: tuple[int, ...]) -> None:
+    def add(self, prompt: Prompt, token_ids: tuple[int, ...], picture_tokens: PictureTokens | None = None) -> None:
         """Keep the token ids of a prompt, unless there is no room for them."""
-        ids = array("i", token_ids).tobytes()
-        size = len(ids) + BYTES_PER_PROMPT
+        kept: _Kept = array("i", token_ids).tobytes()
+        size = len(kept) + BYTES_PER_PROMPT
+        if picture_tokens is not None:
+            parts = ((token_ids,), picture_tokens.places, picture_tokens.positions or ())
+            kept = tuple(tuple(array("i", part).tobytes() for part in of) for of in parts)
+            size = sum(len(part) + BYTES_PER_PROMPT for of in kept for part in of)
         if self._bytes + size <= self._max_bytes:
-            self._ids[_digest(prompt)] = ids
+            self._ids[_digest(prompt)] = kept
             self._bytes += size
 
     def reset_for(self, tokenizer: Any) -> None:
@@ -65,8 +78,17 @@ class EncodedPrompts:
             self._ids, self._bytes = {}, 0
 
 
+def tools_of(prompt: Prompt) -> list[Any] | None:
+    """Return the tools that a chat offers to the model: objects in the column `tools`. None where there are none."""
+    tools = prompt.metadata.get("tools")
+    offered = "messages" in prompt.metadata and isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
+    return (tools or None) if offered else None
+
+
 def _digest(prompt: Prompt) -> bytes:
-    """Return a digest of what a format makes token ids of: the text and, of a chat, its messages."""
-    messages = prompt.metadata.get("messages")
-    source = (prompt.text, None if messages is None else [dict(m) for m in messages])
+    """Return a digest of what a format makes token ids of: the text, the pictures, and a chat's messages and tools."""
+    messages, tools = prompt.metadata.get("messages"), tools_of(prompt)
+    source: tuple[Any, ...] = (prompt.identity, None if messages is None else [dict(m) for m in messages])
+    if tools is not None:
+        source = (*source, tools)
     return hashlib.blake2b(repr(source).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -36,6 +36,11 @@ class Request:
     samples: int
     limits: tuple[int, ...] | None = None
     """Most new tokens of each sample, none above `SamplingParams.max_new_tokens`, which holds for all when None."""
+    first_sample: int = 0
+    """Number of the first sample. The noise of a sample is a function of the seed, the prompt's id and its number."""
+    drawn: int = 0
+    """Tokens that were drawn of the sample in earlier turns, which the prompt then holds. The noise goes on behind
+    theirs, so that a later turn does not repeat that of the first."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not self.prompt.token_ids:
@@ -70,6 +75,38 @@ class Capabilities:
     is the policy's (`rollout.parity_every`)."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """New tokens of a sample that is being drawn.
+
+    >>> Drawn(request=0, sample=2, token_ids=(17,), logprobs=(-0.25,)).completion is None
+    True
+    """
+
+    request: int
+    """Place of the sample's request among those asked for."""
+    sample: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    completion: Completion | None = None
+    """All of the sample, beside the last of its tokens."""
+
+
+def longest_request(requests: Sequence[Request], params: SamplingParams) -> tuple[int, int]:
+    """Return the tokens of the prompt and the most new tokens of the request that may become the longest sequence."""
+    lengths = ((len(r.prompt.token_ids), max(r.limits or (params.max_new_tokens,))) for r in requests)
+    return max(lengths, key=sum)
+
+
+def max_length_of(engine: Engine) -> int | None:
+    """Return the longest sequence that an engine holds, prompt and completion; None where only the model limits it.
+
+    An engine says so by an attribute `max_length`, which most have no need for.
+    """
+    length: int | None = getattr(engine, "max_length", None)
+    return length
+
+
 def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: int | None) -> None:
     """Refuse requests that do not fit the positions of the model, or the sampling settings.
 
@@ -79,11 +116,11 @@ def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: in
     Raises:
         ValueError: the rule, and the way out.
     """
-    longest = max(len(r.prompt.token_ids) for r in requests)
-    if limit is not None and longest + params.max_new_tokens > limit:
+    longest, new = longest_request(requests, params)
+    if limit is not None and longest + new > limit:
         raise ValueError(
             f"prompt and completion must fit the model's {limit} positions; got a prompt of {longest} tokens and "
-            f"max_new_tokens {params.max_new_tokens}; shorten one of them"
+            f"max_new_tokens {new}; shorten one of them"
         )
     most = max((max(r.limits) for r in requests if r.limits), default=0)
     if most > params.max_new_tokens:
@@ -93,25 +130,16 @@ def check_lengths(requests: Sequence[Request], params: SamplingParams, limit: in
 
 
 class Engine(Protocol):
-    """Draws completions. A class that a recipe names in `rollout.engine` has all of this.
+    """Draws completions.
 
     An engine samples with the weights it was given last. The driver of a run wakes it, gives it weights, draws, and
     lets it sleep again (`weights.loaded`), so that an engine may leave the device's memory to the trainer in between.
+    In the free schedule it stays awake, draws again and again, and is given newer weights between two calls.
     """
 
     capabilities: ClassVar[Capabilities]
     version: int
     """Updates made by the weights it holds, skipped ones counted."""
-
-    @classmethod
-    def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
-        """Make the engine of a recipe.
-
-        Args:
-            policy: the one trained. Its model, tokenizer and device may be read and are not to be changed.
-            settings: the recipe's section `rollout`.
-        """
-        ...
 
     def generate(
         self,
@@ -121,6 +149,8 @@ class Engine(Protocol):
         experts: ExpertLog | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Return the completions of each request, in order: token ids, log-probabilities and text, not yet scored.
+
+        An engine that takes newer weights while it draws gives `Completion.versions`; others leave it empty.
 
         Args:
             experts: takes down which experts every token went through; given only to an engine that can record them.
@@ -150,4 +180,32 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End for good: give back all memory, processes and connections."""
+        ...
+
+
+class StreamingEngine(Engine, Protocol):
+    """An engine that gives tokens while it draws."""
+
+    interleaves: ClassVar[bool]
+    """Several streams may be open, each of them taken a step when it is asked for its next tokens."""
+
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+        """Yield the tokens of every sample as they are drawn, the same ones that `generate` returns.
+
+        Closing the iterator ends the draws and gives their memory back.
+        """
+        ...
+
+
+class RecipeEngine(Engine, Protocol):
+    """An engine whose class a recipe can name in `rollout.engine`."""
+
+    @classmethod
+    def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
+        """Make the engine of a recipe.
+
+        Args:
+            policy: the one trained. Its model, tokenizer and device may be read and are not to be changed.
+            settings: the recipe's section `rollout`.
+        """
         ...

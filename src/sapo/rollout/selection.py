@@ -119,7 +119,9 @@ class _Queue:
         assert self.rule is not None
         rates = dict(self.rates)
         for row, group in self.visits:
-            rates[row] = self.rule.updated(rates.get(row), group)
+            rate = self.rule.updated(rates.get(row), group)
+            if rate is not None:
+                rates[row] = rate
         return rates
 
 

@@ -9,6 +9,9 @@ it. The paper's token mean does the same, whereas TRL's mean over sequences shri
 
 Soft overlong punishment, equation (13), is added to the reward before the advantages.
 
+A completion whose verifier or environment failed is masked, and its reward is in neither the mean nor the deviation of
+the group: a reward of 0 would say that the answer was wrong.
+
 Random rewards are a control experiment: the advantages carry no information on the answers. Each is a function of the
 seed, the prompt, the place in the group and the tokens, so that a resumed run draws the same ones.
 """
@@ -77,5 +80,16 @@ def shape_group(
         shaped = tuple(rewards)
     if settings.overlong == "mask":
         masked = tuple(c.finish_reason == "length" for c in scored)
-    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage)
-    return Group(prompt, tuple(scored), tuple(advantages.tolist()), shaped, masked)
+    failed = [c.score.status.failed for c in scored]
+    if any(failed):
+        masked = tuple(m or f for m, f in zip(masked or [False] * len(scored), failed, strict=True))
+    return Group(prompt, tuple(scored), advantages_of_scored(rewards, failed, advantage), shaped, masked)
+
+
+def advantages_of_scored(rewards: Sequence[float], failed: Sequence[bool], kind: str) -> tuple[float, ...]:
+    """Return the advantages among those that did not fail, and 0 for the others."""
+    kept = [reward for reward, without in zip(rewards, failed, strict=True) if not without]
+    if not kept:
+        return (0.0,) * len(rewards)
+    found = iter(group_advantages(torch.tensor(kept, dtype=torch.float64), kind).tolist())
+    return tuple(0.0 if without else next(found) for without in failed)

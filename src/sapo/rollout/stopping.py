@@ -1,7 +1,8 @@
 """Where a completion ends: end tokens, and strings that one token holds or several tokens together complete.
 
 A string is found in what was decoded, not in token ids, for it may be cut into tokens in many ways (SmolLM2 has 129
-tokens that hold a newline). Most tokens can never complete one; only those that can are looked at twice.
+tokens that hold a newline). A string that names a special token, `<|im_end|>`, is found where that token is drawn. Most
+tokens can never complete one; only those that can are looked at twice.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ class StopRules:
         self.policy = policy
         self.stop_sets = list(stop_sets)
         self.stop_token_ids = stop_token_ids
+        special = policy.special_texts()
+        self.spelled = [any(text in string for text in special.values() for string in s) for s in self.stop_sets]
+        """Which stop sets name a special token: their strings are looked for in texts that have these."""
         vocabulary = policy.head_weight.shape[0]
         ends_SV = torch.zeros(len(self.stop_sets), vocabulary, dtype=torch.bool)
         ends_SV[:, [t for t in stop_token_ids if t < vocabulary]] = True
         may_SV = torch.zeros_like(ends_SV)
         for number, strings in enumerate(self.stop_sets):
+            texts = policy.token_texts()
+            if self.spelled[number]:
+                texts = [special.get(token, text) for token, text in enumerate(texts)]
             for string in strings:
-                ends, may = _tokens_of(policy, string)
+                ends, may = _tokens_of(texts, string)
                 ends_SV[number, ends] = True
                 may_SV[number, may] = True
         self.ends_SV = ends_SV.to(policy.device)
@@ -60,7 +67,8 @@ class StopRules:
         strings = self.stop_sets[number]
         # A token holds one character at least, or is part of one: so many tokens hold the whole string.
         first = max(0, generated - 4 * max(map(len, strings)))
-        tail = self.policy.decode(history_T[first:generated].tolist())
+        read = self.policy.show if self.spelled[number] else self.policy.decode
+        tail = read(history_T[first:generated].tolist())
         return any(string in tail for string in strings)
 
     def ends(self, number: int, token_ids: Sequence[int]) -> bool:
@@ -70,20 +78,28 @@ class StopRules:
             return True
         return bool(self.may_SV[number, token]) and self.completed(number, torch.tensor(token_ids), len(token_ids))
 
-    def text(self, number: int, token_ids: Sequence[int]) -> str:
-        """Return a finished completion's text: what comes before the end token or the stop string."""
+    def text(self, number: int, token_ids: Sequence[int], special: bool = False) -> str:
+        """Return a finished completion's text: what comes before the end token or the stop string.
+
+        Args:
+            special: with special tokens spelled out, in place of left out.
+        """
         if token_ids[-1] in self.stop_token_ids:
-            return self.policy.decode(token_ids[:-1])
-        text = self.policy.decode(token_ids)
+            return self.policy.show(token_ids[:-1]) if special else self.policy.decode(token_ids[:-1])
+        text = self.policy.show(token_ids) if special or self.spelled[number] else self.policy.decode(token_ids)
         found = [at for string in self.stop_sets[number] if (at := text.find(string)) >= 0]
-        return text[: min(found)] if found else text
+        text = text[: min(found)] if found else text
+        if self.spelled[number] and not special:
+            for token in self.policy.special_texts().values():
+                text = text.replace(token, "")
+        return text
 
 
-def _tokens_of(policy: Policy, string: str) -> tuple[list[int], list[int]]:
+def _tokens_of(texts: Sequence[str], string: str) -> tuple[list[int], list[int]]:
     """Return tokens that hold the string, and tokens that may complete it because they begin with an end of it."""
     ends, may = [], []
     tails = tuple(string[i:] for i in range(1, len(string)))
-    for token, text in enumerate(policy.token_texts()):
+    for token, text in enumerate(texts):
         part_of_a_character = "\N{REPLACEMENT CHARACTER}" in text and not string.isascii()
         if string in text:
             ends.append(token)

@@ -66,7 +66,8 @@ def note_non_finite(state: RunState, config: RunConfig, directory: RunDirectory,
 def note_checkpoint(state: RunState, config: RunConfig) -> None:
     """Note, before a checkpoint is written, whether it may turn out to be a healthy one."""
     every = config.checkpoint.every
-    scheduled = state.step == 0 or (every > 0 and state.step % every == 0)
+    at_the_start = state.step == 0 and config.warnings.on_collapse == "rollback"
+    scheduled = at_the_start or (every > 0 and state.step > 0 and state.step % every == 0)
     if not scheduled or state.update or state.groups is not None or state.step in state.healthy_steps:
         return
     if state.step == 0:
@@ -151,7 +152,11 @@ def rollback_record(collapsed: RunState, restored: RunState) -> dict[str, Any]:
 def restore(checkpoint: Checkpoint, config: RunConfig, policy: Policy, trainers: Trainers) -> RunState:
     """Restore the weights and the optimizer's state of a checkpoint, and return the run's state that it holds."""
     kept = load_policy(
-        checkpoint.path, config.model.dtype, config.device, trust_remote_code=config.model.trust_remote_code
+        checkpoint.path,
+        config.model.dtype,
+        config.device,
+        trust_remote_code=config.model.trust_remote_code,
+        text_only=not config.model.vision.load,
     )
     weights = dict(kept.model.named_parameters())
     with torch.no_grad():

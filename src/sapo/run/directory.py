@@ -1,12 +1,16 @@
 """The run directory: what a run leaves behind, and what it needs to be taken up again.
 
 runs/NAME/config.yaml       the resolved recipe with versions, seed and commit; it can be run again as it is
+          inputs.json       fingerprints of what it was started from; see inputs.py
           metrics.jsonl     one line per update, step, evaluation, self-check, warning ...; the clock only in "timing"
           summary.json      start, end, tokens, seconds by phase
           failure.json      of a run that stopped itself: why; gone when it is resumed
+          live.json         while it goes on: what it is doing; see live.py
           rollouts/         step-000010.jsonl: one line per completion
+          pictures/         SHA256.png, .jpg ...: what the prompts of rollouts/ show, each picture once
           rolled-back/      what rollbacks took out of metrics.jsonl and rollouts/
           checkpoints/      see training/checkpoint.py
+          engines/          NN.log: what engines in processes of their own print
           profile/          with profile=true: see profiling.py
           tensorboard/      and wandb/: see loggers/
 """
@@ -17,6 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +29,16 @@ import yaml
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
+from sapo.data import Picture
+from sapo.data.thumbnails import ending_of
 from sapo.errors import ConfigError
+from sapo.run.inputs import InputRecord
 from sapo.utils.files import lock_directory, write_whole
+from sapo.utils.reading import check_kinds, read_yaml
 
 FAILURE_FILE = "failure.json"
+_FILES = ("config.yaml", "inputs.json", "metrics.jsonl", "summary.json", FAILURE_FILE, ".lock")
+_DIRECTORIES = ("rollouts", "rolled-back", "checkpoints", "profile", "tensorboard", "wandb", "ranks")
 
 
 class RunDirectory:
@@ -39,6 +50,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.run: str | None = None
+        """Name of the run (`InputRecord.run`), which its checkpoints carry."""
         self._lock = lock_directory(path)
         self._metrics: IO[str] | None = None
 
@@ -58,8 +71,11 @@ class RunDirectory:
             raise ConfigError(f"the run directory {path} cannot be made: {parent} {rule}; choose another run_dir")
 
     @classmethod
-    def create(cls, config: RunConfig) -> RunDirectory:
+    def create(cls, config: RunConfig, inputs: InputRecord | None = None) -> RunDirectory:
         """Make the directory of a new run.
+
+        Args:
+            inputs: what it is started from, for a resume to compare with.
 
         Raises:
             ConfigError: when something of that name exists.
@@ -69,6 +85,9 @@ class RunDirectory:
         cls.check_free(path)
         path.mkdir(parents=True)
         directory = cls(path)
+        if inputs is not None:
+            directory.run = inputs.run
+            inputs.write(path)  # first: a directory without config.yaml is no run yet
         directory.write_config(config)
         return directory
 
@@ -83,6 +102,7 @@ class RunDirectory:
         if not path.is_dir():
             raise ConfigError(f"no run directory at {path}; `sapo train RECIPE` starts a run")
         config = cls.read_config(path)
+        check_kinds(path, _FILES, _DIRECTORIES)
         return cls(path), config
 
     @staticmethod
@@ -94,13 +114,7 @@ class RunDirectory:
         """
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path} has no config.yaml: it is not a run, or was stopped before it began")
-        try:
-            settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path / 'config.yaml'} is not valid YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path / 'config.yaml'} must hold a mapping of settings; got {type(settings).__name__}")
-        return parse_recipe(settings, recorded=True)
+        return parse_recipe(read_yaml(path / "config.yaml"), recorded=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -126,8 +140,14 @@ class RunDirectory:
         """Append one line to metrics.jsonl."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError:
+            opened, self._metrics = self._metrics, None
+            with suppress(OSError):  # it would try to write the same line once more
+                opened.close()
+            raise
 
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl, flushed to the disk: what a checkpoint remembers."""
@@ -173,7 +193,8 @@ class RunDirectory:
             file.rename(completions / file.name)
 
     def _rollouts_after(self, step: int) -> list[Path]:
-        return [f for f in (self.path / "rollouts").glob("step-*.jsonl") if int(f.stem.removeprefix("step-")) > step]
+        steps = {f: f.stem.removeprefix("step-") for f in (self.path / "rollouts").glob("step-*.jsonl")}
+        return [f for f, number in steps.items() if number.isdecimal() and int(number) > step]
 
     def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> Path:
         """Write rollouts/step-NNNNNN.jsonl, one completion a line."""
@@ -181,6 +202,19 @@ class RunDirectory:
         file.parent.mkdir(exist_ok=True)
         write_whole(file, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records))
         return file
+
+    def keep_pictures(self, pictures: Iterable[Picture]) -> None:
+        """Write pictures/SHA256.ENDING, each picture once in a run.
+
+        Raises:
+            PictureError: the file of a picture has gone, or holds another picture by now.
+        """
+        kept = self.path / "pictures"
+        for picture in {picture.sha256: picture for picture in pictures}.values():
+            if not any(kept.glob(f"{picture.sha256}.*")):
+                data = picture.read()
+                kept.mkdir(exist_ok=True)
+                write_whole(kept / f"{picture.sha256}.{ending_of(data)}", data)
 
     def close_metrics(self) -> None:
         """Close metrics.jsonl; the next line opens it again."""

@@ -28,6 +28,7 @@ class HeldOutEvaluations:
         self, config: RunConfig, policy: Policy, engine: Engine, tasks: TaskSet, should_stop: Callable[[], bool]
     ) -> None:
         self.settings = config.eval
+        self.turns = config.rollout.turns
         self.policy = policy
         self.engine = engine
         self.tasks = tasks
@@ -62,6 +63,7 @@ class HeldOutEvaluations:
             prompt_format=self.tasks.formats[task.name],
             greedy=self.settings.greedy,
             constant=self.settings.constant and known is None,
+            turns=self.turns,
             should_stop=self._should_stop,
         )
         if evaluation.constant is not None:

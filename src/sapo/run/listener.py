@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from sapo.config import RunConfig
@@ -27,15 +28,45 @@ class Listener(Protocol):
         """Hear that the run resumes from a checkpoint."""
 
 
+def note(listener: Listener, text: str) -> None:
+    """Tell a listener what is neither progress nor a warning, if it has a method `note` for that."""
+    tell = getattr(listener, "note", None)
+    if tell is not None:
+        tell(text)
+
+
+def tell_samples(listener: Listener, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Show a listener some sampled completions, if it has a method `samples` for that.
+
+    Args:
+        samples: of `sampled_completions`.
+    """
+    tell = getattr(listener, "samples", None)
+    if tell is not None:
+        tell(step, samples)
+
+
+def tell_phase(listener: Listener, step: int, name: str) -> None:
+    """Tell a listener which phase of a step begins, if it has a method `phase` for that."""
+    tell = getattr(listener, "phase", None)
+    if tell is not None:
+        tell(step, name)
+
+
 class Silent:
     """A listener that says nothing."""
 
-    def started(self, config: RunConfig) -> None: ...
+    def started(self, config: RunConfig) -> None:
+        """Say nothing."""
 
-    def record(self, record: dict[str, Any]) -> None: ...
+    def record(self, record: dict[str, Any]) -> None:
+        """Say nothing."""
 
-    def warning(self, text: str) -> None: ...
+    def warning(self, text: str) -> None:
+        """Say nothing."""
 
-    def checkpoint(self, checkpoint: Checkpoint) -> None: ...
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Say nothing."""
 
-    def resumed(self, checkpoint: Checkpoint) -> None: ...
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """Say nothing."""

@@ -16,19 +16,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sapo.config import RunConfig
-from sapo.data import Group
+from sapo.data import Group, Status
 from sapo.diagnostics import task_panels
 from sapo.diagnostics.measure import Diagnosis
+from sapo.environments import is_environment
 from sapo.errors import Interrupted, NonFiniteError
+from sapo.model.adapters import trained_sentence
 from sapo.model.policy import Policy
 from sapo.rollout.collector import Collector
 from sapo.rollout.engine import Engine
-from sapo.rollout.registry import make_engine
-from sapo.rollout.selection import Selection
-from sapo.rollout.staleness import Staleness, sampler_weights
+from sapo.rollout.remote.start import start_engine
+from sapo.run.batches import BatchSource
 from sapo.run.collapse import (
     answer_collapse,
     kept_checkpoints,
@@ -38,20 +40,22 @@ from sapo.run.collapse import (
     rollback_record,
 )
 from sapo.run.directory import RunDirectory
+from sapo.run.early_stop import judged_by, note_judged, reason_to_end
+from sapo.run.free import FreeBatches
 from sapo.run.held_out import HeldOutEvaluations
-from sapo.run.journal import Journal
-from sapo.run.listener import Listener, Silent
+from sapo.run.journal import Journal, summary_of
+from sapo.run.listener import Listener, Silent, note, tell_phase
+from sapo.run.live import LiveFile
 from sapo.run.loggers.all import LoggerSet
 from sapo.run.parity import ParityCheck
 from sapo.run.preflight import TaskSet
-from sapo.run.profiling import Profiler, phases
+from sapo.run.profiling import Profiler
 from sapo.run.records import token_gates
 from sapo.run.routing_replay import RoutingReplay
-from sapo.run.self_check import check_old_logprobs, check_sampled
 from sapo.run.state import RolloutBatch, RunState
 from sapo.run.trainers import make_packer, make_trainer, trainer_settings
 from sapo.training.batch import split_minibatches
-from sapo.training.checkpoint import Checkpoint, prune, save_checkpoint
+from sapo.training.checkpoint import Checkpoint, list_checkpoints, prune, save_checkpoint
 from sapo.training.logprobs import GroupLogprobs
 from sapo.training.optimizer import learning_rate_at
 from sapo.training.ranks import Trainers
@@ -96,20 +100,20 @@ class TrainingRun:
         self.config = config
         self.directory = directory
         self.policy = policy
-        self.state = state or RunState()
+        self.state = state or RunState(run=directory.run)
         self.listener = listener or Silent()
         self.should_stop = should_stop
         self.tasks = tasks
-        self.engine = engine or make_engine(policy, config.rollout)
+        self.engine = engine or start_engine(config, policy)
         self.replay = RoutingReplay.of(config, policy)
         settings = trainer_settings(config)
         routers = None if self.replay is None else self.replay.routers
         self.trainer: Trainers = trainers or make_trainer(config, settings, policy, reference, routers)
         self.packer = make_packer(config, policy)
         self.logprobs = GroupLogprobs(self.trainer, self.packer, "adapter_off" if reference is None else "reference")
-        self._staleness = Staleness(config.rollout.staleness, config.train.minibatches)
         self.diagnosis = Diagnosis(config, settings.objective)
-        self._saved_at = self.state.step if state is not None and not self.state.update else -1
+        begun = state is None or self.state.update or self.state.groups is not None or self._evaluation_due()
+        self._saved_at = -1 if begun else self.state.step
         names = [t.name for t in tasks.train]
         self.loggers = LoggerSet(
             config,
@@ -117,15 +121,34 @@ class TrainingRun:
             resumed_at=None if state is None else state.step,
             panels=task_panels(names) if names[1:] else None,
         )
-        self.profiler = Profiler(config, directory.path, lambda: self.state.seconds)
+        self.live = LiveFile(directory.path)
+        self.profiler = Profiler(config, directory.path, lambda: self.state.seconds, self._begin_phase)
         self._phase = self.profiler.phase
-        self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state)
-        self._append, self._warn = self.journal.append, self.journal.warn
-        self.collector = Collector(
-            config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula, self._phase, should_stop
+        played = [t.name for t in tasks.train if is_environment(t)]
+        self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state, played)
+        self._append = self.journal.append
+        make_collector = partial(Collector, config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula)
+        self.collector = make_collector(self._phase, should_stop)
+        self.batches = (FreeBatches if config.rollout.schedule == "free" else BatchSource)(
+            config,
+            policy,
+            lambda: self.state,
+            trainer=self.trainer,
+            collector=self.collector,
+            collector_beside=make_collector,
+            logprobs=self.logprobs,
+            parity=ParityCheck(config, policy, self.collector, self.logprobs, directory.path),
+            replay=self.replay,
+            journal=self.journal,
+            profiler=self.profiler,
+            directory=directory,
+            should_stop=should_stop,
         )
-        self.parity = ParityCheck(config, policy, self.collector, self.logprobs, directory.path)
         self.held_out = HeldOutEvaluations(config, policy, self.engine, tasks, should_stop)
+
+    def _begin_phase(self, name: str) -> None:
+        self.live.begin_phase(name)
+        tell_phase(self.listener, self.state.step + 1, name)
 
     def run(self) -> StopReason | None:
         """Train to the last step, or until asked to stop.
@@ -135,6 +158,8 @@ class TrainingRun:
         """
         self.loggers.open()
         self.listener.started(self.config)
+        if self.policy.adapter is not None:
+            note(self.listener, trained_sentence(self.policy))
         try:
             with self.profiler.run():
                 while True:
@@ -142,15 +167,22 @@ class TrainingRun:
                         self.evaluate()
                     if self._checkpoint_due():
                         self.checkpoint()
-                    if self.state.step >= self.config.train.steps:
+                    if self.state.step >= self.config.train.steps or self._early_end() is not None:
                         break
+                    self.live.begin_step(self.state.step + 1)
                     with self.profiler.step(self.state.step + 1):
                         try:
                             self.step()
                         except NonFiniteError as error:
                             self._answer_non_finite(error)
         except Interrupted:
-            return StopReason(self.checkpoint())
+            self.batches.leave_if_repeatable()
+            return StopReason(self._save_stopped())
+        finally:
+            self.batches.leave()
+            self.live.remove()
+        if self.state.step < self.config.train.steps and (reason := self._early_end()) is not None:
+            note(self.listener, f"step {self.state.step}: the run ends early, as train.stop_when says: {reason}")
         self.directory.write_summary(self.summary())
         return None
 
@@ -158,12 +190,14 @@ class TrainingRun:
         """Sample one rollout batch and make its updates."""
         state = self.state
         if state.groups is None:
-            self._begin()
+            self.batches.take_up()
         assert state.groups is not None
+        self.live.show(state.groups)
         uneven = self.config.rollout.zero_variance == "drop"
         minibatches = split_minibatches(state.groups, self.config.train.minibatches, uneven)
         while state.update < len(minibatches):
-            self._sample_due()
+            self.batches.draw_due()
+            self.live.begin_update(state.update + 1, len(minibatches))
             self.update(minibatches[state.update])
         self.journal.log_step(state.groups)
         state.step, state.update = state.step + 1, 0
@@ -172,101 +206,12 @@ class TrainingRun:
         if state.collapse is not None:
             self._answer_collapse()
 
-    def _begin(self) -> None:
-        """Take up the batch of this step; compute log pi_old at the current weights if the recipe asks for that."""
-        self._sample_due()
-        batch = self.state.take_next(self.config.train.minibatches)
-        if self.state.old_logprobs == "current":
-            with self._phase("old_logprobs"):
-                self.state.groups = self.logprobs.attach_old(batch.groups, None, self._trainer_records())
-
-    def _sample_due(self) -> None:
-        """Sample the batches that are due: the step's own, or under staleness that of a later step."""
-        state = self.state
-        while state.num_sampled < self._staleness.num_due(state.step, state.update):
-            state.ahead.append(self.rollout())
-
     def rollout(self) -> RolloutBatch:
-        """Sample, score and choose groups and compute their advantages and log pi_old, all at the present weights."""
-        state, sampled_at = self.state, self.trainer.updates
-        self.trainer.send_weights(self.policy)
-        weights = sampler_weights(self.policy.weights(), self.config.experiments, state.step)
-        selected = self.collector.collect(
-            state.num_sampled, state.position, weights, self._version, self._engine_records()
-        )
-        check_sampled([*selected.groups, *selected.dropped])
-        self._check_parity(selected)
-        groups = self._with_logprobs(selected, sampled_at)
-        self._remember(selected)
-        return RolloutBatch(groups, selected.dropped, self.collector.selector.figures(selected), self.engine.version)
-
-    def _check_parity(self, selected: Selection) -> None:
-        """Prove, where it is due, that an engine with a copy of the weights has the policy's."""
-        state = self.state
-        if self.parity.due(state.num_sampled):
-            with self._phase("old_logprobs"):
-                found = self.parity.check([*selected.groups, *selected.dropped], state.step, self._version)
-            self._append({"kind": "parity", "step": state.step + 1, **found})
-
-    @property
-    def _version(self) -> int:
-        """Count the updates made by the present weights, skipped ones too."""
-        return self.state.step * self.config.train.minibatches + self.state.update
-
-    def _with_logprobs(self, selected: Selection, sampled_at: int) -> list[Group]:
-        """Return the groups to train on, with log pi_old and log pi_ref where the trainer computes these.
-
-        Args:
-            sampled_at: the trainer's `updates` when they were sampled.
-        """
-        state, groups = self.state, selected.groups
-        with self._phase("old_logprobs"):
-            if state.old_logprobs is None:
-                state.old_logprobs = self._choose_old_logprobs([*groups, *selected.dropped])
-            if state.old_logprobs == "trainer":
-                groups = self.logprobs.attach_old(groups, sampled_at, self._trainer_records())
-        if self.config.objective.kl is not None:
-            with self._phase("reference"):
-                groups = self.logprobs.attach_reference(groups)
-        return groups
-
-    def _engine_records(self) -> bool:
-        return self.replay is not None and self.replay.engine_records(self.state.old_logprobs)
-
-    def _trainer_records(self) -> bool:
-        return self.replay is not None and self.replay.trainer_records(self.state.old_logprobs)
-
-    def _remember(self, selected: Selection) -> None:
-        """Put what a whole batch changed into the state: a stop before this leaves the state of the step's start."""
-        state = self.state
-        state.position = selected.position
-        tokens = [sum(len(c) for g in groups for c in g.completions) for groups in (selected.groups, selected.dropped)]
-        state.tokens["generated"] += sum(tokens)
-        if self.config.rollout.zero_variance != "keep":
-            state.tokens["dropped"] = state.tokens.get("dropped", 0) + tokens[1]
-        if selected.unfilled and not state.unfilled:
-            self._warn(
-                "unfilled_groups",
-                f"step {state.step + 1}: {selected.unfilled} of {len(selected.groups)} groups of the batch "
-                f"have zero variance after {selected.refill_rounds} refills (rollout.max_refills); this warning is "
-                "given once, groups/unfilled counts them",
-            )
-        state.unfilled += selected.unfilled
-
-    def _choose_old_logprobs(self, groups: list[Group]) -> str:
-        """Choose the source of log pi_old for this run, by the self-check of its first step."""
-        step = self.state.step + 1
-        full = self.collector.params.full_distribution and self.engine.capabilities.exact_logprobs
-        rounded, both = not self.config.experiments.sampler_is_policy, self.config.objective.tis is not None
-        wanted = self.config.old_logprobs
-        check = check_old_logprobs(
-            self.logprobs, groups, self.config.train, full, old_logprobs=wanted, rounded=rounded, both=both
-        )
-        replay = {} if self.replay is None else self.replay.record_choice(check.old_logprobs, self.directory)
-        self._append({"kind": "self_check", "step": step, **check.to_json(), **replay})
-        if check.warning is not None:
-            self._warn("unequal_old_logprobs", check.warning)
-        return check.old_logprobs
+        """Draw the next batch at the present weights, wait for it, and return it; it waits for its step."""
+        self.batches.settle()
+        self.batches.begin()
+        self.batches.settle()
+        return self.state.ahead[-1]
 
     def update(self, groups: tuple[Group, ...]) -> None:
         """Make one update from one mini-batch."""
@@ -304,8 +249,8 @@ class TrainingRun:
             self._append({"kind": "distribution", **place, **measured.distribution})
         state.tokens["trained"] += result.log_ratio_M.numel()
         if self.journal.logs_rollouts:
-            rollout = self.config.rollout
-            samples = rollout.samples_per_prompt
+            assert state.groups is not None
+            samples = [len(g.completions) for g in state.groups]
             state.gates |= token_gates(result, state.update, train.minibatches, samples, on_policy)
         state.step_updates.append({"skipped": result.skipped, "on_policy": on_policy, **figures})
         state.update += 1
@@ -313,6 +258,8 @@ class TrainingRun:
     def _answer_collapse(self) -> None:
         """Go on, stop, or roll back to the last healthy checkpoint, as the recipe says."""
         collapsed = self.state
+        if self.config.warnings.on_collapse == "rollback":
+            self.batches.leave()
         self.state = answer_collapse(self.config, self.directory, self.policy, self.trainer, collapsed)
         if self.state is not collapsed:
             self._append(rollback_record(collapsed, self.state))
@@ -329,13 +276,19 @@ class TrainingRun:
     def evaluate(self) -> None:
         """Evaluate every task on its held-out problems, then log them all: a stop in between leaves no half."""
         state = self.state
+        self.batches.settle()
         with self._phase("evaluate"):
             self.trainer.send_weights(self.policy)
             give_back_freed_memory()
-            evaluations = self.held_out.evaluate(self._version)
+            evaluations = self.held_out.evaluate(self.batches.version)
         for evaluation in evaluations:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
-            self._append({**record, "correct": evaluation.correct, "timing": {"seconds": evaluation.seconds}})
+            judged = {"judged": evaluation.judged} if min(evaluation.judged) < evaluation.samples else {}
+            seconds = {"seconds": evaluation.seconds}
+            self._append({**record, "correct": evaluation.correct, **judged, "timing": seconds})
+            if (failures := evaluation.failure(self.config.rollout.turns.max_environment_errors)) is not None:
+                played = Status.ENVIRONMENT_ERROR.value in evaluation.statuses
+                self.journal.warn("environment_failed" if played else "verifier_failed", failures, step=state.step)
             prefix = "eval/" if len(evaluations) == 1 else f"eval/{evaluation.task}/"
             self.loggers.log(state.step, {prefix + k: v for k, v in record.items() if isinstance(v, int | float)})
         figures = evaluations[0].metrics()
@@ -344,12 +297,37 @@ class TrainingRun:
         state.start_evaluation = state.start_evaluation or figures
         state.last_evaluation = figures
         state.evaluated_at = state.step
+        first = evaluations[0]
+        if first.failure(self.config.rollout.turns.max_environment_errors) is None:  # failures are no reason to end
+            note_judged(self.config, state, figures, some_failed=first.failed > 0)
 
-    def checkpoint(self) -> Checkpoint:
-        """Write a checkpoint of the present state."""
+    def _save_stopped(self) -> Checkpoint:
+        """Return where a stopped run goes on: the scheduled checkpoint of the step's start, else a new one.
+
+        A step finds all before its first update again, bit for bit. A rollback may need the scheduled one as it is.
+        """
         state = self.state
+        if self._saved_at == state.step and not state.update:
+            found = list_checkpoints(self.directory.checkpoints)
+            return next(c for c in found if (c.step, c.update) == (state.step, 0))
+        return self.checkpoint(scheduled=False)
+
+    def checkpoint(self, *, scheduled: bool = True) -> Checkpoint:
+        """Write a checkpoint of the present state, with the batch that is being drawn, for which it waits.
+
+        In the free schedule it waits for nothing: what is being drawn is drawn again after a resume.
+
+        Args:
+            scheduled: it may turn out to be healthy; one that a stop writes may not.
+
+        Raises:
+            Interrupted: when `should_stop` says so before that, and nothing is lost.
+        """
+        state = self.state
+        self.batches.prepare_checkpoint()
         with self._phase("checkpoint"):
-            note_checkpoint(state, self.config)
+            if scheduled:
+                note_checkpoint(state, self.config)
             self.trainer.send_weights(self.policy)
             state.metrics_bytes = self.directory.metrics_bytes()
             fields, batches = state.serialise()
@@ -369,19 +347,13 @@ class TrainingRun:
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json."""
-        state = self.state
-        return {
-            "objective": self.config.objective.model_dump(),
-            "seed": self.config.seed,
-            "steps": state.step,
-            "old_logprobs": state.old_logprobs,
-            **({} if self.replay is None else self.replay.figures(state.old_logprobs)),
-            "start": state.start_evaluation,
-            "final": state.last_evaluation,
-            **({"rollbacks": state.rollbacks} if state.rollbacks else {}),
-            "tokens": state.tokens,
-            "seconds": {**state.seconds, "total": sum(phases(state.seconds).values())},
-        }
+        early = {} if (reason := self._early_end()) is None else {"ended_early": reason}
+        return summary_of(self.config, self.state, self.replay) | early | self.batches.figures()
+
+    def _early_end(self) -> str | None:
+        """Say why the run ends before its last step, None where it goes on."""
+        stop = self.config.train.stop_when
+        return None if stop is None else reason_to_end(stop, judged_by(stop, self.state))
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every
@@ -390,6 +362,7 @@ class TrainingRun:
 
     def _checkpoint_due(self) -> bool:
         step, every = self.state.step, self.config.checkpoint.every
-        due = step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
+        last = step == self.config.train.steps or self._early_end() is not None
+        due = last or (every > 0 and step > 0 and step % every == 0)
         due |= step == 0 and self.config.warnings.on_collapse == "rollback"  # to roll back to
         return due and self._saved_at != step

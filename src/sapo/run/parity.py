@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sapo.config import RunConfig
-from sapo.data import Group
+from sapo.data import Group, Prompt
 from sapo.errors import ParityError
 from sapo.model.policy import Policy
 from sapo.rollout.collector import Collector
@@ -43,6 +43,9 @@ class ParityCheck:
         rollout, copies = config.rollout, collector.engine.capabilities.copies_weights
         self._config = config
         self._policy = policy
+        self.ahead = rollout.staleness > 0 or rollout.schedule == "free"
+        """A batch may be drawn while its weights are left behind, so completions of its first prompts are drawn for
+        the check, and compared, before that."""
         self._collector = collector
         self._logprobs = logprobs
         self._directory = directory
@@ -57,7 +60,9 @@ class ParityCheck:
         return self._every > 0 and (batch < self._first or batch % self._every == 0)
 
     def check(self, groups: Sequence[Group], step: int, version: int) -> dict[str, float]:
-        """Compare a few groups that were just drawn; return the figures for metrics.jsonl.
+        """Compare a few groups of a batch that was just drawn; return the figures for metrics.jsonl.
+
+        Where these were not drawn from the policy as it is, others of the same prompts are compared.
 
         Args:
             step: 0, 1, ...
@@ -66,7 +71,17 @@ class ParityCheck:
         Raises:
             ParityError: the engine differs by more than the tolerance.
         """
-        found = compare_logprobs(self._logprobs, self._of_the_policy(groups[:CHECKED_GROUPS], step, version))
+        rounded = self._config.experiments.sampler_dtype_at(step) is not None
+        if self._collector.params.full_distribution and not rounded:
+            return self._compare(groups[:CHECKED_GROUPS], step)
+        return self.check_prompts([group.prompt for group in groups], step, version)
+
+    def check_prompts(self, prompts: Sequence[Prompt], step: int, version: int) -> dict[str, float]:
+        """Draw completions of a few encoded prompts and compare these; see `check`."""
+        return self._compare(self._collector.probe(prompts[:CHECKED_GROUPS], self._policy.weights(), version), step)
+
+    def _compare(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        found = compare_logprobs(self._logprobs, groups)
         worst = found.log_ratio_max_abs if self._by_token else found.ratio_abs_dev
         if not worst <= self._tolerance:
             raise ParityError(self._message(found, step))
@@ -75,13 +90,6 @@ class ParityCheck:
             "ratio/abs_dev": found.ratio_abs_dev,
             "tokens": found.tokens,
         }
-
-    def _of_the_policy(self, groups: Sequence[Group], step: int, version: int) -> Sequence[Group]:
-        """Return the groups, or others of the same prompts where these were not drawn from the policy as it is."""
-        rounded = self._config.experiments.sampler_dtype_at(step) is not None
-        if self._collector.params.full_distribution and not rounded:
-            return groups
-        return self._collector.probe(groups, self._policy.weights(), version)
 
     def _message(self, found: Comparison, step: int) -> str:
         name, what = self._config.rollout.engine, "largest |log r|" if self._by_token else "mean |r - 1|"

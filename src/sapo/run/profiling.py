@@ -7,7 +7,7 @@ every operator of the steps asked for; chrome://tracing and https://ui.perfetto.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,9 +24,16 @@ class Profiler:
         config: of the run.
         directory: of the run; traces go to its profile/.
         seconds: gives the mapping that the seconds are added to.
+        on_phase: called with the name of every phase that begins.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, seconds: Callable[[], MutableMapping[str, float]]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        seconds: Callable[[], MutableMapping[str, float]],
+        on_phase: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.settings: ProfileConfig | None = config.profile
         self.directory = directory / "profile"
         self._cuda = config.device.startswith("cuda")
@@ -35,7 +42,14 @@ class Profiler:
         else:
             synchronize = torch.cuda.synchronize if self._cuda else lambda: None
             self._recorder = SpanRecorder(seconds, record_function, synchronize)
-        self.phase = self._recorder.measure
+        self._on_phase = on_phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one phase of the run."""
+        self._on_phase(name)
+        with self._recorder.measure(name):
+            yield
 
     @contextmanager
     def run(self) -> Iterator[None]:
@@ -45,6 +59,17 @@ class Profiler:
             return
         with self._recorder.listening():
             yield
+
+    @contextmanager
+    def beside(self, seconds: MutableMapping[str, float]) -> Iterator[SpanRecorder]:
+        """Time the work of another thread, which is no part of the run's phases; called in that thread.
+
+        Args:
+            seconds: what it takes is added here, by phase; their parts too if a profile was asked for.
+        """
+        recorder = SpanRecorder(lambda: seconds)
+        with recorder.listening() if self.settings is not None else nullcontext():
+            yield recorder
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:

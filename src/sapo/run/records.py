@@ -7,29 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from sapo.data import Group
+from sapo.data import Completion, Group, Prompt
 from sapo.training.update_result import UpdateResult
 
 
 def token_gates(
-    result: UpdateResult, update: int, minibatches: int, samples: int, on_policy: bool
+    result: UpdateResult, update: int, minibatches: int, samples: Sequence[int], on_policy: bool
 ) -> dict[str, dict[str, Any]]:
     """Return what an update measured token by token, as arrays by sequence of the step.
 
     Args:
         update: which of the step's `minibatches`.
-        samples: per prompt.
+        samples: how many completions each group of the step has.
         on_policy: the update was made at the weights that sampled; the first of a stale batch is not.
     """
+    starts = np.cumsum([0, *samples])
+    places = [
+        place for group in range(update, len(samples), minibatches) for place in range(*starts[group : group + 2])
+    ]
     lengths = result.sequence_M.bincount().tolist()
     measured = {"log_ratio": result.log_ratio_M, "gate_weight": result.weight_M, "entropy": result.entropy_M}
     by_name = {name: values.cpu().split(lengths) for name, values in measured.items() if values is not None}
     gates: dict[str, dict[str, Any]] = {}
     for number, sequence in enumerate(result.sequence_ids):
-        group, sample = divmod(sequence, samples)
-        place = (update + group * minibatches) * samples + sample  # the inverse of split_minibatches
         own = {name: parts[number].numpy() for name, parts in by_name.items()}
-        gates[str(place)] = {"update": update, "on_policy": on_policy, **own}
+        gates[str(places[sequence])] = {"update": update, "on_policy": on_policy, **own}
     return gates
 
 
@@ -61,6 +63,7 @@ def rollout_records(
                 "prompt_id": group.prompt.id,
                 "task": group.prompt.task,
                 "prompt": group.prompt.text,
+                **_shown(group.prompt),
                 "answer": group.prompt.answer,
                 "sample": sample,
                 "text": completion.text,
@@ -77,6 +80,57 @@ def rollout_records(
                 "token_ids": completion.token_ids.tolist(),
                 "logprobs": completion.logprobs.tolist(),
                 **({"old_logprobs": old.tolist()} if len(old) else {}),
+                **({"versions": completion.versions} if completion.versions else {}),
+                **_episode(completion),
                 **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in measured.items()},
             }
             sequence += 1
+
+
+def sampled_completions(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return two completions of one prompt to look at: the best and the worst of the group whose rewards differ most.
+
+    >>> from sapo.data import Completion, Score
+    >>> wrong = Completion((5,), (-1.0,), "stop", "a", Score(0.0))
+    >>> right = Completion((6,), (-1.0,), "stop", "b", Score(1.0))
+    >>> [s["text"] for s in sampled_completions([Group(Prompt(0, "t", "q"), (wrong, right))])]
+    ['b', 'a']
+    """
+    if not groups:
+        return []
+
+    def spread(group: Group) -> float:
+        rewards = [completion.score.reward for completion in group.completions]
+        return max(rewards) - min(rewards)
+
+    group = max(groups, key=spread)
+    ranked = sorted(group.completions, key=lambda completion: -completion.score.reward)
+    return [
+        {"task": group.prompt.task, "prompt": group.prompt.text, "text": c.text, "reward": c.score.reward}
+        for c in (ranked[0], ranked[-1])
+    ]
+
+
+def _episode(completion: Completion) -> dict[str, Any]:
+    """Return what the environment said, as [own tokens before, ids, text, tokens kept]; nothing in a single turn."""
+    if not completion.observations:
+        return {}
+    return {"observations": [[o.at, list(o.token_ids), o.text, o.keep] for o in completion.observations]}
+
+
+def _shown(prompt: Prompt) -> dict[str, Any]:
+    """Return the pictures of a prompt by hash, with the size of each, and how many tokens in what grid it is."""
+    if not prompt.pictures:
+        return {}
+    record: dict[str, Any] = {
+        "pictures": [p.sha256 for p in prompt.pictures],
+        "picture_sizes": [list(p.size) for p in prompt.pictures],
+    }
+    if (tokens := prompt.picture_tokens) is not None:
+        record["picture_tokens"] = [len(places) for places in tokens.places]
+        if tokens.positions is not None:
+            _, height, width = tokens.positions
+            record["picture_grids"] = [
+                [len({axis[i] for i in places}) for axis in (height, width)] for places in tokens.places
+            ]
+    return record

@@ -18,6 +18,9 @@ from sapo.data import Group
 from sapo.errors import NonFiniteError
 from sapo.training.logprobs import GroupLogprobs
 
+LARGE_MISMATCH = 0.05
+"""Nats that rounding in float32 never makes: what is more is another model."""
+
 CHECKED_GROUPS = 8
 """Number of groups whose log-probabilities are compared: a few tell as much as all of them."""
 
@@ -54,6 +57,22 @@ class SelfCheck:
         differs = f"differs from the trainer's by up to {self.log_ratio_max_abs:.3g}"
         why = "is of a cut distribution" if self.cut else "is of rounded weights" if self.rounded else differs
         return f"log pi_old is the engine's although it {why}; train.old_logprobs=auto would recompute it"
+
+    def mismatch(self, dtype: str) -> str | None:
+        """Return a warning of an engine that computes another model than the trainer; None where they may agree.
+
+        Args:
+            dtype: of the trained weights. In 16 bits rounding alone may be as large.
+        """
+        comparable = dtype == "float32" and not self.cut and not self.rounded
+        if not comparable or self.log_ratio_max_abs <= LARGE_MISMATCH:
+            return None
+        return (
+            f"the engine's log-probabilities differ from the trainer's by up to {self.log_ratio_max_abs:.3g} nats of "
+            "the same tokens at the same weights, which is no rounding of float32: one of the two computes another "
+            "model, or in a lower precision; what is sampled is not what is trained (`sapo doctor --model` tells how "
+            "the local engine decodes the model)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return its line of metrics.jsonl, without kind and step."""
@@ -104,7 +123,7 @@ def compare_logprobs(logprobs: GroupLogprobs, groups: Sequence[Group]) -> Compar
     Raises:
         NonFiniteError: a log-probability is not finite.
     """
-    checked = groups[:CHECKED_GROUPS]
+    checked = [g for g in groups if any(map(len, g.completions))][:CHECKED_GROUPS]
     theirs = np.concatenate([c.logprobs for g in checked for c in g.completions], dtype=np.float64)
     ours = np.concatenate([part for per_group in logprobs.compute(checked) for part in per_group], dtype=np.float64)
     with np.errstate(invalid="ignore"):  # of two infinities

@@ -6,7 +6,7 @@ Python writes the shortest decimal that reads back as the same number, and array
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,10 @@ from sapo.data import Group
 from sapo.data.arrays import ArrayReader, FlatArrays
 from sapo.data.serialisation import group_from_json, group_to_json
 from sapo.diagnostics.warnings import Health
+from sapo.errors import CheckpointError
 from sapo.rollout.selection import Position
+from sapo.run.line import Line
+from sapo.utils.text import first_line
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class RunState:
 
     step: int = 0
     """Whole steps done."""
+    run: str | None = None
+    """Name of the run (`InputRecord.run`), by which a checkpoint of another run is told; None in earlier versions."""
     update: int = 0
     """Updates done in the present step."""
     groups: list[Group] | None = None
@@ -57,6 +62,8 @@ class RunState:
     """Batches sampled for later steps, the next one first: under staleness the run keeps these, and not old weights."""
     position: Position = field(default_factory=Position)
     """Where the next batch's prompts begin."""
+    line: Line = field(default_factory=Line)
+    """For the free schedule: the groups that wait, and the prompts that are being drawn."""
     selection: dict[str, float] = field(default_factory=dict)
     """Figures of how the present step's batch was chosen, for the step's own line."""
     unfilled: int = 0
@@ -72,6 +79,10 @@ class RunState:
     """engine, trainer or current, once the self-check has decided."""
     start_evaluation: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
+    judged: list[float] = field(default_factory=list)
+    """The figure of train.stop_when at each evaluation since the rule has looked at this figure."""
+    judged_metric: str | None = None
+    """Name of that figure."""
     tokens: dict[str, int] = field(default_factory=lambda: {"generated": 0, "trained": 0})
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase, over all the run's processes."""
@@ -98,6 +109,13 @@ class RunState:
         """Count the rollout batches sampled so far: those of the steps done, the present one, those ahead."""
         return self.step + (self.groups is not None) + len(self.ahead)
 
+    def waiting(self) -> Iterator[Group]:
+        """Yield the groups that are sampled and in no finished step."""
+        yield from self.groups or ()
+        for batch in self.ahead:
+            yield from batch.groups
+        yield from self.line.ready
+
     def take_next(self, minibatches: int) -> RolloutBatch:
         """Make the first of the batches ahead the present step's, and return it."""
         batch = self.ahead.pop(0)
@@ -113,6 +131,7 @@ class RunState:
             **_batch_to_json(vars(self), arrays),
             "ahead": [_batch_to_json(vars(batch), arrays) for batch in self.ahead],
             "gates": {sequence: _without_arrays(gate, arrays) for sequence, gate in self.gates.items()},
+            "line": self.line.to_json(arrays),
             "position": asdict(self.position),
             "health": asdict(self.health),
         }
@@ -123,8 +142,23 @@ class RunState:
         """Return the state that `serialise` was called on; the JSON value may have been through text.
 
         Raises:
-            CheckpointError: the arrays are not those of this JSON value.
+            CheckpointError: the arrays are not those of this JSON value, or it is of another version or damaged.
         """
+        try:
+            return cls._read(fields, joined)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+            raise CheckpointError(
+                f"state.json must be the state of a run, of this version of the package; got {reason}"
+            ) from error
+
+    @classmethod
+    def _read(cls, fields: dict[str, Any], joined: Mapping[str, np.ndarray]) -> RunState:
+        for name, kinds in _KINDS.items():
+            if not isinstance(value := fields.get(name, kinds[0]()), kinds) or isinstance(value, bool):
+                raise TypeError(f"{name}={value!r:.60}")
         arrays, position = ArrayReader(joined), fields["position"]
         rates = {task: {int(row): rate for row, rate in of.items()} for task, of in position["pass_rates"].items()}
         return cls(
@@ -132,10 +166,26 @@ class RunState:
                 **_batch_from_json(fields, arrays),
                 "ahead": [RolloutBatch(**_batch_from_json(batch, arrays)) for batch in fields.get("ahead", [])],
                 "gates": {sequence: _with_arrays(gate, arrays) for sequence, gate in fields["gates"].items()},
+                "line": Line.from_json(fields["line"], arrays) if "line" in fields else Line(),
                 "position": Position(position["offsets"], rates),
                 "health": Health.from_json(fields.get("health", {})),
             }
         )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "update", "unfilled", "evaluated_at", "metrics_bytes", "rollbacks"), (int,)),
+    **dict.fromkeys(("selection", "gates", "tokens", "seconds", "position", "line"), (dict,)),
+    **dict.fromkeys(
+        ("ahead", "dropped", "step_updates", "healthy_steps", "tried_steps", "kept_steps", "judged"), (list,)
+    ),
+    **dict.fromkeys(("run", "old_logprobs", "judged_metric"), (str, type(None))),
+    **dict.fromkeys(("start_evaluation", "last_evaluation", "collapse"), (dict, type(None))),
+    "learning_rate_scale": (float, int),
+    "groups": (list, type(None)),
+    "candidate_step": (int, type(None)),
+}
+"""Types of a state's JSON values."""
 
 
 def _batch_to_json(batch: Mapping[str, Any], arrays: FlatArrays) -> dict[str, Any]:

@@ -62,9 +62,18 @@ def make_trainer(
         weight_decay=train.weight_decay,
         grad_clip=train.grad_clip,
         name=train.optimizer,
+        scaled=_scaled(config, policy),
         rounded=policy.sharded is not None and not {*policy.sharded.values()} <= {torch.float32, torch.float64},
     )
     return Trainer(policy, optimizer, settings, reference=reference, routers=routers, ranks=ranks, context=context)
+
+
+def _scaled(config: RunConfig, policy: Policy) -> dict[str, float]:
+    """Return the factors of the learning rate by parameter, where it is not that of all."""
+    scale = config.model.vision.learning_rate_scale
+    if policy.vision is None or scale == 1:
+        return {}
+    return {name: scale for part in ("merger", "tower") for name, _ in policy.vision.parameters(part)}
 
 
 def make_rank(config: RunConfig, policy: Policy, reference: Policy | None, ranks: Collective) -> Trainer:
@@ -107,11 +116,7 @@ def check_optimizer(config: RunConfig) -> None:
         ConfigError: the rule, and the way out.
     """
     train = config.train
-    if train.ranks > 1 and train.optimizer == "adamw_8bit":
-        raise ConfigError(
-            f"train.optimizer=adamw_8bit needs train.ranks=1, since its blocks of 256 elements would be cut by the "
-            f"slices of the ranks; got {train.ranks} ranks; use train.optimizer=adamw"
-        )
+    check_sliceable(config)
     takes = find_optimizer(train.optimizer).takes
     for option in fields(OptimizerOptions):
         key = {"eps": "adam_eps"}.get(option.name, option.name)
@@ -125,6 +130,20 @@ def check_optimizer(config: RunConfig) -> None:
     prove_optimizer(train.optimizer, options, resolve_device(config.device))
 
 
+def check_sliceable(config: RunConfig) -> None:
+    """Refuse an optimizer whose state cannot be sliced over the ranks of a recipe.
+
+    Raises:
+        ConfigError: the rule, and the way out.
+    """
+    train = config.train
+    if train.ranks > 1 and train.optimizer == "adamw_8bit":
+        raise ConfigError(
+            f"train.optimizer=adamw_8bit needs train.ranks=1, since its blocks of 256 elements would be cut by the "
+            f"slices of the ranks; got {train.ranks} ranks; use train.optimizer=adamw"
+        )
+
+
 def make_packer(config: RunConfig, policy: Policy) -> Packer:
     """Make the packer of a run, for a trainer that computes where the policy is, or for the ranks of a group."""
     ranks = config.train.ranks
@@ -135,4 +154,5 @@ def make_packer(config: RunConfig, policy: Policy) -> Packer:
         device=policy.device if ranks == 1 else "cpu",
         include_flat=config.objective.kl is not None,
         ranks=ranks // config.train.context_parallel if ranks > 1 else 1,
+        picture_tokens_per_microbatch=config.train.picture_tokens_per_microbatch,
     )

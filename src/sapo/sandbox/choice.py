@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sapo.sandbox import canary
@@ -67,7 +69,12 @@ _process = os.getpid()
 
 
 def run_program(
-    source: str, *, stdin: str = "", limits: Limits | None = None, backend: str | None = None
+    source: str,
+    *,
+    stdin: str = "",
+    limits: Limits | None = None,
+    backend: str | None = None,
+    handed: Sequence[socket.socket] = (),
 ) -> ProgramResult:
     """Run an untrusted Python program and return how it ended.
 
@@ -79,12 +86,17 @@ def run_program(
         stdin: its standard input, which is a regular file.
         limits: see `Limits`.
         backend: one of BACKENDS; None takes the first that works here.
+        handed: sockets that the program gets, under the same descriptors. They are closed here as soon as it has them,
+            and in any case at the end, so that the other end of each sees when the program has ended.
 
     Raises:
         SandboxUnavailable: no backend works on this machine.
         SandboxError: the sandbox failed, for a reason other than the program.
     """
-    return _run(choose_backend(backend), source, stdin, limits or Limits())
+    with ExitStack() as stack:
+        for end in handed:
+            stack.enter_context(end)
+        return _run(choose_backend(backend), source, stdin, limits or Limits(), handed)
 
 
 def choose_backend(name: str | None = None) -> Backend:
@@ -153,10 +165,14 @@ def _prove(candidate: Backend) -> str | None:
         return " ".join(str(error).split())
 
 
-def _run(backend: Backend, source: str, stdin: str, limits: Limits) -> ProgramResult:
+def _run(
+    backend: Backend, source: str, stdin: str, limits: Limits, handed: Sequence[socket.socket] = ()
+) -> ProgramResult:
     status_read, status_write = os.pipe()
     try:
         with backend.launch(_encode(source), limits, status_write) as launch:
+            inherit = (*launch.inherit, *(end.fileno() for end in handed))
+            launch = replace(launch, inherit=inherit, handed=tuple(handed))
             ending = supervise(launch, status_read, _encode(stdin), limits)
     finally:
         os.close(status_read)

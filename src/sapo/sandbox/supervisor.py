@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import selectors
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ class Launch:
     """Descriptors that the command needs, including `status_write`."""
     status_write: int
     """Descriptor to which the trusted part of the backend reports. The program does not get it."""
+    handed: tuple[socket.socket, ...] = ()
+    """Sockets that the program gets. They are closed here once it has them."""
 
 
 @dataclass
@@ -132,6 +135,8 @@ def supervise(launch: Launch, status_read: int, stdin: bytes, limits: Limits) ->
         finally:
             os.close(given)
             os.close(launch.status_write)
+            for end in launch.handed:
+                end.close()
         assert process.stdout is not None
         assert process.stderr is not None
         stack.enter_context(process.stdout)

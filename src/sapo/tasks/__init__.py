@@ -5,7 +5,8 @@ their completions. Tasks know only text: the caller makes token ids.
 """
 
 from sapo.errors import TaskError
-from sapo.tasks.base import FiniteTask, JudgedTask, Task, WorkedTask
+from sapo.tasks.base import FiniteTask, JudgedTask, Task, WorkedTask, notices_of
+from sapo.tasks.broken import FailedCalls, TriedReward, failed_calls, try_reward
 from sapo.tasks.generated.arithmetic import ALPHABET, ArithmeticTask
 from sapo.tasks.generated.reasoning import ReasoningGymTask
 from sapo.tasks.mixture import prompts_for_step
@@ -24,6 +25,7 @@ __all__ = [
     "ArithmeticTask",
     "DatasetSettings",
     "DatasetTask",
+    "FailedCalls",
     "FileSettings",
     "FileTask",
     "FiniteTask",
@@ -33,11 +35,15 @@ __all__ = [
     "RowTask",
     "Task",
     "TaskError",
+    "TriedReward",
     "WorkedTask",
+    "failed_calls",
     "load_verifier",
     "make_task",
+    "notices_of",
     "prompts_for_step",
     "score_completions",
     "score_groups",
     "status_counts",
+    "try_reward",
 ]

@@ -7,7 +7,7 @@ that a resumed run, or one on more ranks, samples exactly the same prompts in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -62,6 +62,11 @@ class WorkedTask(Task, Protocol):
         ...
 
 
+def notices_of(tasks: Iterable[Task]) -> list[str]:
+    """Return the lines that tasks have for the user, as of rows that were skipped."""
+    return [line for task in tasks for line in getattr(task, "notices", ())]
+
+
 class JudgedTask:
     """A task with one verifier, to whose workers a batch of completions goes at once.
 
@@ -75,27 +80,34 @@ class JudgedTask:
         return self.verifier(text, prompt)
 
 
+LARGEST_REWARD = 1e15
+"""Largest |reward| and |figure|. Sums of squares of such numbers are finite in float32, and their last digit is still
+below 1; a larger one is a fault of its verifier."""
+
+
 def checked_score(score: Any) -> Score:
-    """Return a score whose reward is a finite float.
+    """Return a score whose reward is a float that can be computed with.
 
     Raises:
         TypeError: `score` is no Score, or its reward is no real number.
-        ValueError: its reward or a further figure is not finite, or its status is unknown.
+        ValueError: its reward or a further figure is not finite or beyond LARGEST_REWARD, or its status is unknown.
     """
     if not isinstance(score, Score):
         raise TypeError(f"verify must return a Score; got {type(score).__name__}")
     for name, figure in score.figures.items():  # otherwise a NaN would be found only when the metrics are written
         if not (isinstance(figure, Real) and math.isfinite(figure)):
             raise ValueError(f"a verifier's figures must be finite numbers; got {name}={figure!r}; leave it out")
+        if abs(figure) > LARGEST_REWARD:
+            raise ValueError(f"a verifier's figures must lie within +-{LARGEST_REWARD:g}; got {name}={figure!r}")
     return replace(score, reward=checked_reward(score.reward), status=Status(score.status))
 
 
 def checked_reward(value: Any) -> float:
-    """Return a reward as a finite float.
+    """Return a reward as a float that can be computed with.
 
     Raises:
         TypeError: `value` is not a real number.
-        ValueError: `value` is not finite.
+        ValueError: `value` is not finite, or beyond LARGEST_REWARD.
     """
     # numpy's bool is no Real. It is recognised by name, so that a worker need not load numpy.
     is_numpy_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
@@ -104,6 +116,8 @@ def checked_reward(value: Any) -> float:
     reward = float(value)
     if not math.isfinite(reward):
         raise ValueError(f"a reward must be finite; got {reward}; return 0 for an answer that cannot be judged")
+    if abs(reward) > LARGEST_REWARD:
+        raise ValueError(f"a reward must lie within +-{LARGEST_REWARD:g}; got {reward:g}; scale it down")
     return reward
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from sapo.data import Completion, Prompt, Score, Status
 from sapo.tasks.base import JudgedTask, Task, checked_score
 from sapo.tasks.verifiers import Isolated
+from sapo.tasks.verifiers.base import ABSTAINED
+from sapo.tasks.verifiers.combined import CombinedHere
+from sapo.tasks.verifiers.in_process import InProcess
 from sapo.tasks.workers.pool import shared_pool
 from sapo.tasks.workers.wire import Job
 
@@ -38,13 +41,16 @@ def score_completions(task: Task, prompt: Prompt, completions: Sequence[Completi
 def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> list[tuple[Completion, ...]]:
     """Score a whole batch, in the order given: `score_completions` of each (task, prompt, completions).
 
-    Isolated verifiers run in worker processes in parallel, the others in this process. Equal completions of one prompt
-    are scored once where the verifier is pure.
+    Isolated verifiers run in worker processes in parallel, the others in this process; a function that the user gave to
+    this process gets its whole batch at once. Equal completions of one prompt
+    are scored once where the verifier is pure. A verifier that is batched gets the completions of a prompt in one call.
     """
     jobs, owners = _jobs_for_workers(items)
     scores: dict[_Place, Score] = {}
-    for places, score in zip(owners, shared_pool().run(jobs) if jobs else [], strict=True):
-        scores |= dict.fromkeys(places, score)
+    for owned, found in zip(owners, shared_pool().run_batches(jobs) if jobs else [], strict=True):
+        for places, score in zip(owned, found, strict=True):
+            scores |= dict.fromkeys(places, score)
+    scores |= _scores_here(items)
     return [
         tuple(
             replace(completion, score=scores.get(_Place(i, j)) or _score(task, prompt, completion))
@@ -56,29 +62,51 @@ def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> 
 
 def _jobs_for_workers(
     items: Sequence[tuple[Task, Prompt, Sequence[Completion]]],
-) -> tuple[list[Job], list[list[_Place]]]:
-    """Return the jobs for the worker pool, and the completions that each job scores."""
+) -> tuple[list[Job], list[list[list[_Place]]]]:
+    """Return the jobs for the worker pool, and for each text of a job the completions that have it."""
     jobs: list[Job] = []
-    owners: list[list[_Place]] = []
+    owners: list[list[list[_Place]]] = []
     for i, (task, prompt, completions) in enumerate(items):
         verifier = _isolated_verifier(task)
         if verifier is None:
+            continue
+        if verifier.batched:
+            judged = [(j, completion) for j, completion in enumerate(completions) if not _truncated(task, completion)]
+            if judged:
+                jobs.append(verifier.batch([completion.text for _, completion in judged], prompt))
+                owners.append([[_Place(i, j)] for j, _ in judged])
             continue
         seen: dict[str, int] = {}
         for j, completion in enumerate(completions):
             if _truncated(task, completion):
                 continue
             if verifier.pure and completion.text in seen:
-                owners[seen[completion.text]].append(_Place(i, j))
+                owners[seen[completion.text]][0].append(_Place(i, j))
                 continue
             seen[completion.text] = len(jobs)
             jobs.append(verifier.job(completion.text, prompt))
-            owners.append([_Place(i, j)])
+            owners.append([[_Place(i, j)]])
     return jobs, owners
 
 
+def _scores_here(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> dict[_Place, Score]:
+    """Return the scores by verifiers that are functions of this process, each with all its completions in one call."""
+    by_verifier: dict[int, tuple[InProcess | CombinedHere, list[tuple[int, list[int]]]]] = {}
+    for i, (task, _, completions) in enumerate(items):
+        verifier = _verifier_of(task)
+        places = [j for j, completion in enumerate(completions) if not _truncated(task, completion)]
+        if isinstance(verifier, InProcess | CombinedHere) and places:
+            by_verifier.setdefault(id(verifier), (verifier, []))[1].append((i, places))
+    scores: dict[_Place, Score] = {}
+    for verifier, asked in by_verifier.values():
+        requests = [([items[i][2][j].text for j in places], items[i][1]) for i, places in asked]
+        for (i, places), found in zip(asked, verifier.score_many(requests), strict=True):
+            scores |= {_Place(i, j): score or ABSTAINED for j, score in zip(places, found, strict=True)}
+    return scores
+
+
 def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
-    """Count the completions with each of the four statuses.
+    """Count the completions with each status; errors of environments are there only where there are some.
 
     >>> status_counts([Completion((), (), "stop")])
     {'scored': 1, 'unparseable': 0, 'truncated': 0, 'verifier_error': 0}
@@ -86,6 +114,8 @@ def status_counts(completions: Iterable[Completion]) -> dict[str, int]:
     counts = {status.value: 0 for status in Status}
     for completion in completions:
         counts[completion.score.status.value] += 1
+    if not counts[Status.ENVIRONMENT_ERROR.value]:
+        del counts[Status.ENVIRONMENT_ERROR.value]
     return counts
 
 
@@ -102,18 +132,23 @@ def _truncated(task: Task, completion: Completion) -> bool:
 
 
 def _isolated_verifier(task: Task) -> Isolated | None:
-    # A task that overrides `verify` does not use its verifier.
+    verifier = _verifier_of(task)
+    return verifier if isinstance(verifier, Isolated) else None
+
+
+def _verifier_of(task: Task) -> object:
+    """Return a task's verifier, None where it overrides `verify` and does not use one."""
     if getattr(type(task), "verify", None) is not JudgedTask.verify:
         return None
-    verifier = getattr(task, "verifier", None)
-    return verifier if isinstance(verifier, Isolated) else None
+    return getattr(task, "verifier", None)
 
 
 def _score(task: Task, prompt: Prompt, completion: Completion) -> Score:
     if _truncated(task, completion):
         return Score(0.0, Status.TRUNCATED, f"no end token within {len(completion)} tokens")
-    # Any exception: a verifier is often a user's code, and one bad completion must not end a run.
+    # Any exception, and a call of sys.exit(): a verifier is often a user's code, and one bad completion must not end a
+    # run.
     try:
         return checked_score(task.verify(completion.text, prompt))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}"[:MAX_DETAIL])

@@ -21,13 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from sapo.errors import CheckpointError
 from sapo.model.policy import Policy
-from sapo.utils.files import replace_directory
+from sapo.utils.files import remove, replace_directory
+from sapo.utils.reading import is_whole, read_json
+from sapo.utils.text import first_line
 
 MANIFEST = "manifest.json"
+# What every checkpoint consists of beside the optimizer's state, of a model or an adapter.
+_PARTS = (
+    r"(adapter_)?config\.json",
+    r"(model|adapter_model)([-.].+)?\.(safetensors|bin)",
+    r"state\.json",
+)
 _NAME = re.compile(r"step-(\d{6,})(?:-update-(\d+))?")
 
 
@@ -54,11 +63,7 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the file that is missing, cut short or changed.
         """
-        try:
-            manifest: dict[str, dict[str, Any]] = json.loads((self.path / MANIFEST).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.path} has no readable {MANIFEST}") from error
-        for name, expected in manifest.items():
+        for name, expected in self._manifest().items():
             file = self.path / name
             if not file.is_file():
                 raise CheckpointError(f"{file} is missing")
@@ -67,15 +72,47 @@ class Checkpoint:
             if _sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is not what was written: its SHA-256 differs")
 
+    def _manifest(self) -> dict[str, dict[str, Any]]:
+        """Read the manifest: every file that makes a checkpoint has to be in it, or nothing would be proven."""
+        try:
+            manifest = read_json(self.path / MANIFEST, "sizes and SHA-256 of a checkpoint's files", CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} has no readable {MANIFEST}: {error}") from error
+        for name, expected in manifest.items():
+            known = (
+                isinstance(expected, dict) and is_whole(expected.get("size")) and type(expected.get("sha256")) is str
+            )
+            if not known or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(
+                    f"{self.path / MANIFEST} must give size and SHA-256 of every file; got {name!r}: {expected!r:.60}"
+                )
+        for pattern in _PARTS:
+            if not any(re.fullmatch(pattern, name) for name in manifest):
+                raise CheckpointError(
+                    f"{self.path / MANIFEST} must name all files of a checkpoint; got none of {pattern}"
+                )
+        return manifest
+
+    @property
+    def proves_optimizer(self) -> bool:
+        """Return whether the manifest names the state of an optimizer, without which nothing can be resumed."""
+        return any(re.fullmatch(r"optimizer([-.].+)?\.safetensors", name) for name in self._manifest())
+
     def state(self) -> dict[str, Any]:
-        """Read the run's state, as it was given to `save_checkpoint`."""
-        state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
-        return state
+        """Read the run's state, as it was given to `save_checkpoint`.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return read_json(self.path / "state.json", "the state of a run", CheckpointError)
 
     def batches(self) -> dict[str, np.ndarray]:
         """Read the token data that was given to `save_checkpoint`; a checkpoint of an earlier version has none."""
         file = self.path / "batches.safetensors"
-        return safetensors.numpy.load_file(file) if file.exists() else {}
+        try:
+            return safetensors.numpy.load_file(file) if file.exists() else {}
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file} must be the token data of batches; got {first_line(error)}") from error
 
 
 def save_checkpoint(
@@ -99,18 +136,22 @@ def save_checkpoint(
     name = f"step-{step:06d}" + (f"-update-{update}" if update else "")
     directory.mkdir(parents=True, exist_ok=True)
     aside = directory / f".writing-{name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     aside.mkdir()
-    policy.save(aside)
-    save_optimizer(aside)
-    (aside / "state.json").write_text(json.dumps(state))
-    safetensors.numpy.save_file(dict(batches), aside / "batches.safetensors")
-    manifest = {
-        str(f.relative_to(aside)): {"size": f.stat().st_size, "sha256": _sha256(f)}
-        for f in sorted(aside.rglob("*"))
-        if f.is_file()
-    }
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    try:
+        policy.save(aside)
+        save_optimizer(aside)
+        (aside / "state.json").write_text(json.dumps(state))
+        safetensors.numpy.save_file(dict(batches), aside / "batches.safetensors")
+        manifest = {
+            str(f.relative_to(aside)): {"size": f.stat().st_size, "sha256": _sha256(f)}
+            for f in sorted(aside.rglob("*"))
+            if f.is_file()
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    except Exception:  # a full disk, say: what was begun is of no use
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     final = directory / name
     replace_directory(aside, final, directory / f".replaced-{name}")  # after a resume the same state is written again
     return Checkpoint(final, step, update)
@@ -132,15 +173,25 @@ def set_broken_aside(directory: Path, newest: Checkpoint | None) -> None:
         if newest is not None and checkpoint.path == newest.path:
             return
         target = directory / f"broken-{checkpoint.path.name}"
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         checkpoint.path.rename(target)
 
 
-def newest_whole(directory: Path, on_broken: Callable[[CheckpointError], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, None without one; call `on_broken` for each newer one that is not."""
+def newest_whole(
+    directory: Path,
+    on_broken: Callable[[CheckpointError], None],
+    check: Callable[[Checkpoint], object] = lambda _: None,
+) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, None without one.
+
+    Args:
+        on_broken: called for each newer one that is not.
+        check: called with one that its manifest proves; it may refuse it by a CheckpointError.
+    """
     for checkpoint in list_checkpoints(directory):
         try:
             checkpoint.verify()
+            check(checkpoint)
         except CheckpointError as error:
             on_broken(error)
         else:
@@ -155,7 +206,7 @@ def prune(directory: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
             shutil.rmtree(checkpoint.path)
     for pattern in (".writing-*", ".replaced-*"):
         for leftover in directory.glob(pattern):
-            shutil.rmtree(leftover)
+            remove(leftover)
 
 
 def _sha256(file: Path) -> str:

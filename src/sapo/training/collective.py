@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from sapo.training.heartbeat import Progress
+
 
 class Collective:
     """A training group as one of its ranks sees it. The rank of one process, which is the default, asks nobody.
@@ -19,12 +21,20 @@ class Collective:
         rank: of this process; rank 0 is the driver's.
         size: ranks of the group.
         group: of CPU tensors.
+        progress: of this process; a heartbeat may read it.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        group: dist.ProcessGroup | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self.group = group
+        self.progress = progress or Progress()
 
     def sum(self, value: float) -> float:
         """Sum a number over the ranks, in float64."""

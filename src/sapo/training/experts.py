@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from sapo.data import Group, PackedBatch, RoutedExperts
+from sapo.data import Group, PackedBatch
 from sapo.model.routing import routed_experts
 
 
@@ -16,8 +16,7 @@ class RecordedExperts:
     """Collects records batch by batch."""
 
     def __init__(self) -> None:
-        self._completions: dict[int, RoutedExperts] = {}
-        self._prompts: dict[int, RoutedExperts] = {}
+        self._paths: dict[int, np.ndarray] = {}
 
     def add(self, batch: PackedBatch, experts_Nlk: Tensor) -> None:
         """Record the experts that a forward pass over a batch chose."""
@@ -26,11 +25,10 @@ class RecordedExperts:
         ends = {segment.stop - 1: place for place, segment in enumerate(batch.segments)}
         bounds = np.searchsorted(sequence_M, np.arange(batch.num_sequences + 1))
         for b, sequence in enumerate(batch.sequence_ids):
-            # The first token is predicted from the end of the prompt, the others from the response's own inputs.
-            last_of_prompt, *inputs = predictor_M[bounds[b] : bounds[b + 1]].tolist()
-            assert sequence not in self._completions, f"sequence {sequence} was recorded twice"
-            self._completions[sequence] = routed_experts(experts[inputs])
-            self._prompts[sequence] = routed_experts(experts[_path(batch, ends[last_of_prompt])])
+            # The last token is predicted from the last input. What that sees is the prompt and all inputs.
+            last = int(predictor_M[bounds[b + 1] - 1])
+            assert sequence not in self._paths, f"sequence {sequence} was recorded twice"
+            self._paths[sequence] = experts[_path(batch, ends[last])]
 
     def attach(self, groups: Sequence[Group]) -> list[Group]:
         """Return the groups with the recorded experts; a sequence that was not packed gets none.
@@ -40,14 +38,16 @@ class RecordedExperts:
         first, found = 0, []
         for group in groups:
             places = range(first, first + len(group.completions))
+            paths = [self._paths.pop(i, None) for i in places]
+            prompt = len(group.prompt.token_ids)
             completions = tuple(
-                replace(c, experts=self._completions.pop(i, None))
-                for i, c in zip(places, group.completions, strict=True)
+                replace(c, experts=None if path is None else routed_experts(path[prompt:]))
+                for c, path in zip(group.completions, paths, strict=True)
             )
-            prompts = [self._prompts[i] for i in places if i in self._prompts]
+            prompts = [routed_experts(path[:prompt]) for path in paths if path is not None]
             found.append(replace(group, completions=completions, prompt_experts=prompts[0] if prompts else None))
             first = places.stop
-        assert not self._completions, f"{len(self._completions)} records belong to no sequence"
+        assert not self._paths, f"{len(self._paths)} records belong to no sequence"
         return found
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sapo.data import PackedBatch
-from sapo.model.attention import TreeLayout, gather_rows
+from sapo.model.attention import TreeLayout
 from sapo.model.context import ContextGroup, ContextSlice, own_slice
+from sapo.model.gather import gather_rows
 from sapo.model.head import HeadOutput, LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.objectives import KLPenalty, Surrogate
@@ -67,7 +68,7 @@ def response_states(policy: Policy, batch: PackedBatch, part: ContextSlice | Non
         part: a rank's slice of the batch, whose response tokens alone are then returned.
     """
     run, layout = (batch, TreeLayout(batch.segments, policy.device)) if part is None else (part.batch, part.layout)
-    hidden_NH = policy.hidden(run.token_ids_N, run.position_ids_N, layout)
+    hidden_NH = policy.hidden(run.token_ids_N, run.position_ids_N, layout, run.pictures)
     return gather_rows(hidden_NH, run.predictor_M)
 
 
@@ -161,6 +162,7 @@ def _head(
         bias_V=policy.head_bias,
         temperature=settings.temperature,
         softcap=policy.logit_softcap,
+        unused_K=policy.unused_K,
         entropy=settings.entropy,
     )
 
@@ -173,4 +175,5 @@ def _token_logprobs(policy: Policy, hidden_MH: Tensor, batch: PackedBatch, tempe
         bias_V=policy.head_bias,
         temperature=temperature,
         softcap=policy.logit_softcap,
+        unused_K=policy.unused_K,
     )

@@ -146,6 +146,10 @@ def _users_own(spec: str) -> OptimizerKind:
     return OptimizerKind(make, None, takes)
 
 
+FACTOR = "learning_rate_scale"
+"""Key of a parameter group whose learning rate is that of the others times a factor."""
+
+
 class PolicyOptimizer:
     """An optimizer on the policy's parameters through float32 masters.
 
@@ -154,6 +158,7 @@ class PolicyOptimizer:
         betas, eps, weight_decay: see `OptimizerOptions`.
         grad_clip: largest norm of the gradient; None does not clip.
         name: one of OPTIMIZERS, or `module:Class`.
+        scaled: factors of the learning rate, by the parameter's name; 1 for those that are not named.
         rounded: passes run on a copy of the parameters in 16 bits (model/sharding.py), so the parameters themselves are
             kept as masters.
 
@@ -170,6 +175,7 @@ class PolicyOptimizer:
         weight_decay: float,
         grad_clip: float | None,
         name: str = "adamw",
+        scaled: Mapping[str, float] | None = None,
         rounded: bool = False,
     ) -> None:
         self.names = [name for name, _ in named_parameters]
@@ -185,8 +191,16 @@ class PolicyOptimizer:
             if rounded or master is not parameter
         }
         """Masters that a checkpoint needs beside the weights."""
-        self.inner = find_optimizer(name).make(self.masters, OptimizerOptions(betas, eps, weight_decay))
+        factors = [(scaled or {}).get(name, 1.0) for name in self.names]
+        by_factor = {f: [m for m, own in zip(self.masters, factors, strict=True) if own == f] for f in factors}
+        first = 1.0 if 1.0 in by_factor or not factors else factors[0]
+        options = OptimizerOptions(betas, eps, weight_decay)
+        self.inner = find_optimizer(name).make(by_factor.pop(first, []), options)
         """The torch optimizer over the masters."""
+        if first != 1.0:
+            self.inner.param_groups[0][FACTOR] = first
+        for factor, group in by_factor.items():
+            self.inner.add_param_group({"params": group, FACTOR: factor})
         self._state = OptimizerState(self.inner, dict(zip(self.names, self.masters, strict=True)))
 
     def collect_gradients(self) -> None:
@@ -222,10 +236,11 @@ class PolicyOptimizer:
         if self.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.grad_clip, norm)
         for group in self.inner.param_groups:
+            rate = learning_rate * group.get(FACTOR, 1.0)
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)  # a compiled step would be compiled anew for another number
+                group["lr"].fill_(rate)  # a compiled step would be compiled anew for another number
             else:
-                group["lr"] = learning_rate
+                group["lr"] = rate
         self.inner.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):

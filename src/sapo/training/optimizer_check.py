@@ -57,7 +57,7 @@ def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
         return sum(kind.state_bytes(p.numel(), max(4, p.element_size())) for p in parameters)
     probe = _Probe(name, OptimizerOptions(), torch.device("cpu"), PROBE_SHAPES[:1])
     probe.train(range(1))
-    kept = sum(t.numel() * t.element_size() for t in probe.optimizer.state_tensors().values())
+    kept = sum(t.nbytes for t in probe.optimizer.state_tensors().values())
     return kept * sum(p.numel() for p in parameters) // probe.parameters[0].numel()
 
 

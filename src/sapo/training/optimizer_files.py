@@ -11,19 +11,22 @@ Either can be read by any number of ranks: each reads the rows that it keeps.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sapo.errors import CheckpointError
 from sapo.model.sharding import is_first_replica, own_part, own_rows, shard_from_rows
+from sapo.utils.reading import interpreting, is_whole, read_json
+from sapo.utils.text import first_line
 
 SINGLE = "optimizer.safetensors"
 INDEX = "optimizer.index.json"
@@ -84,10 +87,11 @@ class OptimizerFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._index: dict[str, dict[str, Any]]
         if (directory / INDEX).exists():
-            self._index: dict[str, dict[str, Any]] = json.loads((directory / INDEX).read_text())
+            self._index = _read_index(directory / INDEX)
             return
-        with safe_open(directory / SINGLE, framework="pt") as file:
+        with _opened(directory / SINGLE) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
         self._index = {
             name: {"shape": shape, "parts": [{"file": SINGLE, "rows": [0, shape[0] if shape else 0]}]}
@@ -132,7 +136,35 @@ class OptimizerFiles:
         return rows
 
     def _read(self, file: str, name: str, rows: slice) -> Tensor:
-        with safe_open(self._directory / file, framework="pt") as opened:
+        with _opened(self._directory / file) as opened:
             tensor = opened.get_slice(name)
-            read: Tensor = tensor[rows] if tensor.get_shape() else opened.get_tensor(name)
+            # A number is copied, as rows are where they are joined: what is mapped changes with its file.
+            read: Tensor = tensor[rows] if tensor.get_shape() else opened.get_tensor(name).clone()
         return read
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file of tensors.
+
+    Raises:
+        CheckpointError: it is none, or lacks a tensor that it should have.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} must be the state of an optimizer; got {first_line(error)}; resume from another checkpoint"
+        ) from error
+
+
+def _read_index(file: Path) -> dict[str, dict[str, Any]]:
+    what, way_out = "an index of the optimizer's state", "resume from another checkpoint"
+    index = read_json(file, what, CheckpointError, way_out)
+    with interpreting(file, what, CheckpointError, way_out):
+        for entry in index.values():
+            shape, parts = entry["shape"], [(part["file"], *part["rows"]) for part in entry["parts"]]
+            if not all(map(is_whole, shape)) or not parts or not all(is_whole(i) for part in parts for i in part[1:]):
+                raise ValueError(f"an entry {entry!r:.60}")
+    return index

@@ -25,6 +25,9 @@ from sapo.model.sharding import shard_like
 
 DESCRIPTION = "description"
 
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""Keys whose plain tensors have the shape of their parameter, in torch's own optimizers."""
+
 SET_BY_US = ("params", "lr")
 """Keys of a parameter group that are no state: who is trained, and the rate that each step is given."""
 
@@ -73,7 +76,14 @@ class OptimizerState:
         """
         described: dict[str, Any] = {"state": {}, "groups": [{} for _ in self.optimizer.param_groups]}
         if DESCRIPTION in tensors:
-            described = json.loads(bytes(tensors[DESCRIPTION].cpu().numpy()))
+            try:
+                described = json.loads(bytes(tensors[DESCRIPTION].cpu().numpy()))
+                dict(described["state"]), [dict(group) for group in described["groups"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    "the optimizer's state must say what it is made of; got a description that cannot be read; resume "
+                    "from another checkpoint"
+                ) from error
         nodes: dict[str, Any] = {
             path: {"tensor": path} for path in tensors if not _is_part(path) and path != DESCRIPTION
         }
@@ -83,6 +93,19 @@ class OptimizerState:
             raise CheckpointError(
                 f"the optimizer's state must be of the model that is trained; got {unknown[0]} and {len(unknown) - 1} "
                 "more that it does not have; resume from a checkpoint of this run"
+            )
+        for path, node in nodes.items():
+            key, _, name = path.partition("/")
+            if key in LIKE_PARAMETERS and "tensor" in node and tensors[path].shape != self.masters[name].shape:
+                raise CheckpointError(
+                    f"the optimizer's state must be of the model that is trained; got {path} of shape "
+                    f"{tuple(tensors[path].shape)} for a parameter of {tuple(self.masters[name].shape)}; resume from a "
+                    "checkpoint of this run"
+                )
+        if len(described["groups"]) != len(self.optimizer.param_groups):
+            raise CheckpointError(
+                f"the optimizer's state must have {len(self.optimizer.param_groups)} groups of parameters; got "
+                f"{len(described['groups'])}; resume from a checkpoint of this run"
             )
         packages = {c.__module__.partition(".")[0] for c in type(self.optimizer).__mro__}
         state: dict[str, dict[str, Any]] = {}

@@ -33,6 +33,8 @@ class Packer:
     """Pack zero-variance groups too: with a KL penalty the reference still pulls on them."""
     ranks: int = 1
     """Ranks of the training group that the groups are dealt to."""
+    picture_tokens_per_microbatch: int | None = None
+    """Picture tokens of one forward pass: bounds the memory of the vision tower and never changes the result."""
 
     def pack(self, groups: Sequence[Group], include_all: bool = False) -> Shares:
         """Pack the groups of one mini-batch.
@@ -49,4 +51,5 @@ class Packer:
             include_flat=self.include_flat,
             include_all=include_all,
             ranks=self.ranks,
+            picture_tokens_per_microbatch=self.picture_tokens_per_microbatch,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sapo.data.messages import Message
 from sapo.errors import Interrupted, NonFiniteError, RankError, RunFailure
 from sapo.model.policy import Policy
 from sapo.model.sharding import full_weights, receive_weights
@@ -24,7 +25,6 @@ from sapo.training.ranks import Logprobs, LogprobsOf, Shares
 from sapo.training.trainer import Trainer
 from sapo.training.update_result import UpdateResult, join_results
 from sapo.training.wire import (
-    Message,
     Wire,
     logprobs_message,
     read_logprobs,
@@ -44,7 +44,7 @@ class RankedTrainers:
         policy: the driver's, which engines draw with and checkpoints are written of; at the weights that `own` was made
             with.
         first_failure: given the error of a call, says what happened to the first rank that died; None where all live.
-        on_close: ends the other processes, once they have been told to.
+        on_close: ends the other processes; given whether they were told to, and end by themselves.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RankedTrainers:
         policy: Policy,
         *,
         first_failure: Callable[[Exception], str | None] = lambda _: None,
-        on_close: Callable[[], None] = lambda: None,
+        on_close: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self.own = own
         self._wire = wire
@@ -64,7 +64,7 @@ class RankedTrainers:
         self._first_failure = first_failure
         self._on_close = on_close
         self._sent = (policy, own.updates)
-        self._closed = False
+        self._closed = self._broken = False
 
     @property
     def updates(self) -> int:
@@ -75,14 +75,14 @@ class RankedTrainers:
         self, shares: Shares, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
     ) -> UpdateResult:
         """Make one step of the optimizer; see `Trainers.update`."""
-        with self._together():
+        with self._together("update"):
             mine = self._deal(shares, call="update", learning_rate=learning_rate)
             result = self.own.update(mine, learning_rate, should_stop)
             return join_results([result, *(read_result(self._wire.receive(rank)) for rank in self._answering)])
 
     def logprobs(self, shares: Shares, of: LogprobsOf = "policy", record: bool = False) -> Logprobs:
         """Compute log pi at the present weights; see `Trainers.logprobs`."""
-        with self._together():
+        with self._together("logprobs"):
             mine = self._deal(shares, call="logprobs", of=of, record=record)
             parts = [self.own.logprobs(mine, of, record)]
             parts += [read_logprobs(self._wire.receive(rank)) for rank in self._answering]
@@ -96,7 +96,7 @@ class RankedTrainers:
 
         The ranks were given the objectives when they were started; here they are named by their labels.
         """
-        with self._together():
+        with self._together("gradients"):
             return self.own.gradients(
                 self._deal(shares, call="gradients", labels=list(objectives)), objectives, should_stop
             )
@@ -105,23 +105,24 @@ class RankedTrainers:
         """Bring the driver's policy to the present weights; see `Trainers.send_weights`."""
         if self._sent == (to, self.updates):
             return
-        with self._together(), torch.no_grad():
+        with self._together("send_weights"), torch.no_grad():
             self._tell(call="send_weights")
             parameters = dict(to.model.named_parameters())
             for name, tensor in full_weights(self.own.policy):
                 parameters[name].copy_(tensor)
+                self.own.ranks.progress.passed()
         self._sent = (to, self.updates)
 
     def take_weights(self, of: Policy) -> None:
         """Train on from the weights of the driver's policy; see `Trainers.take_weights`."""
-        with self._together():
+        with self._together("take_weights"):
             self._tell(call="take_weights")
             receive_weights(self.own.policy, self.own.ranks.group, dict(of.weights()))
         self._sent = (of, self.updates)
 
     def save_optimizer(self, directory: Path) -> None:
         """Write the state of the optimizer, each rank its own part; see `Trainers.save_optimizer`."""
-        with self._together():
+        with self._together("save_optimizer"):
             self._tell(call="save_optimizer", directory=str(directory.absolute()))
             written = [self.own.save_optimizer(directory)]
             written += [Written(**self._wire.receive(rank).header) for rank in self._others]
@@ -129,18 +130,24 @@ class RankedTrainers:
 
     def restore_optimizer(self, directory: Path) -> None:
         """Restore the state of the optimizer, each rank its own part; see `Trainers.restore_optimizer`."""
-        with self._together():
+        with self._together("restore_optimizer"):
             self._tell(call="restore_optimizer", directory=str(directory.absolute()))
             self.own.restore_optimizer(directory)
 
     def close(self) -> None:
-        """End the other ranks; see `Trainers.close`."""
+        """End the other ranks; see `Trainers.close`.
+
+        They are told to, unless a call has ended on the driver alone. Then they wait within that call, for days, and no
+        message would reach them.
+        """
         if self._closed:
             return
         self._closed = True
-        with suppress(RuntimeError):  # those that are gone cannot be told
-            self._tell(call="close")
-        self._on_close()
+        with self.own.ranks.progress.during("close"):  # a rank that does not take the message is a stall, as in a call
+            for rank in () if self._broken else self._others:
+                with suppress(RuntimeError):  # one that is gone cannot be told
+                    self._wire.send(Message({"call": "close"}), rank)
+            self._on_close(not self._broken)
 
     def _deal(self, shares: Shares, **header: Any) -> Shares:
         """Give the other ranks their shares, which those of a context group have in common; return the driver's own."""
@@ -153,13 +160,18 @@ class RankedTrainers:
             self._wire.send(Message(header), rank)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _together(self, call: str) -> Iterator[None]:
         """Within it all ranks make one call. One that died is named in place of the connection that broke."""
+        assert not self._broken, "a call has ended on the driver alone, and the other ranks are still within it"
         try:
-            yield
-        except (Interrupted, RunFailure):
+            with self.own.ranks.progress.during(call):
+                yield
+        except (Interrupted, NonFiniteError):  # on all ranks alike
             raise
-        except RuntimeError as error:
+        except BaseException as error:
+            self._broken = True
+            if not isinstance(error, RuntimeError) or isinstance(error, RunFailure):
+                raise
             failure = self._first_failure(error)
             if failure is None:
                 raise
@@ -174,7 +186,7 @@ def serve(trainer: Trainer, wire: Wire, objectives: Mapping[str, Objective]) -> 
         objectives: those that `gradients` may be asked to compare, by label.
     """
     while (message := wire.receive(0)).header["call"] != "close":
-        with suppress(Interrupted, NonFiniteError):
+        with suppress(Interrupted, NonFiniteError), trainer.ranks.progress.during(message.header["call"]):
             answer = _answer(trainer, message, objectives)
             if answer is not None:
                 wire.send(answer, 0)
@@ -194,7 +206,7 @@ def _answer(trainer: Trainer, message: Message, objectives: Mapping[str, Objecti
             trainer.gradients(read_share(message, device), {label: objectives[label] for label in header["labels"]})
         case "send_weights":
             for _ in full_weights(trainer.policy):
-                pass
+                trainer.ranks.progress.passed()
         case "take_weights":
             receive_weights(trainer.policy, trainer.ranks.group)
         case "save_optimizer":

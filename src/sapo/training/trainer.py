@@ -74,8 +74,9 @@ class Trainer:
         self.ranks = ranks or Collective()
         self.context = context
         self.updates = 0
+        self._updating = False
         if settings.activation_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.enable_checkpointing()
 
     def update(
         self, shares: Shares, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
@@ -95,6 +96,7 @@ class Trainer:
                     with span("backward"):
                         loss.backward()
                 self.optimizer.collect_gradients()
+                self.ranks.progress.passed()
                 outputs.append((batch, head, surrogate))
                 replays.append(replay if batch.num_targets else None)
             total = self.ranks.sum(sum(head.loss.item() for _, head, _ in outputs))
@@ -103,6 +105,7 @@ class Trainer:
         with span("optimizer"):
             self.optimizer.step(learning_rate, norm)
         self.updates += 1
+        self.ranks.progress.updates = self.updates
         return collect_result(total, norm.item(), outputs, replays, self.settings)
 
     @property
@@ -114,13 +117,15 @@ class Trainer:
     def _training(self) -> Iterator[None]:
         """Set the model up for the passes of an update; drop the gradients if the block ends in an exception."""
         # transformers checkpoints only in training mode; dropout is off
-        self.policy.model.train(self.settings.activation_checkpointing)
+        self.policy.checkpoint_activations(self.settings.activation_checkpointing)
+        self._updating = True
         try:
             yield
         except BaseException:
             self.optimizer.zero_grad()
             raise
         finally:
+            self._updating = False
             self.policy.model.eval()
 
     @contextmanager
@@ -130,7 +135,7 @@ class Trainer:
             yield None
             return
         assert self.routers is not None, "the groups carry experts and the trainer was given no routers"
-        recomputed = self.settings.activation_checkpointing and self.policy.model.training
+        recomputed = self.settings.activation_checkpointing and self._updating
         with self.routers.replay(batch.experts_Nlk, recomputed) as replay:
             yield replay
 
@@ -156,6 +161,7 @@ class Trainer:
                     logprobs.append(
                         response_logprobs(policy, batch, self.settings.temperature, self.context).float().cpu()
                     )
+                    self.ranks.progress.passed()
                     if recording is not None:
                         experts.append(recording.take().cpu())
         return Logprobs(tuple(logprobs), tuple(experts) if record else None)
@@ -185,6 +191,7 @@ class Trainer:
                 with self.replaying(batch):
                     self._forward(batch, settings)[0].backward()
                 self.optimizer.collect_gradients()
+                self.ranks.progress.passed()
             return self.optimizer.gradients()
 
         try:

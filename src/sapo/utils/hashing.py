@@ -33,6 +33,15 @@ def falls_in_share(text: str, share: float) -> bool:
     return hashed_integer("share", text) < int(share * 2**53) << (HASH_BITS - 53)
 
 
+def content_hash(data: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal.
+
+    >>> content_hash(b"")[:8]
+    'e3b0c442'
+    """
+    return hashlib.sha256(data).hexdigest()
+
+
 def seed_for(seed: int, purpose: str) -> int:
     """Return a seed of 64 bits for one purpose, so that training and evaluation never share draws."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")

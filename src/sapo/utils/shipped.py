@@ -1,8 +1,11 @@
-"""Find the recipes that ship with the package, by name; loads no other part of the package."""
+"""Find the recipes and suites that ship with the package, by name; loads no other part of the package."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+SUITES = "suites"
+"""Folder of the suites of benchmarks within that of the recipes."""
 
 
 def recipe_directories() -> list[Path]:
@@ -13,4 +16,10 @@ def recipe_directories() -> list[Path]:
 
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of every shipped recipe, those of studies in their folder included."""
-    return {f.stem: f for d in reversed(recipe_directories()) for f in sorted(d.rglob("*.yaml"))}
+    directories = reversed(recipe_directories())
+    return {f.stem: f for d in directories for f in sorted(d.rglob("*.yaml")) if f.parent != d / SUITES}
+
+
+def shipped_suites() -> dict[str, Path]:
+    """Return name -> file of every shipped suite of benchmarks."""
+    return {f.stem: f for d in reversed(recipe_directories()) for f in sorted((d / SUITES).glob("*.yaml"))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 
 class SpanRecorder:
@@ -56,19 +57,20 @@ class SpanRecorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Have `span` anywhere in the package measured here for the duration of the block."""
-        global _listener
-        before, _listener = _listener, self
+        """Have `span` anywhere in the package measured here for the duration of the block, in this thread alone."""
+        token = _listener.set(self)
         try:
             yield
         finally:
-            _listener = before
+            _listener.reset(token)
 
 
-_listener: SpanRecorder | None = None
+# Of each thread: what is drawn beside the updates is no part of their phases.
+_listener: ContextVar[SpanRecorder | None] = ContextVar("listener", default=None)
 _NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[None]:
     """Time a part of a phase; measured while a profile is taken, free of charge otherwise."""
-    return _NOTHING if _listener is None else _listener.measure(name)
+    listener = _listener.get()
+    return _NOTHING if listener is None else listener.measure(name)

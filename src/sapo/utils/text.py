@@ -9,6 +9,7 @@ nodes.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # C0 but tab and newline, DEL and C1; soft hyphen; marks, embeddings, overrides and isolates of direction; zero widths,
 # separators of lines and paragraphs; fillers; the byte order mark; halves of surrogate pairs; tags.
@@ -34,3 +35,9 @@ def _escape(code: int) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, for a message of ours that quotes it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_words(log: Path) -> str:
+    """Say what a log ends with, for a message about a process that has ended."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    return f"{log} ends with: {lines[-1].strip()}" if lines else f"{log} is empty"

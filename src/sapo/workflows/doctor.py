@@ -32,6 +32,8 @@ EXTRAS = {
     "optim": "optimizers with moments of eight bits or fewer",
     "smollm2": "a real model without a hub",
     "vllm": "the engine vllm",
+    "fla": "kernels of recurrent layers on GPUs",
+    "ray": "ranks and engines on a cluster",
     "wandb": "Weights & Biases",
     "trackio": "trackio",
     "report": "pages and images of runs",
@@ -71,6 +73,33 @@ def examine(run_directory: Path = Path("runs")) -> list[CheckResult]:
         run_directory: where runs would be written; its disk is checked.
     """
     return [*_packages(), *_extras(), *_machine(), *_disks(run_directory), *_sandbox()]
+
+
+def examine_model(source: str) -> list[CheckResult]:
+    """Load a model, and say how it is trained and decoded, or why it cannot be.
+
+    Args:
+        source: as `model.path` names it.
+    """
+    from sapo.config import RolloutConfig
+    from sapo.errors import ModelError
+    from sapo.model.loading import load_policy
+    from sapo.rollout.registry import prove_engine
+
+    try:
+        policy = load_policy(source)
+        prove_engine(policy, RolloutConfig())
+    except ModelError as error:
+        return [CheckResult("model", source, "broken", str(error))]
+    packed = policy.path == "packed"
+    way = next(way for way, fault in policy.engine_paths.items() if fault is None)
+    trained = "on packed tokens, each prompt once" if packed else "in padded rows"
+    return [
+        CheckResult("model", "class", "ok", f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters"),
+        CheckResult("model", "training", "ok" if packed else "note", trained),
+        CheckResult("model", "decoding", "ok" if way == "packed" else "note", way),
+        *(CheckResult("model", "notice", "note", text) for text in policy.notices),
+    ]
 
 
 def is_broken(findings: list[CheckResult]) -> bool:

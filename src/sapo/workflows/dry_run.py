@@ -11,14 +11,18 @@ from typing import Any
 
 from sapo.config import RunConfig
 from sapo.data import Prompt
-from sapo.model.adapters import add_adapter
+from sapo.model.adapters import add_adapter, trained_sentence
 from sapo.model.policy import Policy
 from sapo.rollout.prompting import encode_by_task
+from sapo.rollout.registry import prove_engine
 from sapo.rollout.selection import Position, Selector
-from sapo.run.preflight import check_prompts, load_tasks
+from sapo.run.preflight import check_prompts, limit_prompts, load_tasks, prompt_warnings, try_rewards
+from sapo.tasks import TriedReward, notices_of
 from sapo.utils.hashing import seed_for
 from sapo.workflows.coldstart import coldstart_path, fresh_policy
 from sapo.workflows.memory import MemoryEstimate, baseline_bytes, estimate_memory
+from sapo.workflows.rehearsal import rehearse_saving
+from sapo.workflows.start import train_vision
 
 SHOWN_PROMPTS = 2
 
@@ -55,7 +59,11 @@ class DryRun:
     held_out: dict[str, int]
     """Held-out problems found, by task."""
     prompts: tuple[SeenPrompt, ...]
+    rewards: tuple[TriedReward, ...]
+    """What the user's own reward functions gave for a made completion."""
     memory: MemoryEstimate
+    warnings: tuple[str, ...] = ()
+    """What is no mistake and rarely meant."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value, without the recipe."""
@@ -65,7 +73,9 @@ class DryRun:
             "coldstart_missing": self.coldstart_missing,
             "held_out": self.held_out,
             "prompts": [dict(p.__dict__) for p in self.prompts],
+            "rewards": [{"task": r.task, "completion": r.completion, "reward": r.score.reward} for r in self.rewards],
             "memory": self.memory.to_json(),
+            "warnings": list(self.warnings),
         }
 
 
@@ -85,9 +95,14 @@ def rehearse(
         ConfigError, ModelError, TaskError: what a run would raise before it begins.
     """
     tasks = load_tasks(config)
+    rewards = try_rewards(tasks)
     missing = config.model.coldstart is not None and not (coldstart_path(config) / "coldstart.json").is_file()
     policy = _stand_in(config) if missing else load(config)
+    limit_prompts(policy, tasks)
     check_prompts(config, policy, tasks)
+    rehearse_saving(policy)
+    prove_engine(policy, config.rollout)
+    warnings = (*notices_of(tasks.train), *prompt_warnings(config, policy, tasks), *policy.notices)
     selector = Selector(tasks.train, [t.weight for t in config.tasks], config.rollout, tasks.curricula)
     prompts = encode_by_task(policy, tasks.formats, tasks.train, selector.first_prompts(0, Position()))
     reference = _stand_in(config) if missing and _copy_is_kept(config) else load_reference(config)
@@ -97,12 +112,15 @@ def rehearse(
         batch_sentence=config.batch_sentence(),
         model=(
             f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters, {str(policy.dtype)[6:]} on "
-            f"{policy.device}"
+            f"{policy.device}, {'on packed tokens' if policy.path == 'packed' else 'in padded rows'}"
+            + ("" if policy.adapter is None else f"; {trained_sentence(policy)}")
         ),
         coldstart_missing=missing,
         held_out={t.name: len(t.held_out(config.eval.problems)) for t in tasks.held_out},
         prompts=tuple(_seen(policy, p) for p in _one_of_each_task(prompts)),
+        rewards=rewards,
         memory=estimate_memory(config, policy, prompts, baseline, reference),
+        warnings=warnings,
     )
 
 
@@ -120,7 +138,7 @@ def _seen(policy: Policy, prompt: Prompt) -> SeenPrompt:
         task=prompt.task,
         token_ids=prompt.token_ids,
         tokens=tuple(decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids),
-        text=decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        text=policy.show_prompt(prompt),
         answer=prompt.answer,
         stop=prompt.stop,
     )
@@ -133,7 +151,11 @@ def _stand_in(config: RunConfig) -> Policy:
         policy.model.bfloat16()
     policy.model.to(config.device)
     if config.model.lora is not None:
-        add_adapter(policy, **config.model.lora.model_dump(), seed=seed_for(config.seed, "adapter"))
+        seed, vision = seed_for(config.seed, "adapter"), config.model.vision.train
+        add_adapter(policy, **config.model.lora.model_dump(), seed=seed, vision=vision)
+    if policy.vision is not None:
+        policy.vision.family.limit(config.model.vision.max_tokens_per_picture)
+    train_vision(config, policy)
     return policy
 
 

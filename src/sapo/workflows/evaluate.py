@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 
 from sapo.config import PromptConfig, RolloutConfig
+from sapo.config.rollout import TurnsConfig
 from sapo.data import Prompt
+from sapo.environments import is_environment
 from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
 from sapo.evaluation.examination import InMemoryStore, ProgressStore
 from sapo.model.policy import Policy
+from sapo.rollout.episodes import joiners_for
 from sapo.rollout.params import SamplingParams
-from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.prompting import PromptFormat, apply_limit
 from sapo.rollout.registry import make_engine, require
 from sapo.rollout.weights import loaded
 from sapo.run.machine import DECIDING_BITS, provenance
@@ -30,16 +34,20 @@ CHUNK_SEQUENCES = 256
 """Sequences drawn, judged and stored together: as many as the engine decodes at once. A kill loses at most one chunk.
 The price is waiting for the last sequence of each chunk while part of the rows is idle."""
 
+GENERATED_PROBLEMS = 256
+"""Problems of a task that generates them, where no number is asked for. Of rows, all are evaluated."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """How many problems and samples are drawn, and how.
 
-    >>> EvaluationSettings(samples=16, ks=(1, 4, 16)).problems
-    256
+    >>> EvaluationSettings(samples=16, ks=(1, 4, 16)).samples
+    16
     """
 
-    problems: int = 256
+    problems: int | None = None
+    """None: all rows of a task that has rows, and GENERATED_PROBLEMS of one that generates them."""
     samples: int = 4
     ks: tuple[int, ...] = (1,)
     threshold: float = 1.0
@@ -48,11 +56,16 @@ class EvaluationSettings:
     engine: str = "local"
     """What draws, as `rollout.engine` names it."""
     params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=64))
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
+    """Limits of the episodes of an environment."""
 
     def __post_init__(self) -> None:
         for name in ("problems", "samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more; got {getattr(self, name)}")
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be 1 or more; got {number}")
+        if not math.isfinite(self.threshold):
+            raise ConfigError(f"--threshold must be a finite reward; got {self.threshold}; 1 counts full rewards")
         if not self.ks or min(self.ks) < 1 or max(self.ks) > self.samples:
             text = ",".join(map(str, self.ks))
             raise ConfigError(f"every k must lie in 1..samples ({self.samples}); got {text}; raise --samples")
@@ -118,7 +131,8 @@ class PlannedEvaluation:
         Args:
             prompts: from `ask`; None calls it.
             on_progress: called with the problems done, and all of them.
-            report: called with a sentence on what `out` held already.
+            report: called with a sentence on what `out` held already, on how a model runs that runs slowly, and on
+                completions that failed to be judged.
 
         Raises:
             ConfigError: `out` holds another evaluation.
@@ -129,15 +143,15 @@ class PlannedEvaluation:
         about = self._about(subject)
         machine = {**provenance(), "threads": torch.get_num_threads()}
         if out is None:
-            evaluation = self._evaluate(policy, prompts, InMemoryStore(), should_stop, on_progress)
+            evaluation = self._evaluate(policy, prompts, InMemoryStore(), should_stop, on_progress, report)
             return Results({**about, "machine": machine}, evaluation)
         with EvaluationStore(Path(out), self._asked(about, prompts), machine) as store:
             _report_kept_work(store, len(prompts), machine, report)
             torch.set_num_threads(store.machine["threads"])  # another number of threads rounds differently
-            evaluation = self._evaluate(policy, prompts, store, should_stop, on_progress)
+            evaluation = self._evaluate(policy, prompts, store, should_stop, on_progress, report)
             results = Results({**about, "machine": store.machine}, evaluation)
             store.finish(results.to_json())
-            write_page(results, Path(out) / "index.html")
+            write_page(results, Path(out) / "index.html", (picture for p in prompts for picture in p.pictures))
         return results
 
     def _evaluate(
@@ -147,9 +161,13 @@ class PlannedEvaluation:
         keeper: ProgressStore,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
+        report: Callable[[str], None],
     ) -> Evaluation:
         settings = self.settings
         made = make_engine(policy, RolloutConfig(engine=settings.engine))
+        for text in policy.notices:
+            report(text)
+        policy.notices.clear()  # each is said once, however many tasks are evaluated
         with closing(made) as engine, loaded(engine, policy.weights(), version=0):
             examine(
                 policy,
@@ -161,13 +179,15 @@ class PlannedEvaluation:
                 samples=settings.samples,
                 params=self._params(policy),
                 greedy=settings.greedy,
+                turns=settings.turns,
+                joiners=joiners_for(policy, self.task, self.prompt_format, prompts[0]),
                 should_stop=should_stop,
                 on_progress=on_progress,
             )
         best = None
-        if settings.constant:
+        if settings.constant and not is_environment(self.task):
             best = best_constant(self.task, prompts, threshold=settings.threshold, should_stop=should_stop)
-        return Evaluation.of(
+        evaluation = Evaluation.of(
             self.task.name,
             keeper.answered,
             ks=settings.ks,
@@ -175,6 +195,9 @@ class PlannedEvaluation:
             constant=best,
             clock=keeper.clock,
         )
+        if (failures := evaluation.failure(settings.turns.max_environment_errors)) is not None:
+            report(failures)
+        return evaluation
 
     @property
     def _chunk(self) -> int:
@@ -196,7 +219,8 @@ class PlannedEvaluation:
         """
         if self.prompt_format.stop:
             require(self.settings.engine, "stop_strings", "prompt.stop", "leave it out")
-        prompts = ask(policy, self.task, self.settings.problems, self.prompt_format)
+        apply_limit(policy, self.task, self.prompt_format)
+        prompts = ask(policy, self.task, self._problems, self.prompt_format)
         longest, room = max(prompts, key=lambda p: len(p.token_ids)), self.settings.params.max_new_tokens
         if policy.max_length is not None and len(longest.token_ids) + room > policy.max_length:
             raise ConfigError(
@@ -205,11 +229,34 @@ class PlannedEvaluation:
             )
         return prompts
 
+    def extent(self, prompts: Sequence[Prompt]) -> str:
+        """Say how many problems are evaluated, of how many.
+
+        Args:
+            prompts: from `ask`.
+        """
+        name, count, there = self.task.name, len(prompts), held_out_rows(self.task)
+        if there is None:
+            return f"{name}: {count:,} generated problems; --problems sets how many"
+        asked = self.settings.problems or 0
+        more = f"; {asked:,} were asked for" if asked > there else ""
+        left = f"; --problems {there} takes all" if count < there else ""
+        copies = getattr(self.task, "held_out_copies", 0)
+        repeated = f" (besides {copies:,} rows that repeat one)" if copies else ""
+        return f"{name}: {count:,} of {there:,} held-out problems{repeated}{more or left}"
+
+    @property
+    def _problems(self) -> int:
+        if self.settings.problems is not None:
+            return self.settings.problems
+        return held_out_rows(self.task) or GENERATED_PROBLEMS
+
     def _about(self, subject: EvaluatedModel) -> dict[str, Any]:
         sampling = asdict(self._params(subject.policy))
         return {
             "model": subject.about(),
             "task": dict(self.task_about),
+            "held_out_rows": held_out_rows(self.task),
             "prompt": asdict(self.prompt_format),
             "sampling": {**sampling, "stop_token_ids": sorted(sampling["stop_token_ids"])},
             **({} if self.settings.engine == "local" else {"engine": self.settings.engine}),
@@ -224,6 +271,7 @@ class PlannedEvaluation:
             "greedy": self.settings.greedy,
             "sampling": about["sampling"],
             **({"engine": about["engine"]} if "engine" in about else {}),
+            **({"turns": self.settings.turns.model_dump(mode="json")} if is_environment(self.task) else {}),
             "task": about["task"],
             "prompt": about["prompt"],
             "problems": {"count": len(prompts), "rows": _digest(prompts)},
@@ -236,7 +284,7 @@ def evaluate(
     model: str | Path | Policy,
     task: Task,
     *,
-    problems: int = 256,
+    problems: int | None = None,
     samples: int = 4,
     ks: tuple[int, ...] = (1,),
     threshold: float = 1.0,
@@ -254,7 +302,8 @@ def evaluate(
     """Evaluate a model directory, a run's newest weights or a loaded policy on a task's held-out problems.
 
     Args:
-        problems: how many; all there are, when there are fewer.
+        problems: how many; all there are, when there are fewer. None: all rows, or GENERATED_PROBLEMS of a task that
+            generates its problems.
         samples: n, completions of each problem.
         ks: which pass@k to estimate, each at most `samples`.
         threshold: smallest reward that counts as correct.
@@ -287,12 +336,18 @@ def evaluate(
     return planned.run(subject, out=out, should_stop=should_stop).evaluation
 
 
+def held_out_rows(task: Task) -> int | None:
+    """Return how many held-out problems a task of rows has; None of a task that generates them."""
+    return getattr(task, "num_held_out", None)
+
+
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Return a name of the rows that changes with any row, answer, tokenizer or prompt format."""
+    """Return a name of the rows that changes with any row, answer, picture, tokenizer or prompt format."""
     digest = hashlib.sha256()
     for p in prompts:
         # repr for values that JSON does not have: rows from Parquet hold dates and decimals.
-        row = json.dumps([p.id, p.text, p.answer, p.token_ids, p.stop, dict(p.metadata)], sort_keys=True, default=repr)
+        parts = [p.id, p.text, p.answer, p.token_ids, p.stop, dict(p.metadata), *(shown.sha256 for shown in p.pictures)]
+        row = json.dumps(parts, sort_keys=True, default=repr)
         digest.update(row.encode() + b"\n")
     return digest.hexdigest()[:16]
 

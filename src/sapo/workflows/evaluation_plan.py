@@ -17,17 +17,19 @@ from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.run.directory import RunDirectory
 from sapo.run.models import run_of
-from sapo.tasks import make_task
-from sapo.tasks.rows.reading import EXTENSIONS
+from sapo.tasks import TASKS, make_task
+from sapo.tasks.rows.datasets import HELD_OUT_SIDES, DatasetTask
+from sapo.tasks.rows.reading import is_rows_file
+from sapo.tasks.rows.task import FileTask
 from sapo.utils.hashing import seed_for
 from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
 # The default of eval.seed, so that runs and `sapo eval` draw the same problems.
 DEFAULT_SEED = 12345
 
-# Settings of a prompt that are text. On a command line they are taken literally: YAML would parse the colon and braces
-# of "Q: {prompt}".
-_TEXTS = ("prompt.system", "prompt.template", "prompt.answer_template")
+# Settings that are text. On a command line they are taken literally: YAML would parse the colon and braces of
+# "Q: {prompt}", and "####" as a comment.
+_TEXTS = ("prompt.system", "prompt.template", "prompt.answer_template", "template", "answer_after")
 
 
 def plan_evaluations(
@@ -55,7 +57,9 @@ def plan_evaluations(
     given = {name: value for name, value in given.items() if value is not None} | {"threshold": threshold}
     if tasks:
         seed = DEFAULT_SEED if seed is None else seed
-        settings = _settings({"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given)
+        settings = make_settings(
+            {"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given
+        )
         return [plan_task_evaluation(name, overrides, settings, seed) for name in tasks]
     run = run_of(model)
     if run is None:
@@ -68,6 +72,8 @@ def plan_task_evaluation(
 ) -> PlannedEvaluation:
     """Plan the evaluation of a task by its name, or of a file, with its settings and those of its prompts.
 
+    Rows are all evaluated, unless the settings say which are held out: a held-out share is for training.
+
     >>> overrides = ["digits=2", "prompt.template={prompt} Answer:"]
     >>> planned = plan_task_evaluation("arithmetic", overrides, EvaluationSettings())
     >>> planned.task.name, planned.prompt_format.template
@@ -77,9 +83,21 @@ def plan_task_evaluation(
         ConfigError, TaskError: what is wrong with it.
     """
     options, prompt = split_overrides(overrides)
-    if Path(name).suffix in EXTENSIONS:
+    kind, options = named_task(name, options)
+    return plan_options(kind, options, seed, parse_prompt(prompt), settings)
+
+
+def named_task(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the kind and the options of a task that is named by its kind, or by a file of rows.
+
+    All rows are held out where the options do not say which are.
+
+    >>> named_task("sums.jsonl", {"verifier": "last_number"})
+    ('file', {'path': 'sums.jsonl', 'verifier': 'last_number', 'held_out_fraction': 1})
+    """
+    if is_rows_file(name):
         name, options = "file", {"path": name, **options}
-    return _plan(name, options, seed, parse_prompt(prompt), settings)
+    return name, _with_all_rows(name, options)
 
 
 def plan_run_evaluations(
@@ -110,10 +128,16 @@ def plan_run_evaluations(
     }
     # With fewer samples than the run drew, only its k up to that number can be estimated.
     ks = tuple(k for k in asked.k if k <= given.get("samples", asked.samples)) or (1,)
-    own = {"problems": asked.problems, "samples": asked.samples, "ks": ks, "engine": rollout.engine}
-    settings = _settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
+    own = {
+        "problems": asked.problems,
+        "samples": asked.samples,
+        "ks": ks,
+        "engine": rollout.engine,
+        "turns": rollout.turns,
+    }
+    settings = make_settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
     return [
-        _plan(
+        plan_options(
             t.name,
             t.options,
             seed,
@@ -124,15 +148,26 @@ def plan_run_evaluations(
     ]
 
 
-def _plan(
+def _with_all_rows(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a task, with all rows held out where it has rows and the options do not say which are."""
+    share = TASKS.get(name) in (FileTask, DatasetTask) and all(options.get(side) is None for side in HELD_OUT_SIDES)
+    return {**options, "held_out_fraction": 1} if share else dict(options)
+
+
+def plan_options(
     kind: str, options: Mapping[str, Any], seed: int, prompt: PromptConfig, settings: EvaluationSettings
 ) -> PlannedEvaluation:
+    """Plan the evaluation of a task whose settings and prompt format are known.
+
+    Raises:
+        ConfigError, TaskError: what is wrong with them.
+    """
     task = make_task(kind, seed=seed, **options)
     about = {"name": task.name, "kind": kind, "options": dict(options), "seed": seed}
     return PlannedEvaluation(task, PromptFormat.of(prompt, task), settings, about)
 
 
-def _settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> EvaluationSettings:
+def make_settings(own: Mapping[str, Any], sampling: Mapping[str, Any], given: Mapping[str, Any]) -> EvaluationSettings:
     """Make the settings from their defaults and from what is given for them or for SamplingParams."""
     names = {f.name for f in fields(SamplingParams)}
     try:
@@ -182,10 +217,7 @@ def output_directory(
     task = re.sub(r"[^\w.-]+", "_", planned.task.name)
     if out is not None:
         return (out if alone else out / task), None
-    run = run_of(model)
-    name = model.resolve().name
-    if run is not None and run.resolve() != model.resolve():
-        name = f"{run.resolve().name}-{name}"
+    name = evaluated_name(model)
     first = Path("evals") / f"{name}-{task}"
     asked = planned.asked(subject, prompts)
     candidate, number, reason = first, 1, None
@@ -194,3 +226,9 @@ def output_directory(
         number += 1
         candidate = first.with_name(f"{first.name}-{number}")
     return candidate, reason and f"{reason}; this one is written to {candidate}"
+
+
+def evaluated_name(model: Path) -> str:
+    """Return the name of a model in that of a directory: its own, behind its run's where it is a checkpoint."""
+    run, name = run_of(model), model.resolve().name
+    return name if run is None or run.resolve() == model.resolve() else f"{run.resolve().name}-{name}"

@@ -5,20 +5,30 @@ One checkpoint is exported. The card has the evaluations in that checkpoint's ow
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoTokenizer
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
-from sapo.errors import CheckpointError, ConfigError
+from sapo.errors import CheckpointError, ConfigError, ModelError, UserError
 from sapo.model.adapters import merged
 from sapo.model.loading import load_policy
-from sapo.model.policy import DTYPES, Policy
+from sapo.model.policy import DTYPES, Policy, no_progress_bars
+from sapo.model.streaming import DEFAULT_SHARD_SIZE, Copied, copy_model, parse_size
+from sapo.model.vision import PROCESSOR_FILES
+from sapo.run.state import RunState
 from sapo.training.checkpoint import Checkpoint, list_checkpoints, newest_whole
-from sapo.utils.files import new_directory
+from sapo.utils.files import new_directory, storage_failure
+from sapo.utils.reading import read_json, read_yaml
+from sapo.utils.text import first_line
 
 CARD = "README.md"
 
@@ -51,7 +61,7 @@ class ExportSource:
             ConfigError: neither a run nor one of its checkpoints, or not whole.
         """
         if (path / "config.yaml").is_file():
-            newest = newest_whole(path / "checkpoints", on_broken=lambda _: None)
+            newest = newest_whole(path / "checkpoints", on_broken=lambda _: None, check=_state_of)
             if newest is None:
                 raise ConfigError(f"the run {path} has no whole checkpoint to export")
             return cls(path, newest)
@@ -62,25 +72,32 @@ class ExportSource:
             raise ConfigError(f"what is exported {rule}, whose recipe the model card quotes; got {path}")
         try:
             found[0].verify()
+            _state_of(found[0])
         except CheckpointError as error:
             raise ConfigError(f"the checkpoint is not whole: {error}; export another one") from error
         return cls(run, found[0])
 
     def config(self) -> RunConfig:
         """Read the recipe the run was made by."""
-        return parse_recipe(yaml.safe_load((self.run / "config.yaml").read_text(encoding="utf-8")), recorded=True)
+        return parse_recipe(read_yaml(self.run / "config.yaml"), recorded=True)
 
 
-def export_model(path: str | Path, directory: str | Path, dtype: str | None = None) -> ExportSource:
+def export_model(
+    path: str | Path, directory: str | Path, dtype: str | None = None, max_shard_size: str = DEFAULT_SHARD_SIZE
+) -> ExportSource:
     """Write a run's model as an ordinary Hugging Face directory: weights, config, tokenizer, generation config, card.
+
+    The weights are copied one tensor at a time, with an adapter folded into each layer, so that a model larger than
+    memory can be exported. The exception is an adapter of experts, whose model is loaded whole.
 
     Args:
         path: a run directory (its newest whole checkpoint is taken) or a checkpoint.
         directory: where to; must not exist, or be empty.
         dtype: float32 or bfloat16; that of the run when None.
+        max_shard_size: of a file of weights, as 5GB or 500MB; larger models are written as several with an index.
 
     Raises:
-        ConfigError: nothing to export, or the directory is taken.
+        ConfigError: nothing to export, the directory is taken, or a size that is none.
         ModelError: the checkpoint's model cannot be loaded.
     """
     target = Path(directory)
@@ -88,30 +105,102 @@ def export_model(path: str | Path, directory: str | Path, dtype: str | None = No
         raise ConfigError(f"{target} exists already and is not empty; name another directory")
     if dtype is not None and dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be float32 or bfloat16; got {dtype!r}")
+    size = parse_size(max_shard_size)
     source = ExportSource.of(Path(path))
     config = source.config()
-    policy = whole_policy(source, config)
     precision = dtype or config.model.dtype
-    policy.model.to(DTYPES[precision])
-    with new_directory(target) as aside:
-        policy.save(aside)
-        card = model_card(target.name, source, config, policy, precision)
+    with new_directory(target) as aside, _readable(source.checkpoint):
+        copied = copy_model(
+            source.checkpoint.path,
+            aside,
+            dtype=DTYPES[precision],
+            trained_dtype=DTYPES[config.model.dtype],
+            max_shard_size=size,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if copied is None:
+            copied = _save_whole(source, config, aside, precision, size)
+        _copy_tokenizer(source.checkpoint.path, aside, config)
+        if copied.pictures:
+            _copy_image_processor(source.checkpoint.path, aside)
+        card = model_card(target.name, source, config, copied, precision)
         (aside / CARD).write_text(card, encoding="utf-8")
     return source
 
 
-def whole_policy(source: ExportSource, config: RunConfig) -> Policy:
-    """Load the model of a checkpoint as one set of weights; an adapter is merged into them."""
+@contextmanager
+def _readable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say in a line what a library cannot read of a checkpoint's model or tokenizer.
+
+    Raises:
+        ModelError: it cannot read it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises no other class
+        if storage_failure(error) is not None:
+            raise
+        raise ModelError(f"the model in {checkpoint.path} cannot be read: {first_line(error)}") from error
+
+
+def _state_of(checkpoint: Checkpoint) -> RunState:
+    """Read a checkpoint's state, which the model card quotes."""
+    return RunState.deserialise(checkpoint.state(), checkpoint.batches())
+
+
+def _save_whole(source: ExportSource, config: RunConfig, directory: Path, precision: str, max_bytes: int) -> Copied:
+    """Load the model of a checkpoint, merge its adapter and save it: for what cannot be copied tensor by tensor."""
     trusted = config.model.trust_remote_code
-    policy = load_policy(source.checkpoint.path, config.model.dtype, "cpu", trust_remote_code=trusted)
-    return policy if policy.adapter is None else Policy(merged(policy), policy.tokenizer, policy.source)
+    text_only = not config.model.vision.load
+    policy = load_policy(
+        source.checkpoint.path, config.model.dtype, "cpu", trust_remote_code=trusted, text_only=text_only
+    )
+    shows = policy.vision is not None
+    if policy.adapter is not None:
+        policy = Policy(merged(policy), policy.tokenizer, policy.source)
+    policy.model.to(DTYPES[precision])
+    with no_progress_bars():
+        policy.model.save_pretrained(directory, max_shard_size=max_bytes)
+    return Copied(type(policy.model).__name__, policy.num_parameters, shows)
 
 
-def model_card(name: str, source: ExportSource, config: RunConfig, policy: Policy, dtype: str) -> str:
+def _copy_tokenizer(checkpoint: Path, directory: Path, config: RunConfig) -> None:
+    """Save the tokenizer that the checkpoint holds, with its chat template."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.model.trust_remote_code)
+    tokenizer.save_pretrained(directory)
+    _end_as_in_training(directory / "generation_config.json", tokenizer, config)
+
+
+def _end_as_in_training(file: Path, tokenizer: Any, config: RunConfig) -> None:
+    """Have the exported model end where completions ended in training: at every end token, the recipe's own too."""
+    settings = read_json(file, "a generation config") if file.is_file() else {}
+    added = {str(token.content): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    prompts = [config.prompt, *(t.prompt for t in config.tasks if t.prompt is not None)]
+    named = {added[string] for prompt in prompts for string in prompt.stop if string in added}
+    before = settings.get("eos_token_id")
+    own = [] if before is None else before if isinstance(before, list) else [before]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = sorted({*own, *eos, *config.rollout.stop_token_ids, *named})
+    if ends:
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_image_processor(checkpoint: Path, directory: Path) -> None:
+    """Copy the image processor that the checkpoint holds, as it was limited in training."""
+    for name in PROCESSOR_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, directory / name)
+
+
+def model_card(name: str, source: ExportSource, config: RunConfig, copied: Copied, dtype: str) -> str:
     """Write README.md of an exported model, in the form of the hub's model cards."""
     state = source.checkpoint.state()
-    tags = ["sapo", "reinforcement-learning", config.objective_name]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    tags = list(dict.fromkeys(["sapo", "reinforcement-learning", config.objective_name]))
+    kind = "image-text-to-text" if copied.pictures else "text-generation"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": kind, "tags": tags}
     base = _base_model(config)
     if _is_hub_id(config.model.path):
         front["base_model"] = config.model.path
@@ -120,11 +209,11 @@ def model_card(name: str, source: ExportSource, config: RunConfig, policy: Polic
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"{type(policy.model).__name__}, {policy.num_parameters:,} parameters, {dtype}. It began as {base} and was "
+        f"{copied.architecture}, {copied.num_parameters:,} parameters, {dtype}. It began as {base} and was "
         f"trained by reinforcement learning with the objective `{config.objective_name}` for {training}.",
         "## Evaluation\n\n" + _evaluation(config, state, source.checkpoint),
         "## Training tasks\n\n" + _tasks(config),
-        "## Use\n\n" + _usage(name, config),
+        "## Use\n\n" + _usage(name, config, copied.pictures),
         "## Limits\n\n" + LIMITS,
         "## Recipe\n\n" + _fenced("yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),
         "## Versions\n\n" + _versions(config),
@@ -152,9 +241,12 @@ def _is_hub_id(path: str | None) -> bool:
 def _training(source: ExportSource, config: RunConfig, state: dict[str, Any]) -> str:
     done = source.checkpoint
     of = "" if done.step == config.train.steps and not done.update else f" of {config.train.steps}"
+    steps = f"{done.step}{of} step{'s' * (done.step != 1 or bool(of))}"
+    if done.update:  # within a step
+        steps += f" and {done.update} update{'s' * (done.update != 1)} of the next"
     rollout = config.rollout
     return (
-        f"{done.label}{of} steps (seed {config.seed}, {rollout.prompts_per_step} prompts x "
+        f"{steps} (seed {config.seed}, {rollout.prompts_per_step} prompts x "
         f"{rollout.samples_per_prompt} completions a step, {state['tokens']['generated']:,} tokens drawn)"
     )
 
@@ -201,13 +293,12 @@ def _tasks(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _usage(name: str, config: RunConfig) -> str:
-    code = f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-"""
+def _usage(name: str, config: RunConfig, pictures: bool) -> str:
+    kind = "AutoModelForImageTextToText" if pictures else "AutoModelForCausalLM"
+    parts = {"model": kind, "tokenizer": "AutoTokenizer"}
+    parts |= {"image_processor": "AutoImageProcessor"} if pictures else {}
+    code = f"from transformers import {', '.join(sorted(parts.values()))}\n\n"
+    code += "".join(f'{part} = {loader}.from_pretrained("{name}")\n' for part, loader in parts.items())
     prompts = [config.prompt, *(t.prompt for t in config.tasks if t.prompt is not None)]
     form = yaml.safe_dump(prompts[0].model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     text = _fenced("python", code) + "\n\nIn training its questions were put like this"

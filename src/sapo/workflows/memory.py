@@ -6,6 +6,8 @@ of them trained:
 
     always              baseline + P e + 8 T (the moments of AdamW; another optimizer's state by its own count)
                         + 4 T (float32 masters, of a 16-bit model only)
+                        + pixels of the step's pictures (up to 256 MiB); their features, where the tower is frozen (up
+                        to 512 MiB)
     generate            cache: (each prompt once + rows x (max_new_tokens - 1))
                         x 2 x layers x kv heads x head size x e (4 on a CPU)
                         + weights joined or packed for decoding
@@ -14,6 +16,7 @@ of them trained:
     update, forward     activations of the largest micro-batch + last hidden states and their gradient
                         + one chunk of logits + the head's own gradient (4 V H)
                         + gradients of earlier micro-batches (4 T), where a mini-batch has more than one
+                        + activations of the vision tower, where it is trained
     update, both        one gradient more (4 T), where true gradients are compared
     update, backward    gradients (4 T) + the head's once more (4 V H), where it is tied or already has one + one layer
     checkpoint          nothing of its own: tensors are written from where they are
@@ -33,23 +36,26 @@ Completions are taken at their full length and prompts as those of the first ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sapo.config import RunConfig
-from sapo.data import Prompt
+from sapo.data import Group, Prompt
 from sapo.model.attention import TreeLayout
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
-from sapo.model.prefix_tree import prefix_tree
+from sapo.model.prefix_tree import prompt_tree
 from sapo.model.routing import Routers
+from sapo.model.state_tree import KeptStates
 from sapo.rollout.local.cache import KVCache, cache_dtype
 from sapo.rollout.local.decoder import copied_bytes
 from sapo.rollout.local.engine import PREFILL_TOKENS
-from sapo.training.batch import split_minibatches
+from sapo.rollout.local.proof import CACHED, PACKED
+from sapo.rollout.local.rows import CACHE_NAMES, own_attention
+from sapo.training.batch import cut_groups, split_minibatches
 from sapo.training.optimizer import OPTIMIZERS
 from sapo.training.optimizer_check import state_bytes
 from sapo.utils.machine import resident_bytes
@@ -62,6 +68,7 @@ from sapo.workflows.activations import (
     probe_batch,
     run_forward,
 )
+from sapo.workflows.picture_memory import measure_pictures
 
 BATCH_BYTES_PER_TOKEN = 40
 """A token id and up to three log-probabilities (4 bytes each), and three numbers of 8 bytes that an update measures."""
@@ -77,6 +84,13 @@ SAMPLER_LOGITS_CUT = 6.5
 ALLOCATOR_SHARE = 0.25
 """Memory that glibc keeps of freed blocks after an update, as a share of what lies beyond the baseline: .19 to .34 in
 five runs of two models (docs/memory.md)."""
+
+
+CACHE_COPIES = 2
+"""Copies of transformers' own cache where rows leave a batch: those that stay are copied out of it."""
+
+PACKED_TO_COMPARE = 4
+"""Micro-batches with the most tokens of a step, of which the one that keeps the most is the largest."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,7 @@ def estimate_memory(
         state: state_bytes(config.train.optimizer, trained),
     }
     tokens = len(prompts) * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
-    ahead = -(-config.rollout.staleness // config.train.minibatches)
+    ahead = -(-config.largest_age // config.train.minibatches)
     drawn = (1 + config.rollout.refill_rounds) * (1 + ahead)
     batch = {"rollout batch": BATCH_BYTES_PER_TOKEN * tokens * drawn}
     if config.model.routing_replay:
@@ -145,6 +159,9 @@ def estimate_memory(
         del always["interpreter and libraries"]
         batch = {}
     update = _Update(config, policy, prompts)
+    if policy.device.type == "cpu":
+        always["pixels of pictures"] = update.pictures.pixels
+    always["features of pictures"] = update.pictures.features
     phases = {
         "generate": always | batch | _generate_parts(config, policy, prompts, update.layer),
         "update, forward": always | batch | update.forward_parts() | update.compared(),
@@ -182,15 +199,20 @@ class _Update:
     def __init__(self, config: RunConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
         rollout, train = config.rollout, config.train
         groups = [full_length_group(p, rollout.samples_per_prompt, rollout.max_new_tokens) for p in prompts]
-        minibatches = [
-            pack_groups(part, train.tokens_per_microbatch, rollout.max_new_tokens)
-            for part in split_minibatches(groups, train.minibatches)
-        ]
         kept = measure_activations(policy)
         self.layer = kept
         self.cost = measure_activations(policy, checkpointing=True) if train.activation_checkpointing else kept
-        batches = [(batch, len(m.microbatches)) for m in minibatches for batch in m.microbatches]
-        self.batch, self.num_microbatches = max(batches, key=lambda b: self.cost.bytes(Counts.of(b[0])))
+        cut: list[tuple[list[Group], int]] = []
+        for part in split_minibatches(groups, train.minibatches):
+            microbatches = cut_groups(part, train.tokens_per_microbatch, train.picture_tokens_per_microbatch)
+            cut += [(microbatch, len(microbatches)) for microbatch in microbatches]
+        # A step may have more tokens than memory for them, so that only those with the most are packed.
+        most = sorted(cut, key=lambda m: -_num_tokens(m[0]))[:PACKED_TO_COMPARE]
+        batches = [(pack_groups(m, 2**62, rollout.max_new_tokens).microbatches[0], n) for m, n in most]
+        self.pictures = measure_pictures(policy, prompts, train.activation_checkpointing)
+        self.batch, self.num_microbatches = max(
+            batches, key=lambda b: self.cost.bytes(Counts.of_policy(policy, b[0])) + self.pictures.activations(b[0])
+        )
         self.diagnostics = config.diagnostics
         self.policy = policy
         self.trained = [p for p in policy.model.parameters() if p.requires_grad]
@@ -206,7 +228,8 @@ class _Update:
         vocabulary, hidden = self.policy.head_weight.shape
         targets = self.batch.num_targets
         parts = {
-            "activations": int(self.cost.bytes(Counts.of(self.batch))),
+            "activations": int(self.cost.bytes(Counts.of_policy(self.policy, self.batch))),
+            "activations of the vision tower": self.pictures.activations(self.batch),
             "last hidden states and their gradient": 2 * targets * hidden * self.policy.dtype.itemsize,
             "one chunk of logits": _chunk_bytes(self.policy, targets),
         }
@@ -227,11 +250,15 @@ class _Update:
             # Both uses of a tied embedding bring a gradient of its size before they are summed; that of a second
             # micro-batch stands beside the first one's.
             parts["gradient of the head once more"] = weight.numel() * 4
-        parts["one layer"] = int(self.layer.bytes(Counts.of(self.batch)) / self.layer.layers)
+        parts["one layer"] = int(self.layer.bytes(Counts.of_policy(self.policy, self.batch)) / self.layer.layers)
         return parts
 
     def _gradients(self) -> int:
         return sum(max(4, p.element_size()) * p.numel() for p in self.trained)
+
+
+def _num_tokens(groups: Sequence[Group]) -> int:
+    return sum(len(g.prompt.token_ids) + sum(map(len, g.completions)) for g in groups)
 
 
 def _generate_parts(
@@ -241,9 +268,15 @@ def _generate_parts(
     rollout, experiments = config.rollout, config.experiments
     samples = rollout.samples_per_prompt
     rows = min(len(prompts) * samples, max(rollout.max_rows, samples))
-    tree = prefix_tree([p.token_ids for p in prompts])
+    tree = prompt_tree(prompts)
     lengths = [tree.segments[leaf].length for leaf in tree.leaves]
     cache = KVCache(rows, rollout.max_new_tokens, lengths, [samples] * len(prompts), tree.preamble)
+    in_rows = policy.path == "rows" or policy.engine_paths.get(PACKED) is not None
+    kept = CacheCost(0, 0) if in_rows else measure_cache(policy)
+    cached = cache.num_places * kept.keys_of_token * cache_dtype(policy.dtype, policy.device).itemsize
+    if in_rows:
+        longest = max(len(p.token_ids) for p in prompts) + rollout.max_new_tokens
+        cached = CACHE_COPIES * rows * _bytes_of_row(policy, longest)
     vocabulary = policy.head_weight.shape[0]
     cut = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
     # Logits of 16 bits are there beside their float32 copy.
@@ -252,7 +285,8 @@ def _generate_parts(
     matrices = [p for p in policy.model.parameters() if p.dim() > 1 or experiments.sampler_vectors]
     return {
         "rounded weights": 0 if experiments.sampler_is_policy else _bytes_of(matrices),
-        "cache of keys and values": cache.num_places * _cache_bytes_per_token(policy),
+        "cache of keys and values": cached,
+        "recurrent states of the rows": kept.states_of_row * (rows + min(len(prompts), rows // samples) + 1),
         "weights arranged for decoding": copied_bytes(policy, rollout.max_new_tokens),
         "tables of the rows": rows * rollout.max_new_tokens * ROW_BYTES_PER_TOKEN,
         "logits of a step in the sampler": int(logits),
@@ -269,19 +303,61 @@ def _chunk_bytes(policy: Policy, targets: int) -> int:
     return tokens * vocabulary * itemsize + block * max(4, itemsize) * (1 if itemsize >= 4 else 2)
 
 
-def _cache_bytes_per_token(policy: Policy) -> int:
-    """Measure the bytes of keys and values of one token, over all layers, as the engine keeps them."""
+@dataclass(frozen=True)
+class CacheCost:
+    """Count what the engine keeps of a sequence, over all layers.
+
+    >>> CacheCost(keys_of_token=2 * 2 * 64, states_of_row=0).keys_of_token  # two layers, 64 numbers of a key in each
+    256
+    """
+
+    keys_of_token: int
+    """Elements of the keys and values of one token."""
+    states_of_row: int
+    """Bytes of the windows and states of recurrent layers, whatever the length."""
+
+
+def measure_cache(policy: Policy) -> CacheCost:
+    """Measure what the engine keeps of a sequence, by a forward pass over a few tokens."""
     sizes: list[int] = []
 
     def measure(_: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        itemsize = cache_dtype(key.dtype, key.device).itemsize
-        sizes.append((key.numel() + value.numel()) * itemsize // key.shape[0])
+        sizes.append((key.numel() + value.numel()) // key.shape[0])
 
-    batch = probe_batch(1, 2, 2, 2)
+    batch, states = probe_batch(1, 2, 2, 2), KeptStates()
     with torch.no_grad():
-        run_forward(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure))
-    return sum(sizes)
+        run_forward(policy, batch, TreeLayout(batch.segments, policy.device, on_keys=measure, keep=states))
+    return CacheCost(sum(sizes), states.num_bytes // len(batch.segments))
+
+
+def _bytes_of_row(policy: Policy, length: int) -> int:
+    """Measure the bytes of what the model's own cache keeps of a sequence; 0 where it is decoded without."""
+    if policy.engine_paths.get(CACHED) is not None:
+        return 0
+    sizes = []
+    decoder: Any = policy.decoder
+    for tokens in (4, 8):
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device=policy.device)
+        with torch.no_grad(), own_attention(policy):
+            output = decoder(input_ids=ids, use_cache=True)
+        kept = [getattr(output, name, None) for name in CACHE_NAMES]
+        sizes.append(_bytes_of(list(_tensors_of(kept, set()))))
+    per_token = (sizes[1] - sizes[0]) / 4
+    return int(sizes[0] + per_token * (length - 4))
+
+
+def _tensors_of(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an object holds, in its attributes and containers, once each."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for part in (*inside, *vars(value).values()) if hasattr(value, "__dict__") else inside:
+        yield from _tensors_of(part, seen)
 
 
 def _bytes_of(parameters: Sequence[torch.Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.nbytes for p in parameters)

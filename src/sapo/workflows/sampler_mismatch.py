@@ -44,11 +44,12 @@ from sapo.errors import ConfigError
 from sapo.model.head import LossAndCoefficient, policy_head, token_logprobs
 from sapo.model.policy import Policy
 from sapo.model.rounding import Rounding, rounded_weights
-from sapo.objectives import LOG_RATIO_LIMIT, Factors, Objective, Ratios, TokenObjective, group_advantages
+from sapo.objectives import LOG_RATIO_LIMIT, Factors, Objective, Ratios, TokenObjective
 from sapo.objectives.surrogates import bound_log_ratio
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Request
 from sapo.rollout.registry import make_engine, require
+from sapo.rollout.shaping import advantages_of_scored
 from sapo.rollout.weights import loaded
 from sapo.tasks import score_groups
 from sapo.training.batch import pack
@@ -191,13 +192,20 @@ def diagnose(
         on_progress: called with the parts measured, and all of them.
 
     Raises:
-        ConfigError: fewer than 2 problems or samples, or a sampler that is greedy.
+        ConfigError: fewer than 2 problems or samples, a sampler that is greedy, or a verifier that always fails.
     """
     groups = [group for planned in evaluations for group in _draw(policy, planned, rounding)]
     if len(groups) < 2 or min(len(g.completions) for g in groups) < 2:
         raise ConfigError(
             f"a diagnosis needs 2 problems and 2 samples of each; got {len(groups)} and "
             f"{min(len(g.completions) for g in groups)}; raise --problems and --samples"
+        )
+    rewards = [r for g in groups for r in g.scored_rewards]
+    if not rewards:
+        first = groups[0].completions[0].score
+        raise ConfigError(
+            f"a diagnosis needs a completion that was scored; got {first.status.value} on all: {first.detail}; mend "
+            "the verifier"
         )
     parts = [groups[i :: min(PARTS, len(groups))] for i in range(min(PARTS, len(groups)))]
     [temperature] = {e.settings.params.temperature for e in evaluations}
@@ -207,14 +215,13 @@ def diagnose(
         measured.add(part, tokens_per_microbatch)
     on_progress(len(parts), len(parts))
     deviation_M = torch.cat(measured.log_ratios).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1().abs().sort().values
-    rewards = [r for g in groups for r in g.rewards]
     return MismatchDiagnosis(
         model=name or policy.source,
         sampler_dtype=rounding.dtype,
         sampler_scaling=rounding.scaling if rounding.dtype != "bfloat16" else "none",
         sampler_vectors=rounding.vectors,
         tasks=tuple(e.task.name for e in evaluations),
-        completions=len(rewards),
+        completions=sum(len(g.completions) for g in groups),
         tokens=len(deviation_M),
         dose=deviation_M.mean().item(),
         dose_p99=deviation_M[min(len(deviation_M) - 1, int(0.99 * len(deviation_M)))].item(),
@@ -238,8 +245,9 @@ def _draw(policy: Policy, planned: PlannedEvaluation, rounding: Rounding) -> lis
     scored = score_groups([(planned.task, p, c) for p, c in zip(prompts, drawn, strict=True)])
     groups = []
     for prompt, completions in zip(prompts, scored, strict=True):
-        rewards = torch.tensor([c.score.reward for c in completions], dtype=torch.float64)
-        groups.append(Group(prompt, tuple(completions), tuple(group_advantages(rewards, "group_std").tolist())))
+        rewards = [c.score.reward for c in completions]
+        advantages = advantages_of_scored(rewards, [c.score.status.failed for c in completions], "group_std")
+        groups.append(Group(prompt, tuple(completions), advantages))
     return groups
 
 
@@ -296,6 +304,7 @@ class _GradientSums:
                 bias_V=self.policy.head_bias,
                 temperature=self.temperature,
                 softcap=self.policy.logit_softcap,
+                unused_K=self.policy.unused_K,
             )
             found = torch.autograd.grad(head.loss, parameters, retain_graph=True, allow_unused=True)
             yield name, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
@@ -308,6 +317,7 @@ class _GradientSums:
             bias_V=self.policy.head_bias,
             temperature=self.temperature,
             softcap=self.policy.logit_softcap,
+            unused_K=self.policy.unused_K,
         )
         log_ratio_M = logprob_M.double() - batch.old_logprobs_M
         self.log_ratios.append(log_ratio_M.cpu())

@@ -21,7 +21,9 @@ def starting_policy(
     policy = starting_model(config, on_coldstart, should_stop)
     if (lora := config.model.lora) is not None:
         seed = seed_for(config.seed, "adapter")
-        add_adapter(policy, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+        vision = config.model.vision.train
+        add_adapter(policy, **lora.model_dump(), seed=seed, vision=vision)
+    train_vision(config, policy)
     RoutingReplay.of(config, policy)  # refused before anything is written
     return policy
 
@@ -32,7 +34,8 @@ def starting_model(
     """Load the model of a recipe: its cold start, or the one at model.path."""
     if config.model.coldstart is not None:
         path = ensure_coldstart(config, on_coldstart, should_stop)[0]
-        return load_policy(path, config.model.dtype, config.device)
+        most = config.model.vision.max_tokens_per_picture
+        return load_policy(path, config.model.dtype, config.device, max_tokens_per_picture=most)
     assert config.model.path is not None
     policy = load_policy(config.model.path, config.model.dtype, config.device, **config.model.load_options)
     if policy.adapter is not None and config.model.lora is not None:
@@ -48,12 +51,25 @@ def reference_policy(config: RunConfig, should_stop: Callable[[], bool]) -> Poli
         return None
     if kl.reference is not None:
         trusted = config.model.trust_remote_code
-        reference = load_policy(kl.reference, config.model.dtype, config.device, trust_remote_code=trusted)
+        reference = load_policy(
+            kl.reference,
+            config.model.dtype,
+            config.device,
+            trust_remote_code=trusted,
+            max_tokens_per_picture=config.model.vision.max_tokens_per_picture,
+            text_only=not config.model.vision.load,
+        )
     else:
         reference = starting_model(config, lambda _: None, should_stop)
     for parameter in reference.model.parameters():
         parameter.requires_grad_(False)
     return reference
+
+
+def train_vision(config: RunConfig, policy: Policy) -> None:
+    """Choose what of a policy's vision part is trained; an adapter has chosen for itself."""
+    if policy.vision is not None and policy.adapter is None:
+        policy.vision.train(config.model.vision.train)
 
 
 def check_same_tokens(policy: Policy, reference: Policy | None) -> None:

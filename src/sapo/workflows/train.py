@@ -5,7 +5,7 @@ The Python surface (`sapo.train`, `sapo.resume`) and the command line both come 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,26 +13,53 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import RunConfig
-from sapo.config.recipes import override_run
 from sapo.conformance.objective_laws import Judgement
-from sapo.errors import CollapseError, ConfigError, NonFiniteError, ParityError, RankError
+from sapo.errors import (
+    ClusterError,
+    CollapseError,
+    ConfigError,
+    EngineError,
+    NonFiniteError,
+    ParityError,
+    RankError,
+    RunFailure,
+    SelfCheckError,
+    StorageError,
+    UserError,
+)
 from sapo.model.loading import load_policy
 from sapo.model.policy import Policy
 from sapo.objectives import is_plugin
-from sapo.rollout.registry import check_engine, make_engine
+from sapo.rollout.engine import Engine
+from sapo.rollout.registry import check_engine
+from sapo.rollout.remote.start import check_engine_policy, log_to, start_engine
+from sapo.rollout.servers.engine import ServerEngine
 from sapo.rollout.vllm.core import vllm_version
 from sapo.run.directory import RunDirectory
+from sapo.run.inputs import InputRecord, absolute_paths
 from sapo.run.listener import Listener, Silent
 from sapo.run.loggers.all import check_loggers
 from sapo.run.loop import StopReason, TrainingRun
 from sapo.run.machine import DECIDING_BITS, provenance, resolve_machine
-from sapo.run.preflight import check_objectives, check_prompts, load_tasks
-from sapo.run.state import RunState
+from sapo.run.preflight import (
+    check_objectives,
+    check_prompts,
+    limit_prompts,
+    load_tasks,
+    prompt_warnings,
+    try_rewards,
+)
 from sapo.run.trainers import check_optimizer
-from sapo.training.checkpoint import newest_whole, set_broken_aside
+from sapo.tasks import notices_of
+from sapo.training.checkpoint import list_checkpoints, set_broken_aside
+from sapo.utils.files import storage_failure
+from sapo.workflows.cluster import engine_channels, joined_cluster
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
-from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy
+from sapo.workflows.rank_watch import rank_table
+from sapo.workflows.rehearsal import rehearse_saving
+from sapo.workflows.resuming import Resuming, coldstart_directory
+from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy, train_vision
 from sapo.workflows.training_group import (
     check_ranks,
     is_other_rank,
@@ -71,8 +98,8 @@ def train(
 
     Raises:
         ConfigError, ModelError, TaskError: the recipe cannot be run; nothing was written.
-        NonFiniteError, CollapseError, ParityError, RankError: the run stopped itself; the message, which failure.json
-            keeps, names step, cause and checkpoint.
+        NonFiniteError, CollapseError, ParityError, RankError, EngineError, SelfCheckError: the run stopped itself; the
+            message, which failure.json keeps, names the cause and the way out.
     """
     _serve_if_other_rank()
     if config.run_dir is None:
@@ -88,23 +115,34 @@ def _train(
     should_stop: Callable[[], bool],
     on_coldstart: Callable[[ColdStartProgress], None],
 ) -> Run:
-    config = resolve_ranks(resolve_machine(config))
     RunDirectory.check_free(run_dir)
+    config = resolve_ranks(resolve_machine(absolute_paths(config)))
     check_loggers(config)
     check_engine(config)
     check_optimizer(config)
     check_objectives(config, _warn_of_design(listener or Silent()))
-    tasks = load_tasks(config)
-    policy = starting_policy(config, on_coldstart, should_stop)
-    check_prompts(config, policy, tasks)
-    reference = reference_policy(config, should_stop)
-    check_same_tokens(policy, reference)
-    check_ranks(config, policy)
     with ExitStack() as opened:  # all that was opened is closed, last to first, even where closing one of them fails
-        engine = opened.enter_context(closing(make_engine(policy, config.rollout)))
-        directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}))
+        config, cluster = opened.enter_context(joined_cluster(config))
+        tasks = load_tasks(config)
+        try_rewards(tasks)
+        policy = starting_policy(config, on_coldstart, should_stop)
+        limit_prompts(policy, tasks)
+        check_prompts(config, policy, tasks)
+        rehearse_saving(policy)
+        warn = (listener or Silent()).warning
+        for text in (*notices_of(tasks.train), *prompt_warnings(config, policy, tasks)):
+            warn(text)
+        reference = reference_policy(config, should_stop)
+        check_same_tokens(policy, reference)
+        check_ranks(config, policy)
+        engine = opened.enter_context(closing(start_engine(config, policy, warn, engine_channels(config, cluster))))
+        for text in policy.notices:
+            warn(text)
+        inputs = InputRecord.of(config, policy, tasks.train, coldstart_directory(config))
+        directory = RunDirectory.create(config.model_copy(update={"provenance": _provenance(config)}), inputs)
         opened.enter_context(closing(directory))
-        trainers = start_trainers(config, directory.path, policy, reference)
+        _begin(engine, config, directory, listener or Silent())
+        trainers = start_trainers(config, directory.path, policy, reference, cluster)
         if trainers is not None:
             opened.enter_context(closing(trainers))
         return _run_to_its_end(
@@ -129,6 +167,8 @@ def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambd
     check_engine(config)
     check_optimizer(config)
     check_objectives(config, on_judged)
+    with joined_cluster(config):
+        pass
     return rehearse(
         config,
         load=_policy_of_a_dry_run,
@@ -139,6 +179,7 @@ def dry_run(config: RunConfig, *, on_judged: Callable[[Judgement], None] = lambd
 def _policy_of_a_dry_run(config: RunConfig) -> Policy:
     policy = starting_policy(config, lambda _: None, lambda: False)
     check_ranks(config, policy)
+    check_engine_policy(config, policy)
     return policy
 
 
@@ -146,6 +187,7 @@ def resume(
     run: str | Path,
     overrides: list[str] | None = None,
     *,
+    accept_changes: Sequence[str] = (),
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
@@ -154,48 +196,51 @@ def resume(
     Args:
         run: the run directory.
         overrides: `key=value` for the few settings that may change in mid-run (`train.steps`, ...).
+        accept_changes: keys of settings and files that have changed since the run began, to go on with as they are.
 
     Raises:
-        ConfigError: not a run directory, or an override that would make it another run.
+        ConfigError: not a run directory; an override that would make it another run; or rows, models, modules or
+            settings in its config.yaml that have changed and are not accepted.
     """
     _serve_if_other_rank()
-    return _with_restarts(lambda: _resume(str(run), overrides or [], listener, should_stop), run, listener, should_stop)
+    first = partial(_resume, str(run), overrides or [], accept_changes, listener, should_stop)
+    return _with_restarts(first, run, listener, should_stop)
 
 
-def _resume(run: str, overrides: list[str], listener: Listener | None, should_stop: Callable[[], bool]) -> Run:
+def _resume(
+    run: str,
+    overrides: list[str],
+    accepted: Sequence[str],
+    listener: Listener | None,
+    should_stop: Callable[[], bool],
+) -> Run:
     with ExitStack() as opened:
         directory, config = RunDirectory.open(run)
         opened.enter_context(closing(directory))
-        return _run_to_its_end(_resumed(opened, directory, config, run, overrides, listener or Silent(), should_stop))
+        resuming = Resuming(run, directory, config, overrides, accepted, listener or Silent())
+        return _run_to_its_end(_resumed(opened, resuming, should_stop))
 
 
-def _resumed(
-    opened: ExitStack,
-    directory: RunDirectory,
-    config: RunConfig,
-    run: str,
-    overrides: list[str],
-    listener: Listener,
-    should_stop: Callable[[], bool],
-) -> TrainingRun:
+def _resumed(opened: ExitStack, resuming: Resuming, should_stop: Callable[[], bool]) -> TrainingRun:
     """Make the run at its newest whole checkpoint; its files change only when nothing can be refused any more.
 
     Args:
         opened: closes what is opened here.
     """
-    config = resolve_ranks(resolve_machine(override_run(config.model_copy(update={"run_dir": run}), overrides)))
+    directory, listener = resuming.directory, resuming.listener
+    config = resolve_ranks(resolve_machine(resuming.overridden()))
     _warn_of_another_machine(config, listener)
     check_loggers(config)
     check_engine(config)
     check_optimizer(config)
     check_objectives(config, _warn_of_design(listener))
+    config, cluster = opened.enter_context(joined_cluster(config))
     tasks = load_tasks(config)
-    checkpoint = newest_whole(
-        directory.checkpoints, on_broken=lambda error: listener.warning(f"checkpoint not used: {error}")
-    )
-    state = None
+    checkpoint, state = resuming.newest_checkpoint(config)
+    resuming.check_inputs(config, tasks.train, checkpoint)
+    resuming.check_pictures(checkpoint, state)
     if checkpoint is None:
-        listener.warning(f"{run} has no checkpoint yet: the run starts over from its first step")
+        listener.warning(f"{resuming.run} has no checkpoint yet: the run starts over from its first step")
         policy = starting_policy(config, lambda _: None, should_stop)
     else:
         listener.resumed(checkpoint)
@@ -204,23 +249,41 @@ def _resumed(
             config.model.dtype,
             config.device,
             trust_remote_code=config.model.trust_remote_code,
+            text_only=not config.model.vision.load,
         )
-        state = RunState.deserialise(checkpoint.state(), checkpoint.batches())
+        train_vision(config, policy)
+    resuming.check_model(policy, checkpoint, state)
+    limit_prompts(policy, tasks)
     reference = reference_policy(config, should_stop)
     check_same_tokens(policy, reference)
     check_ranks(config, policy)
-    engine = opened.enter_context(closing(make_engine(policy, config.rollout)))
-    trainers = start_trainers(config, directory.path, policy, reference)
+    engine = opened.enter_context(
+        closing(start_engine(config, policy, listener.warning, engine_channels(config, cluster)))
+    )
+    for text in policy.notices:
+        listener.warning(text)
+    _begin(engine, config, directory, listener)
+    trainers = start_trainers(config, directory.path, policy, reference, cluster)
     if trainers is not None:
         opened.enter_context(closing(trainers))
-    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
     training = TrainingRun(config, directory, policy, tasks, state, listener, should_stop, reference, engine, trainers)
     if checkpoint is not None:
         training.trainer.restore_optimizer(checkpoint.path)
+    directory.rewind(state.metrics_bytes if state else 0, state.step if state else 0)
     set_broken_aside(directory.checkpoints, checkpoint)
-    if overrides:
-        directory.write_config(config)
+    resuming.write(config)
     return training
+
+
+def _begin(engine: Engine, config: RunConfig, directory: RunDirectory, listener: Listener) -> None:
+    """Start what an engine needs beside this process, and have its logs go to the run's directory."""
+    log_to(engine, directory.path / "engines")
+    if isinstance(engine, ServerEngine):
+        try:
+            engine.begin(directory.path / "engines", config.train.max_restarts, config.train.ranks, listener.warning)
+        except EngineError as error:
+            directory.write_failure(str(error))
+            raise
 
 
 def _serve_if_other_rank() -> None:
@@ -236,7 +299,8 @@ def _provenance(config: RunConfig) -> dict[str, Any]:
     A report has the name of the objective from here: it imports no module that a run directory names.
     """
     own = {"objective": config.objective.make().name} if is_plugin(config.objective.name) else {}
-    engine = {"vllm": vllm_version()} if config.rollout.engine == "vllm" else {}
+    here = config.rollout.engine == "vllm" and config.rollout.servers is None
+    engine = {"vllm": vllm_version()} if here else {}
     return provenance() | own | engine
 
 
@@ -268,20 +332,43 @@ def _with_restarts(
     while True:
         try:
             return run()
-        except RankError as error:
+        except (RankError, ClusterError) as error:
+            if isinstance(error, ClusterError) and not restarts:
+                raise  # nothing was begun
             most = RunDirectory.read_config(Path(directory)).train.max_restarts
             if restarts == most or torchrun_ranks():
-                raise RankError(f"{error}; `sapo resume {directory}` goes on from the newest checkpoint") from error
+                raise RankError(
+                    f"{error}; `sapo resume {directory}` goes on from the newest checkpoint",
+                    rank_table(Path(directory)),
+                ) from error
             restarts += 1
             (listener or Silent()).warning(f"{error}; all ranks are started again ({restarts} of at most {most} times)")
-        run = partial(_resume, str(directory), [], listener, should_stop)
+        run = partial(_resume, str(directory), [], (), listener, should_stop)
 
 
 def _run_to_its_end(training: TrainingRun) -> Run:
-    with closing(training.loggers):
-        try:
-            stopped = training.run()
-            return Run(training.directory.path, training.config, training.summary(), stopped)
-        except (NonFiniteError, CollapseError, ParityError, RankError) as error:
-            training.directory.write_failure(str(error))
+    try:
+        with closing(training.loggers):
+            try:
+                stopped = training.run()
+            except (NonFiniteError, CollapseError, ParityError, RankError, EngineError, SelfCheckError) as error:
+                training.directory.write_failure(str(error))
+                raise
+        return Run(training.directory.path, training.config, training.summary(), stopped)
+    except Exception as error:
+        if isinstance(error, UserError | RunFailure) or (reason := storage_failure(error)) is None:
             raise
+        raise StorageError(_storage_line(training, reason)) from error
+
+
+def _storage_line(training: TrainingRun, reason: str) -> str:
+    """Say what could not be written, what is safe, and how to go on."""
+    run = training.directory.path
+    found = list_checkpoints(training.directory.checkpoints)
+    safe = f"the checkpoint of {found[0].label} is safe" if found else "there is no checkpoint yet"
+    way_out = (
+        f"make room or mend the disk, then `sapo resume {run}` goes on"
+        if (run / "config.yaml").is_file()
+        else f"the run directory {run} is gone; start the run again"
+    )
+    return f"step {training.state.step + 1}: a file of the run cannot be written or read: {reason}; {safe}; {way_out}"

@@ -1,4 +1,4 @@
-"""The processes of a training group: started with the run on one machine, or by torchrun on any number.
+"""The processes of a training group: started with the run on one machine, on a Ray cluster, or by torchrun.
 
 The process that a person started, or rank 0 of torchrun, is the driver. The others build the model without weights, are
 sent their slices of the driver's, and serve (`sapo.training.ranked`). They write what they print to `ranks/NN.log` in
@@ -7,14 +7,11 @@ the run's directory, and end when the driver does, however it ends.
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +20,7 @@ import torch.distributed as dist
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
+from sapo.data.messages import Message
 from sapo.diagnostics.measure import Diagnosis
 from sapo.errors import ConfigError, RankError, RunFailure
 from sapo.model.context import check_heads
@@ -31,16 +29,29 @@ from sapo.model.sharding import receive_weights
 from sapo.model.skeleton import buffers, build, describe, set_buffers
 from sapo.run.trainers import make_rank, trainer_settings
 from sapo.training.collective import Collective
+from sapo.training.heartbeat import Progress
 from sapo.training.ranked import RankedTrainers, serve
 from sapo.training.trainer import Trainer
-from sapo.training.wire import Message, Wire
+from sapo.training.wire import Wire
+from sapo.utils.ray_cluster import RayCluster, use_interface_towards
+from sapo.utils.signals import STOPPING, ignore
 from sapo.utils.text import first_line
+from sapo.workflows.rank_processes import (
+    STARTED_BY_US,
+    Place,
+    RankProcesses,
+    StartedRanks,
+    is_lost_connection,
+    ready_key,
+    use_loopback,
+)
+from sapo.workflows.rank_watch import clear_beats, ranks_directory, watch_driver, watch_ranks
+from sapo.workflows.ray_ranks import RayRanks
 
-STARTED_BY_US = "SAPO_RANK_OF_PORT"
-"""In the environment of a rank that was started with the run: "RANK SIZE PORT"."""
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others within one call: longer than any pass over a micro-batch."""
+JOIN_TIMEOUT = timedelta(seconds=30)
+"""How long ranks that have said they are there wait for each other to connect."""
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""How long a rank waits for the others within one call. Heartbeats notice a rank that is lost long before."""
 IDLE_TIMEOUT = timedelta(days=30)
 """How long a rank waits for the next call: the driver samples and evaluates in between. A driver that ends is noticed
 at once, by the connection."""
@@ -66,12 +77,17 @@ def resolve_ranks(config: RunConfig) -> RunConfig:
             divide them.
     """
     started, train = torchrun_ranks(), config.train
+    if started is not None and config.cluster.kind == "ray":
+        raise ConfigError(
+            "cluster.kind=ray starts the ranks of a run itself; got a process of torchrun; start it with `sapo train`"
+        )
     if started is not None and train.ranks not in (1, started):
         raise ConfigError(
             f"train.ranks must be the number of processes that torchrun starts; got {train.ranks} and {started}; leave "
             "train.ranks out"
         )
-    if started is None and config.device.startswith("cuda") and train.ranks > torch.cuda.device_count():
+    on_this_machine = started is None and config.cluster.kind == "none"
+    if on_this_machine and config.device.startswith("cuda") and train.ranks > torch.cuda.device_count():
         raise ConfigError(
             f"train.ranks must not exceed the machine's CUDA devices; got {train.ranks} of "
             f"{torch.cuda.device_count()}; lower it, or start the run with torchrun on several machines"
@@ -106,15 +122,27 @@ def check_ranks(config: RunConfig, policy: Policy) -> None:
             f"train.ranks={config.train.ranks} needs a model of transformers' own, which every rank builds from its "
             f"config; got {type(policy.model).__name__}, which brings code of its own; use train.ranks=1"
         )
-    settings, sharing = policy.model.config, config.train.context_parallel
-    heads = settings.num_attention_heads
-    problem = check_heads(heads, getattr(settings, "num_key_value_heads", None) or heads, sharing)
-    if sharing > 1 and problem is not None:
-        raise ConfigError(f"train.context_parallel={sharing} does not fit the model: {problem}; use a divisor")
+    settings, sharing = policy.model.config.get_text_config(), config.train.context_parallel
+    if sharing == 1:
+        return
+    if policy.path == "rows":
+        raise ConfigError(
+            f"train.context_parallel={sharing} needs a model that runs on packed tokens; {type(policy.model).__name__} "
+            f"runs in rows ({policy.path_reason}); set train.context_parallel=1"
+        )
+    heads = getattr(settings, "num_attention_heads", 1)  # Mamba-2 attends nowhere, and is refused for its states
+    kv_heads = getattr(settings, "num_key_value_heads", None) or heads
+    problem = check_heads(heads, kv_heads, sharing, policy.chunk_tokens > 0)
+    if problem is not None:
+        raise ConfigError(f"train.context_parallel={sharing} does not fit the model: {problem}")
 
 
 def start_trainers(
-    config: RunConfig, directory: Path, policy: Policy, reference: Policy | None
+    config: RunConfig,
+    directory: Path,
+    policy: Policy,
+    reference: Policy | None,
+    cluster: RayCluster | None = None,
 ) -> RankedTrainers | None:
     """Start or join the training group of a run and shard its policy; None where one process trains.
 
@@ -123,133 +151,99 @@ def start_trainers(
         directory: of the run.
         policy: the driver's own, whose weights training begins with.
         reference: likewise of the reference.
+        cluster: with room for the other ranks; None for processes of this machine, or torchrun's.
     """
     size = config.train.ranks
     if size == 1:
         return None
-    processes = None if torchrun_ranks() else RankProcesses(size, directory)
+    progress = Progress()
+    clear_beats(directory)
+    processes = None if torchrun_ranks() else _start(config, directory, cluster)
+    lose = (lambda *_: False) if processes is None else processes.lose
+    heartbeat = watch_ranks(directory, config.train, progress, lose)
 
     def first_failure(error: Exception) -> str | None:
-        return processes.first_failure() if processes is not None else _lost_connection(error)
+        found = None if processes is None else processes.first_failure()
+        return found or (None if isinstance(processes, RankProcesses) else _lost_connection(error))
+
+    def end(told: bool) -> None:
+        heartbeat.close()
+        if processes is not None:
+            processes.end(ENDING_SECONDS if told else 0.0)
+        if dist.is_initialized() and (told or processes is not None):  # or the ranks could not be started again
+            dist.destroy_process_group()
 
     try:
-        if processes is not None:
-            processes.wait_until_ready()
-        ranks, wire = _join(0, size, None if processes is None else processes.store)
-        setup = _setup(config, policy, reference)
-        for rank in range(1, size):
-            wire.send(setup, rank)
-        own = _make_rank(config, setup, ranks, [p for p in (policy, reference) if p is not None])
+        with progress.during("setup"):
+            if processes is not None:
+                processes.wait_until_ready()
+            ranks, wire = _join(0, size, None if processes is None else processes.store, progress)
+            setup = _setup(config, policy, reference, directory)
+            for rank in range(1, size):
+                wire.send(setup, rank)
+            own = _make_rank(config, setup, ranks, [p for p in (policy, reference) if p is not None])
     except BaseException as error:
         failure = (
             first_failure(error) if isinstance(error, RuntimeError) and not isinstance(error, RunFailure) else None
         )
-        if processes is not None:
-            processes.end(0.0)
-        if dist.is_initialized():  # or the ranks could not be started again
-            dist.destroy_process_group()
+        end(told=False)
         if failure is not None:
             raise RankError(failure) from error
         raise
 
-    def end() -> None:
-        if processes is not None:
-            processes.end(ENDING_SECONDS)
-        dist.destroy_process_group()
-
     return RankedTrainers(own, wire, policy, first_failure=first_failure, on_close=end)
 
 
-class RankProcesses:
-    """The other ranks of a group, as child processes of the driver on this machine.
-
-    Args:
-        size: ranks, the driver's own counted.
-        directory: of the run; ranks/NN.log in it takes what they print.
-    """
-
-    def __init__(self, size: int, directory: Path) -> None:
-        _use_loopback()
-        self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        self._logs = directory / "ranks"
-        self._logs.mkdir(exist_ok=True)
-        self._processes = {rank: self._start(rank, size) for rank in range(1, size)}
-
-    def _start(self, rank: int, size: int) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, STARTED_BY_US: f"{rank} {size} {self.store.port}", "LOCAL_RANK": str(rank)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        with self._log(rank).open("ab") as log:
-            # In a session of its own, a Ctrl-C in the terminal is the driver's to answer. Its standard input is a pipe
-            # that nobody writes to: it closes when the driver ends, however that is.
-            return subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def wait_until_ready(self) -> None:
-        """Wait until every process has been imported and is about to join.
-
-        Raises:
-            RankError: one has ended before that; joining would wait for it in vain.
-        """
-        waiting = set(self._processes)
-        while waiting:
-            if any(process.poll() is not None for process in self._processes.values()):
-                raise RankError(self.first_failure())
-            waiting = {rank for rank in waiting if not self.store.check([_ready(rank)])}
-            time.sleep(0.02)
-
-    def first_failure(self) -> str | None:
-        """Return what happened to the first rank that ended, None where all live; it may take a moment to be seen."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            for rank, process in self._processes.items():
-                if (code := process.poll()) is not None:
-                    return f"rank {rank} (process {process.pid}) {_how_it_ended(code)}; {self._last_words(rank)}"
-            time.sleep(0.05)
-        return None
-
-    def end(self, seconds: float) -> None:
-        """Wait for the processes to end, and end those that have not after some seconds."""
-        deadline = time.monotonic() + seconds
-        for process in self._processes.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-
-    def _log(self, rank: int) -> Path:
-        return self._logs / f"{rank:02d}.log"
-
-    def _last_words(self, rank: int) -> str:
-        lines = [line for line in self._log(rank).read_text(errors="replace").splitlines() if line.strip()]
-        return f"{self._log(rank)} ends with: {lines[-1].strip()}" if lines else f"{self._log(rank)} is empty"
+def _start(config: RunConfig, directory: Path, cluster: RayCluster | None) -> StartedRanks:
+    return RankProcesses(config, directory) if cluster is None else RayRanks(cluster, config, directory)
 
 
 def serve_rank() -> None:
     """Be a rank other than the driver's, until the driver ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # whether a run stops is the driver's to say
-    rank, size, store = _own_place()
-    ranks, wire = _join(rank, size, store)
+    ignore(*STOPPING)  # whether a run stops is the driver's to say
+    progress = Progress()
+    place, store = _own_place(progress)
+    if place is None:  # torchrun's
+        ranks, wire = _join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, progress)
+    else:
+        ranks, wire = _join(place.rank, place.size, store, progress)
+    _serve(ranks, wire, progress, watching=place is not None)
+
+
+def serve_hosted_rank(place: str) -> None:
+    """Be a rank on a node of a Ray cluster, until the driver ends; Ray ends the process where it has not by itself.
+
+    Args:
+        place: a `Place`, as JSON.
+    """
+    os.environ["LOCAL_RANK"] = "0"  # it sees no device but its own
+    found, progress = Place(**json.loads(place)), Progress()
+    use_interface_towards(found.host, found.port)
+    _serve(*_join(found.rank, found.size, _meet(found, progress), progress), progress, watching=True)
+
+
+def _serve(ranks: Collective, wire: Wire, progress: Progress, *, watching: bool) -> None:
+    """Serve the driver.
+
+    Args:
+        watching: this process gives signs of life already.
+    """
     message = wire.receive(0)
     assert message.header["call"] == "setup", f"the first call is setup, not {message.header['call']!r}"
     sys.path += [entry for entry in message.header["path"] if entry not in sys.path]
     config = parse_recipe(message.header["config"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    trainer = _make_rank(config, message, ranks, None)
+    if not watching:
+        train, directory = config.train, Path(message.header["directory"])
+        watch_driver(directory, ranks.rank, train.rank_timeout, train.stall_timeout, progress)
+    with progress.during("setup"):
+        trainer = _make_rank(config, message, ranks, None)
     serve(trainer, wire, Diagnosis(config, trainer_settings(config).objective).objectives)
     dist.destroy_process_group()
 
 
-def _setup(config: RunConfig, policy: Policy, reference: Policy | None) -> Message:
+def _setup(config: RunConfig, policy: Policy, reference: Policy | None, directory: Path) -> Message:
     """Return the first message: all that a rank is built from."""
     built = {name: p for name, p in (("policy", policy), ("reference", reference)) if p is not None}
     return Message(
@@ -257,6 +251,7 @@ def _setup(config: RunConfig, policy: Policy, reference: Policy | None) -> Messa
             "call": "setup",
             "config": config.model_dump(mode="json"),
             "path": sys.path,
+            "directory": str(ranks_directory(directory).absolute()),
             "built": {name: describe(p) for name, p in built.items()},
         },
         {f"{name}/{key}": tensor for name, p in built.items() for key, tensor in buffers(p).items()},
@@ -279,20 +274,25 @@ def _make_rank(config: RunConfig, setup: Message, ranks: Collective, loaded: lis
     return trainer
 
 
-def _own_place() -> tuple[int, int, dist.Store | None]:
-    """Return rank and size of this process, and the store to meet the others at (None: torchrun's)."""
+def _own_place(progress: Progress) -> tuple[Place | None, dist.Store | None]:
+    """Return the place of this process and the store to meet the others at, and give signs of life.
+
+    None of both for a rank of torchrun.
+    """
     if STARTED_BY_US not in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None
+        return None, None
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _use_loopback()
-    rank, size, port = map(int, os.environ[STARTED_BY_US].split())
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
-    store.set(_ready(rank), "")
-    return rank, size, store
+    use_loopback()
+    place = Place(**json.loads(os.environ[STARTED_BY_US]))
+    return place, _meet(place, progress)
 
 
-def _ready(rank: int) -> str:
-    return f"ready/{rank}"
+def _meet(place: Place, progress: Progress) -> dist.Store:
+    """Give signs of life, and say at the driver's store that this rank is about to join; return the store."""
+    watch_driver(Path(place.directory), place.rank, place.rank_timeout, place.stall_timeout, progress)
+    store = dist.TCPStore(place.host, place.port, place.size, is_master=False)
+    store.set(ready_key(place.rank), "")
+    return store
 
 
 def _end_with_parent() -> None:
@@ -301,7 +301,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _join(rank: int, size: int, store: dist.Store | None) -> tuple[Collective, Wire]:
+def _join(rank: int, size: int, store: dist.Store | None, progress: Progress) -> tuple[Collective, Wire]:
     if dist.is_initialized():
         raise ConfigError(
             "train.ranks makes a process group of its own; this process has one already; call "
@@ -311,35 +311,25 @@ def _join(rank: int, size: int, store: dist.Store | None) -> tuple[Collective, W
     if store is None:  # torchrun's, from the environment
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=JOIN_TIMEOUT, store=store, rank=rank, world_size=size)
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     calls = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-    return Collective(rank, size, group), Wire(calls)
+    return Collective(rank, size, group, progress), Wire(calls)
 
 
 def _on_own_device(config: RunConfig) -> RunConfig:
     if not config.device.startswith("cuda"):
         return config
-    place = int(os.environ.get("LOCAL_RANK", "0"))
+    own = torch.device(config.device).index if config.cluster.kind == "ray" else None
+    place = int(os.environ.get("LOCAL_RANK", own or 0))
     torch.cuda.set_device(place)
     return config.model_copy(update={"device": f"cuda:{place}"})
 
 
-def _use_loopback() -> None:
-    """Have gloo speak over the loopback interface, unless told otherwise: a host's own name may not resolve."""
-    for _, name in socket.if_nameindex():
-        if name in ("lo", "lo0"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
-def _how_it_ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-
-
 def _lost_connection(error: Exception) -> str | None:
     """Return the message of an error of a collective, None for any other."""
-    signs = ("Connection closed", "Connection reset", "Read error", "Broken pipe", "Timed out", "NCCL")
-    return f"a rank was lost: {first_line(error)}" if any(sign in str(error) for sign in signs) else None
+    return f"a rank was lost: {first_line(error)}" if is_lost_connection(str(error)) else None
 
 
 if __name__ == "__main__":

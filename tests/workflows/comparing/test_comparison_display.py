@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sapo.cli.comparison_display import ComparisonDisplay
 from sapo.config import RunConfig
 from sapo.errors import ConfigError
+from sapo.front.comparison_display import ComparisonDisplay
 from sapo.workflows.comparing.comparison import find_slots
 from sapo.workflows.comparing.outcomes import RunOutcome
 from sapo.workflows.comparing.plan import ComparisonPlan

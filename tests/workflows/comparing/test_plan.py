@@ -97,7 +97,7 @@ def test_the_resolved_comparison_is_a_recipe_of_the_same_comparison(tmp_path: Pa
 
 
 def test_shipped_comparisons_are_told_from_recipes_of_one_run() -> None:
-    assert {"paper_fig4", "paper_fig5", "paper_fig23"} <= set(known_comparisons())
+    assert {"paper_fig4", "paper_fig5", "paper_fig6", "paper_fig23"} <= set(known_comparisons())
     assert not set(known_comparisons()) & set(known_recipes())
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sapo.diagnostics.warnings import OF_THE_LOOP
+from sapo.errors import ConfigError
 from sapo.evaluation.estimates import bootstrap, bootstrap_crossed
 from sapo.run.directory import FAILURE_FILE
 from sapo.workflows.comparing.alarms import Alarms
@@ -195,6 +197,18 @@ def test_a_failure_after_a_rollback_is_dated_by_its_own_step_and_not_by_those_un
     assert RunOutcome.of(run).collapse_visible("add4") == 4
 
 
+def test_what_the_loop_warns_of_itself_describes_the_set_up_of_a_run(tmp_path: Path) -> None:
+    plan = a_plan(seeds=[0])
+    for run in plan.runs(tmp_path):
+        write_run(run.directory, [[1], [1], [2]])
+        with (run.directory / "metrics.jsonl").open("a") as file:  # lines as `Journal.warn` writes them
+            for cause in OF_THE_LOOP:
+                file.write(json.dumps({"kind": "warning", "step": 2, "cause": cause, "text": "of the loop"}) + "\n")
+    outcome = RunOutcome.of(next(iter(plan.runs(tmp_path))))
+    assert outcome.warnings == ()
+    assert outcome.set_up == dict.fromkeys(sorted(OF_THE_LOOP), 1)
+
+
 def test_what_describes_the_set_up_is_counted_apart_and_is_no_alarm(tmp_path: Path) -> None:
     well = [[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]]
     plan = a_plan(seeds=(0,))
@@ -277,3 +291,22 @@ def test_seeds_widen_an_interval_that_is_over_problems_alone_otherwise() -> None
     # far wider than the .08 of the problems; its ends are those of a discrete distribution, hence a bound.
     assert 0.4 < width(over_apart) < 0.8
     assert over_apart.value == pytest.approx(problems.mean())
+
+
+def test_problems_that_a_run_did_not_judge_leave_the_figures(tmp_path: Path) -> None:
+    looks = ([[2, 0, 0, 0]] * 3,)
+    results_of(tmp_path, a_plan(), {f"{arm}-lr1e-4-seed{seed}": looks for arm in "ab" for seed in (0, 1)})
+    file = tmp_path / "runs" / "a-lr1e-4-seed0" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    last |= {"correct": [1, 0, 0, 0], "judged": [1, 0, 2, 2]}
+    lines.append({**last, "step": 3, "correct": [0] * 4, "judged": [0] * 4})  # the environment was away
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = a_plan()
+    outcomes = [RunOutcome.of(run) for run in plan.runs(tmp_path)]
+    assert outcomes[0].curves["add4"].final.pass_at_1 == 1 / 3, "one right of one, and two problems of none"
+    assert not outcomes[0].curves["add4"].collapsed
+    a = ComparisonResults.of(plan, outcomes).cells[0]
+    assert a.final.value == 1 / 3, "over the three problems that both seeds judged"
+    with pytest.raises(ConfigError, match="problems that all of them judged; got none"):
+        bootstrap_crossed(np.array([[np.nan, 1.0], [0.0, np.nan]]))

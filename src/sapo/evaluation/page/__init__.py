@@ -11,10 +11,13 @@ The parts serve other pages too: `page_data` and `embedded` give the data, `part
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sapo.data import Picture
+from sapo.data.thumbnails import Thumbnails
 from sapo.evaluation.figures import Evaluation
 from sapo.evaluation.records import GROUPINGS
 from sapo.evaluation.results import Results
@@ -22,15 +25,22 @@ from sapo.utils.files import write_whole
 from sapo.utils.html import content_security_policy, embedded, filled
 
 
-def write_page(results: Results, path: str | Path) -> Path:
-    """Write the page of an evaluation's completions, whole or not at all."""
+def write_page(results: Results, path: str | Path, pictures: Iterable[Picture] = ()) -> Path:
+    """Write the page of an evaluation's completions, whole or not at all.
+
+    Args:
+        pictures: of the problems; the page shows as many as it has room for.
+    """
+    thumbnails = Thumbnails()
+    for picture in pictures:
+        thumbnails.add(picture.sha256, lambda picture=picture: picture)  # type: ignore[misc]
     path = Path(path)
     script, style = part("completions.js"), part("completions.css")
     fields = {
         "title": html.escape(f"{results.evaluation.task}: {results.about['model']['path']}"),
-        "policy": html.escape(content_security_policy([script], [style])),
+        "policy": html.escape(content_security_policy([script], [style]) + "; img-src data:"),
         "style": style,
-        "data": embedded(page_data(results)),
+        "data": embedded(page_data(results) | ({"thumbnails": thumbnails.uris} if thumbnails.uris else {})),
         "script": script,
     }
     write_whole(path, filled(part("completions.html"), fields))
@@ -70,12 +80,16 @@ def figures_in_words(evaluation: Evaluation) -> list[dict[str, str]]:
         ("greedy", evaluation.greedy),
         *((name.replace("_", " "), figure.mean) for name, figure in evaluation.figures.items()),
     ]
-    words = [
+    if not evaluation.binary:  # shares of right completions say little of other rewards than 0 and 1
+        estimates = [(name.replace("_", " "), figure.mean) for name, figure in evaluation.figures.items()]
+    reward = "not judged" if evaluation.reward_mean is None else f"{evaluation.reward_mean:.3f}"
+    words = [{"name": "mean reward", "value": reward, "more": ""}]
+    words += [
         {"name": name, "value": f"{e.value:.3f}", "more": f"{e.low:.3f} to {e.high:.3f}"}
         for name, e in estimates
         if e is not None
     ]
-    if evaluation.constant is not None:
+    if evaluation.constant is not None and evaluation.binary:
         constant = evaluation.constant
         answer = constant.answer if len(constant.answer) <= 24 else f"{constant.answer[:23]}…"
         words.append({"name": "best constant", "value": f"{constant.share:.3f}", "more": f"always {answer}"})

@@ -110,8 +110,8 @@ function showCompletions(root, data) {
           element("td", {}, row.value),
           element("td", {}, String(row.problems)),
           ...measures.flatMap((m) => [
-            element("td", {}, row[m].value.toFixed(3)),
-            element("td", {}, `${row[m].low.toFixed(3)} to ${row[m].high.toFixed(3)}`),
+            element("td", {}, row[m] ? row[m].value.toFixed(3) : "not judged"),
+            element("td", {}, row[m] ? `${row[m].low.toFixed(3)} to ${row[m].high.toFixed(3)}` : ""),
           ]),
         );
       const heads = [capital(name), "problems", ...measures.flatMap((m) => [m, "95% interval"])];
@@ -308,6 +308,12 @@ function showCompletions(root, data) {
     );
   }
 
+  function picture(hash) {
+    const uri = data.thumbnails?.[hash];
+    const short = hash.slice(0, 8);
+    return element("span", { class: "picture", title: `SHA-256 ${hash}` }, uri ? element("img", { src: uri, alt: `picture ${short}` }) : element("code", {}, short));
+  }
+
   function drawProblem() {
     const item = listed.find(({ problem }) => String(problem.id) === state.problem);
     if (!item) {
@@ -321,6 +327,7 @@ function showCompletions(root, data) {
     const shown = samples.length === all ? `${all} completions` : `${samples.length} of ${all} completions`;
     const parts = [
       element("h2", {}, `Problem ${problem.id + 1}`),
+      problem.pictures ? element("div", { class: "pictures" }, ...problem.pictures.map(picture)) : null,
       ...body(problem.prompt),
       problem.seen == null
         ? null

@@ -3,14 +3,16 @@
 Names of runs and texts of models are only ever data: figures and tables are JSON in the page, the token view is
 compressed chunks that are unpacked on demand. The page's content security policy admits its own four scripts by their
 hashes and no connection, so that text of a model could do nothing even if it became markup. (Styles are not restricted
-to hashes: Plotly makes its own.)
+to hashes: Plotly makes its own.) Served by `sapo watch` it has a fifth script, and connections to its own server.
 """
 
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from sapo.errors import ConfigError
 from sapo.report.assemble import RunReport
@@ -27,27 +29,40 @@ def write_page(report: RunReport, path: Path, *, reload_every: float | None = No
     Raises:
         ConfigError: Plotly is not installed, or the file cannot be written.
     """
-    own = {"compared": "compared.js", "tokens": "tokens.js", "script": "report.js"}
-    scripts = {"plotly": plotly_script(), **{mark: part(name) for mark, name in own.items()}}
-    style = part("report.css") + part("tokens.css")
-    data = report.to_json()
-    if reload_every is not None:
-        data["watch"] = reload_every
-    fields = {
-        **scripts,
-        "title": html.escape(f"sapo report: {report.title}"),
-        "policy": html.escape(policy(list(scripts.values()))),
-        "style": style,
-        "data": embedded(data),
-        "chunks": "\n".join(_chunk(i, chunk.data) for i, chunk in enumerate(report.tokens.chunks)),
-    }
-    page = filled(part("report.html"), fields)
+    page = page_text(report, {} if reload_every is None else {"watch": reload_every})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
     return path
+
+
+def page_text(report: RunReport, more: Mapping[str, Any], *, served: bool = False) -> str:
+    """Return the page.
+
+    Args:
+        more: beside the report's own data.
+        served: by `sapo watch`: it hears of news and asks for them, for its tokens too.
+
+    Raises:
+        ConfigError: Plotly is not installed.
+    """
+    own = {"compared": "compared.js", "tokens": "tokens.js", "script": "report.js"}
+    scripts = {"plotly": plotly_script(), **{mark: part(name) for mark, name in own.items()}}
+    style = part("report.css") + part("tokens.css") + (part("live.css") if served else "")
+    live = part("live.js") if served else ""
+    rules = policy([*scripts.values(), *([live] if served else [])])
+    fields = {
+        **scripts,
+        "title": html.escape(f"sapo report: {report.title}"),
+        "policy": html.escape(rules + "; connect-src 'self'" if served else rules),
+        "style": style,
+        "data": embedded({**report.to_json(), **more}),
+        "chunks": "" if served else "\n".join(_chunk(i, chunk.data) for i, chunk in enumerate(report.tokens.chunks)),
+        "live": f"<script>{live}</script>" if served else "",
+    }
+    return filled(part("report.html"), fields)
 
 
 def plotly_script() -> str:
@@ -59,7 +74,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ConfigError("a report needs Plotly, which is not installed; pip install 'sapo-rl[report]'") from error
+        raise ConfigError("a report needs Plotly, which is not installed; pip install plotly") from error
     script: str = get_plotlyjs()
     return script
 

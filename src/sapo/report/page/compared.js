@@ -19,7 +19,8 @@ function showComparison(made, { element, table, card, fixed, number, dot, words 
     if (cell.difference.high < 0) span.classList.add("below");
     return span;
   };
-  const named = (arm) => element("span", {}, dot(arms.indexOf(arm)), arm);
+  const colorOf = (arm) => made.colors[arm] ?? arms.indexOf(arm);
+  const named = (arm) => element("span", {}, dot(colorOf(arm)), arm);
   const runsOf = (cell) => results.runs.filter((r) => r.arm === cell.arm && r.learning_rate === cell.learning_rate);
   const ended = (run) => ["finished", "failed"].includes(run.state);
   const finals = (cell) => runsOf(cell).filter((r) => ended(r) && r.tasks[cell.task]).map((r) => (r.state === "failed" ? "x" : fixed(r.tasks[cell.task].final).replace(/^0/, ""))).join(" ");
@@ -56,7 +57,7 @@ function showComparison(made, { element, table, card, fixed, number, dot, words 
 
   function everyRun(task) {
     return table([
-      { name: "run", words: true, of: (r) => element("span", {}, dot(arms.indexOf(r.arm)), r.name), by: (r) => r.name },
+      { name: "run", words: true, of: (r) => element("span", {}, dot(colorOf(r.arm)), r.name), by: (r) => r.name },
       { name: "state", words: true, of: (r) => (r.state === "finished" ? "finished" : r.state === "to come" ? none("to come") : element("span", { class: r.state === "failed" ? "below" : null }, `${r.state === "failed" ? "failed" : "under way"}, step ${r.steps}`)), by: (r) => r.state },
       { name: "start", of: (r) => (of(r, task) ? fixed(of(r, task).start) : ""), by: (r) => of(r, task)?.start ?? null },
       { name: "best (step)", of: (r) => (of(r, task) ? `${fixed(of(r, task).best)} (${of(r, task).best_step})` : ""), by: (r) => of(r, task)?.best ?? null },

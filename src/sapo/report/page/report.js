@@ -40,7 +40,11 @@
 
   let printing = false; // on paper it is always light
   const theme = () => (printing ? "light" : null) ?? document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
-  const colorOf = (number) => (number < 0 ? INK[theme()].faint : PALETTE[theme()][number % PALETTE.light.length]);
+  const mixed = (one, other, share) => `#${[1, 3, 5].map((i) => Math.round(parseInt(one.slice(i, i + 2), 16) * (1 - share) + parseInt(other.slice(i, i + 2), 16) * share).toString(16).padStart(2, "0")).join("")}`;
+  function colorOf(number, shade = 0) {
+    const color = number < 0 ? INK[theme()].faint : PALETTE[theme()][number % PALETTE.light.length];
+    return shade ? mixed(color, INK[theme()].surface, 1 - (2 / 3) ** shade) : color;
+  }
 
   function setTheme(name) {
     if (name) document.documentElement.dataset.theme = name;
@@ -60,7 +64,7 @@
   const safe = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("%{", "&#37;{");
 
   function plotlyTrace(trace, panel, figure) {
-    const color = colorOf(trace.color ?? 0);
+    const color = colorOf(trace.color ?? 0, trace.shade);
     const name = trace.name ?? "";
     const made = { name: safe(name), visible: !(hidden[figure.key]?.has(name)), showlegend: false, type: "scatter" };
     if (trace.second) made.yaxis = "y2";
@@ -85,7 +89,7 @@
     if (trace.hovers) made.text = trace.hovers.map((h) => `<br>${safe(h)}`);
     if (trace.kind === "bars") return { ...made, type: "bar", marker: { color } };
     if (trace.kind === "points") return { ...made, mode: "markers", marker: { color, size: panel.y_names ? 7 : 5, opacity: panel.y_names ? 0.6 : 0.55, symbol: trace.crossed ? "x" : "circle" } };
-    const line = { color, width: trace.faint ? 1 : 2, dash: { dash: "dash", dot: "dot" }[trace.dash] ?? "solid" };
+    const line = { color, width: trace.faint ? 1 : 2, dash: trace.dash ?? "solid" };
     if (trace.kind === "steps") return { ...made, mode: "lines", line };
     return { ...made, mode: trace.markers ? "lines+markers" : "lines", opacity: trace.faint ? (few(figure) ? 0.45 : 0.35) : 1, marker: { color, size: 6 }, line };
   }
@@ -134,8 +138,8 @@
     made.setAttribute("height", "10");
     const shape = document.createElementNS("http://www.w3.org/2000/svg", trace.kind === "points" ? "circle" : trace.kind === "bars" ? "rect" : "line");
     const place = trace.kind === "points" ? { cx: 11, cy: 5, r: 3.5 } : trace.kind === "bars" ? { x: 5, y: 0, width: 12, height: 10 } : { x1: 0, x2: 22, y1: 5, y2: 5 };
-    const dash = { dash: "6 4", dot: "2 3" }[trace.dash];
-    for (const [key, value] of Object.entries({ ...place, stroke: colorOf(trace.color ?? 0), fill: colorOf(trace.color ?? 0), "stroke-width": 2, ...(dash ? { "stroke-dasharray": dash } : {}) })) shape.setAttribute(key, value);
+    const dash = { dash: "6 4", dot: "2 3", dashdot: "6 3 2 3" }[trace.dash];
+    for (const [key, value] of Object.entries({ ...place, stroke: colorOf(trace.color ?? 0, trace.shade), fill: colorOf(trace.color ?? 0, trace.shade), "stroke-width": 2, ...(dash ? { "stroke-dasharray": dash } : {}) })) shape.setAttribute(key, value);
     made.append(shape);
     return made;
   }
@@ -172,12 +176,19 @@
     drawn.get(figure.key)();
   }
 
-  const figures = [...data.compared.flatMap((made) => made.figures), ...data.story, ...data.paper];
+  const figuresOf = (report) => [...report.compared.flatMap((made) => made.figures), ...report.story, ...report.paper];
+  let figures = figuresOf(data);
 
   function card(figure) {
     const made = element("article", { class: `card${figure.wide ? " wide" : ""}${figure.missing ? " missing" : ""}`, id: `figure-${figure.key}` }, element("h3", {}, figure.title));
     if (figure.missing) {
       made.append(element("p", {}, figure.missing));
+      return made;
+    }
+    if (figure.same_as) {
+      const links = figure.same_as.flatMap((key, i) => [i ? ", " : null, element("a", { href: `#figure-${key}`, onclick: go }, figures.find((f) => f.key === key).title)]);
+      made.classList.add("missing");
+      made.append(element("p", {}, "The same lines as above: ", links, ". `sapo report --png DIR` writes this figure for a paper."));
       return made;
     }
     const columns = figure.columns ?? (figure.panels.length === 3 ? 3 : Math.min(figure.panels.length, 2));
@@ -187,8 +198,10 @@
     panels.style.setProperty("--columns", columns);
     if (columns > 2) panels.classList.add("many");
     figure.panels.forEach((panel, i) => { if (panel.y_names) plots[i].style.height = `${80 + 30 * panel.y_names.length}px`; });
-    made.append(legend, panels, element("p", {}, figure.caption ?? ""));
-    const fill = () => legend.replaceChildren(...[legendOf(figure)].filter(Boolean));
+    made.querySelector("h3").append(element("button", { type: "button", class: "csv", title: "save the numbers of this figure as CSV", onclick: () => saveCsv(figure) }, "CSV"));
+    const caption = element("p", {});
+    made.append(legend, panels, caption);
+    const fill = () => (legend.replaceChildren(...[legendOf(figure)].filter(Boolean)), (caption.textContent = figure.caption ?? ""));
     fill(); // at once, for its height; the plots when they come near
     made.draw = () => {
       fill();
@@ -198,6 +211,27 @@
       return again();
     };
     return made;
+  }
+
+  // The rows that `sapo report --png` writes beside the images.
+  function csvOf(figure) {
+    const cell = (value) => (value == null ? "" : /[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+    const rows = [["panel", "trace", "kind", "note", "x_name", "x", "y_name", "y", "low", "high"]];
+    for (const panel of figure.panels) {
+      for (const trace of panel.traces) {
+        trace.x.forEach((x, i) => {
+          const [y, low, high] = [trace.y?.[i], trace.low?.[i], trace.high?.[i]];
+          if (y != null || low != null) rows.push([panel.title, trace.name, trace.kind, trace.hovers?.[i] ?? trace.hover, panel.x, x, trace.second ? panel.second : panel.y, y, low, high]);
+        });
+      }
+    }
+    return rows.map((row) => row.map(cell).join(",") + "\n").join("");
+  }
+
+  function saveCsv(figure) {
+    const link = element("a", { href: URL.createObjectURL(new Blob([csvOf(figure)], { type: "text/csv" })), download: `${figure.key}.csv` });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   }
 
   const near = new IntersectionObserver((entries) => {
@@ -248,10 +282,11 @@
 
   function drawHeadlines() {
     const several = data.headlines.length > 1;
+    const opened = document.querySelector("#headlines details")?.open;
     const list = element("ul", { class: "sentences" }, data.headlines.map((text, i) => element("li", {}, several ? dot(data.colors[i]) : null, text)));
     const place = document.getElementById("headlines");
     place.replaceChildren(...data.problems.map((text) => element("p", { class: "unwell" }, text)));
-    if (data.headlines.length > MOST_HEADLINES || data.compared.length) place.append(element("details", {}, element("summary", {}, `Each of the ${data.headlines.length} arms in a sentence`), list));
+    if (data.headlines.length > MOST_HEADLINES || data.compared.length) place.append(element("details", { open: opened }, element("summary", {}, `Each of the ${data.headlines.length} arms in a sentence`), list));
     else place.append(list);
     if (data.warnings.length) {
       const runs = new Set(data.warnings.map((w) => w.run)).size;
@@ -288,7 +323,9 @@
   const number = (value, digits = 3) => (value == null ? element("span", { class: "none" }, "not measured") : Number(fixed(value, digits)).toLocaleString("en", { maximumFractionDigits: digits }));
 
   // A column with `by` sorts the rows by it, upwards and downwards; what has none there stays last.
+  const sorts = new Map(); // names of a table's columns -> how it was sorted last
   function table(columns, rows) {
+    const names = columns.map((c) => c.name).join();
     const kind = (c) => [c.words && "words", c.long && "long"].filter(Boolean).join(" ") || null;
     const body = element("tbody", {});
     const fill = (shown) => body.replaceChildren(...shown.map((row) => element("tr", {}, columns.map((c) => element("td", { class: kind(c) }, c.of(row))))));
@@ -298,11 +335,17 @@
       const up = head.getAttribute("aria-sort") !== "ascending";
       heads.forEach((h) => h.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      sorts.set(names, { name: column.name, up });
       const key = (row) => column.by(row);
       const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
       fill([...rows].sort((a, b) => (key(a) == null) - (key(b) == null) || (key(a) == null ? 0 : (up ? 1 : -1) * compare(key(a), key(b)))));
     }
     fill(rows);
+    const sorted = columns.find((c) => c.name === sorts.get(names)?.name);
+    if (sorted) {
+      if (!sorts.get(names).up) sort(sorted);
+      sort(sorted);
+    }
     return element("div", { class: "scroll", tabindex: "0" }, element("table", {}, element("thead", {}, element("tr", {}, heads)), body));
   }
 
@@ -312,7 +355,7 @@
   const span = (first, last) => (first === last ? String(first) : `${first} to ${last}`);
 
   function drawTables() {
-    document.getElementById("run-table").append(table([
+    document.getElementById("run-table").replaceChildren(table([
       { name: "run", words: true, of: (r) => r.name, by: (r) => r.name }, { name: "arm", words: true, of: (r) => r.arm, by: (r) => r.arm }, { name: "seed", of: (r) => String(r.seed ?? "-"), by: (r) => r.seed },
       { name: "model", words: true, of: (r) => r.models },
       { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}${r.state === "failed" ? ", failed" : ""}`), by: (r) => r.steps },
@@ -326,7 +369,7 @@
   // One row for each run and cause: a rule that is broken step after step would fill pages.
   function drawWarnings(place) {
     if (!data.warnings.length) {
-      place.append(element("p", { class: "note" }, "None was written to metrics.jsonl."));
+      place.replaceChildren(element("p", { class: "note" }, "None was written to metrics.jsonl."));
       return;
     }
     const groups = new Map();
@@ -339,7 +382,7 @@
       const made = element("details", { ontoggle: () => { if (made.children.length === 1) made.append(element("ul", {}, group.slice(1).map((w) => element("li", {}, w.text)))); } }, element("summary", {}, group[0].text));
       return made;
     };
-    place.append(table([
+    place.replaceChildren(table([
       { name: "run", words: true, of: ([w]) => w.run, by: ([w]) => w.run },
       { name: "cause", words: true, of: ([w]) => (w.cause == null ? "-" : words(w.cause)), by: ([w]) => w.cause },
       { name: "times", of: (g) => String(g.length), by: (g) => g.length },
@@ -351,6 +394,7 @@
   function drawComparisons() {
     if (!data.compared.length) return;
     const place = document.getElementById("comparison");
+    place.replaceChildren();
     place.hidden = false;
     document.querySelector("nav a[href='#comparison']").hidden = false;
     document.querySelector("#story h2").hidden = false;
@@ -387,8 +431,52 @@
     }, seconds * 1000);
   }
 
+  // --- a page that is served takes news in place: what is chosen, sorted, hidden and open stays
+
+  const shapeOf = (figure) => JSON.stringify([figure.missing, figure.same_as, figure.title, figure.wide, figure.columns, figure.panels?.map((p) => [p.y, p.x, p.y_names])]);
+
+  function update(fresh) {
+    const before = new Map([...data.story, ...data.paper].map((f) => [f.key, f]));
+    const kept = (figure) => {
+      const old = before.get(figure.key);
+      if (!old || shapeOf(old) !== shapeOf(figure)) return figure;
+      for (const key of Object.keys(old)) if (!(key in figure)) delete old[key];
+      return Object.assign(old, figure);
+    };
+    const chunks = JSON.stringify(data.tokens.chunks);
+    Object.assign(data, fresh, { story: fresh.story.map(kept), paper: fresh.paper.map(kept) });
+    figures = figuresOf(data);
+    for (const made of data.compared) for (const figure of made.figures) drawn.delete(figure.key);
+    document.getElementById("title").textContent = data.title;
+    drawComparisons();
+    drawHeadlines();
+    for (const part of ["story", "paper"]) {
+      const place = document.getElementById(`${part}-figures`);
+      const cards = data[part].map((figure) => {
+        const old = document.getElementById(`figure-${figure.key}`);
+        if (old && before.get(figure.key) === figure) return old;
+        drawn.delete(figure.key);
+        return card(figure);
+      });
+      if (cards.some((made, i) => made !== place.children[i]) || cards.length !== place.children.length) place.replaceChildren(...cards);
+    }
+    drawTables();
+    for (const made of undrawn()) near.observe(made);
+    for (const again of drawn.values()) again();
+    if (JSON.stringify(data.tokens.chunks) !== chunks) {
+      tokens.hold?.();
+      document.getElementById("token-view").replaceChildren();
+      tokens = window.sapoReport.tokens = showTokens(document.getElementById("token-view"), data, memory);
+    }
+  }
+
   // --- begin
 
+  const memory = { get: (key) => state.get(key), set: remember };
+  if (data.served) data.chunk = (place) => fetch(`chunks/${data.served}/${place}`).then(async (answer) => {
+    if (!answer.ok) throw new Error((await answer.text()).trim());
+    return answer.text();
+  });
   if (["light", "dark"].includes(state.get("theme"))) document.documentElement.dataset.theme = state.get("theme");
   history.scrollRestoration = "manual";
   document.getElementById("title").textContent = data.title;
@@ -402,7 +490,7 @@
   system.addEventListener("change", redraw);
   document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", go));
   const comeBack = () => { if (history.state?.scroll != null) scrollTo(0, history.state.scroll); };
-  const tokens = showTokens(document.getElementById("token-view"), data, { get: (key) => state.get(key), set: remember });
+  let tokens = showTokens(document.getElementById("token-view"), data, memory);
   comeBack();
   tokens.ready.then(() => {
     comeBack();
@@ -411,5 +499,5 @@
   if (data.watch) watchFor(data.watch); // it reloads soon: no more is drawn than is looked at
   else idle(drawWhenIdle);
   if (/^#(comparison|story|paper|tokens|runs)$/.test(location.hash)) document.querySelector(location.hash).scrollIntoView();
-  window.sapoReport = { data, figures, drawAll, tokens };
+  window.sapoReport = { data, get figures() { return figures; }, drawAll, tokens, csvOf, update, element };
 })();

@@ -105,7 +105,7 @@ function showTokens(root, data, memory) {
   }
 
   async function unpack(place) {
-    const packed = atob(document.getElementById(`chunk-${place}`).textContent);
+    const packed = atob(await (data.chunk ? data.chunk(place) : document.getElementById(`chunk-${place}`).textContent));
     const bytes = Uint8Array.from(packed, (c) => c.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   }
@@ -116,12 +116,28 @@ function showTokens(root, data, memory) {
       unpacked.set(chunk.place, unpack(chunk.place));
       if (unpacked.size > 4) unpacked.delete(unpacked.keys().next().value); // the oldest goes: twenty runs would fill the memory
     }
-    const value = await unpacked.get(chunk.place);
-    if (stepChoice.made.value !== String(chunk.step) || runChoice.made.value !== data.runs[chunk.run].name) return; // chosen anew meanwhile
+    const stays = () => stepChoice.made.value === String(chunk.step) && runChoice.made.value === data.runs[chunk.run].name;
+    let value;
+    try {
+      value = await unpacked.get(chunk.place);
+    } catch (error) {
+      unpacked.delete(chunk.place); // chosen again, it is asked for again
+      if (stays()) nothing(`these samples cannot be had: ${error.message}`);
+      return;
+    }
+    if (!stays()) return; // chosen anew meanwhile
     step = value;
     const brief = (p) => visible(p.text.replace(/\s+/g, " ")).slice(0, 60);
     fill(promptChoice.made, [["", `all ${step.prompts.length}`], ...step.prompts.map((p) => [String(p.number), `${p.number}  ${brief(p)}`])], memory.get("prompt"));
     list();
+  }
+
+  function nothing(words) {
+    step = chosen = null;
+    listed = [];
+    drawRows();
+    for (const made of [about, scale, text, numbers]) made.replaceChildren();
+    count.textContent = words;
   }
 
   // --- the list: only the rows in view are elements
@@ -130,6 +146,7 @@ function showTokens(root, data, memory) {
   const name = (item) => `${item.prompt.number}.${item.sample.sample}`;
 
   function list() {
+    if (!step) return;
     const only = promptChoice.made.value;
     const key = (ORDERS[orderChoice.made.value] ?? ORDERS.sampled)[1];
     listed = step.prompts.flatMap((prompt) => (only && String(prompt.number) !== only ? [] : prompt.samples.map((sample) => ({ prompt, sample }))));
@@ -167,7 +184,7 @@ function showTokens(root, data, memory) {
 
   function rowKey(event) {
     const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key];
-    if (!by) return;
+    if (!by || !chosen) return;
     event.preventDefault();
     choose(listed[Math.min(listed.length - 1, Math.max(0, listed.indexOf(chosen) + by))]);
   }
@@ -204,7 +221,25 @@ function showTokens(root, data, memory) {
       element("i", { class: "gap clip-grpo" }, "GRPO clips"), element("i", { class: "clip-gspo" }, "GSPO clips"));
   }
 
+  // The run of tokens that a picture is, as one cell: its thumbnail, and how many tokens in what grid.
+  function cell(shown) {
+    const uri = view.thumbnails[shown.hash];
+    const tokens = shown.token == null ? null : `${shown.token} ${shown.token === 1 ? "token" : "tokens"}${shown.grid ? `, ${shown.grid.join("×")}` : ""}`;
+    const title = [`SHA-256 ${shown.hash}`, shown.size ? `${shown.size.join(" × ")} pixels` : null, tokens].filter(Boolean).join("\n");
+    return element("span", { class: "picture", title, tabindex: "0" }, uri ? element("img", { src: uri, alt: `picture ${shown.hash.slice(0, 8)}` }) : element("code", {}, shown.hash.slice(0, 8)), tokens ? element("small", {}, tokens) : null);
+  }
+
+  // Where the question has a marker for each picture they stand there, else before it.
+  function question(prompt) {
+    const shown = prompt.pictures ?? [];
+    const parts = prompt.text.split("<image>");
+    if (!shown.length) return [visible(prompt.text)];
+    if (parts.length !== shown.length + 1) return [...shown.map(cell), visible(prompt.text)];
+    return parts.flatMap((part, i) => (i ? [cell(shown[i - 1]), visible(part)] : [visible(part)]));
+  }
+
   function drawSample() {
+    if (!chosen) return;
     const started = performance.now();
     const { prompt, sample } = chosen;
     const color = COLORS[colorChoice.made.value] ?? COLORS.z;
@@ -212,7 +247,7 @@ function showTokens(root, data, memory) {
       element("div", { class: "facts" }, fact("prompt", `${prompt.number}, sample ${sample.sample}`), prompt.id === String(prompt.number) ? null : fact("prompt_id", prompt.id), fact("task", prompt.task), fact("reward", number(sample.reward)), sample.shaped == null ? null : fact("reward for the advantage", number(sample.shaped)), fact("advantage", number(sample.advantage)),
         fact("status", sample.status.replace("_", " ")), fact("tokens", sample.t.length.toLocaleString("en")), sample.finish === "length" ? fact("ended", "cut at the limit") : null,
         verdicts(sample), prompt.answer == null ? null : fact("answer", prompt.answer), sample.detail ? fact("detail", sample.detail) : null),
-      element("pre", { class: "question", tabindex: "0", dir: "auto" }, visible(prompt.text)));
+      element("pre", { class: "question", tabindex: "0", dir: "auto" }, ...question(prompt)));
     drawScale(color);
     const values = sample[color.key];
     const parts = document.createDocumentFragment();
@@ -266,7 +301,7 @@ function showTokens(root, data, memory) {
 
   function tokenKey(event) {
     const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity }[event.key];
-    if (!by) return;
+    if (!by || !chosen) return;
     event.preventDefault();
     const last = chosen.sample.t.length - 1;
     show(Math.min(last, Math.max(0, (text.querySelector(".at") ? at : -1) + by)));
@@ -280,5 +315,12 @@ function showTokens(root, data, memory) {
   preset(colorChoice.made, "color");
   preset(orderChoice.made, "order");
   steps();
-  return { ready: open(), open };
+  // What is looked at stays when the view is made anew with further steps; untouched, it goes with the newest step.
+  let touched = false;
+  for (const kind of ["pointerdown", "keydown"]) root.addEventListener(kind, () => { touched = true; });
+  const hold = () => {
+    if (!touched || !chosen) return;
+    for (const [key, value] of [["run", runChoice.made.value], ["step", stepChoice.made.value], ["sample", name(chosen)]]) memory.set(key, value);
+  };
+  return { ready: open(), open, hold };
 }

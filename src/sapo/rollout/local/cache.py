@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sapo.model.state_tree import KeptStates
 from sapo.rollout.local.cpu.native import LANES
 from sapo.rollout.local.cpu.own_tokens import OwnTokens
+from sapo.rollout.local.row_states import RowStates
 
 # Prompts share a pool when the shorter would be padded to no more than twice its length; short ones always do, since a
 # call of a kernel costs more than the padding.
@@ -97,8 +99,9 @@ class KVCache:
         self.pools: list[Pool] = []
         self.pool_of: dict[int, Pool] = {}
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.preamble_states, self.row_states = KeptStates(), RowStates(rows)
         self.own_tokens: OwnTokens | None = None
-        """In place of `layers` where packed.c decodes."""
+        """Replaces `layers` where packed.c decodes."""
         for members in _similar(self.prompt_length):
             slots = min(len(members), SLOTS_PER_GROUP * (rows // min(samples[i] for i in members)))
             pool = Pool(slots, int(self.prompt_length[members].max()))
@@ -153,6 +156,7 @@ class KVCache:
         """Copy rows `source` over rows `target`, their first `length` tokens."""
         if self.own_tokens is not None:
             self.own_tokens.move(source.numpy(), target.numpy())
+        self.row_states.move(source, target)
         for keys, values in self.layers.values():
             keys[target, :, :, :length] = keys[source, :, :, :length]
             values[target, :, :length] = values[source, :, :length]

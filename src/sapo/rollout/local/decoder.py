@@ -8,7 +8,8 @@ which would be passed by here.
 
     x += o(attention(rope(norm(q)), rope(norm(k)), v));  x += down(silu(gate) * up)  or a mixture of such experts
 
-for Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE of transformers. What differs from transformers is rounding
+for Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE and the decoders of Qwen3-VL and Qwen3-VL-MoE of transformers; prompts with
+pictures go through the policy, and the tokens drawn for them through this. What differs from transformers is rounding
 alone: sums in another order, the compiled kernels' own e^x (cpu/native.py), and in bfloat16 fewer roundings of the
 rotary embedding. `tests/rollout/test_decoder.py` holds the two together.
 """
@@ -43,7 +44,7 @@ OnExperts = Callable[[int, Tensor], None]
 """Called with a layer and the experts its router chose, (N, experts per token)."""
 
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Qwen3VLText", "Qwen3VLMoeText")
 
 
 # Rotary embeddings whose frequencies do not depend on the length of the sequence.
@@ -51,7 +52,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Decoder(Protocol):
-    """What the rollout engine needs of a model."""
+    """Declare what the rollout engine needs of a model."""
 
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout) -> Tensor:
         """Compute (N, H) last hidden states of packed tokens; see `Policy.hidden`."""
@@ -93,7 +94,10 @@ def refusal(policy: Policy) -> str | None:
         return f"its weights are {policy.dtype}"
     known = {f"{family}{part}" for part in _PARTS}
     adapted: list[str] = []
-    for name, part in model.named_modules():
+    seen = model.named_modules()
+    if policy.vision is not None:  # the vision tower is run as it is
+        seen = iter([*decoder.named_modules(), ("the output embedding", model.get_output_embeddings())])
+    for name, part in seen:
         kind = type(part)
         if name.startswith(tuple(adapted)) and kind is not nn.Linear:
             continue
@@ -110,11 +114,15 @@ def refusal(policy: Policy) -> str | None:
     return None
 
 
-def copied_bytes(policy: Policy, calls: int) -> int:
-    """Return the bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use."""
+def copied_bytes(policy: Policy, calls: int, device: torch.device | None = None) -> int:
+    """Return the bytes of weights that `decoder_of` holds a second time, joined or packed, while it is in use.
+
+    Args:
+        device: where a policy on the meta device would be; None for where it is.
+    """
     if refusal(policy) is not None:
         return 0
-    pack = choose_packing(policy, calls)
+    pack = choose_packing(policy, calls, device)
     decoder: Any = policy.decoder
     parts: list[tuple[Tensor, ...]] = [(policy.head_weight,)]
     for layer in decoder.layers:
@@ -132,14 +140,14 @@ def copied_bytes(policy: Policy, calls: int) -> int:
         w
         for weights in parts
         for w in weights
-        if len(weights) > 1 or (pack and w.numel() >= packing.PACKED_ELEMENTS) or w.data_ptr() in folded
+        if len(weights) > 1 or (pack and w.numel() >= packing.PACKED_ELEMENTS) or id(w) in folded
     ]
-    return sum(w.numel() * w.element_size() for w in copied)
+    return sum(w.nbytes for w in copied)
 
 
 def _folded(decoder: Any) -> set[int]:
-    """Return the addresses of the weights whose adapters are folded into copies."""
-    return {m.weight.data_ptr() for m in decoder.modules() if is_adapted(m) and not m.disable_adapters}
+    """Return the identities of the weights whose adapters are folded into copies."""
+    return {id(m.weight) for m in decoder.modules() if is_adapted(m) and not m.disable_adapters}
 
 
 _PARTS = (
@@ -181,7 +189,7 @@ class FastDecoder:
         self.head = arrange_weights([policy.head_weight], [policy.head_bias], pack)
         self.rotary = decoder.rotary_emb
         self.blocks: PackedBlocks | None = None
-        """What makes decode steps in place of the layers."""
+        """Makes decode steps in place of the layers."""
         if isinstance(pack, Panels):
             self.blocks = PackedBlocks(self.layers, self.embedding.shape[1], pack.native, policy.dtype)
 
@@ -207,7 +215,11 @@ class FastDecoder:
 
     def _rotation(self, position_ids_N: Tensor) -> tuple[Tensor, Tensor]:
         """Compute cos (N, D) and sin (N, D), with the sign of the half it multiplies, as the model does."""
-        cos_1ND, sin_1ND = self.rotary(self.embedding, position_ids_N[None])
+        # Drawn tokens have one position on all three axes, which transformers 5.17 does not spread by itself.
+        position_ids = position_ids_N[None]
+        if hasattr(self.rotary, "mrope_section"):
+            position_ids = position_ids.expand(3, 1, -1)
+        cos_1ND, sin_1ND = self.rotary(self.embedding, position_ids)
         half = sin_1ND.shape[-1] // 2
         sin_1ND[..., :half].neg_()
         return cos_1ND[0], sin_1ND[0]
@@ -239,6 +251,12 @@ class _Layer:
         self.mlp: Any = _Experts(layer.mlp, pack, native, on_chosen) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
+        """Add what the block computes to the residual stream, in place.
+
+        Args:
+            angles: cosines and sines of the rotary embedding, of each token.
+            static: the shapes are those of every step, as a captured graph needs them.
+        """
         turned = self.heads + self.kv_heads
         qkv_NHD = self.qkv(self.input_norm(hidden_NH)).view(len(hidden_NH), -1, self.size)
         both_NHD = self.turn(qkv_NHD[:, :turned], *angles)
@@ -319,7 +337,7 @@ class _Experts:
     ) -> None:
         self.router: Tensor = mlp.gate.weight.detach()
         self.top: int = mlp.gate.top_k
-        self.renormalise: bool = mlp.gate.norm_topk_prob
+        self.renormalise: bool = getattr(mlp.gate, "norm_topk_prob", True)  # those of Qwen3-VL-MoE always do
         self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
         self.down: Tensor = mlp.experts.down_proj.detach()
         self.native, self.on_chosen = native, on_chosen

@@ -105,7 +105,7 @@ class CudaCapture:
 
 @dataclass(frozen=True)
 class RowState:
-    """What the engine keeps of the rows it decodes, on the device, at addresses that stay.
+    """Keep the state of the rows that are decoded, on the device, at addresses that stay.
 
     Of two rows and three new tokens: uniforms, tokens and log-probabilities (2, 3), the others (2,).
     """
@@ -114,10 +114,10 @@ class RowState:
     tokens_RT: Tensor
     logprobs_RT: Tensor
     position_R: Tensor
-    """Of the token decoded next."""
+    """(R,) position of the token decoded next."""
     stop_set_R: Tensor
     stopped_R: Tensor
-    """Whether the row ended with a stop."""
+    """True where the row ended with a stop."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,8 @@ class DeviceSteps:
         # A row that has drawn its last token has no place for a further one, and does not write.
         at_R1 = drawn_R.clamp(max=tokens_RT.shape[1] - 1)[:, None]
         uniform_R = state.uniform_RT[:rows].gather(1, at_R1)[:, 0]
-        drawn_now = sample_tokens(self.decoder.logits(hidden_RH), uniform_R, self.params, look=False)
+        logits_RV, unused_K = self.decoder.logits(hidden_RH), self.rules.policy.unused_K
+        drawn_now = sample_tokens(logits_RV, uniform_R, self.params, look=False, unused_K=unused_K)
         for target_RT, new_R in zip((tokens_RT, logprobs_RT), drawn_now, strict=True):
             kept_R = target_RT.gather(1, at_R1)[:, 0]
             target_RT.scatter_(1, at_R1, torch.where(live_R, new_R, kept_R)[:, None])

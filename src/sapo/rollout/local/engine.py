@@ -5,14 +5,16 @@ Each prompt is prefilled once and kept once for all its samples, and what all pr
 counter (utils/rng.py). On a GPU the host looks every few tokens only (device_steps.py). The weights are the trainer's,
 arranged anew for each call where the model allows a faster forward (decoder.py), so that there is nothing to
 synchronise, and the log-probabilities of the draws are log pi_old. Weights that are not the trainer's (a sampler of
-another precision) lie in a twin of the policy (twin.py).
+another precision) lie in a twin of the policy (twin.py). A model for which all this is not exact is decoded in rows
+(proof.py, rows.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -21,25 +23,29 @@ from torch import Tensor
 
 from sapo.config import RolloutConfig
 from sapo.data import Completion
-from sapo.errors import Interrupted
+from sapo.errors import Interrupted, ModelError
 from sapo.model.policy import Policy
-from sapo.model.prefix_tree import prefix_tree
-from sapo.rollout.engine import Capabilities, Request, Weights, check_lengths
+from sapo.model.prefix_tree import PromptSpan, common_beginning, join_spans
+from sapo.rollout.engine import Capabilities, Drawn, Request, Weights, check_lengths
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
 from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
 from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
-from sapo.rollout.local.sampling import sample_tokens
+from sapo.rollout.local.proof import CACHED, PACKED, choose_way
+from sapo.rollout.local.rows import RowsDecoding, own_attention
+from sapo.rollout.local.sampling import request_uniforms, sample_tokens
 from sapo.rollout.local.twin import Twin
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.stopping import StopRules
-from sapo.utils.rng import token_uniforms
 from sapo.utils.spans import span
 
 PREFILL_TOKENS = 8192
 """Prompt tokens of one prefill, unless a single prompt has more: bounds its memory and changes no completion."""
+
+STREAMED_CALLS = 1024
+"""Calls that the weights are arranged for where streams share them: many."""
 
 
 class LocalEngine:
@@ -50,9 +56,13 @@ class LocalEngine:
         max_rows: sequences decoded together; bounds the memory of the cache. A group never decodes in two parts, so a
             request of more samples raises it.
         cuda_graphs: see device_steps.py.
+
+    Raises:
+        ModelError: no way to decode the model is exact (proof.py).
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(records_experts=True)
+    interleaves: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, max_rows: int = 256, cuda_graphs: GraphChoice = "auto") -> None:
         self.policy = policy
@@ -62,11 +72,28 @@ class LocalEngine:
         self._twin: Twin | None = None
         self._sampler = policy
         self._asleep = False
+        self._decoder: Decoder | None = None  # of streams: arranged once for all of them
+        self.way = choose_way(policy, self._draw_for_proof)
+        """Way to decode: one of those of proof.py."""
+        if self.way != PACKED and cuda_graphs is True:
+            raise ModelError(
+                f"{type(policy.model).__name__} is decoded in rows, for which there are no CUDA graphs; set "
+                "rollout.cuda_graphs=auto"
+            )
 
     @classmethod
     def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
-        """See `Engine.from_settings`."""
+        """See `RecipeEngine.from_settings`."""
         return cls(policy, settings.max_rows, settings.cuda_graphs)
+
+    @classmethod
+    def prove(cls, policy: Policy) -> None:
+        """Find out how a policy is decoded, before copies of it are made that are not to be asked.
+
+        Raises:
+            ModelError: no way to decode it is exact.
+        """
+        LocalEngine(policy)  # and not cls: what a subclass does when it is made belongs into the engine's own process
 
     @torch.no_grad()
     def generate(
@@ -81,8 +108,50 @@ class LocalEngine:
         if not requests:
             return []
         check_lengths(requests, params, self.policy.max_length)
+        return self._draw(self.way, requests, params, should_stop, experts)
+
+    @torch.no_grad()
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+        """See `StreamingEngine.stream`. On a GPU the tokens come a few at a time (device_steps.py)."""
+        assert not self._asleep, "an engine draws after `wake` and `set_weights`, not while it sleeps"
+        check_lengths(requests, params, self.policy.max_length)
+        if self.way != PACKED:
+            yield from self._stream_rows(requests, params)
+            return
+        if self._decoder is None:
+            self._decoder = decoder_of(self._sampler, STREAMED_CALLS)
+        decoding = _Decoding(self._sampler, requests, params, self.max_rows, None, self.cuda_graphs, self._decoder)
+        while decoding.unfinished:
+            decoding.admit()
+            decoding.step()
+            drawn = decoding.take_new()
+            decoding.retire()
+            yield [_with_completion(new, decoding.results) for new in drawn]
+
+    def _stream_rows(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+        decoding = RowsDecoding(self._sampler, requests, params, self.max_rows, cached=self.way == CACHED)
+        while decoding.unfinished:
+            with own_attention(self._sampler):  # for one step alone: another stream may take the next
+                decoding.admit()
+                decoding.step()
+            drawn = decoding.take_new()
+            decoding.retire()
+            yield [_with_completion(new, decoding.results) for new in drawn]
+
+    def _draw(
+        self,
+        way: str,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool],
+        experts: ExpertLog | None,
+        cuda_graphs: GraphChoice | None = None,
+    ) -> list[tuple[Completion, ...]]:
+        if way != PACKED:
+            return self._in_rows(way, requests, params, should_stop, experts)
         recorder = None if experts is None else ExpertRecorder(self._sampler, experts)
-        decoding = _Decoding(self._sampler, requests, params, self.max_rows, recorder, self.cuda_graphs)
+        graphs = self.cuda_graphs if cuda_graphs is None else cuda_graphs
+        decoding = _Decoding(self._sampler, requests, params, self.max_rows, recorder, graphs)
         with nullcontext() if recorder is None else recorder.recording(hooked=decoding.decoder is self._sampler):
             while decoding.unfinished:
                 if should_stop():
@@ -93,9 +162,38 @@ class LocalEngine:
                 decoding.retire()
         return decoding.completions()
 
+    def _in_rows(
+        self,
+        way: str,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool],
+        experts: ExpertLog | None,
+    ) -> list[tuple[Completion, ...]]:
+        name = type(self.policy.model).__name__
+        if experts is not None:
+            raise ModelError(f"{name} is decoded in rows, where experts are not recorded; set model.routing_replay=R2")
+        decoding = RowsDecoding(self._sampler, requests, params, self.max_rows, cached=way == CACHED)
+        with own_attention(self._sampler):
+            while decoding.unfinished:
+                if should_stop():
+                    raise Interrupted
+                decoding.admit()
+                decoding.step()
+                decoding.retire()
+        return decoding.completions()
+
+    @torch.no_grad()
+    def _draw_for_proof(
+        self, way: str, requests: Sequence[Request], params: SamplingParams
+    ) -> list[tuple[Completion, ...]]:
+        # Without CUDA graphs, which repeat the same steps.
+        return self._draw(way, requests, params, lambda: False, None, cuda_graphs=False)
+
     def set_weights(self, weights: Weights, version: int) -> None:
         """See `Engine.set_weights`. The policy's own tensors are read where they are; others make a twin of it."""
         given, own = dict(weights), dict(self.policy.weights())
+        self._decoder = None
         if given.keys() != own.keys():
             odd = sorted(given.keys() ^ own.keys())
             raise ValueError(f"weights must be those of the policy, each by its name; {odd[0]!r} is of one side only")
@@ -111,7 +209,7 @@ class LocalEngine:
         """See `Engine.sleep`. Between two calls only weights that are not the policy's own take memory."""
         if self._twin is not None:
             self._twin.release()
-        self._sampler, self._asleep = self.policy, True
+        self._sampler, self._asleep, self._decoder = self.policy, True, None
 
     def wake(self) -> None:
         """See `Engine.wake`."""
@@ -121,6 +219,11 @@ class LocalEngine:
         """See `Engine.close`."""
         self.sleep()
         self._twin = None
+
+
+def _with_completion(new: Drawn, results: Sequence[Sequence[Completion | None]]) -> Drawn:
+    """Return what was drawn of a sample, with its completion where it has one by now."""
+    return replace(new, completion=results[new.request][new.sample])
 
 
 class _Decoding:
@@ -134,10 +237,13 @@ class _Decoding:
         max_rows: int,
         experts: ExpertRecorder | None,
         cuda_graphs: GraphChoice,
+        decoder: Decoder | None = None,
     ) -> None:
         self.policy = policy
         self.experts = experts
-        self.decoder: Decoder = decoder_of(policy, params.max_new_tokens, None if experts is None else experts.chosen)
+        self.decoder: Decoder = decoder or decoder_of(
+            policy, params.max_new_tokens, None if experts is None else experts.chosen
+        )
         self.requests = requests
         self.params = params
         self.waiting = deque(range(len(requests)))
@@ -145,7 +251,7 @@ class _Decoding:
         rows = min(sum(samples), max(max_rows, *samples))
         device = policy.device
         # Experts are recorded prompt by prompt, so each prompt is then computed whole.
-        self.preamble = 0 if experts is not None else prefix_tree([r.prompt.token_ids for r in requests]).preamble
+        self.preamble = 0 if experts is not None else common_beginning([r.prompt for r in requests])
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
         self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble)
         self.arrangement: Arrangement | None = None
@@ -154,6 +260,7 @@ class _Decoding:
         self.sample = np.zeros(rows, dtype=np.int64)
         self.generated = np.zeros(rows, dtype=np.int64)
         self.limit = np.zeros(rows, dtype=np.int64)  # most tokens to generate
+        self.taken = np.zeros(rows, dtype=np.int64)  # tokens that a stream has given away
         self.left = np.array(samples)  # rows of each request that have not finished
         self.uniform = torch.zeros(rows, params.max_new_tokens, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, params.max_new_tokens, dtype=torch.int64, device=device)
@@ -177,13 +284,20 @@ class _Decoding:
         )
         if self.preamble:
             layout = PrefillLayout(self.cache, None, device)
-            self._run(requests[0].prompt.token_ids[: self.preamble], range(self.preamble), layout)
+            self._run([(requests[0].prompt, 0, self.preamble)], layout)
+            self.cache.preamble_states = layout.kept
 
-    def _run(self, token_ids: Sequence[int], position_ids: Sequence[int], layout: PrefillLayout) -> Tensor:
+    def _run(self, spans: Sequence[PromptSpan], layout: PrefillLayout) -> Tensor:
+        """Compute the hidden states of parts of prompts; what they show goes through the policy's own modules."""
         device = self.policy.device
-        return self.decoder.hidden(
-            torch.tensor(token_ids, device=device), torch.tensor(position_ids, device=device), layout
-        )
+        tokens = join_spans(spans)
+        token_ids, position_ids = (torch.from_numpy(a).to(device) for a in (tokens.token_ids, tokens.position_ids))
+        pictures = tokens.packed_pictures(device)
+        if pictures is None:
+            return self.decoder.hidden(token_ids, position_ids, layout)
+        heard = self.experts is not None and self.decoder is not self.policy
+        with self.experts.listening() if self.experts is not None and heard else nullcontext():
+            return self.policy.hidden(token_ids, position_ids, layout, pictures)
 
     @property
     def unfinished(self) -> bool:
@@ -206,28 +320,34 @@ class _Decoding:
             self._prefill(chosen)
 
     def _prefill(self, chosen: list[int]) -> None:
-        token_ids: list[int] = []
-        position_ids: list[int] = []
+        spans: list[PromptSpan] = []
+        tokens = 0
         last: list[int] = []
         paths: list[np.ndarray] = []
         first_row = self.active
         for i in chosen:
             request, row = self.requests[i], self.active
             count, length = request.samples, len(request.prompt.token_ids)
-            paths.append(np.arange(len(token_ids), len(token_ids) + length - self.preamble))
-            token_ids += request.prompt.token_ids[self.preamble :]
-            position_ids += range(self.preamble, length)
+            paths.append(np.arange(tokens, tokens + length - self.preamble))
+            spans.append((request.prompt, self.preamble, length))
+            tokens += length - self.preamble
             samples = np.arange(count)
             self.request[row : row + count], self.sample[row : row + count] = i, samples
-            uniforms = token_uniforms(self.params.seed, request.prompt.id, samples, self.params.max_new_tokens)
+            uniforms = request_uniforms(request, self.params)
             self.uniform[row : row + count] = torch.from_numpy(uniforms).to(self.uniform.device)
             self.stop_set[row : row + count] = self.stop_set_of[i]
-            self.position[row : row + count] = length
+            self.position[row : row + count] = request.prompt.next_position
             self.limit[row : row + count] = request.limits or self.params.max_new_tokens
             self.generated[row : row + count] = 0
-            last += [len(token_ids) - 1] * count
+            self.taken[row : row + count] = 0
+            last += [tokens - 1] * count
             self.active += count
-        hidden = self._run(token_ids, position_ids, PrefillLayout(self.cache, chosen, self.policy.device))
+        layout = PrefillLayout(self.cache, chosen, self.policy.device)
+        hidden = self._run(spans, layout)
+        counts = torch.tensor([self.requests[i].samples for i in chosen], device=hidden.device)
+        prompt_R = torch.arange(len(chosen), device=hidden.device).repeat_interleave(counts)
+        rows_R = torch.arange(first_row, self.active, device=hidden.device)
+        self.cache.row_states.fill(rows_R, layout.kept, prompt_R)
         if self.experts is not None:
             self.experts.prefilled(chosen, paths)
         self.hidden = hidden[torch.tensor(last, device=hidden.device)]
@@ -259,7 +379,7 @@ class _Decoding:
         at = torch.from_numpy(self.generated[rows, None]).to(logits.device)
         uniform = self.uniform[rows].gather(1, at)[:, 0]
         with span("sample"):
-            tokens, logprobs = sample_tokens(logits, uniform, self.params)
+            tokens, logprobs = sample_tokens(logits, uniform, self.params, unused_K=self.policy.unused_K)
         self.tokens[rows].scatter_(1, at, tokens[:, None])
         self.logprobs[rows].scatter_(1, at, logprobs[:, None])
         self.generated[rows] += 1
@@ -285,6 +405,19 @@ class _Decoding:
         self.position[:rows] += 1
         return hidden
 
+    def take_new(self) -> list[Drawn]:
+        """Return what each row has drawn since it was asked last."""
+        first, last = int(self.taken[: self.active].min()), int(self.generated[: self.active].max())
+        tokens = self.tokens[: self.active, first:last].tolist()
+        logprobs = self.logprobs[: self.active, first:last].tolist()
+        new = []
+        for row in range(self.active):
+            fresh = slice(int(self.taken[row]) - first, int(self.generated[row]) - first)
+            place = int(self.request[row]), int(self.sample[row])
+            new.append(Drawn(*place, tuple(tokens[row][fresh]), tuple(logprobs[row][fresh])))
+        self.taken[: self.active] = self.generated[: self.active]
+        return new
+
     def retire(self) -> None:
         """Take finished rows out and close the gaps with the last rows in use."""
         done = self.finished[: self.active].nonzero()[:, 0].tolist()
@@ -305,7 +438,7 @@ class _Decoding:
             self.cache.move(source, target, int(self.generated[movers].max()))
             for array in (self.uniform, self.tokens, self.logprobs, self.position, self.stop_set):
                 array[target] = array[source]
-            for numbers in (self.request, self.sample, self.generated, self.limit):
+            for numbers in (self.request, self.sample, self.generated, self.limit, self.taken):
                 numbers[holes] = numbers[movers]
         self.finished[: self.active] = False
         self.active = remaining
@@ -315,11 +448,12 @@ class _Decoding:
         count = int(self.generated[row])
         token_ids = self.tokens[row, :count].cpu()
         stopped = bool(self.stopped[row])
+        prompt = self.requests[self.request[row]].prompt
         return Completion(  # which copies: another request takes the row
             token_ids=token_ids.numpy(),
             logprobs=self.logprobs[row, :count].cpu().numpy(),
             finish_reason="stop" if stopped else "length",
-            text=self.rules.text(int(self.stop_set[row]), token_ids.tolist()),
+            text=self.rules.text(int(self.stop_set[row]), token_ids.tolist(), prompt.special_tokens),
         )
 
     def completions(self) -> list[tuple[Completion, ...]]:

@@ -53,6 +53,13 @@ class ExpertRecorder:
         assert self._recording is not None
         self._recording.note(layer, experts_NX)
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take a forward that goes through the model's modules, where the others tell `chosen`."""
+        assert self._recording is not None
+        with self._routers.listening(self._recording):
+            yield
+
     def prefilled(self, requests: Sequence[int], paths: Sequence[np.ndarray]) -> None:
         """Take the forward just made as one of prompts.
 

@@ -7,6 +7,7 @@ there is a compiler; otherwise, on a GPU and for capped scores, torch's operatio
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sapo.model.attention import attention
+from sapo.data import Segment
+from sapo.model.attention import attention, softmax_with_sinks
+from sapo.model.state_tree import KeptStates, TreeStates
 from sapo.rollout.local.cache import KVCache, Pool, cache_dtype
 from sapo.rollout.local.cpu.native import LANES, kernels
 from sapo.rollout.local.cpu.packed import Places
 from sapo.rollout.local.places import NativeStep
+from sapo.rollout.local.row_states import DecodeStates
 
 
 class PrefillLayout:
@@ -51,7 +55,20 @@ class PrefillLayout:
             place = torch.from_numpy(index.ravel()).to(device)
             self.parts.append((pool, torch.tensor(slots, device=device), place, (len(inside), longest)))
         self.output = torch.from_numpy(output).to(device)
+        self.calls: dict[int, int] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self._lengths, self._device = lengths, device
+        self._before = cache.preamble_states if self.preamble is not None else None
+        self.kept = KeptStates()
+        """The states that the forward leaves behind, of each prompt."""
+
+    @cached_property
+    def states(self) -> TreeStates:
+        """Return where recurrent layers find the preamble's states, and leave those of each prompt."""
+        starts = np.cumsum([0, *self._lengths]).tolist()
+        prompts = [Segment(start, length, -1) for start, length in zip(starts, self._lengths, strict=False)]
+        paths = [np.arange(p.start, p.stop) for p in prompts]
+        return TreeStates(prompts, paths, self._device, before=self._before, keep=self.kept)
 
     def attend(
         self,
@@ -62,6 +79,7 @@ class PrefillLayout:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attend causally from each prompt to the preamble and to itself; see `Layout.attend`."""
         outputs = []
@@ -82,6 +100,7 @@ class PrefillLayout:
                 self._mask(size[1], sliding_window, query),
                 scaling,
                 softcap,
+                sinks_H,
             )
             outputs.append(output_bHQD.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.output)
@@ -115,7 +134,7 @@ class Part:
 
 
 class Arrangement:
-    """Which rows belong to which prompts: made anew when rows come or go, not at every step.
+    """Tell which rows belong to which prompts: made anew when rows come or go, not at every step.
 
     Args:
         cache: whose slots are meant.
@@ -162,7 +181,7 @@ class Arrangement:
         return bool((self.prompt_R == self.prompt_R[0]).all())
 
 
-class _Joined:
+class _Joined(ABC):
     """Attention of each of the first R rows to preamble, prompt and suffix, in torch's operations.
 
     Args:
@@ -178,10 +197,11 @@ class _Joined:
     ) -> None:
         self.cache, self.parts, self.inverse, self.place, self.num_own = cache, parts, inverse_R, place, num_own
         self.num_keys = max(part.num_keys for part in parts)
+        self.calls: dict[int, int] = {}
 
+    @abstractmethod
     def _mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Return the (R, 1, 1, K) additive mask; None where every row sees every key."""
-        raise NotImplementedError
 
     def attend(
         self,
@@ -192,6 +212,7 @@ class _Joined:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """See `Layout.attend`."""
         keys, values = self.cache.append(layer, self.place, key, value)
@@ -209,7 +230,8 @@ class _Joined:
         mask = self._mask(sliding_window, scores_RhrK.dtype)
         if mask is not None:
             scores_RhrK += mask
-        weight_RhrK = torch.softmax(scores_RhrK, dim=-1).to(values.dtype)
+        sinks_hr1 = None if sinks_H is None else sinks_H.view(kv_heads, -1, 1)
+        weight_RhrK = softmax_with_sinks(scores_RhrK, sinks_hr1).to(values.dtype)
         output_RhrD = _product(weight_RhrK[..., -self.num_own :], values[:rows, :, : self.num_own])
         self._add_prefix(layer, weight_RhrK, output_RhrD)
         return output_RhrD.reshape(rows, heads, value.shape[2]).to(query.dtype)
@@ -261,6 +283,12 @@ class DecodeLayout:
     def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
         self.arrangement = arrangement
         self.length_R = length_R
+        self.calls: dict[int, int] = {}
+
+    @cached_property
+    def states(self) -> DecodeStates:
+        """Return the states of the rows."""
+        return DecodeStates(self.arrangement.cache.row_states.kept)
 
     @cached_property
     def _by_torch(self) -> _DecodeByTorch:
@@ -275,12 +303,13 @@ class DecodeLayout:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attend by the compiled kernel where it can be used; see `Layout.attend`."""
         native = self.arrangement.native
-        if native is not None and softcap is None and _suits_kernel(query, key, value):
+        if native is not None and softcap is None and sinks_H is None and _suits_kernel(query, key, value):
             return native.attend(layer, self.length_R, query, key, value, scaling, sliding_window)
-        return self._by_torch.attend(layer, query, key, value, scaling, sliding_window, softcap)
+        return self._by_torch.attend(layer, query, key, value, scaling, sliding_window, softcap, sinks_H)
 
     def places(self, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> Places:
         """See `sapo.rollout.local.cpu.packed.OneTokenEach`."""
@@ -289,7 +318,7 @@ class DecodeLayout:
 
 
 class _DecodeByTorch(_Joined):
-    """What `DecodeLayout` leaves to torch's operations; its arguments."""
+    """Compute what `DecodeLayout` leaves to torch's operations, with its arguments."""
 
     def __init__(self, arrangement: Arrangement, length_R: np.ndarray) -> None:
         self.arrangement, self.length_R = arrangement, length_R
@@ -325,7 +354,7 @@ class _DecodeByTorch(_Joined):
 
 
 class StaticLayout(_Joined):
-    """The same attention from numbers that stay on the device, in shapes that do not depend on them.
+    """Attend as `DecodeLayout` does, from numbers that stay on the device, in shapes that do not depend on them.
 
     What a CUDA graph repeats (device_steps.py): `DecodeLayout` reads lengths on the host to compute no more than it
     must; this one computes on whole prompts and on `num_own` tokens of each row, and masks what is not there.

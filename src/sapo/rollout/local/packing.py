@@ -61,6 +61,7 @@ def join_layers(modules: list[nn.Linear], pack: Packing) -> Linear | PackedLinea
 
 
 def arrange_weights(weights: list[Tensor], biases: list[Tensor | None], pack: Packing) -> Linear | PackedLinear:
+    """Make the product of one or more (out, in) weights, one behind the other, with their biases if they have any."""
     if isinstance(pack, Panels):
         return pack.linear(weights, biases)
     held = [bias for bias in biases if bias is not None]
@@ -68,14 +69,19 @@ def arrange_weights(weights: list[Tensor], biases: list[Tensor | None], pack: Pa
     return Linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias, pack)
 
 
-def choose_packing(policy: Policy, calls: int) -> Packing:
-    """Decide how weights are packed for so many calls on this machine."""
-    native = kernels(policy.device, policy.dtype)
+def choose_packing(policy: Policy, calls: int, device: torch.device | None = None) -> Packing:
+    """Decide how weights are packed for so many calls on this machine.
+
+    Args:
+        device: where a policy on the meta device would be; None for where it is.
+    """
+    device = device or policy.device
+    native = kernels(device, policy.dtype)
     if calls < PACKED_CALLS:
         return False
     if native is not None and suits(policy.decoder, native, policy.dtype):
         return Panels(native, policy.dtype)
-    return onednn_packs(policy.dtype, policy.device)
+    return onednn_packs(policy.dtype, device)
 
 
 def onednn_packs(dtype: torch.dtype, device: torch.device) -> bool:

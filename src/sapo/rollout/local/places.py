@@ -47,6 +47,11 @@ class NativeStep:
         scaling: float,
         sliding_window: int | None,
     ) -> Tensor:
+        """Compute the (R, H, D) attention of each row to preamble, prompt and its own tokens, the new one included.
+
+        Args:
+            length_R: tokens that each row has stored before this one.
+        """
         query_RHD, key_RhD, value_RhD = (_rows_of_float(t) for t in (query, key, value))
         keys, values = self.cache.own(layer, key_RhD, value_RhD)
         rows, heads, size = query_RHD.shape

@@ -10,20 +10,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sapo.rollout.engine import Request
 from sapo.rollout.local.cpu.native import kernels
 from sapo.rollout.local.cpu.packed import draw
 from sapo.rollout.params import SamplingParams
+from sapo.utils.rng import token_uniforms
 
 # Of a large vocabulary top-p looks at so many tokens first: they hold .95 of nearly every distribution of a language
 # model, and finding them is twenty times cheaper than sorting 49,152.
 NUCLEUS_TOKENS = 256
 
 
+def request_uniforms(request: Request, params: SamplingParams) -> NDArray[np.float64]:
+    """Draw the uniforms of a request's samples, (samples, max_new_tokens), behind those of their earlier turns."""
+    samples = np.arange(request.first_sample, request.first_sample + request.samples)
+    drawn = request.drawn
+    return token_uniforms(params.seed, request.prompt.id, samples, drawn + params.max_new_tokens)[:, drawn:]
+
+
 def sample_tokens(
-    logits_RV: Tensor, uniform_R: Tensor, params: SamplingParams, look: bool = True
+    logits_RV: Tensor, uniform_R: Tensor, params: SamplingParams, look: bool = True, unused_K: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
@@ -33,10 +44,13 @@ def sample_tokens(
         params: temperature and truncation.
         look: whether the host may read numbers of the device to save work. The same tokens are drawn without, and their
             log-probabilities are the same except for the rounding of the compiled draw.
+        unused_K: token ids that are never drawn (`Policy.unused_tokens`).
 
     Returns:
         (R,) tokens and (R,) float32 log-probabilities under the distribution sampled from.
     """
+    if unused_K is not None:
+        logits_RV.index_fill_(1, unused_K, float("-inf"))
     if params.temperature == 0.0:
         tokens_R = logits_RV.argmax(dim=-1)
         return tokens_R, torch.log_softmax(logits_RV, dim=-1).gather(1, tokens_R[:, None])[:, 0]

@@ -3,7 +3,7 @@
 Everything here leans on vLLM's insides and was tried with release 0.32.0 on its CPU build. Weights go through
 `reload_weights`, never through the model's own `load_weights`: from its second call on that leaves fused experts as
 they were (vLLM issue 42821). On a CPU two kinds of layer compute with packed copies of their weights, which a reload
-leaves behind: `_repack` makes them anew.
+leaves behind: `repack` makes them anew.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import torch
 
 from sapo.config import VllmConfig
 from sapo.errors import ConfigError, ModelError
+from sapo.model.adapters import folded_weights
 from sapo.model.policy import Policy
 from sapo.rollout.engine import Weights
+from sapo.rollout.vllm.adapter import Adapter
 from sapo.utils.text import first_line
 
 GIB = 2**30
@@ -58,6 +60,8 @@ class VllmCore:
         self._on_cpu = platform.is_cpu()
         self._can_sleep = platform.is_sleep_mode_available()
         self._asleep = False
+        self._adapter = Adapter(policy) if settings.lora_sync == "adapter" else None
+        self._has_base = False
         self._eager = self._on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if self._on_cpu:
             check_head_size(_head_size(policy))
@@ -68,6 +72,7 @@ class VllmCore:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        of_adapter = self._adapter.engine_options() if self._adapter else {}
         gib = settings.kv_cache_gib or (1.0 if self._on_cpu else None)
         with tempfile.TemporaryDirectory(prefix="sapo-vllm-") as directory, _process_kept():
             config = copy.deepcopy(policy.model.config)
@@ -90,6 +95,7 @@ class VllmCore:
                         enable_sleep_mode=self._can_sleep,
                         logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
                         distributed_executor_backend="uni",
+                        **of_adapter,
                         disable_log_stats=True,
                     )
                 )
@@ -122,22 +128,46 @@ class VllmCore:
             found: list[Any] = self.engine.step()
             return found
 
+    @property
+    def lora_request(self) -> Any:
+        """Return what a request carries that is drawn with the adapter; None where it is folded into the weights."""
+        return self._adapter and self._adapter.request
+
     @torch.no_grad()
-    def load(self, weights: Weights) -> None:
-        """Take weights by their checkpoint names, and forget what was computed with those before."""
+    def load(self, policy: Policy, weights: Weights) -> None:
+        """Take a policy's weights, and forget what was computed with those before.
+
+        Args:
+            policy: for the layers that its adapter is of, and their scale.
+            weights: every parameter by the policy's own name.
+        """
+        if self._adapter is None:
+            self._load_model(folded_weights(policy, weights))
+        else:
+            parts, base = self._adapter.split(weights)
+            if self._has_base:
+                for _ in base:  # frozen: vLLM has them
+                    pass
+            else:
+                self._load_model(base)
+                self._has_base = True
+            self._adapter.load(self.engine, parts)
+        self.engine.reset_prefix_cache()
+
+    def _load_model(self, weights: Weights) -> None:
         from vllm.config import set_current_vllm_config
 
         worker = self.engine.model_executor.driver_worker.worker
         with set_current_vllm_config(worker.vllm_config):
             worker.model_runner.reload_weights(weights_iterator=weights)
             if self._on_cpu:
-                _repack(worker.model_runner.get_model())
-        self.engine.reset_prefix_cache()
+                repack(worker.model_runner.get_model())
 
     def sleep(self) -> None:
         """Give back the memory of weights and cache, where the device can."""
         if self._can_sleep and not self._asleep:
-            self.engine.sleep(level=2)  # the weights are dropped, since new ones come before the next draw
+            # 2: the weights are dropped, since new ones come before the next draw; 1: the model's move to the host.
+            self.engine.sleep(level=2 if self._adapter is None else 1)
             self._asleep = True
 
     def wake(self) -> None:
@@ -188,7 +218,7 @@ def _end_process_group() -> None:
 
 def _check_experts(policy: Policy) -> None:
     """Refuse experts that the CPU build pads: a reload then fails, since it expects the weights as they were."""
-    width = getattr(policy.model.config, "moe_intermediate_size", None)
+    width = getattr(policy.model.config.get_text_config(), "moe_intermediate_size", None)
     if width is not None and width % EXPERT_CHANNELS:
         raise ConfigError(
             f"rollout.engine=vllm on a CPU needs experts of a multiple of {EXPERT_CHANNELS} channels; got "
@@ -197,7 +227,7 @@ def _check_experts(policy: Policy) -> None:
 
 
 def _head_size(policy: Policy) -> int:
-    config = policy.model.config
+    config = policy.model.config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -207,7 +237,7 @@ def _prepare_import() -> None:
         os.environ.setdefault(name, value)
 
 
-def _repack(model: Any) -> None:
+def repack(model: Any) -> None:
     """Make the packed weights of vLLM's CPU build anew: those of fused experts, and of a head tied to the embedding."""
     head = getattr(model, "lm_head", None)
     if head is not None and getattr(model.config, "tie_word_embeddings", False):

@@ -13,20 +13,24 @@ import numpy as np
 from sapo.data import Completion
 from sapo.data.rollouts import FinishReason
 from sapo.model.policy import Policy
-from sapo.rollout.engine import Request
+from sapo.rollout.engine import Drawn, Request
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.stopping import StopRules
 from sapo.rollout.vllm.core import VllmCore
 
 
-def request_seed(seed: int, prompt_id: int, sample: int) -> int:
+def request_seed(seed: int, prompt_id: int, sample: int, drawn: int = 0) -> int:
     """Return 63 bits from (seed, prompt, sample): the only randomness of a completion.
+
+    Args:
+        drawn: tokens of the sample that were drawn in earlier turns.
 
     >>> request_seed(5, 7, 0) == request_seed(5, 7, 0) != request_seed(5, 7, 1)
     True
     """
     whole = 2**64 - 1
     packed = struct.pack("<QQQ", seed & whole, prompt_id & whole, sample)
+    packed += struct.pack("<Q", drawn) if drawn else b""
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
@@ -42,6 +46,10 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
+    taken: int = 0
+    """Tokens that a stream has given away."""
+    told: bool = False
+    """A stream has given the completion away."""
 
 
 class Drawing:
@@ -52,9 +60,17 @@ class Drawing:
 
     Args:
         core: with nothing in flight.
+        streamed: tokens come as they are drawn.
     """
 
-    def __init__(self, policy: Policy, core: VllmCore, requests: Sequence[Request], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        core: VllmCore,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        streamed: bool = False,
+    ) -> None:
         self._core = core
         self._requests = requests
         stop_sets = sorted({r.prompt.stop for r in requests})
@@ -68,7 +84,8 @@ class Drawing:
         for name, row in self._rows.items():
             request = requests[row.request]
             prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
-            core.engine.add_request(name, prompt, _vllm_params(request, row, params))
+            params_of_row = _vllm_params(request, row, params, policy.unused_tokens, streamed)
+            core.engine.add_request(name, prompt, params_of_row, lora_request=core.lora_request)
 
     @property
     def unfinished(self) -> bool:
@@ -89,6 +106,18 @@ class Drawing:
                 self._unfinished.discard(output.request_id)
         if ended:
             self._core.engine.abort_request(ended)
+
+    def take_new(self) -> list[Drawn]:
+        """Return what each sample has drawn since it was asked last."""
+        new = []
+        for row in self._rows.values():
+            if row.told or (row.taken == len(row.token_ids) and row.finish is None):
+                continue
+            tokens, logprobs = row.token_ids[row.taken :], row.logprobs[row.taken :]
+            whole = None if row.finish is None else self._completion(row)
+            new.append(Drawn(row.request, row.sample, tuple(tokens), tuple(logprobs), whole))
+            row.taken, row.told = len(row.token_ids), whole is not None
+        return new
 
     def abort(self) -> None:
         """End what has not ended, so that vLLM keeps nothing of this call."""
@@ -116,25 +145,38 @@ class Drawing:
             token_ids=np.array(row.token_ids, dtype=np.int64),
             logprobs=np.array(row.logprobs, dtype=np.float32),
             finish_reason=row.finish,
-            text=self._rules.text(row.stop_set, row.token_ids),
+            text=self._rules.text(row.stop_set, row.token_ids, self._requests[row.request].prompt.special_tokens),
         )
 
 
-def _vllm_params(request: Request, row: _Row, params: SamplingParams) -> Any:
+def sampling_fields(
+    request: Request, sample: int, params: SamplingParams, unused_tokens: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return vLLM's sampling parameters of one sample, as JSON has them."""
+    never = {"logit_bias": dict.fromkeys(map(str, unused_tokens), -100.0)} if unused_tokens else {}  # its lowest
+    return never | {
+        "n": 1,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k or -1,
+        "min_p": params.min_p,
+        "seed": request_seed(params.seed, request.prompt.id, request.first_sample + sample, request.drawn),
+        "max_tokens": request.limits[sample] if request.limits else params.max_new_tokens,
+        "stop_token_ids": sorted(params.stop_token_ids),
+        "ignore_eos": True,  # ours are explicit
+        "logprobs": 0,  # of the sampled token alone
+        "detokenize": False,
+    }
+
+
+def _vllm_params(
+    request: Request, row: _Row, params: SamplingParams, unused_tokens: Sequence[int], streamed: bool
+) -> Any:
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
 
-    return VllmParams(
-        n=1,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k or -1,
-        min_p=params.min_p,
-        seed=request_seed(params.seed, request.prompt.id, row.sample),
-        max_tokens=request.limits[row.sample] if request.limits else params.max_new_tokens,
-        stop_token_ids=sorted(params.stop_token_ids),
-        ignore_eos=True,  # ours are explicit
-        logprobs=0,  # of the sampled token alone
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA if row.watched else RequestOutputKind.FINAL_ONLY,
-    )
+    kind = RequestOutputKind.DELTA if row.watched or streamed else RequestOutputKind.FINAL_ONLY
+    fields = sampling_fields(request, row.sample, params)
+    if unused_tokens:
+        fields["logit_bias"] = dict.fromkeys(unused_tokens, -100.0)
+    return VllmParams(**fields, output_kind=kind)

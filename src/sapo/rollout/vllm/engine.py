@@ -8,19 +8,19 @@ from time to time that it is the policy's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Self
 
 from sapo.config import RolloutConfig, RunConfig, VllmConfig
 from sapo.data import Completion
 from sapo.errors import ConfigError, Interrupted
-from sapo.model.adapters import folded_weights, unfoldable
 from sapo.model.policy import Policy
-from sapo.rollout.engine import Capabilities, Request, Weights, check_lengths
+from sapo.rollout.engine import Capabilities, Drawn, Request, Weights, check_lengths, longest_request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.vllm.core import VllmCore, check_head_size
 from sapo.rollout.vllm.drawing import Drawing
+from sapo.rollout.vllm.models import check_model
 
 
 class VllmEngine:
@@ -36,17 +36,24 @@ class VllmEngine:
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(copies_weights=True)
+    interleaves: ClassVar[bool] = False
 
     def __init__(self, policy: Policy, max_rows: int = 256, settings: VllmConfig | None = None) -> None:
-        _check_adapter(policy)
+        settings = settings or VllmConfig()
+        check_model(policy, folds=settings.lora_sync == "merged")
         self.policy = policy
         self.version = 0
-        self._core = VllmCore(policy, max_rows, settings or VllmConfig())
+        self._core = VllmCore(policy, max_rows, settings)
         self._ready = False
+
+    @property
+    def max_length(self) -> int:
+        """Return the longest sequence that its cache holds; see `max_length_of`."""
+        return self._core.max_length
 
     @classmethod
     def from_settings(cls, policy: Policy, settings: RolloutConfig) -> Self:
-        """See `Engine.from_settings`."""
+        """See `RecipeEngine.from_settings`."""
         return cls(policy, settings.max_rows, settings.vllm)
 
     @classmethod
@@ -59,7 +66,7 @@ class VllmEngine:
         if config.train.ranks > 1:
             raise ConfigError(
                 f"rollout.engine=vllm runs in the process that trains, which must be one; got train.ranks="
-                f"{config.train.ranks}; set train.ranks=1 or rollout.engine=local"
+                f"{config.train.ranks}; set train.ranks=1, rollout.servers=1 or rollout.engine=local"
             )
         if config.device not in ("auto", "cpu", "cuda", "cuda:0"):
             raise ConfigError(
@@ -94,9 +101,22 @@ class VllmEngine:
             drawing.abort()
         return drawing.completions()
 
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+        """See `StreamingEngine.stream`. One stream at a time: what is in flight is of one call."""
+        assert self._ready, "an engine draws after `set_weights`, and not while it sleeps"
+        check_lengths(requests, params, self.policy.max_length)
+        self._check_room(requests, params)
+        drawing = Drawing(self.policy, self._core, requests, params, streamed=True)
+        try:
+            while drawing.unfinished:
+                drawing.step()
+                yield drawing.take_new()
+        finally:
+            drawing.abort()
+
     def set_weights(self, weights: Weights, version: int) -> None:
-        """See `Engine.set_weights`. An adapter is folded into the weights, one layer after the other."""
-        self._core.load(folded_weights(self.policy, weights))
+        """See `Engine.set_weights`. An adapter goes as itself, or is folded in (`rollout.vllm.lora_sync`)."""
+        self._core.load(self.policy, weights)
         self.version, self._ready = version, True
 
     def sleep(self) -> None:
@@ -114,19 +134,9 @@ class VllmEngine:
         self._ready = False
 
     def _check_room(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        longest = max(len(r.prompt.token_ids) for r in requests) + params.max_new_tokens
-        if longest > self._core.max_length:
+        longest = sum(longest_request(requests, params))
+        if longest > self.max_length:
             raise ConfigError(
                 f"vLLM's cache must hold the longest sequence, prompt and completion; got {longest} tokens and a cache "
-                f"for {self._core.max_length}; raise rollout.vllm.kv_cache_gib, or rollout.vllm.max_model_len if given"
+                f"for {self.max_length}; raise rollout.vllm.kv_cache_gib, or rollout.vllm.max_model_len if given"
             )
-
-
-def _check_adapter(policy: Policy) -> None:
-    name = unfoldable(policy)
-    if name is not None:
-        raise ConfigError(
-            "rollout.engine=vllm takes adapters that fold into the weight of a linear layer, which those of experts "
-            f"and routers do not; got one at {name}; set model.lora.targets to the attention's layers, as "
-            "[q_proj,k_proj,v_proj,o_proj], or rollout.engine=local"
-        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sapo.run.loggers.tensorboard import TensorBoard
 from sapo.run.loggers.trackio import Trackio
 from sapo.run.loggers.wandb import WeightsAndBiases, has_wandb_key, wandb_mode
 from sapo.utils.files import write_whole
+from sapo.utils.reading import read_json
 
 IDENTITY = "loggers.json"
 
@@ -100,6 +101,11 @@ class LoggerSet:
         for logger in self._loggers:
             logger.log(step, figures)
 
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Hand sampled completions to every logger."""
+        for logger in self._loggers:
+            logger.log_samples(step, samples)
+
     def close(self) -> None:
         """Close what was opened."""
         while self._loggers:
@@ -111,5 +117,7 @@ def run_identity(directory: Path) -> str:
     file = directory / IDENTITY
     if not file.exists():
         write_whole(file, json.dumps({"id": secrets.token_hex(4)}) + "\n")
-    identity: str = json.loads(file.read_text())["id"]
+    identity = read_json(file, "the name that loggers know a run by").get("id")
+    if not isinstance(identity, str) or not identity:
+        raise ConfigError(f"{file} must hold the id that loggers know the run by; got {identity!r}; delete the file")
     return identity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ class TensorBoard:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Logger.log_samples`. TensorBoard reads markdown, so texts are indented: shown as they are."""
+        parts = [
+            f"**{s['task']}**, reward {s['reward']:.3f}\n\n{_code(s['prompt'])}\n\n{_code(s['text'])}" for s in samples
+        ]
+        self._writer.add_text("samples", "\n\n---\n\n".join(parts), step)
+
     def close(self) -> None:
         """See `Logger.close`."""
         self._writer.close()
+
+
+def _code(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

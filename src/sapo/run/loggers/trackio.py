@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
 from sapo.config import TrackioConfig
-from sapo.run.loggers.base import panel_name
+from sapo.run.loggers.base import SAMPLE_COLUMNS, panel_name, sample_rows
 
 
 class Trackio:
@@ -33,6 +33,14 @@ class Trackio:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Logger.log`."""
         self._run.log({panel_name(name): value for name, value in figures.items()}, step=step)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Logger.log_samples`."""
+        import trackio
+
+        with redirect_stdout(io.StringIO()):
+            table = trackio.Table(columns=list(SAMPLE_COLUMNS), data=sample_rows(step, samples))
+            self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         """See `Logger.close`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sapo.config import WandbConfig
 from sapo.errors import ConfigError
-from sapo.run.loggers.base import panel_name
+from sapo.run.loggers.base import SAMPLE_COLUMNS, panel_name, sample_rows
 
 
 class WeightsAndBiases:
@@ -47,12 +47,20 @@ class WeightsAndBiases:
         """See `Logger.log`."""
         self._run.log({"step": step, **{panel_name(name): value for name, value in figures.items()}})
 
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Logger.log_samples`."""
+        import wandb
+
+        table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=sample_rows(step, samples))
+        self._run.log({"step": step, "samples": table})
+
     def close(self) -> None:
         """See `Logger.close`."""
         self._run.finish()
 
 
 def wandb_mode(config: WandbConfig) -> str:
+    """Return online, offline or disabled: the recipe's, else that of the environment."""
     return config.mode or os.environ.get("WANDB_MODE", "online")
 
 

@@ -16,20 +16,15 @@ from typing import Any
 
 from sapo.data import Prompt
 from sapo.errors import TaskError
-from sapo.tasks.rows.columns import Columns, Names, as_names
+from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns, Names, Notices, as_names
 from sapo.tasks.rows.hub import Source, read_source
-from sapo.tasks.rows.reading import Row
-from sapo.tasks.rows.task import (
-    RowSettings,
-    RowTask,
-    check_fields,
-    read_prompts,
-    refuse_none,
-    refuse_shared_prompts,
-    split_prompts,
-    takes_options_of,
-)
-from sapo.tasks.verifiers import load_verifier
+from sapo.tasks.rows.reading import Row, name_of
+from sapo.tasks.rows.settings import RowSettings, check_fields, takes_options_of
+from sapo.tasks.rows.task import RowTask, make_prompts, read_prompts, refuse_shared_prompts, split_prompts
+from sapo.tasks.verifiers import load_verifier, reference_check
+
+HELD_OUT_SIDES = ("held_out_split", "held_out_path", "held_out_fraction")
+"""Options that say which rows are held out. At most one of them may be set."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class DatasetSettings(RowSettings):
     """A hub id, or a path as in `path`."""
     _: KW_ONLY
     path: str | Path | None = None
-    """A .jsonl, .json or .parquet file, or a directory that `datasets` can read, in place of the hub."""
+    """A .jsonl, .json, .csv or .parquet file, or a directory that `datasets` can read, in place of the hub."""
     split: str = "train"
     """Split of the repository or directory whose rows are read. A file has no splits."""
     config: str | None = None
@@ -56,16 +51,14 @@ class DatasetSettings(RowSettings):
     """Branch, tag or commit of the hub repository."""
     data_files: Names = None
     """JSON Lines files of the hub repository to read instead of what its card names."""
-    prompt_field: Names = "prompt"
+    prompt_field: Names = PROMPT
     """Column with the question: a string, or a list of chat messages."""
-    answer_field: Names = "answer"
+    answer_field: Names = ANSWER
     """Column with the answer; None when the verifier needs no answer."""
     answer_after: str | None = None
     """A mark in the answer column. The answer is what follows its last occurrence."""
     subject_field: Names = None
     """Column by whose values tables are made. A last None among alternatives lets it be missing."""
-    image_field: Names = None
-    """Column with images of questions that cannot be asked without them. Refused so far."""
     drop_fields: Names = None
     """Columns left out."""
     template: str = "{prompt}"
@@ -85,18 +78,12 @@ class DatasetSettings(RowSettings):
             raise TaskError(
                 f"template must hold {{prompt}}, where the question goes; got {self.template!r}; write it there"
             )
-        if self.image_field is not None:
-            raise TaskError(
-                f"{self.label}: its questions need their images (column "
-                f"{as_names('image_field', self.image_field)[0]!r}), and prompts are text so far; vision-language "
-                "models come later; choose a task of text"
-            )
         check_fields(self.prompt_field, self.answer_field, self.verifier)
 
     @property
     def label(self) -> str:
         """Return what logs call the task: its name, or the last part of the id or path."""
-        return self.name if self.name is not None else Path(str(self.path or self.dataset)).stem
+        return self.name if self.name is not None else name_of(str(self.path or self.dataset))
 
     def columns(self) -> Columns:
         """Return which columns make a prompt.
@@ -110,8 +97,12 @@ class DatasetSettings(RowSettings):
             subject=as_names("subject_field", self.subject_field),
             template=self.template,
             answer_after=self.answer_after,
+            pictures=self.pictures(),
+            skip_bad=self.on_bad_row == "skip",
             drop=_all_names("drop_fields", self.drop_fields),
             adapt=self.adapt,
+            # Rows that are completed on demand have no answer yet.
+            check=reference_check(self.verifier) if self.finish is None else None,
         )
 
     def source(self) -> Source:
@@ -152,8 +143,7 @@ class DatasetSettings(RowSettings):
         )
 
     def _refuse_two_held_out_sides(self) -> None:
-        options = ("held_out_split", "held_out_path", "held_out_fraction")
-        given = {option: value for option in options if (value := getattr(self, option)) is not None}
+        given = {option: value for option in HELD_OUT_SIDES if (value := getattr(self, option)) is not None}
         if len(given) > 1:
             raise TaskError(
                 "held-out rows are a split, a file or a share of the rows, one of them; got "
@@ -176,8 +166,9 @@ class DatasetTask(RowTask):
         self.settings = settings = DatasetSettings(dataset, **options)
         source, columns = settings.source(), settings.columns()
         judge = load_verifier(settings.verifier)  # before the rows, so that a wrong name is found before a download
-        rows = _read(source, columns, settings.label)
-        train, held_out = _two_sides(source, rows, columns, settings)
+        notices = Notices()
+        rows = _read(source, settings, columns, notices)
+        train, held_out = _two_sides(source, rows, columns, settings, notices)
         super().__init__(
             name=settings.label,
             train=train,
@@ -185,8 +176,10 @@ class DatasetTask(RowTask):
             verifier=judge,
             seed=settings.seed,
             score_truncated=settings.score_truncated,
-            prefers_chat=settings.prefers_chat,
+            prefers_chat=settings.prefers_chat or notices.prefers_chat,
             finish=settings.finish,
+            notices=notices.lines(settings.label),
+            limit=settings.limit(),
         )
 
     @classmethod
@@ -204,22 +197,24 @@ def _looks_local(dataset: str) -> bool:
     return Path(dataset).exists() or Source(path=dataset).is_file or dataset.startswith((".", "/", "~"))
 
 
-def _read(source: Source, columns: Columns, name: str) -> list[Prompt]:
-    return refuse_none(source.label, columns.prompts(read_source(source, columns.drop), name))
+def _read(source: Source, settings: DatasetSettings, columns: Columns, notices: Notices) -> list[Prompt]:
+    rows = read_source(source, columns.drop)
+    return make_prompts(source.label, settings, rows, columns, settings.label, source.directory, notices)
 
 
 def _two_sides(
-    source: Source, rows: list[Prompt], columns: Columns, settings: DatasetSettings
+    source: Source, rows: list[Prompt], columns: Columns, settings: DatasetSettings, notices: Notices
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Return the rows to train on and the held-out ones: those of another split or file, or a share of `rows`."""
     other = settings.held_out_source()
     if other is None:
         return split_prompts(source.label, rows, settings.held_out_fraction)
     if isinstance(other, Source):
-        held_out, place = _read(other, columns, settings.label), other.label
+        held_out, place = _read(other, settings, columns, notices), other.label
     else:
-        held_out, place = read_prompts(other, columns, settings.label), str(other)
+        held_out, place = read_prompts(other, settings, columns, settings.label, notices), str(other)
     refuse_shared_prompts(source.label, rows, place, held_out)
+    notices.take_sides(rows, held_out)
     return rows, held_out
 
 

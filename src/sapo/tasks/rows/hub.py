@@ -6,6 +6,7 @@ message names `path=` as the way to work without a connection. Code of a reposit
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from sapo.errors import TaskError
-from sapo.tasks.rows.reading import EXTENSIONS, PlacedRow, read_rows
+from sapo.tasks.rows.reading import PlacedRow, is_rows_file, read_rows
 from sapo.utils.names import did_you_mean
 
 # Long enough for a slow connection. The libraries' own retries would take about half a minute.
@@ -40,7 +41,14 @@ class Source:
     @property
     def is_file(self) -> bool:
         """Return whether the source is one file of rows, which has no splits."""
-        return self.path is not None and Path(self.path).suffix.lower() in EXTENSIONS and not Path(self.path).is_dir()
+        return self.path is not None and is_rows_file(self.path) and not Path(self.path).is_dir()
+
+    @property
+    def directory(self) -> Path | None:
+        """Return where paths in its rows begin: beside a file, in a directory; None for the hub."""
+        if self.path is None:
+            return None
+        return Path(self.path).parent if self.is_file else Path(self.path)
 
     @property
     def label(self) -> str:
@@ -53,8 +61,7 @@ def read_source(source: Source, drop: Iterable[str] = ()) -> Iterator[PlacedRow]
     """Read the rows of a source with their places, without the columns of `drop`.
 
     Raises:
-        TaskError: the file, directory, hub id, configuration or split is wrong; a column holds images; the library is
-            missing.
+        TaskError: the file, directory, hub id, configuration or split is wrong; the library is missing.
     """
     dropped = set(drop)
     if source.path is not None and not Path(source.path).is_dir():
@@ -65,22 +72,9 @@ def read_source(source: Source, drop: Iterable[str] = ()) -> Iterator[PlacedRow]
         return
     dataset = _load_directory(source) if source.path is not None else _load_from_hub(source)
     dataset = dataset.remove_columns([name for name in dataset.column_names if name in dropped])
-    refuse_images(source.label, [name for name, feature in dataset.features.items() if _holds_images(feature)])
+    dataset = _undecoded(dataset)
     for number, row in enumerate(dataset, start=1):
         yield f"{source.label}:{number}", row
-
-
-def refuse_images(where: str, columns: list[str]) -> None:
-    """Refuse columns of images.
-
-    Raises:
-        TaskError: there is one.
-    """
-    if columns:
-        raise TaskError(
-            f"{where}: prompts are text so far, vision-language models come later; got images in {', '.join(columns)}; "
-            f"choose a task of text, or set drop_fields=[{','.join(columns)}] to ask without them"
-        )
 
 
 def _library() -> ModuleType:
@@ -175,15 +169,27 @@ def _hub_answers(huggingface_hub: ModuleType) -> bool:
     return True
 
 
-def _holds_images(feature: Any) -> bool:
-    """Return whether a feature of the library is an image, or holds images in lists or fields."""
+def _undecoded(dataset: Any) -> Any:
+    """Return a dataset whose images come as {bytes, path}: they are decoded by us, and kept as they are encoded."""
+    features = copy.deepcopy(dataset.features)
+    found = [part for feature in features.values() for part in _image_features(feature)]
+    for feature in found:
+        feature.decode = False
+    return dataset.cast(features) if found else dataset
+
+
+def _image_features(feature: Any) -> Iterator[Any]:
+    """Yield the images of a feature of the library, also those in lists and fields."""
     if type(feature).__name__ == "Image":
-        return True
-    if isinstance(feature, dict):
-        return any(_holds_images(part) for part in feature.values())
-    if isinstance(feature, (list, tuple)):
-        return any(_holds_images(part) for part in feature)
-    return hasattr(feature, "feature") and _holds_images(feature.feature)
+        yield feature
+    elif isinstance(feature, dict):
+        for part in feature.values():
+            yield from _image_features(part)
+    elif isinstance(feature, (list, tuple)):
+        for part in feature:
+            yield from _image_features(part)
+    elif hasattr(feature, "feature"):
+        yield from _image_features(feature.feature)
 
 
 def _reason(error: BaseException) -> str:

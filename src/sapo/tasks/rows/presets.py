@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from sapo.data import Prompt
+from sapo.data.pictures import PICTURE_MARKER
 from sapo.tasks.rows.columns import Names
-from sapo.tasks.rows.datasets import DatasetTask
+from sapo.tasks.rows.datasets import HELD_OUT_SIDES, DatasetTask
 from sapo.tasks.rows.reading import Row
 from sapo.tasks.rows.reshaping import (
     finish_livecodebench,
@@ -34,7 +35,6 @@ from sapo.tasks.rows.reshaping import (
 
 BOXED = "{prompt}\nPut your final answer within \\boxed{}."
 
-_HELD_OUT_SIDES = ("held_out_split", "held_out_path", "held_out_fraction")
 _OF_PRESETS_ONLY = ("dataset", "adapt", "finish")
 
 
@@ -59,7 +59,8 @@ class Preset:
     answer_field: Names = "answer"
     answer_after: str | None = None
     subject_field: Names = None
-    image_field: Names = None
+    image_field: Names = ("images", "image", None)
+    picture_marker: str | None = PICTURE_MARKER
     template: str = BOXED
     verifier: Any = "math"
     held_out_split: str | None = None
@@ -75,7 +76,7 @@ class Preset:
         """
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "licence"}
         options |= {"prefers_chat": True, **overrides}
-        if all(overrides.get(side) is None for side in _HELD_OUT_SIDES):
+        if all(overrides.get(side) is None for side in HELD_OUT_SIDES):
             path = overrides.get("path")
             # A file is not divided into the splits of the hub, and the caller has not said which side it is.
             if self.held_out_split is None or (path is not None and not Path(path).is_dir()):
@@ -199,8 +200,10 @@ PRESETS: dict[str, Preset] = {
             licence="MIT",
             prompt_field="question",
             subject_field="subject",
+            # One picture a row, whatever the markers <image1>, <image2> of the question: they stay text, as officially.
             image_field=["decoded_image", "image"],
-            verifier="choice",
+            picture_marker=None,
+            verifier="choice_or_math",
             adapt=reshape_mathvision,
         ),
     )

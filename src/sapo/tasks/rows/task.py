@@ -1,25 +1,30 @@
 """Tasks of rows: their training and held-out prompts and the order of these; and the task `file`.
 
 Rows are read and checked when the task is made, so that a bad row is reported by its place before anything is computed.
-The held-out prompts are rows of their own, or a share of the prompts chosen by a hash of their text. So copies of a
-prompt are always on the same side, and the choice depends neither on the seed nor on the order of rows. A benchmark
-holds all rows out.
+The held-out prompts are rows of their own, or a share of the prompts chosen by a hash of their text and pictures: one
+question about a thousand pictures is a thousand prompts. So copies of a prompt, and prompts that differ in blanks or
+case alone, are always on the same side, and the choice depends neither on the seed nor on the order of rows. A
+benchmark holds all rows out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from inspect import Signature, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sapo.data import Prompt
 from sapo.errors import TaskError
 from sapo.tasks.base import JudgedTask, check_index
-from sapo.tasks.rows.columns import Columns
-from sapo.tasks.rows.reading import brief, read_rows
-from sapo.tasks.verifiers import Verifier, VerifierSpec, load_verifier, needs_answer
+from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns, Notices
+from sapo.tasks.rows.reading import PlacedRow, brief, name_of, read_rows
+from sapo.tasks.rows.settings import PromptLimit, RowSettings, check_fields, takes_options_of
+from sapo.tasks.verifiers import Verifier, load_verifier, reference_check
 from sapo.utils.hashing import falls_in_share, hashed_integer
 
 DEFAULT_HELD_OUT_FRACTION = 0.1
@@ -36,6 +41,8 @@ class RowTask(JudgedTask):
         score_truncated: give the verifier truncated completions too, for a reward that needs no ending.
         prefers_chat: the questions are worded for a chat model.
         finish: function that completes a prompt on demand, where doing so for every row would take too much memory.
+        notices: lines about the rows for the user: how many were skipped.
+        limit: longest prompt; see `apply_limit`.
     """
 
     def __init__(
@@ -49,17 +56,69 @@ class RowTask(JudgedTask):
         score_truncated: bool = False,
         prefers_chat: bool = False,
         finish: Callable[[Prompt], Prompt] | None = None,
+        notices: Sequence[str] = (),
+        limit: PromptLimit | None = None,
     ) -> None:
         self.name = name
+        self.limit = limit
+        self.notices = tuple(notices)
         self.seed = seed
         self.score_truncated = score_truncated
         self.prefers_chat = prefers_chat
         self.verifier = verifier
         self._finish = finish
         self._train = train
-        distinct = {prompt.text: prompt for prompt in reversed(held_out)}  # of copies, the first row is kept
-        self._held_out = sorted(distinct.values(), key=lambda p: hashed_integer("held_out", seed, p.text))
+        distinct = {prompt.identity: prompt for prompt in reversed(held_out)}  # of copies, the first row is kept
+        self.held_out_copies = len(held_out) - len(distinct)
+        """Held-out rows left out because they repeat another."""
+        self._held_out = _in_order(distinct.values(), seed)
         self._order: tuple[int, list[int]] = (-1, [])
+        self._read = self._train, self._held_out  # before any are dropped
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the task in the order of another seed. The rows are shared."""
+        other = copy.copy(self)
+        other.seed, other._order = seed, (-1, [])
+        other._held_out = _in_order(self._held_out, seed)
+        return other
+
+    def apply_limit(self, count: Callable[[Prompt], int]) -> None:
+        """Leave out the rows with longer prompts than the limit, or refuse the first, as the limit says.
+
+        Args:
+            count: function that returns the tokens of a prompt, or an upper bound that is within the limit.
+
+        Raises:
+            TaskError: one is longer and the limit does not drop them, or nothing is left of a side.
+        """
+        if self.limit is None:
+            return
+        sides = []
+        for rows in (self._train, self._held_out):
+            fitting = []
+            for row in rows:
+                tokens = count(row)
+                if tokens <= self.limit.tokens:
+                    fitting.append(row)
+                elif not self.limit.drop:
+                    raise TaskError(
+                        f"{self.name}: a prompt must have at most {self.limit.tokens} tokens (max_prompt_tokens); got "
+                        f"{tokens}: {brief(row.text)}; raise it, or set on_long_prompt=drop to leave such rows out"
+                    )
+            if rows and not fitting:
+                raise TaskError(
+                    f"{self.name}: max_prompt_tokens={self.limit.tokens} must leave some rows; got {len(rows)} rows "
+                    "with longer prompts and no other; raise it"
+                )
+            sides.append(fitting)
+        dropped = [len(rows) - len(kept) for rows, kept in zip((self._train, self._held_out), sides, strict=True)]
+        self._train, self._held_out = sides
+        self._order = (-1, [])
+        if any(dropped):
+            self.notices += (
+                f"{self.name}: {dropped[0]} training and {dropped[1]} held-out rows with prompts of more than "
+                f"{self.limit.tokens} tokens were dropped, and {len(sides[0])} and {len(sides[1])} are left",
+            )
 
     @property
     def num_train(self) -> int:
@@ -70,6 +129,20 @@ class RowTask(JudgedTask):
     def num_held_out(self) -> int:
         """Return the number of distinct held-out prompts."""
         return len(self._held_out)
+
+    def content_digest(self) -> str:
+        """Return a hash of all rows, by which a run that is resumed knows them again."""
+        digest = hashlib.sha256()
+        for prompt in itertools.chain(*self._read):
+            # repr for values that JSON does not have: rows from Parquet hold dates and decimals.
+            row = json.dumps([prompt.text, prompt.answer, dict(prompt.metadata)], sort_keys=True, default=repr)
+            digest.update(row.encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def picture_digest(self) -> str | None:
+        """Return a hash of the pictures of all rows, None without any: a row may name a file that is replaced."""
+        shown = [picture.sha256 for prompt in itertools.chain(*self._read) for picture in prompt.pictures]
+        return hashlib.sha256(" ".join(shown).encode()).hexdigest()[:16] if shown else None
 
     def train_prompt(self, index: int) -> Prompt:
         """Return the prompt of row `index % num_train` in the order of epoch `index // num_train`.
@@ -101,15 +174,15 @@ class RowTask(JudgedTask):
             TaskError: there are fewer, their rows are chats, or they have no answers.
         """
         self._refuse_without_training_side()
-        distinct = {prompt.text: prompt for prompt in reversed(self._train)}
-        chosen = sorted(distinct.values(), key=lambda p: hashed_integer("shots", p.text))[:count]
+        distinct = {prompt.identity: prompt for prompt in reversed(self._train)}
+        chosen = sorted(distinct.values(), key=lambda p: hashed_integer("shots", p.identity))[:count]
         if len(chosen) < count:
             raise TaskError(f"{self.name}: it has {len(chosen)} distinct training rows; got shots={count}")
         for prompt in chosen:
-            if "messages" in prompt.metadata or prompt.answer is None:
+            if "messages" in prompt.metadata or prompt.pictures or prompt.answer is None:
                 raise TaskError(
-                    f"{self.name}: an example needs a question in text and an answer; got {brief(prompt.text)}; write "
-                    "the examples in the recipe: shots: [{prompt: ..., answer: ...}]"
+                    f"{self.name}: an example needs a question in text alone and an answer; got {brief(prompt.text)}; "
+                    "write the examples in the recipe: shots: [{prompt: ..., answer: ...}]"
                 )
         return [(prompt.text, str(prompt.metadata.get("solution") or prompt.answer)) for prompt in chosen]
 
@@ -132,37 +205,6 @@ class RowTask(JudgedTask):
         return self._order[1]
 
 
-def takes_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a constructor of `**options` the signature of a settings object, by which a recipe's options are checked."""
-
-    def with_signature(constructor: Callable[..., None]) -> Callable[..., None]:
-        itself = next(iter(signature(constructor).parameters.values()))
-        parameters = [itself, *signature(settings).parameters.values()]
-        constructor.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        return constructor
-
-    return with_signature
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSettings:
-    """Options of every task whose rows a recipe names: how they are judged, split and ordered."""
-
-    verifier: VerifierSpec = "exact"
-    """A name of VERIFIERS or `module:function`, either with options, or a weighted sum of these (tasks/verifiers)."""
-    held_out_path: str | Path | None = None
-    """A file with the held-out rows."""
-    held_out_fraction: float | None = None
-    """Share of the distinct prompts to hold out, where no held-out rows are named; 0.1 when None. 1 makes a benchmark:
-    all rows are evaluated and none trained on."""
-    score_truncated: bool = False
-    """Give the verifier truncated completions too, for a reward that needs no ending."""
-    seed: int = 0
-    """Random seed of the order of the rows. The split does not depend on it."""
-    name: str | None = None
-    """Name of the task in logs; the name of the file or dataset when None."""
-
-
 @dataclass(frozen=True)
 class FileSettings(RowSettings):
     """Options of the task `file`. Columns that are not named go to `Prompt.metadata`.
@@ -172,13 +214,14 @@ class FileSettings(RowSettings):
     """
 
     path: str | Path
-    """A .jsonl, .json or .parquet file."""
+    """A .jsonl, .json, .csv or .parquet file; all but the last may be compressed, as .jsonl.gz."""
     _: KW_ONLY
-    prompt_field: str = "prompt"
-    """Field with the prompt: a string, or a list of chat messages {role, content}. Messages go to
-    `Prompt.metadata["messages"]` as they are, and to `Prompt.text` as "role: content" lines."""
-    answer_field: str | None = "answer"
-    """Field with the answer, a string or a number; None when the verifier needs no answer."""
+    prompt_field: str = PROMPT
+    """Field with the prompt: a string, or a list of chat messages {role, content}. A dotted name leads into objects.
+    Messages go to `Prompt.metadata["messages"]` as they are, and to `Prompt.text` as "role: content" lines."""
+    answer_field: str | None = ANSWER
+    """Field with the answer, a string or a number, as `reward_model.ground_truth`; None when the verifier needs no
+    answer."""
 
     def __post_init__(self) -> None:
         if self.held_out_path is not None and self.held_out_fraction is not None:
@@ -187,6 +230,11 @@ class FileSettings(RowSettings):
                 f"held_out_fraction={self.held_out_fraction!r}; leave one out"
             )
         check_fields(self.prompt_field, self.answer_field, self.verifier)
+
+
+def _in_order(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:
+    """Return held-out prompts in the order of a seed, whatever theirs is."""
+    return sorted(prompts, key=lambda prompt: hashed_integer("held_out", seed, prompt.identity))
 
 
 class FileTask(RowTask):
@@ -204,13 +252,21 @@ class FileTask(RowTask):
     def __init__(self, path: str | Path, **options: Any) -> None:
         self.settings = settings = FileSettings(path, **options)
         judge = load_verifier(settings.verifier)  # before the rows, so that a wrong name is found first
-        name = settings.name if settings.name is not None else Path(path).stem
+        name = settings.name if settings.name is not None else name_of(path)
         answer = () if settings.answer_field is None else (settings.answer_field,)
-        columns = Columns(prompt=(settings.prompt_field,), answer=answer)
-        train = read_prompts(path, columns, name)
+        columns = Columns(
+            prompt=(settings.prompt_field,),
+            answer=answer,
+            pictures=settings.pictures(),
+            skip_bad=settings.on_bad_row == "skip",
+            check=reference_check(settings.verifier),
+        )
+        notices = Notices()
+        train = read_prompts(path, settings, columns, name, notices)
         if settings.held_out_path is not None:
-            held_out = read_prompts(settings.held_out_path, columns, name)
+            held_out = read_prompts(settings.held_out_path, settings, columns, name, notices)
             refuse_shared_prompts(path, train, settings.held_out_path, held_out)
+            notices.take_sides(train, held_out)
         else:
             train, held_out = split_prompts(path, train, settings.held_out_fraction)
         super().__init__(
@@ -220,6 +276,9 @@ class FileTask(RowTask):
             verifier=judge,
             seed=settings.seed,
             score_truncated=settings.score_truncated,
+            prefers_chat=notices.prefers_chat,
+            notices=notices.lines(name),
+            limit=settings.limit(),
         )
 
     @classmethod
@@ -232,9 +291,29 @@ class FileTask(RowTask):
         return cls(**vars(settings))
 
 
-def read_prompts(path: str | Path, columns: Columns, task: str) -> list[Prompt]:
+def read_prompts(
+    path: str | Path, settings: RowSettings, columns: Columns, task: str, notices: Notices
+) -> list[Prompt]:
     """Read the prompts of a file, at least one."""
-    return refuse_none(path, columns.prompts(read_rows(Path(path)), task))
+    return make_prompts(path, settings, read_rows(Path(path)), columns, task, Path(path).parent, notices)
+
+
+def make_prompts(
+    place: str | Path,
+    settings: RowSettings,
+    rows: Iterator[PlacedRow],
+    columns: Columns,
+    task: str,
+    directory: Path | None,
+    notices: Notices,
+) -> list[Prompt]:
+    """Make the prompts of rows in the layout that the settings name, at least one.
+
+    Raises:
+        TaskError: a row is wrong, or there are none.
+    """
+    rows, columns = settings.laid_out(rows, columns, notices)
+    return refuse_none(place, columns.prompts(rows, task, directory, notices))
 
 
 def refuse_none(where: str | Path, prompts: list[Prompt]) -> list[Prompt]:
@@ -248,20 +327,8 @@ def refuse_none(where: str | Path, prompts: list[Prompt]) -> list[Prompt]:
     return prompts
 
 
-def check_fields(prompt_field: Any, answer_field: Any, verifier: VerifierSpec) -> None:
-    """Refuse one column for both question and answer, and a verifier without the answer it needs.
-
-    Raises:
-        TaskError: the options are one of these.
-    """
-    if prompt_field == answer_field:
-        raise TaskError(f"prompt_field and answer_field must differ; got {prompt_field!r} for both; change one")
-    if answer_field is None and needs_answer(verifier):
-        raise TaskError(f"verifier {verifier!r} compares with an answer; got answer_field=None; name the field")
-
-
 def split_prompts(where: str | Path, rows: list[Prompt], fraction: Any = None) -> tuple[list[Prompt], list[Prompt]]:
-    """Split prompts into training and held-out ones by a hash of their text.
+    """Split prompts into training and held-out ones by a hash of their text and pictures.
 
     Args:
         where: the place of the rows, for messages.
@@ -277,8 +344,10 @@ def split_prompts(where: str | Path, rows: list[Prompt], fraction: Any = None) -
         )
     if fraction == 1:
         return [], rows
-    train = [row for row in rows if not falls_in_share(row.text, fraction)]
-    held_out = [row for row in rows if falls_in_share(row.text, fraction)]
+    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for row in rows:
+        sides[falls_in_share(row.likeness, fraction)].append(row)
+    train, held_out = sides
     if not train or not held_out:
         raise TaskError(
             f"{where}: both sides of the split must have rows; got {len(train)} training and {len(held_out)} held-out "
@@ -295,9 +364,10 @@ def refuse_shared_prompts(
     Raises:
         TaskError: there is one.
     """
-    shared = {row.text for row in train} & {row.text for row in held_out}
+    of_train = {row.identity for row in train}
+    shared = {row.identity: row.text for row in held_out if row.identity in of_train}
     if shared:
         raise TaskError(
             f"{held_out_place}: no held-out prompt may be in the training rows {train_place}; got {len(shared)} "
-            f"shared, one is {brief(min(shared))}; remove them from one side, or split by held_out_fraction"
+            f"shared, one is {brief(min(shared.values()))}; remove them from one side, or split by held_out_fraction"
         )

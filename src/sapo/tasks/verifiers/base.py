@@ -8,6 +8,7 @@ completions does not matter.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -23,7 +24,11 @@ class Verifier(Protocol):
 
     - `prepare()` loads what the verifier needs, and `prepare_prompt(prompt)` what it needs for one prompt. Neither
       counts towards the deadline of a completion.
+    - `check_reference(prompt)` raises a ValueError where it cannot read the prompt's answer. It is called for every row
+      when a recipe is loaded. Without it, a verifier that is not isolated is called on `PROBE` instead.
     - `check_machine()` refuses a machine on which the verifier cannot work. It is called when a recipe is loaded.
+    - `batched = True` says that all completions of a prompt are judged by one call of `score_batch(texts, prompt)`,
+      which returns a list of scores, with None for a completion that the verifier does not judge.
     - `pure = True` says that scores depend only on the text and the prompt.
     """
 
@@ -77,6 +82,54 @@ def check_machine(verifier: Verifier) -> None:
     """
     if (check := getattr(verifier, "check_machine", None)) is not None:
         check()
+
+
+ABSTAINED = Score(0.0, Status.UNPARSEABLE, "the reward function abstained: it returned None")
+"""The score of a completion that no verifier judged."""
+
+
+def is_batched(verifier: Verifier) -> bool:
+    """Return whether a verifier judges all completions of a prompt in one call."""
+    return bool(getattr(verifier, "batched", False))
+
+
+def score_batch(verifier: Verifier, texts: Sequence[str], prompt: Prompt) -> list[Score | None]:
+    """Score completions of a prompt, None where the verifier abstains."""
+    if hasattr(verifier, "score_batch"):
+        found: list[Score | None] = verifier.score_batch(texts, prompt)
+        return found
+    return [verifier(text, prompt) for text in texts]
+
+
+def score_many(verifier: Verifier, requests: Sequence[tuple[Sequence[str], Prompt]]) -> list[list[Score | None]]:
+    """Score completions of several prompts, None where the verifier abstains; an exception is a `verifier_error`."""
+    if hasattr(verifier, "score_many"):
+        found: list[list[Score | None]] = verifier.score_many(requests)
+        return found
+    return [_guarded_batch(verifier, texts, prompt) for texts, prompt in requests]
+
+
+def _guarded_batch(verifier: Verifier, texts: Sequence[str], prompt: Prompt) -> list[Score | None]:
+    try:
+        return score_batch(verifier, texts, prompt)
+    except Exception as error:
+        return [Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}")] * len(texts)
+
+
+PROBE = "0"
+"""A completion by which it is found out whether a verifier can read the answer of a prompt."""
+
+
+def check_reference(verifier: Verifier, prompt: Prompt) -> None:
+    """Refuse a prompt whose answer a verifier cannot read, so that no completion could be right.
+
+    Raises:
+        ValueError: the verifier cannot read it.
+    """
+    if (check := getattr(verifier, "check_reference", None)) is not None:
+        check(prompt)
+    elif not deadline_of(verifier):
+        verifier(PROBE, prompt)
 
 
 def is_pure(verifier: Verifier) -> bool:

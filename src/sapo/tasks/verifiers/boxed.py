@@ -9,16 +9,17 @@ from sapo.data import Prompt, Score
 from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import brief, reference_of, unparseable
 from sapo.tasks.verifiers.extract import last_boxed
-from sapo.tasks.verifiers.mathtext import number_of, respell, without_name
+from sapo.tasks.verifiers.mathspell import respell
+from sapo.tasks.verifiers.mathtext import last_value, number_of, without_name
 
 
 @dataclass(frozen=True)
 class BoxedInteger:
     r"""Gives reward 1 where the last \boxed{...} equals the answer's integer, however it is written.
 
-    070, 70.0, $70$, N = 70, 70^\circ and \frac{140}{2} are all 70; 1,234 and 1{,}234 are 1234. A number that is no
-    integer, or outside minimum..maximum, is a wrong answer. One outside the range does not count in a majority.
-    Anything else in the box, or no box, is unparseable.
+    070, 70.0, $70$, N = 70, m+n = 70, 70^\circ and \frac{140}{2} are all 70; 1,234 and 1{,}234 are 1234. A number
+    that is no integer, or outside minimum..maximum, is a wrong answer. One outside the range does not count in a
+    majority. Anything else in the box, or no box, is unparseable.
 
     >>> BoxedInteger()(r"so \boxed{070}", Prompt(id=0, task="aime", text="?", answer="70")).reward
     1.0
@@ -56,5 +57,8 @@ class BoxedInteger:
 
 def _value(text: str) -> Fraction | None:
     # The limit is checked first, since respelling a whole page in a box would be slow.
-    number = number_of(without_name(respell(text))) if len(text) <= 400 else None
+    if len(text) > 400:
+        return None
+    spelt = without_name(respell(text))
+    number = number_of(spelt) or (last_value(spelt) if "=" in spelt else None)
     return None if number is None or number.percent else number.value

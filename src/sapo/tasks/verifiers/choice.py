@@ -12,12 +12,23 @@ from dataclasses import dataclass
 from sapo.data import Prompt, Score
 from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import brief, reference_of, unparseable
-from sapo.tasks.verifiers.extract import after_phrase, last_boxed
-from sapo.tasks.verifiers.mathtext import number_of, respell, squeezed, without_name
+from sapo.tasks.verifiers.extract import after_phrase, inside_answer_tags, last_boxed
+from sapo.tasks.verifiers.mathspell import respell, squeezed
+from sapo.tasks.verifiers.mathtext import number_of, without_name
 from sapo.tasks.verifiers.numbers import number_in
 
-_LABELLED = re.compile(r"\(?([A-Za-z])(?:\)|[.:](?=\s)|[.:)]$)\s*(.*)", re.DOTALL)
+_LABELLED = re.compile(r"\(?([A-Za-z])(?:\)|\s?[.:](?=\s)|\s[-\u2013\u2014](?=\s)|[.:)]$)\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+# A capital letter before its reason: "B because ...", "option B, since ...", "(B) is right". Not "A or B".
+_BEFORE_REASON = re.compile(
+    r"(?:(?i:option|choice|letter)\s+)?\(?([A-Z])\)?(?:\s*[,;.:\u2013\u2014-](?=\s)|\s+(?:because|since|as|for|which|from)\b"
+    r"|\s+is\s+(?:right|correct|true|the)\b)(?!\s*(?:or|and|nor|[A-Z]\b(?!\w)|\(?[B-Z]\)))(?P<rest>.*)",
+    re.DOTALL,
+)
+_CHOSEN = re.compile(
+    r"(?i:\b(?:correct|right|best|final|my)\s+(?:answer\s+|option|choice)\s*(?:is|:|=|would be)|\boption is|\bchoice is"
+    r"|\bI (?:would |will )?(?:choose|pick|select|go with))\s*:?\s*"
+)
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 # Characters of an answer that is read: longer than any option, and short enough for the patterns here to be fast.
@@ -41,19 +52,30 @@ class Choice:
     require_box: bool = False
     """Read boxes only. A completion without one is unparseable."""
 
+    index_from: int | None = None
+    """Number of the first option, 0 or 1, where the rows' answer is an option's number. null: a letter or value."""
+
     def __post_init__(self) -> None:
+        if self.index_from not in (None, 0, 1) or isinstance(self.index_from, bool):
+            raise TaskError(f"choice's index_from must be 0, 1 or null; got {self.index_from!r}")
         if not isinstance(self.options_field, str):
             raise TaskError(f"choice's options_field must name a field of the rows; got {self.options_field!r}")
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
-        options = [str(option) for option in _listed(prompt.metadata.get(self.options_field))]
-        right = _pick(reference_of(prompt), options, words=True)
+        options = [str(option) for option in listed(prompt.metadata.get(self.options_field))]
+        right = self._right(reference_of(prompt), options)
         if right is None:
-            raise ValueError(f"choice needs an answer that is an option or its letter; got {prompt.answer!r}")
+            raise ValueError(
+                f"choice needs an answer that is an option or its letter; got {prompt.answer!r}; where the rows hold "
+                "the option's number, set index_from: 0 (or 1) for that of the first"
+            )
         boxed = last_boxed(text)
         if boxed is None and self.require_box:
             return unparseable("no \\boxed{} in the completion")
-        candidates = [boxed] if boxed is not None else [after_phrase(text), *_last_line(text)]
+        tagged = inside_answer_tags(text)
+        candidates = [tagged] if tagged is not None else [after_phrase(text), _after_choice(text), *_end_lines(text)]
+        if boxed is not None:
+            candidates = [boxed] if self.require_box or _is_option_like(boxed) else [boxed, *candidates]
         # Where the answer is in words, any words are an answer. Where it is a letter or a number, words are none.
         plain = bool(options) or len(right) == 1 or number_in(right) is not None
         read = (_pick(c, options, words=not plain) for c in candidates if c)
@@ -63,25 +85,54 @@ class Choice:
             return unparseable(f"no option in the completion: {brief(shown)}")
         return Score(float(given == right), answer=given)
 
+    def _right(self, answer: str, options: list[str]) -> str | None:
+        """Return the letter of the right option."""
+        if self.index_from is None:
+            return _pick(answer, options, words=True)
+        index = int(answer) - self.index_from if answer.strip().isdigit() else -1
+        return chr(ord("A") + index) if 0 <= index < len(options) else None
 
-def _listed(options: object) -> Sequence[object]:
-    # Any sequence, including numpy arrays. A string is one option, not many letters.
+
+def listed(options: object) -> Sequence[object]:
+    """Return the options of a row: those of any sequence, numpy arrays included, and none of a string.
+
+    Raises:
+        ValueError: they are no sequence.
+    """
     if options is None or isinstance(options, str):
         return ()
-    return list(options)  # type: ignore[call-overload]
+    try:
+        return list(options)  # type: ignore[call-overload]
+    except TypeError as error:
+        rule = f"a row's options must be a list; got {options!r:.60}"
+        raise ValueError(f"{rule}; fix the row, or set options_field") from error
 
 
-def _last_line(text: str) -> list[str]:
+def _end_lines(text: str) -> list[str]:
+    """Return the last line and the first, where an answer may stand alone."""
     lines = text.strip().splitlines()
-    return [lines[-1].strip()] if lines else []
+    return [lines[-1].strip(), lines[0].strip()] if lines else []
+
+
+def _after_choice(text: str) -> str | None:
+    """Return what follows the last "the correct option is" or "I would pick" on its line, or None."""
+    found = list(_CHOSEN.finditer(text))
+    return text[found[-1].end() :].split("\n", 1)[0].strip("*").rstrip(" .") if found else None
+
+
+def _is_option_like(boxed: str) -> bool:
+    """Return whether a box names letters, so that it is the answer even where it is no option."""
+    return re.fullmatch(r"[\s\W]*(?:\\\w+\{)?\(?[A-Z]\b.{0,200}", boxed.strip(), re.DOTALL) is not None
 
 
 def _pick(text: str, options: list[str], *, words: bool) -> str | None:
     """Return the letter of the option that a text names, or None. Without options, its letter, number or words."""
     if len(text) > MAX_LENGTH:
         return None
-    spelt = _TEXT_COMMAND.sub(r"\1", without_name(respell(text))).strip()
+    spelt = _TEXT_COMMAND.sub(r"\1", without_name(respell(text.replace("**", "")))).strip(" !")
+    spelt = re.sub(r"^(?i:option|choice|letter)\s+(?=\(?[A-Za-z]\b)", "", spelt)
     if not options:
+        spelt = _without_reason(spelt, [])
         letter = _LETTER.fullmatch(spelt)
         number = number_of(spelt)
         if letter:
@@ -91,6 +142,7 @@ def _pick(text: str, options: list[str], *, words: bool) -> str | None:
         return (_plain(spelt) or None) if words else None
     letters = [chr(ord("A") + i) for i in range(len(options))]
     values = [_plain(option) for option in options]
+    spelt = _without_reason(spelt, values)
     letter = _LETTER.fullmatch(spelt)
     if letter and letter[1].upper() in letters:
         return letter[1].upper()
@@ -101,6 +153,16 @@ def _pick(text: str, options: list[str], *, words: bool) -> str | None:
         return name if rest not in values or values[letters.index(name)] == rest else None
     plain = _plain(spelt)
     return letters[values.index(plain)] if values.count(plain) == 1 else None
+
+
+def _without_reason(text: str, values: list[str]) -> str:
+    """Return the letter of "option B" and "B because ...", and any other text unchanged."""
+    found = _BEFORE_REASON.match(text)
+    if found is None:
+        return text
+    # After a label's colon or full stop stands the option's own text, which must fit. So must it after a dash.
+    label = text[: found.start("rest")].rstrip()[-1] in ".:"
+    return text if label or _plain(found["rest"]) in values else found[1]
 
 
 def _plain(text: str) -> str:

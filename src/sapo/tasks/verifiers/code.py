@@ -1,23 +1,19 @@
 """The verifier `code`: run a completion's program in the sandbox against tests; it is right when all pass.
 
-Stdin and functional tests are scored here, from what the program printed or returned. The program shares no process
-with the verifier and cannot know the expected output. Unit tests, as in HumanEval and MBPP, are Python statements that
-must run beside the program. They count as passed only when a random token comes back with them, which the test driver
-has and the program has not been given. That stops a program that ends early in any way (sys.exit, os._exit, a crash),
-prints a report of success, replaces built-in functions that the tests use, or returns an object that is equal to
-everything. It does not stop a program that searches its own process for the token or the tests, or that patches a
-library module that the tests use.
+No expected result enters the process of the program. Stdin and functional tests are scored here, from what the program
+printed or returned. Unit tests, as in HumanEval and MBPP, are Python statements: they run in a sandbox of their own
+(code_judge.py), and ask the program's process for the results of its functions. What comes back is rebuilt as a value
+of a built-in type, so that a program can neither see the tests nor change what `==` means in them (docs/adr/0025).
 """
 
 from __future__ import annotations
 
 import json
-import re
-import secrets
+import socket
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,8 @@ from typing import Any
 from sapo.data import Prompt, Score, Status
 from sapo.errors import TaskError
 from sapo.sandbox import Limits, Outcome, ProgramResult, SandboxError, SandboxUnavailable, choose_backend, run_program
+from sapo.tasks.verifiers.code_outputs import same_output, same_value
+from sapo.tasks.verifiers.code_program import complete_program, find_program, names_wanted
 from sapo.tasks.verifiers.code_tests import CodeTests
 
 # Longer programs are unparseable, before the interpreter fails on them.
@@ -34,22 +32,6 @@ MAX_PROGRAM_LENGTH = 256 * 1024
 BUDGET_SECONDS = 240.0
 # Seconds by the clock for each second of CPU time, since other work may share the machine, and for the start.
 WALL_FACTOR, WALL_EXTRA = 2.5, 10.0
-
-_FENCE = re.compile(r"^[ \t]*```+[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
-_PYTHON = ("python", "python3", "py", "")
-
-
-@dataclass(frozen=True)
-class Program:
-    """The program found in a completion.
-
-    >>> find_program("Here it is:\\n```python\\nprint(1)\\n```")
-    Program(source='print(1)\\n', fenced=True)
-    """
-
-    source: str
-    fenced: bool
-    """Whether it stood in a code block. Otherwise it is the whole completion, which may be no program at all."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +68,7 @@ def code(text: str, prompt: Prompt) -> Score:
         SandboxError: the sandbox failed, or the tests take longer than `BUDGET_SECONDS`. The program is not scored.
     """
     tests = _tests_of(prompt)
-    program = find_program(text)
+    program = find_program(text, names_wanted(tests))
     if program is None:
         return Score(0.0, Status.UNPARSEABLE, "no program in the completion")
     if len(program.source) > MAX_PROGRAM_LENGTH:
@@ -116,53 +98,7 @@ code.isolated = True  # type: ignore[attr-defined]
 code.deadline = BUDGET_SECONDS + 60.0  # type: ignore[attr-defined]
 code.check_machine = require_sandbox  # type: ignore[attr-defined]
 code.prepare = require_sandbox  # type: ignore[attr-defined]
-
-
-# ------------------------------------------------------------------------------------------------------ the program
-
-
-def find_program(text: str) -> Program | None:
-    """Return the program in a completion: the last Python block, else the last unmarked one, else the text.
-
-    A block that is not closed ends with the text, since a stop string may have removed its end. None
-    stands for an empty program.
-
-    >>> find_program("```\\nx = 1\\n```\\n```bash\\nls\\n```").source
-    'x = 1\\n'
-    """
-    blocks: list[tuple[str, str]] = []
-    opened: re.Match[str] | None = None
-    for fence in _FENCE.finditer(text):
-        if opened is None:
-            opened = fence
-        elif not fence[1]:
-            blocks.append((opened[1].lower(), text[opened.end() + 1 : fence.start()]))
-            opened = None
-    if opened is not None:
-        blocks.append((opened[1].lower(), text[opened.end() + 1 :]))
-    python = [source for mark, source in blocks if mark in _PYTHON[:-1]]
-    unmarked = [source for mark, source in blocks if not mark]
-    for source in reversed(python or unmarked):
-        return Program(source, fenced=True) if source.strip() else None
-    return Program(text, fenced=False) if text.strip() and not blocks else None
-
-
-def complete_program(program: Program, tests: CodeTests) -> str:
-    """Return the source to run: the tests' prefix, followed by the program.
-
-    A prefix ends with the signature and docstring of a function, which is a valid function by itself. A program that
-    defines the function again replaces it, and uses the imports and helpers before it.
-    """
-    if not tests.prefix:
-        return program.source
-    names = rf"^(async\s+)?(def|class)\s+{re.escape(tests.function)}\b|^{re.escape(tests.function)}\s*[:=]"
-    if re.search(names, program.source, re.MULTILINE):
-        return f"{tests.prefix}\n{program.source}"
-    lines = program.source.splitlines()
-    first = next(line for line in lines if line.strip())
-    if program.fenced and not first[0].isspace():  # a body that lost its indentation in the block
-        lines = [f"    {line}" for line in lines]
-    return tests.prefix + "\n".join(lines) + "\n"
+code.check_reference = lambda prompt: _tests_of(prompt)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------------- judging
@@ -174,7 +110,7 @@ def _judge_stdin(source: str, tests: CodeTests) -> CodeVerdict:
         _check_budget(begin, number, tests)
         result = _run("stdin", source, given, tests)
         run = number
-        if result.succeeded and same_output(result.stdout, expected):
+        if result.succeeded and _agrees(tests, given, result.stdout, expected):
             passed += 1
             continue
         wrong = f"printed {result.stdout.strip()[:60]!r}, expected {expected.strip()[:60]!r}"
@@ -201,7 +137,7 @@ def _judge_functional(source: str, tests: CodeTests) -> CodeVerdict:
     passed, failure = 0, unloaded
     for number, answer in enumerate(expected, start=1):
         said = reports[number - 1] if number <= len(reports) else {}
-        if "value" in said and said["value"] == answer:
+        if "value" in said and _agrees(tests, calls[number - 1], said["value"], answer):
             passed += 1
         elif not failure:
             missing = result.reason if not result.succeeded else "no result"
@@ -210,59 +146,74 @@ def _judge_functional(source: str, tests: CodeTests) -> CodeVerdict:
     return CodeVerdict(passed, len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded))
 
 
+def _agrees(tests: CodeTests, given: Any, got: Any, expected: Any) -> bool:
+    """Return whether an output is right: as the tests' checker says, or because it is the expected one."""
+    if not tests.checker:
+        compare = same_output if tests.kind == "stdin" else same_value
+        return compare(got, expected, tests.float_tolerance)
+    order = json.dumps([given, got, expected])
+    source = f"{tests.checker}\nimport json, sys\nprint(bool(check(*json.loads(sys.stdin.read()))))\n"
+    result = run_program(source, stdin=order, limits=_limits(tests))
+    if not result.succeeded:
+        raise SandboxError(f"the tests' checker failed: {result.reason}")
+    return result.stdout.strip().rpartition("\n")[2] == "True"
+
+
 def _judge_unit(source: str, tests: CodeTests) -> CodeVerdict:
-    token = secrets.token_hex(16)
-    statements = [f"{tests.setup}\n{statement}" if tests.setup else statement for statement in tests.statements]
-    order = {"token": token, "tests": statements}
-    result = _run("unit", source, json.dumps(order), tests)
-    reports, unloaded = _reports(result.stdout)
-    passed = {said.get("number") for said in reports if said.get("token") == token}
+    order = {
+        **{"function": tests.function, "prefix": tests.prefix},
+        **{"tests": list(tests.statements), "setup": tests.setup},
+    }
+    judge, program = _run_beside(source, json.dumps(order), tests)
+    reports, unloaded = _reports(judge.stdout)
+    passed = {said.get("number") for said in reports if said.get("passed") is True}
     failure = unloaded
     if len(passed) < len(tests) and not failure:
         errors = [said["error"] for said in reports if "error" in said]
-        failure = str(errors[0]) if errors else result.reason if not result.succeeded else "it ended before the tests"
+        ended = program.reason if not program.succeeded else judge.reason if not judge.succeeded else ""
+        failure = str(errors[0]) if errors else ended or "it ended before the tests"
     return CodeVerdict(
         len(passed), len(tests), failure, bool(unloaded) or len(reports) == len(tests), _is_syntax(unloaded)
     )
-
-
-def same_output(printed: str, expected: str) -> bool:
-    """Return whether two outputs are equal line by line, as LiveCodeBench compares them.
-
-    Blanks around the output and around each line are ignored. Lines of numbers alone are equal when the values are
-    exactly equal.
-
-    >>> same_output("1.0 2\\n", "1 2.00"), same_output("1 2", "1\\n2")
-    (True, False)
-    """
-    ours = [line.strip() for line in printed.strip().split("\n")]
-    theirs = [line.strip() for line in expected.strip().split("\n")]
-    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
-
-
-def _same_line(printed: str, expected: str) -> bool:
-    if printed == expected:
-        return True
-    try:
-        return [Decimal(word) for word in printed.split()] == [Decimal(word) for word in expected.split()]
-    except InvalidOperation:  # a word that is no number, or a signalling NaN
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------- running
 
 
 @cache
-def _driver() -> str:
-    return Path(__file__).with_name("code_driver.py").read_text()
+def _driver(name: str) -> str:
+    """Return the source of what runs in a sandbox: the text of two of our files, as one program."""
+    here = Path(__file__).parent
+    wire, driver = (here.joinpath(f"{part}.py").read_text() for part in ("code_wire", name))
+    ours = ("from __future__", "from sapo.")
+    return wire + "\n".join(line for line in driver.splitlines() if not line.startswith(ours))
+
+
+def _limits(tests: CodeTests, runs: int = 1) -> Limits:
+    seconds = max(1, min(tests.cpu_seconds * runs, int((BUDGET_SECONDS - WALL_EXTRA) / WALL_FACTOR)))
+    wall = WALL_EXTRA + WALL_FACTOR * seconds
+    return Limits(cpu_seconds=seconds, wall_seconds=wall, memory_bytes=tests.memory_mb * 2**20)
 
 
 def _run(kind: str, source: str, stdin: str, tests: CodeTests, runs: int = 1) -> ProgramResult:
-    seconds = max(1, min(tests.cpu_seconds * runs, int((BUDGET_SECONDS - WALL_EXTRA) / WALL_FACTOR)))
-    wall = WALL_EXTRA + WALL_FACTOR * seconds
-    limits = Limits(cpu_seconds=seconds, wall_seconds=wall, memory_bytes=tests.memory_mb * 2**20)
     # !a writes any text as an ASCII literal, including half surrogate pairs.
-    return run_program(f"{_driver()}\n\nmain({kind!r}, {source!a})\n", stdin=stdin, limits=limits)
+    program = f"{_driver('code_driver')}\n\nmain({kind!r}, {source!a})\n"
+    return run_program(program, stdin=stdin, limits=_limits(tests, runs))
+
+
+def _run_beside(source: str, order: str, tests: CodeTests) -> tuple[ProgramResult, ProgramResult]:
+    """Run the judge of unit tests and the program, each in its sandbox, joined by a socket; return both results."""
+    end_of_judge, end_of_program = socket.socketpair()
+    judge = f"{_driver('code_judge')}\n\nmain({end_of_judge.fileno()})\n"
+    program = f"{_driver('code_driver')}\n\nmain('unit', {source!a}, {end_of_program.fileno()})\n"
+    limits = _limits(tests)
+    with end_of_judge, end_of_program, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_program, program, stdin="{}", limits=limits, handed=(end_of_program,))
+        try:
+            result = run_program(judge, stdin=order, limits=limits, handed=(end_of_judge,))
+        finally:
+            end_of_judge.close()  # so that the program sees the end of the tests, also where the judge did not start
+        return result, running.result()
 
 
 def _check_budget(begin: float, number: int, tests: CodeTests) -> None:

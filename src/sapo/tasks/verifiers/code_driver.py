@@ -1,22 +1,23 @@
-"""Run a model's program inside the sandbox, and unit tests in its process. sapo does not import this file.
+"""Run a model's program inside the sandbox. sapo does not import this file.
 
-code.py sends the text of this file, with a call of `main` at its end, to the sandbox's own interpreter. That may be
-older than ours, so only the standard library is used. Reports go to the standard output with which the process was
-started. What the program prints goes there too in stdin tests, where it is scored, and is dropped otherwise.
+code.py sends the text of code_wire.py and of this file, with a call of `main` at its end, to the sandbox's own
+interpreter. That may be older than ours, so only the standard library is used. What the program prints is scored in
+stdin tests, and is dropped otherwise. In unit tests it is asked for calls through a socket (code_judge.py), and in
+functional tests it answers calls on the standard output with which it was started. No expected result comes here.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import functools
 import json
 import os
 import signal
 import sys
 import types
-from collections.abc import Callable
 from typing import Any, TextIO
+
+from sapo.tasks.verifiers.code_wire import Peer, allow_event_loops
 
 # The imports that LiveCodeBench puts before every program: its starter code uses List[int] without an import.
 PREAMBLE = (
@@ -25,39 +26,40 @@ PREAMBLE = (
 )
 RECURSION_LIMIT = 50_000  # as in LiveCodeBench
 
-# Values that tests may compare. Objects of other classes are allowed where they inherit their equality, or where the
-# class is of these modules.
-PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None), range)
-CONTAINERS = (list, tuple, set, frozenset, dict)
-TRUSTED_MODULES = ("builtins", "array", "collections", "datetime", "decimal", "fractions", "numbers")
 
-
-def main(kind: str, program: str) -> None:
-    """Run a program, and then, depending on `kind`, nothing ("stdin"), calls ("functional") or tests ("unit")."""
+def main(kind: str, program: str, descriptor: int = -1) -> None:
+    """Run a program, and then, depending on `kind`, nothing ("stdin"), calls ("functional") or requests ("unit")."""
     sys.setrecursionlimit(RECURSION_LIMIT)
+    if hasattr(sys, "set_int_max_str_digits"):  # judges of competitions have no limit of 4,300 digits
+        sys.set_int_max_str_digits(0)
     if kind == "stdin":
-        load(program)
+        load(program, "__main__", preamble=True)
         return
     order = json.loads(sys.stdin.read())
     report = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1):
-        os.dup2(nowhere, descriptor)
+    for target in (0, 1):
+        os.dup2(nowhere, target)
     if kind == "functional":
         answer_calls(report, program, order)
     else:
-        run_tests(report, program, order)
+        report.close()
+        answer_requests(program, descriptor)
 
 
-def load(program: str) -> types.ModuleType:
-    """Run a program and return its module. A program may end itself early by SystemExit."""
+def load(program: str, name: str, *, preamble: bool) -> types.ModuleType:
+    """Run a program as a module and return it. A program may end itself early by SystemExit.
+
+    Under another name than "__main__", what a program guards by `if __name__ == "__main__"` does not run.
+    """
+    allow_event_loops(program)
     code = compile(program, "program.py", "exec", dont_inherit=True)
-    # It replaces the driver as __main__, for programs that look themselves up.
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    # It replaces the driver as __main__ too, for programs that look themselves up.
+    module = sys.modules["__main__"] = sys.modules[name] = types.ModuleType(name)
     module.__file__ = "/program.py"
-    if lacks_names(program):
-        for name in PREAMBLE:
-            exec(f"from {name} import *\nimport {name}", module.__dict__)
+    if preamble and lacks_names(program):
+        for library in PREAMBLE:
+            exec(f"from {library} import *\nimport {library}", module.__dict__)
     with contextlib.suppress(SystemExit):
         exec(code, module.__dict__)
     return module
@@ -92,16 +94,19 @@ def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
     signal.signal(signal.SIGPROF, out_of_time)
     signal.setitimer(signal.ITIMER_PROF, order["seconds"])
     try:
-        module = load(program)
+        builtins.ListNode, builtins.TreeNode = ListNode, TreeNode  # type: ignore[attr-defined]
+        module = load(program, "program", preamble=True)
         owner = module.Solution() if hasattr(module, "Solution") else module
         function = getattr(owner, order["function"])
+        shapes = annotations_of(function)
     except BaseException as error:
         write_report(report, load=brief(error))
         return
     for arguments in order["calls"]:
         signal.setitimer(signal.ITIMER_PROF, order["seconds"])
         try:
-            line = json.dumps({"value": function(*arguments)})
+            given = [from_json(value, shape, module) for value, shape in zip(arguments, [*shapes, *[""] * 99])]  # noqa: B905
+            line = json.dumps({"value": to_json(function(*given))})
         except BaseException as error:
             write_report(report, error=brief(error))
         else:
@@ -109,73 +114,242 @@ def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
             report.flush()
 
 
-# ------------------------------------------------------------------------------------------------------------- tests
+class ListNode:
+    """LeetCode's node of a linked list, for programs that use it without a definition."""
+
+    def __init__(self, val: Any = 0, next: Any = None) -> None:
+        self.val, self.next = val, next
 
 
-def run_tests(report: TextIO, program: str, order: dict[str, Any]) -> None:
-    """Run each test in the program's namespace, and report it with the token, which the program does not get."""
-    pristine = dict(vars(builtins))
-    token = order["token"]
+class TreeNode:
+    """LeetCode's node of a binary tree, for programs that use it without a definition."""
+
+    def __init__(self, val: Any = 0, left: Any = None, right: Any = None) -> None:
+        self.val, self.left, self.right = val, left, right
+
+
+def annotations_of(function: Any) -> list[str]:
+    """Return the annotation of each parameter as text."""
+    import inspect
+
     try:
-        module = load(program)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return ["" if p.annotation is p.empty else str(p.annotation) for p in parameters]
+
+
+def from_json(value: Any, shape: str, module: types.ModuleType) -> Any:
+    """Return an argument, as a linked list or a tree where the annotation says so, or as a list of such."""
+    for name, make in (("ListNode", make_list), ("TreeNode", make_tree)):
+        if name in shape and (value is None or isinstance(value, list)):
+            kind = getattr(module, name, None) or getattr(builtins, name)
+            several = "List[" in shape.replace("Optional[ListNode]", "") or "list[" in shape
+            return [make(item, kind) for item in value] if several and value is not None else make(value, kind)
+    return value
+
+
+def make_list(values: Any, kind: Any) -> Any:
+    """Return the linked list of values."""
+    head = None
+    for value in reversed(values or []):
+        node = kind(value)
+        node.next, head = head, node
+    return head
+
+
+def make_tree(values: Any, kind: Any) -> Any:
+    """Return the binary tree of values in level order, as LeetCode writes it: null stands for a missing child."""
+    nodes = [None if value is None else kind(value) for value in values or []]
+    children = iter(nodes[1:])
+    for node in nodes:
+        if node is not None:
+            node.left, node.right = next(children, None), next(children, None)
+    return nodes[0] if nodes else None
+
+
+def to_json(value: Any, depth: int = 0) -> Any:
+    """Return a result with linked lists and trees as lists."""
+    if isinstance(value, (list, tuple)) and depth < 3:
+        return [to_json(item, depth + 1) for item in value]
+    if hasattr(value, "val") and hasattr(value, "next"):
+        found: list[Any] = []
+        while value is not None and len(found) < 10**6:
+            found.append(value.val)
+            value = value.next
+        return found
+    if hasattr(value, "val") and hasattr(value, "left"):
+        return levels_of(value)
+    return value
+
+
+def levels_of(root: Any) -> list[Any]:
+    """Return the values of a binary tree in level order, without the nulls at its end."""
+    found: list[Any] = []
+    row = [root]
+    while row and len(found) < 10**6:
+        found += [None if node is None else node.val for node in row]
+        row = [child for node in row if node is not None for child in (node.left, node.right)]
+    while found and found[-1] is None:
+        found.pop()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- requests
+
+
+class Theirs:
+    """An object of the tests, which stays in their process."""
+
+    def __init__(self, program: Program, number: int) -> None:
+        object.__setattr__(self, "_peer", program)
+        object.__setattr__(self, "_number", number)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._peer.value("get", o=self._number, n=name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._peer.value("set", o=self._number, n=name, v=self._peer.pack(value))
+
+    def __call__(self, *args: Any) -> Any:
+        return self._peer.value("call", o=self._number, a=[self._peer.pack(value) for value in args])
+
+    def __next__(self) -> Any:
+        return self._peer.value("next", o=self._number)
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __hash__(self) -> int:
+        return self._number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or bool(self._peer.special(self, "__eq__", other))
+
+
+def _operator(name: str) -> Any:
+    return lambda self, *args: self._peer.special(self, name, *args)
+
+
+for _name in ("__len__", "__getitem__", "__contains__", "__lt__", "__gt__", "__add__", "__sub__", "__str__"):
+    setattr(Theirs, _name, _operator(_name))
+
+
+class Program(Peer):
+    """The program's end of the channel: does what it is asked."""
+
+    def __init__(self, reader: Any, writer: Any, module: types.ModuleType) -> None:
+        super().__init__(reader, writer)
+        self.module = module
+        self.theirs: dict[int, Theirs] = {}
+        self.loop: Any = None
+
+    def value(self, op: str, **fields: Any) -> Any:
+        """Ask the tests for a value."""
+        return self.unpack(self.ask(op, **fields)["v"])
+
+    def special(self, target: Theirs, name: str, *args: Any) -> Any:
+        """Call a special method of an object of the tests."""
+        return self.value("special", o=target._number, n=name, a=[self.pack(value) for value in args])
+
+    def perform(self, request: Any) -> Any:
+        """See `Peer.perform`."""
+        op, name = request["op"], request.get("n", "")
+        if op == "names":
+            known = vars(self.module)
+            return {"v": {name: self.pack(known[name]) for name in request["names"] if name in known}}
+        target = self.kept[request["o"]]
+        if op == "call":
+            return self.call(target, request)
+        if op == "get":
+            return {"v": self.pack(getattr(target, name))}
+        if op == "set":
+            setattr(target, name, self.unpack(request["v"]))
+            return {"v": None}
+        if op == "next":
+            return {"v": self.pack(next(target))}
+        if op == "state":
+            return {"v": self.pack(state_of(target))}
+        if op == "await":
+            return {"v": self.pack(self.wait_for(target))}
+        if name == "__iter__":
+            return {"v": self.pack(iter(target))}
+        if name == "__bool__":
+            return {"v": bool(target)}
+        args = [self.unpack(item) for item in request["a"]]
+        return {"v": self.pack(getattr(target, name)(*(args if name != "__exit__" else (None, None, None))))}
+
+    def call(self, function: Any, request: Any) -> Any:
+        """Call a function of the program; the answer also has what it changed of its arguments."""
+        args = [self.unpack(item) for item in request["a"]]
+        value = function(*args, **{name: self.unpack(item) for name, item in request["k"].items()})
+        after = {}
+        for index, (before, arg) in enumerate(zip(request["a"], args)):  # noqa: B905
+            if isinstance(arg, (list, dict, set, bytearray)) and (now := self.pack(arg)) != before:
+                after[index] = now
+        return {"v": self.pack(value), "after": after}
+
+    def wait_for(self, coroutine: Any) -> Any:
+        """Return what a coroutine returns, from the one event loop of all coroutines of the program."""
+        if self.loop is None:
+            import asyncio
+
+            allow_event_loops("asyncio")
+            self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
+        return self.loop.run_until_complete(coroutine)
+
+    def about(self, value: Any) -> Any:
+        """See `Peer.about`."""
+        if isinstance(value, types.CoroutineType):
+            return {"kind": "coroutine", "name": value.__name__}
+        if isinstance(value, types.ModuleType):
+            return {"kind": "module", "name": value.__name__}
+        if isinstance(value, type):
+            bases = [kind.__name__ for kind in value.__mro__[1:]] if issubclass(value, BaseException) else []
+            return {"kind": "class", "name": value.__name__, "bases": bases}
+        kind = type(value)
+        mine = [base for base in kind.__mro__ if base.__module__ == self.module.__name__]
+        classes = [self.refer(base)[1] for base in mine]
+        what = "iterator" if hasattr(value, "__next__") else "object"
+        truth = hasattr(kind, "__bool__") or hasattr(kind, "__len__")
+        about = {"kind": what, "name": kind.__name__, "classes": classes, "truth": truth and bool(classes)}
+        return {**about, "class": classes[0]} if classes else about
+
+    def stand_in(self, number: int, about: Any) -> Any:
+        """See `Peer.stand_in`."""
+        return self.theirs.setdefault(number, Theirs(self, number))
+
+    def failure(self, about: Any) -> BaseException:
+        """See `Peer.failure`."""
+        kind = getattr(builtins, about["names"][0], Exception)
+        return kind(about["text"])
+
+    def number_of_theirs(self, value: Any) -> int | None:
+        """See `Peer.number_of_theirs`."""
+        return value._number if type(value) is Theirs else None
+
+
+def state_of(value: Any) -> dict[str, Any]:
+    """Return the fields of an object."""
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
+
+
+def answer_requests(program: str, descriptor: int) -> None:
+    """Load a program and do what its tests ask for, until they end."""
+    # Not a socket object: Landlock's filter allows reading and writing alone.
+    reader, writer = os.fdopen(descriptor, "r"), os.fdopen(os.dup(descriptor), "w")
+    try:
+        module = load(program, "program", preamble=False)
     except BaseException as error:
-        write_report(report, load=brief(error))
+        write_report(writer, load=brief(error))
         return
-    namespace = dict(module.__dict__)
-    for name, value in module.__dict__.items():
-        if callable(value) and not (isinstance(value, type) and makes_only_itself(value)):
-            namespace[name] = guarded(value)
-    namespace["__builtins__"] = pristine
-    for number, test in enumerate(order["tests"]):
-        try:
-            exec(compile(test, f"test{number}.py", "exec", dont_inherit=True), namespace)
-        except BaseException as error:
-            write_report(report, number=number, error=brief(error))
-        else:
-            write_report(report, number=number, token=token)
-
-
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that it cannot return an object of a class that could be equal to everything."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        value = function(*args, **kwargs)
-        refuse_own_equality(value)
-        return value
-
-    return call
-
-
-def refuse_own_equality(value: Any, depth: int = 0) -> None:
-    """Refuse a value that is, or contains, an object of an untrusted class that defines its own equality."""
-    kind = type(value)
-    if kind in CONTAINERS and depth < 20:
-        for item in [*value, *value.values()] if kind is dict else value:
-            refuse_own_equality(item, depth + 1)
-    elif kind not in PLAIN and defines_equality(kind):
-        raise TypeError(f"a result of class {kind.__name__}, which defines its own equality, proves nothing")
-
-
-def makes_only_itself(cls: type) -> bool:
-    """Return whether calling a class gives an object of that class with inherited equality, which needs no guard."""
-    own = [base for base in cls.__mro__ if not is_trusted(base)]
-    return type(cls) is type and not defines_equality(cls) and not any("__new__" in vars(base) for base in own)
-
-
-def defines_equality(cls: type) -> bool:
-    """Return whether an untrusted class defines the equality of a class's objects."""
-    return any("__eq__" in vars(base) and not is_trusted(base) for base in cls.__mro__)
-
-
-def is_trusted(cls: type) -> bool:
-    """Return whether a class is really the one of its name in a trusted module."""
-    if cls.__module__ not in TRUSTED_MODULES:
-        return False
-    try:
-        return functools.reduce(getattr, cls.__qualname__.split("."), sys.modules[cls.__module__]) is cls
-    except (AttributeError, KeyError):
-        return False
+    peer = Program(reader, writer, module)
+    peer.send({"ready": True})
+    with contextlib.suppress(EOFError):
+        while True:
+            peer.answer(peer.receive())
 
 
 # ------------------------------------------------------------------------------------------------------------ shared

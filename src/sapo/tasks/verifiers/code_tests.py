@@ -46,6 +46,11 @@ class CodeTests:
     """Memory of the program in MiB."""
     partial: bool = True
     """Whether to run all stdin tests after a failure, to measure the share that pass. False saves time."""
+    float_tolerance: float = 0.0
+    """Error that a number in the output may have: absolute below 1, relative above. 0: exact, as LiveCodeBench."""
+    checker: str = ""
+    """Python source that defines check(given, got, expected) and returns whether an output is right, for questions with
+    several right outputs. It runs in the sandbox, apart from the program. Stdin and functional tests only."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -58,6 +63,13 @@ class CodeTests:
             raise TaskError(f"{self.kind} tests need {field}; got none; add them, or leave the row out")
         if self.kind == "functional" and not self.function:
             raise TaskError("functional tests call a function; got no name; set function, or func_name in the metadata")
+        if self.float_tolerance < 0 or (self.checker and self.kind == "unit"):
+            raise TaskError(
+                "float_tolerance must be 0 or more, and a checker belongs to stdin or functional tests; "
+                f"got float_tolerance={self.float_tolerance}, a checker for {self.kind} tests; change the row"
+                if self.checker
+                else f"float_tolerance must be 0 or more; got {self.float_tolerance}; 0 compares exactly"
+            )
         if self.cpu_seconds < 1 or self.memory_mb < 64:
             raise TaskError(
                 f"a program needs at least 1 s and 64 MB; got cpu_seconds={self.cpu_seconds}, "

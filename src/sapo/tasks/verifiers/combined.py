@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from sapo.data import Prompt, Score, Status
 from sapo.tasks.base import checked_reward
-from sapo.tasks.verifiers.base import Verifier, check_machine, deadline_of, is_pure, prepare
+from sapo.tasks.verifiers.base import (
+    ABSTAINED,
+    Verifier,
+    check_machine,
+    check_reference,
+    deadline_of,
+    is_batched,
+    is_pure,
+    prepare,
+    score_batch,
+    score_many,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Combined:
 
     The answer is that of the first term that has one. The reward of each term is a figure under its name. Where a term
     with a weight above 0 is unparseable, so is the sum, which keeps the rewards of the others. An exception in a term
-    is an exception of the sum.
+    is an exception of the sum. A term that abstains is left out.
 
     >>> from sapo.tasks.verifiers.numbers import last_number
     >>> from sapo.tasks.verifiers.patterns import Format
@@ -58,13 +69,34 @@ class Combined:
         for term in self.terms:
             prepare(term.verifier)
 
+    def check_reference(self, prompt: Prompt) -> None:
+        """Let the verifiers of the terms read the prompt's answer."""
+        for term in self.terms:
+            check_reference(term.verifier, prompt)
+
     def check_machine(self) -> None:
         """Let the verifiers of the terms check the machine."""
         for term in self.terms:
             check_machine(term.verifier)
 
+    @property
+    def batched(self) -> bool:
+        """Return whether a term judges all completions of a prompt in one call."""
+        return any(is_batched(term.verifier) for term in self.terms)
+
     def __call__(self, text: str, prompt: Prompt) -> Score:
-        scores = [(term, term.verifier(text, prompt)) for term in self.terms]
+        return self.score_batch([text], prompt)[0] or ABSTAINED
+
+    def score_batch(self, texts: Sequence[str], prompt: Prompt) -> list[Score | None]:
+        """Score completions of a prompt; None where every term abstains."""
+        by_term = [score_batch(term.verifier, texts, prompt) for term in self.terms]
+        return [self._sum(scores) for scores in zip(*by_term, strict=True)]
+
+    def _sum(self, by_term: Sequence[Score | None]) -> Score | None:
+        """Return the sum of a completion's scores, without the terms that abstained."""
+        scores = [(term, score) for term, score in zip(self.terms, by_term, strict=True) if score is not None]
+        if not scores:
+            return None
         failed = [(t, s) for t, s in scores if s.status is not Status.SCORED and t.weight > 0]
         figures: dict[str, float] = {}
         for term, score in scores:
@@ -76,6 +108,31 @@ class Combined:
             answer=next((score.answer for _, score in scores if score.answer is not None), None),
             figures=figures,
         )
+
+
+@dataclass(frozen=True)
+class CombinedHere(Combined):
+    """A sum with a term that is a function of this process. The other terms run where each of them would by itself."""
+
+    isolated = False
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        return self.score_many([((text,), prompt)])[0][0] or ABSTAINED
+
+    def score_many(self, requests: Sequence[tuple[Sequence[str], Prompt]]) -> list[list[Score | None]]:
+        """Score the completions of several prompts: each term judges all of them before the next."""
+        by_term = [score_many(term.verifier, requests) for term in self.terms]
+        return [
+            [self._sum_or_failure(scores) for scores in zip(*(found[i] for found in by_term), strict=True)]
+            for i in range(len(requests))
+        ]
+
+    def _sum_or_failure(self, by_term: Sequence[Score | None]) -> Score | None:
+        """Return the sum; a failure of one term is a failure of the sum, as where a term raises an exception."""
+        for term, score in zip(self.terms, by_term, strict=True):
+            if score is not None and score.status is Status.VERIFIER_ERROR:
+                return Score(0.0, Status.VERIFIER_ERROR, f"{term.name}: {score.detail}")
+        return self._sum(by_term)
 
 
 def _weighted_sum(parts: Iterable[tuple[float, float]]) -> float:

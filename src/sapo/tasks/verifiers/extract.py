@@ -13,9 +13,13 @@ from typing import Any
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s*([A-Za-z0-9.+-]+)")
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;.*]|\\[()\[\]]|\\quad|\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
-_PHRASE = re.compile(r"(?i)\banswer\b\**\s*(?:(?:is|are)\b\s*:?|[:=])\**[ \t]*(\n\s*)?")
+_PHRASE = re.compile(
+    r"(?i)\banswer\b\**\s*(?:(?:(?:to|for) (?:this|the|your) (?:\w+ )?(?:question|problem|exercise) )?"
+    r"(?:is|are|(?:should|would|must|will) be)\b(?: therefore| thus| then| simply)?\s*:?|[:=])\**[ \t]*(\n\s*)?"
+)
+# A dollar sign before a digit is money unless the sign that closes it stands at the formula and before no digit.
 _FORMULA = re.compile(
-    r"\$\$((?:\\.|[^$\\])+)\$\$|(?<!\\)\$((?:\\.|[^$\n\\])+)\$"
+    r"\$\$((?:\\.|[^$\\])+)\$\$|(?<!\\)\$(?!\d)((?:\\.|[^$\n\\])+)\$|(?<!\\)\$(?=\d)((?:\\.|[^$\n\\])*(?<!\s))\$(?!\d)"
     r"|\\\(((?:[^\\\n]|\\(?!\)))+)\\\)|\\\[((?:[^\\]|\\(?!\]))+)\\\]"
 )
 _FENCE = re.compile(r"```[a-zA-Z0-9_-]*[ \t]*\n(.*?)```", re.DOTALL)
@@ -44,14 +48,14 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last box, the innermost of nested ones, or None when no box is closed.
+    r"""Return the content of the last box that has any, the innermost of nested ones, or None when no box is closed.
 
     >>> last_boxed(r"first \boxed{1}, no: \boxed{x = \boxed{2}}"), last_boxed(r"\boxed{3")
     ('2', None)
     """
     found = boxes(text)
     if found:
-        return found[-1][2]
+        return next((content for _, _, content in reversed(found) if content), "")
     bare = _BARE_BOX.findall(text)
     return bare[-1].rstrip(".") if bare else None
 
@@ -82,6 +86,17 @@ def after_phrase(text: str) -> str | None:
         return None
     line = text[found[0].end() :].split("\n", 1)[0]
     return line.strip().strip("*").rstrip(" .") or None
+
+
+def inside_answer_tags(text: str) -> str | None:
+    """Return what the last <answer>...</answer> holds, or None without one.
+
+    >>> inside_answer_tags("<answer>4</answer> no: <answer> 5 </answer>")
+    ' 5 '
+    """
+    start = text.rfind("<answer>")
+    end = text.find("</answer>", start)
+    return None if start < 0 or end < 0 else text[start + len("<answer>") : end]
 
 
 def last_formula(text: str) -> str | None:

@@ -1,14 +1,12 @@
 r"""The verifier `math`: compare a completion's answer with the reference, however the two are written.
 
-The answer is found and parsed here: numbers are compared exactly, words as words, lists and points part by part.
-Expressions are compared by math-verify (LaTeX through an ANTLR grammar to SymPy). Departures from math-verify's rules,
-each of which prevents a wrong verdict:
-- Only its LaTeX reader is used. Its reader of plain expressions passes text to Python's eval, and even the LaTeX reader
-  passes the digits of numbers. Here SymPy's one call of eval is replaced by a reader of literals meanwhile.
+The answer is found by mathanswer.py and respelt by mathspell.py. Numbers are compared exactly here, words as words,
+lists and points part by part, sets of numbers by their intervals. Expressions are compared by algebra (mathalgebra.py).
+Departures from math-verify's rules, each of which prevents a wrong verdict:
 - 52_8 is a numeral in base 8; math-verify drops the base.
 - A decimal must equal a decimal exactly; math-verify rounds to six places.
-- Constants must agree to a relative 1e-6; math-verify takes any two tiny ones for equal.
 - Points are compared part by part; math-verify turns (8, -2) and (9, -3) both into the empty interval.
+- x = 1, y = 2 is not x = 2, y = 1.
 - An anagram is another word.
 """
 
@@ -16,39 +14,58 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import ClassVar, TypeVar
 
 from sapo.data import Prompt, Score
 from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import IsolatedOptions, brief, reference_of, unparseable
-from sapo.tasks.verifiers.extract import after_phrase, last_boxed, last_boxes, last_formula
+from sapo.tasks.verifiers.extract import last_boxed
+from sapo.tasks.verifiers.mathalgebra import (
+    RELATIVE_TOLERANCE,
+    canonical_expression,
+    equations_equal,
+    expressions_equal,
+    nothing_evaluated,
+    parsed,
+    within,
+)
+from sapo.tasks.verifiers.mathanswer import answer_in
+from sapo.tasks.verifiers.mathexact import is_too_large
+from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one
+from sapo.tasks.verifiers.mathspell import respell, squeezed
 from sapo.tasks.verifiers.mathtext import (
     Listing,
     Number,
     base_of,
+    is_unsolved,
+    label_of,
+    last_value,
     listing_of,
+    named,
     number_of,
-    respell,
-    squeezed,
+    plain_words,
+    quantity_of,
     without_name,
     words_of,
+    written,
 )
-from sapo.tasks.verifiers.numbers import NUMBER, after_hash
+from sapo.tasks.verifiers.numbers import after_hash
 
 Result = TypeVar("Result")
 
 MAX_ANSWER_LENGTH = 2000
 """Limit of the characters of an answer; the longest of MATH-500 has 57."""
 
-RELATIVE_TOLERANCE = Fraction(1, 10**6)
-"""Tolerance between a decimal and a number that has no exact decimal, such as 0.333333 and 1/3."""
+
+MAX_WORDS = 30
+"""Words of a reference answer, beyond which it is a solution."""
+
+_PLAIN_NUMBER = re.compile(r"\s*-?[0-9]{1,300}(\.[0-9]{1,300})?\s*")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
 
 
 @dataclass(frozen=True)
@@ -74,8 +91,29 @@ class Math(IsolatedOptions):
 
     def prepare(self) -> None:
         """Load SymPy, including what it loads when it first simplifies."""
-        with _nothing_evaluated():
+        with nothing_evaluated():
             equal("(x+1)^2", "x^2+2x+1")
+
+    def check_reference(self, prompt: Prompt) -> None:
+        r"""Refuse an answer that is none: empty, a whole solution, or LaTeX whose braces do not match.
+
+        Raises:
+            ValueError: it is one of these.
+        """
+        answer = reference_of(prompt)
+        found = _reference_answer(answer)
+        if _PLAIN_NUMBER.fullmatch(found):
+            return
+        way_out = "put the answer in \\boxed{} or behind ####, or set answer_after"
+        if len(found) > MAX_ANSWER_LENGTH or len(_WORD.findall(found)) > MAX_WORDS:
+            raise ValueError(
+                f"verifier 'math' needs an answer and not a whole solution; got {brief(answer)}; {way_out}"
+            )
+        if not respell(found):
+            raise ValueError(f"verifier 'math' needs an answer; got {brief(answer)}; {way_out}")
+        braces = re.findall(r"(?<!\\)[{}]", found.replace("\\\\", ""))
+        if braces.count("{") != braces.count("}"):
+            raise ValueError(f"verifier 'math' needs LaTeX whose braces match; got {brief(answer)}; fix the row")
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
         reference = respell(_reference_answer(reference_of(prompt)))
@@ -93,42 +131,19 @@ class Math(IsolatedOptions):
         given = respell(found)
         if not given:
             return unparseable("the answer is empty")
-        with _nothing_evaluated():
+        with nothing_evaluated():
             # A right answer is recorded as the reference, so that all right answers are equal text for a majority.
-            if _within(self.deadline * 0.6, equal, reference, given):
+            if within(self.deadline * 0.6, equal, reference, given):
                 return Score(1.0, answer=canonical_answer(reference) or squeezed(reference))
             try:
-                canonical = _within(self.deadline * 0.2, canonical_answer, given)
+                canonical = within(self.deadline * 0.2, canonical_answer, given)
             except TimeoutError:  # its canonical form is unknown, but it is wrong
                 return Score(0.0, answer=squeezed(given))
+        if canonical is None and is_too_large(given):
+            return Score(0.0, answer=squeezed(given))
         if canonical is None and words_of(reference) is None and base_of(reference) is None:
             return unparseable(f"the answer cannot be read: {brief(found)}")
         return Score(0.0, answer=canonical if canonical is not None else squeezed(given))
-
-
-def answer_in(text: str, *, several: bool = False, require_box: bool = False) -> str | None:
-    r"""Return the answer of a completion as it is written, or None. `several` joins adjacent boxes to one list.
-
-    >>> answer_in(r"so \boxed{5}"), answer_in("3 * 6 = 18 #### 18"), answer_in("I make it 7 or 8"), answer_in("Hm.")
-    ('5', '18', '8', None)
-    """
-    if several and len(together := last_boxes(text)) > 1:
-        return ", ".join(together)
-    boxed = last_boxed(text)
-    if boxed is not None or require_box or re.search(r"\\(?:boxed|fbox)\s*\{", text):  # a box that is never closed
-        return boxed
-    if "####" in text:
-        return after_hash(text).split("\n")[0] or None
-    phrase = after_phrase(text)
-    if phrase is not None:
-        whole = _is_formula(phrase) or number_of(respell(phrase)) is not None
-        return last_formula(phrase) or (phrase if whole else _last_number(phrase)) or phrase
-    formula = last_formula(text)
-    if formula is not None:
-        return formula
-    if _is_formula(text.strip()):
-        return text.strip()
-    return _last_number(text)
 
 
 def equal(reference: str, given: str) -> bool:
@@ -145,17 +160,37 @@ def equal(reference: str, given: str) -> bool:
     if (numeral := base_of(given)) is not None:
         value = number_of(reference)
         return value is not None and value.value == int(*numeral)
+    if re.fullmatch(r"[A-Z]", reference) and re.match(r"\(?[A-Z][).:]", plain_words(given)):
+        return label_of(given) == reference.lower()
     if (words := words_of(reference)) is not None:
         return words == _as_words(given, letter=len(words) == 1)
-    left, right = number_of(reference), number_of(given)
-    if left is not None and right is not None:
-        return _numbers_equal(left, right)
-    parts, others = listing_of(reference), listing_of(given)
-    if parts is not None and others is not None:
-        return _listings_equal(parts, others)
+    if r"\approx" in given and r"\approx" not in reference:
+        # 10\sqrt{3} \approx 17.32 gives a value and a rounded one; a reference with a decimal point may be the latter.
+        exact, _, rounded = given.partition(r"\approx")
+        return equal(reference, exact.strip()) or ("." in reference and equal(reference, rounded.strip()))
+    for decide in (_as_quantities, _as_numbers, _as_sets, _as_listings):
+        if (verdict := decide(reference, given)) is not None:
+            return verdict
+    return _as_expressions(whole, reference, given)
+
+
+def _as_expressions(whole: tuple[str, str], reference: str, given: str) -> bool:
+    """Compare by algebra: equations as they stand, and otherwise the right sides of `x = ...`."""
+    if "=" in whole[0] and "=" in whole[1] and equations_equal(*whole):
+        return True
+    if is_too_large(reference) or is_too_large(given):
+        return _powers_equal(reference, given)
     # y = 2x + 3 may be written as another equation of the same line.
     as_equations = "=" in given and whole != (reference, given)
-    return _expressions_equal(*whole) if as_equations else _expressions_equal(reference, given)
+    return expressions_equal(*whole) if as_equations else expressions_equal(reference, given)
+
+
+def _powers_equal(reference: str, given: str) -> bool:
+    """Compare two powers that nobody can compute: base with base, exponent with exponent."""
+    found = [re.fullmatch(r"([0-9]+)\^(?:\{(.*)\}|([0-9]))", text) for text in (reference, given)]
+    if not found[0] or not found[1] or found[0][1] != found[1][1]:
+        return False
+    return equal(found[0][2] or found[0][3], found[1][2] or found[1][3])
 
 
 def canonical_answer(text: str) -> str | None:
@@ -170,13 +205,13 @@ def canonical_answer(text: str) -> str | None:
     if (words := words_of(text)) is not None:
         return words if "\\text" in text or len(words) == 1 else None
     if (number := number_of(text)) is not None:
-        return f"{number.value}%" if number.percent else str(number.value)
+        return f"{written(number.value)}%" if number.percent else written(number.value)
     if (listing := listing_of(text)) is not None:
         parts = [canonical_answer(part) or squeezed(part) for part in listing.parts]
         inside = ", ".join(parts if listing.ordered else sorted(parts))
         return f"{listing.opening}{inside}{listing.closing}" if listing.ordered else inside
-    expression = _parsed(text)
-    return None if expression is None else _canonical_expression(expression)
+    expression = parsed(text)
+    return None if expression is None else canonical_expression(expression)
 
 
 # ------------------------------------------------------------------------------------------------- parts of an answer
@@ -194,9 +229,59 @@ def _as_words(given: str, *, letter: bool) -> str:
     inside = words_of(given)
     if inside is not None:
         return inside
-    plain = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", given).strip()
-    labelled = re.match(r"\(?([A-Za-z])(?:\)|[.:]\s)", plain) if letter else None  # (C) 5
-    return (labelled[1] if labelled else plain.strip("() .")).lower()
+    plain = plain_words(given)
+    return (label_of(given) if letter else None) or plain.strip("() .").lower()
+
+
+def _as_quantities(reference: str, given: str) -> bool | None:
+    """Compare quantities of two units, such as 7 hours and 30 minutes; one alone equals its total."""
+    sides = quantity_of(reference), quantity_of(given)
+    if sides == (None, None):
+        return None
+    values = [side or number_of(text) for side, text in zip(sides, (reference, given), strict=True)]
+    totals = [value if isinstance(value, Fraction) else value.value if value else None for value in values]
+    return None not in totals and totals[0] == totals[1]
+
+
+def _as_numbers(reference: str, given: str) -> bool | None:
+    left, right = number_of(reference), number_of(given)
+    if left is not None and right is None and "=" in given:
+        if any(map(is_unsolved, given.split("=")[:-1])):
+            return False  # an equation for x is no value
+        right = last_value(given)
+    if left is not None and right is None and _UNIT_BETWEEN.search(re.sub(r"\^\s*\{?-?[0-9]\}?", "", given)):
+        return False  # 10 cm by 5 cm is neither
+    if left is None or right is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", reference) and ", " in given:
+        return None
+    return _numbers_equal(left, right)
+
+
+def _as_sets(reference: str, given: str) -> bool | None:
+    """Compare sets of real numbers where at least one is written as a relation or a union."""
+    if not (names_one(reference) or names_one(given)):
+        return None
+    left, right = intervals_of(reference), intervals_of(given)
+    if left is None or right is None:
+        return None
+    return len(left) == len(right) and _matched(left, right, _same_interval)
+
+
+def _same_interval(left: Interval, right: Interval) -> bool:
+    if (left.low_closed, left.high_closed) != (right.low_closed, right.high_closed):
+        return False
+    ends = [(left.low, right.low), (left.high, right.high)]
+    return all((a is None and b is None) or (a is not None and b is not None and equal(a, b)) for a, b in ends)
+
+
+def _as_listings(reference: str, given: str) -> bool | None:
+    parts, others = listing_of(reference), listing_of(given)
+    if parts is None and others is not None:
+        parts = listing_of(reference, grouped=False)
+    if others is None and parts is not None:
+        others = listing_of(given, grouped=False)
+    return None if parts is None or others is None else _listings_equal(parts, others)
 
 
 def _numbers_equal(reference: Number, given: Number) -> bool:
@@ -205,13 +290,23 @@ def _numbers_equal(reference: Number, given: Number) -> bool:
         return reference.value in as_given
     if reference.value == given.value:
         return True
+    if abs(reference.value.denominator) > 10**400:
+        return False
     has_a_decimal = 10**400 % reference.value.denominator == 0
-    return not has_a_decimal and abs(reference.value - given.value) <= RELATIVE_TOLERANCE * abs(reference.value)
+    rounded = 10**400 % min(given.value.denominator, 10**401) == 0
+    close = abs(reference.value - given.value) <= RELATIVE_TOLERANCE * abs(reference.value)
+    return not has_a_decimal and rounded and close
 
 
 def _listings_equal(reference: Listing, given: Listing) -> bool:
     if len(reference.parts) != len(given.parts):
         return False
+    names = [[named(part)[0] for part in side.parts] for side in (reference, given)]
+    distinct = [all(side) and len(set(side)) == len(side) for side in names]
+    if any(distinct) and not (reference.ordered or (given.ordered and not distinct[0])):
+        return _named_equal(reference, given, names, distinct)
+    if any(distinct):
+        return all(equal(a, b) for a, b in zip(reference.parts, given.parts, strict=True))
     if reference.ordered:
         if given.opening and (reference.opening, reference.closing) != (given.opening, given.closing):
             return False
@@ -220,146 +315,25 @@ def _listings_equal(reference: Listing, given: Listing) -> bool:
         return all(equal(a, b) for a, b in zip(reference.parts, given.parts, strict=True))
     if "[" in given.opening + given.closing or "]" in given.closing:
         return False
-    left = list(given.parts)
-    for part in reference.parts:
-        match = next((other for other in left if equal(part, other)), None)
+    return _matched(reference.parts, given.parts, equal)
+
+
+def _named_equal(reference: Listing, given: Listing, names: list[list[str]], distinct: list[bool]) -> bool:
+    """Compare `x = 1, y = 2` by names, and in order where only one side has them."""
+    if not all(distinct):
+        return all(equal(a, b) for a, b in zip(reference.parts, given.parts, strict=True))
+    if set(names[0]) != set(names[1]):
+        return False
+    values = dict(zip(names[1], given.parts, strict=True))
+    return all(equal(part, values[name]) for name, part in zip(names[0], reference.parts, strict=True))
+
+
+def _matched(left: Sequence[Result], right: Sequence[Result], same: Callable[[Result, Result], bool]) -> bool:
+    """Return whether each item of one list has an item of its own in the other that is the same."""
+    rest = list(right)
+    for item in left:
+        match = next((other for other in rest if same(item, other)), None)
         if match is None:
             return False
-        left.remove(match)
-    return True
-
-
-def _is_formula(text: str) -> bool:
-    """Return whether a text is one short line of mathematics: a digit, a command or an operator, without words."""
-    if not text or "\n" in text or len(text) > 200:
-        return False
-    spelt = respell(text)
-    return bool(any(c.isdigit() or c in "\\=+^/" for c in spelt)) and not _has_words(spelt)
-
-
-def _has_words(text: str) -> bool:
-    text = re.sub(r"\\(?:begin|end)\{[a-z]+\}", " ", text)
-    plain = "".join(c if c.isalpha() or c == "\\" else " " for c in text)
-    return any(len(word) >= 2 and "\\" not in word for word in plain.split())
-
-
-def _last_number(text: str) -> str | None:
-    numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return numbers[-1] if numbers else None
-
-
-# ------------------------------------------------------------------------------------------------------- math-verify
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> Any:
-    import logging
-
-    import math_verify
-    import sympy.physics.units  # noqa: F401  simplify() imports it late, and its tables of units are made by eval
-
-    # It warns whenever it is used without its own timeouts, which our deadline replaces.
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    return math_verify
-
-
-@lru_cache(maxsize=512)
-def _parsed(text: str) -> Any | None:
-    """Return the SymPy object of an answer, or None."""
-    if re.search(r"[0-9]\.[0-9]*\.[0-9]", text):  # 5.0.0 would be 5.0 times .0
-        return None
-    library = _math_verify()
-    target = library.LatexExtractionConfig(boxed_match_priority=0)
-    found = library.parse(
-        f"\\boxed{{{text}}}", [target], fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=False
-    )
-    return found[0] if found else None
-
-
-def _expressions_equal(reference: str, given: str) -> bool:
-    gold, pred = _parsed(reference), _parsed(given)
-    if gold is None or pred is None:
-        return False
-    # A set may be written as the relation that describes it, such as 1 < x < 2 for (1, 2).
-    verdict = _math_verify().verify(gold, pred, allow_set_relation_comp=True, timeout_seconds=None)
-    return bool(verdict) and not _differ_as_constants(gold, pred)
-
-
-def _differ_as_constants(gold: Any, pred: Any) -> bool:
-    if not (getattr(gold, "is_number", False) and getattr(pred, "is_number", False)):
-        return False
-    try:
-        a, b = complex(gold.evalf(30)), complex(pred.evalf(30))
-    except (TypeError, ValueError, ArithmeticError):
-        return False
-    ratios = (1, 100, 0.01)  # percentages: math-verify has compared the units already
-    return all(abs(a - b * ratio) > float(RELATIVE_TOLERANCE) * abs(a) for ratio in ratios)
-
-
-def _canonical_expression(expression: Any) -> str:
-    try:
-        value = expression.doit() if hasattr(expression, "doit") else expression
-        if getattr(value, "is_number", False):
-            number = complex(value.evalf(20))
-            parts = [f"{number.real:.10g}", f"{number.imag:+.10g}i" if abs(number.imag) > 1e-12 else ""]
-            return "".join(parts)
-        return str(value)
-    except Exception:  # SymPy fails in many ways, and any text will do for a wrong answer
-        return str(expression)
-
-
-class _Late(BaseException):
-    """The soft deadline has passed. Not an Exception, which SymPy would swallow."""
-
-
-def _within(seconds: float, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function, and stop it after `seconds` where signals allow, so that the pool need not replace the worker.
-
-    Raises:
-        TimeoutError: the function took longer.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        return function(*arguments)
-
-    def give_up(*_: object) -> NoReturn:
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        return function(*arguments)
-    except _Late:
-        raise TimeoutError(f"the answer was not judged within {seconds:g} s") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-# The code that SymPy makes of a number before it evaluates it.
-_LITERAL = re.compile(r"(Integer|Float) \(\s*'?([0-9.eE+-]{1,2100})'?\s*\)")
-
-
-@contextmanager
-def _nothing_evaluated() -> Iterator[None]:
-    """Replace the one function of SymPy that evaluates text as Python by one that reads literals and refuses the rest.
-
-    Every number of an answer goes through it, as `Integer (12 )`: the LaTeX reader passes the digits as text to
-    sympy.Number, which sympifies them.
-    """
-    _math_verify()
-    import sympy
-    from sympy.parsing import sympy_parser
-
-    def read_literal(code: Any, *_: object) -> Any:
-        match = _LITERAL.fullmatch(code.strip()) if isinstance(code, str) else None
-        if match is None:
-            raise ValueError("text of a completion is never evaluated")
-        kind, value = match.groups()
-        return sympy.Integer(int(value)) if kind == "Integer" else sympy.Float(value)
-
-    before = sympy_parser.eval_expr
-    sympy_parser.eval_expr = read_literal
-    try:
-        yield
-    finally:
-        sympy_parser.eval_expr = before
+        rest.remove(match)
+    return not rest

@@ -9,59 +9,37 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sapo.tasks.verifiers.mathexact import TooLarge, exact_value
+from sapo.tasks.verifiers.mathspell import squeezed
 from sapo.tasks.verifiers.numbers import MAX_NUMBER_LENGTH, number_in
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-_CHARACTERS = {
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-    "\N{NO-BREAK SPACE}": " ",
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "π": r"\pi ",
-    "∞": r"\infty ",
-    "°": r"^\circ ",
-    "±": r"\pm ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "∪": r"\cup ",
-    "∈": r"\in ",
-}
-_SPELLINGS = [
-    (re.compile(r",\s*\\!\s*"), ","),  # 11,\! 111
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit)\s*\{"), r"\\text{"),
-    (re.compile(r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])|(?<!\\)\\[,;:!]"), ""),
-    (re.compile(r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\ |~"), " "),
-    (re.compile(r"^\s*(?:=|\\approx(?![A-Za-z])|≈)"), ""),
-    (re.compile(r"\{(?:b|small)?matrix\}"), "{pmatrix}"),  # not vmatrix, which is a determinant
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"), r"^\\circ"),
-    (re.compile(r"√\s*\{?\(?([0-9]+)\)?\}?"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
-    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])"), r"\\infty"),
-    (re.compile(r"\\(?:leq|leqslant)(?![A-Za-z])"), r"\\le"),
-    (re.compile(r"\\(?:geq|geqslant)(?![A-Za-z])"), r"\\ge"),
-    (re.compile(r"\\(?:lbrace)(?![A-Za-z])"), r"\\{"),
-    (re.compile(r"\\(?:rbrace)(?![A-Za-z])"), r"\\}"),
-]
-_MATH_DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _FRAC = re.compile(r"\\frac\s*(?:\{\s*([-+]?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _MIXED = re.compile(r"[-+]?\s*(?:([0-9]+)\s+([0-9]+/[0-9]+)|([0-9]*)\s*(\\frac.*))", re.DOTALL)
 # A word of four letters is no product of variables. Shorter units are listed.
-_UNIT_WORD = r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|ft|in|lb|lbs|oz|mph|deg|yr|yrs|hr|hrs|min|sec|sq|per|of)"
+_UNIT_WORD = (
+    r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|mL|ft|in|lb|lbs|oz|mph|kph|kmh|deg|yr|yrs|hr|hrs|min|sec|sq|per|of|cents?"
+    r"|USD|EUR|GBP|INR|RMB|CNY|JPY|AUD|CAD|Rs|pm|am|Hz|kHz|MHz|kW|kJ|km/h|m/s|cm/s|ft/s|mi/h)"
+)
 _UNIT = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|(?<=[0-9}\s])\s*(?<![A-Za-z])" + _UNIT_WORD + r"(?:\s" + _UNIT_WORD + r"){0,2})"
-    r"(?:\^\s*\{?[0-9]\}?)?\s*$"
+    r"(?:\\text\s*\{[^{}]*\}|(?<=[0-9}\s])\s*(?<![A-Za-z])" + _UNIT_WORD + r"(?:[\s/]" + _UNIT_WORD + r"){0,2}"
+    r"|(?<=[0-9])(?:\^\\circ\s?|\s)[CFK])"
+    r"(?:\^\s*\{?-?[0-9]\}?)?\s*$"
+)
+_UNIT_FRACTION = re.compile(
+    r"\\frac\s*\{\s*\\text\s*\{[^{}]*\}\s*\}\s*\{\s*\\text\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?\s*\}\s*$"
+)
+_CURRENCY = re.compile(
+    r"^\s*(?:(?:US|A|C)?\\?\$|[€£¥₹₽₩]|\\(?:pounds|euro|yen|rupee)(?![A-Za-z])|Rs\.?|USD|EUR|GBP|INR|RMB"
+    r"|\\text\s*\{\s*(?:Rs\.?|USD|EUR|GBP|INR|RMB|US\\?\$|\\?\$|€|£|¥|₹)\s*\})\s*"
 )
 _BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _NAME = re.compile(
-    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?(?:\([a-zA-Z]\))?"
-    r"\s*(?:=|\\in(?![A-Za-z]))\s*(?=[^=\s])"
+    r"((?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?(?:\([a-zA-Z]\))?"
+    r"|\(\s*[a-zA-Z]\s*(?:,\s*[a-zA-Z]\s*)+\))"
+    r"\s*(?:=|\\in(?![A-Za-z])|\\equiv(?![A-Za-z]))\s*(?=[^=\s])"
 )
+_NAME_BEHIND = re.compile(r"([^=<>]*[0-9][^=<>]*?)\s*=\s*([a-zA-Z](?:_(?:[0-9]|\{[0-9]+\}))?)")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
 
 
@@ -96,49 +74,45 @@ class Listing:
         return self.opening in ("(", "[")
 
 
-def respell(text: str) -> str:
-    r"""Respell a text without $, \left, \dfrac, \mbox, thin spaces, Unicode signs, double blanks and a final full stop.
-
-    >>> respell(r"$\left( \dfrac12,\; 10{,}000 \right)$.")
-    '( \\frac12, 10,000 )'
-    """
-    for character, spelling in _CHARACTERS.items():
-        text = text.replace(character, spelling)
-    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = _MATH_DELIMITERS.sub("", text)
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
-    return " ".join(text.replace("**", " ").split()).rstrip(" .;,")
-
-
-def squeezed(text: str) -> str:
-    r"""Remove blanks and needless braces, so that two spellings of the same text are equal.
-
-    >>> squeezed(r"\frac{1}{2} x^{2}") == squeezed(r"\frac12x^2")
-    True
-    """
-    text = re.sub(r"(?<=\\)([A-Za-z]+)\s+(?=[A-Za-z])", "\\1\x00", text)  # the blank that ends a command
-    text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "\x00", text)  # 1 3/4 is not 13/4
-    text = re.sub(r"\s+", "", text).replace("\x00", " ")
-    return re.sub(r"(?<!text)\{([0-9A-Za-z])\}", r"\1", text)
-
-
 def number_of(text: str) -> Number | None:
     """Return the number that a respelt text is, with or without a currency sign and a unit, or None."""
     if len(text) > 2 * MAX_NUMBER_LENGTH:
         return None
     whole_text = _TEXT_COMMAND.fullmatch(text)
     text = whole_text[1] if whole_text else text
-    text = text.replace(r"\$", "").replace("$", "").replace("€", "").replace("£", "").removesuffix(r"^\circ").strip()
-    bare = _UNIT.sub("", text)
-    if bare.strip() and not re.search(r"[A-Za-z\\]", bare.replace(r"\frac", "").replace(r"\%", "")):
-        text = bare
-    text = text.removesuffix(r"^\circ").strip()
-    percent = text.endswith("%")
+    text = without_unit(text)
+    percent = text.endswith(("%", "percent"))
     if percent:
-        text = text.removesuffix("%").removesuffix("\\").strip()
+        text = text.removesuffix("percent").removesuffix("%").removesuffix("\\").strip()
     value = _plain_number(text)
+    if value is None and "\\text" not in text:
+        value = _exact(text)
     return None if value is None else Number(value, percent)
+
+
+def without_unit(text: str) -> str:
+    r"""Return a respelt number without the sign of a currency before it and the unit after it.
+
+    >>> without_unit(r"\$ 500"), without_unit("42 km"), without_unit(r"9.8 \frac{\text{m}}{\text{s}^2}")
+    ('500', '42', '9.8')
+    """
+    text = re.sub(r"(?i)\s*\\?%\s*$|\s*\bper\s?cent\s*$|\s*\\text\s*\{\s*per\s?cent\s*\}\s*$", "%", text)
+    sign = re.match(r"\s*-\s*", text)
+    text = text[sign.end() :] if sign else text
+    text = _CURRENCY.sub("", text).replace(r"\$", "").replace("$", "")
+    text = _UNIT_FRACTION.sub("", text).strip().removesuffix(r"^\circ").strip()
+    bare = _UNIT.sub("", text)
+    if bare.strip() and not re.search(r"[A-Za-z\\]", re.sub(r"\\(?:frac|cdot|times|%)", "", bare)):
+        text = bare
+    text = text.strip().removesuffix(r"^\circ").strip()
+    return f"-{text}" if sign else text
+
+
+def _exact(text: str) -> Fraction | None:
+    try:
+        return exact_value(text)
+    except TooLarge:
+        return None
 
 
 def base_of(text: str) -> tuple[str, int] | None:
@@ -180,28 +154,130 @@ def without_name(text: str) -> str:
     >>> without_name("x = 5"), without_name("2x + y = 1")
     ('5', '2x + y = 1')
     """
+    return named(text)[1]
+
+
+def plain_words(text: str) -> str:
+    """Return a respelt text without the commands that set words."""
+    return _TEXT_COMMAND.sub(r"\1", text).strip()
+
+
+def label_of(text: str) -> str | None:
+    """Return the letter of an option before its text, in lower case, or None.
+
+    >>> label_of("(C) 5"), label_of(r"\\text{E: green}"), label_of("5")
+    ('c', 'e', None)
+    """
+    labelled = re.match(r"\(?([A-Za-z])(?:\)|[.:]\s)", plain_words(text))
+    return labelled[1].lower() if labelled else None
+
+
+def last_value(text: str) -> Number | None:
+    """Return the number at the end of a chain of equations, such as m + n = 27 + 43 = 70, or None.
+
+    >>> last_value("m + n = 27 + 43 = 70"), last_value("n = 3k")
+    (Number(value=Fraction(70, 1), percent=False), None)
+    """
+    *sides, last = text.split("=")
+    if re.search(r"[<>]|\\[lg]e(?![A-Za-z])|,", text) or any(map(is_unsolved, sides)):
+        return None
+    return number_of(last.strip())
+
+
+def is_unsolved(side: str) -> bool:
+    """Return whether a side of an equation is more than a name or a sum of names: 2x, x^2, n - 1, but not m + n.
+
+    >>> [is_unsolved(side) for side in ("2x", "x^2", "n-1", "m+n", "f(2)", "a_{10}", "27 + 43", "|AB|")]
+    [True, True, True, False, False, False, False, False]
+    """
+    side = re.sub(r"_\{[^{}]*\}|_[0-9a-zA-Z]", "", side)
+    side = re.sub(r"\\text\s*\{[^{}]*\}|(?<![A-Za-z\\])[a-zA-Z]\([^()]*\)", "A", side)
+    if not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", side)):
+        return False
+    functions = r"\\(?:sqrt|log|ln|sin|cos|tan|exp|lfloor|lceil)(?![A-Za-z])"
+    unsolved = rf"[0-9^]|{functions}|\|\s*[a-z]\s*\||(?<![A-Za-z])[a-z]\s*-\s*[a-z](?![A-Za-z])"
+    return re.search(unsolved, side) is not None
+
+
+def written(value: Fraction) -> str:
+    """Return a number as text, in base 16 where Python refuses to write so many digits.
+
+    >>> written(Fraction(3, 4)), written(Fraction(2) ** 20_000)[:4]
+    ('3/4', '0x10')
+    """
+    if value.numerator.bit_length() + value.denominator.bit_length() < 10_000:
+        return str(value)
+    return f"{value.numerator:#x}" + (f"/{value.denominator:#x}" if value.denominator != 1 else "")
+
+
+# Units of which answers name two, with their worth in the smallest of each kind.
+_WORTH = {
+    **{"day": ("time", 86400), "hour": ("time", 3600), "hr": ("time", 3600), "h": ("time", 3600)},
+    **{"minute": ("time", 60), "min": ("time", 60), "second": ("time", 1), "sec": ("time", 1), "s": ("time", 1)},
+    **{"feet": ("length", 12), "foot": ("length", 12), "ft": ("length", 12), "inch": ("length", 1)},
+    **{"inche": ("length", 1), "in": ("length", 1), "dollar": ("money", 100), "cent": ("money", 1)},
+    **{"pound": ("mass", 16), "lb": ("mass", 16), "ounce": ("mass", 1), "oz": ("mass", 1)},
+    **{"year": ("date", 12), "month": ("date", 1)},
+}
+_PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+?)s?(?=[\s,0-9]|$)\.?\s*(?:,|and)?")
+
+
+def quantity_of(text: str) -> Fraction | None:
+    """Return a quantity of two units or more in the largest of them, or None for another text.
+
+    >>> quantity_of(r"7 \\text{ hours and } 30 \\text{ minutes}"), quantity_of("7 hours")
+    (Fraction(15, 2), None)
+    """
+    plain = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).split())
+    parts: list[tuple[Fraction, str]] = []
+    position = 0
+    while position < len(plain) and len(parts) < 5 and (match := _PART.match(plain, position)):
+        parts.append((Fraction(match[1]), match[2].lower()))
+        position = match.end()
+    if len(parts) < 2 or position < len(plain) or len({_WORTH.get(unit, (unit, 0))[0] for _, unit in parts}) != 1:
+        return None
+    worth = [_WORTH.get(unit, ("", 0))[1] for _, unit in parts]
+    return None if 0 in worth else sum((n * w for (n, _), w in zip(parts, worth, strict=True)), Fraction()) / worth[0]
+
+
+def named(text: str) -> tuple[str, str]:
+    """Return the name and the value of `x = 5` or `5 = x`, and no name for any other text.
+
+    >>> named("x = 5"), named("5 = x"), named("2x + y = 1")
+    (('x', '5'), ('x', '5'), ('', '2x + y = 1'))
+    """
     name = _NAME.match(text)
-    if not name:
-        return text
-    rest = text[name.end() :]
-    return rest if "=" not in rest else text
+    if name and "=" not in text[name.end() :]:
+        return squeezed(name[1]), text[name.end() :]
+    behind = _NAME_BEHIND.fullmatch(text)
+    if behind and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", behind[1])):
+        return behind[2], behind[1].strip()
+    return "", text
 
 
-def listing_of(text: str) -> Listing | None:
+def listing_of(text: str, *, grouped: bool = True) -> Listing | None:
     r"""Return the parts of `a, b`, `a and b`, `(a, b)`, `[a, b)`, `\{a, b\}` or `a \pm b`, or None for one answer.
 
-    Thousands separators do not separate parts: 10,080 is one number.
+    Thousands separators do not separate parts: 10,080 is one number, unless `grouped` is False.
     """
+    cases = re.fullmatch(r"\\begin\{(?:cases|aligned)\}(.*)\\end\{(?:cases|aligned)\}", text, re.DOTALL)
+    if cases:
+        text = re.sub(
+            r"\s*\\\\\s*", ", ", cases[1].replace("&", " ").replace(r"\quad", " ").strip().rstrip("\\")
+        ).strip()
+        text = re.sub(r",\s*,", ",", text)
     opening = closing = ""
     inside = text
-    for left, right in [("\\{", "\\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")]:
+    for left, right in [("\\{", "\\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), ("]", "["), ("{", "}")]:
         if text.startswith(left) and text.endswith(right) and _closes_at_end(text, len(left), len(right)):
             opening, closing = left, right
             inside = text[len(left) : -len(right)]
             break
     if not opening:
         inside = re.sub(r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*", ",", text)
-    parts = tuple(part.strip() for part in _split_at_commas(inside))
+    if opening == "{":
+        opening, closing = "\\{", "\\}"
+    parts = tuple(part.strip() for part in _split_at_commas(inside, grouped=grouped))
     if len(parts) == 1 and opening != "\\{":
         return _plus_minus(text) if not opening else None
     if not all(parts) or len(parts) > 50:
@@ -212,7 +288,19 @@ def listing_of(text: str) -> Listing | None:
     return Listing(parts, opening, closing)
 
 
+def _repeating(text: str) -> Fraction | None:
+    """Return the value of a decimal with repeating digits, such as 0.1\\overline{6}."""
+    match = re.fullmatch(r"(-?)([0-9]*)\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{?([0-9]{1,20})\}?", text)
+    if match is None:
+        return None
+    fixed, cycle = match[2] + match[3], match[4]
+    repeated = Fraction(int(fixed + cycle) - int(fixed or 0), (10 ** len(cycle) - 1) * 10 ** len(match[3]))
+    return -repeated if match[1] else repeated
+
+
 def _plain_number(text: str) -> Fraction | None:
+    if "\\overline" in text or "\\bar" in text or "\\dot" in text:
+        return _repeating(text)
     sign = -1 if text.startswith("-") else 1
     mixed = _MIXED.fullmatch(text)
     if mixed:
@@ -244,12 +332,12 @@ def _closes_at_end(text: str, left: int, right: int) -> bool:
     return depth == 0
 
 
-def _split_at_commas(text: str) -> list[str]:
+def _split_at_commas(text: str, *, grouped: bool = True) -> list[str]:
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
         thousands = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))").match(text, position)
-        if character in ",;" and depth == 0 and not (thousands and _in_grouped_number(text, position)):
+        if character in ",;" and depth == 0 and not (grouped and thousands and _in_grouped_number(text, position)):
             parts.append(text[start:position])
             start = position + 1
     return [*parts, text[start:]]
@@ -262,7 +350,12 @@ def _in_grouped_number(text: str, comma: int) -> bool:
 
 
 def _plus_minus(text: str) -> Listing | None:
-    head, sign, tail = text.partition(r"\pm")
-    if not sign or r"\pm" in tail or r"\mp" in text or "{" in re.sub(r"\{[^{}]*\}", "", head):
+    """Return both values of a text with one \\pm, and with \\mp on the other side."""
+    if text.count(r"\pm") != 1:
         return None
-    return Listing((f"{head}+{tail}".removeprefix("+").strip(), f"{head}-{tail}".strip()))
+    return Listing(tuple(_signed(text, *signs) for signs in ("+-", "-+")))
+
+
+def _signed(text: str, plus_minus: str, minus_plus: str) -> str:
+    text = re.sub(r"\\pm(?![A-Za-z])\s*", plus_minus, re.sub(r"\\mp(?![A-Za-z])\s*", minus_plus, text))
+    return re.sub(r"(^|[({=,])\s*\+", r"\1", text).strip()

@@ -21,6 +21,11 @@ NUMBER = re.compile(
     r"(?:[eE][-+]?[0-9]{1,3}(?![0-9])|/[0-9]+)?"
 )
 
+# The same in a sentence, where a blank may group digits in threes too: 10 000.
+NUMBER_IN_TEXT = re.compile(
+    rf"(?:(?<![\w).])[-+])?(?<![\w.,])[0-9]{{1,3}}(?: [0-9]{{3}})+(?![0-9.,]?[0-9])|{NUMBER.pattern}"
+)
+
 
 def exact(text: str, prompt: Prompt) -> Score:
     """Give reward 1 where the text, without blanks around it, is the answer.
@@ -38,38 +43,36 @@ def last_number(text: str, prompt: Prompt) -> Score:
     >>> last_number("12 eggs at 4 make $1,000.50.", Prompt(id=0, task="t", text="?", answer="1000.5")).reward
     1.0
     """
+    reference = _reference(prompt)
+    last = last_number_in(text)
+    if last is None:
+        return unparseable("no number in the completion")
+    value = number_in(last)
+    if value is None:
+        return unparseable(f"the last number cannot be read: {last[:40]!r}")
+    return Score(float(value == reference), answer=str(value))
+
+
+def _reference(prompt: Prompt) -> Fraction:
     reference = number_in(after_hash(reference_of(prompt)))
     if reference is None:
-        raise ValueError(f"last_number needs a number as the answer; got {prompt.answer!r}; use another verifier")
-    numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    if not numbers:
-        return unparseable("no number in the completion")
-    value = number_in(numbers[-1])
-    if value is None:
-        return unparseable(f"the last number cannot be read: {numbers[-1][:40]!r}")
-    return Score(float(value == reference), answer=str(value))
+        raise ValueError(f"last_number needs a number as the answer; got {prompt.answer!r:.80}; use another verifier")
+    return reference
 
 
-def hash_answer(text: str, prompt: Prompt) -> Score:
-    """Give reward 1 where what follows the last `#` is the answer, as in GSM8K: by value for numbers, else by text.
+last_number.check_reference = _reference  # type: ignore[attr-defined]
 
-    An answer field with a whole solution that ends in `#### 18` is read in the same way.
 
-    >>> hash_answer("6 * 3 = 18 #### 18", Prompt(id=0, task="gsm8k", text="?", answer="three sixes #### 18")).reward
-    1.0
+def last_number_in(text: str) -> str | None:
+    """Return the last number of a text, without blanks in it, or None.
+
+    >>> last_number_in("12 boxes of 10 000 each"), last_number_in("none")
+    ('10000', None)
     """
-    if "#" not in text:
-        return unparseable("no '#' in the completion")
-    given, answer = after_hash(text), after_hash(reference_of(prompt))
-    if not given:
-        return unparseable("nothing after the last '#'")
-    reference = number_in(answer)
-    if reference is None:
-        return Score(float(given == answer), answer=given)
-    value = number_in(given)
-    if value is None:
-        return unparseable(f"no number after the last '#': {given[:40]!r}")
-    return Score(float(value == reference), answer=str(value))
+    for characters in ("\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}", "\N{THIN SPACE}"):
+        text = text.replace(characters, " ")
+    numbers = NUMBER_IN_TEXT.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return numbers[-1].replace(" ", "") if numbers else None
 
 
 def after_hash(text: str) -> str:
@@ -87,6 +90,8 @@ def number_in(text: str) -> Fraction | None:
     >>> number_in("$1,000.50"), number_in("about 3")
     (Fraction(2001, 2), None)
     """
+    if text.isdecimal() and text.isascii() and len(text) <= MAX_NUMBER_LENGTH:
+        return Fraction(int(text))
     text = text.removeprefix("$").replace("\N{MINUS SIGN}", "-")
     if len(text) > MAX_NUMBER_LENGTH or not NUMBER.fullmatch(text):
         return None

@@ -144,11 +144,17 @@ class JsonSchema(IsolatedOptions):
         """Load the package jsonschema."""
         _checker({})
 
-    def __call__(self, text: str, prompt: Prompt) -> Score:
+    def check_reference(self, prompt: Prompt) -> None:
+        """Read the prompt's own schema, where the option `schema` has none."""
+        if self.schema is None:
+            self._checker_of(prompt)
+
+    def _checker_of(self, prompt: Prompt) -> Any:
         schema = self.schema if self.schema is not None else prompt.metadata.get(self.schema_field)
-        if isinstance(schema, str):
-            schema = json.loads(schema)
-        checker = _checker(schema)
+        return _checker(json.loads(schema) if isinstance(schema, str) else schema)
+
+    def __call__(self, text: str, prompt: Prompt) -> Score:
+        checker = self._checker_of(prompt)
         found = last_json_object(text)
         if found is None:
             return unparseable("no JSON object in the completion")

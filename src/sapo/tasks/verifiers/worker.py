@@ -1,83 +1,105 @@
 """The worker process of verifiers: read jobs from a socket, score them, write the scores. Parent: workers/pool.py.
 
-A frame is a length in four bytes and the bytes. Requests are pickles from the parent, which is trusted. Answers are
-JSON, so that nothing from a worker, which may run any code, is ever unpickled. Each request has two answers: `began`,
-when the verifier is loaded and the deadline starts, and then the score or the reason why there is none.
+Requests are pickles from the parent, which is trusted. Answers are JSON, so that nothing from a worker, which may run
+any code, is ever unpickled. Each request has a number, which its answers carry, and two answers: `began`, when the
+verifier is loaded and the deadline starts, and then the score or the reason why there is none. The first frame of all
+is the worker's process id.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import pickle
 import signal
 import socket
 import sys
 import threading
+from json.encoder import JSONEncoder
 from typing import Any
 
-from sapo.tasks.workers.wire import HEADER, MAX_DETAIL
+from sapo.tasks.verifiers.limits import ADDRESSES, memory_limit
+from sapo.tasks.workers.guard import stand_guard
+from sapo.tasks.workers.wire import HEADER, MARK, MAX_ANSWER, MAX_DETAIL, framed
+from sapo.utils.signals import ANNOUNCING, ignore, outlive
 
 # A model's text can make exact arithmetic use all memory, so verifiers of ours run with a limit.
 MEMORY_LIMIT = 4 * 2**30
 
+MAX_ANSWER_TEXT = 10_000
+"""Limit of the characters of the answer that a verifier read, which is compared with others and logged."""
+
 _PR_SET_PDEATHSIG = 1
+
+# Bound before a user's module may put something else in their place.
+_encode = JSONEncoder().encode
+_unpickle = pickle.loads
 
 
 def serve(channel: socket.socket, parent: int) -> None:
     """Score jobs until the parent closes the socket."""
     _die_with(parent, channel)
     from sapo.errors import TaskError
-    from sapo.tasks.verifiers.base import prepare, prepare_prompt
+    from sapo.tasks.verifiers.base import is_batched, prepare, prepare_prompt
     from sapo.tasks.verifiers.registry import build_verifier
 
     stream, me = channel.makefile("rb"), os.getpid()
     loaded: dict[bytes, Any] = {}
+    _answer(channel, {"worker": me})
     while (frame := _read_frame(stream)) is not None:
+        ticket, key, text, fields = _unpickle(frame)
         try:
-            key, text, prompt_fields = pickle.loads(frame)
             if key not in loaded:
-                spec = pickle.loads(key)
+                spec = _unpickle(key)
                 verifier = spec if callable(spec) else build_verifier(spec)
                 prepare(verifier)
                 loaded[key] = verifier
-            prompt = _prompt(prompt_fields)
+            prompt = _prompt(_unpickle(fields))
             if text is not None:
                 prepare_prompt(loaded[key], prompt)
         except TaskError as error:
-            _answer(channel, {"refused": str(error)})
+            _answer(channel, {"job": ticket, "refused": str(error)})
             continue
         except BaseException as error:
-            _answer(channel, {"refused": _reason(error)})
+            _answer(channel, {"job": ticket, "refused": _reason(error)})
             continue
-        _answer(channel, {"began": True})
+        _answer(channel, {"job": ticket, "began": True})
         if text is None:  # the parent only checks that it loads
-            _answer(channel, {"loaded": True})
+            _answer(channel, {"job": ticket, "loaded": True, "batched": is_batched(loaded[key])})
             continue
         answer = _judge(loaded[key], text, prompt)
         if os.getpid() != me:  # a child that the verifier forked: only its parent may answer
             os._exit(0)
-        _answer(channel, answer)
+        _answer(channel, {"job": ticket, **answer}, 1 if isinstance(text, str) else len(text))
 
 
-def _judge(verifier: Any, text: str, prompt: Any) -> dict[str, Any]:
-    from sapo.tasks.base import checked_score
+def _judge(verifier: Any, text: str | tuple[str, ...], prompt: Any) -> dict[str, Any]:
+    from sapo.tasks.verifiers.base import ABSTAINED, score_batch
 
     # BaseException: a verifier that calls sys.exit() fails on this completion, and the worker goes on.
     try:
-        with _memory_limit(getattr(verifier, "pure", False)):
-            score = checked_score(verifier(text, prompt))
-        return {
-            "reward": score.reward,
-            "status": str(score.status),
-            "detail": str(score.detail)[:MAX_DETAIL],
-            "answer": None if score.answer is None else str(score.answer),
-            "figures": {str(name): float(value) for name, value in score.figures.items()},
-        }
+        limit = memory_limit(ADDRESSES, MEMORY_LIMIT) if getattr(verifier, "pure", False) else contextlib.nullcontext()
+        with limit:
+            if isinstance(text, str):
+                return _as_json(verifier(text, prompt))
+            scores = score_batch(verifier, text, prompt)
+            return {"scores": [_as_json(ABSTAINED if score is None else score) for score in scores]}
     except BaseException as error:
         return {"failed": _reason(error)}
+
+
+def _as_json(score: Any) -> dict[str, Any]:
+    from sapo.tasks.base import checked_score
+
+    score = checked_score(score)
+    return {
+        "reward": score.reward,
+        "status": str(score.status),
+        "detail": str(score.detail)[:MAX_DETAIL],
+        "answer": None if score.answer is None else str(score.answer)[:MAX_ANSWER_TEXT],
+        "figures": {str(name): float(value) for name, value in score.figures.items()},
+    }
 
 
 def _reason(error: BaseException) -> str:
@@ -98,32 +120,18 @@ def _read_frame(stream: Any) -> bytes | None:
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
-    (length,) = HEADER.unpack(header)
+    mark, length = HEADER.unpack(header)
+    assert mark == MARK, "the parent writes nothing but frames"
     frame: bytes = stream.read(length)
     return frame if len(frame) == length else None
 
 
-def _answer(channel: socket.socket, answer: dict[str, Any]) -> None:
-    data = json.dumps(answer).encode()
-    channel.sendall(HEADER.pack(len(data)) + data)
-
-
-@contextlib.contextmanager
-def _memory_limit(wanted: bool) -> Any:
-    if not wanted or sys.platform == "win32":
-        yield
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
-    with contextlib.suppress(ValueError, OSError):  # the system has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def _answer(channel: socket.socket, answer: dict[str, Any], completions: int = 1) -> None:
+    data = _encode(answer).encode()
+    if len(data) > MAX_ANSWER * completions:
+        failed = f"ValueError: a score must fit into {MAX_ANSWER} bytes; got {len(data)}; give fewer figures"
+        data = _encode({"job": answer["job"], "failed": failed}).encode()
+    channel.sendall(framed(data))
 
 
 def _die_with(parent: int, channel: socket.socket) -> None:
@@ -145,10 +153,14 @@ def _die_with(parent: int, channel: socket.socket) -> None:
 
 def main(descriptor: int, parent: int) -> None:
     """Serve on an inherited socket. What user code prints goes to standard error, and its standard input is empty."""
+    ignore(*ANNOUNCING)  # in the guard, and in the sandboxes of programs too
+    outlive(signal.SIGINT)
+    parent = stand_guard(parent, descriptor)
+    outlive(signal.SIGINT)  # which a fork undoes
     channel = socket.socket(fileno=descriptor)
     channel.setblocking(True)
     os.set_inheritable(descriptor, False)
-    with contextlib.suppress(BrokenPipeError, ConnectionError):
+    with contextlib.suppress(OSError):
         serve(channel, parent)
     # Not sys.exit(), which would wait for threads that a user's module left running.
     sys.stdout.flush()

@@ -1,8 +1,9 @@
 """A pool of worker processes for verifiers that may hang, crash or run a user's code, with a deadline per completion.
 
 `WorkerPool.run` gives jobs to workers and returns the scores in the order of the jobs. A worker that dies, or that is
-killed at its deadline, loses only the completion it was scoring: status `verifier_error` with the reason. Workers start
-on demand, are kept for later batches, and end with this process, even if it is killed.
+killed at its deadline, or that says what no worker says, loses only the completion it was scoring: status
+`verifier_error` with the reason. Workers start on demand, are kept for later batches, and end with this process, even
+if it is killed; so does all that they have started (guard.py).
 
 They are plain subprocesses that import no torch: forks would be unsafe, since torch has threads, and multiprocessing
 would import the user's main module again. Each is a session of its own, so that a Ctrl-C in the terminal does not reach
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -31,7 +33,9 @@ from typing import Any
 
 from sapo.data import Score, Status
 from sapo.errors import TaskError
-from sapo.tasks.workers.wire import HEADER, MAX_DETAIL, Home, Job
+from sapo.tasks.base import checked_score
+from sapo.tasks.workers.guard import PATIENCE
+from sapo.tasks.workers.wire import HEADER, MARK, MAX_ANSWER, MAX_DETAIL, Home, Job, framed
 
 WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"
 
@@ -51,19 +55,42 @@ _BOOT = (
 )
 
 
+class _NonsenseError(Exception):
+    """A worker wrote what is no answer to its job."""
+
+
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
+    """Its guard."""
     channel: socket.socket
     home: Home
+    id: int | None = None
+    """Process id of the worker itself, once it has said it."""
     served: int = 0
     job: int | None = None
     """Index of the job in progress."""
+    ticket: int = 0
+    """Number of its request among all of the pool, which its answers carry."""
     began: bool = False
     until: float = 0.0
     limit: float = 0.0
     outgoing: bytes = b""
     incoming: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What loading a verifier showed.
+
+    >>> Loaded().problem is None
+    True
+    """
+
+    problem: str | None = None
+    """Why it cannot be loaded."""
+    batched: bool = False
+    """Whether it judges all completions of a prompt in one call."""
 
 
 class WorkerPool:
@@ -79,6 +106,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._lock = threading.RLock()
         self._owner = os.getpid()
+        self._tickets = itertools.count(1)
         # Linux ends a worker with the *thread* that started it, so one thread with the life of the pool starts all.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sapo-verifier-starter")
 
@@ -87,11 +115,22 @@ class WorkerPool:
         with self._lock:
             return [_score(answer) for answer in self._answers(jobs)]
 
+    def run_batches(self, jobs: Sequence[Job]) -> list[list[Score]]:
+        """Return the scores of jobs of one or several completions each, in their order."""
+        with self._lock:
+            return [_scores(answer, job) for job, answer in zip(jobs, self._answers(jobs), strict=True)]
+
     def check(self, job: Job) -> str | None:
         """Load the job's verifier in a worker, and return the reason if that fails."""
+        return self.load(job).problem
+
+    def load(self, job: Job) -> Loaded:
+        """Load the job's verifier in a worker, and return what that showed."""
         with self._lock:
             (answer,) = self._answers([Job(job.spec, None, job.prompt, job.deadline, job.home)])
-        return None if "loaded" in answer else answer.get("refused") or answer["failed"]
+        if "loaded" in answer:
+            return Loaded(batched=answer["batched"])
+        return Loaded(problem=answer.get("refused") or answer["failed"])
 
     def close(self) -> None:
         """End all workers. The pool can be used again, and then starts new ones."""
@@ -101,7 +140,7 @@ class WorkerPool:
 
     def worker_ids(self) -> list[int]:
         """Return the process ids of the present workers."""
-        return [worker.process.pid for worker in self._workers]
+        return [worker.id or worker.process.pid for worker in self._workers]
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -148,12 +187,13 @@ class WorkerPool:
                 last_start = time.monotonic()
             index = waiting.popleft()
             try:
-                frame = _request(job)
+                ticket = next(self._tickets)
+                frame = _request(ticket, job)
             except Exception as error:  # an object in the metadata may raise anything when it is pickled
                 reason = f"the prompt's metadata cannot be sent to a worker: {type(error).__name__}: {error}"
                 answers[index] = {"failed": reason[:MAX_DETAIL]}
                 continue
-            worker.job, worker.began, worker.outgoing = index, False, frame
+            worker.job, worker.ticket, worker.began, worker.outgoing = index, ticket, False, frame
             worker.limit = LOAD_DEADLINE
             worker.until = time.monotonic() + LOAD_DEADLINE
         return last_start
@@ -191,14 +231,23 @@ class WorkerPool:
             ended = _has_ended(worker.process)
         except OSError:
             ended = True
-        while (answer := _next_answer(worker.incoming)) is not None:
-            if "began" in answer:
-                worker.began, worker.limit = True, job.deadline
-                worker.until = time.monotonic() + job.deadline
-                continue
-            worker.job = None
-            worker.served += 1
-            return answer
+        try:
+            limit = MAX_ANSWER * (len(job.text) if isinstance(job.text, tuple) else 1)
+            while (answer := _next_answer(worker.incoming, limit)) is not None:
+                if worker.id is None and isinstance(answer.get("worker"), int):
+                    worker.id = answer["worker"]
+                elif answer.get("job") != worker.ticket or ("began" in answer and worker.began):
+                    raise _NonsenseError  # a second `began` would start the deadline anew
+                elif "began" in answer:
+                    worker.began, worker.limit = True, job.deadline
+                    worker.until = time.monotonic() + job.deadline
+                else:
+                    return self._finished(worker, job, answer)
+        except _NonsenseError:
+            self._end(worker)
+            return {
+                "failed": "the worker wrote what is no answer; a verifier must leave file descriptors of others alone"
+            }
         if ended:
             return {"failed": self._cause_of_death(worker), "died": True}
         if time.monotonic() >= worker.until:
@@ -206,6 +255,14 @@ class WorkerPool:
             self._end(worker)
             return {"failed": f"TimeoutError: not {what} within {worker.limit:g} s"}
         return None
+
+    def _finished(self, worker: _Worker, job: Job, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer; free its worker for the next job, or end it where a user's code has filled its memory."""
+        worker.job = None
+        worker.served += 1
+        if job.home is not None and str(answer.get("failed")).startswith("MemoryError"):
+            self._end(worker)
+        return answer
 
     # --------------------------------------------------------------------------------------------------- the processes
 
@@ -247,9 +304,13 @@ class WorkerPool:
         return f"the worker process died {'while scoring' if worker.began else 'while loading the verifier'}: {how}"
 
     def _end(self, worker: _Worker) -> int:
-        """Kill a worker and all processes of its session, and return its exit code."""
+        """Kill a worker and all that it has started, and return its exit code."""
         self._workers.remove(worker)
         worker.channel.close()
+        if sys.platform == "linux":
+            worker.process.terminate()  # its guard, which ends the others
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return worker.process.wait(2 * PATIENCE)
         # Before waiting for it: until then no other process can have its id.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.process.pid, signal.SIGKILL)
@@ -294,33 +355,64 @@ def _standard_error() -> int:
     return 2
 
 
-def _request(job: Job) -> bytes:
+def _request(ticket: int, job: Job) -> bytes:
     prompt = job.prompt
     fields = (prompt.id, prompt.task, prompt.text, prompt.answer, dict(prompt.metadata))
-    data = pickle.dumps((pickle.dumps(job.spec), job.text, fields), protocol=pickle.HIGHEST_PROTOCOL)
-    return HEADER.pack(len(data)) + data
+    # The fields are pickled apart: a worker that cannot read them can still say so, with the ticket.
+    parts = (ticket, pickle.dumps(job.spec), job.text, pickle.dumps(fields, protocol=pickle.HIGHEST_PROTOCOL))
+    return framed(pickle.dumps(parts, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _next_answer(incoming: bytearray) -> dict[str, Any] | None:
-    """Take the first complete frame out of the buffer, and return its answer."""
+def _next_answer(incoming: bytearray, limit: int) -> dict[str, Any] | None:
+    """Take the first complete frame, of at most `limit` bytes, out of the buffer, and return its answer.
+
+    Raises:
+        _NonsenseError: what the buffer begins with is no frame of a worker.
+    """
+    if not MARK.startswith(incoming[: len(MARK)]):
+        raise _NonsenseError
     if len(incoming) < HEADER.size:
         return None
-    (length,) = HEADER.unpack_from(incoming)
+    _, length = HEADER.unpack_from(incoming)
+    if length > limit:
+        raise _NonsenseError
     if len(incoming) < HEADER.size + length:
         return None
-    answer: dict[str, Any] = json.loads(bytes(incoming[HEADER.size : HEADER.size + length]))
+    try:
+        answer = json.loads(bytes(incoming[HEADER.size : HEADER.size + length]))
+    except (ValueError, RecursionError) as error:
+        raise _NonsenseError from error
+    if not isinstance(answer, dict):
+        raise _NonsenseError
     del incoming[: HEADER.size + length]
     return answer
+
+
+def _scores(answer: dict[str, Any], job: Job) -> list[Score]:
+    """Return the scores of a job's completions. Where the call failed, so did all of them."""
+    number = 1 if isinstance(job.text, str) else len(job.text or ())
+    scores = answer.get("scores")
+    if scores is None:
+        return [_score(answer)] * number
+    # A user's code may have written the answer.
+    if isinstance(scores, list) and len(scores) == number and all(isinstance(one, dict) for one in scores):
+        return [_score(one) for one in scores]
+    return [_score({"failed": f"the worker's answer must have {number} scores; got {scores!r:.80}"})] * number
 
 
 def _score(answer: dict[str, Any]) -> Score:
     if "reward" not in answer:
         reason = answer.get("failed") or answer.get("refused") or "no answer"
-        return Score(0.0, Status.VERIFIER_ERROR, reason[:MAX_DETAIL])
-    return Score(
-        reward=answer["reward"],
-        status=Status(answer["status"]),
-        detail=answer["detail"],
-        answer=answer["answer"],
-        figures=answer["figures"],
-    )
+        return Score(0.0, Status.VERIFIER_ERROR, str(reason)[:MAX_DETAIL])
+    try:
+        return checked_score(
+            Score(
+                reward=answer["reward"],
+                status=answer["status"],
+                detail=str(answer["detail"]),
+                answer=None if answer["answer"] is None else str(answer["answer"]),
+                figures={str(name): value for name, value in dict(answer["figures"]).items()},
+            )
+        )
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        return Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}"[:MAX_DETAIL])

@@ -1,4 +1,4 @@
-"""What the pool and its worker processes share: jobs, and the header of frames."""
+"""What the pool and its worker processes share: jobs, frames, and what an answer may be."""
 
 from __future__ import annotations
 
@@ -10,10 +10,26 @@ from typing import Any
 
 from sapo.data import Prompt
 
-HEADER = struct.Struct("!I")
+HEADER = struct.Struct("!4sI")
+"""Opens each frame: MARK and the number of bytes that follow."""
+
+MARK = b"sapo"
+"""Begins each frame. What a user's code writes to a socket that it found does not begin so, and is noticed."""
+
+MAX_ANSWER = 2**20
+"""Limit of the bytes of a worker's frame, for each completion that it judged."""
 
 MAX_DETAIL = 500
 """Limit of the characters of a reason, since an exception may quote the whole completion."""
+
+
+def framed(data: bytes) -> bytes:
+    """Return the frame of some bytes.
+
+    >>> framed(b"ab")
+    b'sapo\\x00\\x00\\x00\\x02ab'
+    """
+    return HEADER.pack(MARK, len(data)) + data
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,8 @@ class Job:
 
     spec: Any
     """A verifier as `sapo.tasks.load_verifier` takes it, or a verifier object of plain values."""
-    text: str | None
-    """Text of the completion; None only loads the verifier."""
+    text: str | tuple[str, ...] | None
+    """Text of the completion, or of several that are judged in one call; None only loads the verifier."""
     prompt: Prompt
     deadline: float
     """Seconds for scoring, after the verifier is loaded."""

@@ -49,13 +49,17 @@ class ComparisonListener(Protocol):
 class Quiet:
     """A listener that does nothing."""
 
-    def coldstart(self, progress: ColdStartProgress) -> None: ...
+    def coldstart(self, progress: ColdStartProgress) -> None:
+        """Do nothing."""
 
-    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None: ...
+    def runs(self, outcomes: Sequence[RunOutcome], slots: RunSlots) -> None:
+        """Do nothing."""
 
-    def event(self, event: Event) -> None: ...
+    def event(self, event: Event) -> None:
+        """Do nothing."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True)

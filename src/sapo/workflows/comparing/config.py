@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_override, parse_settings, read_recipe, resolve_recipe
+from sapo.config.section import CheckedNumbers
 from sapo.errors import ConfigError
 from sapo.objectives import find_objective, is_plugin
 from sapo.utils.names import nearest
@@ -45,12 +46,12 @@ QUICK_STEPS, QUICK_PROBLEMS, QUICK_SEEDS = 20, 64, 2
 """The small form of a comparison that has none of its own; at its first learning rate."""
 
 
-class QuickConfig(BaseModel):
+class QuickConfig(CheckedNumbers):
     """The small form of a comparison (--quick): to see that it works, not to conclude from."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field({})
     """Settings of all runs, applied after the comparison's own settings."""
     arms: list[str] | None = None
     """Arms to run; null runs all."""
@@ -60,14 +61,14 @@ class QuickConfig(BaseModel):
     """Seeds of the small form, a number or a list; null takes the comparison's."""
 
 
-class ComparisonConfig(BaseModel):
+class ComparisonConfig(CheckedNumbers):
     """A comparison recipe."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     recipe: str | dict[str, Any]
     """The base: a recipe's name or file, or its settings."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field({})
     """Settings of all runs that differ from the base, nested or as dotted keys."""
     arms: dict[str, dict[str, Any]]
     """Arms by name, each with its settings: the objective with its hyperparameters, the model, the sampler."""
@@ -121,8 +122,35 @@ def load_comparison(
     return _plan(f"{name}-quick" if quick else name, config, path, overrides, given, quick)
 
 
+def comparison_of(
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    objectives: Sequence[str] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    baseline: str | None = None,
+    quick: bool = False,
+) -> ComparisonPlan:
+    """Make a comparison of objectives from the settings of one run, which no file holds.
+
+    Args:
+        name: of the comparison.
+        settings: of a run; the other arguments are those of `load_comparison`.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    where = Path(name)
+    config = _of_one_run(where, settings, objectives)
+    given = {"arms": None, "learning_rates": learning_rates, "seeds": seeds, "baseline": baseline}
+    return _plan(f"{name}-quick" if quick else name, config, where, (), given, quick)
+
+
 def _of_one_run(path: Path, raw: Mapping[str, Any], objectives: Sequence[str] | None) -> ComparisonConfig:
     names = OBJECTIVES if objectives is None else objectives
+    if twice := sorted({name for name in names if list(names).count(name) > 1}):
+        raise ConfigError(f"objectives must differ from each other; got {twice[0]!r} more than once; leave one out")
     arms = {_arm_of(name): {"objective.name": name} for name in names}
     return parse_settings(ComparisonConfig, {"recipe": dict(raw), "arms": arms})
 
@@ -159,6 +187,8 @@ def _plan(
     resolved = resolve_recipe(base, as_overrides(shared), base_path)
     names = given["arms"] or small.arms or list(config.arms)
     for arm in names:
+        if list(names).count(arm) > 1:
+            raise ConfigError(f"arms must differ from each other; got {arm!r} more than once; leave one out")
         if arm not in config.arms:
             raise ConfigError(f"unknown arm {arm!r} of {path}{nearest(arm, list(config.arms))}")
     left_out = config.baseline in config.arms and config.baseline not in names

@@ -13,13 +13,13 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation.store import differing
-from sapo.utils.files import lock_directory, write_whole
+from sapo.utils.files import DirectoryLock, lock_directory, write_whole
 from sapo.workflows.comparing.config import load_comparison
 from sapo.workflows.comparing.plan import ComparisonPlan
 
@@ -36,7 +36,7 @@ class ComparisonDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = lock_directory(path)
-        self.runs_lock: IO[str] | None = None
+        self.runs_lock: DirectoryLock | None = None
         """Lock that the processes of the runs inherit: no other process can have it while one of them lives."""
 
     @classmethod

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from sapo.diagnostics.warnings import OF_THE_SET_UP
-from sapo.errors import ConfigError
 from sapo.evaluation.estimates import bootstrap
 from sapo.run.directory import FAILURE_FILE
+from sapo.utils.reading import interpreting, is_whole, read_json
 from sapo.workflows.comparing.plan import PlannedRun
 
 COLLAPSED_BELOW = 0.5
@@ -33,16 +33,21 @@ class EvaluationPoint:
     samples: int
     correct: tuple[int, ...]
     """Right samples of each held-out problem, in order."""
+    judged: tuple[int, ...] | None = None
+    """Samples of each that were judged; None: all of them."""
 
     @property
     def rates_P(self) -> np.ndarray:
-        """Return the pass rate of each problem, (P,)."""
-        return np.array(self.correct) / self.samples
+        """Return the pass rate of each problem, (P,); NaN where no sample was judged."""
+        if self.judged is None:
+            return np.array(self.correct) / self.samples
+        judged = np.array(self.judged)
+        return np.where(judged > 0, np.array(self.correct) / np.maximum(judged, 1), np.nan)
 
     @property
     def pass_at_1(self) -> float:
         """Return the mean pass rate, mean@n."""
-        return float(self.rates_P.mean())
+        return float(np.nanmean(self.rates_P))
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class Curve:
         """
         if self.final.pass_at_1 < COLLAPSED_BELOW * self.best.pass_at_1:
             return True
-        return bootstrap(self.final.rates_P - self.start.rates_P).high < 0
+        changes_P = self.final.rates_P - self.start.rates_P
+        changes_P = changes_P[~np.isnan(changes_P)]
+        return bool(changes_P.size) and bootstrap(changes_P).high < 0
 
     @property
     def collapsed_since(self) -> int | None:
@@ -133,23 +140,24 @@ class RunOutcome:
         """
         records = read_metrics(run.directory)
         summary, failure = (_json(run.directory / name) for name in ("summary.json", FAILURE_FILE))
-        finished = summary is not None and summary["steps"] >= run.config.train.steps
-        state: Any = "finished" if finished else "failed" if failure is not None else "unfinished"
-        return cls(
-            name=run.name,
-            arm=run.arm,
-            learning_rate=run.learning_rate,
-            seed=run.seed,
-            state=state,
-            reason=failure["reason"] if failure is not None and state == "failed" else None,
-            steps=max((r["step"] for r in records if r["kind"] == "step"), default=0),
-            curves=_curves(records),
-            tokens=summary["tokens"] if summary is not None and finished else {},
-            warnings=early_warnings(records),
-            set_up=set_up_warnings(records),
-            last_step=records[-1]["step"] if records else 0,
-            seconds=summary["seconds"] if summary is not None and finished else {},
-        )
+        with interpreting(run.directory, "the directory of a run", way_out="move it away to make it again"):
+            finished = summary is not None and summary["steps"] >= run.config.train.steps
+            state: Any = "finished" if finished else "failed" if failure is not None else "unfinished"
+            return cls(
+                name=run.name,
+                arm=run.arm,
+                learning_rate=run.learning_rate,
+                seed=run.seed,
+                state=state,
+                reason=failure["reason"] if failure is not None and state == "failed" else None,
+                steps=max((r["step"] for r in records if r["kind"] == "step"), default=0),
+                curves=_curves(records),
+                tokens=summary["tokens"] if summary is not None and finished else {},
+                warnings=early_warnings(records),
+                set_up=set_up_warnings(records),
+                last_step=records[-1]["step"] if records else 0,
+                seconds=summary["seconds"] if summary is not None and finished else {},
+            )
 
     @property
     def ended(self) -> bool:
@@ -208,11 +216,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     if not file.exists():
         return []
-    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last one
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ConfigError(f"{file} is not what a run writes: {error}; move {run} away to make it again") from error
+    with interpreting(file, "the metrics of a run", way_out=f"move {run} away to make it again"):
+        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last one
+        records = [json.loads(line) for line in whole.splitlines()]
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or type(record.get("kind")) is not str or not is_whole(record.get("step")):
+                raise ValueError(f"line {number}, which has no kind and step")
+        return records
 
 
 def early_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
@@ -233,8 +243,10 @@ def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     points: dict[str, list[EvaluationPoint]] = {}
     for record in records:
-        if record["kind"] == "eval" and "correct" in record:
-            point = EvaluationPoint(record["step"], record["samples"], tuple(record["correct"]))
+        judged = record.get("judged")
+        if record["kind"] == "eval" and "correct" in record and (judged is None or any(judged)):
+            counts = None if judged is None else tuple(judged)
+            point = EvaluationPoint(record["step"], record["samples"], tuple(record["correct"]), counts)
             points.setdefault(record["task"], []).append(point)
     return {task: Curve(tuple(of_task)) for task, of_task in points.items()}
 
@@ -242,5 +254,4 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 def _json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value
+    return read_json(file, "what a run writes", way_out=f"move {file.parent} away to make it again")

@@ -20,6 +20,7 @@ SHARED_KEYS = {
     "seed": "seeds sets it for every arm",
     "train.learning_rate": "learning_rates sets it for every arm",
     "train.steps": "the budget is that of settings",
+    "train.stop_when": "the budget is that of settings",
     "rollout.prompts_per_step": "the budget is that of settings",
     "rollout.samples_per_prompt": "the budget is that of settings",
     "tasks": "all arms are asked the same prompts, those of settings",
@@ -137,6 +138,11 @@ class ComparisonPlan:
     def _check(self) -> None:
         if not self.arms:
             raise ConfigError("a comparison needs arms; got none; arms: {sapo: {objective.name: sapo}, ...} has one")
+        if self.base.train.stop_when is not None:
+            raise ConfigError(
+                "the runs of a comparison have one budget of steps; got train.stop_when, which ends each at another; "
+                "leave it out"
+            )
         for arm, settings in self.arms.items():
             if not _ARM_NAME.fullmatch(arm):
                 raise ConfigError(f"an arm's name becomes a directory's: letters, digits and ._+=- ; got {arm!r}")

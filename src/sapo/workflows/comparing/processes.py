@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sapo.errors import RunProcessError
+from sapo.utils.files import DirectoryLock
 from sapo.workflows.comparing.plan import PlannedRun
 
 POLL_SECONDS = 0.1
@@ -51,7 +52,7 @@ def run_side_by_side(
     runs: Sequence[PlannedRun],
     slots: RunSlots,
     logs: Path,
-    lock: IO[str],
+    lock: DirectoryLock,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> None:
@@ -112,7 +113,7 @@ class _RunProcess:
         slot: int,
         environment: Mapping[str, str],
         logs: Path,
-        lock: IO[str],
+        lock: DirectoryLock,
         events: queue.Queue[Event],
     ) -> None:
         self.run = run
@@ -128,7 +129,7 @@ class _RunProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                pass_fds=[lock.fileno()],
+                pass_fds=lock.descriptors,
                 start_new_session=True,  # Ctrl-C reaches the comparison alone, which asks its runs to stop
             )
         self._send(json.dumps(run.config.model_dump(mode="json")) + "\n")

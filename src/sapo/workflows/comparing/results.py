@@ -183,7 +183,7 @@ def _tuned(plan: ComparisonPlan, outcomes: Sequence[RunOutcome], task: str) -> l
     for arm in plan.arms:
         tried = [runs for rate in plan.learning_rates if (runs := _ended(outcomes, task, arm, rate))]
         if tried:
-            best[arm] = max(tried, key=lambda runs: np.mean([r.final_rates_P(task) for r in runs]))
+            best[arm] = max(tried, key=lambda runs: np.nanmean([r.final_rates_P(task) for r in runs]))
     baseline = best.get(plan.baseline, [])
     return [
         Tuned(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -18,12 +19,23 @@ from typing import Any
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
-from sapo.errors import CollapseError, ConfigError, Interrupted, NonFiniteError, ParityError, UserError
+from sapo.errors import (
+    CollapseError,
+    ConfigError,
+    Interrupted,
+    NonFiniteError,
+    ParityError,
+    RewardError,
+    StorageError,
+    UserError,
+)
 from sapo.evaluation.store import differing
 from sapo.run.directory import RunDirectory
+from sapo.run.inputs import absolute_paths
 from sapo.run.listener import Listener
 from sapo.run.machine import resolve_device
 from sapo.training.checkpoint import Checkpoint
+from sapo.utils.signals import STOPPING
 from sapo.workflows.train import Run, resume, train
 
 
@@ -44,6 +56,9 @@ class Reporter:
             self._stop.set()
 
         threading.Thread(target=wait, daemon=True).start()
+        # A cluster sends these to every process of a job; the comparison hears of them too, and asks for the same.
+        for number in STOPPING:
+            signal.signal(number, lambda *_: self._stop.set())
 
     def should_stop(self) -> bool:
         """Tell whether the comparison has ended or asked for a stop."""
@@ -66,7 +81,9 @@ class Reporter:
         if record["kind"] == "step":
             self.send("step", step=record["step"], reward=record.get("reward/mean"))
         elif record["kind"] == "eval":
-            self.send("eval", step=record["step"], task=record["task"], pass_at_1=record[f"mean@{record['samples']}"])
+            pass_at_1 = record.get(f"mean@{record['samples']}")
+            if pass_at_1 is not None:  # not where every completion failed
+                self.send("eval", step=record["step"], task=record["task"], pass_at_1=pass_at_1)
 
     def warning(self, text: str) -> None:
         """See `Listener.warning`; those of the run itself are in its metrics.jsonl."""
@@ -105,7 +122,7 @@ def check_same_run(path: Path, config: RunConfig) -> None:
     """
     resolved = config.model_copy(update={"device": resolve_device(config.device)})
     there, here = (
-        c.model_dump(mode="json", exclude={"provenance", "run_dir"})
+        absolute_paths(c).model_dump(mode="json", exclude={"provenance", "run_dir"})
         for c in (RunDirectory.read_config(path), parse_recipe(resolved.model_dump(mode="json")))
     )
     for key, (a, b) in differing(there, here):
@@ -119,7 +136,8 @@ def main() -> None:
     reporter.watch_input()
     try:
         run = execute(config, reporter, reporter.should_stop)
-    except UserError as error:
+    except (UserError, StorageError, RewardError) as error:
+        # For the user to mend: the run is resumed by the next call.
         reporter.send("refused", message=str(error))
     except (NonFiniteError, CollapseError, ParityError) as error:
         # This is a result of the comparison: the run is not repeated.

@@ -34,7 +34,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "packed
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
 
 LANES = 16
-"""What the cache pads its keys to; the same in kernels.c."""
+"""Multiple that the cache pads its keys to; the same in kernels.c."""
 
 _PACKED = ("pack", "multiply", "step", "room", "draw")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -62,7 +62,7 @@ class Kernels:
         self._packed["room"].restype = library.packed_precisions.restype = ctypes.c_int64
         known = library.packed_precisions()
         self.packed_precisions = {dtype for bit, dtype in ((1, torch.float32), (2, torch.bfloat16)) if known & bit}
-        """What packed.c multiplies on this processor."""
+        """Number formats that packed.c multiplies on this processor."""
 
     def norm(self, input_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
         """Compute RMSNorm, rounded before the weight multiplies."""
@@ -132,10 +132,16 @@ _floats: list[np.ndarray] = []
 
 
 def compiles_here() -> bool:
-    """Return whether a compiler makes kernels that can be loaded; it is tried, and nothing of it is kept."""
+    """Return whether a compiler has made kernels that can be loaded, or does so now; nothing new is kept."""
     try:
         compiler = _compiler()
-        return compiler is not None and _own(compiler, "trial") is not None
+        if compiler is None:
+            return False
+        made = cache_directory() / "kernels" / f"{_name(compiler)}.so"
+        if made.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(made)) is not None
+        return _own(compiler, "trial") is not None
     except (OSError, ValueError, subprocess.SubprocessError):
         return False
 

@@ -26,7 +26,7 @@ PANEL = 32
 """Outputs of a panel; the same in packed.c."""
 
 STORED, ADDED, GATED, WIDENED = range(4)
-"""What becomes of outputs; the same in packed.c."""
+"""Codes of what is done with outputs; the same in packed.c."""
 
 DRAWN = 1024
 """Tokens of a partial sum of a draw; the same in packed.c."""
@@ -51,20 +51,20 @@ class Places:
     """Rows by their prompts."""
     pool_R: np.ndarray
     slot_R: np.ndarray
-    """Of each row's prompt in its pool."""
+    """Slot of each row's prompt in its pool."""
     prompt_R: np.ndarray
     """Tokens of each row's prompt, the preamble left out."""
     place_R: np.ndarray
-    """Of each row's own tokens."""
+    """Place of each row's own tokens."""
     bases_LP3: np.ndarray
-    """Of each layer and pool: keys, values and the tokens it has room for."""
+    """For each layer and pool, keys, values and the tokens it has room for."""
     preamble_L2: np.ndarray
-    """Of each layer: keys and values of the preamble."""
+    """Keys and values of the preamble, for each layer."""
     preamble_stride: int
     preamble: int
     """Tokens the preamble has room for, and has."""
     own_L2: np.ndarray
-    """Of each layer: keys and values of the rows' own tokens."""
+    """Keys and values of the rows' own tokens, for each layer."""
     length: int
     """Tokens a row has room for."""
     longest: int
@@ -113,8 +113,12 @@ def panel_bytes(weights: Sequence[Tensor]) -> int:
 
 
 def fresh_memory(num_bytes: int) -> Tensor:
-    """Allocate (num_bytes,) uint8 zeros in pages of 2 MiB where there are any: fewer faults and look-ups."""
-    memory = mmap.mmap(-1, num_bytes)
+    """Allocate (num_bytes,) uint8 zeros in pages of 2 MiB where there are any: fewer faults and look-ups.
+
+    The memory is private. Shared memory, Python's default, lies in a file of the system: a page for which there is no
+    room ends the process by SIGBUS, and a fork writes into its parent's.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

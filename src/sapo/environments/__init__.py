@@ -1,0 +1,35 @@
+"""Environments: tasks in which the model takes several turns, and something answers it between them.
+
+An environment is one coroutine, `play(prompt, ask)`, that plays an episode and returns its Score. It knows texts and
+messages; token ids, budgets and failures are the affair of whoever calls it.
+"""
+
+from sapo.environments.base import (
+    Answer,
+    Ask,
+    Environment,
+    Episode,
+    Messages,
+    OutOfBudget,
+    Said,
+    ToolCall,
+    ToolError,
+    Turn,
+    WorkedEnvironment,
+    is_environment,
+)
+
+__all__ = [
+    "Answer",
+    "Ask",
+    "Environment",
+    "Episode",
+    "Messages",
+    "OutOfBudget",
+    "Said",
+    "ToolCall",
+    "ToolError",
+    "Turn",
+    "WorkedEnvironment",
+    "is_environment",
+]

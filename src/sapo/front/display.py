@@ -1,0 +1,420 @@
+"""The display of a run under way: one live bar on a terminal, plain lines elsewhere.
+
+A plain log has a line of every step, but no more than one in ten seconds; the first and the last step always have one.
+Everything shown that came from a model or a file is printed as plain text, never as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sapo.config import RunConfig
+from sapo.config.summary import free_sentence, replay_sentence
+from sapo.data import Status
+from sapo.diagnostics.titles import metric_title
+from sapo.run.profiling import phases
+from sapo.training.checkpoint import Checkpoint
+from sapo.utils.text import visible
+from sapo.workflows.coldstart import ColdStartProgress
+
+COLUMNS = (
+    ("reward/mean", "{:.3f}"),
+    ("pass@1", "{:.3f}"),
+    ("update/entropy", "{:.3f}"),
+    ("update/gate/eur", "{:.4f}"),
+    ("update/ratio/abs_dev", "{:.2e}"),
+)
+"""Metrics of a step that are shown, with their formats."""
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Least time between two lines of steps in a plain log."""
+
+PHASES = {
+    "generate": "sampling completions",
+    "score": "scoring",
+    "wait": "waiting for completions",
+    "old_logprobs": "computing log-probabilities",
+    "reference": "computing the reference's log-probabilities",
+    "diagnose": "measuring",
+    "update": "updating",
+    "evaluate": "evaluating",
+    "checkpoint": "saving",
+}
+"""Phase of a step -> what is shown while it goes on."""
+
+GLOSSARY = (
+    "EUR: effective update ratio, the mean weight that the objective's gate leaves to a token (1: all of it)",
+    "|r - 1|: how far the policy has moved from the weights that sampled, r = pi / pi_old, mean over tokens",
+    "entropy: of the next token, in nats; falling towards 0, completions become alike",
+)
+"""What the words in the line of a step mean; printed once, before the first."""
+
+
+class Display:
+    """Listens to a run and shows it.
+
+    Args:
+        console: where to print; a live bar is drawn only if it is a terminal.
+        clock: gives the seconds by which the lines of a plain log are spaced.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self._clock = clock
+        self._began: tuple[float, int] | None = None
+        self._last_line = float("-inf")
+        self._explained = False
+        self._figures = ""
+        self.steps: int | None = None
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._coldstart: ColdStartProgress | None = None
+        self._resumed: Checkpoint | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the live bar down; the lines above it stay."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def started(self, config: RunConfig) -> None:
+        """Print what the run will do, when its loop begins or resumes."""
+        self._end_coldstart()
+        self.steps = config.train.steps
+        if self._resumed is not None and self._resumed.step >= self.steps:
+            steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+            self.say(
+                f"no step is left: the run has made its {steps}; to train on: sapo resume {config.run_dir} "
+                f"train.steps=N, N above {self.steps}"
+            )
+            return
+        self.say(config.batch_sentence())
+        if (replay := replay_sentence(config)) is not None:
+            self.say(replay)
+        if config.rollout.schedule == "free":
+            self.say(free_sentence(config))
+
+    def say(self, text: str) -> None:
+        """Print a line of plain text above the bar, with control characters escaped."""
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table."""
+        self.console.print(table)
+
+    def coldstart(self, progress: ColdStartProgress) -> None:
+        """Show an evaluation of the cold start."""
+        if self._coldstart is None and not self.console.is_terminal:
+            self.say("cold start: making the starting model; later runs of the recipe on as many threads reuse it")
+        self._coldstart = progress
+        if self.console.is_terminal:
+            self._show(
+                "cold start",
+                progress.update,
+                None,
+                f"update {progress.update}  loss {progress.loss:.3f}  pass@1 {progress.pass_at_1:.3f}",
+            )
+        elif progress.update % 100 == 0:
+            self.say(f"cold start: update {progress.update}, loss {progress.loss:.3f}, pass@1 {progress.pass_at_1:.3f}")
+
+    def _end_coldstart(self) -> None:
+        """Print once what the cold start reached, when the run begins."""
+        if self._coldstart is not None:
+            last, self._coldstart = self._coldstart, None
+            self.stop()
+            self.say(f"cold start: reached pass@1 {last.pass_at_1:.3f}, {last.update} updates, {last.seconds:.0f} s")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        kind = record["kind"]
+        if kind == "self_check":
+            self._self_check(record)
+        elif kind == "eval":
+            self.say(_evaluation_line(record))
+        elif kind == "rollback":
+            self.say(
+                f"step {record['step']}: rollback {record['rollbacks']} to the weights of step {record['to']}, "
+                f"learning rate times {record['learning_rate_scale']:g} from here on"
+            )
+        elif kind == "step":
+            self._step(record)
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        """Show the figures of a step: in the bar of a terminal, or as a line of a plain log where one is due."""
+        step, figures = record["step"], step_figures(record)
+        now = self._clock()
+        self._began = self._began or (now - record["timing"].get("seconds", 0.0), step - 1)
+        if self.console.is_terminal:
+            self._explain()
+            self._figures = "  ".join(figures)
+            self._show("training", step, self.steps, self._figures)
+            return
+        if step not in (1, self.steps) and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._explain()
+        self._last_line = now
+        began, before = self._began
+        left = (now - began) / (step - before) * ((self.steps or step) - step)
+        if left > 0:
+            figures.append(f"{duration(left)} left")
+        self.say(f"step {step}/{self.steps}: {', '.join(figures)}")
+
+    def _explain(self) -> None:
+        """Say once what the words of a step's line mean."""
+        if not self._explained:
+            self._explained = True
+            for line in GLOSSARY:
+                self.say(f"  {line}")
+
+    def phase(self, step: int, name: str) -> None:
+        """Show on a terminal which phase of a step is under way."""
+        if self.console.is_terminal and name in PHASES and self.steps is not None:
+            self._show("training", min(step - 1, self.steps), self.steps, self._figures, PHASES[name])
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Print sampled completions with their rewards."""
+        for line in sample_lines(step, samples):
+            self.say(line)
+
+    def ended(self, run: Any) -> None:
+        """Print what a run has come to, and the next commands."""
+        self.stop()
+        for line in end_lines(run):
+            self.say(line)
+
+    def note(self, text: str) -> None:
+        """Print what is neither progress nor a warning."""
+        self.say(text)
+
+    def warning(self, text: str) -> None:
+        """Print a warning."""
+        self.console.print(f"[yellow]warning:[/yellow] {escape(visible(text))}", highlight=False, soft_wrap=True)
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Show nothing: the last checkpoint is named at the end."""
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """Print which checkpoint the run resumes from."""
+        self._resumed = checkpoint
+        self.say(f"resuming from {checkpoint.path} ({checkpoint.label})")
+
+    def _self_check(self, record: dict[str, Any]) -> None:
+        worst = record["log_ratio/max_abs"]
+        source = (
+            "the engine's, equal to the trainer's by the self-check"
+            if record["old_logprobs"] == "engine" and record["equal"]
+            else "the engine's, by train.old_logprobs=engine"
+            if record["old_logprobs"] == "engine"
+            else "recomputed by the trainer at the weights that sampled"
+            if record["old_logprobs"] == "trainer"
+            else "recomputed by the trainer at the weights of each batch's first update"
+        )
+        self.say(f"log pi_old: {source} (largest |log r| {worst:.1e})")
+        self.say("  log pi_old: log-probability of a sampled token before the step's updates, the denominator of r")
+        if "routing_replay" in record:
+            who = {"R2": "the trainer records, so this is R2", "R3": "the engine records, so this is R3"}
+            self.say(f"routing replay: {who[record['routing_replay']]}")
+
+    def _show(self, description: str, completed: int, total: int | None, figures: str, phase: str = "") -> None:
+        if self._progress is None:
+            self._progress = _TwoLines(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[phase]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(description, total=total, figures="", phase="")
+            self._progress.start()
+        self._progress.update(
+            self._task, description=description, completed=completed, total=total, figures=figures, phase=phase
+        )
+
+
+class Quiet(Display):
+    """Prints warnings and nothing else: `--quiet`."""
+
+    def ended(self, run: Any) -> None:
+        """Say nothing."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def show(self, table: RenderableType) -> None:
+        """Show nothing."""
+
+    def _show(self, description: str, completed: int, total: int | None, figures: str, phase: str = "") -> None:
+        """Show nothing."""
+
+
+class JsonLines(Quiet):
+    """Prints what the run writes to metrics.jsonl, line by line as it comes, and the summary as the last: `--json`.
+
+    Args:
+        console: where the lines go; warnings go to `errors`.
+    """
+
+    def __init__(self, console: Console, errors: Console) -> None:
+        super().__init__(errors)
+        self._out = console
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Print a line of metrics.jsonl."""
+        self._line(record)
+
+    def ended(self, run: Any) -> None:
+        """Print the summary, where the run is and whether it was stopped."""
+        stopped = None if run.stopped is None else str(run.stopped.checkpoint.path)
+        self._line({"kind": "end", "run": str(run.directory), "stopped": stopped, "summary": run.summary})
+
+    def _line(self, record: Mapping[str, Any]) -> None:
+        self._out.print(json.dumps(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class _TwoLines(Progress):
+    """Shows the figures on a line of their own: beside a bar they would not fit 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.fields["figures"])
+        yield self.make_tasks_table(self.tasks)
+
+
+def _evaluation_line(record: dict[str, Any]) -> str:
+    """Write one evaluation in one line: pass@1 with its interval, the mean reward, and completions without a score.
+
+    Where rewards are others than 0 and 1, the mean reward stands alone.
+    """
+    line = f"step {record['step']}: "
+    if f"mean@{record['samples']}" not in record:
+        line += "no held-out completion was judged"
+    elif record.get("binary", True):
+        pass_at_1 = record[f"mean@{record['samples']}"]  # equal to pass@1, which is there only where k has 1
+        line += f"{metric_title('eval', 'pass@1').title} {pass_at_1:.3f}"
+        if "pass@1/low" in record:
+            line += f" [{record['pass@1/low']:.3f}, {record['pass@1/high']:.3f}]"
+        line += ", "
+    else:
+        line += "held-out "
+    if "reward/mean" in record:
+        line += f"{metric_title('eval', 'reward/mean').title} {record['reward/mean']:.3f}"
+    line = line.removesuffix(", ") + f" on {record['task']}, {record['problems']} x {record['samples']}"
+    line += "".join(
+        f", {metric_title('eval', name).title} {record[name]:.3f}" for name in ("greedy", "constant") if name in record
+    )
+    odd = [s for s in Status if s is not Status.SCORED and record.get(f"status/{s.value}")]
+    return line + "".join(f", {record[f'status/{s.value}']} {s.value.replace('_', ' ')}" for s in odd)
+
+
+def step_figures(record: Mapping[str, Any]) -> list[str]:
+    """Return the figures of a step in words: those of COLUMNS that were measured, and tokens per second."""
+    figures = [
+        f"{metric_title('step', name).title} {text.format(record[name])}" for name, text in COLUMNS if name in record
+    ]
+    if "tokens_per_second" in record["timing"]:
+        figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")
+    return figures
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as a person would.
+
+    >>> duration(8.2), duration(95), duration(7300)
+    ('9 s', '2 min', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def sample_lines(step: int, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return sampled completions as lines: the question, then each completion with its reward."""
+    lines, question = [], None
+    for sample in samples:
+        if sample["prompt"] != question:
+            question = sample["prompt"]
+            lines.append(f"  step {step}, {sample['task']}: {brief(question)}")
+        lines.append(f"    reward {sample['reward']:.3f}: {brief(sample['text'])}")
+    return lines
+
+
+def brief(text: str, length: int = 200) -> str:
+    """Return a text on one line, cut in the middle."""
+    line = " ".join(text.split())
+    half = (length - 5) // 2
+    return line if len(line) <= length else f"{line[:half]} ... {line[-half:]}"
+
+
+def end_lines(run: Any) -> list[str]:
+    """Return what a run has come to as lines: the figures of every task, the seconds, the files, the next commands.
+
+    Args:
+        run: of `workflows.train`.
+    """
+    if run.stopped is not None:
+        return [
+            f"stopped at {run.stopped.checkpoint.label}, saved in {run.stopped.checkpoint.path}",
+            f"next: sapo resume {run.directory}",
+            f"      sapo report {run.directory}",
+        ]
+    summary = run.summary
+    lines = [*_task_lines(summary), _seconds_line(summary["seconds"])]
+    model = run.directory / "checkpoints" / f"step-{summary['steps']:06d}"
+    rollouts = ", rollouts/" if run.config.log.rollouts_every else ""
+    lines.append(f"wrote {run.directory}/summary.json, metrics.jsonl{rollouts} and the model in {model}")
+    lines += [f"next: sapo eval {run.directory}", f"      sapo report {run.directory}"]
+    if run.config.log.tensorboard:
+        lines.append(f"      tensorboard --logdir {run.directory}/tensorboard")
+    return lines
+
+
+def _task_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the figures of the first and the last evaluation, of each task where there are several."""
+    start, final, steps = summary["start"], summary["final"], summary["steps"]
+    if not (start and final):
+        return []
+    if "tasks" not in final:
+        return _figure_lines(start, final, steps, "")
+    before = start.get("tasks") or {}
+    tasks = final["tasks"].items()
+    return [
+        line for name, figures in tasks for line in _figure_lines(before.get(name, {}), figures, steps, f"{name}: ")
+    ]
+
+
+def _figure_lines(start: Mapping[str, Any], final: Mapping[str, Any], steps: int, task: str) -> list[str]:
+    lines = []
+    if "pass@1" in final and "pass@1" in start and final.get("binary", True):
+        title = metric_title("eval", "pass@1").title
+        lines.append(f"{task}{title} {start['pass@1']:.3f} -> {final['pass@1']:.3f} in {steps} steps")
+        if "greedy" in final and "greedy" in start:
+            lines.append(f"         greedy {start['greedy']:.3f} -> {final['greedy']:.3f}")
+        if "constant" in final:
+            lines.append(f"  best constant {final['constant']:.3f}, one answer for every problem")
+    if "reward/mean" in final and "reward/mean" in start:  # earlier versions began without it
+        title = metric_title("eval", "reward/mean").title
+        before, after = start["reward/mean"], final["reward/mean"]
+        lines.append(f"{task}held-out {title} {before:.3f} -> {after:.3f} in {steps} steps")
+    return lines
+
+
+def _seconds_line(seconds: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in phases(dict(seconds)).items() if name != "total")
+    return f"{seconds['total']:.1f} s: {parts}"

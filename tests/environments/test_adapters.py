@@ -1,0 +1,395 @@
+"""Environments in the forms of TRL, skyrl-gym and OpenEnv, as stand-ins written after their documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sapo.data import Prompt, Score, Status
+from sapo.environments import Environment
+from sapo.environments.adapters.openenv import OpenEnvEnvironment
+from sapo.environments.adapters.skyrl import SkyRlEnvironment
+from sapo.environments.adapters.trl import TrlEnvironment
+from sapo.environments.side import Side
+from sapo.environments.wrapping import SamePrompt, source_of
+from sapo.errors import TaskError
+from sapo.tasks import make_task
+from sapo.tasks.base import FiniteTask
+from support.asking import Scripted, play
+
+PROMPT = Prompt(0, "rows", "Reach 7.", answer="7", metadata={"start": 3, "secret": "x"})
+
+
+class Rows:
+    """A source of one prompt."""
+
+    name = "rows"
+
+    def train_prompt(self, index: int) -> Prompt:
+        return PROMPT
+
+    def held_out(self, count: int) -> list[Prompt]:
+        return [PROMPT]
+
+    def verify(self, text: str, prompt: Prompt) -> Score:
+        return Score(float(text == prompt.answer))
+
+
+# ----------------------------------------------------------------------------------------------------------------- TRL
+
+
+class Counter:
+    """As in TRL's docs: reset(**row), public methods are tools, get_reward."""
+
+    def reset(self, start: int, **row: Any) -> str:
+        self.row = row
+        self.n = start
+        return f"You have {start}."
+
+    def add(self, k: int) -> int:
+        """Add to the number.
+
+        Args:
+            k: how much.
+        """
+        if k > 100:
+            raise RuntimeError("too much")
+        self.n += k
+        return self.n
+
+    def get_reward(self) -> float:
+        return float(self.n == 7)
+
+    @property
+    def unready(self) -> int:
+        raise AssertionError("a property is no tool and must not be looked at")
+
+    def _hidden(self) -> None:
+        raise AssertionError("not a tool")
+
+
+def call(**arguments: Any) -> str:
+    return f"<tool_call>{json.dumps({'name': 'add', 'arguments': arguments})}</tool_call>"
+
+
+def test_a_trl_environment_is_played() -> None:
+    task = TrlEnvironment(Rows(), Counter)
+    assert isinstance(task, Environment)
+    assert task.toolbox.names == ("add",)
+    score, shown = play(task, PROMPT, call(k=1) + call(k=2), call(k=1), "Done.")
+    assert score.reward == 1.0
+    assert shown[0] == "You have 3."
+    assert [[m["content"] for m in said] for said in shown[1:]] == [["4", "6"], ["7"]]
+    assert score.figures["tools/add/calls"] == 3.0
+    score, _ = play(task, PROMPT, "Done.")
+    assert score.reward == 0.0  # reset for each episode
+
+
+def test_what_a_trl_tool_raises_is_answered() -> None:
+    score, shown = play(TrlEnvironment(Rows(), Counter), PROMPT, call(k=101), call(k="4"), call(k=4), "Done.")
+    assert score.reward == 1.0
+    assert shown[1][0]["content"] == "error: too much"
+    assert shown[2][0]["content"] == "error: add: k must be a whole number; got '4'"
+
+
+def test_a_trl_environment_without_a_reward_is_judged_by_the_task() -> None:
+    class Silent:
+        def reset(self) -> None:  # takes no columns
+            return None
+
+    score, shown = play(TrlEnvironment(Rows(), Silent), PROMPT, "7")
+    assert (score.reward, list(shown)) == (1.0, [""])
+    cut, _ = play(TrlEnvironment(Rows(), Silent), PROMPT, "7", cut=True)
+    assert cut.status is Status.TRUNCATED
+
+
+def test_coroutines_of_a_trl_environment_are_awaited() -> None:
+    class Slow(Counter):
+        async def add(self, k: int) -> int:
+            """Add to the number.
+
+            Args:
+                k: how much.
+            """
+            await asyncio.sleep(0)
+            self.n += k
+            return self.n
+
+        async def get_reward(self) -> float:
+            return float(self.n)
+
+    score, _ = play(TrlEnvironment(Rows(), Slow), PROMPT, call(k=4), "Done.")
+    assert score.reward == 7.0
+
+
+def bad(**methods: Any) -> type:
+    return type("Bad", (Counter,), methods)
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "message"),
+    [
+        (bad(reset=lambda self, **row: [{"type": "image"}]), TypeError, "reset must return a text or None"),
+        (bad(reset=lambda self, **row: 1 / 0), ZeroDivisionError, "division"),
+        (bad(get_reward=lambda self: None), ValueError, "cannot be scored"),
+        (bad(get_reward=lambda self: sys.exit(3)), RuntimeError, "SystemExit: 3"),
+        (bad(get_reward=lambda self: next(iter(()))), RuntimeError, "StopIteration"),
+    ],
+)
+def test_a_bad_trl_environment_fails_its_episode(factory: type, error: type[Exception], message: str) -> None:
+    task = TrlEnvironment(Rows(), factory)
+    with pytest.raises(error, match=message):
+        play(task, PROMPT, "Done.")
+
+
+def test_an_environment_that_failed_is_not_used_again() -> None:
+    made: list[Counter] = []
+
+    class Once(Counter):
+        def __init__(self) -> None:
+            made.append(self)
+
+        def get_reward(self) -> float:
+            if self.n == 3:
+                raise RuntimeError("broken")
+            return 1.0
+
+    task = TrlEnvironment(Rows(), Once)
+    play(task, PROMPT, call(k=1), "Done.")
+    play(task, PROMPT, call(k=1), "Done.")
+    assert len(made) == 1
+    with pytest.raises(RuntimeError, match="broken"):
+        play(task, PROMPT, "Done.")
+    play(task, PROMPT, call(k=1), "Done.")
+    assert len(made) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- skyrl
+
+
+class Gym:
+    """As skyrl-gym's BaseTextEnv."""
+
+    closed = 0
+
+    def __init__(self, env_config: Any = None, extras: Any = None) -> None:
+        self.config, self.extras, self.turns = env_config, extras, 0
+
+    def init(self, prompt: Any) -> tuple[Any, dict[str, Any]]:
+        return prompt, {}
+
+    def step(self, action: str) -> dict[str, Any]:
+        self.turns += 1
+        done = self.turns == 3
+        truth = self.extras["reward_spec"]["ground_truth"]
+        said = [] if done else [{"role": "user", "content": f"turn {self.turns}"}]
+        return {"observations": said, "reward": 0.5 * (action == truth), "done": done, "metadata": {}}
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+def gym(**methods: Any) -> SkyRlEnvironment:
+    kind = type("Made", (Gym,), methods)
+    return SkyRlEnvironment(Rows(), lambda extras: kind(extras=extras))
+
+
+def test_a_skyrl_environment_is_stepped_and_closed() -> None:
+    Gym.closed = 0
+    score, shown = play(SkyRlEnvironment(Rows(), lambda extras: Gym(extras=extras)), PROMPT, "7", "6", "7")
+    assert (score.reward, score.figures["steps"], Gym.closed) == (1.0, 3.0, 1)
+    assert [said[0]["content"] for said in shown[1:]] == ["turn 1", "turn 2"]
+
+
+def test_messages_that_init_adds_are_an_opening() -> None:
+    opening = {"role": "user", "content": "Begin."}
+    _, shown = play(gym(init=lambda self, prompt: ([*prompt, opening], {})), PROMPT, "7", "7", "7")
+    assert shown[0] == [opening]
+
+
+@pytest.mark.parametrize(
+    ("methods", "error", "message"),
+    [
+        ({"init": lambda self, prompt: ([{"role": "user", "content": "Other."}], {})}, ValueError, "init changed"),
+        ({"step": lambda self, action: {"reward": "1", "done": True}}, TypeError, "must be a number; got '1'"),
+        ({"step": lambda self, action: {"reward": 1, "done": False}}, ValueError, "no observations"),
+        ({"step": lambda self, action: 1 / 0}, ZeroDivisionError, "division"),
+    ],
+)
+def test_a_bad_skyrl_environment_fails_its_episode_and_is_closed(methods: Any, error: Any, message: str) -> None:
+    task = gym(**methods)
+    with pytest.raises(error, match=message):
+        play(task, PROMPT, "7", "7", "7")
+
+
+# ------------------------------------------------------------------------------------------------------------- OpenEnv
+
+
+class Client:
+    """As an OpenEnv client: an asynchronous context with reset and step."""
+
+    open = 0
+
+    def __init__(self, base_url: str = "") -> None:
+        self.base_url = base_url
+
+    async def __aenter__(self) -> Client:
+        type(self).open += 1
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        type(self).open -= 1
+
+    async def reset(self, seed: int | None = None) -> Any:
+        self.turns, self.seed = 0, seed
+        return SimpleNamespace(observation=SimpleNamespace(message=f"seed {seed}"), reward=None, done=False)
+
+    async def step(self, action: Any) -> Any:
+        await asyncio.sleep(0)
+        self.turns += 1
+        done, said = self.turns == 2, {"text": f"turn {self.turns}"}
+        return SimpleNamespace(observation=said, reward=float("7" in action), done=done)
+
+
+class SyncClient(Client):
+    """As the same client made synchronous."""
+
+    __aenter__ = None  # type: ignore[assignment]
+
+    def __enter__(self) -> SyncClient:
+        type(self).open += 1
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        type(self).open -= 1
+
+    def reset(self, seed: int | None = None) -> Any:
+        return asyncio.run(Client.reset(self, seed))
+
+    def step(self, action: Any) -> Any:
+        return asyncio.run(Client.step(self, action))
+
+
+del SyncClient.__aenter__
+
+
+def test_an_openenv_session_is_stepped_and_closed() -> None:
+    task = OpenEnvEnvironment(Rows(), Client, action=lambda text: f"<{text}>")
+    prompt = Prompt(0, "rows", "?", metadata={"seed": 5})
+    score, shown = play(task, prompt, "7", "7")
+    assert (score.reward, list(shown), Client.open) == (2.0, ["seed 5", "turn 1"], 0)
+
+
+def test_a_lost_connection_fails_the_episode_and_is_closed() -> None:
+    class Lost(Client):
+        async def step(self, action: Any) -> Any:
+            raise ConnectionError("the server is gone")
+
+    with pytest.raises(ConnectionError):
+        play(OpenEnvEnvironment(Rows(), Lost), PROMPT, "7")
+    assert Lost.open == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- hanging
+
+
+def test_a_call_that_hangs_holds_up_its_episode_alone() -> None:
+    stop = threading.Event()
+    hanging = gym(step=lambda self, action: stop.wait(30))
+    good = SkyRlEnvironment(Rows(), lambda extras: Gym(extras=extras))
+
+    async def both() -> tuple[Any, Score]:
+        async def limited() -> Any:
+            return await asyncio.wait_for(hanging.play(PROMPT, Scripted("7")), 0.3)
+
+        bad, fine = await asyncio.gather(limited(), good.play(PROMPT, Scripted("7", "7", "7")), return_exceptions=True)
+        return bad, fine  # type: ignore[return-value]
+
+    started = time.monotonic()
+    bad, fine = asyncio.run(both())
+    stop.set()
+    assert isinstance(bad, TimeoutError)
+    assert fine.reward == 1.5
+    assert time.monotonic() - started < 20
+
+
+def test_the_calls_of_an_episode_are_made_in_one_thread_and_in_order() -> None:
+    async def calls() -> list[Any]:
+        async with Side() as side:
+            return [await side.call(lambda i=i: (i, threading.get_ident())) for i in range(5)]
+
+    made = asyncio.run(calls())
+    assert [i for i, _ in made] == [0, 1, 2, 3, 4]
+    assert len({thread for _, thread in made}) == 1
+    assert made[0][1] != threading.get_ident()
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Reach 7.", "answer": "7", "start": 3}\n' * 2)
+    made = types.ModuleType("my_environments")
+    vars(made).update(Counter=Counter, Gym=Gym, Client=Client, NoReset=type("NoReset", (), {}))
+    monkeypatch.setitem(sys.modules, "my_environments", made)
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def test_a_recipe_names_tools(module: Any, tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"prompt": "Reach 8.", "answer": "8"}\n')
+    task = make_task("file", seed=0, path="rows.jsonl", held_out_path="held.jsonl", tools=["calculator"])
+    assert isinstance(task, FiniteTask)
+    assert (task.num_train, task.toolbox.names, task.name) == (2, ("calculator",), "rows")
+    assert source_of(task).num_train == 2
+    assert not isinstance(make_task("same_prompt", seed=0, text="?", tools=["calculator"]), FiniteTask)
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ("trl:my_environments:Counter", TrlEnvironment),
+        ("skyrl:my_environments:Gym", SkyRlEnvironment),
+        ({"name": "openenv:my_environments:Client", "url": "http://127.0.0.1:1"}, OpenEnvEnvironment),
+    ],
+)
+def test_a_recipe_names_environments(module: Any, environment: Any, kind: type) -> None:
+    task = make_task("same_prompt", seed=0, text="Reach 7.", environment=environment)
+    assert isinstance(task, kind)
+    assert task.train_prompt(0).metadata["seed"] != task.held_out(1)[0].metadata["seed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"environment": "trll:my_environments:Counter"}, "must be one of trl:"),
+        ({"environment": "trl:my_environments:Counted"}, "no class 'Counted'; did you mean 'Counter'"),
+        ({"environment": "trl:my_environments:NoReset"}, "must have a method reset"),
+        ({"environment": "skyrl:no_such_name"}, "needs skyrl-gym|has the environments"),
+        ({"environment": "openenv:http://127.0.0.1:8000"}, "must name the client's class"),
+        ({"environment": "openenv:my_environments:Client"}, "needs the address of its server"),
+        ({"environment": {"name": "skyrl:my_environments:Gym", "url": "x"}}, "does not take the options url"),
+        ({"environment": 3}, "environment must be a name"),
+        ({"tools": []}, "must have tools"),
+        ({"tools": ["calculatr"]}, "did you mean 'calculator'"),
+        ({"tools": ["calculator"], "calls": "xml"}, "calls must be one of"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(module: Any, options: Any, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        make_task("same_prompt", seed=0, text="?", **options)
+
+
+def test_a_source_without_a_verifier_says_so() -> None:
+    with pytest.raises(TypeError, match="the environment must give the reward"):
+        SamePrompt("?").verify("7", PROMPT)
