@@ -110,16 +110,16 @@ def test_the_numbers_in_the_page_are_those_of_metrics_jsonl(visit: Visit, real) 
 
 
 def test_no_text_runs_as_markup_and_what_steers_is_spelled_out(visit: Visit, made: Path) -> None:
-    page = visit.open(made)
+    page = visit.open(made, "#run=%3Cimg+src%3Dx+onerror%3Dhacked%3E&sample=0.1")
     page.evaluate("sapoReport.drawAll()")
+    rows = page.locator("#token-view .row")
+    assert texts(page, "#token-view .row[aria-selected=true] b") == ["0.1"], "the address chose it"
+    assert rows.count() == 8
     shown = set()
-    for number in range(4):
-        for sample in range(2):
-            page.goto("about:blank")
-            page.goto(f"{made.as_uri()}#run=%3Cimg+src%3Dx+onerror%3Dhacked%3E&sample={number}.{sample}")
-            page.evaluate("sapoReport.tokens.ready")
-            shown |= {*texts(page, ".tok"), *texts(page, ".question"), *texts(page, ".facts .value")}
-            assert page.evaluate("window.hacked ?? null") is None
+    for row in rows.all():
+        row.click()
+        shown |= {*texts(page, ".tok"), *texts(page, ".question"), *texts(page, ".facts .value")}
+        assert page.evaluate("window.hacked ?? null") is None
     for attack in ATTACKS[:5]:
         assert attack in shown
     assert "\\u202egnorw" in shown
