@@ -20,19 +20,12 @@ from sapo.model.policy import Policy
 from sapo.rollout.prompting import PromptFormat
 from support.kernels import fresh_cache
 from support.runs import fingerprint, write_model, write_recipe
+from support.zygote import run_forked
 
 
 def sapo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": fresh_cache(cwd / "cache"), "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "sapo.cli", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    return run_forked(*arguments, cwd=cwd, env=environment)
 
 
 def sapo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cwd: Path, *arguments: str):

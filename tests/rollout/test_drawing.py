@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Request
 from sapo.rollout.params import SamplingParams
 from support.runs import write_recipe
+from support.zygote import run_forked
 
 ASKED = [Request(Prompt(id=i, task="t", text="1=", token_ids=(1, 2)), samples=2) for i in (7, 8)]
 GOOD = Completion((3, 0), (-0.5, -0.5), "stop", "3")
@@ -49,6 +51,7 @@ def test_anything_else_is_refused_with_what_was_asked_and_what_came(output: obje
 
 SHORT = """
 from support.list_engine import ListEngine
+from support.zygote import run_forked
 
 
 class ShortEngine(ListEngine):
@@ -58,9 +61,7 @@ class ShortEngine(ListEngine):
 
 
 def run_command(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sapo", *words], capture_output=True, text=True, cwd=directory, check=False
-    )
+    return run_forked(*words, cwd=directory, env=os.environ)
 
 
 def test_the_command_line_says_in_one_line_what_an_engine_got_wrong(

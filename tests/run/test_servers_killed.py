@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from support import processes
-from support.processes import PATIENCE, finish
+from support.processes import PATIENCE, Process, finish
 from support.runs import fingerprint, write_recipe
 from support.servers import gone, kill, servers_of, with_fake
 
@@ -28,7 +27,7 @@ STEPS = 8
 pytestmark = pytest.mark.scale
 
 
-def start(directory: Path, *arguments: str, **knobs: Any) -> subprocess.Popen:
+def start(directory: Path, *arguments: str, **knobs: Any) -> Process:
     """Start a command with fake servers; the recipe is made when it is not there yet."""
     if not (directory / "recipe.yaml").exists():
         made = {"rollout__engine": "vllm", "rollout__servers": 2, "train__steps": STEPS, "train__max_restarts": 20}
@@ -40,7 +39,7 @@ def start(directory: Path, *arguments: str, **knobs: Any) -> subprocess.Popen:
         return processes.start(*arguments, cwd=directory)
 
 
-def train(directory: Path, *changes: str, **knobs: Any) -> subprocess.Popen:
+def train(directory: Path, *changes: str, **knobs: Any) -> Process:
     return start(directory, "train", "recipe.yaml", *changes, **knobs)
 
 
@@ -49,7 +48,7 @@ def lines(run: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def wait_until(process: subprocess.Popen, moment: Callable[[], bool]) -> None:
+def wait_until(process: Process, moment: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not moment():
         assert process.poll() is None, process.communicate()[0]

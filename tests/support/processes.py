@@ -12,14 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.kernels import fresh_cache
+from support.zygote import Forked
 
 PATIENCE = 300.0  # seconds; a limit for a hung process, not a measurement
 
+Process = subprocess.Popen | Forked
 
-def start(*arguments: str, cwd: Path, torchrun: int | None = None, new_session: bool = False) -> subprocess.Popen:
+
+def start(*arguments: str, cwd: Path, torchrun: int | None = None, new_session: bool = False) -> Process:
     """Start the command line, by torchrun on so many processes if a number is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": fresh_cache(cwd / "cache")}
+    if torchrun is None:
+        return Forked("sapo", arguments, cwd, environment, new_session)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "sapo", *arguments],
         cwd=cwd,
@@ -31,13 +36,13 @@ def start(*arguments: str, cwd: Path, torchrun: int | None = None, new_session: 
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: Process, code: int = 0) -> str:
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, output
     return output
 
 
-def kill_when(process: subprocess.Popen, moment: Callable[[], bool]) -> bool:
+def kill_when(process: Process, moment: Callable[[], bool]) -> bool:
     """SIGKILL as soon as the moment comes; False when the process ended before it did."""
     deadline = time.monotonic() + PATIENCE
     while not moment():

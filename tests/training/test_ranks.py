@@ -5,9 +5,8 @@ The peer is the trainer of one process, which the other tests of this folder hol
 
 from __future__ import annotations
 
+import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from support.ranked import CASES, one_process
+from support.zygote import Forked
 
 TESTS = Path(__file__).parents[1]
 
@@ -54,13 +54,7 @@ def run_group(size: int, file: Path, *names: str) -> dict[str, Any]:
     """Run cases on a group of processes; return what its driver found."""
     port = free_port()
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.ranked", str(rank), str(size), str(port), str(file), *names],
-            cwd=TESTS,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        Forked("support.ranked", (str(rank), str(size), str(port), str(file), *names), TESTS, os.environ)
         for rank in range(size)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from sapo.workflows.coldstart import ensure_coldstart
 from sapo.workflows.dry_run import DryRun
 from sapo.workflows.train import dry_run
 from support.runs import write_recipe
+from support.zygote import run_forked
 
 
 def files_below(directory: Path) -> dict[str, bytes]:
@@ -170,14 +169,8 @@ def test_a_sampler_that_is_not_the_policy_is_told_of_in_plain_sentences(override
 
 
 def run_command(recipe: Path, *overrides: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", "sapo.cli", "train", str(recipe), *overrides, "--dry-run"],
-        cwd=recipe.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    result = run_forked("train", str(recipe), *overrides, "--dry-run", cwd=recipe.parent, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ import pytest
 from bench.processes import processes_of
 
 from sapo.training.heartbeat import read_beats
-from support.processes import PATIENCE, finish, last_line, start
+from support.processes import PATIENCE, Process, finish, last_line, start
 from support.runs import fingerprint, write_recipe
 
 pytestmark = pytest.mark.scale
@@ -69,7 +68,7 @@ def has_ended(process: psutil.Process) -> bool:
     return True
 
 
-def rank_of(driver: subprocess.Popen) -> psutil.Process:
+def rank_of(driver: Process) -> psutil.Process:
     return wait_for(lambda: processes_of(driver.pid))[0]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from sapo.data import Completion
 from support.list_engine import ListEngine
 from support.vision_rows import write_vision_model
+from support.zygote import run_forked
 
 ROWS = Path(__file__).parents[2] / ".." / "shared" / "benchdata" / "mathvision_testmini_40.jsonl"
 
@@ -53,15 +52,7 @@ def test_the_benchmark_runs_end_to_end_and_references_are_right(model, engine, t
     ]
     command += ["--max-new-tokens", "8", "--out", str(tmp_path / "out")]
     paths = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "sapo", *command],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_forked(*command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     figures = json.dumps(results)

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import sapo
 from sapo.config.suites import load_suite
 from sapo.errors import ConfigError, Interrupted, UserError
 from sapo.evaluation import read_results
@@ -23,6 +20,7 @@ from sapo.workflows.evaluation_plan import plan_evaluations
 from sapo.workflows.suite import PlannedSuite, find_rows, plan_suite, suite_directory
 from support.runs import write_model
 from support.vision_rows import write_rows, write_vision_model
+from support.zygote import run_forked
 
 BENCHDATA = Path(__file__).parents[2] / ".." / "shared" / "benchdata"
 REAL = pytest.param(
@@ -252,15 +250,7 @@ def test_the_four_evaluations_of_fig_6_are_one_command(rows: str, tmp_path: Path
     command += ["--problems", "2"]
 
     def sapo_eval() -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "sapo", *command],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(sapo.__file__).parents[1]), "COLUMNS": "140"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = run_forked(*command, cwd=tmp_path, env={**os.environ, "COLUMNS": "140"})
         assert done.returncode == 0, done.stderr
         return done.stdout
 

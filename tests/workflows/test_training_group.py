@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from sapo.errors import RankError
 from sapo.model.loading import load_policy
 from sapo.run.machine import resolve_machine
 from sapo.workflows import training_group
-from support.processes import PATIENCE, finish, kill_when, last_line, start
+from support.processes import PATIENCE, Process, finish, kill_when, last_line, start
 from support.runs import fingerprint, metrics, write_model, write_recipe
 
 pytestmark = pytest.mark.scale
@@ -168,7 +167,7 @@ def moments(run: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
         yield f"{delay:.3f} s after step {step}", moment
 
 
-def kill_a_rank(driver: subprocess.Popen, moment: Callable[[], bool]) -> tuple[bool, list[psutil.Process], str]:
+def kill_a_rank(driver: Process, moment: Callable[[], bool]) -> tuple[bool, list[psutil.Process], str]:
     """Kill a rank at a moment; return whether there was one to kill, all ranks seen, and what the driver printed."""
     deadline = time.monotonic() + PATIENCE
     ranks: list[psutil.Process] = []

@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from sapo.workflows.planning.seconds import logprob_passes
 from sapo.workflows.planning.shape import Parameter, shape_of
 from sapo.workflows.train import dry_run
 from support.runs import write_model, write_recipe
+from support.zygote import run_forked
 
 GIB = 2**30
 
@@ -223,14 +223,7 @@ def test_vllm_takes_its_share_of_the_drivers_gpu() -> None:
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sapo", "plan", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_forked("plan", *words, cwd=Path.cwd(), env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_the_command_prints_what_the_library_computes() -> None:
