@@ -33,6 +33,7 @@ from sapo.environments.wrapping import Wrapped
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.rollout.bridge import Bridge
+from sapo.rollout.conversation import begin_conversation
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, max_length_of
 from sapo.rollout.params import SamplingParams
@@ -204,6 +205,7 @@ class _Wave:
     async def run(self) -> None:
         """Play to the end."""
         tasks = []
+        self._conversation = begin_conversation(self.driver.engine, self.driver.params)
         try:
             for episode in self.episodes:
                 self._begins_to_think(episode)
@@ -216,6 +218,7 @@ class _Wave:
                     break
                 self._draw(asking)
         finally:
+            self._conversation.close()
             for task in tasks:
                 task.cancel()
             if tasks:
@@ -423,7 +426,8 @@ class _Wave:
         requests, members = self._requests(asking)
         most = max(e.limit for e in asking)
         params = replace(self.driver.params, max_new_tokens=most)
-        drawn = draw(self.driver.engine, requests, params, self.driver.should_stop)
+        should_stop, conversation = self.driver.should_stop, self._conversation
+        drawn = draw(self.driver.engine, requests, params, should_stop, conversation=conversation)
         for episodes, completions in zip(members, drawn, strict=True):
             for episode, completion in zip(episodes, completions, strict=True):
                 self._take(episode, completion)

@@ -159,16 +159,17 @@ class Arrangement:
         rows_of = {int(g): order[f : f + c] for g, f, c in zip(groups, first, count, strict=True)}
         offset = 0
         for pool in cache.pools:
-            # Groups just prefilled have the last slots, and no row that decodes yet.
-            present = [g for g in pool.groups if g in rows_of]
-            if not present:
+            # Groups just prefilled have the last slots, and no row that decodes yet. Those between that have none,
+            # because all their rows are parked, are given one that nobody reads.
+            used = max((slot + 1 for slot, g in enumerate(pool.groups) if g in rows_of), default=0)
+            if not used:
                 continue
-            assert present == pool.groups[: len(present)], "slots in use are the first ones"
-            widest = max(len(rows_of[g]) for g in present)
-            gather = np.empty((len(present), widest), dtype=np.int64)
+            present = pool.groups[:used]
+            widest = max(len(rows_of[g]) for g in present if g in rows_of)
+            gather = np.empty((used, widest), dtype=np.int64)
             for slot, g in enumerate(present):
-                rows = rows_of[g]
-                gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, rows[0]
+                rows = rows_of.get(g, order[:0])
+                gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, (*rows, order[0])[0]
                 inverse[rows] = offset + slot * widest + np.arange(len(rows))
             offset += gather.size
             num_keys = int(cache.prompt_length[present].max())
