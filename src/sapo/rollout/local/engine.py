@@ -412,7 +412,7 @@ class RowsInPlace:
         if self.device_steps is not None and self.hidden is None and not self._reads(0).any():
             self._take_device_steps(self.device_steps)
             return
-        first = 0 if self.device_steps is None else self.active - self.fresh
+        first = 0 if self.device_steps is None or self.hidden is None else self.active - self.fresh
         old = self.active - self.fresh - first
         parts = []
         if old:

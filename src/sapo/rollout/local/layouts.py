@@ -130,7 +130,7 @@ class Part:
     """(groups * G,) rows of each group, padded with one of its own."""
     groups: int
     num_keys: int
-    """Tokens of the longest prompt in use."""
+    """Tokens of the longest prompt of these rows."""
 
 
 class Arrangement:
@@ -172,7 +172,7 @@ class Arrangement:
                 gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, (*rows, order[0])[0]
                 inverse[rows] = offset + slot * widest + np.arange(len(rows))
             offset += gather.size
-            num_keys = int(cache.prompt_length[present].max())
+            num_keys = max(int(cache.prompt_length[g]) for g in present if g in rows_of)
             parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(self.device), len(present), num_keys))
         return parts, torch.from_numpy(inverse).to(self.device)
 
