@@ -126,7 +126,9 @@ def test_what_a_row_has_computed_outlives_the_growth_of_its_room(policies):
     for options in ({}, {"dtype": torch.bfloat16}):
         policy, asked, settings = policies("qwen3", hidden_size=64, **options), ragged_requests(), params()
         drawn = [
-            talk(LocalEngine(policy), asked, settings, within=lambda e, p, n=n: e.converse(replace(p, max_new_tokens=n)))
+            talk(
+                LocalEngine(policy), asked, settings, within=lambda e, p, n=n: e.converse(replace(p, max_new_tokens=n))
+            )
             for n in (8, 200)
         ]
         for one, other in zip(*drawn, strict=True):
@@ -156,9 +158,7 @@ def test_a_stop_string_does_not_begin_in_what_was_said(policies, graphs):
     for turn in later:
         text = policy.decode(turn.token_ids.tolist())
         assert (turn.finish_reason == "stop") == text.endswith("77")
-    assert_same_talks(
-        ours, talk(LocalEngine(policy), asked, settings, 6, lambda *_: seven, lambda _: 4, within=waves)
-    )
+    assert_same_talks(ours, talk(LocalEngine(policy), asked, settings, 6, lambda *_: seven, lambda _: 4, within=waves))
 
 
 def test_turns_fill_the_models_positions_to_the_last(new_policy):
@@ -260,4 +260,4 @@ def test_few_samples_leave_room_for_the_many_that_follow(policies, plain, monkey
             one.take(said(one), completion)
     assert_plain(plain(policy), talks)
     assert (len(counted.prefilled), counted.given_up) == (1 + 6, 0)
-    assert local.PREFILL_TOKENS > sum(counted.prefilled)
+    assert sum(counted.prefilled) < local.PREFILL_TOKENS

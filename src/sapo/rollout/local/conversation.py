@@ -74,7 +74,7 @@ class LocalConversation:
     def _begin_turns(
         self, requests: Sequence[Request], params: SamplingParams
     ) -> tuple[RowsInPlace, list[list[tuple[int, int]]]]:
-        """Let rows go on and new ones wait; return the rows, and for each request the group and number of its samples."""
+        """Let rows go on and new ones wait; return the rows, and group and number of each sample of each request."""
         if self._rows is not None:
             rows = self._rows
             rows.params = params

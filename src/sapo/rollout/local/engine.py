@@ -6,7 +6,7 @@ counter (utils/rng.py). On a GPU the host looks every few tokens only (device_st
 arranged anew for each call where the model allows a faster forward (decoder.py), so that there is nothing to
 synchronise, and the log-probabilities of the draws are log pi_old. Weights that are not the trainer's (a sampler of
 another precision) lie in a twin of the policy (twin.py). A model for which all this is not exact is decoded in rows
-(proof.py, rows.py).
+(proof.py, rows.py). Between the turns of an episode rows stay where they are (conversation.py).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class LocalEngine:
             rows.retire()
 
     def converse(self, params: SamplingParams) -> Conversation:
-        """Begin a conversation; see `begin_conversation`. A model that is decoded in rows of transformers' takes waves."""
+        """Begin a conversation; see `begin_conversation`. A model that transformers decodes takes waves."""
         return LocalConversation(self, params) if self.way == PACKED else Waves(self)
 
     def rows_for(self, requests: Sequence[Request], params: SamplingParams, calls: int) -> RowsInPlace:

@@ -34,7 +34,7 @@ class OwnTokens:
         return length, list(memory.view(self._dtype).view(layers, *shape))
 
     def grow(self, length: int) -> None:
-        """Make room for so many tokens of each row. Those that are there stay: blocks follow each other in their order."""
+        """Make room for so many tokens of each row; those that are there stay, as blocks follow each other in order."""
         if length <= self.length:
             return
         before = self.layers
