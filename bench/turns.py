@@ -70,6 +70,14 @@ class Talker:
     def __init__(self, turns: int, observation: str) -> None:
         self.turns, self.tokens, self.observation = turns, TOKENS // turns, observation
 
+    def train_prompt(self, index: int) -> Prompt:
+        """Return the prompt of an index."""
+        return Prompt(index, self.name, str(index))
+
+    def held_out(self, count: int) -> list[Prompt]:
+        """Return the first prompts."""
+        return [self.train_prompt(i) for i in range(count)]
+
     async def play(self, prompt: Prompt, ask: Ask) -> Score:
         """Ask for all turns."""
         await ask(max_tokens=self.tokens)

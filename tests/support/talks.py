@@ -75,8 +75,8 @@ def talk(
         heard = [(one, said(i, one.sample, turn)) for i, samples in enumerate(talks) for one in samples]
         asking = [(one, ids) for one, ids in heard if ids is not None]
         later = [one.request(ids, limit(turn)) for one, ids in asking]
-        drawn = conversation.generate(later, replace(params, max_new_tokens=limit(turn)))
-        for (one, ids), (completion,) in zip(asking, drawn, strict=True):
+        answers = conversation.generate(later, replace(params, max_new_tokens=limit(turn)))
+        for (one, ids), (completion,) in zip(asking, answers, strict=True):
             one.take(ids, completion)
     conversation.close()
     return [one for samples in talks for one in samples]
