@@ -451,7 +451,8 @@ class RowsInPlace:
         self.logprobs[index, at] = logprobs
         self.generated[rows] += 1
         history = self.tokens[rows] if isinstance(rows, slice) else self.tokens[index]
-        stopped = self.rules.stopped(self.stop_set[index], tokens, history, at + 1, self.start[rows])
+        generated = torch.from_numpy(self.generated[rows])
+        stopped = self.rules.stopped(self.stop_set[index], tokens, history, generated, self.start[rows])
         self.stopped[index] = stopped
         over = torch.from_numpy(self.generated[rows] >= self.limit[rows]).to(stopped.device)
         self.finished[index] = stopped | over
