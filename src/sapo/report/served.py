@@ -143,7 +143,9 @@ class Watch:
                 if time.monotonic() - failing_since >= LASTING:
                     self._hear(f"the runs cannot be read: {first_line(error)}; what is shown is older")
             except Exception:
-                self._hear("a fault of sapo has ended the watch; the terminal has its traceback; start `sapo watch` again")
+                self._hear(
+                    "a fault of sapo has ended the watch; the terminal has its traceback; start `sapo watch` again"
+                )
                 raise
 
     def _renew(self) -> None:
