@@ -110,7 +110,8 @@
     };
     if (panel.title) layout.annotations.push({ text: safe(panel.title), x: 0, y: 1, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", yshift: 4, showarrow: false, font: { size: 12, color: ink } });
     // Over less than a decade Plotly writes all nine digits, which a narrow figure turns aslant: 1, 2 and 5 are enough.
-    const wide = panel.x_log ? (panel.x_range ?? ends(panel.traces.flatMap((t) => t.x).filter((x) => x > 0))) : [1, 1];
+    const marked = (panel.marks ?? []).filter((mark) => mark.axis === "x").map((mark) => mark.at);
+    const wide = panel.x_log ? (panel.x_range ?? ends([...panel.traces.flatMap((t) => t.x), ...marked].filter((x) => x > 0))) : [1, 1];
     const decades = Math.log10(wide[1] / wide[0]);
     if (decades > 0.5 && decades < 1.3) Object.assign(layout.xaxis, { dtick: "D2", tickangle: 0 });
     const range = (ends, log) => (log ? ends.map(Math.log10) : ends);
