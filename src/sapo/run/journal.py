@@ -85,7 +85,9 @@ class Journal:
         figures |= state.selection
         figures |= step_update_metrics(state.step_updates, self.tasks)
         timing = self._timing(figures["tokens/generated"])
-        self.append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
+        tis = self.config.objective.tis
+        said = {"old_logprobs": state.old_logprobs, **({} if tis is None else {"tis": tis.mode})}
+        self.append({"kind": "step", "step": step, **said, **figures, "timing": timing})
         self.loggers.log(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
         if _due(step, self.config.log.samples_every) and (samples := sampled_completions(groups)):
             self.loggers.log_samples(step, samples)

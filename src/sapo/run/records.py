@@ -75,6 +75,7 @@ def rollout_records(
                 "detail": completion.score.detail,
                 **({"figures": dict(completion.score.figures)} if completion.score.figures else {}),
                 "advantage": advantage,
+                **_of_turns(group, sample),
                 "finish_reason": completion.finish_reason,
                 "prompt_token_ids": list(group.prompt.token_ids),
                 "token_ids": completion.token_ids.tolist(),
@@ -109,6 +110,15 @@ def sampled_completions(groups: Sequence[Group]) -> list[dict[str, Any]]:
         {"task": group.prompt.task, "prompt": group.prompt.text, "text": c.text, "reward": c.score.reward}
         for c in (ranked[0], ranked[-1])
     ]
+
+
+def _of_turns(group: Group, sample: int) -> dict[str, Any]:
+    """Return rewards and advantages of single turns, where they were told apart."""
+    rewards = group.completions[sample].score.turn_rewards
+    return {
+        **({"turn_rewards": list(rewards)} if rewards else {}),
+        **({"turn_advantages": list(group.turn_advantages[sample])} if group.turn_advantages else {}),
+    }
 
 
 def _episode(completion: Completion) -> dict[str, Any]:
