@@ -165,6 +165,8 @@ class Observation:
     keep: int | None = None
     """How many tokens of all that came before, the prompt's counted, the policy still sees; None for all. A template
     that drops the thinking of earlier turns, or a summary in place of the history, keeps fewer."""
+    speakers: tuple[tuple[str, int], ...] = ()
+    """Who speaks in `text`, and in how many characters, where tools do; a line end joins the parts. For logs only."""
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -137,7 +137,9 @@ def _observation_to_json(observation: Observation, arrays: FlatArrays) -> dict[s
 
 
 def _observation_from_json(value: dict[str, Any], arrays: ArrayReader) -> Observation:
-    return Observation(**value, token_ids=tuple(arrays.take("observation.token_ids").tolist()))
+    speakers = tuple((who, length) for who, length in value.get("speakers", ()))
+    ids = tuple(arrays.take("observation.token_ids").tolist())
+    return Observation(**{**value, "token_ids": ids, "speakers": speakers})
 
 
 def _experts_to_json(experts: RoutedExperts | None, arrays: FlatArrays) -> dict[str, Any] | None:

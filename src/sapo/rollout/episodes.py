@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Completion, Observation, Prompt, Score, Status
 from sapo.data.rollouts import FinishReason
+from sapo.data.transcripts import speakers_of
 from sapo.environments import Answer, Environment, Episode, Messages, OutOfBudget, Turn, is_environment
 from sapo.environments.clock import CLOCK
 from sapo.environments.wrapping import Wrapped
@@ -93,6 +94,8 @@ class _Episode:
     """What its environment waits for."""
     said: tuple[tuple[int, ...], str] | None = None
     """Observation of the present ask, not yet part of the episode."""
+    speakers: tuple[tuple[str, int], ...] = ()
+    """Who speaks in it."""
     limit: int = 0
     """Most tokens of the turn that is asked for."""
     by_budget: bool = False
@@ -335,6 +338,7 @@ class _Wave:
         episode.limit = int(min(budget, own or budget, max_tokens or budget))
         episode.by_budget = episode.limit == budget and episode.limit != max_tokens
         episode.said = (ids, text)
+        episode.speakers = () if isinstance(observation, str) else speakers_of(observation)
         episode.asked = asyncio.get_running_loop().create_future()
         self._stops_thinking(episode)
         return await episode.asked
@@ -485,7 +489,8 @@ class _Wave:
         assert episode.asked is not None, "a turn answers an ask"
         ids, text = episode.said
         if episode.turns or ids:
-            episode.observations.append(Observation(len(episode.token_ids), ids, text))
+            said = Observation(len(episode.token_ids), ids, text, speakers=episode.speakers)
+            episode.observations.append(said)
         own = tuple(drawn.token_ids.tolist())
         episode.seen += [*ids, *own]
         episode.token_ids += own
