@@ -61,7 +61,10 @@ def test_no_gradient_flows_into_the_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "tokens"}, "tis mode must be one of icepop, sequence, sequence_mask, sequence_mean, token; got 'tokens'"),
+        (
+            {"mode": "tokens"},
+            "tis mode must be one of icepop, sequence, sequence_mask, sequence_mean, token; got 'tokens'",
+        ),
         ({"cap": 0.5}, "cap must be finite and at least 1; got 0.5"),
         ({"floor": 0.5}, "floor is for mode icepop; got 0.5 with token; leave it out"),
         ({"mode": "icepop", "floor": 1.5}, r"floor must lie in \(0, 1\]; got 1.5; IcePop has 0.5"),

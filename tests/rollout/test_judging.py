@@ -152,9 +152,7 @@ def fine(policy: Policy) -> tuple[Completion, ...]:
 
 
 @pytest.mark.parametrize("failing", FAILURES, ids=lambda f: f.__name__)
-def test_a_judge_that_fails_costs_its_group_alone(
-    policy: Policy, fine: tuple[Completion, ...], failing: Judge
-) -> None:
+def test_a_judge_that_fails_costs_its_group_alone(policy: Policy, fine: tuple[Completion, ...], failing: Judge) -> None:
     bad, other = drive(policy, Contest(failing))
     assert other == fine
     for completion in bad:

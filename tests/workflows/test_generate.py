@@ -164,7 +164,7 @@ def test_a_run_puts_a_question_as_its_first_task_does(tmp_path: Path, monkeypatc
     assert format_of_run(tmp_path / "model") is None
 
 
-HOSTILE = '''
+HOSTILE = """
 from sapo.data import Prompt, Score
 
 
@@ -181,7 +181,7 @@ class Game:
         await ask(max_tokens=3)
         await ask([{"role": "tool", "name": "add", "content": "1;"}, {"role": "tool", "name": "add", "content": "2"}])
         return Score(1.0, figures={"calls": 2.0})
-'''
+"""
 
 
 @pytest.fixture

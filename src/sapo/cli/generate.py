@@ -40,8 +40,8 @@ def generate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Answer a held-out problem of this task, or of a .jsonl or .parquet file, and judge it; an environment "
-            "is played, and its transcript printed.",
+            help="Answer a held-out problem of this task, or of a .jsonl or .parquet file, and judge it; an "
+            "environment is played, and its transcript printed.",
             autocompletion=complete_task,
         ),
     ] = None,
@@ -80,7 +80,8 @@ def generate(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="The engine: local, or module:Class of your own.", show_default="local; with --task local, or the run's"
+            help="The engine: local, or module:Class of your own.",
+            show_default="local; with --task local, or the run's",
         ),
     ] = None,
     dtype: Annotated[
@@ -108,7 +109,8 @@ def generate(
     if prompt is None or overrides:
         got = "neither" if prompt is None else f"{overrides[0]!r} behind the prompt" if overrides else ""
         raise ConfigError(
-            f"give a prompt to complete, or --task with its settings; got {got}; put a prompt of several words in quotes"
+            f"give a prompt to complete, or --task with its settings; got {got}; put a prompt of several words in "
+            "quotes"
         )
     if stop and "" in stop:
         raise ConfigError("--stop must not be empty; got ''")
@@ -154,8 +156,8 @@ def _refuse_with_task(**given: Any) -> None:
 
     if found := [name for name, value in given.items() if value not in (None, False, [])]:
         raise ConfigError(
-            f"--{found[0]} is for a prompt of your own; got it beside --task; leave it out, or write the settings of the "
-            "task's prompts, as in prompt.style=chat"
+            f"--{found[0]} is for a prompt of your own; got it beside --task; leave it out, or write the settings of "
+            "the task's prompts, as in prompt.style=chat"
         )
 
 

@@ -35,10 +35,10 @@ class TISConfig(Section):
     train.old_logprobs=auto then takes it."""
 
     mode: Literal["token", "sequence", "sequence_mean", "icepop", "sequence_mask"] = "token"
-    """Weight of a token. token: min(w, cap). sequence: min(prod w, cap) for every token of a response. sequence_mean: the
-    same with the geometric mean of w, for long responses and episodes, where a product leaves next to no loss. icepop:
-    w within floor..cap, else 0. sequence_mask: prod w, or 0 where it exceeds cap. objectives/mismatch.py has the
-    sources."""
+    """Weight of a token. token: min(w, cap). sequence: min(prod w, cap) for every token of a response. sequence_mean:
+    the same with the geometric mean of w, for long responses and episodes, where a product leaves next to no loss.
+    icepop: w within floor..cap, else 0. sequence_mask: prod w, or 0 where it exceeds cap. objectives/mismatch.py has
+    the sources."""
     cap: float | None = None
     """Largest weight. null: 2 for token, sequence and sequence_mean, 5 for icepop, 3 for sequence_mask."""
     floor: float | None = None

@@ -39,9 +39,7 @@ class Heard:
         return ((HISTORY, words), *self.said) if self.forgot else self.said
 
 
-def heard(
-    observations: Iterable[Observation], prompt_length: int, show: Callable[[Sequence[int]], str]
-) -> list[Heard]:
+def heard(observations: Iterable[Observation], prompt_length: int, show: Callable[[Sequence[int]], str]) -> list[Heard]:
     """Return what the model read between its turns, part by part.
 
     Args:

@@ -305,7 +305,9 @@ def _correction_findings(record: Record, settings: WarningsConfig) -> list[Findi
     if record.get("tis") not in ("sequence", "sequence_mask") or "length/mean" not in record:
         return []
     length, most = record["length/mean"], settings.long_trajectories
-    text = f"objective.tis.mode={record['tis']} multiplies pi_old / mu over {length:.0f} tokens on average (above {most})"
+    text = (
+        f"objective.tis.mode={record['tis']} multiplies pi_old / mu over {length:.0f} tokens on average (above {most})"
+    )
     text += ": small differences add up, and next to no loss may be left; use sequence_mean, or token"
     return [Finding("long_trajectories", length > most, length, most, text)]
 

@@ -593,9 +593,7 @@ def check_environment(task: Any) -> None:
 
 def _as_read(episode: _Episode) -> Episode:
     assert episode.score is not None, "an episode has not ended"
-    return Episode(
-        episode.play.prompt, episode.sample, tuple(episode.taken), tuple(episode.heard), score=episode.score
-    )
+    return Episode(episode.play.prompt, episode.sample, tuple(episode.taken), tuple(episode.heard), score=episode.score)
 
 
 def _completion(episode: _Episode) -> Completion:

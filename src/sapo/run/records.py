@@ -140,9 +140,7 @@ def _of_turns(group: Group, sample: int) -> dict[str, Any]:
     }
 
 
-def _episode(
-    completion: Completion, prompt_length: int, show: Callable[[Sequence[int]], str] | None
-) -> dict[str, Any]:
+def _episode(completion: Completion, prompt_length: int, show: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
     """Return what the environment said, and all of an episode as text; nothing in a single turn.
 
     An observation is [own tokens before, ids, text, tokens kept], and where tools speak also who does, and in how many
