@@ -10,7 +10,7 @@ that is constant in theta:
 |---|---|---|---|
 | token | min(w_it, C) | 2 | truncated importance sampling; verl and TRL by token |
 | sequence | min(rho_i, C) | 2 | the same over the whole response; verl by sequence |
-| sequence_mean | min(rho_i^(1/&#124;y_i&#124;), C) | 2 | ours, after GSPO's ratio: for long responses and trajectories |
+| sequence_mean | min(rho_i^(1/&#124;y_i&#124;), C) | 2 | ours, after GSPO's ratio; for long trajectories |
 | icepop | w_it if floor <= w_it <= C, else 0 | 5, floor 0.5 | IcePop |
 | sequence_mask | rho_i if rho_i <= C, else 0 | 3 | TRL's sequence mask |
 

@@ -1,4 +1,4 @@
-"""Loops of coroutines that are somebody else's: run to their end, and told how long each of their steps held the loop."""
+"""Run coroutines that are somebody else's to their end, and tell how long each of their steps held the loop."""
 
 from __future__ import annotations
 
