@@ -101,7 +101,7 @@ def generate(
 
     if task is not None:
         _refuse_with_task(image=image, chat=chat, system=system, stop=stop, logprobs=logprobs)
-        given = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        given: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
         given |= {"top_p": top_p, "engine": engine}
         settings = [*([] if prompt is None else [prompt]), *(overrides or [])]
         _answer(model, task, settings, problem, seed, given, dtype=dtype, device=device, as_json=as_json)
