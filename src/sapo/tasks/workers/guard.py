@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,23 @@ def stand_guard(parent: int, channel: int) -> int:
         _end_as(status)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return guard
+
+
+def die_with(parent: int) -> None:
+    """End this process when the parent ends, for whatever reason, even in the middle of a job."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before this was set
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        # Polling the parent's id leaves the data in the socket alone.
+        while os.getppid() == parent:
+            threading.Event().wait(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _wait_for_end(worker: int) -> int:

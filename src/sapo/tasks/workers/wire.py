@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import sys
@@ -30,6 +31,46 @@ def framed(data: bytes) -> bytes:
     b'sapo\\x00\\x00\\x00\\x02ab'
     """
     return HEADER.pack(MARK, len(data)) + data
+
+
+def read_frame(stream: Any) -> bytes | None:
+    """Read the parent's next frame; None where it has closed the socket."""
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    mark, length = HEADER.unpack(header)
+    assert mark == MARK, "the parent writes nothing but frames"
+    frame: bytes = stream.read(length)
+    return frame if len(frame) == length else None
+
+
+class NonsenseError(Exception):
+    """A worker wrote what is no answer."""
+
+
+def next_answer(incoming: bytearray, limit: int) -> dict[str, Any] | None:
+    """Take the first complete frame, of at most `limit` bytes, out of the buffer, and return its answer.
+
+    Raises:
+        NonsenseError: what the buffer begins with is no frame of a worker.
+    """
+    if not MARK.startswith(incoming[: len(MARK)]):
+        raise NonsenseError
+    if len(incoming) < HEADER.size:
+        return None
+    _, length = HEADER.unpack_from(incoming)
+    if length > limit:
+        raise NonsenseError
+    if len(incoming) < HEADER.size + length:
+        return None
+    try:
+        answer = json.loads(bytes(incoming[HEADER.size : HEADER.size + length]))
+    except (ValueError, RecursionError) as error:
+        raise NonsenseError from error
+    if not isinstance(answer, dict):
+        raise NonsenseError
+    del incoming[: HEADER.size + length]
+    return answer
 
 
 @dataclass(frozen=True)
