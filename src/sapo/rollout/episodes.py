@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import resource
 import time
-import traceback
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,7 @@ from sapo.data import Completion, Observation, Prompt, Score, Status
 from sapo.data.rollouts import FinishReason
 from sapo.environments import Answer, Environment, Messages, OutOfBudget, Turn, is_environment
 from sapo.environments.clock import CLOCK
+from sapo.environments.failures import WHILE_OPEN, check_observation, described
 from sapo.environments.wrapping import Wrapped
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
@@ -39,11 +40,10 @@ from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import score_groups
 from sapo.tasks.base import checked_score
+from sapo.tasks.episodes.origin import origin_of
+from sapo.tasks.episodes.pool import Elsewhere, Host, PlayError, host_of
 from sapo.utils.hashing import seed_for
 from sapo.utils.spans import span
-
-MAX_DETAIL = 500
-"""Characters of an exception that are kept."""
 
 GRACE = 1.0
 """Seconds that cancelled environments have to close what they opened."""
@@ -179,18 +179,50 @@ class EpisodeDriver:
             ConfigError: the engine gave something other than it was asked for; see `draw`.
             Interrupted: when `should_stop` says so. Environments are cancelled, and nothing is kept.
         """
-        wave = _Wave(self, plays)
+        elsewhere = self._elsewhere(plays)
+        wave = _Wave(self, plays, elsewhere)
         _run(wave.run())
         wave.judge()
         return wave.completions()
+
+    def _elsewhere(self, plays: Sequence[Play]) -> dict[int, Elsewhere]:
+        """Return, by their ids, the environments that play in processes of their own, which have loaded them.
+
+        Raises:
+            TaskError: one could not be loaded there.
+        """
+        found: dict[int, Elsewhere] = {}
+        for environment in {id(play.environment): play.environment for play in plays}.values():
+            if (host := host_for(environment, self.turns)) is not None:
+                host.ready()
+                found[id(environment)] = Elsewhere(host, self.turns.seconds_per_reply)
+        if found:
+            _allow_sockets(sum(play.samples for play in plays))
+        return found
+
+
+def host_for(environment: Any, turns: TurnsConfig) -> Host | None:
+    """Return the host that plays an environment; None of one that plays in this process."""
+    origin = origin_of(environment)
+    return None if origin is None or turns.play_in != "process" else host_of(origin, turns.env)
+
+
+def _allow_sockets(number: int) -> None:
+    """Raise this process's own limit of open files where so many episodes need more, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Wave:
     """One call of `EpisodeDriver.play`."""
 
-    def __init__(self, driver: EpisodeDriver, plays: Sequence[Play]) -> None:
+    def __init__(self, driver: EpisodeDriver, plays: Sequence[Play], elsewhere: Mapping[int, Elsewhere]) -> None:
         self.driver = driver
         self.plays = plays
+        self._elsewhere = elsewhere
         seed = driver.params.seed
         self.episodes = [
             _Episode(play, place, sample, seed_for(seed, f"episode/{play.prompt.task}/{play.prompt.id}/{sample}"))
@@ -251,7 +283,8 @@ class _Wave:
         CLOCK.set(_Clock(self, episode))  # of this task alone
         score: Score
         try:
-            made = play.environment.play(play.prompt, _Ask(self, episode))
+            player = self._elsewhere.get(id(play.environment), play.environment)
+            made = player.play(play.prompt, _Ask(self, episode))
             if not inspect.iscoroutine(made):
                 raise TypeError(f"play must be a coroutine (async def play); got {type(made).__name__}")
             returned = await _clocked(made, lambda seconds: self._hold(episode, seconds))
@@ -296,7 +329,7 @@ class _Wave:
         if episode.score is not None:
             raise RuntimeError("ask was called after the episode had ended")
         if episode.asked is not None:
-            raise RuntimeError("ask was called while the model's turn was open; await one before the next")
+            raise RuntimeError(WHILE_OPEN)
         if self._seconds(episode) > self.driver.turns.seconds_per_reply:  # it held the loop, which nothing interrupts
             episode.score = _timed_out(episode, self.driver.turns)
             raise RuntimeError(episode.score.detail)
@@ -343,17 +376,14 @@ class _Wave:
         Raises:
             TypeError, ValueError: it is neither text nor messages, or cannot be encoded.
         """
+        check_observation(observation)
         joiner = self.driver.joiners.get(episode.play.prompt.task)
         if isinstance(observation, str):
             if joiner is None or not observation:
                 return (encode_observation(self.driver.policy, observation) if observation else ()), observation
             messages: Messages = [{"role": "user", "content": observation}]
-        elif isinstance(observation, Sequence) and all(isinstance(m, Mapping) for m in observation):
-            messages = [message for message in observation if isinstance(message, Mapping)]
         else:
-            raise TypeError(
-                f"an observation must be text or a list of messages; got {type(observation).__name__}; decode it"
-            )
+            messages = observation
         if joiner is None:
             raise ValueError(
                 "messages need a chat template, and the prompts of this task are in plain text; ask with text"
@@ -592,10 +622,8 @@ def _timed_out(episode: _Episode, turns: TurnsConfig) -> Score:
 
 def _failed(episode: _Episode, error: BaseException) -> Score:
     """Return the score of an episode whose environment failed: what was raised, and where in its code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    text = f"{type(error).__name__}: {error}"[: MAX_DETAIL - 100]
-    return Score(0.0, Status.ENVIRONMENT_ERROR, f"{text}{where}, after turn {episode.turns}")
+    text = str(error) if isinstance(error, PlayError) else described(error, __file__)
+    return Score(0.0, Status.ENVIRONMENT_ERROR, f"{text}, after turn {episode.turns}")
 
 
 @types.coroutine

@@ -19,14 +19,11 @@ from typing import Any
 
 from sapo.tasks.verifiers.limits import ADDRESSES, memory_limit
 from sapo.tasks.workers.guard import die_with, stand_guard
-from sapo.tasks.workers.wire import MAX_ANSWER, MAX_DETAIL, framed, read_frame
+from sapo.tasks.workers.wire import MAX_ANSWER, MAX_DETAIL, framed, read_frame, score_to_json
 from sapo.utils.signals import ANNOUNCING, ignore, outlive
 
 # A model's text can make exact arithmetic use all memory, so verifiers of ours run with a limit.
 MEMORY_LIMIT = 4 * 2**30
-
-MAX_ANSWER_TEXT = 10_000
-"""Limit of the characters of the answer that a verifier read, which is compared with others and logged."""
 
 # Bound before a user's module may put something else in their place.
 _encode = JSONEncoder().encode
@@ -88,14 +85,7 @@ def _judge(verifier: Any, text: str | tuple[str, ...], prompt: Any) -> dict[str,
 def _as_json(score: Any) -> dict[str, Any]:
     from sapo.tasks.base import checked_score
 
-    score = checked_score(score)
-    return {
-        "reward": score.reward,
-        "status": str(score.status),
-        "detail": str(score.detail)[:MAX_DETAIL],
-        "answer": None if score.answer is None else str(score.answer)[:MAX_ANSWER_TEXT],
-        "figures": {str(name): float(value) for name, value in score.figures.items()},
-    }
+    return score_to_json(checked_score(score))
 
 
 def _reason(error: BaseException) -> str:

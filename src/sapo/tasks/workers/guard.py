@@ -89,7 +89,7 @@ def _end_all() -> None:
     """Kill the children of this process until it has none: those of a killed child become its own."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        for child in _children():
+        for child in children():
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(child, signal.SIGKILL)
         try:
@@ -100,7 +100,7 @@ def _end_all() -> None:
         time.sleep(0.001)
 
 
-def _children() -> list[int]:
+def children() -> list[int]:
     """Return the children of this process, which cannot be another's before they are reaped."""
     me = os.getpid()
     try:

@@ -31,7 +31,16 @@ from sapo.data import Score, Status
 from sapo.errors import TaskError
 from sapo.tasks.base import checked_score
 from sapo.tasks.workers.starting import Starter, end, has_ended, how_it_ended
-from sapo.tasks.workers.wire import MAX_ANSWER, MAX_DETAIL, Home, Job, NonsenseError, framed, next_answer
+from sapo.tasks.workers.wire import (
+    MAX_ANSWER,
+    MAX_DETAIL,
+    Home,
+    Job,
+    NonsenseError,
+    framed,
+    next_answer,
+    score_from_json,
+)
 
 WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"
 
@@ -323,14 +332,6 @@ def _score(answer: dict[str, Any]) -> Score:
         reason = answer.get("failed") or answer.get("refused") or "no answer"
         return Score(0.0, Status.VERIFIER_ERROR, str(reason)[:MAX_DETAIL])
     try:
-        return checked_score(
-            Score(
-                reward=answer["reward"],
-                status=answer["status"],
-                detail=str(answer["detail"]),
-                answer=None if answer["answer"] is None else str(answer["answer"]),
-                figures={str(name): value for name, value in dict(answer["figures"]).items()},
-            )
-        )
+        return checked_score(score_from_json(answer))
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         return Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}"[:MAX_DETAIL])

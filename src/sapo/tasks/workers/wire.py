@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from sapo.data import Prompt
+from sapo.data import Prompt, Score
 
 HEADER = struct.Struct("!4sI")
 """Opens each frame: MARK and the number of bytes that follow."""
@@ -22,6 +22,40 @@ MAX_ANSWER = 2**20
 
 MAX_DETAIL = 500
 """Limit of the characters of a reason, since an exception may quote the whole completion."""
+
+
+MAX_ANSWER_TEXT = 10_000
+"""Limit of the characters of the answer that a verifier read, which is compared with others and logged."""
+
+
+def score_to_json(score: Score) -> dict[str, Any]:
+    """Return a checked score as a worker writes it, its texts cut.
+
+    >>> score_to_json(Score(1.0, answer="42"))["answer"]
+    '42'
+    """
+    return {
+        "reward": score.reward,
+        "status": str(score.status),
+        "detail": str(score.detail)[:MAX_DETAIL],
+        "answer": None if score.answer is None else str(score.answer)[:MAX_ANSWER_TEXT],
+        "figures": {str(name): float(value) for name, value in score.figures.items()},
+    }
+
+
+def score_from_json(written: Any) -> Score:
+    """Return a score that a worker wrote, which may be anything: the numbers in it are not checked yet.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    return Score(
+        reward=written["reward"],
+        status=written["status"],
+        detail=str(written["detail"]),
+        answer=None if written["answer"] is None else str(written["answer"]),
+        figures={str(name): value for name, value in dict(written["figures"]).items()},
+    )
 
 
 def framed(data: bytes) -> bytes:
