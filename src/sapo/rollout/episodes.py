@@ -38,6 +38,7 @@ from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, max_length_of
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.tasks import score_groups
 from sapo.tasks.base import checked_score
 from sapo.tasks.episodes.origin import origin_of
@@ -154,6 +155,7 @@ class EpisodeDriver:
         turns: the other limits.
         joiners: by task: how what is said between turns of a chat is encoded. Tasks without one are in plain text.
         should_stop: asked by the engine between two tokens, and between two waves.
+        times: gets the times of the waves, where they are of interest.
     """
 
     def __init__(
@@ -164,8 +166,10 @@ class EpisodeDriver:
         turns: TurnsConfig,
         joiners: Mapping[str, Joiner] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        times: ReplyTimes | None = None,
     ) -> None:
         self.policy, self.engine, self.params, self.turns = policy, engine, params, turns
+        self.times = times or ReplyTimes()
         self.joiners = joiners or {}
         self.should_stop = should_stop
         lengths = [n for n in (turns.length, policy.max_length, max_length_of(engine)) if n is not None]
@@ -230,24 +234,31 @@ class _Wave:
             for sample in range(play.samples)
         ]
         self._thinking: dict[int, _Episode] = {}
+        self._replies: list[float] = []
         self._held = 0.0
         self._quiet = asyncio.Event()
 
     async def run(self) -> None:
         """Play to the end."""
         tasks = []
+        waited = drawn = 0.0
         try:
             for episode in self.episodes:
                 self._begins_to_think(episode)
                 tasks.append(asyncio.create_task(self._live(episode)))
             while True:
+                began = time.perf_counter()
                 with span("environment"):
                     await self._all_quiet(tasks)
+                quiet = time.perf_counter()
+                waited += quiet - began
                 asking = [e for e in self.episodes if e.score is None and e.asked is not None]
                 if not asking:
                     break
                 self._draw(asking)
+                drawn += time.perf_counter() - quiet
         finally:
+            self.driver.times.add(self._replies, waited=waited, drawn=drawn)
             for task in tasks:
                 task.cancel()
             if tasks:
@@ -401,7 +412,8 @@ class _Wave:
         self._quiet.clear()
 
     def _stops_thinking(self, episode: _Episode) -> None:
-        self._thinking.pop(id(episode), None)
+        if self._thinking.pop(id(episode), None) is not None:
+            self._replies.append(self._seconds(episode))
         if not self._thinking:
             self._quiet.set()
 

@@ -8,6 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from sapo.environments.adapters.skyrl import SkyRlEnvironment
+from sapo.environments.adapters.trl import TrlEnvironment
+from sapo.environments.tool_task import ToolTask
 from sapo.environments.wrapping import SamePrompt
 
 _ATTRIBUTE = "_sapo_origin"
@@ -66,6 +69,21 @@ def has_code_of_others(environment: Any, tools: Any) -> bool:
     if not all(isinstance(tool, str) for tool in tools):
         return False
     return str(named).startswith(_CODE_OF_OTHERS) or (named is None and any(":" in tool for tool in tools))
+
+
+def is_of_others(environment: Any) -> bool:
+    """Return whether the episodes of an environment run code that is not of this package.
+
+    >>> from sapo.environments.games import Guess
+    >>> is_of_others(Guess())
+    False
+    """
+    code = [type(environment)]
+    if type(environment).play is ToolTask.play:
+        code += [tool.function for tool in environment.toolbox.tools.values()]
+    if isinstance(environment, TrlEnvironment | SkyRlEnvironment):
+        return True
+    return any(getattr(part, "__module__", "").partition(".")[0] != "sapo" for part in code)
 
 
 def note_origin(task: Any, origin: Origin) -> None:

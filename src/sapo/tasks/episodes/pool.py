@@ -140,7 +140,10 @@ class Host:
                     incoming += chunk
                     if (answer := _frame(incoming)) is not None:
                         if "refused" in answer:
-                            raise TaskError(f"{self._named}: {answer['refused']}")
+                            raise TaskError(
+                                f"{self._named}, in a process of its own, which has the environment variables that "
+                                f"rollout.turns.env names beside the ordinary ones: {answer['refused']}"
+                            )
                         return
                     if not chunk:
                         self._refuse_dead(process)
