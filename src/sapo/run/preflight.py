@@ -241,8 +241,8 @@ def prompt_warnings(config: RunConfig, policy: Policy, tasks: TaskSet) -> list[s
 def _played_here(config: RunConfig, tasks: TaskSet) -> list[str]:
     """Say which environments of a user's own play in this process although the recipe would have it otherwise."""
     return [
-        f"environment {task.name!r} was made in Python and plays in the process that draws: where it blocks all episodes "
-        "wait, and where it crashes the run ends; named as module:Class it would play in processes of its own"
+        f"environment {task.name!r} was made in Python and plays in the process that draws: where it blocks, all "
+        "episodes wait, and where it crashes the run ends; named as module:Class it would play in processes of its own"
         for task in tasks.train
         if config.rollout.turns.play_in == "process" and is_environment(task) and is_of_others(task)
         if host_for(task, config.rollout.turns) is None
