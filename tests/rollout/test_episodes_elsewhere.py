@@ -199,17 +199,17 @@ def test_what_a_process_of_its_own_refuses_is_said(policy: Policy) -> None:
 
 
 def test_environments_of_ours_and_objects_play_in_this_process() -> None:
-    ours = [make_task("calculator", seed=0), make_task("sums", seed=0, tools=["calculator"])]
+    ours = [make_task("calculator", seed=0), make_task("arithmetic", seed=0, tools=["calculator"])]
     assert [origin_of(task) for task in [*ours, Faulty()]] == [None] * 3
     assert [is_of_others(task) for task in [*ours, Faulty()]] == [False, False, True]
-    theirs = [make_task(NAME, seed=0), make_task("sums", seed=0, tools=["support.faulty_tools:twice"])]
+    theirs = [make_task(NAME, seed=0), make_task("arithmetic", seed=0, tools=["support.faulty_tools:twice"])]
     assert all(origin_of(task) is not None and is_of_others(task) for task in theirs)
     assert host_for(theirs[0], TurnsConfig(play_in="driver")) is None
 
 
 def test_tools_of_ones_own_are_called_in_a_process_of_their_own(policy: Policy) -> None:
     """The rows and the verifier stay here: the process is told the prompt and answers with the last turn's text."""
-    task = make_task("sums", seed=0, tools=["support.faulty_tools:twice"])
+    task = make_task("arithmetic", seed=0, tools=["support.faulty_tools:twice"])
     made = origin_of(task)
     assert made is not None
     assert made.make().toolbox.names == ("twice",)
