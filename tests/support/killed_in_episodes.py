@@ -1,6 +1,6 @@
 """Runs that are killed inside episodes: a program that imports once, and forks a process for every run and resume.
 
-`python -m support.killed_in_episodes DIRECTORY SEED MOMENTS` prints a line of JSON for each kill.
+`python -m support.killed_in_episodes DIRECTORY SEED MOMENTS [FIRST]` prints a line of JSON for each kill.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def kill(directory: Path, number: int, play_in: str, at: int, whole: str) -> dic
     gone = time.monotonic() - began
     (directory / "turns").unlink(missing_ok=True)
     run = directory / name
-    done = sum('"kind": "step"' in line for line in (run / "metrics.jsonl").read_text().splitlines())
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    done = sum('"kind": "step"' in line for line in lines)
     checkpoints = list((run / "checkpoints").glob("step-*"))
     again = (lambda: sapo.resume(run)) if checkpoints else (lambda: sapo.train(recipe(directory, name, play_in)))
     if not checkpoints:
@@ -134,7 +135,7 @@ def kill(directory: Path, number: int, play_in: str, at: int, whole: str) -> dic
     }
 
 
-def main(place: str, seed: str, moments: str) -> None:
+def main(place: str, seed: str, moments: str, first: str = "0") -> None:
     import torch
 
     from support.game import GAME as NEXT
@@ -154,8 +155,9 @@ def main(place: str, seed: str, moments: str) -> None:
     whole, most = fingerprint(directory / "whole"), turns(directory)
     generator = random.Random(seed)
     for number in range(int(moments)):
-        play_in = ("process", "driver")[number % 2]
-        print(json.dumps(kill(directory, number, play_in, generator.randrange(1, most), whole)), flush=True)
+        play_in, at = ("process", "driver")[number % 2], generator.randrange(1, most)
+        if number >= int(first):
+            print(json.dumps(kill(directory, number, play_in, at, whole)), flush=True)
 
 
 if __name__ == "__main__":

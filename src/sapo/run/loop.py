@@ -129,9 +129,8 @@ class TrainingRun:
         times = ReplyTimes()
         self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state, played, times)
         self._append = self.journal.append
-        make_collector = partial(
-            *(Collector, config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula), times=times
-        )
+        sides = (tasks.train, tasks.formats, tasks.curricula)
+        make_collector = partial(Collector, config, policy, self.engine, *sides, times=times)
         self.collector = make_collector(self._phase, should_stop)
         self.batches = (FreeBatches if config.rollout.schedule == "free" else BatchSource)(
             config,
