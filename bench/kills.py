@@ -8,8 +8,6 @@ it is imported, joins, samples, updates or writes a checkpoint.
     driver    SIGKILL: the other rank has to end; `sapo resume` then ends the run
     engine    SIGKILL of the process that draws beside the updates of a run of one rank: it is started again
     stopped   SIGSTOP of a rank, which lives and does nothing: noticed by its missing signs of life, then as a death
-    episode   SIGKILL of a run of one process while episodes of an environment of a user's own are being played, each in
-              a process of its own: all of those have to end; `sapo resume` then ends the run
 
 For each: seconds until all processes of the killed attempt were gone or the driver had gone on, seconds of the whole
 beside the uninterrupted run, and whether metrics, completions, weights and optimizer are equal bit for bit. Every kill
@@ -39,7 +37,7 @@ from typing import Any
 
 import psutil
 
-from bench.processes import ENGINE, EPISODES, RANK, processes_of
+from bench.processes import ENGINE, RANK, processes_of
 from bench.report import RESULTS
 from sapo.utils.files import write_whole
 
@@ -60,34 +58,6 @@ SETTINGS = (
     "log.tensorboard=false",
 )
 STEPS = 12
-GAME = """
-import asyncio
-
-from sapo.environments.games import Calculator
-
-
-class Slow(Calculator):
-    async def play(self, prompt, ask):
-        async def later(observation="", **options):
-            await asyncio.sleep(ask.seed % 5 / 50)
-            return await ask(observation, **options)
-
-        return await super().play(prompt, later)
-"""
-"""An environment of a user's own, in the directory of the runs, whose episodes take some time."""
-
-EPISODE_SETTINGS = (
-    "train.ranks=1",
-    "tasks.0.name=slow_game:Slow",
-    "rollout.samples_per_prompt=4",
-    "model.coldstart.target=0",
-    "model.coldstart.max_updates=60",
-    "model.coldstart.eval_every=60",
-    "model.coldstart.eval_problems=8",
-    "model.coldstart.warmup_updates=5",
-    "model.coldstart.examples=256",
-    "model.coldstart.hidden_size=32",
-)
 HANG = 60.0
 """Seconds after a kill in which the rest of the killed attempt must have ended, or gone on."""
 PATIENCE = 1800.0
@@ -105,11 +75,6 @@ class Kind:
 
     module: str | None
     """What the victim runs; None for the driver itself."""
-    beside: str = RANK
-    """What the processes run that have to end with a driver that is killed."""
-    busy: int = 0
-    """So many of them must live at the moment of the kill."""
-    recipe: str = "quickstart"
     number: signal.Signals = signal.SIGKILL
     said: str = "SIGKILL"
     """What the driver prints when it has noticed."""
@@ -123,7 +88,6 @@ KINDS = {
     "rank": Kind(RANK),
     "driver": Kind(None),
     "engine": Kind(ENGINE, settings=("train.ranks=1", "rollout.run_in=process", "rollout.staleness=2")),
-    "episode": Kind(None, beside=EPISODES, busy=3, recipe="tools_quickstart", settings=EPISODE_SETTINGS),
     "stopped": Kind(RANK, signal.SIGSTOP, "gave no sign of life", ("train.rank_timeout=20",), allowed=100.0),
 }
 """By name. A further one needs an entry here alone."""
@@ -159,8 +123,6 @@ class Runs:
         self.directory = directory
         self.seed = seed
         self._whole: dict[tuple[str, ...], tuple[dict[str, str], float]] = {}
-        self._begun: set[str] = set()
-        (directory / "slow_game.py").write_text(GAME)
 
     def start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         """Start the command line; what it prints goes to a file."""
@@ -177,15 +139,14 @@ class Runs:
     def uninterrupted(self, kind: Kind) -> tuple[dict[str, str], float]:
         """Return fingerprint and seconds of the run of a kind's settings without a kill, made once."""
         if kind.settings not in self._whole:
-            if kind.recipe not in self._begun:
-                self._begun.add(kind.recipe)
-                self._make(f"first-{kind.recipe}", kind)  # makes the cold start, which takes time too
+            if not self._whole:
+                self._make("first", kind)  # makes the cold start, which takes time too
             self._whole[kind.settings] = self._make(f"whole-{len(self._whole)}", kind)
         return self._whole[kind.settings]
 
     def _make(self, name: str, kind: Kind) -> tuple[dict[str, str], float]:
         began, log = time.monotonic(), self.directory / f"{name}.log"
-        process = self.start("train", kind.recipe, f"run_dir={name}", *SETTINGS, *kind.settings, log=log)
+        process = self.start("train", "quickstart", f"run_dir={name}", *SETTINGS, *kind.settings, log=log)
         if process.wait(PATIENCE):
             raise SystemExit(f"the run without a kill failed: {log.read_text()[-2000:]}")
         return fingerprint(self.directory / name), time.monotonic() - began
@@ -197,10 +158,10 @@ class Runs:
         delay = random.Random(f"{self.seed} {name} {number}").uniform(0.0, 0.8) * whole
         run, log = self.directory / f"{name}-{number}", self.directory / f"{name}-{number}.log"
         began = time.monotonic()
-        train = ("train", kind.recipe, f"run_dir={run.name}", *SETTINGS, *kind.settings)
+        train = ("train", "quickstart", f"run_dir={run.name}", *SETTINGS, *kind.settings)
         driver = self.start(*train, log=log)
         victims = _wait_for(driver, kind, delay)
-        ranks = processes_of(driver.pid, kind.beside)
+        ranks = processes_of(driver.pid)
         moment, killed, made = f"{delay:.2f} s, {_last_step(run)}", time.monotonic(), driver.poll() is None
         for victim in [psutil.Process(driver.pid)] if kind.module is None and made else victims[:1]:
             with suppress(psutil.NoSuchProcess):
@@ -224,15 +185,13 @@ class Runs:
 
 
 def _wait_for(driver: subprocess.Popen[bytes], kind: Kind, delay: float) -> list[psutil.Process]:
-    """Wait until so many seconds after the victim (what is beside it, for the driver) was seen; return those seen."""
+    """Wait until so many seconds after the victim (the ranks, for the driver) was seen; return those seen."""
     seen: float | None = None
     victims: list[psutil.Process] = []
     while driver.poll() is None and (seen is None or time.monotonic() - seen < delay):
-        victims = victims or processes_of(driver.pid, kind.module or kind.beside)
+        victims = victims or processes_of(driver.pid, kind.module or RANK)
         if victims and seen is None:
             seen = time.monotonic()
-        time.sleep(0.002)
-    while driver.poll() is None and len(processes_of(driver.pid, kind.beside)) < kind.busy:
         time.sleep(0.002)
     return victims
 

@@ -13,16 +13,12 @@ ENGINE = "sapo.rollout.remote.process"
 """What an engine in a process of its own runs."""
 
 
-EPISODES = "sapo.tasks.episodes.host"
-"""What the processes run in which environments of a user's own play: a guard, a host, and one for each episode."""
-
-
 def processes_of(driver: int, module: str = RANK) -> list[psutil.Process]:
-    """Return the processes below a driver that run a module, in the order they were started."""
+    """Return the processes below a driver that run a module with `-m`, in the order they were started."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(driver).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if any(module in argument for argument in child.cmdline()):
+                if module in child.cmdline():
                     found.append(child)
     return found

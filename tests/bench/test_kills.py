@@ -60,4 +60,4 @@ def test_with_all_kills_made_nothing_is_started_and_the_code_tells_whether_all_e
     assert main(["rank", "driver", "--kills", "2", "--json", str(file)]) == 1
     with pytest.raises(SystemExit):
         main(["engin"])
-    assert set(KINDS) == {"rank", "driver", "engine", "episode", "stopped"}
+    assert set(KINDS) == {"rank", "driver", "engine", "stopped"}

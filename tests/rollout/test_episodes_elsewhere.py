@@ -32,8 +32,6 @@ PATH = os.pathsep.join(sys.path)
 NAME = "support.faulty_games:Faulty"
 SECONDS = 4.0  # in which good episodes reply on a machine with much other work
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells of orphans")
-
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:

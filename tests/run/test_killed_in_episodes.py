@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PATH = os.pathsep.join(sys.path)
+from trials import episodes
 
 
 @pytest.mark.scale
 def test_a_run_killed_in_an_episode_leaves_no_process_and_resumes_to_the_bit(tmp_path: Path) -> None:
     """At two seeded moments: one of episodes in processes of their own, one of episodes in the run's.
 
-    `python -m support.killed_in_episodes DIRECTORY 0 20` was run for docs/reliability.md.
+    `make trials` has twenty.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "support.killed_in_episodes", str(tmp_path), "1", "2"],
-        env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    kills = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [kill["play_in"] for kill in kills] == ["process", "driver"]
-    assert kills[0]["processes"] >= 2, "a guard and a host at least"
-    for kill in kills:
-        assert kill["killed"], kill
-        assert kill["equal"], kill
-        assert not kill["left"], kill
+    tally = episodes.run(tmp_path, share=0.1, seed=1)
+    assert tally.broken == []
+    assert (tally.tried, tally.accepted) == (2, 2)
