@@ -1,4 +1,4 @@
-"""Runs killed inside episodes at seeded moments, then resumed: equal to the run that was not killed, no process left."""
+"""Runs killed inside episodes at seeded moments, then resumed: equal to the uninterrupted run, no process left."""
 
 from __future__ import annotations
 
