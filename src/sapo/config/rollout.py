@@ -50,6 +50,10 @@ class TurnsConfig(Section):
     env: list[str] = Field([])
     """Names of environment variables, as [OPENAI_API_KEY], that the processes of play_in=process are given beside the
     ordinary ones (docs/environments.md). They have no others, so that secrets of the run stay with it."""
+    credit: Literal["turn", "episode"] = "turn"
+    """What the advantage of a turn is made of where an environment gives a reward for each (`Score.turn_rewards`).
+    turn: of what was earned from it on, against the baseline of whole episodes; for objectives that take an advantage
+    for each token. episode: of the whole episode, as everywhere else."""
     max_environment_errors: float = Field(0.05, ge=0, le=1)
     """Largest share of a step's episodes in which the environment may fail. A run with more of them stops. Failed
     episodes are not trained on."""

@@ -122,12 +122,14 @@ class TrainingRun:
             resumed_at=None if state is None else state.step,
             panels=task_panels(names) if names[1:] else None,
         )
-        self.live = LiveFile(directory.path)
+        self.live = LiveFile(directory.path, policy.show)
         self.profiler = Profiler(config, directory.path, lambda: self.state.seconds, self._begin_phase)
         self._phase = self.profiler.phase
         played = [t.name for t in tasks.train if is_environment(t)]
         times = ReplyTimes()
-        self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state, played, times)
+        self.journal = Journal(
+            *(config, directory, self.loggers, self.listener, names, lambda: self.state, played, times, policy.show)
+        )
         self._append = self.journal.append
         sides = (tasks.train, tasks.formats, tasks.curricula)
         make_collector = partial(Collector, config, policy, self.engine, *sides, times=times)

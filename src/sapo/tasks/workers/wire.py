@@ -40,6 +40,7 @@ def score_to_json(score: Score) -> dict[str, Any]:
         "detail": str(score.detail)[:MAX_DETAIL],
         "answer": None if score.answer is None else str(score.answer)[:MAX_ANSWER_TEXT],
         "figures": {str(name): float(value) for name, value in score.figures.items()},
+        **({"turn_rewards": list(score.turn_rewards)} if score.turn_rewards else {}),
     }
 
 
@@ -55,6 +56,7 @@ def score_from_json(written: Any) -> Score:
         detail=str(written["detail"]),
         answer=None if written["answer"] is None else str(written["answer"]),
         figures={str(name): value for name, value in dict(written["figures"]).items()},
+        turn_rewards=tuple(written.get("turn_rewards", ())),
     )
 
 
