@@ -204,3 +204,32 @@ def test_a_small_form_of_tools_quickstart_learns_its_cold_start_and_trains_on_ca
     rows = [json.loads(line) for line in (run / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
     answers = [text for row in rows for _, _, text, _ in row["observations"]]
     assert any(text.rstrip(";").isdecimal() for text in answers)  # a call was carried out
+
+
+def test_rewards_of_turns_and_a_judge_reach_the_update_and_the_rows(tmp_path: Path) -> None:
+    """The third turn of the judge's game earns all there is; the longest episode of a group earns it."""
+    config = recipe(tmp_path)
+    judged = GAME + (
+        "\n    async def judge(self, prompt, episodes):\n"
+        "        sizes = [sum(len(t.token_ids) for t in e.turns) + e.sample / 100 for e in episodes]\n"
+        "        earned = [float(size == max(sizes)) for size in sizes]\n"
+        "        return [Score(r + 0.25, turn_rewards=(0.25, 0.0, r), figures=e.score.figures)\n"
+        "                for r, e in zip(earned, episodes)]\n"
+    )
+    (tmp_path / "game_of_a_test.py").write_text(judged)
+    run = sapo.train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 1})})).directory
+    rows = [json.loads(line) for line in (run / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert [sum(row["reward"] == 1.25 for row in rows[i : i + 4]) for i in range(0, 16, 4)] == [1] * 4
+    for row in rows:
+        earned = row["reward"] - 0.25
+        assert row["turn_rewards"] == [0.25, 0.0, earned]
+        assert len(row["turn_advantages"]) == 3
+        first, second, third = row["turn_advantages"]
+        assert first == pytest.approx(row["advantage"])
+        assert second == third < first, "what the first turn earned is not theirs"
+        assert [who for who, _ in row["transcript"]] == ["policy", "environment"] * 2 + ["policy"]
+        assert row["transcript"][-1][1].replace("<pad>", "").startswith(row["text"])
+    other = recipe(tmp_path, objective__name="gspo", run_dir=str(tmp_path / "gspo"))
+    (tmp_path / "game_of_a_test.py").write_text(judged)
+    with pytest.raises(ConfigError, match="task 'next' gives a reward for each turn, which takes an objective with"):
+        sapo.train(other)

@@ -42,6 +42,10 @@ class TurnsConfig(Section):
     the model."""
     seconds_per_reply: float = Field(30.0, gt=0)
     """Seconds in which an environment must answer a turn. The time in which the model draws does not count."""
+    credit: Literal["turn", "episode"] = "turn"
+    """What the advantage of a turn is made of where an environment gives a reward for each (`Score.turn_rewards`).
+    turn: of what was earned from it on, against the baseline of whole episodes; for objectives that take an advantage
+    for each token. episode: of the whole episode, as everywhere else."""
     max_environment_errors: float = Field(0.05, ge=0, le=1)
     """Largest share of a step's episodes in which the environment may fail. A run with more of them stops. Failed
     episodes are not trained on."""

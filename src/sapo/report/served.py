@@ -210,7 +210,12 @@ def run_state(run: Path, name: str) -> dict[str, Any]:
 
 def _shown(live: dict[str, Any]) -> dict[str, Any]:
     samples = [
-        {**row, "prompt": visible(str(row["prompt"])), "text": visible(str(row["text"]))}
+        {
+            **row,
+            "prompt": visible(str(row["prompt"])),
+            "text": visible(str(row["text"])),
+            "transcript": [[visible(str(part)) for part in said] for said in row.get("transcript", ())],
+        }
         for row in live.get("samples", [])
     ]
     return {**live, "samples": samples}

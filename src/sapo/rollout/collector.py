@@ -22,7 +22,7 @@ from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat, encode_by_task
 from sapo.rollout.selection import Position, Selection, Selector
-from sapo.rollout.shaping import shape_group
+from sapo.rollout.shaping import has_turn_rewards, require_token_advantages, shape_group
 from sapo.rollout.weights import loaded
 from sapo.tasks import Task, score_groups
 from sapo.utils.hashing import seed_for
@@ -152,8 +152,16 @@ class Collector:
         return driver.play([Play(self._task[p.task], p, samples) for p in prompts])
 
     def _shaped(self, prompts: Sequence[Prompt], scored: Sequence[Sequence[Completion]]) -> list[Group]:
-        """Give scored completions their advantages."""
+        """Give scored completions their advantages.
+
+        Raises:
+            ConfigError: turns are to have advantages of their own, and the objective takes one for a whole sequence.
+        """
         rollout, advantage = self.config.rollout, self.config.objective.advantage
+        for prompt, completions in zip(prompts, scored, strict=True):
+            if self._coins is None and has_turn_rewards(completions, rollout):
+                require_token_advantages(self.config.objective.make(), f"task {prompt.task!r}")
+                break
         return [shape_group(p, c, rollout, advantage, self._coins) for p, c in zip(prompts, scored, strict=True)]
 
 

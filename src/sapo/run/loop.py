@@ -121,11 +121,13 @@ class TrainingRun:
             resumed_at=None if state is None else state.step,
             panels=task_panels(names) if names[1:] else None,
         )
-        self.live = LiveFile(directory.path)
+        self.live = LiveFile(directory.path, policy.show)
         self.profiler = Profiler(config, directory.path, lambda: self.state.seconds, self._begin_phase)
         self._phase = self.profiler.phase
         played = [t.name for t in tasks.train if is_environment(t)]
-        self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state, played)
+        self.journal = Journal(
+            *(config, directory, self.loggers, self.listener, names, lambda: self.state, played, policy.show)
+        )
         self._append = self.journal.append
         make_collector = partial(Collector, config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula)
         self.collector = make_collector(self._phase, should_stop)

@@ -53,7 +53,12 @@
     return element("div", { class: "one" },
       element("div", { class: "meta" }, element("b", {}, `reward ${figure(row.reward)}`), element("span", {}, `${others}${row.status === "scored" ? "" : `, ${row.status.replace("_", " ")}`}, ${row.tokens} tokens`)),
       element("pre", { class: "asked", dir: "auto" }, row.prompt),
-      element("pre", { class: "answered", dir: "auto" }, row.text, row.cut ? " ..." : null));
+      ...(row.transcript?.length ? row.transcript.map(said) : [element("pre", { class: "answered", dir: "auto" }, row.text, row.cut ? " ..." : null)]));
+  }
+
+  function said([who, words]) {
+    if (who === "policy") return element("pre", { class: "answered", dir: "auto" }, words);
+    return element("pre", { class: "heard", dir: "auto" }, element("b", {}, who === "history" ? "" : `${who} `), words);
   }
 
   function draw(news) {
