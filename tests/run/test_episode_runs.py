@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import yaml
 
 import sapo
-from sapo.config.rollout import RolloutConfig
+from sapo.config.rollout import RolloutConfig, TurnsConfig
 from sapo.errors import ConfigError, Interrupted, RewardError
 from sapo.rollout.episodes import _Wave
+from sapo.run.preflight import _played_here, load_tasks
+from sapo.tasks.episodes.pool import close_hosts
 from support.game import GAME
 from support.runs import fingerprint, metrics, write_model
 
@@ -54,6 +57,12 @@ def test_an_environment_of_ones_own_is_trained_evaluated_and_logged(tmp_path: Pa
         assert step["turns/cut"] == step["environment/errors"] == 0
         assert step["tokens/observed"] > 0
         assert step["figure/sevens"] == pytest.approx(8 * step["reward/mean"])
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if line["kind"] == "step":
+            timing = line["timing"]
+            assert 0 < timing["environment/seconds_mean"] < 30
+            assert 0 < timing["environment/seconds_p95"] < 30
+            assert 0 < timing["wave/idle_share"] < 1
     rows = [json.loads(line) for line in (run / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
     assert all(len(row["observations"]) == 2 for row in rows)
     assert all(len(row["token_ids"]) == len(row["logprobs"]) for row in rows)
@@ -159,6 +168,24 @@ def test_a_mixture_of_single_turns_and_episodes_keeps_both(tmp_path: Path) -> No
     assert step["task/next/turns/mean"] > 1
     assert "task/arithmetic_add_1/turns/mean" not in step
     assert not any(k.startswith("task/arithmetic") and k.endswith("turns/mean") for k in step)
+
+
+def test_where_an_environment_of_ones_own_plays_is_said_where_it_can_only_play_here(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        tasks = load_tasks(config)
+        assert _played_here(config, tasks) == [], "in processes of its own"
+        (own,) = tasks.train
+        del own.__dict__["_sapo_origin"]  # as one that was made in Python has none
+        (line,) = _played_here(config, tasks)
+        assert line.startswith("environment 'next' was made in Python and plays in the process that draws")
+        rollout = config.rollout.model_copy(update={"turns": TurnsConfig(play_in="driver")})
+        here = config.model_copy(update={"rollout": rollout})
+        assert _played_here(here, tasks) == [], "as the recipe would have it"
+    finally:
+        sys.path.remove(str(tmp_path))
+        close_hosts()
 
 
 def test_the_length_of_a_turn_must_fit_the_episode() -> None:

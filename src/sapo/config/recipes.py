@@ -185,6 +185,8 @@ RESUMABLE_KEYS = (
     "rollout.timeout",
     "rollout.turns.max_environment_errors",
     "rollout.turns.seconds_per_reply",
+    "rollout.turns.play_in",
+    "rollout.turns.env",
 )
 
 

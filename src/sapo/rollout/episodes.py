@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,7 @@ from sapo.data.rollouts import FinishReason
 from sapo.data.transcripts import speakers_of
 from sapo.environments import Answer, Environment, Episode, Messages, OutOfBudget, Turn, is_environment
 from sapo.environments.clock import CLOCK
+from sapo.environments.failures import WHILE_OPEN, check_observation
 from sapo.environments.wrapping import Wrapped
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
@@ -38,8 +40,11 @@ from sapo.rollout.judging import GroupToJudge, check_turn_rewards, has_judge, ju
 from sapo.rollout.loops import GRACE, clocked, raised, run_to_end
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.tasks import score_groups
 from sapo.tasks.base import checked_score
+from sapo.tasks.episodes.origin import origin_of
+from sapo.tasks.episodes.pool import Elsewhere, Host, PlayError, host_of
 from sapo.utils.hashing import seed_for
 from sapo.utils.spans import span
 
@@ -153,6 +158,7 @@ class EpisodeDriver:
         turns: the other limits.
         joiners: by task: how what is said between turns of a chat is encoded. Tasks without one are in plain text.
         should_stop: asked by the engine between two tokens, and between two waves.
+        times: gets the times of the waves, where they are of interest.
     """
 
     def __init__(
@@ -163,8 +169,10 @@ class EpisodeDriver:
         turns: TurnsConfig,
         joiners: Mapping[str, Joiner] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        times: ReplyTimes | None = None,
     ) -> None:
         self.policy, self.engine, self.params, self.turns = policy, engine, params, turns
+        self.times = times or ReplyTimes()
         self.joiners = joiners or {}
         self.should_stop = should_stop
         lengths = [n for n in (turns.length, policy.max_length, max_length_of(engine)) if n is not None]
@@ -178,19 +186,50 @@ class EpisodeDriver:
             ConfigError: the engine gave something other than it was asked for; see `draw`.
             Interrupted: when `should_stop` says so. Environments are cancelled, and nothing is kept.
         """
-        wave = _Wave(self, plays)
+        wave = _Wave(self, plays, self._elsewhere(plays))
         run_to_end(wave.run())
         wave.judge()
         wave.judge_groups()
         return wave.completions()
 
+    def _elsewhere(self, plays: Sequence[Play]) -> dict[int, Elsewhere]:
+        """Return, by their ids, the environments that play in processes of their own, which have loaded them.
+
+        Raises:
+            TaskError: one could not be loaded there.
+        """
+        found: dict[int, Elsewhere] = {}
+        for environment in {id(play.environment): play.environment for play in plays}.values():
+            if (host := host_for(environment, self.turns)) is not None:
+                host.ready()
+                found[id(environment)] = Elsewhere(host, self.turns.seconds_per_reply)
+        if found:
+            _allow_sockets(sum(play.samples for play in plays))
+        return found
+
+
+def host_for(environment: Any, turns: TurnsConfig) -> Host | None:
+    """Return the host that plays an environment; None of one that plays in this process."""
+    origin = origin_of(environment)
+    return None if origin is None or turns.play_in != "process" else host_of(origin, turns.env)
+
+
+def _allow_sockets(number: int) -> None:
+    """Raise this process's own limit of open files where so many episodes need more, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
 
 class _Wave:
     """One call of `EpisodeDriver.play`."""
 
-    def __init__(self, driver: EpisodeDriver, plays: Sequence[Play]) -> None:
+    def __init__(self, driver: EpisodeDriver, plays: Sequence[Play], elsewhere: Mapping[int, Elsewhere]) -> None:
         self.driver = driver
         self.plays = plays
+        self._elsewhere = elsewhere
         seed = driver.params.seed
         self.episodes = [
             _Episode(play, place, sample, seed_for(seed, f"episode/{play.prompt.task}/{play.prompt.id}/{sample}"))
@@ -198,6 +237,7 @@ class _Wave:
             for sample in range(play.samples)
         ]
         self._thinking: dict[int, _Episode] = {}
+        self._replies: list[float] = []
         self._held = 0.0
         self._quiet = asyncio.Event()
 
@@ -205,19 +245,25 @@ class _Wave:
         """Play to the end."""
         tasks = []
         self._conversation = begin_conversation(self.driver.engine, self.driver.params)
+        waited = drawn = 0.0
         try:
             for episode in self.episodes:
                 self._begins_to_think(episode)
                 tasks.append(asyncio.create_task(self._live(episode)))
             while True:
+                began = time.perf_counter()
                 with span("environment"):
                     await self._all_quiet(tasks)
+                quiet = time.perf_counter()
+                waited += quiet - began
                 asking = [e for e in self.episodes if e.score is None and e.asked is not None]
                 if not asking:
                     break
                 self._draw(asking)
+                drawn += time.perf_counter() - quiet
         finally:
             self._conversation.close()
+            self.driver.times.add(self._replies, waited=waited, drawn=drawn)
             for task in tasks:
                 task.cancel()
             if tasks:
@@ -277,7 +323,8 @@ class _Wave:
         CLOCK.set(_Clock(self, episode))  # of this task alone
         score: Score
         try:
-            made = play.environment.play(play.prompt, _Ask(self, episode))
+            player = self._elsewhere.get(id(play.environment), play.environment)
+            made = player.play(play.prompt, _Ask(self, episode))
             if not inspect.iscoroutine(made):
                 raise TypeError(f"play must be a coroutine (async def play); got {type(made).__name__}")
             returned = await clocked(made, lambda seconds: self._hold(episode, seconds))
@@ -323,7 +370,7 @@ class _Wave:
         if episode.score is not None:
             raise RuntimeError("ask was called after the episode had ended")
         if episode.asked is not None:
-            raise RuntimeError("ask was called while the model's turn was open; await one before the next")
+            raise RuntimeError(WHILE_OPEN)
         if self._seconds(episode) > self.driver.turns.seconds_per_reply:  # it held the loop, which nothing interrupts
             episode.score = _timed_out(episode, self.driver.turns)
             raise RuntimeError(episode.score.detail)
@@ -371,17 +418,14 @@ class _Wave:
         Raises:
             TypeError, ValueError: it is neither text nor messages, or cannot be encoded.
         """
+        check_observation(observation)
         joiner = self.driver.joiners.get(episode.play.prompt.task)
         if isinstance(observation, str):
             if joiner is None or not observation:
                 return (encode_observation(self.driver.policy, observation) if observation else ()), observation
             messages: Messages = [{"role": "user", "content": observation}]
-        elif isinstance(observation, Sequence) and all(isinstance(m, Mapping) for m in observation):
-            messages = [message for message in observation if isinstance(message, Mapping)]
         else:
-            raise TypeError(
-                f"an observation must be text or a list of messages; got {type(observation).__name__}; decode it"
-            )
+            messages = observation
         if joiner is None:
             raise ValueError(
                 "messages need a chat template, and the prompts of this task are in plain text; ask with text"
@@ -399,7 +443,8 @@ class _Wave:
         self._quiet.clear()
 
     def _stops_thinking(self, episode: _Episode) -> None:
-        self._thinking.pop(id(episode), None)
+        if self._thinking.pop(id(episode), None) is not None:
+            self._replies.append(self._seconds(episode))
         if not self._thinking:
             self._quiet.set()
 
@@ -631,4 +676,5 @@ def _timed_out(episode: _Episode, turns: TurnsConfig) -> Score:
 
 def _failed(episode: _Episode, error: BaseException) -> Score:
     """Return the score of an episode whose environment failed: what was raised, and where in its code."""
-    return Score(0.0, Status.ENVIRONMENT_ERROR, f"{raised(error)}, after turn {episode.turns}")
+    text = str(error) if isinstance(error, PlayError) else raised(error)
+    return Score(0.0, Status.ENVIRONMENT_ERROR, f"{text}, after turn {episode.turns}")

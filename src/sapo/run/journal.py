@@ -9,6 +9,7 @@ from sapo.config import RunConfig
 from sapo.data import Group
 from sapo.diagnostics import observe, rollout_metrics, step_update_metrics
 from sapo.diagnostics.warnings import OF_THE_LOOP
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.run.collapse import note_warning
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, tell_samples
@@ -40,6 +41,7 @@ class Journal:
         tasks: Sequence[str],
         state: Callable[[], RunState],
         environments: Collection[str] = (),
+        times: ReplyTimes | None = None,
         show: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         self.config = config
@@ -48,6 +50,7 @@ class Journal:
         self.listener = listener
         self.tasks = tasks
         self.environments = environments
+        self._times = times or ReplyTimes()
         self._show = show
         self._state = state
         self._seconds_before = dict(state().seconds)
@@ -122,7 +125,7 @@ class Journal:
         timing = {"seconds": work, **seconds}
         if work > 0:
             timing["tokens_per_second"] = tokens / work
-        return timing
+        return {**timing, **self._times.take()}
 
 
 def _due(step: int, every: int) -> bool:
