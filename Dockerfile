@@ -28,12 +28,12 @@ FROM ${BASE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 gcc libc6-dev libgomp1 bubblewrap \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home sapo \
+    && useradd --uid 10001 --create-home sapo \
     && mkdir -m 1777 /work /cache
 COPY --from=build /opt/sapo /opt/sapo
 ENV PATH=/opt/sapo/bin:$PATH \
     SAPO_CACHE=/cache
-USER sapo
+USER 10001
 WORKDIR /work
 ENTRYPOINT ["sapo"]
 CMD ["--help"]

@@ -24,6 +24,8 @@ Log-probabilities of trainer and engine are held against the model's own forward
 the gradient of all parameters against its gradient (allowed: 1e-3 of its norm). No checkpoint of these families was
 trained for this table. `make trials` makes it anew.
 
+<!-- skip: a list to choose from; tests/docs/test_pages.py holds its options and keys against the commands -->
+
     sapo doctor --model DIRECTORY          # how a model of your own is trained and decoded, and why
 
 {counts}

@@ -25,7 +25,7 @@ RULES = (
     (r"^(?:ENTRYPOINT|CMD) (?!\[)", "a command that goes through a shell"),
     (r"^RUN .*\bsudo\b", "sudo"),
 )
-"""A pattern that no instruction may match, and what it would be. hadolint has more; it is no package of Python."""
+"""A pattern that no instruction may match, and what it would be. hadolint has more: docs/releasing.md."""
 
 
 def instructions(text: str) -> list[str]:

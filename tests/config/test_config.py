@@ -251,3 +251,10 @@ def test_every_field_is_documented_beside_it() -> None:
         return missing
 
     assert undocumented(RunConfig) == []
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "lora.bits", "quantization_config.load_in_4bit"])
+def test_a_base_in_few_bits_is_refused_in_one_line_that_names_the_way_out(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.\S+: a base of 4 or 8 bits .* model\.dtype=bfloat16") as refused:
+        load_recipe("smollm2_sums_lora", [f"model.{key}=4"])
+    assert "\n" not in str(refused.value)

@@ -126,7 +126,11 @@ def test_flat_arrays_give_back_each_name_in_its_own_order() -> None:
             reader.take(name)
 
 
-OBSERVATIONS = (Observation(0, (4,), "go"), Observation(2, (5, 6), "\N{SNOWMAN}", keep=3), Observation(3, ()))
+OBSERVATIONS = (
+    Observation(0, (4,), "go"),
+    Observation(2, (5, 6), "\N{SNOWMAN}", keep=3),
+    Observation(3, (), speakers=(("tool add", 0),)),
+)
 
 
 def test_observations_survive_a_checkpoint_and_a_copy() -> None:

@@ -15,6 +15,7 @@ HEALTHY = {
     "reward/mean": 0.3,
     "update/entropy": 0.5,
     "length/mean": 40.0,
+    "tis": "sequence",
     "groups/none_right": 0.2,
     "status/scored": 60,
     "status/unparseable": 4,
@@ -48,6 +49,12 @@ BEGINNING = [step(i) for i in range(1, 11)]  # ten steps, so that every referenc
         ("zero_variance_flood", {"groups__none_right": 0.71}, {"groups__none_right": 0.7}),
         ("length_collapse", {"length__mean": 19.9}, {"length__mean": 20.0}),  # half of 40
         ("reward_status", {"status__unparseable": 65}, {"status__unparseable": 60}),  # against 60 scored
+        ("long_trajectories", {"length__mean": 1001}, {"length__mean": 1000}),
+        (
+            "long_trajectories",
+            {"length__mean": 1001, "tis": "sequence_mask"},
+            {"length__mean": 9e3, "tis": "sequence_mean"},
+        ),
         ("reward_status", {"status__verifier_error": 4}, {"status__verifier_error": 3}),  # of 68 and 67: 5.9% and 4.5%
     ],
 )

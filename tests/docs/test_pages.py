@@ -22,7 +22,7 @@ from sapo.config import RunConfig
 from sapo.config.recipes import load_recipe, shipped_recipes
 from sapo.config.suites import SuiteConfig
 from sapo.workflows.comparing.config import ComparisonConfig
-from support.pages import DOCS, MARKS, ROOT, Block, blocks, commands, pages
+from support.pages import DOCS, FOLLOWED, MADE, MARKS, ROOT, Block, blocks, commands, pages
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 RUN = ("start", "howto", "explanation", "coming-from")
@@ -154,6 +154,29 @@ def test_yaml_and_marks_on_a_page_are_sound(name: str) -> None:
         assert len(block.marks.get("skip", "a reason of some length")) > 12, f"{name}:{block.line}: say why"
         if block.language == "yaml":
             yaml.safe_load(block.text)
+
+
+def test_python_and_commands_on_every_page_are_run_or_say_what_else_runs_them() -> None:
+    """tests/docs/test_pages_run.py runs the pages of FOLLOWED; elsewhere each block has a reason."""
+    silent = [
+        f"{name}:{block.line}"
+        for name, page in PAGES.items()
+        if name not in FOLLOWED and name not in MADE
+        for block in blocks(page.read_text())
+        if block.kind in ("bash", "python") and "skip" not in block.marks
+    ]
+    assert silent == []
+
+
+def test_files_of_tests_that_a_mark_names_exist() -> None:
+    named = {
+        file
+        for page in PAGES.values()
+        for block in blocks(page.read_text())
+        for file in re.findall(r"tests/[\w./]*\w", block.marks.get("skip", ""))
+    }
+    assert len(named) > 5
+    assert sorted(file for file in named if not (ROOT / file).exists()) == []
 
 
 def test_pages_that_are_run_have_no_blocks_of_no_language() -> None:

@@ -1,4 +1,4 @@
-"""Pages for newcomers, followed literally: `make test-docs`.
+"""Pages for newcomers and guides, followed literally: `make test-docs`.
 
 Each page is a directory of its own. Its blocks run in order, commands in this process. What makes them small is here
 and in the marks of the page: a tiny model stands for the one from the hub, and `SMALL` has settings of a test's size.
@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sapo
 import sapo.front.train
 from sapo.cli import main
 from sapo.config.recipes import change_recipe, parse_override
-from support.pages import DOCS, Block, blocks, commands
+from support.pages import FOLLOWED, Block, blocks, commands
 from support.runs import write_model
 
 pytestmark = pytest.mark.docs
-
-FOR_NEWCOMERS = ("start", "howto", "explanation", "coming-from")
-PAGES = [page for part in FOR_NEWCOMERS for page in sorted((DOCS / part).glob("*.md"))]
-PAGES += [DOCS / "python-guide.md", DOCS / "serving.md"]
 
 STEPS = [
     "threads=1", "train.steps=2", "train.minibatches=2", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2",
@@ -102,14 +99,14 @@ def run_block(block: Block, here: Path, space: dict[str, Any], monkeypatch: pyte
         (here / block.marks["file"]).write_text(text)
         return
     small = SMALL[block.marks["small"]] if "small" in block.marks else []
-    if block.language == "bash":
+    if block.kind == "bash":
         lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
         typed = list(commands(text))
         assert len(typed) == len(lines), f"only `sapo` commands are run; mark the block with skip: {lines}"
         for command, *arguments in typed:
             sized = [*arguments, *small] if command in ("train", "compare", "coldstart") else arguments
             run_command([command, *sized], monkeypatch)
-    elif block.language == "python":
+    elif block.kind == "python":
         file = here / "block.py"
         file.write_text(text)
         if small:
@@ -141,15 +138,27 @@ def sized_change(small: list[str]) -> Any:
     return sized
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_a_page_for_newcomers_does_what_it_says(page: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space: dict[str, Any] = {}
-    for block in blocks(page.read_text()):
+def tensors() -> dict[str, torch.Tensor]:
+    """Return tensors by their names of docs/notation.md, for blocks that start from them."""
+    logp = torch.tensor([[-1.0, -0.5, -2.0], [-0.1, -3.0, -1.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    return {
+        "logp_BT": logp.clone().requires_grad_(),
+        "logp_old_BT": logp,
+        "advantages_B": torch.tensor([1.0, -1.0]),
+        "mask_BT": mask,
+    }
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_page_does_what_it_says(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = dict(tensors())
+    for block in blocks(FOLLOWED[name].read_text()):
         if "skip" not in block.marks and block.language != "text":
             try:
                 run_block(block, here, space, monkeypatch)
             except BaseException as error:
-                error.add_note(f"{page.name}:{block.line}")
+                error.add_note(f"{name}:{block.line}")
                 raise
 
 

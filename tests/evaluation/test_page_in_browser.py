@@ -97,6 +97,26 @@ def test_no_completion_runs_as_markup_wherever_it_is_shown(browser: Browser, pag
     assert browser.run("getComputedStyle(document.querySelector('h1')).display") == "block"
 
 
+def test_an_episode_shows_turns_and_what_a_hostile_tool_said_as_text(browser: Browser, tmp_path: Path) -> None:
+    hostile = "\n".join([*ATTACKS, "\x1b[2J", "turn 9"])
+    said = (("policy", "37*52="), ("history", "forgot 812 tokens"), (f"tool {ATTACKS[1]}", hostile), ("policy", "#1"))
+    shown = sample("#1", 1.0, transcript=said)
+    write_page(results([answered(0, shown, sample("#2"))]), tmp_path / "index.html")
+    browser.open((tmp_path / "index.html").as_uri())
+    assert texts(browser, ".sample .turn") == ["turn 1", "turn 2"]
+    assert texts(browser, ".sample .forgot") == ["forgot 812 tokens"]
+    assert texts(browser, ".sample .heard b") == [f"tool {ATTACKS[1]}"]
+    escaped = hostile.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
+    assert texts(browser, ".sample .text") == ["37*52=", escaped, "#1", "#2"]
+    assert "2 turns" in texts(browser, ".sample .facts")[0]
+    assert "turns" not in texts(browser, ".sample .facts")[1]
+    browser.run("(e => { e.value = 'GNORW'; e.dispatchEvent(new Event('input')) })(document.getElementById('q'))")
+    browser.wait("document.querySelectorAll('.sample mark').length === 1")
+    assert browser.run("window.hacked ?? null") is None
+    assert browser.run("document.querySelectorAll('#completions img, svg, iframe, #completions script').length") == 0
+    assert complaints(browser) == []
+
+
 def test_markup_in_the_page_itself_could_do_nothing_either(browser: Browser, page: str) -> None:
     browser.open(page)
     browser.run(

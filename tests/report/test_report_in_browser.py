@@ -159,6 +159,46 @@ def test_a_click_chooses_a_sample_and_colours_say_what_was_measured(visit: Visit
     assert "up" in classes["a"] or "down" in classes["a"]
 
 
+def episode_row(sample: int, **changes: object) -> dict:
+    """An episode of three turns; before the third a tool says an attack, after most of the history was dropped."""
+    said = "\n".join(ATTACKS)
+    speakers = [["tool <b>add</b>", len(said)]]
+    observations = [[2, [4], "1924;", None], [4, [5, 6], said, 3, speakers], [7, [6], "no answer", None]]
+    return rollout_row(0, sample, [1, 2, 3, 4, 5, 6, END], observations=observations, **changes)
+
+
+def test_an_episode_shows_its_turns_and_what_a_hostile_tool_said_as_text_without_a_gate(
+    visit: Visit, tmp_path: Path
+) -> None:
+    rows = [episode_row(0, turn_advantages=[1.0, 0.5, -0.25]), episode_row(1)]
+    run = write_run(tmp_path / "a", rollouts={4: rows})
+    file = write_page(make_report([run]), tmp_path / "report.html")
+    page = visit.open(file)
+    assert texts(page, ".reading .turn") == ["turn 1advantage 1", "turn 2advantage 0.5", "turn 3advantage -0.25"]
+    assert texts(page, ".reading .heard b") == ["environment", "tool <b>add</b>", "environment"]
+    escaped = [*ATTACKS[:5], "\\u202egnorw", "\\x1b[2J\\x07bell"]
+    assert texts(page, ".reading .said") == ["1924;", "\n".join(escaped), "no answer"]
+    assert texts(page, ".reading .forgot") == ["forgot 3 tokens"]  # of 1 + 2 + 1 + 2 it keeps 3
+    order = page.eval_on_selector_all(".reading > *", "found => found.map((e) => e.className.split(' ')[0])")
+    assert order == [
+        *("turn", "tok", "tok", "heard", "turn", "tok", "tok", "forgot", "heard", "turn", "tok", "tok", "tok", "heard")
+    ]
+    assert page.eval_on_selector_all(".heard, .heard *, .turn, .forgot", "e => e.filter((x) => x.id).length") == 0
+    page.locator(".heard").nth(1).hover()
+    assert "token 1 of 7" in texts(page, ".numbers")[0], "there is nothing to point at in what a tool said"
+    page.locator(".reading").focus()
+    page.keyboard.press("End")
+    assert "token 7 of 7" in texts(page, ".numbers")[0]
+    assert texts(page, ".tok.at") == ["<end>"]
+    assert texts(page, ".row .many") == ["3 turns  ", "3 turns  "]
+    assert page.evaluate("window.hacked ?? null") is None
+    assert page.evaluate("document.querySelectorAll('img, iframe, #token-view script, #token-view svg').length") == 0
+    page.locator(".row").nth(1).click()
+    assert texts(page, ".reading .turn") == ["turn 1", "turn 2", "turn 3"]
+    assert visit.complaints == []
+    assert visit.requests == [file.as_uri()]
+
+
 def test_samples_are_sorted_by_reward_and_by_the_lowest_gate_weight(visit: Visit, made: Path) -> None:
     page = visit.open(made, "#run=b&step=4")
     names = "#token-view .row b"

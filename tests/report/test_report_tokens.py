@@ -67,6 +67,17 @@ def test_the_reward_an_advantage_is_of_stands_beside_the_verifiers(tmp_path: Pat
     assert "shaped" not in plain, "there is one reward alone"
 
 
+def test_advantages_of_turns_make_the_slopes_of_their_tokens(tmp_path: Path) -> None:
+    """At r = 1 the slope is the advantage."""
+    said = [[2, [4], "1;", None], [3, [5], "2;", None]]
+    row = rollout_row(0, 0, [1, 2, 3, 4], update=0, observations=said, turn_advantages=[1.0, -0.5, 0.25])
+    value = unpack(view_of(tmp_path / "a", rollouts={4: [row]}).chunks[0])
+    (shown,) = value["prompts"][0]["samples"]
+    assert shown["a"] == [1.0, 1.0, -0.5, 0.25]
+    assert shown["turns"] == [1.0, -0.5, 0.25]
+    assert shown["heard"] == [[2, [["environment", "1;"]], 0], [3, [["environment", "2;"]], 0]]
+
+
 def test_a_run_without_entropy_or_a_known_objective_leaves_them_out(tmp_path: Path) -> None:
     rows = [{k: v for k, v in r.items() if k != "entropy"} for r in default_rows()]
     config = settings(name="of_another_version")

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 
 from sapo.cli import main
 from sapo.config.recipes import load_recipe
+from sapo.report import served
 from sapo.report.assemble import make_report
 from sapo.report.served import KEPT, Watch, application, refusal, run_state
 from sapo.run.live import LiveFile
@@ -195,6 +196,79 @@ def test_two_servers_give_no_version_twice(tmp_path: Path) -> None:
     assert Watch([run], None).version > before
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, with a limit for a hung process."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_runs_that_stay_unreadable_are_said_once_and_so_is_their_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(served, "LASTING", 0.1)
+    run = write_run(tmp_path / "a", finished=False)
+    said: list[str] = []
+    watch = Watch([run], None, on_trouble=said.append)
+    assert watch.news["trouble"] is None
+    watch.start()
+    try:
+        run.rename(tmp_path / "moved")
+        until(lambda: len(said) == 1)
+        assert str(run) in said[0]
+        assert watch.news["trouble"] == said[0]
+        assert len(watch.news["runs"]) == 1, "what was known is still shown"
+        version = watch.news_version
+        time.sleep(0.3)
+        assert (len(said), watch.news_version) == (1, version), "it is said once"
+        (tmp_path / "moved").rename(run)
+        until(lambda: len(said) == 2)
+        assert said[1] == "the runs can be read again"
+        assert watch.news["trouble"] is None
+    finally:
+        watch.close()
+
+
+def test_a_file_that_is_whole_at_the_next_look_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "LOOK_EVERY", 0.02)
+    failures = iter([OSError("half written")] * 3)
+    reading = served.fingerprint
+    run = write_run(tmp_path / "a", finished=False)
+    said: list[str] = []
+    watch = Watch([run], None, on_trouble=said.append)
+    looks: list[int] = []
+
+    def sometimes(paths: list[Path]) -> object:
+        looks.append(1)
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        return reading(paths)
+
+    monkeypatch.setattr(served, "fingerprint", sometimes)
+    watch.start()
+    until(lambda: len(looks) > 5)
+    watch.close()
+    assert said == []
+
+
+def test_a_fault_that_ends_the_watch_is_shown_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "LOOK_EVERY", 0.02)
+    raised: list[type] = []
+    monkeypatch.setattr(threading, "excepthook", lambda event: raised.append(event.exc_type))
+    watch = Watch([write_run(tmp_path / "a", finished=False)], None)
+
+    def broken(paths: list[Path]) -> object:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(served, "fingerprint", broken)
+    watch.start()
+    until(lambda: raised == [RuntimeError])
+    watch.close()
+    assert "a fault of sapo" in watch.news["trouble"]
+
+
 def test_the_command_watches_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "a")
     printed: list[str] = []
@@ -238,9 +312,12 @@ def test_a_token_of_the_users_is_not_printed(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-def test_the_page_rests_between_failures_and_says_what_it_cannot_show(tmp_path: Path, browser) -> None:
+def test_the_page_rests_between_failures_and_says_what_it_cannot_show(
+    tmp_path: Path, browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from support.report_page import Visit, texts, wait
 
+    monkeypatch.setattr(served, "LASTING", 0.0)
     records = step_records(4)
     run = write_run(
         tmp_path / "a",
@@ -281,6 +358,13 @@ def test_the_page_rests_between_failures_and_says_what_it_cannot_show(tmp_path: 
         page.select_option("#token-step", "2")
         wait(page, "document.querySelectorAll('#token-view .tok').length > 0")
         assert page.evaluate("document.querySelector('#live').textContent").startswith("live")
+        assert page.evaluate("document.querySelector('#trouble').hidden")
+        run.rename(tmp_path / "moved")
+        wait(page, "document.querySelector('#live').textContent.startsWith('cannot read the runs')")
+        assert str(run) in page.evaluate("document.querySelector('#trouble').innerText")
+        (tmp_path / "moved").rename(run)
+        wait(page, "document.querySelector('#live').textContent.startsWith('live')")
+        assert page.evaluate("document.querySelector('#trouble').hidden")
         assert visit.complaints == []
         page.close()
 

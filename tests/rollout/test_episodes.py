@@ -27,6 +27,28 @@ from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.sampling import request_uniforms
 from sapo.rollout.params import SamplingParams
 from sapo.sandbox import Limits, Outcome, ProgramResult
+from support.faulty_games import (
+    asks_twice_at_once,
+    blocks,
+    blocks_and_asks,
+    cancels_itself,
+    chatty,
+    clings,
+    endless,
+    exits,
+    good,
+    greedy_of_reward,
+    hangs,
+    never_asks,
+    no_score,
+    not_a_number,
+    raises,
+    raises_first,
+    says_bytes,
+    says_too_much,
+    says_what_cannot_be_encoded,
+    sends_messages,
+)
 from support.plain_models import plain_copy
 from support.templates import bpe_tokenizer
 from support.trainer_cases import make_policy, make_trainer
@@ -57,21 +79,6 @@ class Game:
 
     async def play(self, prompt: Prompt, ask: Ask) -> Score:
         return await self._play(prompt, ask)
-
-
-async def chatty(prompt: Prompt, ask: Ask) -> Score:
-    """Ask three times, with observations of another length in every sample."""
-    turn = await ask(max_tokens=3)
-    for k in range(2):
-        turn = await ask(f"{k};" * (1 + len(turn.token_ids)), max_tokens=2 + k)
-    return Score(float(sum(turn.token_ids) % 2))
-
-
-async def good(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=2)
-    await asyncio.sleep(0.001)
-    await ask("7;", max_tokens=2)
-    return Score(1.0)
 
 
 def params(policy: Policy, tokens: int = 12, **options: object) -> SamplingParams:
@@ -176,19 +183,6 @@ def test_seeds_tell_episodes_apart_and_repeat_with_the_run(policy: Policy) -> No
 
 
 # ------------------------------------------------------------------------------------------------------------ budgets
-
-
-async def endless(prompt: Prompt, ask: Ask) -> Score:
-    while True:
-        await ask("1", max_tokens=2)
-
-
-async def greedy_of_reward(prompt: Prompt, ask: Ask) -> Score:
-    try:
-        while True:
-            await ask("1", max_tokens=2)
-    except Exception:
-        return Score(1.0)
 
 
 @pytest.mark.parametrize("play", [endless, greedy_of_reward])
@@ -319,92 +313,9 @@ def test_a_stop_string_is_looked_for_in_its_own_turn_and_is_part_of_its_text(pol
 # ----------------------------------------------------------------------------------------------------------- failures
 
 
-async def raises(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    raise KeyError("board")
-
-
-async def raises_first(prompt: Prompt, ask: Ask) -> Score:
-    raise ValueError("no docker")
-
-
-async def exits(prompt: Prompt, ask: Ask) -> Score:
-    raise SystemExit(3)
-
-
-async def hangs(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    await asyncio.sleep(99)
-    return Score(1.0)
-
-
-async def clings(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    while True:
-        try:
-            await asyncio.sleep(99)
-        except asyncio.CancelledError:
-            continue
-
-
-async def blocks(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    time.sleep(0.5)
-    return Score(1.0)
-
-
-async def blocks_and_asks(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    time.sleep(0.5)
-    await ask(max_tokens=1)
-    return Score(1.0)
-
-
-async def no_score(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    return "yes"  # type: ignore[return-value]
-
-
-async def not_a_number(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    return Score(float("nan"))
-
-
-async def says_bytes(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    await ask(b"12")  # type: ignore[arg-type]
-    return Score(1.0)
-
-
-async def says_what_cannot_be_encoded(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    await ask("\N{SNOWMAN}")
-    return Score(1.0)
-
-
-async def sends_messages(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    await ask([{"role": "user", "content": "1"}])
-    return Score(1.0)
-
-
-async def never_asks(prompt: Prompt, ask: Ask) -> Score:
-    return Score(1.0)
-
-
-async def asks_twice_at_once(prompt: Prompt, ask: Ask) -> Score:
-    await asyncio.gather(ask("1", max_tokens=1), ask("2", max_tokens=1))
-    return Score(1.0)
-
-
-async def cancels_itself(prompt: Prompt, ask: Ask) -> Score:
-    await ask(max_tokens=1)
-    raise asyncio.CancelledError
-
-
 FAILURES = {
-    raises: "KeyError: 'board' (test_episodes.py:",
-    raises_first: "ValueError: no docker (test_episodes.py:",
+    raises: "KeyError: 'board' (faulty_games.py:",
+    raises_first: "ValueError: no docker (faulty_games.py:",
     exits: "SystemExit: 3",
     hangs: "no answer within 0.2 s",
     clings: "no answer within 0.2 s",
@@ -418,6 +329,7 @@ FAILURES = {
     never_asks: "RuntimeError: play asked the model nothing",
     asks_twice_at_once: "RuntimeError: ask was called while the model's turn was open",
     cancels_itself: "CancelledError",
+    says_too_much: "ValueError: an observation must have at most 4194304 characters; got 8388608",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import yaml
 
 import sapo
-from sapo.config.rollout import RolloutConfig
+from sapo.config.rollout import RolloutConfig, TurnsConfig
 from sapo.errors import ConfigError, Interrupted, RewardError
 from sapo.rollout.episodes import _Wave
+from sapo.run.preflight import _played_here, load_tasks
+from sapo.tasks.episodes.pool import close_hosts
 from support.game import GAME
 from support.runs import fingerprint, metrics, write_model
 
@@ -54,6 +57,12 @@ def test_an_environment_of_ones_own_is_trained_evaluated_and_logged(tmp_path: Pa
         assert step["turns/cut"] == step["environment/errors"] == 0
         assert step["tokens/observed"] > 0
         assert step["figure/sevens"] == pytest.approx(8 * step["reward/mean"])
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if line["kind"] == "step":
+            timing = line["timing"]
+            assert 0 < timing["environment/seconds_mean"] < 30
+            assert 0 < timing["environment/seconds_p95"] < 30
+            assert 0 < timing["wave/idle_share"] < 1
     rows = [json.loads(line) for line in (run / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
     assert all(len(row["observations"]) == 2 for row in rows)
     assert all(len(row["token_ids"]) == len(row["logprobs"]) for row in rows)
@@ -161,6 +170,24 @@ def test_a_mixture_of_single_turns_and_episodes_keeps_both(tmp_path: Path) -> No
     assert not any(k.startswith("task/arithmetic") and k.endswith("turns/mean") for k in step)
 
 
+def test_where_an_environment_of_ones_own_plays_is_said_where_it_can_only_play_here(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        tasks = load_tasks(config)
+        assert _played_here(config, tasks) == [], "in processes of its own"
+        (own,) = tasks.train
+        del own.__dict__["_sapo_origin"]  # as one that was made in Python has none
+        (line,) = _played_here(config, tasks)
+        assert line.startswith("environment 'next' was made in Python and plays in the process that draws")
+        rollout = config.rollout.model_copy(update={"turns": TurnsConfig(play_in="driver")})
+        here = config.model_copy(update={"rollout": rollout})
+        assert _played_here(here, tasks) == [], "as the recipe would have it"
+    finally:
+        sys.path.remove(str(tmp_path))
+        close_hosts()
+
+
 def test_the_length_of_a_turn_must_fit_the_episode() -> None:
     with pytest.raises(ValueError, match=r"turns.tokens_per_turn must not exceed rollout.max_new_tokens"):
         RolloutConfig(max_new_tokens=8, turns={"tokens_per_turn": 9})
@@ -204,3 +231,32 @@ def test_a_small_form_of_tools_quickstart_learns_its_cold_start_and_trains_on_ca
     rows = [json.loads(line) for line in (run / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
     answers = [text for row in rows for _, _, text, _ in row["observations"]]
     assert any(text.rstrip(";").isdecimal() for text in answers)  # a call was carried out
+
+
+def test_rewards_of_turns_and_a_judge_reach_the_update_and_the_rows(tmp_path: Path) -> None:
+    """The third turn of the judge's game earns all there is; the longest episode of a group earns it."""
+    config = recipe(tmp_path)
+    judged = GAME + (
+        "\n    async def judge(self, prompt, episodes):\n"
+        "        sizes = [sum(len(t.token_ids) for t in e.turns) + e.sample / 100 for e in episodes]\n"
+        "        earned = [float(size == max(sizes)) for size in sizes]\n"
+        "        return [Score(r + 0.25, turn_rewards=(0.25, 0.0, r), figures=e.score.figures)\n"
+        "                for r, e in zip(earned, episodes)]\n"
+    )
+    (tmp_path / "game_of_a_test.py").write_text(judged)
+    run = sapo.train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 1})})).directory
+    rows = [json.loads(line) for line in (run / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert [sum(row["reward"] == 1.25 for row in rows[i : i + 4]) for i in range(0, 16, 4)] == [1] * 4
+    for row in rows:
+        earned = row["reward"] - 0.25
+        assert row["turn_rewards"] == [0.25, 0.0, earned]
+        assert len(row["turn_advantages"]) == 3
+        first, second, third = row["turn_advantages"]
+        assert first == pytest.approx(row["advantage"])
+        assert second == third < first, "what the first turn earned is not theirs"
+        assert [who for who, _ in row["transcript"]] == ["policy", "environment"] * 2 + ["policy"]
+        assert row["transcript"][-1][1].replace("<pad>", "").startswith(row["text"])
+    other = recipe(tmp_path, objective__name="gspo", run_dir=str(tmp_path / "gspo"))
+    (tmp_path / "game_of_a_test.py").write_text(judged)
+    with pytest.raises(ConfigError, match="task 'next' gives a reward for each turn, which takes an objective with"):
+        sapo.train(other)

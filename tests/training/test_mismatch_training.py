@@ -44,9 +44,10 @@ def autograd_gradient(policy, groups: list[Group], name: str, tis: TIS) -> dict[
             old = torch.tensor(completion.old_logprobs).double()
             w = (old - torch.tensor(completion.logprobs).double()).exp()
             if tis.mode.startswith("sequence"):
-                w = w.prod().expand(len(completion))
+                rho = w.prod() ** (1 / len(completion)) if tis.mode == "sequence_mean" else w.prod()
+                w = rho.expand(len(completion))
             cap = TIS_CAPS[tis.mode]
-            if tis.mode in ("token", "sequence"):
+            if tis.mode in ("token", "sequence", "sequence_mean"):
                 w = w.clamp(max=cap)
             else:
                 w = torch.where((w > cap) | (w < (0.5 if tis.mode == "icepop" else 0.0)), 0.0, w)

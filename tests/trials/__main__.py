@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trials import calls, damage, recipes, rewards
+from trials import calls, damage, episodes, recipes, rewards
 from trials.harness import Tally
 
 KINDS: dict[str, tuple[str, Callable[..., Tally]]] = {
@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[str, Callable[..., Tally]]] = {
     "recipes": ("recipe keys with absurd values", recipes.run),
     "calls": ("commands with bad arguments", calls.run),
     "rewards": ("hostile reward functions", rewards.run),
+    "episodes": ("runs killed inside episodes, resumed", episodes.run),
 }
 BEGIN, END = "<!-- trials -->\n", "<!-- /trials -->\n"
 

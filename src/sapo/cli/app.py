@@ -140,7 +140,8 @@ def resume(
             "train.rank_timeout, train.stall_timeout, "
             "train.context_parallel, train.stop_when, rollout.parity_every, rollout.parity_tolerance, rollout.servers, "
             "rollout.server_timeout, rollout.run_in, rollout.max_staleness, rollout.timeout, "
-            "rollout.turns.max_environment_errors, rollout.turns.seconds_per_reply, eval.every, "
+            "rollout.turns.max_environment_errors, rollout.turns.seconds_per_reply, rollout.turns.play_in, "
+            "rollout.turns.env, eval.every, "
             "checkpoint, log, profile, diagnostics, warnings and cluster, each with its keys.",
             autocompletion=complete_override,
         ),

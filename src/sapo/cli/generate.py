@@ -1,16 +1,16 @@
-"""`sapo generate`: completions of a prompt, as text, with log-probabilities, or as JSON."""
+"""`sapo generate`: completions of a prompt, as text, with log-probabilities, or as JSON; episodes of an environment."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sapo.cli.completion import complete_model
+from sapo.cli.completion import complete_model, complete_task
 from sapo.utils.text import visible
 
 # For the annotations only: `--help` is to answer before a library is loaded.
@@ -30,18 +30,45 @@ def generate(
             autocompletion=complete_model,
         ),
     ],
-    prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to complete; - reads it from standard input. With --task none.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="With --task: its settings, and those of its prompts."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer a held-out problem of this task, or of a .jsonl or .parquet file, and judge it; an "
+            "environment is played, and its transcript printed.",
+            autocompletion=complete_task,
+        ),
+    ] = None,
+    problem: Annotated[int, typer.Option(min=0, help="With --task: which of its problems, from 0.")] = 0,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A picture for a vision-language model; where the prompt has <image>, or before it."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion.", show_default="256, or what the model has room for")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest completion.",
+            show_default="256, or what the model has room for; with --task 64, or the run's",
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="1; with --task 1, or the run's")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling.", show_default="1; with --task 1, or the run's")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Seed of the draws.", show_default="0; with --task that of sapo eval"),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template; default: where the tokenizer has one."),
@@ -50,7 +77,13 @@ def generate(
         str | None, typer.Option(help="System message of the chat, or first paragraph of a plain prompt.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help=r"A string that ends a completion; \n is a newline.")] = None,
-    engine: Annotated[str, typer.Option(help="The engine: local, or module:Class of your own.")] = "local",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="The engine: local, or module:Class of your own.",
+            show_default="local; with --task local, or the run's",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
     ] = None,
@@ -58,19 +91,37 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Complete a prompt with a model; a run's model uses the format of its first task unless an option says
-    otherwise."""
+    """Complete a prompt with a model, or answer a problem of a task; a run's model uses the format of its first task
+    unless an option says otherwise."""
     from sapo.errors import ConfigError
     from sapo.rollout.params import SamplingParams
     from sapo.run.models import load_model
     from sapo.workflows.generate import format_of_run
     from sapo.workflows.generate import generate as draw
 
+    if task is not None:
+        _refuse_with_task(image=image, chat=chat, system=system, stop=stop, logprobs=logprobs)
+        given: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        given |= {"top_p": top_p, "engine": engine}
+        settings = [*([] if prompt is None else [prompt]), *(overrides or [])]
+        _answer(model, task, settings, problem, seed, given, dtype=dtype, device=device, as_json=as_json)
+        return
+    if prompt is None or overrides:
+        got = "neither" if prompt is None else f"{overrides[0]!r} behind the prompt" if overrides else ""
+        raise ConfigError(
+            f"give a prompt to complete, or --task with its settings; got {got}; put a prompt of several words in "
+            "quotes"
+        )
     if stop and "" in stop:
         raise ConfigError("--stop must not be empty; got ''")
     try:
         length = max_new_tokens or LONGEST
-        params = SamplingParams(max_new_tokens=length, temperature=temperature, top_p=top_p, seed=seed)
+        params = SamplingParams(
+            max_new_tokens=length,
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            seed=seed or 0,
+        )
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
     told = chat is not None or system is not None or bool(stop)
@@ -87,7 +138,7 @@ def generate(
         stop=tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ()),
         form=None if told else format_of_run(model),
         shorten=max_new_tokens is None,
-        engine=engine,
+        engine=engine or "local",
         pictures=pictures,
         on_text=_show_piece if streams else None,
     )
@@ -97,6 +148,56 @@ def generate(
         print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
     else:
         _show(result, logprobs)
+
+
+def _refuse_with_task(**given: Any) -> None:
+    """Refuse options of a prompt of one's own beside a task, whose prompts say them."""
+    from sapo.errors import ConfigError
+
+    if found := [name for name, value in given.items() if value not in (None, False, [])]:
+        raise ConfigError(
+            f"--{found[0]} is for a prompt of your own; got it beside --task; leave it out, or write the settings of "
+            "the task's prompts, as in prompt.style=chat"
+        )
+
+
+def _answer(
+    model: Path,
+    task: str,
+    overrides: Sequence[str],
+    problem: int,
+    seed: int | None,
+    given: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Answer a problem of a task and print what was said and how it was judged."""
+    from sapo.cli.terminal import say
+    from sapo.model.sources import check_source
+    from sapo.workflows.evaluate import EvaluatedModel
+    from sapo.workflows.generate import answer_problem, plan_problem, transcript_lines
+
+    check_source(model)
+    planned = plan_problem(model, task, overrides, problem, seed, **given)
+    subject = EvaluatedModel.load(model, dtype, device)
+    answered = answer_problem(subject, planned, problem, report=lambda text: say(f"note: {text}"))
+    if as_json:
+        print(json.dumps(answered.to_json(), indent=1, ensure_ascii=False))
+        return
+    print(f"{visible(planned.task.name)}, problem {problem}")
+    print("\n".join(f"  {line}" for line in visible(answered.seen).split("\n")))
+    for number, sample in enumerate(answered.samples, 1):
+        facts = [f"reward {sample.reward:g}", *([] if sample.status == "scored" else [sample.status.replace("_", " ")])]
+        facts += [f"{name} {value:g}" for name, value in sample.figures.items()] + [f"{sample.tokens} tokens"]
+        print(f"--- {number} of {len(answered.samples)}: {visible(', '.join(facts))}")
+        said = sample.transcript or (("policy", sample.text),)
+        print("\n".join(transcript_lines(said)))
+        if sample.detail:
+            print(visible(sample.detail))
+    if answered.answer is not None:
+        print(f"--- reference answer: {visible(answered.answer)}")
 
 
 def _opened(files: Sequence[Path]) -> list[Picture]:

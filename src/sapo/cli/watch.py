@@ -26,7 +26,8 @@ def watch(
 
     with bound(host, port) as (taken, address), stop_signals() as stop:
         plotly_script()
-        watching = Watch(runs, DEFAULT_TOKENS if tokens is None else tokens or None)
+        shown = DEFAULT_TOKENS if tokens is None else tokens or None
+        watching = Watch(runs, shown, on_trouble=lambda text: say(f"warning: {text}"))
         # A token of the user's is not shown: its name stands for it.
         ask = "" if address.token is None else f"/?token={address.token if address.made else f'${TOKEN}'}"
 

@@ -34,11 +34,13 @@ class TISConfig(Section):
     sampler mu and the trainer. The gate's ratio does not contain it. It needs log pi_old from the trainer, where
     train.old_logprobs=auto then takes it."""
 
-    mode: Literal["token", "sequence", "icepop", "sequence_mask"] = "token"
-    """Weight of a token. token: min(w, cap). sequence: min(prod w, cap) for every token of a response. icepop: w within
-    floor..cap, else 0. sequence_mask: prod w, or 0 where it exceeds cap. objectives/mismatch.py has the sources."""
+    mode: Literal["token", "sequence", "sequence_mean", "icepop", "sequence_mask"] = "token"
+    """Weight of a token. token: min(w, cap). sequence: min(prod w, cap) for every token of a response. sequence_mean:
+    the same with the geometric mean of w, for long responses and episodes, where a product leaves next to no loss.
+    icepop: w within floor..cap, else 0. sequence_mask: prod w, or 0 where it exceeds cap. objectives/mismatch.py has
+    the sources."""
     cap: float | None = None
-    """Largest weight. null: 2 for token and sequence, 5 for icepop, 3 for sequence_mask."""
+    """Largest weight. null: 2 for token, sequence and sequence_mean, 5 for icepop, 3 for sequence_mask."""
     floor: float | None = None
     """Smallest weight of icepop; 0.5 when null."""
 

@@ -185,6 +185,8 @@ RESUMABLE_KEYS = (
     "rollout.timeout",
     "rollout.turns.max_environment_errors",
     "rollout.turns.seconds_per_reply",
+    "rollout.turns.play_in",
+    "rollout.turns.env",
 )
 
 
@@ -259,11 +261,20 @@ def _as_number(text: str) -> Any:
         return text
 
 
+FEW_BITS = {"bits", "load_in_4bit", "load_in_8bit", "nf4", "qlora", "quantization", "quantization_config", "quantize"}
+"""Names by which other trainers load a base in few bits."""
+
+
 def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     """Write one line for one validation error: key, rule, value, way out."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
+        if location[0] == "model" and location[-1] in FEW_BITS:
+            return (
+                f"{key}: a base of 4 or 8 bits (QLoRA) is not supported on any device; train an adapter on a "
+                "16-bit base: model.dtype=bfloat16 with model.lora.rank=16"
+            )
         section = _section_at(location[:-1], root)
         known = list(section.model_fields) if section is not None else []
         return f"unknown key {key}{nearest(location[-1], known, prefix='.'.join(location[:-1]))}"

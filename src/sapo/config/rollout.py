@@ -42,6 +42,18 @@ class TurnsConfig(Section):
     the model."""
     seconds_per_reply: float = Field(30.0, gt=0)
     """Seconds in which an environment must answer a turn. The time in which the model draws does not count."""
+    play_in: Literal["process", "driver"] = "process"
+    """Where environments of your own (`module:Class`, tools and adapters of your own code) play. process: each episode
+    in a process of its own, so that one that blocks, crashes or fills its memory costs that episode alone. driver: in
+    the process that draws, beside the others. Environments of sapo, and those given as Python objects, always play
+    there."""
+    env: list[str] = Field([])
+    """Names of environment variables, as [OPENAI_API_KEY], that the processes of play_in=process are given beside the
+    ordinary ones (docs/environments.md). They have no others, so that secrets of the run stay with it."""
+    credit: Literal["turn", "episode"] = "turn"
+    """What the advantage of a turn is made of where an environment gives a reward for each (`Score.turn_rewards`).
+    turn: of what was earned from it on, against the baseline of whole episodes; for objectives that take an advantage
+    for each token. episode: of the whole episode, as everywhere else."""
     max_environment_errors: float = Field(0.05, ge=0, le=1)
     """Largest share of a step's episodes in which the environment may fail. A run with more of them stops. Failed
     episodes are not trained on."""

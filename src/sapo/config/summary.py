@@ -75,12 +75,15 @@ def _log_pi_old(config: RunConfig) -> str:
 def _correction(config: RunConfig) -> str:
     assert config.objective.tis is not None
     tis = config.objective.tis.weights
-    weight, over = (
-        ("rho = prod pi_old / mu", "response") if tis.mode.startswith("sequence") else ("w = pi_old / mu", "token")
-    )
+    weight, over = "w = pi_old / mu", "token"
+    if tis.mode.startswith("sequence"):
+        weight, over = "rho = prod pi_old / mu", "response"
+    if tis.mode == "sequence_mean":
+        weight = "the geometric mean of pi_old / mu"
     rule = {
         "token": f"at most {tis.cap:g}",
         "sequence": f"at most {tis.cap:g}",
+        "sequence_mean": f"at most {tis.cap:g}",
         "icepop": f"0 outside {tis.floor or 0:g}..{tis.cap:g}",
         "sequence_mask": f"0 above {tis.cap:g}",
     }[tis.mode]

@@ -106,6 +106,14 @@ class PackedBatch:
     """log mu of each response token, float32, under the distribution it was drawn from; None where it is log pi_old."""
     pictures: PackedPictures | None = None
     """What the prompts show; None where they are all text."""
+    advantages_M: torch.Tensor | None = None
+    """Advantage of each response token, float64, where turns of an episode have their own; None where all tokens of a
+    sequence have that of `advantages_B`."""
+
+    @property
+    def token_advantages_M(self) -> torch.Tensor:
+        """Return the advantage of each response token."""
+        return self.advantages_B[self.sequence_M] if self.advantages_M is None else self.advantages_M
 
     @property
     def num_tokens(self) -> int:

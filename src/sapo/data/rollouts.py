@@ -62,6 +62,9 @@ class Score:
     None when it found none, or does not say."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Further figures of this completion, as the share of right cells of a puzzle; logged as means."""
+    turn_rewards: tuple[float, ...] = ()
+    """What each turn of an episode earned, in order; `reward` is their sum. Empty where the episode was judged as a
+    whole, and where there is one turn."""
 
 
 NOT_SCORED = Score(0.0)
@@ -162,6 +165,8 @@ class Observation:
     keep: int | None = None
     """How many tokens of all that came before, the prompt's counted, the policy still sees; None for all. A template
     that drops the thinking of earlier turns, or a summary in place of the history, keeps fewer."""
+    speakers: tuple[tuple[str, int], ...] = ()
+    """Who speaks in `text`, and in how many characters, where tools do; a line end joins the parts. For logs only."""
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -314,6 +319,9 @@ class Group:
     for; empty where there are none."""
     prompt_experts: RoutedExperts | None = None
     """With routing replay, of the prompt's tokens, which all completions share; None where nothing was recorded."""
+    turn_advantages: tuple[tuple[float, ...], ...] = ()
+    """By completion, the advantage of each of its turns, where the rewards of turns were told apart; empty otherwise.
+    `advantages` are then those of whole episodes, for logs."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -338,7 +346,9 @@ class Group:
     @property
     def zero_variance(self) -> bool:
         """Return whether the group has no gradient: the rewards of completions that did not fail are all equal, so that
-        every advantage is 0, or all its completions are masked."""
+        every advantage is 0, or all its completions are masked. Where turns have advantages of their own, all are 0."""
+        if any(self.counted) and any(map(any, self.turn_advantages)):
+            return False
         scored = zip(self.training_rewards, self.completions, strict=True)
         rewards = [reward for reward, completion in scored if not completion.score.status.failed]
         return not any(self.counted) or not rewards or all_equal(rewards)

@@ -37,6 +37,7 @@ def group_to_json(group: Group, arrays: FlatArrays) -> dict[str, Any]:
         "advantages": group.advantages,
         "shaped_rewards": group.shaped_rewards,
         "masked": group.masked,
+        **({"turn_advantages": group.turn_advantages} if group.turn_advantages else {}),
     }
 
 
@@ -52,6 +53,7 @@ def group_from_json(value: dict[str, Any], arrays: ArrayReader) -> Group:
         advantages=tuple(value["advantages"]),
         shaped_rewards=tuple(value["shaped_rewards"]),
         masked=tuple(value["masked"]),
+        turn_advantages=tuple(map(tuple, value.get("turn_advantages", ()))),
     )
 
 
@@ -120,7 +122,9 @@ def _completion_from_json(value: dict[str, Any], arrays: ArrayReader) -> Complet
         **{name: value[name] if name in value else arrays.take(name) for name in _TOKEN_DATA},
         finish_reason=value["finish_reason"],
         text=value["text"],
-        score=Score(**{**score, "status": Status(score["status"])}),
+        score=Score(
+            **{**score, "status": Status(score["status"]), "turn_rewards": tuple(score.get("turn_rewards", ()))}
+        ),
         experts=_experts_from_json(value.get("experts"), arrays),
         versions=tuple((tokens, version) for tokens, version in value.get("versions", ())),
         observations=tuple(_observation_from_json(o, arrays) for o in value.get("observations", ())),
@@ -133,7 +137,9 @@ def _observation_to_json(observation: Observation, arrays: FlatArrays) -> dict[s
 
 
 def _observation_from_json(value: dict[str, Any], arrays: ArrayReader) -> Observation:
-    return Observation(**value, token_ids=tuple(arrays.take("observation.token_ids").tolist()))
+    speakers = tuple((who, length) for who, length in value.get("speakers", ()))
+    ids = tuple(arrays.take("observation.token_ids").tolist())
+    return Observation(**{**value, "token_ids": ids, "speakers": speakers})
 
 
 def _experts_to_json(experts: RoutedExperts | None, arrays: FlatArrays) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ OF_UPDATES = ("ratio_tail", "gradient_spike")
 OF_THE_LOOP = ("unequal_old_logprobs", "engine_mismatch", "unfilled_groups", "verifier_failed", "environment_failed")
 """Causes that the loop warns of itself. They follow no rule of this file, and their lines have no figures."""
 
-OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs", *OF_THE_LOOP)
+OF_THE_SET_UP = ("reward_status", "unfaithful_old_logprobs", "long_trajectories", *OF_THE_LOOP)
 """Causes that lie in the verifier, the sampler or the recipe and not in the policy: they foretell no collapse, and a
 checkpoint made under them is healthy."""
 
@@ -231,6 +231,7 @@ def step_findings(health: Health, record: Record, settings: WarningsConfig) -> l
         *_batch_findings(health, record, settings),
         *_reward_findings(health, settings),
         *_status_findings(record, settings),
+        *_correction_findings(record, settings),
     ]
 
 
@@ -297,6 +298,18 @@ def _status_findings(record: Record, settings: WarningsConfig) -> list[Finding]:
     most = settings.unparseable
     text = f"{unread:.0%} of the completions were unparseable or truncated (above {most:.0%})"
     return [Finding("reward_status", unread > most, unread, most, text)]
+
+
+def _correction_findings(record: Record, settings: WarningsConfig) -> list[Finding]:
+    """Find a correction for the sampler that multiplies over too many tokens."""
+    if record.get("tis") not in ("sequence", "sequence_mask") or "length/mean" not in record:
+        return []
+    length, most = record["length/mean"], settings.long_trajectories
+    text = (
+        f"objective.tis.mode={record['tis']} multiplies pi_old / mu over {length:.0f} tokens on average (above {most})"
+    )
+    text += ": small differences add up, and next to no loss may be left; use sequence_mean, or token"
+    return [Finding("long_trajectories", length > most, length, most, text)]
 
 
 def _reference(health: Health, name: str, settings: WarningsConfig) -> float | None:

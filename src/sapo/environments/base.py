@@ -139,6 +139,20 @@ class WorkedEnvironment(Environment, Protocol):
         ...
 
 
+@runtime_checkable
+class JudgedEnvironment(Environment, Protocol):
+    """An environment that scores the episodes of one prompt side by side."""
+
+    async def judge(self, prompt: Prompt, episodes: list[Episode]) -> list[Score]:
+        """Return a score for each of the episodes, in place of that of `play`.
+
+        Called once all samples of the prompt have ended, with those whose environment did not fail; `episode.sample`
+        says which. An exception, another number of scores or a reward that is no finite number is an error of the
+        environment in all of them, and in no other prompt's.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Episode:
     """One episode that has been played, as an environment or a judge of a group reads it.

@@ -16,11 +16,10 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from sapo.environments.base import ToolCall
-from sapo.environments.tools import Toolbox
 from sapo.errors import TaskError
 from sapo.utils.names import did_you_mean
 
@@ -36,7 +35,23 @@ _BEFORE_PYTHON = re.compile(r"\A\s*(?:<\|tool_call_start\|>|<function_calls>|```
 _AFTER_PYTHON = re.compile(r"\s*(?:<\|tool_call_end\|>|</function_calls>|```)?\s*\Z")
 
 
-def read_calls(text: str, tools: Toolbox, form: str = "auto") -> tuple[ToolCall, ...]:
+class KnownTool(Protocol):
+    """What the readers of calls look at of a tool."""
+
+    @property
+    def hints(self) -> Mapping[str, Any]:
+        """Return the types of its parameters, in their order."""
+
+
+class KnownTools(Protocol):
+    """Tools that may be called: a Toolbox, or what a client of a served model offers."""
+
+    @property
+    def tools(self) -> Mapping[str, KnownTool]:
+        """Return the tools by name."""
+
+
+def read_calls(text: str, tools: KnownTools, form: str = "auto") -> tuple[ToolCall, ...]:
     """Return the calls in a turn, in the order in which they are written; none where it is an answer.
 
     Args:
@@ -46,6 +61,7 @@ def read_calls(text: str, tools: Toolbox, form: str = "auto") -> tuple[ToolCall,
             tool, since an answer may look like either.
 
     >>> from sapo.environments.toolkit import calculator
+    >>> from sapo.environments.tools import Toolbox
     >>> written = '<tool_call>{"name": "calculator", "arguments": {"expression": "2*3"}}</tool_call>'
     >>> read_calls(written, Toolbox([calculator]))[0].arguments
     {'expression': '2*3'}
@@ -76,12 +92,12 @@ def check_format(form: Any) -> None:
         raise TaskError(f"calls must be one of {', '.join(known)}; got {form!r:.60}{did_you_mean(str(form), known)}")
 
 
-def _hermes(text: str, tools: Toolbox) -> Iterable[ToolCall]:
+def _hermes(text: str, tools: KnownTools) -> Iterable[ToolCall]:
     for found in _HERMES.finditer(text):
         yield from _of_json(found[1])
 
 
-def _json(text: str, tools: Toolbox) -> Iterable[ToolCall]:
+def _json(text: str, tools: KnownTools) -> Iterable[ToolCall]:
     body = _AFTER_JSON.sub("", text[_BEFORE_JSON.match(text).end() :])  # type: ignore[union-attr]
     return _of_json(body) if body[:1] in ("{", "[") and body[:1] else ()
 
@@ -117,7 +133,7 @@ def _of_object(value: Any) -> ToolCall:
     )
 
 
-def _qwen_xml(text: str, tools: Toolbox) -> Iterable[ToolCall]:
+def _qwen_xml(text: str, tools: KnownTools) -> Iterable[ToolCall]:
     found = list(_FUNCTION.finditer(text))
     if not found and "<tool_call>" in text:
         yield _unread("a tool call must have <function=name> in it")
@@ -129,7 +145,7 @@ def _qwen_xml(text: str, tools: Toolbox) -> Iterable[ToolCall]:
         yield ToolCall(name, arguments)
 
 
-def _value_of(text: str, tools: Toolbox, name: str, parameter: str) -> Any:
+def _value_of(text: str, tools: KnownTools, name: str, parameter: str) -> Any:
     """Return what a text without quotes stands for: itself where the tool takes a text, otherwise JSON."""
     tool = tools.tools.get(name)
     hint = tool.hints.get(parameter, str) if tool else str
@@ -141,7 +157,7 @@ def _value_of(text: str, tools: Toolbox, name: str, parameter: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text.strip(), text)
 
 
-def _python(text: str, tools: Toolbox) -> Iterable[ToolCall]:
+def _python(text: str, tools: KnownTools) -> Iterable[ToolCall]:
     body = _AFTER_PYTHON.sub("", text[_BEFORE_PYTHON.match(text).end() :])  # type: ignore[union-attr]
     if not re.match(r"\[?\s*[A-Za-z_][\w.]*\s*\(", body):
         return ()
@@ -158,7 +174,7 @@ def _python(text: str, tools: Toolbox) -> Iterable[ToolCall]:
     return [_of_expression(one, tools) for one in (tree.elts if isinstance(tree, ast.List) else [tree])]
 
 
-def _of_expression(node: ast.expr, tools: Toolbox) -> ToolCall:
+def _of_expression(node: ast.expr, tools: KnownTools) -> ToolCall:
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         return _unread("a tool call must be written as name(argument=value)")
     name = node.func.id
@@ -186,7 +202,7 @@ def _unread(reason: str, name: str = "") -> ToolCall:
     return ToolCall(name, error=reason)
 
 
-FORMATS: dict[str, Callable[[str, Toolbox], Iterable[ToolCall]]] = {
+FORMATS: dict[str, Callable[[str, KnownTools], Iterable[ToolCall]]] = {
     "hermes": _hermes,
     "qwen_xml": _qwen_xml,
     "json": _json,

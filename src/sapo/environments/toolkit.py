@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import fcntl
 import math
 import os
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 
 from sapo.environments.base import ToolError
 from sapo.environments.clock import off_the_clock, tool_seconds
@@ -74,8 +78,9 @@ async def _run_in_turn(code: str) -> ProgramResult:
     started = asyncio.Event()
 
     def run() -> ProgramResult:
-        loop.call_soon_threadsafe(started.set)
-        return run_program(code, limits=limits)
+        with _place():
+            loop.call_soon_threadsafe(started.set)
+            return run_program(code, limits=limits)
 
     seconds = min(PYTHON_LIMITS.wall_seconds, tool_seconds())
     if seconds <= 0:
@@ -93,6 +98,42 @@ async def _run_in_turn(code: str) -> ProgramResult:
 
 _PLACES = ThreadPoolExecutor(os.cpu_count() or 1, "sapo-program")
 """As many programs at a time as there are cores, so that each has its time by the clock."""
+
+_shared: IO[bytes] | None = None
+"""A file whose first bytes are the places of several processes."""
+
+
+def share_places() -> None:
+    """Let this process and those that it forks take turns with programs, which have as many places as there are cores.
+
+    A place is a byte of a file that nobody else sees. The system frees it when the process that holds it ends.
+    """
+    global _shared
+    _shared = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this process)
+
+
+@contextmanager
+def _place() -> Iterator[None]:
+    """Hold a place that no other process holds; at once where places are not shared."""
+    if _shared is None:
+        yield
+        return
+    while (place := next(filter(_take, range(os.cpu_count() or 1)), None)) is None:
+        time.sleep(0.005)
+    try:
+        yield
+    finally:
+        fcntl.lockf(_shared, fcntl.LOCK_UN, 1, place)
+
+
+def _take(place: int) -> bool:
+    assert _shared is not None, "places are shared"
+    try:
+        fcntl.lockf(_shared, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError:  # another process has it
+        return False
+    return True
+
 
 TOOLS: dict[str, Callable[..., Any]] = {"calculator": calculator, "python_sandbox": python_sandbox}
 """Tools by the names that a recipe may use."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from sapo.config import PromptConfig
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Completion, Prompt
+from sapo.data.transcripts import transcript
 from sapo.environments import is_environment
 from sapo.errors import TaskError
 from sapo.evaluation.constant import best_constant
@@ -169,14 +170,6 @@ def examine(
         on_progress(first + len(part), len(prompts))
 
 
-def _transcript(policy: Policy, completion: Completion) -> tuple[tuple[str, str], ...]:
-    """Return who said what in an episode of several turns, for a person to read; empty for a single turn."""
-    if not completion.observations:
-        return ()
-    said = [("policy" if own else "environment", policy.show(ids.tolist())) for own, ids in completion.spans]
-    return tuple(said)
-
-
 def _likeliest(params: SamplingParams) -> SamplingParams:
     return replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
 
@@ -228,7 +221,9 @@ def _judge(
     judged = [tuple(c) for _, _, c in together] if is_environment(task) else score_groups(together)
     answered = []
     for prompt, completions, scored in zip(prompts, drawn, judged, strict=True):
-        samples = tuple(replace(Sample.of(c), transcript=_transcript(policy, c)) for c in scored)
+        samples = tuple(
+            replace(Sample.of(c), transcript=transcript(c, len(prompt.token_ids), policy.show)) for c in scored
+        )
         answered.append(
             Answered(
                 id=prompt.id,

@@ -16,15 +16,17 @@ from typing import Any
 
 from sapo.config import RunConfig
 from sapo.errors import ConfigError
-from sapo.run.listener import Listener, note, tell_phase, tell_samples
+from sapo.run.listener import Listener, Silent, note, tell_phase, tell_samples
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.names import did_you_mean
 
 HOOKS = ("on_step", "on_evaluation", "on_checkpoint")
 
 
-class Callbacks:
-    """Listens to a run for the callbacks of its user, and says whether one of them asked to stop.
+class Callbacks(Silent):
+    """Calls the user's callbacks as a run goes on, and knows whether one of them asked to stop.
+
+    Callbacks have no hook for the start, warnings and resumption of a run, of which this listener takes no notice.
 
     Raises:
         ConfigError: one is neither a function nor an object with one of HOOKS, or has a method of a similar name.
@@ -62,68 +64,59 @@ class Callbacks:
             if function(step, argument) is True:
                 self.asked = True
 
-    def started(self, config: RunConfig) -> None:
-        """Say nothing."""
-
     def record(self, record: dict[str, Any]) -> None:
-        """Call on_step and on_evaluation."""
+        """Call on_step for the figures of a step, on_evaluation for those of an evaluation."""
         hook = {"step": "on_step", "eval": "on_evaluation"}.get(record["kind"])
         if hook is not None:
             self._call(hook, record["step"], {k: v for k, v in record.items() if k not in ("kind", "step")})
 
-    def warning(self, text: str) -> None:
-        """Say nothing."""
-
     def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Call on_checkpoint."""
+        """Call on_checkpoint with the step and the directory that was written."""
         self._call("on_checkpoint", checkpoint.step, checkpoint.path)
-
-    def resumed(self, checkpoint: Checkpoint) -> None:
-        """Say nothing."""
 
 
 class Listeners:
-    """Several listeners as one."""
+    """Passes everything on to several listeners, in the order in which they were given."""
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = listeners
 
     def started(self, config: RunConfig) -> None:
-        """Tell all of them."""
+        """Tell all listeners that the loop begins, or goes on."""
         for listener in self.listeners:
             listener.started(config)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Tell all of them."""
+        """Give all listeners a line of metrics.jsonl."""
         for listener in self.listeners:
             listener.record(record)
 
     def warning(self, text: str) -> None:
-        """Tell all of them."""
+        """Give all listeners a warning."""
         for listener in self.listeners:
             listener.warning(text)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Tell all of them."""
+        """Tell all listeners that a checkpoint was written."""
         for listener in self.listeners:
             listener.checkpoint(checkpoint)
 
     def resumed(self, checkpoint: Checkpoint) -> None:
-        """Tell all of them."""
+        """Tell all listeners from which checkpoint the run resumes."""
         for listener in self.listeners:
             listener.resumed(checkpoint)
 
     def note(self, text: str) -> None:
-        """Tell those who take notes."""
+        """Give a note to the listeners that take notes."""
         for listener in self.listeners:
             note(listener, text)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Tell those who show samples."""
+        """Give sampled completions to the listeners that show them."""
         for listener in self.listeners:
             tell_samples(listener, step, samples)
 
     def phase(self, step: int, name: str) -> None:
-        """Tell those who show phases."""
+        """Tell the listeners that show phases which one of a step begins."""
         for listener in self.listeners:
             tell_phase(listener, step, name)

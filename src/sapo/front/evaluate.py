@@ -18,8 +18,8 @@ from sapo.rollout.prompting import PromptFormat
 from sapo.run.directory import RunDirectory
 from sapo.run.models import run_of
 from sapo.tasks import Task, make_task
-from sapo.workflows import evaluate as evaluating
 from sapo.workflows import train as training
+from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
 
 def evaluate(
@@ -58,13 +58,14 @@ def evaluate(
         threshold: smallest reward that counts as correct.
         greedy: draw one more completion of each problem, at temperature 0.
         constant: judge the best constant answer as well.
-        params: of sampling; temperature 1 and `max_new_tokens` when None.
+        params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
         max_new_tokens: longest completion in tokens; that of the run, else 64, when None.
         prompt_format: format of the questions; that of the run, else as they are, when None.
         engine: the engine that draws, as `rollout.engine` names it.
         dtype: float32 or bfloat16; that of the run, else float32, when None.
         device: auto, cpu, cuda or cuda:N.
-        out: a directory to keep it in, so that a killed evaluation can be resumed.
+        out: a directory to keep it in, so that a killed evaluation can be resumed; at the end it has results.json,
+            completions.jsonl and index.html.
         should_stop: asked between chunks of problems.
 
     Raises:
@@ -85,24 +86,21 @@ def evaluate(
         max_new_tokens = 64 if config is None else config.rollout.max_new_tokens
     if prompt_format is None and config is not None:
         prompt_format = (section.prompt if task is None and rows is None and section else None) or config.prompt
-    return evaluating.evaluate(
-        model,
-        chosen,
+    settings = EvaluationSettings(
         problems=problems,
         samples=samples,
-        ks=ks,
+        ks=tuple(ks),
         threshold=threshold,
         greedy=greedy,
         constant=constant,
-        params=params,
-        max_new_tokens=max_new_tokens,
-        prompt_format=prompt_format,
         engine=engine,
-        dtype=dtype,
-        device=device,
-        out=out,
-        should_stop=should_stop,
+        params=params or SamplingParams(max_new_tokens=max_new_tokens),
     )
+    if not isinstance(prompt_format, PromptFormat):
+        prompt_format = PromptFormat.of(prompt_format or PromptConfig(), chosen)
+    subject = EvaluatedModel.load(model, dtype, device)
+    planned = PlannedEvaluation(chosen, prompt_format, settings, {"name": chosen.name})
+    return planned.run(subject, out=out, should_stop=should_stop).evaluation
 
 
 def as_model(model: Any) -> str | Path | Policy:

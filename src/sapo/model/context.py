@@ -94,6 +94,7 @@ def own_slice(batch: PackedBatch, context: ContextGroup, device: torch.device) -
         "old_logprobs_M",
         "reference_logprobs_M",
         "sampler_logprobs_M",
+        "advantages_M",
     )
     cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[at] for name in of_targets}
     cut |= {name: getattr(padded, name)[..., low:high] for name in ("token_ids_N", "position_ids_N")}

@@ -6,10 +6,10 @@ One surrogate, several gates: J = mean_i mean_t f(r_it) A_i with grad J = mean_i
 token and sequence gates. `registry` finds an objective by name, `plugins` one of your own by `module:Class`.
 """
 
-from sapo.objectives.advantages import ADVANTAGES, group_advantages
+from sapo.objectives.advantages import ADVANTAGES, group_advantages, turn_advantages
 from sapo.objectives.gates import GATES, TAU_NEG, TAU_POS, Gate
 from sapo.objectives.kl import KL_ESTIMATORS, KLPenalty
-from sapo.objectives.mismatch import TIS, TIS_CAPS, MismatchWeights
+from sapo.objectives.mismatch import LONG_TRAJECTORY, TIS, TIS_CAPS, MismatchWeights
 from sapo.objectives.normalizers import NORMALIZERS, sequence_weights
 from sapo.objectives.plugins import is_plugin
 from sapo.objectives.probability import DPPO, MASPO
@@ -38,6 +38,7 @@ __all__ = [
     "GSPO",
     "KL_ESTIMATORS",
     "LOG_RATIO_LIMIT",
+    "LONG_TRAJECTORY",
     "LUSPO",
     "MASPO",
     "NORMALIZERS",
@@ -77,5 +78,6 @@ __all__ = [
     "sequence_gate",
     "sequence_mean",
     "sequence_weights",
+    "turn_advantages",
     "variance",
 ]

@@ -7,6 +7,10 @@ would protect zero-variance groups only; these get advantages of exactly 0 inste
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,3 +61,41 @@ def group_advantages(rewards_G: Tensor, kind: str = "group_std") -> Tensor:
         centred = scaled / scaled.std(-1, keepdim=True)
     # Exactly 0, where the division gave 0/0 and the subtraction may have left a rounding error.
     return torch.where(spread > 0, centred, torch.zeros_like(centred)).to(dtype)
+
+
+def turn_advantages(turn_rewards: Sequence[Sequence[float]], returns_G: Tensor, kind: str) -> list[list[float]]:
+    """Compute an advantage for each turn of the G episodes of one prompt: reward-to-go against the group's baseline.
+
+        A_ik = (r_ik + ... + r_iK - b_i) / s
+
+    with baseline b_i and scale s of the whole returns R_i, as `group_advantages` has them: their mean and deviation
+    (group_std), their mean and 1 (group_mean), the mean of the others and 1 (leave_one_out). The rewards of earlier
+    turns are left out, since a later turn cannot have caused them. The baseline does not depend on the turn: means over
+    the k-th turns of a group would compare episodes that have come to different places.
+
+    Args:
+        turn_rewards: r_i1 .. r_iK of each episode; K may differ. Zeros for an episode that was judged as a whole.
+        returns_G: R_i, (G,). What it is beyond the sum of r_ik, as a penalty on the length, is earned at the end.
+        kind: see `group_advantages`.
+
+    Returns:
+        For each episode as many advantages as it has rewards. All are 0 for a single episode, and under group_std where
+        all returns are equal but for ROUNDING.
+
+    >>> turn_advantages([[1.0, 0.0], [0.0, 0.0]], torch.tensor([1.0, 0.0]), "group_mean")
+    [[0.5, -0.5], [-0.5, -0.5]]
+    """
+    whole_G = group_advantages(returns_G.double(), kind)
+    samples = len(turn_rewards)
+    returns = returns_G.double().tolist()
+    if samples == 1 or (kind == "group_std" and not bool(whole_G.any())):
+        return [[0.0] * len(rewards) for rewards in turn_rewards]
+    mean, scale = math.fsum(returns) / samples, 1.0
+    if kind == "group_std":
+        scale = math.sqrt(math.fsum((r - mean) ** 2 for r in returns) / (samples - 1))
+    found = []
+    for whole, rewards in zip(returns, turn_rewards, strict=True):
+        baseline = (mean * samples - whole) / (samples - 1) if kind == "leave_one_out" else mean
+        earned = itertools.accumulate((0.0, *rewards[:-1]))
+        found.append([(whole - before - baseline) / scale for before in earned])
+    return found

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from sapo.report.page import page_text
 from sapo.report.runs import find_runs, has_finished, read_lines
 from sapo.run.live import LIVE_FILE
 from sapo.utils.reading import read_json, read_yaml
-from sapo.utils.text import visible
+from sapo.utils.text import first_line, visible
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at what the runs are doing."""
@@ -43,6 +43,8 @@ STALE_AFTER = 1800.0
 """Seconds without a new phase after which a run on another machine counts as gone."""
 KEPT = 8
 """Reports whose tokens a page may still ask for: one that is paused keeps an older report than the newest."""
+LASTING = 5.0
+"""Seconds for which the runs must not be readable before it is said: a file that is being written is whole sooner."""
 TAIL = 2**16
 """Bytes at the end of metrics.jsonl that are read for its last step."""
 
@@ -58,17 +60,23 @@ class Watch:
     Args:
         paths: of runs, of comparisons, or of directories with runs in them.
         tokens: response tokens that the token view may hold; None for all that were logged.
+        on_trouble: called with a sentence when the runs could not be read for LASTING seconds, once for each time, and
+            when they can be read again. Pages show the first as well.
 
     Raises:
         ConfigError: as `make_report`.
     """
 
-    def __init__(self, paths: Sequence[Path], tokens: int | None) -> None:
-        self.paths, self.tokens = paths, tokens
+    def __init__(
+        self, paths: Sequence[Path], tokens: int | None, on_trouble: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.paths, self.tokens, self.on_trouble = paths, tokens, on_trouble
         self._seen = fingerprint(paths)
         # Milliseconds: a server that took this one's place does not give its numbers again to other reports.
         self._chunks: dict[int, list[str]] = {}
         self._take(time.time_ns() // 10**6, make_report(paths, tokens=tokens))
+        self.trouble: str | None = None
+        """Why there is nothing newer to show; None while all is well."""
         self.news = self._look()
         self.news_version = 1
         self._stop = threading.Event()
@@ -117,20 +125,47 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        next_report = 0.0
+        next_report, failing_since = 0.0, None
         while not self._stop.wait(LOOK_EVERY):
             try:
-                news = self._look()
-                if _without_clock(news) != _without_clock(self.news):
-                    self.news, self.news_version = news, self.news_version + 1
-                if time.monotonic() < next_report or (now := fingerprint(self.paths)) == self._seen:
+                self._tell(self._look())
+                if (started := time.monotonic()) < next_report:
                     continue
-                started = time.monotonic()
-                self._take(self.version + 1, make_report(self.paths, tokens=self.tokens))
-                self._seen = now
-                next_report = time.monotonic() + REST * (time.monotonic() - started)
-            except (ConfigError, OSError):
-                continue  # a file is being written, or a run was moved away: the next look may be better
+                try:
+                    self._renew()
+                finally:  # one that fails rests as well
+                    next_report = time.monotonic() + REST * (time.monotonic() - started)
+                failing_since = None
+                self._hear(None)
+            except (ConfigError, OSError) as error:
+                # A file is being written, or a run was moved away: the next look may be better.
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since >= LASTING:
+                    self._hear(f"the runs cannot be read: {first_line(error)}; what is shown is older")
+            except Exception:
+                self._hear(
+                    "a fault of sapo has ended the watch; the terminal has its traceback; start `sapo watch` again"
+                )
+                raise
+
+    def _renew(self) -> None:
+        """Make the report anew where the runs have written something."""
+        if (now := fingerprint(self.paths)) != self._seen:
+            self._take(self.version + 1, make_report(self.paths, tokens=self.tokens))
+            self._seen = now
+
+    def _hear(self, trouble: str | None) -> None:
+        """Say a trouble, or its end, once."""
+        if trouble == self.trouble:
+            return
+        self.trouble = None if trouble is None else visible(trouble)
+        self._tell({**self.news, "trouble": self.trouble})
+        self.on_trouble("the runs can be read again" if self.trouble is None else self.trouble)
+
+    def _tell(self, news: dict[str, Any]) -> None:
+        """Give pages the news where they differ from the last."""
+        if _without_clock(news) != _without_clock(self.news):
+            self.news, self.news_version = news, self.news_version + 1
 
     def _look(self) -> dict[str, Any]:
         runs = find_runs(self.paths)
@@ -138,6 +173,7 @@ class Watch:
         clear = len(set(names)) == len(names)
         return {
             "now": time.time(),
+            "trouble": self.trouble,
             "runs": [run_state(run, name if clear else str(run)) for run, name in zip(runs, names, strict=True)],
         }
 
@@ -174,7 +210,12 @@ def run_state(run: Path, name: str) -> dict[str, Any]:
 
 def _shown(live: dict[str, Any]) -> dict[str, Any]:
     samples = [
-        {**row, "prompt": visible(str(row["prompt"])), "text": visible(str(row["text"]))}
+        {
+            **row,
+            "prompt": visible(str(row["prompt"])),
+            "text": visible(str(row["text"])),
+            "transcript": [[visible(str(part)) for part in said] for said in row.get("transcript", ())],
+        }
         for row in live.get("samples", [])
     ]
     return {**live, "samples": samples}

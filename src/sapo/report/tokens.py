@@ -12,9 +12,12 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from sapo.data.rollouts import Observation
 from sapo.data.thumbnails import Thumbnails
+from sapo.data.transcripts import Heard, heard
 from sapo.report.gates import objective_of
 from sapo.report.pictures import add_thumbnails
 from sapo.report.rollouts import evenly, is_off_policy, rollouts_of
@@ -152,7 +155,8 @@ def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTex
     Prompts, samples and updates have the numbers of the file. A sample's lists have an entry for each token:
     `t` place in `texts`, `p` log pi_old, and where its update measured
     them `z` log r, `w` gate weight, `a` slope, `e` entropy; `grpo` is a string of 1 (kept) and 0 (clipped), `gspo` one
-    such figure for all.
+    such figure for all. `heard` has what an environment said: own tokens before it, who said what, and how many tokens
+    of what came before were forgotten; `turns` are the advantages of turns that have their own.
     """
     known: dict[str, int] = {}
     prompts: dict[Any, dict[str, Any]] = {}
@@ -182,12 +186,41 @@ def step_value(run: ReportedRun, rows: Sequence[dict[str, Any]], texts: TokenTex
             "p": _rounded(row.get("old_logprobs") or row["logprobs"]),
             **verdicts,
         }
+        if row.get("observations"):
+            sample["heard"] = [[h.at, h.said, h.forgot] for h in _heard(row, texts)]
+        if row.get("turn_advantages"):
+            sample["turns"] = _rounded(row["turn_advantages"])
         if row.get("dropped"):
             sample["dropped"] = True
         if "shaped_reward" in row:  # the reward that the advantage was computed from
             sample["shaped"] = row["shaped_reward"]
         prompt["samples"].append(sample)
     return {"texts": list(known), "prompts": list(prompts.values())}
+
+
+def _heard(row: dict[str, Any], texts: TokenTexts) -> list[Heard]:
+    """Return what the environment said in an episode. Rows of earlier versions do not say which tools spoke."""
+    observations = [
+        Observation(at, tuple(ids), text, keep, tuple((who, length) for who, length in (more[0] if more else ())))
+        for at, ids, text, keep, *more in row["observations"]
+    ]
+    return heard(observations, len(row["prompt_token_ids"]), lambda ids: "".join(texts.of(ids)))
+
+
+def advantages_of_tokens(row: dict[str, Any]) -> list[float]:
+    """Return the advantage of each own token of a row: that of its turn, where turns have their own.
+
+    >>> row = {"token_ids": [7, 1, 8], "advantage": 0.5, "observations": [[2, [5], "12", None]]}
+    >>> advantages_of_tokens(row), advantages_of_tokens({**row, "turn_advantages": [0.5, -0.5]})
+    ([0.5, 0.5, 0.5], [0.5, 0.5, -0.5])
+    """
+    number = len(row["token_ids"])
+    by_turn = row.get("turn_advantages")
+    if not by_turn:
+        return [row["advantage"]] * number
+    ends = [0, *(at for at, *_ in row.get("observations", ())), number]
+    lengths = [stop - start for start, stop in pairwise(ends) if start < stop]
+    return [a for a, length in zip(by_turn, lengths, strict=True) for _ in range(length)]
 
 
 def _pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -221,7 +254,7 @@ def _judge(run: ReportedRun, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
         lengths = [len(r["log_ratio"]) for r in measured]
         log_ratio_M = torch.tensor([z for r in measured for z in r["log_ratio"]], dtype=torch.float64)
         sequence_M = torch.repeat_interleave(torch.tensor(lengths))
-        advantage_M = torch.tensor([r["advantage"] for r in measured], dtype=torch.float64)[sequence_M]
+        advantage_M = torch.tensor([a for r in measured for a in advantages_of_tokens(r)], dtype=torch.float64)
         old = [p for r in measured for p in r.get("old_logprobs") or r["logprobs"]]
         old_M = torch.tensor(old, dtype=torch.float64)
         own, slopes = objective_of(run.settings["objective"]), None

@@ -21,8 +21,9 @@ from sapo.rollout.episodes import EpisodeDriver, Joiner, Play, joiners_for
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat, encode_by_task
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.rollout.selection import Position, Selection, Selector
-from sapo.rollout.shaping import shape_group
+from sapo.rollout.shaping import has_turn_rewards, require_token_advantages, shape_group
 from sapo.rollout.weights import loaded
 from sapo.tasks import Task, score_groups
 from sapo.utils.hashing import seed_for
@@ -44,6 +45,7 @@ class Collector:
         curricula: which rows are asked less, by name of the task.
         phase: times "generate" and "score".
         should_stop: asked by the engine between two tokens.
+        times: gets the times of environments.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Collector:
         curricula: Mapping[str, Curriculum],
         phase: Phase = nullcontext,
         should_stop: Callable[[], bool] = lambda: False,
+        times: ReplyTimes | None = None,
     ) -> None:
         self.config = config
+        self._times = times
         self.policy = policy
         self.engine = engine
         self.formats = formats
@@ -146,14 +150,23 @@ class Collector:
                 self._joiners[prompt.task] = joiners_for(self.policy, task, form, prompt)
         joiners = {name: joiner for found in self._joiners.values() for name, joiner in found.items()}
         driver = EpisodeDriver(
-            *(self.policy, self.engine, self.params, self.config.rollout.turns, joiners, self._should_stop)
+            *(self.policy, self.engine, self.params, self.config.rollout.turns, joiners, self._should_stop),
+            times=self._times,
         )
         samples = self.config.rollout.samples_per_prompt
         return driver.play([Play(self._task[p.task], p, samples) for p in prompts])
 
     def _shaped(self, prompts: Sequence[Prompt], scored: Sequence[Sequence[Completion]]) -> list[Group]:
-        """Give scored completions their advantages."""
+        """Give scored completions their advantages.
+
+        Raises:
+            ConfigError: turns are to have advantages of their own, and the objective takes one for a whole sequence.
+        """
         rollout, advantage = self.config.rollout, self.config.objective.advantage
+        for prompt, completions in zip(prompts, scored, strict=True):
+            if self._coins is None and has_turn_rewards(completions, rollout):
+                require_token_advantages(self.config.objective.make(), f"task {prompt.task!r}")
+                break
         return [shape_group(p, c, rollout, advantage, self._coins) for p, c in zip(prompts, scored, strict=True)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sapo.data import Completion
 from sapo.errors import ConfigError
+from sapo.rollout.conversation import Conversation
 from sapo.rollout.engine import Engine, Request
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
@@ -21,15 +22,20 @@ def draw(
     params: SamplingParams,
     should_stop: Callable[[], bool] = lambda: False,
     experts: ExpertLog | None = None,
+    conversation: Conversation | None = None,
 ) -> list[tuple[Completion, ...]]:
     """Return the completions of each request, in order; see `Engine.generate`.
+
+    Args:
+        conversation: with the engine, of which they are the next turns.
 
     Raises:
         ConfigError: the engine gave another number of groups, of samples or of log-probabilities than it was asked for.
         Interrupted: when `should_stop` says so between two tokens.
     """
     recorded: dict[str, Any] = {} if experts is None else {"experts": experts}
-    drawn = engine.generate(requests, params, should_stop, **recorded)
+    generate = engine.generate if conversation is None else conversation.generate
+    drawn = generate(requests, params, should_stop, **recorded)
     if not isinstance(drawn, Sequence):
         raise _wrong(engine, "a list with the completions of each request", type(drawn).__name__)
     if len(drawn) != len(requests):

@@ -15,40 +15,38 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import resource
 import time
-import traceback
-import types
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Completion, Observation, Prompt, Score, Status
 from sapo.data.rollouts import FinishReason
-from sapo.environments import Answer, Environment, Messages, OutOfBudget, Turn, is_environment
+from sapo.data.transcripts import speakers_of
+from sapo.environments import Answer, Environment, Episode, Messages, OutOfBudget, Turn, is_environment
 from sapo.environments.clock import CLOCK
+from sapo.environments.failures import WHILE_OPEN, check_observation
 from sapo.environments.wrapping import Wrapped
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
 from sapo.rollout.bridge import Bridge
+from sapo.rollout.conversation import begin_conversation
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, max_length_of
+from sapo.rollout.judging import GroupToJudge, check_turn_rewards, has_judge, judge_groups, put_in_place
+from sapo.rollout.loops import GRACE, clocked, raised, run_to_end
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.tasks import score_groups
 from sapo.tasks.base import checked_score
+from sapo.tasks.episodes.origin import origin_of
+from sapo.tasks.episodes.pool import Elsewhere, Host, PlayError, host_of
 from sapo.utils.hashing import seed_for
 from sapo.utils.spans import span
-
-MAX_DETAIL = 500
-"""Characters of an exception that are kept."""
-
-GRACE = 1.0
-"""Seconds that cancelled environments have to close what they opened."""
-
-T = TypeVar("T")
 
 
 class Joiner(Protocol):
@@ -88,6 +86,10 @@ class _Episode:
     observations: list[Observation] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     """All ids after the prompt."""
+    taken: list[Turn] = field(default_factory=list)
+    """Its turns, for a judge of the group."""
+    heard: list[str] = field(default_factory=list)
+    """What was said before each of them."""
     turns: int = 0
     text: str = ""
     """Of the last turn."""
@@ -98,6 +100,8 @@ class _Episode:
     """What its environment waits for."""
     said: tuple[tuple[int, ...], str] | None = None
     """Observation of the present ask, not yet part of the episode."""
+    speakers: tuple[tuple[str, int], ...] = ()
+    """Who speaks in it."""
     limit: int = 0
     """Most tokens of the turn that is asked for."""
     by_budget: bool = False
@@ -154,6 +158,7 @@ class EpisodeDriver:
         turns: the other limits.
         joiners: by task: how what is said between turns of a chat is encoded. Tasks without one are in plain text.
         should_stop: asked by the engine between two tokens, and between two waves.
+        times: gets the times of the waves, where they are of interest.
     """
 
     def __init__(
@@ -164,8 +169,10 @@ class EpisodeDriver:
         turns: TurnsConfig,
         joiners: Mapping[str, Joiner] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        times: ReplyTimes | None = None,
     ) -> None:
         self.policy, self.engine, self.params, self.turns = policy, engine, params, turns
+        self.times = times or ReplyTimes()
         self.joiners = joiners or {}
         self.should_stop = should_stop
         lengths = [n for n in (turns.length, policy.max_length, max_length_of(engine)) if n is not None]
@@ -179,18 +186,50 @@ class EpisodeDriver:
             ConfigError: the engine gave something other than it was asked for; see `draw`.
             Interrupted: when `should_stop` says so. Environments are cancelled, and nothing is kept.
         """
-        wave = _Wave(self, plays)
-        _run(wave.run())
+        wave = _Wave(self, plays, self._elsewhere(plays))
+        run_to_end(wave.run())
         wave.judge()
+        wave.judge_groups()
         return wave.completions()
+
+    def _elsewhere(self, plays: Sequence[Play]) -> dict[int, Elsewhere]:
+        """Return, by their ids, the environments that play in processes of their own, which have loaded them.
+
+        Raises:
+            TaskError: one could not be loaded there.
+        """
+        found: dict[int, Elsewhere] = {}
+        for environment in {id(play.environment): play.environment for play in plays}.values():
+            if (host := host_for(environment, self.turns)) is not None:
+                host.ready()
+                found[id(environment)] = Elsewhere(host, self.turns.seconds_per_reply)
+        if found:
+            _allow_sockets(sum(play.samples for play in plays))
+        return found
+
+
+def host_for(environment: Any, turns: TurnsConfig) -> Host | None:
+    """Return the host that plays an environment; None of one that plays in this process."""
+    origin = origin_of(environment)
+    return None if origin is None or turns.play_in != "process" else host_of(origin, turns.env)
+
+
+def _allow_sockets(number: int) -> None:
+    """Raise this process's own limit of open files where so many episodes need more, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Wave:
     """One call of `EpisodeDriver.play`."""
 
-    def __init__(self, driver: EpisodeDriver, plays: Sequence[Play]) -> None:
+    def __init__(self, driver: EpisodeDriver, plays: Sequence[Play], elsewhere: Mapping[int, Elsewhere]) -> None:
         self.driver = driver
         self.plays = plays
+        self._elsewhere = elsewhere
         seed = driver.params.seed
         self.episodes = [
             _Episode(play, place, sample, seed_for(seed, f"episode/{play.prompt.task}/{play.prompt.id}/{sample}"))
@@ -198,24 +237,33 @@ class _Wave:
             for sample in range(play.samples)
         ]
         self._thinking: dict[int, _Episode] = {}
+        self._replies: list[float] = []
         self._held = 0.0
         self._quiet = asyncio.Event()
 
     async def run(self) -> None:
         """Play to the end."""
         tasks = []
+        self._conversation = begin_conversation(self.driver.engine, self.driver.params)
+        waited = drawn = 0.0
         try:
             for episode in self.episodes:
                 self._begins_to_think(episode)
                 tasks.append(asyncio.create_task(self._live(episode)))
             while True:
+                began = time.perf_counter()
                 with span("environment"):
                     await self._all_quiet(tasks)
+                quiet = time.perf_counter()
+                waited += quiet - began
                 asking = [e for e in self.episodes if e.score is None and e.asked is not None]
                 if not asking:
                     break
                 self._draw(asking)
+                drawn += time.perf_counter() - quiet
         finally:
+            self._conversation.close()
+            self.driver.times.add(self._replies, waited=waited, drawn=drawn)
             for task in tasks:
                 task.cancel()
             if tasks:
@@ -236,6 +284,30 @@ class _Wave:
                 status = Status.TRUNCATED if episode.cut and not score.status.failed else score.status
                 episode.score = replace(score, status=status, figures={**score.figures, **episode.answer.figures})
 
+    def judge_groups(self) -> None:
+        """Let environments judge the episodes of each prompt side by side, all prompts at a time."""
+        members = [
+            [e for e in self.episodes if e.place == place and e.score is not None and not e.score.status.failed]
+            for place, play in enumerate(self.plays)
+            if has_judge(play.environment)
+        ]
+        members = [episodes for episodes in members if episodes]
+        if not members:
+            return
+        groups = [
+            GroupToJudge(own[0].play.environment, own[0].play.prompt, tuple(map(_as_read, own))) for own in members
+        ]
+        with span("environment"):
+            judged = run_to_end(judge_groups(groups, self.driver.turns.seconds_per_reply))
+        for episodes, found in zip(members, judged, strict=True):
+            for place, episode in enumerate(episodes):
+                assert episode.score is not None, "it has ended"
+                if isinstance(found, str):
+                    episode.score = Score(0.0, Status.ENVIRONMENT_ERROR, found)
+                else:
+                    truncated = self._scores_truncated(episode)
+                    episode.score = put_in_place(episode.score, found[place], scores_truncated=truncated)
+
     def completions(self) -> list[tuple[Completion, ...]]:
         """Return the episodes as completions, by prompt and sample."""
         found: list[list[Completion]] = [[] for _ in self.plays]
@@ -251,10 +323,11 @@ class _Wave:
         CLOCK.set(_Clock(self, episode))  # of this task alone
         score: Score
         try:
-            made = play.environment.play(play.prompt, _Ask(self, episode))
+            player = self._elsewhere.get(id(play.environment), play.environment)
+            made = player.play(play.prompt, _Ask(self, episode))
             if not inspect.iscoroutine(made):
                 raise TypeError(f"play must be a coroutine (async def play); got {type(made).__name__}")
-            returned = await _clocked(made, lambda seconds: self._hold(episode, seconds))
+            returned = await clocked(made, lambda seconds: self._hold(episode, seconds))
             score = self._score(episode, returned)
         except OutOfBudget as error:
             score = _truncated(episode) if episode.cut else _failed(episode, error)
@@ -275,6 +348,7 @@ class _Wave:
                 episode.answer = returned
         else:
             score = checked_score(returned)
+            check_turn_rewards(score, episode.turns)
         if episode.cut and not self._scores_truncated(episode):
             return replace(_truncated(episode), figures=score.figures)
         return replace(score, status=Status.TRUNCATED) if episode.cut else score
@@ -296,7 +370,7 @@ class _Wave:
         if episode.score is not None:
             raise RuntimeError("ask was called after the episode had ended")
         if episode.asked is not None:
-            raise RuntimeError("ask was called while the model's turn was open; await one before the next")
+            raise RuntimeError(WHILE_OPEN)
         if self._seconds(episode) > self.driver.turns.seconds_per_reply:  # it held the loop, which nothing interrupts
             episode.score = _timed_out(episode, self.driver.turns)
             raise RuntimeError(episode.score.detail)
@@ -314,6 +388,7 @@ class _Wave:
         episode.limit = int(min(budget, own or budget, max_tokens or budget))
         episode.by_budget = episode.limit == budget and episode.limit != max_tokens
         episode.said = (ids, text)
+        episode.speakers = () if isinstance(observation, str) else speakers_of(observation)
         episode.asked = asyncio.get_running_loop().create_future()
         self._stops_thinking(episode)
         return await episode.asked
@@ -343,17 +418,14 @@ class _Wave:
         Raises:
             TypeError, ValueError: it is neither text nor messages, or cannot be encoded.
         """
+        check_observation(observation)
         joiner = self.driver.joiners.get(episode.play.prompt.task)
         if isinstance(observation, str):
             if joiner is None or not observation:
                 return (encode_observation(self.driver.policy, observation) if observation else ()), observation
             messages: Messages = [{"role": "user", "content": observation}]
-        elif isinstance(observation, Sequence) and all(isinstance(m, Mapping) for m in observation):
-            messages = [message for message in observation if isinstance(message, Mapping)]
         else:
-            raise TypeError(
-                f"an observation must be text or a list of messages; got {type(observation).__name__}; decode it"
-            )
+            messages = observation
         if joiner is None:
             raise ValueError(
                 "messages need a chat template, and the prompts of this task are in plain text; ask with text"
@@ -371,7 +443,8 @@ class _Wave:
         self._quiet.clear()
 
     def _stops_thinking(self, episode: _Episode) -> None:
-        self._thinking.pop(id(episode), None)
+        if self._thinking.pop(id(episode), None) is not None:
+            self._replies.append(self._seconds(episode))
         if not self._thinking:
             self._quiet.set()
 
@@ -423,7 +496,8 @@ class _Wave:
         requests, members = self._requests(asking)
         most = max(e.limit for e in asking)
         params = replace(self.driver.params, max_new_tokens=most)
-        drawn = draw(self.driver.engine, requests, params, self.driver.should_stop)
+        should_stop, conversation = self.driver.should_stop, self._conversation
+        drawn = draw(self.driver.engine, requests, params, should_stop, conversation=conversation)
         for episodes, completions in zip(members, drawn, strict=True):
             for episode, completion in zip(episodes, completions, strict=True):
                 self._take(episode, completion)
@@ -464,7 +538,8 @@ class _Wave:
         assert episode.asked is not None, "a turn answers an ask"
         ids, text = episode.said
         if episode.turns or ids:
-            episode.observations.append(Observation(len(episode.token_ids), ids, text))
+            said = Observation(len(episode.token_ids), ids, text, speakers=episode.speakers)
+            episode.observations.append(said)
         own = tuple(drawn.token_ids.tolist())
         episode.seen += [*ids, *own]
         episode.token_ids += own
@@ -476,6 +551,8 @@ class _Wave:
             episode.cut = self._full(episode)
         episode.text = self._text(episode.play.prompt, own)
         turn = Turn(episode.text, own, drawn.finish_reason)
+        episode.taken.append(turn)
+        episode.heard.append(text)
         asked, episode.asked, episode.said = episode.asked, None, None
         self._begins_to_think(episode)
         if not asked.done():  # an environment that cancelled its own ask
@@ -552,13 +629,20 @@ def check_environment(task: Any) -> None:
     """Refuse an environment that could not be played.
 
     Raises:
-        ConfigError: `play` is not async, or held-out prompts are missing.
+        ConfigError: `play` or `judge` is not async, or held-out prompts are missing.
     """
     if not inspect.iscoroutinefunction(task.play):
         raise ConfigError(f"play of environment {task.name!r} must be a coroutine; write `async def play(self, ...)`")
+    if has_judge(task) and not inspect.iscoroutinefunction(task.judge):
+        raise ConfigError(f"judge of environment {task.name!r} must be a coroutine; write `async def judge(self, ...)`")
     for method in ("train_prompt", "held_out"):
         if not callable(getattr(task, method, None)):
             raise ConfigError(f"environment {task.name!r} must have the method {method}; see sapo.environments")
+
+
+def _as_read(episode: _Episode) -> Episode:
+    assert episode.score is not None, "an episode has not ended"
+    return Episode(episode.play.prompt, episode.sample, tuple(episode.taken), tuple(episode.heard), score=episode.score)
 
 
 def _completion(episode: _Episode) -> Completion:
@@ -592,47 +676,5 @@ def _timed_out(episode: _Episode, turns: TurnsConfig) -> Score:
 
 def _failed(episode: _Episode, error: BaseException) -> Score:
     """Return the score of an episode whose environment failed: what was raised, and where in its code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    text = f"{type(error).__name__}: {error}"[: MAX_DETAIL - 100]
-    return Score(0.0, Status.ENVIRONMENT_ERROR, f"{text}{where}, after turn {episode.turns}")
-
-
-@types.coroutine
-def _clocked(coroutine: Coroutine[Any, Any, T], hold: Callable[[float], None]) -> Generator[Any, Any, T]:
-    """Run a coroutine, and tell how long each of its steps held the loop."""
-    value: Any = None
-    thrown: BaseException | None = None
-    while True:
-        started = time.perf_counter()
-        try:
-            waiting = coroutine.send(value) if thrown is None else coroutine.throw(thrown)
-        except StopIteration as ended:
-            result: T = ended.value
-            return result
-        finally:
-            hold(time.perf_counter() - started)
-        value, thrown = None, None
-        try:
-            value = yield waiting
-        except BaseException as error:
-            thrown = error
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a loop of its own; in a thread of its own where the present one has a loop that runs."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return _run_here(coroutine)
-    with ThreadPoolExecutor(1, "episodes") as thread:  # a notebook runs its cells in a loop
-        return thread.submit(_run_here, coroutine).result()
-
-
-def _run_here(coroutine: Coroutine[Any, Any, T]) -> T:
-    # Not asyncio.run, which at its end waits for tasks that may have swallowed their cancellation.
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(coroutine)
-    finally:
-        loop.close()
+    text = str(error) if isinstance(error, PlayError) else raised(error)
+    return Score(0.0, Status.ENVIRONMENT_ERROR, f"{text}, after turn {episode.turns}")

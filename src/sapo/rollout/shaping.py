@@ -12,6 +12,8 @@ Soft overlong punishment, equation (13), is added to the reward before the advan
 A completion whose verifier or environment failed is masked, and its reward is in neither the mean nor the deviation of
 the group: a reward of 0 would say that the answer was wrong.
 
+Where an environment says what each turn earned, turns have advantages of their own; see `objectives.turn_advantages`.
+
 Random rewards are a control experiment: the advantages carry no information on the answers. Each is a function of the
 seed, the prompt, the place in the group and the tokens, so that a resumed run draws the same ones.
 """
@@ -19,13 +21,14 @@ seed, the prompt, the place in the group and the tokens, so that a resumed run d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Group, Prompt
-from sapo.objectives import group_advantages
+from sapo.errors import ConfigError
+from sapo.objectives import OBJECTIVES, Objective, group_advantages, turn_advantages
 
 
 def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
@@ -61,7 +64,7 @@ def shape_group(
     """Return the group of scored completions with its advantages.
 
     Args:
-        settings: `overlong`, `overlong_buffer` and `max_new_tokens` are used.
+        settings: `overlong`, `overlong_buffer`, `max_new_tokens` and `turns.credit` are used.
         advantage: kind of advantage, see `objectives.group_advantages`.
         coin_seed: seed of random rewards (experiments.rewards=random); None takes the verifier's rewards.
     """
@@ -83,7 +86,55 @@ def shape_group(
     failed = [c.score.status.failed for c in scored]
     if any(failed):
         masked = tuple(m or f for m, f in zip(masked or [False] * len(scored), failed, strict=True))
-    return Group(prompt, tuple(scored), advantages_of_scored(rewards, failed, advantage), shaped, masked)
+    by_turn: tuple[tuple[float, ...], ...] = ()
+    if has_turn_rewards(scored, settings) and coin_seed is None:
+        by_turn = _by_turn(scored, rewards, failed, advantage)
+    return Group(
+        prompt,
+        tuple(scored),
+        advantages_of_scored(rewards, failed, advantage),
+        shaped,
+        masked,
+        turn_advantages=by_turn,
+    )
+
+
+def has_turn_rewards(scored: Iterable[Completion], settings: RolloutConfig) -> bool:
+    """Return whether turns are to have advantages of their own: an environment told their rewards apart."""
+    return settings.turns.credit == "turn" and any(c.score.turn_rewards for c in scored)
+
+
+def require_token_advantages(objective: Objective, whose: str) -> None:
+    """Refuse rewards of single turns under an objective that gates whole sequences.
+
+    >>> require_token_advantages(OBJECTIVES["sapo"](), "task 'guess'")
+
+    Raises:
+        ConfigError: the objective takes one advantage for a sequence.
+    """
+    if objective.shared_advantage:
+        able = ", ".join(name for name, known in OBJECTIVES.items() if not known.shared_advantage)
+        raise ConfigError(
+            f"{whose} gives a reward for each turn, which takes an objective with an advantage of its own for each "
+            f"token ({able}); got {objective.name}, which takes one for a sequence; choose one of those, or set "
+            "rollout.turns.credit=episode"
+        )
+
+
+def _by_turn(
+    scored: Sequence[Completion], rewards: Sequence[float], failed: Sequence[bool], kind: str
+) -> tuple[tuple[float, ...], ...]:
+    """Return the advantages of the turns of each completion; 0 for those that failed."""
+    kept = [
+        (list(c.score.turn_rewards or (0.0,) * len(c.turns)), reward)
+        for c, reward, without in zip(scored, rewards, failed, strict=True)
+        if not without
+    ]
+    returns = torch.tensor([reward for _, reward in kept], dtype=torch.float64)
+    found = iter(turn_advantages([by_turn for by_turn, _ in kept], returns, kind) if kept else [])
+    return tuple(
+        (0.0,) * len(c.turns) if without else tuple(next(found)) for c, without in zip(scored, failed, strict=True)
+    )
 
 
 def advantages_of_scored(rewards: Sequence[float], failed: Sequence[bool], kind: str) -> tuple[float, ...]:

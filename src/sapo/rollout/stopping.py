@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sapo.model.policy import Policy
@@ -48,25 +50,38 @@ class StopRules:
         self.may_stop = bool(may_SV.any())
         """Whether there is a token that may complete a string, which only what it is decoded to tells."""
 
-    def stopped(self, set_R: Tensor, tokens_R: Tensor, history_RT: Tensor, generated_R: Tensor) -> Tensor:
+    def stopped(
+        self,
+        set_R: Tensor,
+        tokens_R: Tensor,
+        history_RT: Tensor,
+        generated_R: Tensor,
+        start_R: Sequence[int] | NDArray[np.int64] | None = None,
+    ) -> Tensor:
         """Return (R,) bool: which rows end with the token just drawn.
 
         Args:
             set_R: number of each row's stop set.
             tokens_R: the token just drawn.
             history_RT: tokens of each row, the new one included; `generated_R` says how many.
+            start_R: where each row's present turn begins among them; 0 when None.
         """
         stopped_R = self.ends_SV[set_R, tokens_R]
         if self.may_stop:
             for row in (self.may_SV[set_R, tokens_R] & ~stopped_R).nonzero()[:, 0].tolist():
-                stopped_R[row] = self.completed(int(set_R[row]), history_RT[row], int(generated_R[row]))
+                start = 0 if start_R is None else int(start_R[row])
+                stopped_R[row] = self.completed(int(set_R[row]), history_RT[row], int(generated_R[row]), start)
         return stopped_R
 
-    def completed(self, number: int, history_T: Tensor, generated: int) -> bool:
-        """Return whether the last of a row's tokens has completed a string of its stop set."""
+    def completed(self, number: int, history_T: Tensor, generated: int, start: int = 0) -> bool:
+        """Return whether the last of a row's tokens has completed a string of its stop set.
+
+        Args:
+            start: where the present turn begins: what an environment said before it is no part of a stop string.
+        """
         strings = self.stop_sets[number]
         # A token holds one character at least, or is part of one: so many tokens hold the whole string.
-        first = max(0, generated - 4 * max(map(len, strings)))
+        first = max(start, generated - 4 * max(map(len, strings)))
         read = self.policy.show if self.spelled[number] else self.policy.decode
         tail = read(history_T[first:generated].tolist())
         return any(string in tail for string in strings)

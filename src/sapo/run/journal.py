@@ -9,6 +9,7 @@ from sapo.config import RunConfig
 from sapo.data import Group
 from sapo.diagnostics import observe, rollout_metrics, step_update_metrics
 from sapo.diagnostics.warnings import OF_THE_LOOP
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.run.collapse import note_warning
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, tell_samples
@@ -27,6 +28,7 @@ class Journal:
     Args:
         tasks: names of the training tasks.
         environments: those among them that are played in episodes.
+        show: spells token ids out, for the transcripts of episodes.
         state: gives the run's present state; a rollback replaces it.
     """
 
@@ -39,6 +41,8 @@ class Journal:
         tasks: Sequence[str],
         state: Callable[[], RunState],
         environments: Collection[str] = (),
+        times: ReplyTimes | None = None,
+        show: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -46,6 +50,8 @@ class Journal:
         self.listener = listener
         self.tasks = tasks
         self.environments = environments
+        self._times = times or ReplyTimes()
+        self._show = show
         self._state = state
         self._seconds_before = dict(state().seconds)
 
@@ -85,14 +91,20 @@ class Journal:
         figures |= state.selection
         figures |= step_update_metrics(state.step_updates, self.tasks)
         timing = self._timing(figures["tokens/generated"])
-        self.append({"kind": "step", "step": step, "old_logprobs": state.old_logprobs, **figures, "timing": timing})
+        tis = self.config.objective.tis
+        said = {"old_logprobs": state.old_logprobs, **({} if tis is None else {"tis": tis.mode})}
+        self.append({"kind": "step", "step": step, **said, **figures, "timing": timing})
         self.loggers.log(step, {k if k.startswith("task/") else f"train/{k}": v for k, v in figures.items()})
-        if _due(step, self.config.log.samples_every) and (samples := sampled_completions(groups)):
+        if _due(step, self.config.log.samples_every) and (samples := sampled_completions(groups, self._show)):
             self.loggers.log_samples(step, samples)
             tell_samples(self.listener, step, samples)
         if self.logs_rollouts:
             records = rollout_records(
-                groups, state.gates, sampler_is_old=state.old_logprobs == "engine", dropped=state.dropped
+                groups,
+                state.gates,
+                sampler_is_old=state.old_logprobs == "engine",
+                dropped=state.dropped,
+                show=self._show,
             )
             self.directory.write_rollouts(step, records)
             if self.config.log.keep_pictures:
@@ -113,7 +125,7 @@ class Journal:
         timing = {"seconds": work, **seconds}
         if work > 0:
             timing["tokens_per_second"] = tokens / work
-        return timing
+        return {**timing, **self._times.take()}
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from sapo.data import Group
+from sapo.data.transcripts import HISTORY, Said, transcript
 
 LIVE_FILE = "live.json"
 MOST_SAMPLES = 4
@@ -29,9 +30,11 @@ class LiveFile:
 
     Args:
         directory: of the run.
+        show: spells token ids out, for the transcripts of episodes; None shows their last turns.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, show: Callable[[Sequence[int]], str] | None = None) -> None:
+        self._show = show
         self._file = directory / LIVE_FILE
         self._aside = directory / f".{LIVE_FILE}.writing"
         process = psutil.Process()
@@ -54,7 +57,7 @@ class LiveFile:
 
     def show(self, groups: Sequence[Group]) -> None:
         """Show the first completions of the first groups of a step, which have been scored."""
-        samples = [_sample(group) for group in groups[:MOST_SAMPLES] if group.completions]
+        samples = [_sample(group, self._show) for group in groups[:MOST_SAMPLES] if group.completions]
         self._write(samples=samples, sampled_in=self._state["step"])
 
     def remove(self) -> None:
@@ -70,8 +73,9 @@ class LiveFile:
             self._aside.replace(self._file)
 
 
-def _sample(group: Group) -> dict[str, Any]:
+def _sample(group: Group, show: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
     first = group.completions[0]
+    said = () if show is None else transcript(first, len(group.prompt.token_ids), show)
     return {
         "task": group.prompt.task,
         "prompt": group.prompt.text[:MOST_CHARACTERS],
@@ -81,4 +85,17 @@ def _sample(group: Group) -> dict[str, Any]:
         "reward": first.score.reward,
         "rewards": [c.score.reward for c in group.completions],
         "status": first.score.status.value,
+        **({"transcript": _within(said)} if said else {}),
     }
+
+
+def _within(said: Sequence[Said]) -> list[list[str]]:
+    """Return the first entries of a transcript that fit into MOST_CHARACTERS, the last of them cut."""
+    kept, left = [], MOST_CHARACTERS
+    for who, text in said:
+        if left <= 0:
+            kept.append([HISTORY, "the rest is not shown"])
+            break
+        kept.append([who, text[:left]])
+        left -= len(text)
+    return kept

@@ -30,6 +30,7 @@ from sapo.model.policy import Policy
 from sapo.rollout.collector import Collector
 from sapo.rollout.engine import Engine
 from sapo.rollout.remote.start import start_engine
+from sapo.rollout.reply_times import ReplyTimes
 from sapo.run.batches import BatchSource
 from sapo.run.collapse import (
     answer_collapse,
@@ -121,13 +122,17 @@ class TrainingRun:
             resumed_at=None if state is None else state.step,
             panels=task_panels(names) if names[1:] else None,
         )
-        self.live = LiveFile(directory.path)
+        self.live = LiveFile(directory.path, policy.show)
         self.profiler = Profiler(config, directory.path, lambda: self.state.seconds, self._begin_phase)
         self._phase = self.profiler.phase
         played = [t.name for t in tasks.train if is_environment(t)]
-        self.journal = Journal(config, directory, self.loggers, self.listener, names, lambda: self.state, played)
+        times = ReplyTimes()
+        self.journal = Journal(
+            *(config, directory, self.loggers, self.listener, names, lambda: self.state, played, times, policy.show)
+        )
         self._append = self.journal.append
-        make_collector = partial(Collector, config, policy, self.engine, tasks.train, tasks.formats, tasks.curricula)
+        sides = (tasks.train, tasks.formats, tasks.curricula)
+        make_collector = partial(Collector, config, policy, self.engine, *sides, times=times)
         self.collector = make_collector(self._phase, should_stop)
         self.batches = (FreeBatches if config.rollout.schedule == "free" else BatchSource)(
             config,

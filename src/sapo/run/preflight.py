@@ -16,9 +16,10 @@ from sapo.errors import ConfigError, ModelError, RewardError
 from sapo.model.policy import Policy
 from sapo.objectives import is_plugin
 from sapo.rollout.curriculum import Curriculum, curricula
-from sapo.rollout.episodes import check_environment, joiners_for
+from sapo.rollout.episodes import check_environment, host_for, joiners_for
 from sapo.rollout.prompting import PromptFormat, PromptLengths, apply_limit, formats_of
 from sapo.tasks import DatasetTask, FileTask, RowTask, Task, TriedReward, failed_calls, make_task, try_reward
+from sapo.tasks.episodes.origin import is_of_others
 from sapo.utils.hashing import seed_for
 
 
@@ -49,6 +50,8 @@ def load_tasks(config: RunConfig) -> TaskSet:
     for task in train:
         if is_environment(task):
             check_environment(task)
+            if (host := host_for(task, config.rollout.turns)) is not None:
+                host.ready()
             if config.model.routing_replay not in (False, "R2"):
                 raise ConfigError(
                     f"routing replay of episodes records in the trainer; got {config.model.routing_replay} with "
@@ -219,7 +222,8 @@ def check_prompts(config: RunConfig, policy: Policy, tasks: TaskSet) -> None:
 def prompt_warnings(config: RunConfig, policy: Policy, tasks: TaskSet) -> list[str]:
     """Return sentences on prompts that are no mistake and rarely meant.
 
-    They are of chats whose end of turn ends no completion, and of templates that would change earlier turns.
+    They are of chats whose end of turn ends no completion, of templates that would change earlier turns, and of
+    environments that are not played in processes of their own.
 
     Raises:
         ModelError: an environment's prompts are chats, and the template has no proven way from turn to turn.
@@ -231,7 +235,18 @@ def prompt_warnings(config: RunConfig, policy: Policy, tasks: TaskSet) -> list[s
         for joiner in joiners_for(policy, task, tasks.formats[task.name], task.train_prompt(0)).values()
         for notice in getattr(joiner, "notices", ())
     ]
-    return bridges + _ends_of_turns(config, policy, tasks)
+    return bridges + _ends_of_turns(config, policy, tasks) + _played_here(config, tasks)
+
+
+def _played_here(config: RunConfig, tasks: TaskSet) -> list[str]:
+    """Say which environments of a user's own play in this process although the recipe would have it otherwise."""
+    return [
+        f"environment {task.name!r} was made in Python and plays in the process that draws: where it blocks, all "
+        "episodes wait, and where it crashes the run ends; named as module:Class it would play in processes of its own"
+        for task in tasks.train
+        if config.rollout.turns.play_in == "process" and is_environment(task) and is_of_others(task)
+        if host_for(task, config.rollout.turns) is None
+    ]
 
 
 def _ends_of_turns(config: RunConfig, policy: Policy, tasks: TaskSet) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from sapo.data import Completion, Group, Prompt
+from sapo.data.transcripts import in_one_text, transcript
 from sapo.training.update_result import UpdateResult
 
 
@@ -41,6 +42,7 @@ def rollout_records(
     *,
     sampler_is_old: bool,
     dropped: Sequence[Group] = (),
+    show: Callable[[Sequence[int]], str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one record per completion for rollouts/: text, tokens, reward, advantage, log-probabilities, gates.
 
@@ -51,6 +53,7 @@ def rollout_records(
             zero-variance group has none, and its record leaves them out.
         sampler_is_old: log pi_old is the sampler's; otherwise it is left out where the trainer computed none.
         dropped: groups that were sampled and left the batch; they come last and say so.
+        show: spells token ids out, for the transcripts of episodes; None leaves them out.
     """
     sequence = 0
     for place, group in enumerate((*groups, *dropped)):
@@ -75,20 +78,26 @@ def rollout_records(
                 "detail": completion.score.detail,
                 **({"figures": dict(completion.score.figures)} if completion.score.figures else {}),
                 "advantage": advantage,
+                **_of_turns(group, sample),
                 "finish_reason": completion.finish_reason,
                 "prompt_token_ids": list(group.prompt.token_ids),
                 "token_ids": completion.token_ids.tolist(),
                 "logprobs": completion.logprobs.tolist(),
                 **({"old_logprobs": old.tolist()} if len(old) else {}),
                 **({"versions": completion.versions} if completion.versions else {}),
-                **_episode(completion),
+                **_episode(completion, len(group.prompt.token_ids), show),
                 **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in measured.items()},
             }
             sequence += 1
 
 
-def sampled_completions(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def sampled_completions(
+    groups: Sequence[Group], show: Callable[[Sequence[int]], str] | None = None
+) -> list[dict[str, Any]]:
     """Return two completions of one prompt to look at: the best and the worst of the group whose rewards differ most.
+
+    Args:
+        show: spells token ids out, so that the text of an episode is that of all its turns; None gives the last turn's.
 
     >>> from sapo.data import Completion, Score
     >>> wrong = Completion((5,), (-1.0,), "stop", "a", Score(0.0))
@@ -106,16 +115,45 @@ def sampled_completions(groups: Sequence[Group]) -> list[dict[str, Any]]:
     group = max(groups, key=spread)
     ranked = sorted(group.completions, key=lambda completion: -completion.score.reward)
     return [
-        {"task": group.prompt.task, "prompt": group.prompt.text, "text": c.text, "reward": c.score.reward}
+        {
+            "task": group.prompt.task,
+            "prompt": group.prompt.text,
+            "text": whole_text(group, c, show),
+            "reward": c.score.reward,
+        }
         for c in (ranked[0], ranked[-1])
     ]
 
 
-def _episode(completion: Completion) -> dict[str, Any]:
-    """Return what the environment said, as [own tokens before, ids, text, tokens kept]; nothing in a single turn."""
+def whole_text(group: Group, completion: Completion, show: Callable[[Sequence[int]], str] | None) -> str:
+    """Return the text of a completion; of an episode all turns, and what was said between them."""
+    said = () if show is None else transcript(completion, len(group.prompt.token_ids), show)
+    return in_one_text(said) if said else completion.text
+
+
+def _of_turns(group: Group, sample: int) -> dict[str, Any]:
+    """Return rewards and advantages of single turns, where they were told apart."""
+    rewards = group.completions[sample].score.turn_rewards
+    return {
+        **({"turn_rewards": list(rewards)} if rewards else {}),
+        **({"turn_advantages": list(group.turn_advantages[sample])} if group.turn_advantages else {}),
+    }
+
+
+def _episode(completion: Completion, prompt_length: int, show: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
+    """Return what the environment said, and all of an episode as text; nothing in a single turn.
+
+    An observation is [own tokens before, ids, text, tokens kept], and where tools speak also who does, and in how many
+    characters.
+    """
     if not completion.observations:
         return {}
-    return {"observations": [[o.at, list(o.token_ids), o.text, o.keep] for o in completion.observations]}
+    said = [
+        [o.at, list(o.token_ids), o.text, o.keep, *([list(map(list, o.speakers))] if o.speakers else [])]
+        for o in completion.observations
+    ]
+    read = {} if show is None else {"transcript": list(map(list, transcript(completion, prompt_length, show)))}
+    return {"observations": said, **read}
 
 
 def _shown(prompt: Prompt) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def checked_score(score: Any) -> Score:
 
     Raises:
         TypeError: `score` is no Score, or its reward is no real number.
-        ValueError: its reward or a further figure is not finite or beyond LARGEST_REWARD, or its status is unknown.
+        ValueError: its reward or a further figure is not finite or beyond LARGEST_REWARD, its status is unknown, or its
+            reward is not the sum of its turn_rewards.
     """
     if not isinstance(score, Score):
         raise TypeError(f"verify must return a Score; got {type(score).__name__}")
@@ -99,7 +100,12 @@ def checked_score(score: Any) -> Score:
             raise ValueError(f"a verifier's figures must be finite numbers; got {name}={figure!r}; leave it out")
         if abs(figure) > LARGEST_REWARD:
             raise ValueError(f"a verifier's figures must lie within +-{LARGEST_REWARD:g}; got {name}={figure!r}")
-    return replace(score, reward=checked_reward(score.reward), status=Status(score.status))
+    reward, by_turn = checked_reward(score.reward), tuple(map(checked_reward, score.turn_rewards))
+    if by_turn and not math.isclose(reward, math.fsum(by_turn), rel_tol=1e-6, abs_tol=1e-6):
+        raise ValueError(
+            f"a reward must be the sum of its turn_rewards; got {reward:g} and {math.fsum(by_turn):g}; give their sum"
+        )
+    return replace(score, reward=reward, status=Status(score.status), turn_rewards=by_turn)
 
 
 def checked_reward(value: Any) -> float:

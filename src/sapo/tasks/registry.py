@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sapo.environments import is_environment
 from sapo.environments.adapters import adapted
 from sapo.environments.games import Calculator, Guess
 from sapo.environments.tool_task import WithTools
@@ -16,6 +17,7 @@ from sapo.environments.tools import load_tools
 from sapo.environments.wrapping import SamePrompt
 from sapo.errors import TaskError
 from sapo.tasks.base import Task
+from sapo.tasks.episodes.origin import Origin, has_code_of_others, note_origin
 from sapo.tasks.generated.arithmetic import ArithmeticTask
 from sapo.tasks.generated.drawn import PictureBarsTask, PictureDigitsTask, PictureShapesTask
 from sapo.tasks.generated.picture_sums import PictureSumsTask
@@ -100,9 +102,16 @@ def make_task(kind: str, /, *, seed: int, **options: Any) -> Task:
         return _given_task(kind.removeprefix(PREFIX), options)
     played = {name: options.pop(name) for name in _OF_EPISODES if name in options}
     if played:
-        return _as_environment(make_task(kind, seed=seed, **options), **played)
+        made = as_environment(make_task(kind, seed=seed, **options), **played)
+        if has_code_of_others(played.get("environment"), played.get("tools")):
+            cut = bool(getattr(made, "score_truncated", False))
+            note_origin(made, Origin(made.name, seed, played=played, score_truncated=cut))
+        return made
     if ":" in kind and kind not in TASKS:
-        return _made(kind, import_named(kind, what="task", noun="class", error=TaskError), seed, options)
+        task = _made(kind, import_named(kind, what="task", noun="class", error=TaskError), seed, options)
+        if is_environment(task):
+            note_origin(task, Origin(kind, seed, options))
+        return task
     kind, slash, dataset = kind.partition("/")
     if slash and kind == "reasoning_gym":
         options = {"dataset": dataset, **options}
@@ -153,7 +162,7 @@ def _given_task(name: str, options: dict[str, Any]) -> Task:
 _OF_EPISODES = ("tools", "calls", "environment")
 
 
-def _as_environment(task: Task, *, environment: Any = None, tools: Any = None, calls: str = "auto") -> Any:
+def as_environment(task: Any, *, environment: Any = None, tools: Any = None, calls: str = "auto") -> Any:
     """Return a task that is played in episodes: with tools, or by an environment of another project.
 
     Raises:

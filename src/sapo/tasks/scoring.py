@@ -53,11 +53,19 @@ def score_groups(items: Sequence[tuple[Task, Prompt, Sequence[Completion]]]) -> 
     scores |= _scores_here(items)
     return [
         tuple(
-            replace(completion, score=scores.get(_Place(i, j)) or _score(task, prompt, completion))
+            replace(completion, score=_of_one_turn(scores.get(_Place(i, j)) or _score(task, prompt, completion)))
             for j, completion in enumerate(completions)
         )
         for i, (task, prompt, completions) in enumerate(items)
     ]
+
+
+def _of_one_turn(score: Score) -> Score:
+    """Refuse rewards of turns from a verifier, which has seen one text."""
+    if not score.turn_rewards:
+        return score
+    detail = f"turn_rewards are for play and judge of an environment; got {len(score.turn_rewards)} from a verifier"
+    return Score(0.0, Status.VERIFIER_ERROR, f"ValueError: {detail}")
 
 
 def _jobs_for_workers(

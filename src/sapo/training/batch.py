@@ -113,6 +113,7 @@ def cut_groups(
                     same[0].group,
                     completions=tuple(m.completion for m in same),
                     advantages=tuple(m.advantage for m in same),
+                    turn_advantages=tuple(m.by_turn for m in same) if same[0].group.turn_advantages else (),
                 )
                 for same in of_group.values()
             ]
@@ -124,7 +125,10 @@ def _members(groups: Sequence[Group], include_flat: bool, include_all: bool) -> 
     """Yield the sequences of each group that are packed."""
     sequence = 0
     for group in groups:
-        members = [_Member(group, c, sequence + i, group.advantages[i]) for i, c in enumerate(group.completions)]
+        by_turn = group.turn_advantages or ((),) * len(group.completions)
+        members = [
+            _Member(group, c, sequence + i, group.advantages[i], by_turn[i]) for i, c in enumerate(group.completions)
+        ]
         sequence += len(members)
         if include_all:
             yield [m for m in members if len(m.completion)]
@@ -201,6 +205,7 @@ def _without_targets(batch: PackedBatch) -> PackedBatch:
         "old_logprobs_M",
         "reference_logprobs_M",
         "sampler_logprobs_M",
+        "advantages_M",
     )
     cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[:0].clone() for name in per_target}
     cut |= {name: getattr(batch, name)[:0].clone() for name in ("advantages_B", "weights_B")}
@@ -217,6 +222,14 @@ class _Member:
     completion: Completion
     sequence: int
     advantage: float
+    by_turn: tuple[float, ...] = ()
+    """Advantages of its turns; empty where all have that of the episode."""
+
+    def advantages(self) -> np.ndarray:
+        """Return the advantage of each of its own tokens, (T,)."""
+        if not self.by_turn:
+            return np.full(len(self.completion), self.advantage)
+        return np.repeat(np.array(self.by_turn), [stop - start for start, stop in self.completion.turns])
 
     @cached_property
     def layout(self) -> Layout:
@@ -302,6 +315,9 @@ def _pack_members(members: Sequence[_Member], weights_B: torch.Tensor, device: t
         experts_Nlk=_pack_experts(members, groups, tree, device),
         sampler_logprobs_M=_sampler_logprobs(completions, device),
         pictures=tree.tokens.packed_pictures(device),
+        advantages_M=_joined([m.advantages() for m in members], np.float64, device)
+        if any(m.by_turn for m in members)
+        else None,
     )
 
 

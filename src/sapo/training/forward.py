@@ -88,7 +88,7 @@ def _surrogate_head(
         nothing = hidden_MH.new_zeros(0, dtype=torch.float64)
         head = _head(policy, hidden_MH, own, settings, lambda logprob, at: (nothing.sum(), nothing))
         return head, Surrogate(nothing, nothing, nothing)
-    advantage_M = batch.advantages_B[batch.sequence_M]
+    advantage_M = batch.token_advantages_M
     tis_M = None if settings.tis is None else mismatch_weights(settings.tis, batch).weight_M
     loss_of = _weighted_loss(own, settings.kl)
     if objective.coupled:  # a token's slope needs the whole sequence: a first pass for log pi

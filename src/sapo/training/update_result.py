@@ -123,7 +123,7 @@ def nonfinite_causes(
 ) -> dict[str, Callable[[PackedBatch, HeadOutput, Surrogate], Tensor | None]]:
     """Return what may not be finite in a micro-batch, by name, in the order in which they depend on each other."""
     return {
-        "an advantage": lambda b, h, s: b.advantages_B,
+        "an advantage": lambda b, h, s: b.token_advantages_M,
         "log pi_old": lambda b, h, s: b.old_logprobs_M,
         "log mu": lambda b, h, s: None if settings.tis is None else b.sampler_logprobs_M,
         "log pi_ref": lambda b, h, s: None if settings.kl is None else b.reference_logprobs_M,
@@ -154,7 +154,7 @@ def _join(loss: float, norm: float, outputs: Sequence[Output], kl: KLPenalty | N
         log_ratio_M=torch.cat([h.logprob_M.double() - b.old_logprobs_M for b, h, _ in outputs]),
         weight_M=torch.cat([s.weight_M for _, _, s in outputs]),
         slope_M=torch.cat([s.slope_M for _, _, s in outputs]),
-        advantage_M=torch.cat([b.advantages_B[b.sequence_M] for b, _, _ in outputs]),
+        advantage_M=torch.cat([b.token_advantages_M for b, _, _ in outputs]),
         sequence_M=torch.cat([b.sequence_M + o for (b, _, _), o in zip(outputs, offsets, strict=False)]),
         sequence_ids=tuple(i for b, _, _ in outputs for i in b.sequence_ids),
         entropy_M=torch.cat(entropies) if entropies else None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sapo.config import PromptConfig, RolloutConfig
+from sapo.config import RolloutConfig
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Prompt
 from sapo.environments import is_environment
@@ -278,62 +278,6 @@ class PlannedEvaluation:
             "model": {"dtype": model["dtype"], "weights": model["weights"]},
             "chunk": self._chunk,
         }
-
-
-def evaluate(
-    model: str | Path | Policy,
-    task: Task,
-    *,
-    problems: int | None = None,
-    samples: int = 4,
-    ks: tuple[int, ...] = (1,),
-    threshold: float = 1.0,
-    greedy: bool = False,
-    constant: bool = False,
-    params: SamplingParams | None = None,
-    max_new_tokens: int = 64,
-    prompt_format: PromptFormat | PromptConfig | None = None,
-    engine: str = "local",
-    dtype: str | None = None,
-    device: str = "auto",
-    out: str | Path | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Evaluate a model directory, a run's newest weights or a loaded policy on a task's held-out problems.
-
-    Args:
-        problems: how many; all there are, when there are fewer. None: all rows, or GENERATED_PROBLEMS of a task that
-            generates its problems.
-        samples: n, completions of each problem.
-        ks: which pass@k to estimate, each at most `samples`.
-        threshold: smallest reward that counts as correct.
-        greedy: draw one more completion of each problem, at temperature 0.
-        constant: judge the best constant answer as well.
-        params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
-        prompt_format: format of the questions; they are asked as they are when None.
-        engine: the engine that draws, as `rollout.engine` names it.
-        out: a directory to keep it in, so that a killed evaluation can be resumed; at the end it has results.json,
-            completions.jsonl and index.html.
-
-    Raises:
-        ConfigError, ModelError, TaskError: it cannot be done as asked.
-        Interrupted: `should_stop` returned true; what is in `out` is kept.
-    """
-    settings = EvaluationSettings(
-        problems=problems,
-        samples=samples,
-        ks=tuple(ks),
-        threshold=threshold,
-        greedy=greedy,
-        constant=constant,
-        engine=engine,
-        params=params or SamplingParams(max_new_tokens=max_new_tokens),
-    )
-    if not isinstance(prompt_format, PromptFormat):
-        prompt_format = PromptFormat.of(prompt_format or PromptConfig(), task)
-    subject = EvaluatedModel.load(model, dtype, device)
-    planned = PlannedEvaluation(task, prompt_format, settings, {"name": task.name})
-    return planned.run(subject, out=out, should_stop=should_stop).evaluation
 
 
 def held_out_rows(task: Task) -> int | None:

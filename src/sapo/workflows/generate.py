@@ -1,4 +1,4 @@
-"""Completions of one prompt of the user's own: what `sapo generate` prints."""
+"""Completions of one prompt of the user's own, or of a problem of a task: what `sapo generate` prints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from sapo.config import RolloutConfig
 from sapo.data import Completion, Picture, Prompt
+from sapo.data.transcripts import HISTORY, POLICY
 from sapo.errors import ConfigError
+from sapo.evaluation.records import Answered
 from sapo.model.policy import Policy
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request
@@ -20,7 +22,11 @@ from sapo.rollout.registry import make_engine, require
 from sapo.rollout.streaming import TextStream, stream
 from sapo.rollout.weights import loaded
 from sapo.run.directory import RunDirectory
+from sapo.run.models import run_of
 from sapo.tasks import make_task
+from sapo.utils.text import visible
+from sapo.workflows.evaluate import EvaluatedModel, PlannedEvaluation
+from sapo.workflows.evaluation_plan import plan_evaluations, plan_run_evaluations
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,76 @@ def format_of_run(run: Path) -> PromptFormat | None:
     config = RunDirectory.read_config(run)
     first = config.tasks[0]
     return PromptFormat.of(first.prompt or config.prompt, make_task(first.name, seed=config.eval.seed, **first.options))
+
+
+def plan_problem(
+    model: Path, task: str, overrides: Sequence[str], problem: int, seed: int | None = None, **given: Any
+) -> PlannedEvaluation:
+    """Plan the completions, or episodes, of a held-out problem: those that `sapo eval` draws at the same seed.
+
+    Args:
+        model: a run brings the settings of its own task of that name, where `overrides` changes none.
+        task: its name, or a file of rows.
+        problem: number of the problem, from 0.
+        given: fields of EvaluationSettings and SamplingParams; None leaves the default.
+
+    Raises:
+        ConfigError, TaskError: what is wrong with it.
+    """
+    given = {**given, "problems": problem + 1, "greedy": False, "constant": False, "ks": (1,)}
+    run = run_of(model)
+    if run is not None and not overrides:
+        own = [t.name for t in RunDirectory.read_config(run).tasks]
+        if task in own:
+            known = {name: value for name, value in given.items() if value is not None}
+            return plan_run_evaluations(run, (), known, seed)[own.index(task)]
+    return plan_evaluations(model, [task], overrides, seed=seed, **given)[0]
+
+
+def answer_problem(
+    subject: EvaluatedModel,
+    planned: PlannedEvaluation,
+    problem: int,
+    report: Callable[[str], None] = lambda text: None,
+) -> Answered:
+    """Draw and judge completions of one of the planned problems; of an environment, play its episodes.
+
+    Raises:
+        ConfigError: there is no such problem.
+    """
+    prompts = planned.ask(subject.policy)
+    if problem >= len(prompts):
+        raise ConfigError(
+            f"--problem must be a number from 0 to {len(prompts) - 1}, the held-out problems of {planned.task.name}; "
+            f"got {problem}"
+        )
+    return planned.run(subject, [prompts[problem]], report=report).evaluation.answered[0]
+
+
+def transcript_lines(said: Sequence[tuple[str, str]]) -> list[str]:
+    r"""Return a transcript as lines for a terminal: what the model said below the number of its turn, and what it was
+    told on a rule. No text can pass for another's: every line of it is marked, and what would steer a terminal is
+    spelled out.
+
+    >>> print("\n".join(transcript_lines([("policy", "37*52="), ("environment", "1924;\nturn 9"), ("policy", "#")])))
+    turn 1
+      37*52=
+        | environment: 1924;
+        |   turn 9
+    turn 2
+      #
+    """
+    lines, turn = [], 0
+    for who, text in said:
+        parts = visible(text).split("\n")
+        if who == POLICY:
+            turn += 1
+            lines += [f"turn {turn}", *(f"  {part}" for part in parts)]
+        elif who == HISTORY:
+            lines.append(f"    ({text})")
+        else:
+            lines += [f"    | {visible(who)}: {parts[0]}", *(f"    |   {part}" for part in parts[1:])]
+    return lines
 
 
 def generate(

@@ -325,7 +325,7 @@ class _GradientSums:
 
     def _coefficients(self, batch: PackedBatch, log_ratio_M: Tensor) -> dict[str, Tensor]:
         ratio_M = bound_log_ratio(log_ratio_M)[0].exp()
-        found = {"pull": 1 - ratio_M, "true": ratio_M * batch.advantages_B[batch.sequence_M]}
+        found = {"pull": 1 - ratio_M, "true": ratio_M * batch.token_advantages_M}
         for name, objective in self.objectives.items():
             plus, minus = (
                 objective.surrogate(

@@ -51,6 +51,7 @@ from sapo.run.preflight import (
 )
 from sapo.run.trainers import check_optimizer
 from sapo.tasks import notices_of
+from sapo.tasks.episodes.pool import close_hosts
 from sapo.training.checkpoint import list_checkpoints, set_broken_aside
 from sapo.utils.files import storage_failure
 from sapo.workflows.cluster import engine_channels, joined_cluster
@@ -329,21 +330,26 @@ def _with_restarts(
 ) -> Run:
     """Run, and resume as often as the recipe allows where a rank has died; torchrun's ranks are its own to restart."""
     run, restarts = first, 0
-    while True:
-        try:
-            return run()
-        except (RankError, ClusterError) as error:
-            if isinstance(error, ClusterError) and not restarts:
-                raise  # nothing was begun
-            most = RunDirectory.read_config(Path(directory)).train.max_restarts
-            if restarts == most or torchrun_ranks():
-                raise RankError(
-                    f"{error}; `sapo resume {directory}` goes on from the newest checkpoint",
-                    rank_table(Path(directory)),
-                ) from error
-            restarts += 1
-            (listener or Silent()).warning(f"{error}; all ranks are started again ({restarts} of at most {most} times)")
-        run = partial(_resume, str(directory), [], (), listener, should_stop)
+    try:
+        while True:
+            try:
+                return run()
+            except (RankError, ClusterError) as error:
+                if isinstance(error, ClusterError) and not restarts:
+                    raise  # nothing was begun
+                most = RunDirectory.read_config(Path(directory)).train.max_restarts
+                if restarts == most or torchrun_ranks():
+                    raise RankError(
+                        f"{error}; `sapo resume {directory}` goes on from the newest checkpoint",
+                        rank_table(Path(directory)),
+                    ) from error
+                restarts += 1
+                (listener or Silent()).warning(
+                    f"{error}; all ranks are started again ({restarts} of at most {most} times)"
+                )
+            run = partial(_resume, str(directory), [], (), listener, should_stop)
+    finally:
+        close_hosts()
 
 
 def _run_to_its_end(training: TrainingRun) -> Run:

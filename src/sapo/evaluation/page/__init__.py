@@ -23,6 +23,7 @@ from sapo.evaluation.records import GROUPINGS
 from sapo.evaluation.results import Results
 from sapo.utils.files import write_whole
 from sapo.utils.html import content_security_policy, embedded, filled
+from sapo.utils.text import visible
 
 
 def write_page(results: Results, path: str | Path, pictures: Iterable[Picture] = ()) -> Path:
@@ -56,6 +57,9 @@ def page_data(results: Results) -> dict[str, Any]:
     for problem in evaluation.answered:
         record = problem.to_json()
         record["seen"] = None if problem.seen == problem.prompt else problem.seen[len(opening) :]
+        for sample in [record["greedy"] or {}, *record["samples"]]:
+            if "transcript" in sample:  # what a tool said is nobody's whom the reader trusts
+                sample["transcript"] = [[visible(who), visible(text)] for who, text in sample["transcript"]]
         problems.append(record)
     return {
         "task": evaluation.task,

@@ -51,7 +51,7 @@ function showCompletions(root, data) {
   function textsInLowerCase() {
     lowered ??= data.problems.map((problem) => ({
       question: `${problem.prompt}\n${problem.answer ?? ""}`.toLowerCase(),
-      samples: samplesOf(problem).map((s) => `${s.text}\n${s.answer ?? ""}`.toLowerCase()),
+      samples: samplesOf(problem).map((s) => `${s.transcript ? s.transcript.map(([, words]) => words).join("\n") : s.text}\n${s.answer ?? ""}`.toLowerCase()),
     }));
     return lowered;
   }
@@ -285,6 +285,16 @@ function showCompletions(root, data) {
     return [made, more];
   }
 
+  // An episode: the model's turns with their numbers, and set apart from them what it was told.
+  function episode(said) {
+    let turn = 0;
+    return said.flatMap(([who, words]) => {
+      if (who === "policy") return [element("div", { class: "turn" }, `turn ${(turn += 1)}`), ...body(words)];
+      if (who === "history") return [element("div", { class: "forgot" }, words)];
+      return [element("div", { class: "heard" }, element("b", {}, who), ...body(words))];
+    });
+  }
+
   function card(problem, sample) {
     const right = isRight(sample);
     const name = sample === problem.greedy ? "Greedy" : `Sample ${problem.samples.indexOf(sample) + 1}`;
@@ -301,9 +311,10 @@ function showCompletions(root, data) {
         fact("reward", String(+sample.reward.toFixed(4))),
         sample.answer == null ? null : fact("answer", sample.answer),
         ...figures,
+        sample.transcript ? element("span", {}, element("b", {}, `${sample.transcript.filter(([who]) => who === "policy").length} turns`)) : null,
         element("span", {}, element("b", {}, `${sample.tokens.toLocaleString("en")} tokens`)),
       ),
-      ...body(sample.text),
+      ...(sample.transcript ? episode(sample.transcript) : body(sample.text)),
       sample.detail ? element("p", { class: "detail" }, sample.detail) : null,
     );
   }

@@ -6,6 +6,8 @@
   const { data, update, element } = window.sapoReport;
   const now = element("section", { id: "now", "aria-label": "what the runs are doing" });
   document.getElementById("title").after(now);
+  const trouble = element("p", { id: "trouble", role: "alert", hidden: "" });
+  now.before(trouble);
   const label = element("span", {}, "connecting");
   const pause = element("button", { type: "button", id: "pause", "aria-pressed": "false", onclick: () => { paused = !paused; show(); if (!paused) catchUp(); } }, "Pause");
   document.getElementById("live").append(label, pause);
@@ -24,8 +26,11 @@
 
   function show() {
     const ended = newest && newest.runs.every((r) => ["done", "failed"].includes(r.state));
-    label.textContent = !connected ? "connection lost; trying again" : paused ? "paused" : ended ? "every run has ended" : "live";
-    label.dataset.state = !connected ? "lost" : paused || ended ? "still" : "live";
+    const cannot = newest?.trouble ?? "";
+    if (trouble.textContent !== cannot) trouble.textContent = cannot; // an alert is read out once
+    trouble.hidden = !cannot;
+    label.textContent = !connected ? "connection lost; trying again" : cannot ? "cannot read the runs" : paused ? "paused" : ended ? "every run has ended" : "live";
+    label.dataset.state = !connected || cannot ? "lost" : paused || ended ? "still" : "live";
     pause.textContent = paused ? "Go on" : "Pause";
     pause.setAttribute("aria-pressed", String(paused));
   }
@@ -48,7 +53,12 @@
     return element("div", { class: "one" },
       element("div", { class: "meta" }, element("b", {}, `reward ${figure(row.reward)}`), element("span", {}, `${others}${row.status === "scored" ? "" : `, ${row.status.replace("_", " ")}`}, ${row.tokens} tokens`)),
       element("pre", { class: "asked", dir: "auto" }, row.prompt),
-      element("pre", { class: "answered", dir: "auto" }, row.text, row.cut ? " ..." : null));
+      ...(row.transcript?.length ? row.transcript.map(said) : [element("pre", { class: "answered", dir: "auto" }, row.text, row.cut ? " ..." : null)]));
+  }
+
+  function said([who, words]) {
+    if (who === "policy") return element("pre", { class: "answered", dir: "auto" }, words);
+    return element("pre", { class: "heard", dir: "auto" }, element("b", {}, who === "history" ? "" : `${who} `), words);
   }
 
   function draw(news) {

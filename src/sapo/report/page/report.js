@@ -94,6 +94,8 @@
     return { ...made, mode: trace.markers ? "lines+markers" : "lines", opacity: trace.faint ? (few(figure) ? 0.45 : 0.35) : 1, marker: { color, size: 6 }, line };
   }
 
+  const ends = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
+
   function plotlyLayout(panel) {
     const { ink, faint, grid, surface } = INK[theme()];
     const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, zeroline: false, tickfont: { color: faint, size: 11 }, automargin: true, exponentformat: "power" };
@@ -107,6 +109,14 @@
       barmode: panel.stacked ? "stack" : "group", dragmode: "zoom", shapes: [], annotations: [],
     };
     if (panel.title) layout.annotations.push({ text: safe(panel.title), x: 0, y: 1, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", yshift: 4, showarrow: false, font: { size: 12, color: ink } });
+    // Over about a decade Plotly writes all nine digits, which a narrow figure turns aslant: 1, 2 and 5 are enough.
+    const marked = (panel.marks ?? []).filter((mark) => mark.axis === "x").map((mark) => mark.at);
+    const wide = panel.x_log ? (panel.x_range ?? ends([...panel.traces.flatMap((t) => t.x), ...marked].filter((x) => x > 0))) : [1, 1];
+    const decades = Math.log10(wide[1] / wide[0]);
+    if (decades > 0.5 && decades < 1.3) {
+      const first = Math.floor(Math.log10(wide[0])), places = [0, 1, 2].flatMap((k) => [1, 2, 3, 4, 5, 6, 7, 8, 9].map((n) => +`${n}e${first + k}`));
+      Object.assign(layout.xaxis, { tickvals: places, ticktext: places.map((v) => (/[346789]/.test(v.toExponential()[0]) ? "" : String(v))), tickangle: 0 });
+    }
     const range = (ends, log) => (log ? ends.map(Math.log10) : ends);
     if (panel.y_range) layout.yaxis.range = range(panel.y_range, panel.y_log);
     if (panel.x_range) layout.xaxis.range = range(panel.x_range, panel.x_log);

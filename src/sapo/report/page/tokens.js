@@ -11,6 +11,7 @@ function showTokens(root, data, memory) {
   let listed = []; // {prompt, sample}: what is in the list, in order
   let chosen = null; // one of them
   let at = -1; // the token whose numbers are shown
+  let spans = []; // the element of each token of the chosen sample
 
   const COLORS = {
     z: { words: "log-ratio", key: "z", edges: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1], up: "up", down: "down", text: "log r: orange rose, blue fell" },
@@ -165,7 +166,7 @@ function showTokens(root, data, memory) {
       const { sample } = item;
       const made = element("div", { class: "row", role: "option", id: `sample-${name(item).replace(".", "-")}`, "aria-selected": String(item === chosen), "aria-setsize": String(listed.length), "aria-posinset": String(first + i + 1), onclick: () => choose(item) },
         element("div", { class: "first" }, element("b", {}, `${name(item)}`), element("span", {}, `reward ${number(sample.reward)}`), element("span", {}, sample.low == null ? "no gate" : `lowest f' ${sample.low.toPrecision(3)}`)),
-        element("div", { class: "second" }, visible(sample.text.slice(0, 120).replace(/\s+/g, " "))));
+        element("div", { class: "second" }, sample.heard ? element("span", { class: "many" }, `${counted(turnsOf(sample), "turn")}  `) : null, visible(sample.text.slice(0, 120).replace(/\s+/g, " "))));
       made.style.top = `${(first + i) * ROW}px`;
       return made;
     }));
@@ -238,6 +239,22 @@ function showTokens(root, data, memory) {
     return parts.flatMap((part, i) => (i ? [cell(shown[i - 1]), visible(part)] : [visible(part)]));
   }
 
+  // An episode: turns are runs of own tokens, and what was said between them stands before the next one. That is no
+  // token of the policy's: it has no gate, and nothing to point at.
+  const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
+  const turnsOf = (sample) => new Set([0, ...sample.heard.map(([at]) => at)].filter((at) => at < sample.t.length)).size;
+
+  function between(sample, i, turn) {
+    const made = [];
+    for (const [at, said, forgot] of sample.heard) {
+      if (at !== i) continue;
+      if (forgot) made.push(element("span", { class: "forgot" }, `forgot ${counted(forgot, "token")}`));
+      for (const [who, words] of said) made.push(element("span", { class: "heard" }, element("b", {}, visible(who)), element("span", { class: "said", dir: "auto" }, visible(words))));
+    }
+    if (turn && i < sample.t.length) made.push(element("span", { class: "turn" }, `turn ${turn}`, sample.turns ? element("span", {}, `advantage ${number(sample.turns[turn - 1])}`) : null));
+    return made;
+  }
+
   function drawSample() {
     if (!chosen) return;
     const started = performance.now();
@@ -245,13 +262,17 @@ function showTokens(root, data, memory) {
     const color = COLORS[colorChoice.made.value] ?? COLORS.z;
     about.replaceChildren(
       element("div", { class: "facts" }, fact("prompt", `${prompt.number}, sample ${sample.sample}`), prompt.id === String(prompt.number) ? null : fact("prompt_id", prompt.id), fact("task", prompt.task), fact("reward", number(sample.reward)), sample.shaped == null ? null : fact("reward for the advantage", number(sample.shaped)), fact("advantage", number(sample.advantage)),
-        fact("status", sample.status.replace("_", " ")), fact("tokens", sample.t.length.toLocaleString("en")), sample.finish === "length" ? fact("ended", "cut at the limit") : null,
+        fact("status", sample.status.replace("_", " ")), fact("tokens", sample.t.length.toLocaleString("en")), sample.heard ? fact("turns", turnsOf(sample).toLocaleString("en")) : null, sample.finish === "length" ? fact("ended", "cut at the limit") : null,
         verdicts(sample), prompt.answer == null ? null : fact("answer", prompt.answer), sample.detail ? fact("detail", sample.detail) : null),
       element("pre", { class: "question", tabindex: "0", dir: "auto" }, ...question(prompt)));
     drawScale(color);
     const values = sample[color.key];
     const parts = document.createDocumentFragment();
+    const begins = new Set(sample.heard ? [0, ...sample.heard.map(([at]) => at)] : []);
+    let turn = 0;
+    spans = [];
     sample.t.forEach((place, i) => {
+      if (begins.has(i)) parts.append(...between(sample, i, (turn += 1)));
       const written = step.texts[place];
       const classes = ["tok"];
       if (values) classes.push(shade(values[i], color));
@@ -259,9 +280,11 @@ function showTokens(root, data, memory) {
       if (sample.gspo === 0) classes.push("clip-gspo");
       if (!written) classes.push("empty");
       const made = element("span", { class: classes.filter(Boolean).join(" "), id: `tok-${i}` });
+      spans.push(made);
       made.append(written ? visible(written).replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t") : "·");
       parts.append(made);
     });
+    if (begins.has(sample.t.length)) parts.append(...between(sample, sample.t.length, 0)); // what got no answer
     text.replaceChildren(parts);
     text.scrollTop = 0;
     at = -1;
@@ -278,7 +301,7 @@ function showTokens(root, data, memory) {
     if (i < 0 || i >= sample.t.length) return;
     text.querySelector(".at")?.classList.remove("at");
     at = i;
-    const token = text.children[i];
+    const token = spans[i];
     if (mark) {
       token.classList.add("at");
       text.setAttribute("aria-activedescendant", token.id);
@@ -305,7 +328,7 @@ function showTokens(root, data, memory) {
     event.preventDefault();
     const last = chosen.sample.t.length - 1;
     show(Math.min(last, Math.max(0, (text.querySelector(".at") ? at : -1) + by)));
-    text.children[at].scrollIntoView({ block: "nearest" });
+    spans[at].scrollIntoView({ block: "nearest" });
   }
 
   // --- begin

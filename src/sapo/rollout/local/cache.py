@@ -102,11 +102,36 @@ class KVCache:
         self.preamble_states, self.row_states = KeptStates(), RowStates(rows)
         self.own_tokens: OwnTokens | None = None
         """Replaces `layers` where packed.c decodes."""
-        for members in _similar(self.prompt_length):
-            slots = min(len(members), SLOTS_PER_GROUP * (rows // min(samples[i] for i in members)))
-            pool = Pool(slots, int(self.prompt_length[members].max()))
+        self._pool(range(len(samples)), samples)
+
+    def _pool(self, groups: Sequence[int], samples: Sequence[int]) -> None:
+        """Make pools for the prompts of some groups, whose rows are given."""
+        for members in _similar(self.prompt_length[list(groups)]):
+            slots = min(len(members), SLOTS_PER_GROUP * (self.rows // min(samples[i] for i in members)))
+            pool = Pool(slots, int(self.prompt_length[[groups[i] for i in members]].max()))
             self.pools.append(pool)
-            self.pool_of.update(dict.fromkeys(members, pool))
+            self.pool_of.update((groups[i], pool) for i in members)
+
+    def add(self, prompt_lengths: Sequence[int], samples: Sequence[int]) -> None:
+        """Take up further groups, behind those there are; pools that no group uses any more are given back."""
+        first = len(self.prompt_length)
+        self.prompt_length = np.concatenate([self.prompt_length, np.asarray(prompt_lengths, dtype=np.int64)])
+        self.pools = [pool for pool in self.pools if pool.groups]
+        self._pool(range(first, len(self.prompt_length)), samples)
+
+    def grow(self, new_tokens: int) -> None:
+        """Make room for so many new tokens of each row; those that are there stay."""
+        length = max(1, new_tokens - 1)
+        if length <= self.length:
+            return
+        self.length = length
+        if self.own_tokens is not None:
+            self.own_tokens.grow(length)
+        for layer, (keys, values) in self.layers.items():
+            more = _padded(length) - keys.shape[3]
+            if more > 0:
+                pad = torch.nn.functional.pad
+                self.layers[layer] = pad(keys, (0, more)), pad(values, (0, 0, 0, more))
 
     @property
     def num_places(self) -> int:

@@ -182,13 +182,16 @@ class DeviceSteps:
         self.met: set[StepShape] = set()
         self.captured: dict[StepShape, Step] = {}
 
-    def run(self, group_R: np.ndarray, drawn_R: np.ndarray, limit_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(
+        self, group_R: np.ndarray, drawn_R: np.ndarray, limit_R: np.ndarray, start_R: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Take some steps.
 
         Args:
             group_R: the group of each row in use, none of which has finished.
             drawn_R: tokens each has drawn, at least 1.
             limit_R: most tokens of each.
+            start_R: where each row's present turn begins among its tokens; 0 when None.
 
         Returns:
             (R,) tokens each has drawn now, and whether it has finished.
@@ -203,8 +206,9 @@ class DeviceSteps:
         finished = (live == 0) & (held == 0)
         for row in np.flatnonzero(held):
             # Only now is there somebody who can decode: the row waited with the token that may complete a string.
+            start = 0 if start_R is None else int(start_R[row])
             completed = self.rules.completed(
-                int(self.state.stop_set_R[row]), self.state.tokens_RT[row], int(drawn[row])
+                int(self.state.stop_set_R[row]), self.state.tokens_RT[row], int(drawn[row]), start
             )
             self.state.stopped_R[row] = completed
             finished[row] = completed or drawn[row] >= limit_R[row]
@@ -213,7 +217,8 @@ class DeviceSteps:
     def _shape(self, group_R: np.ndarray, longest: int) -> StepShape:
         """Return the shape that holds the rows and their suffixes of up to `longest` tokens."""
         present = set(group_R.tolist())
-        used = [sum(g in present for g in pool.groups) for pool in self.cache.pools]
+        # Slots of groups whose rows are all parked may lie between those in use.
+        used = [max((s + 1 for s, g in enumerate(p.groups) if g in present), default=0) for p in self.cache.pools]
         own = max(SHORTEST_SUFFIX, 1 << (longest - 1).bit_length())
         return StepShape(
             rows=size_for(len(group_R), self.cache.rows),

@@ -6,7 +6,7 @@ counter (utils/rng.py). On a GPU the host looks every few tokens only (device_st
 arranged anew for each call where the model allows a faster forward (decoder.py), so that there is nothing to
 synchronise, and the log-probabilities of the draws are log pi_old. Weights that are not the trainer's (a sampler of
 another precision) lie in a twin of the policy (twin.py). A model for which all this is not exact is decoded in rows
-(proof.py, rows.py).
+(proof.py, rows.py). Between the turns of an episode rows stay where they are (conversation.py).
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from sapo.data import Completion
 from sapo.errors import Interrupted, ModelError
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import PromptSpan, common_beginning, join_spans
+from sapo.rollout.conversation import Conversation, Waves
 from sapo.rollout.engine import Capabilities, Drawn, Request, Weights, check_lengths
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
+from sapo.rollout.local.conversation import LocalConversation
 from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
 from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
 from sapo.rollout.local.experts import ExpertRecorder
@@ -73,6 +75,8 @@ class LocalEngine:
         self._sampler = policy
         self._asleep = False
         self._decoder: Decoder | None = None  # of streams: arranged once for all of them
+        self.weights_set = 0
+        """How often weights were set or given back: what was computed with others is of no use any more."""
         self.way = choose_way(policy, self._draw_for_proof)
         """Way to decode: one of those of proof.py."""
         if self.way != PACKED and cuda_graphs is True:
@@ -120,7 +124,7 @@ class LocalEngine:
             return
         if self._decoder is None:
             self._decoder = decoder_of(self._sampler, STREAMED_CALLS)
-        decoding = _Decoding(self._sampler, requests, params, self.max_rows, None, self.cuda_graphs, self._decoder)
+        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, None, self.cuda_graphs, self._decoder)
         while decoding.unfinished:
             decoding.admit()
             decoding.step()
@@ -151,16 +155,39 @@ class LocalEngine:
             return self._in_rows(way, requests, params, should_stop, experts)
         recorder = None if experts is None else ExpertRecorder(self._sampler, experts)
         graphs = self.cuda_graphs if cuda_graphs is None else cuda_graphs
-        decoding = _Decoding(self._sampler, requests, params, self.max_rows, recorder, graphs)
+        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, recorder, graphs)
         with nullcontext() if recorder is None else recorder.recording(hooked=decoding.decoder is self._sampler):
-            while decoding.unfinished:
-                if should_stop():
-                    raise Interrupted
-                with span("prefill"):
-                    decoding.admit()
-                decoding.step()
-                decoding.retire()
+            self.decode(decoding, should_stop)
         return decoding.completions()
+
+    @staticmethod
+    def decode(rows: RowsInPlace, should_stop: Callable[[], bool]) -> None:
+        """Draw until all rows have ended.
+
+        Raises:
+            Interrupted: when `should_stop` says so between two tokens.
+        """
+        while rows.unfinished:
+            if should_stop():
+                raise Interrupted
+            with span("prefill"):
+                rows.admit()
+            rows.step()
+            rows.retire()
+
+    def converse(self, params: SamplingParams) -> Conversation:
+        """Begin a conversation; see `begin_conversation`. A model that transformers decodes takes waves."""
+        return LocalConversation(self, params) if self.way == PACKED else Waves(self)
+
+    def rows_for(self, requests: Sequence[Request], params: SamplingParams, calls: int) -> RowsInPlace:
+        """Make rows that are kept between the turns of a conversation, for about so many tokens of each."""
+        assert not self._asleep, "an engine draws after `wake` and `set_weights`, not while it sleeps"
+        decoder = decoder_of(self._sampler, calls)
+        rows = RowsInPlace(
+            *(self._sampler, requests, params, self.max_rows, None, self.cuda_graphs, decoder), keeps=True
+        )
+        rows.widen(calls)
+        return rows
 
     def _in_rows(
         self,
@@ -194,6 +221,7 @@ class LocalEngine:
         """See `Engine.set_weights`. The policy's own tensors are read where they are; others make a twin of it."""
         given, own = dict(weights), dict(self.policy.weights())
         self._decoder = None
+        self.weights_set += 1
         if given.keys() != own.keys():
             odd = sorted(given.keys() ^ own.keys())
             raise ValueError(f"weights must be those of the policy, each by its name; {odd[0]!r} is of one side only")
@@ -210,6 +238,7 @@ class LocalEngine:
         if self._twin is not None:
             self._twin.release()
         self._sampler, self._asleep, self._decoder = self.policy, True, None
+        self.weights_set += 1
 
     def wake(self) -> None:
         """See `Engine.wake`."""
@@ -226,8 +255,13 @@ def _with_completion(new: Drawn, results: Sequence[Sequence[Completion | None]])
     return replace(new, completion=results[new.request][new.sample])
 
 
-class _Decoding:
-    """One call of generate: rows 0..active-1 of every array are the sequences being decoded."""
+class RowsInPlace:
+    """One call of generate: rows 0..active-1 of every array are the sequences being decoded.
+
+    Args:
+        keeps: a row whose turn has ended is not given up but parked: rows active..active+parked-1 wait with all their
+            keys and values until they go on with another turn (`resume`), or their room is needed.
+    """
 
     def __init__(
         self,
@@ -238,13 +272,15 @@ class _Decoding:
         experts: ExpertRecorder | None,
         cuda_graphs: GraphChoice,
         decoder: Decoder | None = None,
+        keeps: bool = False,
     ) -> None:
         self.policy = policy
         self.experts = experts
+        self.keeps = keeps
         self.decoder: Decoder = decoder or decoder_of(
             policy, params.max_new_tokens, None if experts is None else experts.chosen
         )
-        self.requests = requests
+        self.requests = list(requests)
         self.params = params
         self.waiting = deque(range(len(requests)))
         samples = [r.samples for r in requests]
@@ -255,13 +291,15 @@ class _Decoding:
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
         self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble)
         self.arrangement: Arrangement | None = None
-        self.active = 0
+        self.active = self.parked = self.ended = 0
         self.request = np.zeros(rows, dtype=np.int64)
         self.sample = np.zeros(rows, dtype=np.int64)
         self.generated = np.zeros(rows, dtype=np.int64)
         self.limit = np.zeros(rows, dtype=np.int64)  # most tokens to generate
+        self.start = np.zeros(rows, dtype=np.int64)  # where the turn begins: what is not drawn before it is read
+        self.since = np.zeros(rows, dtype=np.int64)  # of a parked row: which of the turns it was that ended
         self.taken = np.zeros(rows, dtype=np.int64)  # tokens that a stream has given away
-        self.left = np.array(samples)  # rows of each request that have not finished
+        self.left = np.array(samples)  # rows of each request that have not been given up
         self.uniform = torch.zeros(rows, params.max_new_tokens, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, params.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, params.max_new_tokens, dtype=torch.float32, device=device)
@@ -275,17 +313,22 @@ class _Decoding:
         self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
-        state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
-        recording = experts is not None
-        self.device_steps = (
-            DeviceSteps(self.decoder, self.cache, samples, state, self.rules, params, capture_on(device, cuda_graphs))
-            if uses_device_steps(policy, cuda_graphs, recording) and isinstance(self.decoder, FastDecoder)
-            else None
-        )
+        self.cuda_graphs = cuda_graphs
+        self.device_steps = self._make_device_steps()
         if self.preamble:
             layout = PrefillLayout(self.cache, None, device)
             self._run([(requests[0].prompt, 0, self.preamble)], layout)
             self.cache.preamble_states = layout.kept
+
+    def _make_device_steps(self) -> DeviceSteps | None:
+        """Make the steps that a CUDA graph repeats, of the tensors there are now."""
+        recording = self.experts is not None
+        if not uses_device_steps(self.policy, self.cuda_graphs, recording) or not isinstance(self.decoder, FastDecoder):
+            return None
+        state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
+        capture = capture_on(self.policy.device, self.cuda_graphs)
+        samples = [r.samples for r in self.requests]
+        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, capture)
 
     def _run(self, spans: Sequence[PromptSpan], layout: PrefillLayout) -> Tensor:
         """Compute the hidden states of parts of prompts; what they show goes through the policy's own modules."""
@@ -310,13 +353,19 @@ class _Decoding:
         tokens = 0
         while self.waiting and rows + self.requests[self.waiting[0]].samples <= self.cache.rows:
             prompt_tokens = int(self.cache.prompt_length[self.waiting[0]])
-            if not self.cache.has_slot(self.waiting[0]) or (chosen and tokens + prompt_tokens > PREFILL_TOKENS):
+            if chosen and tokens + prompt_tokens > PREFILL_TOKENS:
+                break
+            needed = rows + self.requests[self.waiting[0]].samples
+            while self.parked and (needed + self.parked > self.cache.rows or not self.cache.has_slot(self.waiting[0])):
+                self._give_up_coldest()
+            if not self.cache.has_slot(self.waiting[0]):
                 break
             self.cache.admit(self.waiting[0])
             tokens += prompt_tokens
             rows += self.requests[self.waiting[0]].samples
             chosen.append(self.waiting.popleft())
         if chosen:
+            self._make_room(rows - self.active)
             self._prefill(chosen)
 
     def _prefill(self, chosen: list[int]) -> None:
@@ -334,11 +383,11 @@ class _Decoding:
             samples = np.arange(count)
             self.request[row : row + count], self.sample[row : row + count] = i, samples
             uniforms = request_uniforms(request, self.params)
-            self.uniform[row : row + count] = torch.from_numpy(uniforms).to(self.uniform.device)
+            self.uniform[row : row + count, : uniforms.shape[1]] = torch.from_numpy(uniforms).to(self.uniform.device)
             self.stop_set[row : row + count] = self.stop_set_of[i]
             self.position[row : row + count] = request.prompt.next_position
             self.limit[row : row + count] = request.limits or self.params.max_new_tokens
-            self.generated[row : row + count] = 0
+            self.generated[row : row + count] = self.start[row : row + count] = 0
             self.taken[row : row + count] = 0
             last += [tokens - 1] * count
             self.active += count
@@ -358,11 +407,12 @@ class _Decoding:
         """Decode the rows in flight, join the rows just prefilled, and draw one token for each.
 
         With device steps, draw for the rows just prefilled alone; where there are none, several tokens for each row.
+        A row that reads what was said to it draws nothing: its next token is there already.
         """
-        if self.device_steps is not None and self.hidden is None:
+        if self.device_steps is not None and self.hidden is None and not self._reads(0).any():
             self._take_device_steps(self.device_steps)
             return
-        first = 0 if self.device_steps is None else self.active - self.fresh
+        first = 0 if self.device_steps is None or self.hidden is None else self.active - self.fresh
         old = self.active - self.fresh - first
         parts = []
         if old:
@@ -373,25 +423,46 @@ class _Decoding:
         if self.hidden is not None:
             parts.append(self.hidden)
         self.hidden, self.fresh = None, 0
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        reads = self._reads(first)
+        if not reads.any():
+            self._sample(hidden, slice(first, self.active))
+            return
+        self.generated[first : self.active] += reads
+        drawing = np.flatnonzero(~reads)
+        if len(drawing):
+            self._sample(hidden[torch.from_numpy(drawing).to(hidden.device)], first + drawing)
+
+    def _reads(self, first: int) -> np.ndarray:
+        """Return which rows from the first on, to the last that decodes, have not read all that was said to them."""
+        reads: np.ndarray = self.generated[first : self.active] < self.start[first : self.active]
+        return reads
+
+    def _sample(self, hidden: Tensor, rows: slice | np.ndarray) -> None:
+        """Draw the next token of some rows."""
         with span("head"):
-            logits = self.decoder.logits(parts[0] if len(parts) == 1 else torch.cat(parts))
-        rows = slice(first, self.active)
-        at = torch.from_numpy(self.generated[rows, None]).to(logits.device)
-        uniform = self.uniform[rows].gather(1, at)[:, 0]
+            logits = self.decoder.logits(hidden)
+        index = torch.from_numpy(np.arange(len(self.request))[rows]).to(logits.device)
+        at = torch.from_numpy(self.generated[rows]).to(logits.device)
+        uniform = self.uniform[index, at]
         with span("sample"):
             tokens, logprobs = sample_tokens(logits, uniform, self.params, unused_K=self.policy.unused_K)
-        self.tokens[rows].scatter_(1, at, tokens[:, None])
-        self.logprobs[rows].scatter_(1, at, logprobs[:, None])
+        self.tokens[index, at] = tokens
+        self.logprobs[index, at] = logprobs
         self.generated[rows] += 1
-        generated = torch.from_numpy(self.generated[rows]).to(logits.device)
-        stopped = self.rules.stopped(self.stop_set[rows], tokens, self.tokens[rows], generated)
-        self.stopped[rows] = stopped
-        self.finished[rows] = stopped | torch.from_numpy(self.generated[rows] >= self.limit[rows]).to(stopped.device)
+        history = self.tokens[rows] if isinstance(rows, slice) else self.tokens[index]
+        generated = torch.from_numpy(self.generated[rows])
+        stopped = self.rules.stopped(self.stop_set[index], tokens, history, generated, self.start[rows])
+        self.stopped[index] = stopped
+        over = torch.from_numpy(self.generated[rows] >= self.limit[rows]).to(stopped.device)
+        self.finished[index] = stopped | over
 
     def _take_device_steps(self, steps: DeviceSteps) -> None:
         rows = slice(0, self.active)
         with span("decode"):
-            generated, finished = steps.run(self.request[rows], self.generated[rows], self.limit[rows])
+            generated, finished = steps.run(
+                self.request[rows], self.generated[rows], self.limit[rows], self.start[rows]
+            )
         self.generated[rows] = generated
         self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
 
@@ -419,42 +490,150 @@ class _Decoding:
         return new
 
     def retire(self) -> None:
-        """Take finished rows out and close the gaps with the last rows in use."""
+        """Take finished rows out, or park them, and close the gaps with the last rows in use."""
         done = self.finished[: self.active].nonzero()[:, 0].tolist()
         if not done:
             return
         for row in done:
             self.results[self.request[row]][self.sample[row]] = self._completion(row)
-            self.left[self.request[row]] -= 1
-            if not self.left[self.request[row]]:
-                self.cache.release(int(self.request[row]))
+            if not self.keeps:
+                self._give_up(row)
         remaining = self.active - len(done)
         holes = [row for row in done if row < remaining]
         leaving = set(done)
         movers = [row for row in range(remaining, self.active) if row not in leaving]
-        if holes:
-            source = torch.tensor(movers, device=self.position.device)
-            target = torch.tensor(holes, device=self.position.device)
-            self.cache.move(source, target, int(self.generated[movers].max()))
-            for array in (self.uniform, self.tokens, self.logprobs, self.position, self.stop_set):
-                array[target] = array[source]
-            for numbers in (self.request, self.sample, self.generated, self.limit, self.taken):
-                numbers[holes] = numbers[movers]
+        if self.keeps:
+            self.since[done] = self.ended
+            self.ended += 1
+            self.parked += len(done)
+            self._move([*movers, *holes], [*holes, *movers])
+        else:
+            self._move(movers, holes)
         self.finished[: self.active] = False
         self.active = remaining
         self.arrangement = None
 
+    def _give_up(self, row: int) -> None:
+        """Count a row as gone from its group, whose prompt goes with the last."""
+        group = int(self.request[row])
+        self.left[group] -= 1
+        if not self.left[group]:
+            self.cache.release(group)
+
+    def _move(self, sources: list[int], targets: list[int]) -> None:
+        """Copy rows over others; where both are the same rows in another order, exchange them."""
+        if not sources:
+            return
+        source = torch.tensor(sources, device=self.position.device)
+        target = torch.tensor(targets, device=self.position.device)
+        self.cache.move(source, target, int(self.generated[sources].max()))
+        for array in (self.uniform, self.tokens, self.logprobs, self.position, self.stop_set):
+            array[target] = array[source]
+        for numbers in (self.request, self.sample, self.generated, self.limit, self.taken, self.start, self.since):
+            numbers[targets] = numbers[sources]
+
+    # --------------------------------------------------------------------------------------- between the turns of rows
+
+    def _give_up_coldest(self) -> None:
+        """Give up the parked row whose last turn ended before those of the others."""
+        last = self.active + self.parked - 1
+        row = self.active + int(self.since[self.active : last + 1].argmin())
+        self._give_up(row)
+        if row != last:
+            self._move([last], [row])
+        self.parked -= 1
+
+    def _make_room(self, count: int) -> None:
+        """Move parked rows out of the way of so many that are about to begin."""
+        moved = min(count, self.parked)
+        first = self.active + max(count, self.parked)
+        self._move(list(range(self.active, self.active + moved)), list(range(first, first + moved)))
+
+    def widen(self, length: int) -> None:
+        """Make room for so many tokens of each row, read and drawn."""
+        if length <= self.tokens.shape[1]:
+            return
+        more = (0, length - self.tokens.shape[1])
+        self.uniform, self.tokens, self.logprobs = (
+            torch.nn.functional.pad(t, more) for t in (self.uniform, self.tokens, self.logprobs)
+        )
+        self.cache.grow(length)
+        self.arrangement = None
+        self.device_steps = self._make_device_steps()
+
+    def widen_for(self, lengths: Sequence[int]) -> None:
+        """Make room for rows of so many tokens, and for some more, so that it is seldom done."""
+        longest = max(lengths)
+        if longest > self.tokens.shape[1]:
+            most = self.policy.max_length or longest
+            self.widen(max(longest, min(2 * self.tokens.shape[1], most)))
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Take up further requests, whose prompts begin with the preamble as all others do."""
+        if not requests:
+            return
+        first = len(self.requests)
+        self.requests += requests
+        self.waiting.extend(range(first, len(self.requests)))
+        samples = [r.samples for r in requests]
+        self.left = np.concatenate([self.left, samples])
+        self.results += [[None] * count for count in samples]
+        self.cache.add([len(r.prompt.token_ids) - self.preamble for r in requests], samples)
+        new = [stop for stop in dict.fromkeys(r.prompt.stop for r in requests) if stop not in self.rules.stop_sets]
+        if new:
+            stop_sets = [*self.rules.stop_sets, *new]
+            self.rules = StopRules(self.policy, stop_sets, self.params.stop_token_ids)
+        self.stop_set_of += [self.rules.stop_sets.index(r.prompt.stop) for r in requests]
+        self.arrangement = None
+        self.device_steps = self._make_device_steps()
+
+    def held(self) -> dict[int, Tensor]:
+        """Return what each parked row has read and drawn after its prompt, on the host."""
+        rows = range(self.active, self.active + self.parked)
+        tokens = self.tokens[self.active : self.active + self.parked].cpu()
+        return {row: tokens[i, : int(self.generated[row])] for i, row in enumerate(rows)}
+
+    def resume(self, turns: dict[int, tuple[Request, Sequence[int]]]) -> None:
+        """Let parked rows go on, each reading some tokens and then drawing; no row may be decoding.
+
+        Args:
+            turns: by row, the request of its next turn and what it reads.
+        """
+        assert not self.active, "turns begin where all rows are parked"
+        device = self.tokens.device
+        for row, (request, said) in turns.items():
+            stop = int(self.generated[row]) + len(said)
+            uniforms = torch.from_numpy(request_uniforms(request, self.params)[0])
+            most = request.limits[0] if request.limits else self.params.max_new_tokens
+            self.tokens[row, self.generated[row] : stop] = torch.tensor(said, dtype=torch.int64, device=device)
+            self.uniform[row, stop : stop + most] = uniforms[:most].to(device)
+            self.start[row], self.limit[row] = stop, stop + most
+            self.results[self.request[row]][self.sample[row]] = None
+        count = len(turns)
+        holes = [row for row in range(count) if row not in turns]
+        movers = sorted(row for row in turns if row >= count)
+        self._move([*movers, *holes], [*holes, *movers])
+        self.active, self.parked = count, self.parked - count
+        self.arrangement = None
+
     def _completion(self, row: int) -> Completion:
-        count = int(self.generated[row])
-        token_ids = self.tokens[row, :count].cpu()
+        turn = slice(int(self.start[row]), int(self.generated[row]))
+        token_ids = self.tokens[row, turn].cpu()
         stopped = bool(self.stopped[row])
         prompt = self.requests[self.request[row]].prompt
         return Completion(  # which copies: another request takes the row
             token_ids=token_ids.numpy(),
-            logprobs=self.logprobs[row, :count].cpu().numpy(),
+            logprobs=self.logprobs[row, turn].cpu().numpy(),
             finish_reason="stop" if stopped else "length",
             text=self.rules.text(int(self.stop_set[row]), token_ids.tolist(), prompt.special_tokens),
         )
+
+    def take(self, group: int, sample: int) -> Completion:
+        """Return the turn that a row has ended."""
+        completion = self.results[group][sample]
+        assert completion is not None, "a row was lost"
+        self.results[group][sample] = None
+        return completion
 
     def completions(self) -> list[tuple[Completion, ...]]:
         """Return all results, in the order of the requests."""

@@ -130,7 +130,7 @@ class Part:
     """(groups * G,) rows of each group, padded with one of its own."""
     groups: int
     num_keys: int
-    """Tokens of the longest prompt in use."""
+    """Tokens of the longest prompt of these rows."""
 
 
 class Arrangement:
@@ -159,19 +159,20 @@ class Arrangement:
         rows_of = {int(g): order[f : f + c] for g, f, c in zip(groups, first, count, strict=True)}
         offset = 0
         for pool in cache.pools:
-            # Groups just prefilled have the last slots, and no row that decodes yet.
-            present = [g for g in pool.groups if g in rows_of]
-            if not present:
+            # Groups just prefilled have the last slots, and no row that decodes yet. Those between that have none,
+            # because all their rows are parked, are given one that nobody reads.
+            used = max((slot + 1 for slot, g in enumerate(pool.groups) if g in rows_of), default=0)
+            if not used:
                 continue
-            assert present == pool.groups[: len(present)], "slots in use are the first ones"
-            widest = max(len(rows_of[g]) for g in present)
-            gather = np.empty((len(present), widest), dtype=np.int64)
+            present = pool.groups[:used]
+            widest = max(len(rows_of[g]) for g in present if g in rows_of)
+            gather = np.empty((used, widest), dtype=np.int64)
             for slot, g in enumerate(present):
-                rows = rows_of[g]
-                gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, rows[0]
+                rows = rows_of.get(g, order[:0])
+                gather[slot, : len(rows)], gather[slot, len(rows) :] = rows, (*rows, order[0])[0]
                 inverse[rows] = offset + slot * widest + np.arange(len(rows))
             offset += gather.size
-            num_keys = int(cache.prompt_length[present].max())
+            num_keys = max(int(cache.prompt_length[g]) for g in present if g in rows_of)
             parts.append(Part(pool, torch.from_numpy(gather.ravel()).to(self.device), len(present), num_keys))
         return parts, torch.from_numpy(inverse).to(self.device)
 

@@ -9,28 +9,21 @@ is the worker's process id.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
 import signal
 import socket
 import sys
-import threading
 from json.encoder import JSONEncoder
 from typing import Any
 
 from sapo.tasks.verifiers.limits import ADDRESSES, memory_limit
-from sapo.tasks.workers.guard import stand_guard
-from sapo.tasks.workers.wire import HEADER, MARK, MAX_ANSWER, MAX_DETAIL, framed
+from sapo.tasks.workers.guard import die_with, stand_guard
+from sapo.tasks.workers.wire import MAX_ANSWER, MAX_DETAIL, framed, read_frame, score_to_json
 from sapo.utils.signals import ANNOUNCING, ignore, outlive
 
 # A model's text can make exact arithmetic use all memory, so verifiers of ours run with a limit.
 MEMORY_LIMIT = 4 * 2**30
-
-MAX_ANSWER_TEXT = 10_000
-"""Limit of the characters of the answer that a verifier read, which is compared with others and logged."""
-
-_PR_SET_PDEATHSIG = 1
 
 # Bound before a user's module may put something else in their place.
 _encode = JSONEncoder().encode
@@ -39,7 +32,7 @@ _unpickle = pickle.loads
 
 def serve(channel: socket.socket, parent: int) -> None:
     """Score jobs until the parent closes the socket."""
-    _die_with(parent, channel)
+    die_with(parent)
     from sapo.errors import TaskError
     from sapo.tasks.verifiers.base import is_batched, prepare, prepare_prompt
     from sapo.tasks.verifiers.registry import build_verifier
@@ -47,7 +40,7 @@ def serve(channel: socket.socket, parent: int) -> None:
     stream, me = channel.makefile("rb"), os.getpid()
     loaded: dict[bytes, Any] = {}
     _answer(channel, {"worker": me})
-    while (frame := _read_frame(stream)) is not None:
+    while (frame := read_frame(stream)) is not None:
         ticket, key, text, fields = _unpickle(frame)
         try:
             if key not in loaded:
@@ -92,14 +85,7 @@ def _judge(verifier: Any, text: str | tuple[str, ...], prompt: Any) -> dict[str,
 def _as_json(score: Any) -> dict[str, Any]:
     from sapo.tasks.base import checked_score
 
-    score = checked_score(score)
-    return {
-        "reward": score.reward,
-        "status": str(score.status),
-        "detail": str(score.detail)[:MAX_DETAIL],
-        "answer": None if score.answer is None else str(score.answer)[:MAX_ANSWER_TEXT],
-        "figures": {str(name): float(value) for name, value in score.figures.items()},
-    }
+    return score_to_json(checked_score(score))
 
 
 def _reason(error: BaseException) -> str:
@@ -116,39 +102,12 @@ def _prompt(fields: tuple[Any, ...]) -> Any:
     return Prompt(id=number, task=task, text=text, answer=answer, metadata=metadata)
 
 
-def _read_frame(stream: Any) -> bytes | None:
-    header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None
-    mark, length = HEADER.unpack(header)
-    assert mark == MARK, "the parent writes nothing but frames"
-    frame: bytes = stream.read(length)
-    return frame if len(frame) == length else None
-
-
 def _answer(channel: socket.socket, answer: dict[str, Any], completions: int = 1) -> None:
     data = _encode(answer).encode()
     if len(data) > MAX_ANSWER * completions:
         failed = f"ValueError: a score must fit into {MAX_ANSWER} bytes; got {len(data)}; give fewer figures"
         data = _encode({"job": answer["job"], "failed": failed}).encode()
     channel.sendall(framed(data))
-
-
-def _die_with(parent: int, channel: socket.socket) -> None:
-    """End this process when the parent ends, for whatever reason, even in the middle of a job."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before this was set
-            os._exit(1)
-        return
-
-    def watch() -> None:
-        # Polling the parent's id leaves the data in the socket alone.
-        while os.getppid() == parent:
-            threading.Event().wait(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(descriptor: int, parent: int) -> None:

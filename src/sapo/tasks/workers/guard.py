@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,23 @@ def stand_guard(parent: int, channel: int) -> int:
     return guard
 
 
+def die_with(parent: int) -> None:
+    """End this process when the parent ends, for whatever reason, even in the middle of a job."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before this was set
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        # Polling the parent's id leaves the data in the socket alone.
+        while os.getppid() == parent:
+            threading.Event().wait(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _wait_for_end(worker: int) -> int:
     """Wait until the worker ends or this process is told to, and return a wait status: SIGTERM's in the second case."""
     while signal.sigwait(_HEARD) == signal.SIGCHLD:
@@ -71,7 +89,7 @@ def _end_all() -> None:
     """Kill the children of this process until it has none: those of a killed child become its own."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        for child in _children():
+        for child in children():
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(child, signal.SIGKILL)
         try:
@@ -82,7 +100,7 @@ def _end_all() -> None:
         time.sleep(0.001)
 
 
-def _children() -> list[int]:
+def children() -> list[int]:
     """Return the children of this process, which cannot be another's before they are reaped."""
     me = os.getpid()
     try:

@@ -15,27 +15,32 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import json
 import os
 import pickle
 import selectors
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from sapo.data import Score, Status
 from sapo.errors import TaskError
 from sapo.tasks.base import checked_score
-from sapo.tasks.workers.guard import PATIENCE
-from sapo.tasks.workers.wire import HEADER, MARK, MAX_ANSWER, MAX_DETAIL, Home, Job, framed
+from sapo.tasks.workers.starting import Starter, end, has_ended, how_it_ended
+from sapo.tasks.workers.wire import (
+    MAX_ANSWER,
+    MAX_DETAIL,
+    Home,
+    Job,
+    NonsenseError,
+    framed,
+    next_answer,
+    score_from_json,
+)
 
 WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"
 
@@ -46,17 +51,6 @@ LOAD_DEADLINE = 300.0
 
 RAMP = 0.1
 """Seconds between two starts while jobs wait. A short batch then needs only one worker."""
-
-
-# The worker takes over our sys.path before it imports sapo.
-_BOOT = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from sapo.tasks.verifiers.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
-
-
-class _NonsenseError(Exception):
-    """A worker wrote what is no answer to its job."""
 
 
 @dataclass
@@ -107,8 +101,7 @@ class WorkerPool:
         self._lock = threading.RLock()
         self._owner = os.getpid()
         self._tickets = itertools.count(1)
-        # Linux ends a worker with the *thread* that started it, so one thread with the life of the pool starts all.
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sapo-verifier-starter")
+        self._starter = Starter("sapo.tasks.verifiers.worker")
 
     def run(self, jobs: Sequence[Job]) -> list[Score]:
         """Return the scores of `jobs`, in their order. A job that fails has the status `verifier_error`."""
@@ -218,7 +211,7 @@ class WorkerPool:
             if events & selectors.EVENT_READ:
                 heard.append(key.data)
         now = time.monotonic()
-        return heard + [w for w in busy if w not in heard and (now >= w.until or _has_ended(w.process))]
+        return heard + [w for w in busy if w not in heard and (now >= w.until or has_ended(w.process))]
 
     def _receive(self, worker: _Worker, job: Job) -> dict[str, Any] | None:
         """Read from a worker, and return its answer if it is complete, or the reason if there will be none."""
@@ -228,22 +221,22 @@ class WorkerPool:
                 worker.incoming += chunk
             ended = True
         except BlockingIOError:
-            ended = _has_ended(worker.process)
+            ended = has_ended(worker.process)
         except OSError:
             ended = True
         try:
             limit = MAX_ANSWER * (len(job.text) if isinstance(job.text, tuple) else 1)
-            while (answer := _next_answer(worker.incoming, limit)) is not None:
+            while (answer := next_answer(worker.incoming, limit)) is not None:
                 if worker.id is None and isinstance(answer.get("worker"), int):
                     worker.id = answer["worker"]
                 elif answer.get("job") != worker.ticket or ("began" in answer and worker.began):
-                    raise _NonsenseError  # a second `began` would start the deadline anew
+                    raise NonsenseError  # a second `began` would start the deadline anew
                 elif "began" in answer:
                     worker.began, worker.limit = True, job.deadline
                     worker.until = time.monotonic() + job.deadline
                 else:
                     return self._finished(worker, job, answer)
-        except _NonsenseError:
+        except NonsenseError:
             self._end(worker)
             return {
                 "failed": "the worker wrote what is no answer; a verifier must leave file descriptors of others alone"
@@ -267,25 +260,7 @@ class WorkerPool:
     # --------------------------------------------------------------------------------------------------- the processes
 
     def _start(self, home: Home) -> _Worker:
-        ours, theirs = socket.socketpair()
-        # Errors of the interpreter, and what user code prints, go to standard error.
-        command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), *home.path]
-        try:
-            process = self._starter.submit(
-                subprocess.Popen,
-                command,
-                cwd=home.directory,
-                stdin=subprocess.DEVNULL,
-                stdout=_standard_error(),
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            ).result()
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        ours.setblocking(False)
+        process, ours = self._starter.start(home)
         worker = _Worker(process, ours, home)
         self._workers.append(worker)
         return worker
@@ -293,36 +268,21 @@ class WorkerPool:
     def _cause_of_death(self, worker: _Worker) -> str:
         """Remove a worker that closed its socket, and return how it ended."""
         for _ in range(100):  # the socket closes shortly before the process ends
-            if _has_ended(worker.process):
+            if has_ended(worker.process):
                 break
             time.sleep(0.01)
         else:
             self._end(worker)
             return "the worker process closed its connection; a verifier must leave file descriptors of others alone"
         code = self._end(worker)
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        return f"the worker process died {'while scoring' if worker.began else 'while loading the verifier'}: {how}"
+        what = "while scoring" if worker.began else "while loading the verifier"
+        return f"the worker process died {what}: {how_it_ended(code)}"
 
     def _end(self, worker: _Worker) -> int:
         """Kill a worker and all that it has started, and return its exit code."""
         self._workers.remove(worker)
         worker.channel.close()
-        if sys.platform == "linux":
-            worker.process.terminate()  # its guard, which ends the others
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return worker.process.wait(2 * PATIENCE)
-        # Before waiting for it: until then no other process can have its id.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.process.pid, signal.SIGKILL)
-        return worker.process.wait()
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Return whether a process has ended, without reaping it where the system allows that."""
-    if hasattr(os, "waitid"):
-        with contextlib.suppress(ChildProcessError):
-            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return process.poll() is not None
+        return end(worker.process)
 
 
 def default_size() -> int:
@@ -347,45 +307,12 @@ def shared_pool() -> WorkerPool:
     return _shared
 
 
-def _standard_error() -> int:
-    try:
-        os.fstat(2)
-    except OSError:  # closed, as in a daemon
-        return subprocess.DEVNULL
-    return 2
-
-
 def _request(ticket: int, job: Job) -> bytes:
     prompt = job.prompt
     fields = (prompt.id, prompt.task, prompt.text, prompt.answer, dict(prompt.metadata))
     # The fields are pickled apart: a worker that cannot read them can still say so, with the ticket.
     parts = (ticket, pickle.dumps(job.spec), job.text, pickle.dumps(fields, protocol=pickle.HIGHEST_PROTOCOL))
     return framed(pickle.dumps(parts, protocol=pickle.HIGHEST_PROTOCOL))
-
-
-def _next_answer(incoming: bytearray, limit: int) -> dict[str, Any] | None:
-    """Take the first complete frame, of at most `limit` bytes, out of the buffer, and return its answer.
-
-    Raises:
-        _NonsenseError: what the buffer begins with is no frame of a worker.
-    """
-    if not MARK.startswith(incoming[: len(MARK)]):
-        raise _NonsenseError
-    if len(incoming) < HEADER.size:
-        return None
-    _, length = HEADER.unpack_from(incoming)
-    if length > limit:
-        raise _NonsenseError
-    if len(incoming) < HEADER.size + length:
-        return None
-    try:
-        answer = json.loads(bytes(incoming[HEADER.size : HEADER.size + length]))
-    except (ValueError, RecursionError) as error:
-        raise _NonsenseError from error
-    if not isinstance(answer, dict):
-        raise _NonsenseError
-    del incoming[: HEADER.size + length]
-    return answer
 
 
 def _scores(answer: dict[str, Any], job: Job) -> list[Score]:
@@ -405,14 +332,6 @@ def _score(answer: dict[str, Any]) -> Score:
         reason = answer.get("failed") or answer.get("refused") or "no answer"
         return Score(0.0, Status.VERIFIER_ERROR, str(reason)[:MAX_DETAIL])
     try:
-        return checked_score(
-            Score(
-                reward=answer["reward"],
-                status=answer["status"],
-                detail=str(answer["detail"]),
-                answer=None if answer["answer"] is None else str(answer["answer"]),
-                figures={str(name): value for name, value in dict(answer["figures"]).items()},
-            )
-        )
+        return checked_score(score_from_json(answer))
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         return Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}"[:MAX_DETAIL])

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -69,7 +69,7 @@ def application(served: ServedModel, worker: Worker, on_answer: Callable[[], Non
 
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request), served.name)
-        return await answer(request, asked, ChatAnswers(served.name, asked.wants_logprobs))
+        return await answer(request, asked, ChatAnswers(served.name, asked.wants_logprobs, asked.offered))
 
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request), served.name)
@@ -195,7 +195,9 @@ async def _streamed(
                     for piece in pieces:
                         drawn += piece.drawn
                         if piece.text or piece.finish or (asked.wants_logprobs and piece.tokens):
-                            yield _line(answers.event(piece))
+                            event = answers.event(piece)
+                            if _says(event["choices"][0]):
+                                yield _line(event)
                 if asked.sends_usage:
                     yield _line(answers.last(usage(begun.prompt_tokens, drawn)))
                 yield "data: [DONE]\n\n"
@@ -203,6 +205,11 @@ async def _streamed(
                 yield _line(error.body)
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def _says(choice: Mapping[str, Any]) -> bool:
+    """Tell whether a choice of an event has news: text that may become a call is held back."""
+    return "delta" not in choice or bool(choice["delta"] or choice["finish_reason"] or choice["logprobs"])
 
 
 def _line(event: dict[str, Any]) -> str:

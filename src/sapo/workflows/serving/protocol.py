@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sapo.data import Prompt
 from sapo.utils.names import did_you_mean
 from sapo.workflows.serving.served import MOST_SEED, Order, Piece, ServedModel, Token
+from sapo.workflows.serving.tools import OfferedTools
 
 MOST_SAMPLES = 128
 """Completions of one prompt."""
@@ -57,9 +58,9 @@ NOT_HAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "frequency_penalty": ((0,), "penalties would draw from another distribution than the policy's"),
     "logit_bias": (({},), "biases would draw from another distribution than the policy's"),
     "top_logprobs": ((0,), "the log-probability of the drawn token alone is known; leave it out"),
-    "tools": (([],), "calls of tools are not read from completions; leave it out"),
-    "tool_choice": (("none", "auto"), "calls of tools are not read from completions; leave it out"),
-    "functions": (([],), "calls of functions are not read from completions; leave it out"),
+    "tools": (([],), "a completion has no turns; /v1/chat/completions takes tools"),
+    "tool_choice": (("none", "auto"), "a completion has no turns; /v1/chat/completions takes tools"),
+    "functions": (([],), "it is the old form; write tools"),
     "response_format": (({"type": "text"},), "completions are text; leave it out"),
     "echo": ((False,), "log-probabilities of prompts are not served; leave it out"),
     "best_of": ((1,), "ask for n completions and choose"),
@@ -89,6 +90,52 @@ class TextPart(_Section):
     text: str
 
 
+class CalledFunction(_Section):
+    """The function of a call that an earlier answer made."""
+
+    name: str
+    arguments: str
+
+    def value(self) -> dict[str, Any]:
+        """Return the call as chat templates take it.
+
+        Raises:
+            ApiError: the arguments are no JSON object.
+        """
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ApiError(400, f"messages: arguments of a call must be a JSON object; got {self.arguments[:80]!r}")
+        return {"name": self.name, "arguments": arguments}
+
+
+class GivenCall(_Section):
+    """A call that an earlier answer made, given back by the client."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class OfferedFunction(_Section):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+    """True would bind what is drawn to the schema, which no engine here does."""
+
+
+class Offer(_Section):
+    """A tool that a client offers."""
+
+    type: Literal["function"]
+    function: OfferedFunction
+
+
 class Message(_Section):
     """A turn of a chat."""
 
@@ -100,14 +147,25 @@ class Message(_Section):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: list[None] | None = None
+    tool_calls: list[GivenCall] | None = None
     annotations: list[None] | None = None
 
-    def turn(self) -> dict[str, str]:
-        """Return the turn as chat templates take it."""
+    def turn(self) -> dict[str, Any]:
+        """Return the turn as chat templates take it.
+
+        Raises:
+            ApiError: it gives back a call that is none.
+        """
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            made["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": call.function.value()} for call in self.tool_calls
+            ]
+        if self.role == "tool":
+            made |= {k: v for k, v in (("tool_call_id", self.tool_call_id), ("name", self.name)) if v is not None}
+        return made
 
 
 class TemplateOptions(_Section):
@@ -162,18 +220,29 @@ class ChatRequest(_Sampling):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    tools: list[Offer] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
         """Tell whether the answer has log-probabilities."""
         return bool(self.logprobs)
 
+    @property
+    def offered(self) -> OfferedTools | None:
+        """Return the tools that the model is shown; None where there are none."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return OfferedTools([tool.model_dump(exclude_none=True) for tool in self.tools])
+
     def order(self) -> Order:
         """Return what is to be drawn."""
+        offered = self.offered
+        schemas = None if offered is None else offered.schemas
         turns = [message.turn() for message in self.messages]
         thinking = None if self.chat_template_kwargs is None else self.chat_template_kwargs.enable_thinking
         return Order(
-            prompts=lambda served: [served.chat_prompt(turns, thinking)],
+            prompts=lambda served: [served.chat_prompt(turns, thinking, schemas)],
             max_new_tokens=self.max_completion_tokens or self.max_tokens,
             **self._fields(),
         )
@@ -291,10 +360,15 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class ChatAnswers:
-    """The shapes of answers to a chat."""
+    """The shapes of answers to a chat.
 
-    def __init__(self, model: str, logprobs: bool) -> None:
-        self.logprobs = logprobs
+    Args:
+        tools: those that were offered. The text of an answer then waits until it is whole: it may become a call.
+    """
+
+    def __init__(self, model: str, logprobs: bool, tools: OfferedTools | None = None) -> None:
+        self.logprobs, self.tools = logprobs, tools
+        self._held: dict[int, str] = {}
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model}
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
@@ -304,8 +378,19 @@ class ChatAnswers:
 
     def event(self, piece: Piece) -> dict[str, Any]:
         """Return the event of a piece."""
-        delta = {"content": piece.text} if piece.text else {}
-        return self._event(piece.choice, delta, self._logprobs(piece.tokens), piece.finish)
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        finish = piece.finish
+        if self.tools is not None:
+            text = self._held.pop(piece.choice, "") + piece.text
+            if finish is None:
+                self._held[piece.choice], delta = text, {}
+            else:
+                said, calls = self.tools.split(text)
+                delta = {"content": said} if said else {}
+                if calls:
+                    delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
+                    finish = "tool_calls"
+        return self._event(piece.choice, delta, self._logprobs(piece.tokens), finish)
 
     def _event(self, choice: int, delta: Mapping[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
         made = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -313,16 +398,21 @@ class ChatAnswers:
 
     def whole(self, choices: Sequence[Sequence[Piece]], used: Mapping[str, int]) -> dict[str, Any]:
         """Return an answer in one."""
-        made = [
-            {
-                "index": number,
-                "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
-                "logprobs": self._logprobs(t for p in pieces for t in p.tokens),
-                "finish_reason": pieces[-1].finish,
-            }
-            for number, pieces in enumerate(choices)
-        ]
+        made = [self._choice(number, pieces) for number, pieces in enumerate(choices)]
         return {**self.head, "object": "chat.completion", "choices": made, "usage": used}
+
+    def _choice(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        said: str | None = "".join(p.text for p in pieces)
+        calls: list[dict[str, Any]] = []
+        if self.tools is not None:
+            said, calls = self.tools.split(said or "")
+        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+        return {
+            "index": number,
+            "message": {**message, "tool_calls": calls} if calls else message,
+            "logprobs": self._logprobs(t for p in pieces for t in p.tokens),
+            "finish_reason": "tool_calls" if calls else pieces[-1].finish,
+        }
 
     def last(self, used: Mapping[str, int]) -> dict[str, Any]:
         """Return the event that has the numbers of tokens."""

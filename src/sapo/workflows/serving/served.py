@@ -120,21 +120,31 @@ class ServedModel:
         """Tell whether several orders can be drawn in turns."""
         return bool(getattr(self.engine, "interleaves", False))
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], thinking: bool | None = None) -> Prompt:
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Prompt:
         """Encode a chat; a run's system message and switch of thinking hold where the chat has none.
 
+        Args:
+            tools: functions that the template shows to the model.
+
         Raises:
-            ModelError: no chat template, or one that refuses the messages.
+            ModelError: no chat template, one without a place for tools, or one that refuses the messages.
         """
         if not self.policy.has_chat_template:
             raise ModelError(
                 f"{self.name} has no chat template; it completes plain text: use /v1/completions, or `sapo generate`"
             )
+        if tools and "tools" not in str(self.policy.tokenizer.chat_template):
+            raise ModelError(f"{self.name}: its chat template has no place for tools; leave tools out")
         form = self.form
         turns = [dict(m) for m in messages]
         if form.system and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": form.system}, *turns]
-        ids = self.policy.encode_messages(turns, form.thinking if thinking is None else thinking)
+        ids = self.policy.encode_messages(turns, form.thinking if thinking is None else thinking, tools)
         return self._prompt(ids)
 
     def question(self, text: str) -> Prompt:

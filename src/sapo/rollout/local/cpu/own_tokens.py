@@ -23,11 +23,25 @@ class OwnTokens:
     """
 
     def __init__(self, rows: int, length: int, layers: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
-        self.length = -(-length // LANES) * LANES
-        shape = (2, rows * kv_heads * self.length * size)
-        memory = fresh_memory(layers * 2 * shape[1] * dtype.itemsize)
-        self.layers = list(memory.view(dtype).view(layers, *shape))
+        self._lines, self._size, self._dtype = rows * kv_heads, size, dtype
+        self.length, self.layers = self._allocate(layers, length)
         self.place_R = np.arange(rows)
+
+    def _allocate(self, layers: int, length: int) -> tuple[int, list[torch.Tensor]]:
+        length = -(-length // LANES) * LANES
+        shape = (2, self._lines * length * self._size)
+        memory = fresh_memory(layers * 2 * shape[1] * self._dtype.itemsize)
+        return length, list(memory.view(self._dtype).view(layers, *shape))
+
+    def grow(self, length: int) -> None:
+        """Make room for so many tokens of each row; those that are there stay, as blocks follow each other in order."""
+        if length <= self.length:
+            return
+        before = self.layers
+        self.length, self.layers = self._allocate(len(before), length)
+        for source, target in zip(before, self.layers, strict=True):
+            held = source.view(2, self._lines, -1)
+            target.view(2, self._lines, -1)[:, :, : held.shape[2]] = held
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Move rows `source` to rows `target`, which give them their places."""

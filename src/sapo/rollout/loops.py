@@ -1,0 +1,68 @@
+"""Run coroutines that are somebody else's to their end, and tell how long each of their steps held the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+import types
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+MAX_DETAIL = 500
+"""Characters of an exception that are kept."""
+
+GRACE = 1.0
+"""Seconds that cancelled coroutines have to close what they opened."""
+
+T = TypeVar("T")
+
+
+@types.coroutine
+def clocked(coroutine: Coroutine[Any, Any, T], hold: Callable[[float], None]) -> Generator[Any, Any, T]:
+    """Run a coroutine, and tell how long each of its steps held the loop."""
+    value: Any = None
+    thrown: BaseException | None = None
+    while True:
+        started = time.perf_counter()
+        try:
+            waiting = coroutine.send(value) if thrown is None else coroutine.throw(thrown)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
+        finally:
+            hold(time.perf_counter() - started)
+        value, thrown = None, None
+        try:
+            value = yield waiting
+        except BaseException as error:
+            thrown = error
+
+
+def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a loop of its own; in a thread of its own where the present one has a loop that runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_here(coroutine)
+    with ThreadPoolExecutor(1, "episodes") as thread:  # a notebook runs its cells in a loop
+        return thread.submit(_run_here, coroutine).result()
+
+
+def _run_here(coroutine: Coroutine[Any, Any, T]) -> T:
+    # Not asyncio.run, which at its end waits for tasks that may have swallowed their cancellation.
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
+
+
+def raised(error: BaseException) -> str:
+    """Say what was raised, and where in the code of an environment."""
+    ours = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != ours]
+    where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}"[: MAX_DETAIL - 100] + where
