@@ -34,8 +34,9 @@ test-gpu: .venv/installed-dev ## what only a CUDA device can show; the other tes
 browser: .venv/installed-dev ## a Chromium for the tests of pages: the system's package, else Playwright's download
 	@BIN=$(BIN) tests/browser.sh
 
+# Three at a time on two cores, since these wait much; the tests of a file share the runs they compare with.
 test-scale: .venv/installed-dev ## runs as processes: ranks that train together, runs killed and resumed
-	$(BIN)/python -m pytest -n 2 -m scale
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m scale
 
 test-ray: .venv-ray/installed ## runs on a Ray cluster of two nodes, which are two raylets of this machine
 	.venv-ray/bin/python -m pytest -m scale tests/workflows/ray
