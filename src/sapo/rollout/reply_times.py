@@ -12,9 +12,9 @@ class ReplyTimes:
     """Collects the times of waves of episodes, of any thread, until they are taken.
 
     >>> times = ReplyTimes()
-    >>> times.add([0.1, 0.3], waited=0.3, drawn=0.1)
+    >>> times.add([0.25, 0.75], waited=0.75, drawn=0.25)
     >>> times.take()
-    {'environment/seconds_mean': 0.2, 'environment/seconds_p95': 0.29, 'wave/idle_share': 0.75}
+    {'environment/seconds_mean': 0.5, 'environment/seconds_p95': 0.725, 'wave/idle_share': 0.75}
     >>> times.take()
     {}
     """
