@@ -81,7 +81,7 @@ class Regex(_Pattern):
     without groups, the whole match is compared.
 
     >>> Regex(pattern=r"<answer>(.*?)</answer>")("<answer> 5.0 </answer>", Prompt(id=0, task="t", text="?", answer="5"))
-    Score(reward=1.0, status=<Status.SCORED: 'scored'>, detail='', answer='5', figures={})
+    Score(reward=1.0, status=<Status.SCORED: 'scored'>, detail='', answer='5', figures={}, turn_rewards=())
     """
 
     group: int | str | None = None
