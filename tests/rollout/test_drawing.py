@@ -51,7 +51,6 @@ def test_anything_else_is_refused_with_what_was_asked_and_what_came(output: obje
 
 SHORT = """
 from support.list_engine import ListEngine
-from support.zygote import run_forked
 
 
 class ShortEngine(ListEngine):

@@ -19,12 +19,22 @@ PATIENCE = 300.0  # seconds; a limit for a hung process, not a measurement
 Process = subprocess.Popen | Forked
 
 
-def start(*arguments: str, cwd: Path, torchrun: int | None = None, new_session: bool = False) -> Process:
-    """Start the command line, by torchrun on so many processes if a number is given."""
+def start(
+    *arguments: str, cwd: Path, torchrun: int | None = None, new_session: bool = False, anew: bool = False
+) -> Process:
+    """Start the command line.
+
+    Args:
+        arguments: of it.
+        cwd: working directory.
+        torchrun: by torchrun on so many processes.
+        new_session: in a session of its own.
+        anew: by an interpreter of its own, which a sitecustomize on its path may change.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAPO_CACHE": fresh_cache(cwd / "cache")}
-    if torchrun is None:
+    if torchrun is None and not anew:
         return Forked("sapo", arguments, cwd, environment, new_session)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "sapo", *arguments],
         cwd=cwd,

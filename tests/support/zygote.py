@@ -1,10 +1,12 @@
 """Processes of the command line that are forked from one that has imported everything.
 
 Importing torch and transformers takes five seconds of a core, which is most of what a short run takes. A process that
-is forked is a process like any other: it has its own id, memory, files, environment, session and children, and ends by
-itself or by a signal. What it starts itself begins anew, imports and all.
+is forked has its own id, memory, files, environment, session and children, and ends by itself or by a signal. What it
+starts itself begins anew, imports and all.
 
-The process that forks is one for each process of tests, and ends with it.
+What Python and packages read of the environment when they are imported is that of the process that forks, and so is the
+hash seed. There are two that fork for each process of tests, in turns: a run and the one that resumes it then see the
+members of a set in different orders, as two commands of a user do.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,7 @@ class Forked:
             "env": dict(environment),
             "session": session,
         }
-        self._zygote = zygote()
+        self._zygote = next(zygotes())
         self.pid = self._zygote.fork(asked | {"env": dict(environment)}, [theirs, theirs if errors is None else errors])
         os.close(theirs)
         self._printed = bytearray()
@@ -124,6 +127,10 @@ class Forked:
         self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return self._printed.decode(), None
 
+    def __del__(self) -> None:
+        if self._output >= 0:
+            os.close(self._output)
+
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended: its id may be another's by then."""
         if self.poll() is None:
@@ -144,11 +151,12 @@ class Zygote:
                 end.setsockopt(socket.SOL_SOCKET, size, 2 * LONGEST)
         self._socket, self._lock = ours, threading.Lock()
         self.ended: dict[int, int] = {}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "support.zygote", str(theirs.fileno())],
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**environment, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
@@ -159,6 +167,7 @@ class Zygote:
             socket.send_fds(self._socket, [json.dumps(asked).encode()], outputs)
             while "forked" not in (told := self._read()):
                 self._note(told)
+            self.ended.pop(told["forked"], None)  # of an earlier process of this id
             return int(told["forked"])
 
     def look(self) -> None:
@@ -178,9 +187,9 @@ class Zygote:
 
 
 @cache
-def zygote() -> Zygote:
-    """Return the one of this process."""
-    return Zygote()
+def zygotes() -> Iterator[Zygote]:
+    """Return the two of this process, in turns."""
+    return cycle([Zygote(), Zygote()])
 
 
 def _serve(fileno: int) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_a_run_ends_at_once_when_its_driver_alone_fails_while_the_ranks_wait(
 ) -> None:
     run_at_start(FAILING.format(method=method), "sapo", tmp_path, monkeypatch)
     recipe = recipe_in(tmp_path, train__rank_timeout=2 * PATIENCE)  # all ranks live: no missing sign of life ends this
-    process = start("train", recipe, cwd=tmp_path, torchrun=torchrun)
+    process = start("train", recipe, cwd=tmp_path, torchrun=torchrun, anew=True)
     ranks = wait_for(lambda: [b.pid for b in read_beats(tmp_path / "run" / "ranks") if b.rank == 1])
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, output
