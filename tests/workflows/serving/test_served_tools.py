@@ -196,7 +196,11 @@ def test_a_call_that_is_drawn_comes_as_one_whole_or_streamed(here, monkeypatch: 
     ("fields", "param", "words"),
     [
         ({"tools": [{"type": "function"}]}, "tools", 'tools.0.function: Field required; got {"type": "function"}'),
-        ({"tools": [{"type": "retrieval", "function": {"name": "x"}}]}, "tools", "tools.0.type: Input should be 'function'"),
+        (
+            {"tools": [{"type": "retrieval", "function": {"name": "x"}}]},
+            "tools",
+            "tools.0.type: Input should be 'function'",
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "pattern"),
         ({"tool_choice": "required"}, "tool_choice", "none"),
         (

@@ -13,6 +13,7 @@ from typing import Any
 
 from sapo.environments.calls import read_calls, text_beside_calls
 
+
 @dataclass(frozen=True)
 class OfferedTool:
     """One tool, as the parsers of calls look at it.
