@@ -253,6 +253,33 @@ def test_a_file_that_is_whole_at_the_next_look_is_no_trouble(tmp_path: Path, mon
     assert said == []
 
 
+@pytest.mark.parametrize(("part", "rest"), [("find_runs", 1e12), ("fingerprint", 0.0)])
+def test_failures_with_good_looks_between_them_are_no_trouble(
+    part: str, rest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(served, "LASTING", 0.05)
+    monkeypatch.setattr(served, "REST", rest)  # the report is renewed once, or all the time
+    reading, run = getattr(served, part), write_run(tmp_path / "a", finished=False)
+    said: list[str] = []
+    watch = Watch([run], None, on_trouble=said.append)
+    good, failed = [0], [0.0]
+
+    def sometimes(paths: list[Path]) -> object:
+        if good[-1] >= 2 and time.monotonic() - failed[-1] > 0.1:
+            good.append(0)
+            failed.append(time.monotonic())
+            raise OSError("half written")
+        good[-1] += 1
+        return reading(paths)
+
+    monkeypatch.setattr(served, part, sometimes)
+    watch.start()
+    until(lambda: len(failed) == 4 and good[-1] > 1)
+    watch.close()
+    assert said == []
+
+
 def test_a_fault_that_ends_the_watch_is_shown_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "LOOK_EVERY", 0.02)
     raised: list[type] = []

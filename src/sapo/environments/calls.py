@@ -52,9 +52,7 @@ class KnownTools(Protocol):
         """Return the tools by name."""
 
 
-def read_calls(
-    text: str, tools: KnownTools, form: str = "auto", most: int | None = MAX_CALLS
-) -> tuple[ToolCall, ...]:
+def read_calls(text: str, tools: KnownTools, form: str = "auto", most: int | None = MAX_CALLS) -> tuple[ToolCall, ...]:
     """Return the calls in a turn, in the order in which they are written; none where it is an answer.
 
     Args:

@@ -122,7 +122,8 @@ def _chunks(
 
 
 def _tokens_of(rows: Sequence[dict[str, Any]]) -> int:
-    return sum(len(r["token_ids"]) for r in rows)
+    """Count the tokens that samples show: their own, and those that were said to the model in between."""
+    return sum(len(r["token_ids"]) + sum(len(said[1]) for said in r.get("observations") or ()) for r in rows)
 
 
 def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]]:
@@ -133,7 +134,7 @@ def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]
     kept: list[dict[str, Any]] = []
     total = whole = 0
     for place, row in enumerate(rows):
-        total += len(row["token_ids"])
+        total += _tokens_of([row])
         if total > room:
             break
         kept.append(row)
