@@ -260,9 +260,9 @@ def test_the_limits_of_episodes_are_the_runs_unless_the_command_says_otherwise(t
         assert (turns.max, turns.env, turns.play_in) == (3, ["OTHER"], "driver")
     (of_a_model,) = plan_evaluations(Path("nowhere"), ["calculator"], ["turns.env=[MY_KEY]"])
     assert (of_a_model.settings.turns.max, of_a_model.settings.turns.env) == (8, ["MY_KEY"])
-    with pytest.raises(ConfigError, match="unknown key rollout.turns.envs; did you mean rollout.turns.env"):
+    with pytest.raises(ConfigError, match=r"unknown key rollout.turns.envs; did you mean rollout.turns.env"):
         plan_evaluations(Path("nowhere"), ["calculator"], ["turns.envs=[X]"])
-    with pytest.raises(ConfigError, match="got turns.max for add4, which is answered in one turn"):
+    with pytest.raises(ConfigError, match=r"got turns.max for add4, which is answered in one turn"):
         plan_evaluations(Path("nowhere"), ["arithmetic"], ["turns.max=2"])
 
 

@@ -280,16 +280,21 @@ FEW_BITS = {"bits", "load_in_4bit", "load_in_8bit", "nf4", "qlora", "quantizatio
 """Names by which other trainers load a base in few bits."""
 
 
+def few_bits_refusal(name: str) -> str:
+    """Say that a base in few bits is not supported, and the way out."""
+    return (
+        f"{name}: a base of 4 or 8 bits (QLoRA) is not supported on any device; train an adapter on a 16-bit base: "
+        "model.dtype=bfloat16 with model.lora.rank=16"
+    )
+
+
 def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     """Write one line for one validation error: key, rule, value, way out."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         if location[0] == "model" and location[-1] in FEW_BITS:
-            return (
-                f"{key}: a base of 4 or 8 bits (QLoRA) is not supported on any device; train an adapter on a "
-                "16-bit base: model.dtype=bfloat16 with model.lora.rank=16"
-            )
+            return few_bits_refusal(key)
         section = _section_at(location[:-1], root)
         known = list(section.model_fields) if section is not None else []
         return f"unknown key {key}{nearest(location[-1], known, prefix='.'.join(location[:-1]))}"

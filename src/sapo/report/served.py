@@ -59,7 +59,7 @@ class Watch:
 
     Args:
         paths: of runs, of comparisons, or of directories with runs in them.
-        tokens: response tokens that the token view may hold; None for all that were logged.
+        tokens: as `make_report`.
         on_trouble: called with a sentence when the runs could not be read for LASTING seconds, once for each time, and
             when they can be read again. Pages show the first as well.
 

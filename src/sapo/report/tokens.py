@@ -82,7 +82,8 @@ def token_view(runs: Sequence[ReportedRun], budget: int | None = DEFAULT_TOKENS)
     """Choose the logged steps of all runs that a page holds: all, or as many as fit, evenly spaced, the last first.
 
     Args:
-        budget: response tokens in all; every run has the same share of it. None for no limit.
+        budget: tokens in all, of responses and of what was said to the model between them; every run
+            has the same share of it. None for no limit.
     """
     logged = {place: run.rollouts for place, run in enumerate(runs) if run.rollouts}
     share = None if budget is None else budget // max(len(logged), 1)
