@@ -96,10 +96,10 @@ def test_a_run_goes_on_where_live_json_cannot_be_written(tmp_path: Path) -> None
 
 
 def test_a_transcript_that_is_cut_says_so_wherever_the_cut_falls(tmp_path: Path) -> None:
-    def shown(*said: int) -> list[list[str]]:
-        """Return the transcript of an episode of one turn before each text of so many characters."""
+    def shown(*said: int, last: int = 1) -> list[list[str]]:
+        """Return the transcript of turns of a character, texts of so many between them, and the last turn."""
         observations = [Observation(at, (5,), "1" * length) for at, length in enumerate(said, 1)]
-        drawn = len(said) + 1
+        drawn = len(said) + last
         episode = Completion((7,) * drawn, (-0.1,) * drawn, "stop", "7", Score(1.0), observations=tuple(observations))
         LiveFile(tmp_path, lambda ids: "7" * len(ids)).show([Group(Prompt(0, "t", "?", (1,)), (episode,))])
         found: list[list[str]] = json.loads((tmp_path / "live.json").read_text())["samples"][0]["transcript"]
@@ -107,6 +107,7 @@ def test_a_transcript_that_is_cut_says_so_wherever_the_cut_falls(tmp_path: Path)
 
     rest = ["history", "the rest is not shown"]
     assert shown(5) == [["policy", "7"], ["environment", "1" * 5], ["policy", "7"]]
+    assert shown(5, last=5000)[-2:] == [["policy", "7" * (MOST_CHARACTERS - 6)], rest]
     assert shown(5000) == [["policy", "7"], ["environment", "1" * (MOST_CHARACTERS - 1)], rest]
     assert shown(MOST_CHARACTERS - 1) == [["policy", "7"], ["environment", "1" * (MOST_CHARACTERS - 1)], rest]
     assert shown(MOST_CHARACTERS - 2)[-1] == ["policy", "7"], "it fits to the last character"
