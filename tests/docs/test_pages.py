@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import re
 import unicodedata
@@ -21,6 +22,8 @@ from sapo.cli import app
 from sapo.config import RunConfig
 from sapo.config.recipes import load_recipe, shipped_recipes
 from sapo.config.suites import SuiteConfig
+from sapo.data import Prompt, Score
+from sapo.environments import Episode, Turn
 from sapo.workflows.comparing.config import ComparisonConfig
 from support.pages import DOCS, FOLLOWED, MADE, MARKS, ROOT, Block, blocks, commands, pages
 
@@ -166,6 +169,19 @@ def test_python_and_commands_on_every_page_are_run_or_say_what_else_runs_them() 
         if block.kind in ("bash", "python") and "skip" not in block.marks
     ]
     assert silent == []
+
+
+def test_the_judge_of_the_page_gives_the_shortest_episode_its_reward() -> None:
+    text = (DOCS / "environments.md").read_text()
+    [block] = [found for found in blocks(text) if "async def judge" in found.text]
+    names: dict[str, Any] = {}
+    exec(block.text, names)  # as the page's reader would write it
+    prompt = Prompt(0, "t", "?")
+    episodes = [
+        Episode(prompt, n, (Turn("", (5,) * length, "stop"),), ("",), Score(0.5)) for n, length in enumerate((3, 1, 2))
+    ]
+    scores = asyncio.run(names["judge"](None, prompt, episodes))
+    assert [score.reward for score in scores] == [0.0, 0.5, 0.0]
 
 
 def test_files_of_tests_that_a_mark_names_exist() -> None:

@@ -47,6 +47,8 @@ def test_the_agents_command_is_a_run_with_the_trials_settings_in_a_directory_of_
     assert (config.train.learning_rate, config.objective.model_dump()["tau_neg"], config.seed) == (4.2e-5, 1.05, 2)
     assert str(config.run_dir) == "runs/sweep-abc123"
     assert config.log.wandb is not None
+    evaluations = config.train.steps // config.eval.every
+    assert sweep()["early_terminate"]["min_iter"] < evaluations, "hyperband counts reports of the metric"
 
 
 def test_each_parameter_of_the_sweep_is_set_by_the_trial() -> None:

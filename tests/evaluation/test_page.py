@@ -30,6 +30,13 @@ def test_the_data_in_the_page_are_those_of_the_evaluation(tmp_path: Path) -> Non
     assert data_of(page)["problems"][0]["samples"][0]["text"] == NASTY
 
 
+def test_answers_and_details_stand_in_the_order_they_have() -> None:
+    drawn, greedy = sample("1", answer="\u202e2", detail="\x1b[2J"), sample("3", detail="\u2066")
+    [problem] = page_data(results([answered(0, drawn, greedy=greedy)]))["problems"]
+    [shown] = problem["samples"]
+    assert (shown["answer"], shown["detail"], problem["greedy"]["detail"]) == ("\\u202e2", "\\x1b[2J", "\\u2066")
+
+
 @pytest.mark.parametrize("text", [NASTY, "<!--<script>", "]]>", "\u2029", "\ud800\ud800", "{{script}}"])
 def test_no_character_of_the_data_can_end_their_element(text: str) -> None:
     embedding = embedded({"text": text})

@@ -158,6 +158,7 @@ def test_a_model_object_is_written_anew_when_anything_that_is_saved_with_it_has_
         (lambda: sapo.train("quickstart", reward=len), r"takes no argument 'reward'; did you mean rewards\?"),
         (lambda: sapo.train("quickstart", every=3), r"every is a setting of several sections: eval.every, checkpoint"),
         (lambda: sapo.train("quickstart", train__stepz=3), r"unknown key train.stepz; did you mean train.steps"),
+        (lambda: sapo.train("quickstart", load_in_4bit=True), r"4bit: a base of 4 or 8 bits .* model.lora.rank=16"),
         (lambda: sapo.train("quikstart"), r"did you mean quickstart\?"),
         (lambda: sapo.train(rows=[{"prompt": "a", "answer": "b"}]), r"needs a model; got none; model= takes a path"),
         (lambda: sapo.train(model="somewhere"), r"needs something to train on; got neither rows nor tasks"),

@@ -98,6 +98,14 @@ def test_a_budget_keeps_the_last_step_and_whole_prompts_and_counts_the_rest(tmp_
     assert [c.step for c in token_view(runs, None).chunks] == list(range(1, 11))
 
 
+def test_the_budget_counts_what_was_said_to_the_model(tmp_path: Path) -> None:
+    heard = [[2, [4] * 30, "4" * 30, None]]
+    rows = [rollout_row(prompt, sample, [1, 2, 3, END], observations=heard) for prompt in (0, 1) for sample in (0, 1)]
+    runs = read_runs([write_run(tmp_path / "a", rollouts={4: rows})])
+    assert [(c.samples, c.tokens, c.left_out) for c in token_view(runs, 4 * 34).chunks] == [(4, 4 * 34, 0)]
+    assert [(c.samples, c.tokens, c.left_out) for c in token_view(runs, 4 * 34 - 1).chunks] == [(2, 2 * 34, 2)]
+
+
 def test_one_response_longer_than_the_budget_is_shown_all_the_same(tmp_path: Path) -> None:
     view = view_of(tmp_path / "a", 100, rollouts={1: [rollout_row(0, 0, [1] * 4000), rollout_row(0, 1, [1] * 4000)]})
     assert [(c.samples, c.tokens, c.left_out) for c in view.chunks] == [(1, 4000, 1)]

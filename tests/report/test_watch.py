@@ -19,10 +19,12 @@ import pytest
 
 from sapo.cli import main
 from sapo.config.recipes import load_recipe
+from sapo.data import Completion, Group, Observation, Prompt, Score
 from sapo.report import served
 from sapo.report.assemble import make_report
 from sapo.report.served import KEPT, Watch, application, refusal, run_state
-from sapo.run.live import LiveFile
+from sapo.run.live import MOST_CHARACTERS, LiveFile
+from sapo.utils.text import visible
 from sapo.workflows.serving.web import Guard, bound
 from sapo.workflows.train import train
 from support.browser import CHROMIUM, MISSING
@@ -91,6 +93,24 @@ def test_a_run_goes_on_where_live_json_cannot_be_written(tmp_path: Path) -> None
     made.begin_step(1)
     made.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transcript_that_is_cut_says_so_wherever_the_cut_falls(tmp_path: Path) -> None:
+    def shown(*said: int, last: int = 1) -> list[list[str]]:
+        """Return the transcript of turns of a character, texts of so many between them, and the last turn."""
+        observations = [Observation(at, (5,), "1" * length) for at, length in enumerate(said, 1)]
+        drawn = len(said) + last
+        episode = Completion((7,) * drawn, (-0.1,) * drawn, "stop", "7", Score(1.0), observations=tuple(observations))
+        LiveFile(tmp_path, lambda ids: "7" * len(ids)).show([Group(Prompt(0, "t", "?", (1,)), (episode,))])
+        found: list[list[str]] = json.loads((tmp_path / "live.json").read_text())["samples"][0]["transcript"]
+        return found
+
+    rest = ["history", "the rest is not shown"]
+    assert shown(5) == [["policy", "7"], ["environment", "1" * 5], ["policy", "7"]]
+    assert shown(5, last=5000)[-2:] == [["policy", "7" * (MOST_CHARACTERS - 6)], rest]
+    assert shown(5000) == [["policy", "7"], ["environment", "1" * (MOST_CHARACTERS - 1)], rest]
+    assert shown(MOST_CHARACTERS - 1) == [["policy", "7"], ["environment", "1" * (MOST_CHARACTERS - 1)], rest]
+    assert shown(MOST_CHARACTERS - 2)[-1] == ["policy", "7"], "it fits to the last character"
 
 
 def test_states_of_runs(tmp_path: Path) -> None:
@@ -253,6 +273,33 @@ def test_a_file_that_is_whole_at_the_next_look_is_no_trouble(tmp_path: Path, mon
     assert said == []
 
 
+@pytest.mark.parametrize(("part", "rest"), [("find_runs", 1e12), ("fingerprint", 0.0)])
+def test_failures_with_good_looks_between_them_are_no_trouble(
+    part: str, rest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(served, "LASTING", 0.05)
+    monkeypatch.setattr(served, "REST", rest)  # the report is renewed once, or all the time
+    reading, run = getattr(served, part), write_run(tmp_path / "a", finished=False)
+    said: list[str] = []
+    watch = Watch([run], None, on_trouble=said.append)
+    good, failed = [0], [0.0]
+
+    def sometimes(paths: list[Path]) -> object:
+        if good[-1] >= 2 and time.monotonic() - failed[-1] > 0.1:
+            good.append(0)
+            failed.append(time.monotonic())
+            raise OSError("half written")
+        good[-1] += 1
+        return reading(paths)
+
+    monkeypatch.setattr(served, part, sometimes)
+    watch.start()
+    until(lambda: len(failed) == 4 and good[-1] > 1)
+    watch.close()
+    assert said == []
+
+
 def test_a_fault_that_ends_the_watch_is_shown_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "LOOK_EVERY", 0.02)
     raised: list[type] = []
@@ -390,10 +437,17 @@ def test_the_page_takes_news_in_place_and_keeps_what_was_chosen(tmp_path: Path, 
         page.evaluate("sapoReport.drawAll()")
         page.evaluate("window.mark = 1")  # a reload would lose it
         assert texts(page, ".going .state") == ["not running", "done"]
-        live(run, step=3, phase="update", update=1, updates=2, samples=[sample(ATTACKS[0]), sample("second", 0.0)])
+        hostile = "\n".join([*ATTACKS, "turn 9"])
+        talk = [["policy", ATTACKS[0]], [f"tool {ATTACKS[1]}", hostile], ["history", "forgot 8 tokens"]]
+        played = sample("#1", 0.0) | {"transcript": [*talk, ["policy", "#1"]]}
+        shown = [sample(ATTACKS[0]), sample("second", 0.0), played]
+        live(run, step=3, phase="update", update=1, updates=2, samples=shown)
         wait(page, "document.querySelector('.going .phase').textContent === 'updating 1 of 2'")
         assert texts(page, ".going .step")[0] == "step 3 of 4"
-        assert texts(page, ".going .answered") == [ATTACKS[0], "second"]
+        assert texts(page, ".going .answered") == [ATTACKS[0], "second", ATTACKS[0], "#1"]
+        heard = [f"tool {ATTACKS[1]} {visible(hostile)}", "forgot 8 tokens"]
+        assert page.evaluate("[...document.querySelectorAll('.going .heard')].map((e) => e.textContent)") == heard
+        assert page.evaluate("window.hacked ?? null") is None
 
         page.click("#run-table th:has-text('seed') button")
         page.select_option("#token-color", "w")

@@ -131,6 +131,8 @@ def test_the_limits_of_episodes_shape_the_cold_start_of_any_environment(
     assert path() == path(
         "rollout.turns.max_environment_errors=0.5", "rollout.turns.seconds_per_reply=60", "rollout.turns.play_in=driver"
     )
+    # These came later, and change no worked example: cached models stay what they were.
+    assert path() == path("rollout.turns.credit=episode", "rollout.turns.env=[X]")
 
 
 def test_a_changed_module_of_ones_own_makes_another_cold_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

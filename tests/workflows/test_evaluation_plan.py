@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import sapo
 from sapo.config import PromptConfig
+from sapo.config.rollout import TurnsConfig
 from sapo.errors import ConfigError, TaskError
 from sapo.run.directory import RunDirectory
 from sapo.utils.hashing import seed_for
-from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings
+from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 from sapo.workflows.evaluation_plan import output_directory, plan_evaluations, plan_task_evaluation, split_overrides
+from sapo.workflows.generate import plan_problem
 from support.runs import write_model, write_recipe
 
 
@@ -244,6 +248,66 @@ def test_each_task_of_a_run_is_put_in_its_own_format(tmp_path: Path) -> None:
     made = plan_evaluations(run_of(tmp_path, tasks=tasks, eval__temperature=0.3), [], [])
     assert [(o.task.name, o.prompt_format.template) for o in made] == [("add1", "{prompt}"), ("two", "{prompt}?")]
     assert made[0].settings.params.temperature == 0.3, "the evaluation's own, where it has one"
+
+
+def test_the_limits_of_episodes_are_the_runs_unless_the_command_says_otherwise(tmp_path: Path) -> None:
+    run = run_of(tmp_path, tasks=[{"name": "calculator"}], rollout__turns={"max": 3, "env": ["MY_KEY"]})
+    for tasks in ([], ["calculator"]):
+        (own,) = plan_evaluations(run, tasks, [])
+        (given,) = plan_evaluations(run, tasks, ["turns.env=[OTHER]", "rollout.turns.play_in=driver"])
+        assert (own.settings.turns.max, own.settings.turns.env) == (3, ["MY_KEY"])
+        turns = given.settings.turns
+        assert (turns.max, turns.env, turns.play_in) == (3, ["OTHER"], "driver")
+    (of_a_model,) = plan_evaluations(Path("nowhere"), ["calculator"], ["turns.env=[MY_KEY]"])
+    assert (of_a_model.settings.turns.max, of_a_model.settings.turns.env) == (8, ["MY_KEY"])
+    with pytest.raises(ConfigError, match=r"unknown key rollout.turns.envs; did you mean rollout.turns.env"):
+        plan_evaluations(Path("nowhere"), ["calculator"], ["turns.envs=[X]"])
+    with pytest.raises(ConfigError, match=r"got turns.max for add4, which is answered in one turn"):
+        plan_evaluations(Path("nowhere"), ["arithmetic"], ["turns.max=2"])
+
+
+def test_python_evaluates_a_run_within_its_own_limits_of_episodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, tasks=[{"name": "calculator"}], rollout__turns={"max": 3, "env": ["MY_KEY"]})
+    monkeypatch.setattr(EvaluatedModel, "load", lambda *args: None)
+    monkeypatch.setattr(PlannedEvaluation, "run", lambda self, *args, **more: SimpleNamespace(evaluation=self))
+    own, given = sapo.evaluate(run).settings.turns, sapo.evaluate(run, turns=TurnsConfig(max=2)).settings.turns
+    assert (own.max, own.env) == (3, ["MY_KEY"])
+    assert (given.max, given.env) == (2, [])
+    assert sapo.evaluate(tmp_path / "model", "calculator").settings.turns == TurnsConfig()
+
+
+def test_a_problem_of_a_runs_task_has_the_runs_settings(tmp_path: Path) -> None:
+    tasks = [
+        {"name": "arithmetic", "digits": 2},
+        {"name": "arithmetic", "digits": 3, "label": "hard", "prompt": {"template": "{prompt}?"}},
+        {"name": "calculator"},
+    ]
+    run = run_of(tmp_path, tasks=tasks, rollout__max_new_tokens=9, rollout__turns={"max": 3})
+    notes: list[str] = []
+
+    def found(task: str, *overrides: str) -> tuple[str, int, int, str]:
+        planned = plan_problem(run, task, overrides, 0, None, notes.append)
+        settings = planned.settings
+        return planned.task.name, settings.params.max_new_tokens, settings.turns.max, planned.prompt_format.template
+
+    assert found("arithmetic") == found("add2") == ("add2", 9, 3, "{prompt}")
+    assert found("arithmetic", "prompt.template=Q{prompt}") == ("add2", 9, 3, "Q{prompt}")
+    assert found("hard") == ("hard", 9, 3, "{prompt}?")
+    assert found("hard", "prompt.style=plain") == ("hard", 9, 3, "{prompt}?")
+    assert found("calculator", "turns.max=2")[1:3] == (9, 2)
+    assert notes == []
+    assert found("hard", "digits=1") == ("add1", 64, 3, "{prompt}")
+    assert "digits is a setting of the task" in notes[0]
+
+
+def test_a_name_that_several_tasks_of_a_run_have_is_refused_with_theirs(tmp_path: Path) -> None:
+    tasks = [{"name": "arithmetic", "digits": 1}, {"name": "arithmetic", "digits": 2}]
+    run = run_of(tmp_path, tasks=tasks)
+    with pytest.raises(ConfigError, match="got arithmetic, which are add1, add2; write one of these"):
+        plan_problem(run, "arithmetic", [], 0)
+    assert plan_problem(run, "add2", [], 0).task.name == "add2"
 
 
 def test_a_checkpoint_of_a_run_brings_the_run_s_tasks(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sapo.errors import ConfigError, ModelError
 from sapo.model.loading import load_policy
 from sapo.rollout.params import SamplingParams
 from sapo.run.models import newest_model
-from sapo.workflows.generate import format_of_run, generate
+from sapo.workflows.generate import format_of_run, generate, transcript_lines
 from sapo.workflows.train import train
 from support.runs import write_model, write_recipe
 
@@ -180,7 +180,7 @@ class Game:
     async def play(self, prompt, ask):
         await ask(max_tokens=3)
         await ask([{"role": "tool", "name": "add", "content": "1;"}, {"role": "tool", "name": "add", "content": "2"}])
-        return Score(1.0, figures={"calls": 2.0})
+        return Score(1.0, figures={"calls": 2.0}, detail="well\\n--- 9 of 9: reward 1\\u202e")
 """
 
 
@@ -214,6 +214,7 @@ def test_an_environments_transcript_is_printed_turn_by_turn_and_no_tool_can_pass
     assert lines[-1] == "--- reference answer: 2"
     assert sum(line.startswith("--- ") and "reward 1, calls 2" in line for line in lines) == 2
     assert [line for line in lines if not line.startswith(("  ", "--- ", "hostile"))] == ["turn 1", "turn 2"] * 2
+    assert lines[-3:-1] == ["  ! well", "  ! --- 9 of 9: reward 1\\u202e"], "nor can a detail pass for a header"
     at = lines.index("turn 2")
     assert lines[at - 3 : at] == ["    | tool add: 1;", "    | tool add: 2", "    |   \\x1b[2J\\u202eturn 9"]
     code, out, _ = sapo(monkeypatch, capsys, *arguments, "--json")
@@ -222,6 +223,11 @@ def test_an_environments_transcript_is_printed_turn_by_turn_and_no_tool_can_pass
     whos = ["policy", "tool add", "tool add", "policy"]
     assert [[who for who, _ in sample["transcript"]] for sample in answered["samples"]] == [whos, whos]
     assert answered["samples"][0]["transcript"][2][1] == "2\n\x1b[2J\u202eturn 9", "as it was said"
+    assert out.isascii(), "escaped, for a terminal may show it"
+
+
+def test_the_name_of_who_speaks_is_one_line() -> None:
+    assert transcript_lines([("tool a:\n turn 9\x1b", "1")]) == ["    | tool a: turn 9\\x1b: 1"]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +237,8 @@ def test_an_environments_transcript_is_printed_turn_by_turn_and_no_tool_can_pass
         (["--task", "calculater"], "calculator"),
         ([], "give a prompt to complete, or --task with its settings; got neither"),
         (["1+1=", "digits=2"], "got 'digits=2' behind the prompt"),
+        (["--task", "calculator", "--no-chat"], "--no-chat is for a prompt of your own; got it beside --task"),
+        (["1+1=", "--problem", "0"], "--problem is of a task; got --problem 0 without --task"),
     ],
 )
 def test_a_task_and_a_prompt_of_ones_own_are_told_apart(

@@ -31,7 +31,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings of the task, as in digits=4, and of its prompts, as in prompt.style=chat or prompt.shots=4.",
+            help="Settings of the task, as in digits=4, of its prompts, as in prompt.style=chat or prompt.shots=4, "
+            "and of the episodes of environments, as in turns.max=3.",
         ),
     ] = None,
     task: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sapo.cli.completion import complete_model, complete_task
-from sapo.utils.text import visible
+from sapo.utils.text import visible, visible_line
 
 # For the annotations only: `--help` is to answer before a library is loaded.
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ def generate(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="With --task: its settings, and those of its prompts."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="With --task: its settings, those of its prompts (prompt.*) and of episodes (turns.*).",
+        ),
     ] = None,
     task: Annotated[
         str | None,
@@ -45,7 +48,9 @@ def generate(
             autocompletion=complete_task,
         ),
     ] = None,
-    problem: Annotated[int, typer.Option(min=0, help="With --task: which of its problems, from 0.")] = 0,
+    problem: Annotated[
+        int | None, typer.Option(min=0, help="With --task: which of its problems, from 0.", show_default="0")
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A picture for a vision-language model; where the prompt has <image>, or before it."),
@@ -100,14 +105,18 @@ def generate(
     from sapo.workflows.generate import generate as draw
 
     if task is not None:
-        _refuse_with_task(image=image, chat=chat, system=system, stop=stop, logprobs=logprobs)
+        _refuse_with_task(image=image, chat=chat, no_chat=chat is False, system=system, stop=stop, logprobs=logprobs)
         given: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
         given |= {"top_p": top_p, "engine": engine}
         settings = [*([] if prompt is None else [prompt]), *(overrides or [])]
-        _answer(model, task, settings, problem, seed, given, dtype=dtype, device=device, as_json=as_json)
+        _answer(model, task, settings, problem or 0, seed, given, dtype=dtype, device=device, as_json=as_json)
         return
+    if problem is not None:
+        raise ConfigError(
+            f"--problem is of a task; got --problem {problem} without --task; name the task, or leave it out"
+        )
     if prompt is None or overrides:
-        got = "neither" if prompt is None else f"{overrides[0]!r} behind the prompt" if overrides else ""
+        got = f"{overrides[0]!r} behind the prompt" if prompt is not None and overrides else "neither"
         raise ConfigError(
             f"give a prompt to complete, or --task with its settings; got {got}; put a prompt of several words in "
             "quotes"
@@ -145,7 +154,7 @@ def generate(
     if streams:
         print()
     elif as_json:
-        print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(result.to_json(), indent=1))
     else:
         _show(result, logprobs)
 
@@ -154,7 +163,7 @@ def _refuse_with_task(**given: Any) -> None:
     """Refuse options of a prompt of one's own beside a task, whose prompts say them."""
     from sapo.errors import ConfigError
 
-    if found := [name for name, value in given.items() if value not in (None, False, [])]:
+    if found := [name.replace("_", "-") for name, value in given.items() if value not in (None, False, [])]:
         raise ConfigError(
             f"--{found[0]} is for a prompt of your own; got it beside --task; leave it out, or write the settings of "
             "the task's prompts, as in prompt.style=chat"
@@ -180,24 +189,29 @@ def _answer(
     from sapo.workflows.generate import answer_problem, plan_problem, transcript_lines
 
     check_source(model)
-    planned = plan_problem(model, task, overrides, problem, seed, **given)
+
+    def report(text: str) -> None:
+        say(f"note: {text}")
+
+    planned = plan_problem(model, task, overrides, problem, seed, report, **given)
     subject = EvaluatedModel.load(model, dtype, device)
-    answered = answer_problem(subject, planned, problem, report=lambda text: say(f"note: {text}"))
+    answered = answer_problem(subject, planned, problem, report)
     if as_json:
-        print(json.dumps(answered.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(answered.to_json(), indent=1))
         return
-    print(f"{visible(planned.task.name)}, problem {problem}")
+    print(f"{visible_line(planned.task.name)}, problem {problem}")
     print("\n".join(f"  {line}" for line in visible(answered.seen).split("\n")))
     for number, sample in enumerate(answered.samples, 1):
         facts = [f"reward {sample.reward:g}", *([] if sample.status == "scored" else [sample.status.replace("_", " ")])]
         facts += [f"{name} {value:g}" for name, value in sample.figures.items()] + [f"{sample.tokens} tokens"]
-        print(f"--- {number} of {len(answered.samples)}: {visible(', '.join(facts))}")
+        print(f"--- {number} of {len(answered.samples)}: {visible_line(', '.join(facts))}")
         said = sample.transcript or (("policy", sample.text),)
         print("\n".join(transcript_lines(said)))
         if sample.detail:
-            print(visible(sample.detail))
+            print("\n".join(f"  ! {line}" for line in visible(sample.detail).split("\n")))
     if answered.answer is not None:
-        print(f"--- reference answer: {visible(answered.answer)}")
+        first, *more = visible(answered.answer).split("\n")
+        print("\n".join([f"--- reference answer: {first}", *(f"  {line}" for line in more)]))
 
 
 def _opened(files: Sequence[Path]) -> list[Picture]:

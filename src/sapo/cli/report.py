@@ -25,7 +25,11 @@ Runs = Annotated[
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(min=0, help="Response tokens that the token view may hold; 0 for all.", show_default="200000"),
+    typer.Option(
+        min=0,
+        help="Tokens that the token view may hold, of responses and of what was said between them; 0 for all.",
+        show_default="200000",
+    ),
 ]
 
 

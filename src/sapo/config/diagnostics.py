@@ -128,8 +128,8 @@ class WarningsConfig(Section):
     verifier_errors: float = Field(0.05, gt=0, le=1)
     """reward_status: share of a step's completions on which the verifier failed."""
     long_trajectories: int = Field(LONG_TRAJECTORY, ge=1)
-    """long_trajectories: tokens of the mean completion, all turns of an episode counted, from which on a correction by
-    a product over them (objective.tis.mode sequence or sequence_mask) is warned of."""
+    """long_trajectories: tokens of the mean completion, all turns of an episode counted, above which a correction by a
+    product over them (objective.tis.mode sequence or sequence_mask) is warned of."""
     gradient_spike: float = Field(10.0, gt=1)
     """gradient_spike: gradient norm of an update above this multiple of the median of the last `gradient_updates`."""
     gradient_updates: int = Field(50, ge=5)

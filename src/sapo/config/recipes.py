@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from sapo.config import ObjectiveConfig, PromptConfig, RunConfig
 from sapo.config.objective import known_objective
+from sapo.config.rollout import TurnsConfig
 from sapo.errors import ConfigError
 from sapo.utils.names import nearest
 from sapo.utils.reading import parse_yaml, read_yaml
@@ -26,6 +27,7 @@ from sapo.utils.shipped import shipped_recipes
 from sapo.utils.text import first_line
 
 Settings = TypeVar("Settings", bound=BaseModel)
+Part = TypeVar("Part", bound=BaseModel)
 
 _ARMS = re.compile(r"^arms:", re.MULTILINE)
 
@@ -149,10 +151,23 @@ def parse_prompt(settings: dict[str, Any]) -> PromptConfig:
     Raises:
         ConfigError: with one line per mistake.
     """
+    return _parse_part(PromptConfig, ("prompt",), settings)
+
+
+def parse_turns(settings: dict[str, Any]) -> TurnsConfig:
+    """Check limits of episodes that stand by themselves.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    return _parse_part(TurnsConfig, ("rollout", "turns"), settings)
+
+
+def _parse_part(kind: type[Part], place: tuple[str, ...], settings: dict[str, Any]) -> Part:
     try:
-        return PromptConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        mistakes = [{**e, "loc": ("prompt", *e["loc"])} for e in error.errors()]
+        mistakes = [{**e, "loc": (*place, *e["loc"])} for e in error.errors()]
         raise ConfigError("\n".join(_explain(e, RunConfig) for e in mistakes)) from error
 
 
@@ -265,16 +280,21 @@ FEW_BITS = {"bits", "load_in_4bit", "load_in_8bit", "nf4", "qlora", "quantizatio
 """Names by which other trainers load a base in few bits."""
 
 
+def few_bits_refusal(name: str) -> str:
+    """Say that a base in few bits is not supported, and the way out."""
+    return (
+        f"{name}: a base of 4 or 8 bits (QLoRA) is not supported on any device; train an adapter on a 16-bit base: "
+        "model.dtype=bfloat16 with model.lora.rank=16"
+    )
+
+
 def _explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     """Write one line for one validation error: key, rule, value, way out."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         if location[0] == "model" and location[-1] in FEW_BITS:
-            return (
-                f"{key}: a base of 4 or 8 bits (QLoRA) is not supported on any device; train an adapter on a "
-                "16-bit base: model.dtype=bfloat16 with model.lora.rank=16"
-            )
+            return few_bits_refusal(key)
         section = _section_at(location[:-1], root)
         known = list(section.model_fields) if section is not None else []
         return f"unknown key {key}{nearest(location[-1], known, prefix='.'.join(location[:-1]))}"

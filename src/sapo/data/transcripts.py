@@ -88,12 +88,22 @@ def transcript(completion: Completion, prompt_length: int, show: Callable[[Seque
 
 
 def in_one_text(said: Sequence[Said]) -> str:
-    """Return a transcript as one text for a log, what the policy did not say in brackets.
+    r"""Return a transcript as one text for a log, what the policy did not say in brackets. Further lines of what others
+    said begin with a bar, so that none of them reads as the policy's.
 
-    >>> in_one_text([("policy", "37*52="), ("environment", "1924;"), ("policy", "#1924")])
-    '37*52=\\n[environment: 1924;]\\n#1924'
+    >>> print(in_one_text([("policy", "37*52="), ("environment", "1924;\n#1"), ("policy", "#1924")]))
+    37*52=
+    [environment: 1924;
+    | #1]
+    #1924
     """
-    return "\n".join(text if who == POLICY else f"[{who}: {text}]" for who, text in said)
+    return "\n".join(text if who == POLICY else _bracketed(who, text) for who, text in said)
+
+
+def _bracketed(who: str, text: str) -> str:
+    """Return what another than the policy said, its name on one line and every further line marked."""
+    first, *more = text.splitlines() or [""]  # wherever some screen begins a line
+    return "\n| ".join([f"[{' '.join(who.split())}: {first}", *more]) + "]"
 
 
 def speakers_of(messages: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, int], ...]:

@@ -28,6 +28,7 @@ MAX_CALLS = 32
 
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_TAGGED_FUNCTION = re.compile(rf"(?:<tool_call>\s*)?{_FUNCTION.pattern}(?:\s*</tool_call>)?", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 _BEFORE_JSON = re.compile(r"\A\s*(?:<\|python_tag\|>|\[TOOL_CALLS\]|```(?:json)?\s*\n)?\s*")
 _AFTER_JSON = re.compile(r"\s*(?:```)?\s*\Z")
@@ -51,7 +52,7 @@ class KnownTools(Protocol):
         """Return the tools by name."""
 
 
-def read_calls(text: str, tools: KnownTools, form: str = "auto") -> tuple[ToolCall, ...]:
+def read_calls(text: str, tools: KnownTools, form: str = "auto", most: int | None = MAX_CALLS) -> tuple[ToolCall, ...]:
     """Return the calls in a turn, in the order in which they are written; none where it is an answer.
 
     Args:
@@ -59,6 +60,7 @@ def read_calls(text: str, tools: KnownTools, form: str = "auto") -> tuple[ToolCa
         tools: those that may be called; texts become values of the types that they declare.
         form: one of FORMATS, or auto: tags wherever they are; JSON or Python alone in the turn only where they name a
             tool, since an answer may look like either.
+        most: calls that are read; None reads all.
 
     >>> from sapo.environments.toolkit import calculator
     >>> from sapo.environments.tools import Toolbox
@@ -69,16 +71,33 @@ def read_calls(text: str, tools: KnownTools, form: str = "auto") -> tuple[ToolCa
     check_format(form)
     said = text.rpartition("</think>")[2]
     if form != "auto":
-        return tuple(FORMATS[form](said, tools))[:MAX_CALLS]
+        return tuple(FORMATS[form](said, tools))[:most]
     if "<function=" in said:
-        return tuple(_qwen_xml(said, tools))[:MAX_CALLS]
+        return tuple(_qwen_xml(said, tools))[:most]
     if "<tool_call>" in said:
-        return tuple(_hermes(said, tools))[:MAX_CALLS]
+        return tuple(_hermes(said, tools))[:most]
     for read in (_json, _python):
-        calls = tuple(read(said, tools))[:MAX_CALLS]
+        calls = tuple(read(said, tools))[:most]
         if any(call.name in tools.tools for call in calls):
             return calls
     return ()
+
+
+def text_beside_calls(text: str) -> str:
+    r"""Return what a turn says besides its calls, its thoughts included.
+
+    Args:
+        text: of a turn in which `read_calls` found calls in the form auto. Calls in JSON or Python are all of it.
+
+    >>> text_beside_calls('Let me see. <tool_call>{"name": "f"}</tool_call> One moment.')
+    'Let me see.  One moment.'
+    """
+    thought, closed, said = text.rpartition("</think>")
+    if "<function=" in said:
+        beside = _TAGGED_FUNCTION.sub("", said)
+    else:
+        beside = _HERMES.sub("", said) if "<tool_call>" in said else ""
+    return f"{thought}{closed}{beside}".strip()
 
 
 def check_format(form: Any) -> None:

@@ -37,8 +37,8 @@ class Sample:
     detail: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     transcript: tuple[tuple[str, str], ...] = ()
-    """Of several turns: who said what, in order: "policy", "environment", "tool NAME", or "history", which tells what
-    the model sees no more. `text` is that of the last turn."""
+    """Of several turns: who said what, in order: "policy", "environment", "tool NAME", or "history": how much of
+    what came before the model no longer sees. `text` is that of the last turn."""
 
     @classmethod
     def of(cls, completion: Completion) -> Sample:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import PromptConfig, RunConfig, TaskConfig
+from sapo.config.rollout import TurnsConfig
 from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation
 from sapo.front.given import save_model
@@ -37,6 +38,7 @@ def evaluate(
     params: SamplingParams | None = None,
     max_new_tokens: int | None = None,
     prompt_format: PromptFormat | PromptConfig | None = None,
+    turns: TurnsConfig | None = None,
     engine: str = "local",
     dtype: str | None = None,
     device: str = "auto",
@@ -61,6 +63,8 @@ def evaluate(
         params: of sampling; temperature 1 and `max_new_tokens` when None. The model's own stop tokens are added.
         max_new_tokens: longest completion in tokens; that of the run, else 64, when None.
         prompt_format: format of the questions; that of the run, else as they are, when None.
+        turns: limits of the episodes of an environment, and where they play; those of the run, else the defaults, when
+            None.
         engine: the engine that draws, as `rollout.engine` names it.
         dtype: float32 or bfloat16; that of the run, else float32, when None.
         device: auto, cpu, cuda or cuda:N.
@@ -86,6 +90,8 @@ def evaluate(
         max_new_tokens = 64 if config is None else config.rollout.max_new_tokens
     if prompt_format is None and config is not None:
         prompt_format = (section.prompt if task is None and rows is None and section else None) or config.prompt
+    if turns is None:
+        turns = TurnsConfig() if config is None else config.rollout.turns
     settings = EvaluationSettings(
         problems=problems,
         samples=samples,
@@ -95,6 +101,7 @@ def evaluate(
         constant=constant,
         engine=engine,
         params=params or SamplingParams(max_new_tokens=max_new_tokens),
+        turns=turns,
     )
     if not isinstance(prompt_format, PromptFormat):
         prompt_format = PromptFormat.of(prompt_format or PromptConfig(), chosen)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sapo.config import RunConfig
-from sapo.config.recipes import read_recipe
+from sapo.config.recipes import FEW_BITS, few_bits_refusal, read_recipe
 from sapo.errors import ConfigError
 from sapo.utils.names import nearest_name
 
@@ -71,7 +71,7 @@ def _change(name: str, value: Any, verb: Callable[..., Any]) -> list[tuple[str, 
     if key in short:
         ways = " or ".join(f"{k.replace('.', '__')}=..." for k in short[key])
         raise ConfigError(f"{name} is a setting of several sections: {', '.join(short[key])}; got {name}; write {ways}")
-    raise ConfigError(unknown_argument(verb, name))
+    raise ConfigError(few_bits_refusal(name) if name in FEW_BITS else unknown_argument(verb, name))
 
 
 def unknown_argument(verb: Callable[..., Any], name: str) -> str:

@@ -80,7 +80,8 @@ def make_report(paths: Sequence[Path], *, tokens: int | None = DEFAULT_TOKENS) -
 
     Args:
         paths: of runs, of comparisons, or of directories with runs in them.
-        tokens: response tokens that the token view may hold; None for all that were logged.
+        tokens: those that the token view may hold, of responses and of what was said to the model between them; None
+            for all that were logged.
 
     Raises:
         ConfigError: nothing is there, or it is not what a run writes.

@@ -59,7 +59,7 @@ class Watch:
 
     Args:
         paths: of runs, of comparisons, or of directories with runs in them.
-        tokens: response tokens that the token view may hold; None for all that were logged.
+        tokens: as `make_report`.
         on_trouble: called with a sentence when the runs could not be read for LASTING seconds, once for each time, and
             when they can be read again. Pages show the first as well.
 
@@ -79,6 +79,8 @@ class Watch:
         """Why there is nothing newer to show; None while all is well."""
         self.news = self._look()
         self.news_version = 1
+        self._failing: dict[str, float] = {}
+        """Since when a part of the reading fails."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sapo-watch", daemon=True)
 
@@ -125,28 +127,34 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        next_report, failing_since = 0.0, None
+        next_report = 0.0
         while not self._stop.wait(LOOK_EVERY):
             try:
-                self._tell(self._look())
-                if (started := time.monotonic()) < next_report:
-                    continue
-                try:
-                    self._renew()
-                finally:  # one that fails rests as well
+                looked = self._attempt("look", lambda: self._publish(self._look()))
+                if looked and (started := time.monotonic()) >= next_report:
+                    self._attempt("renewal", self._renew)  # one that fails rests as well
                     next_report = time.monotonic() + REST * (time.monotonic() - started)
-                failing_since = None
-                self._hear(None)
-            except (ConfigError, OSError) as error:
-                # A file is being written, or a run was moved away: the next look may be better.
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since >= LASTING:
-                    self._hear(f"the runs cannot be read: {first_line(error)}; what is shown is older")
+                if not self._failing:
+                    self._report_trouble(None)
             except Exception:
-                self._hear(
+                self._report_trouble(
                     "a fault of sapo has ended the watch; the terminal has its traceback; start `sapo watch` again"
                 )
                 raise
+
+    def _attempt(self, part: str, read: Callable[[], None]) -> bool:
+        """Read the runs; return whether they could be read. A trouble is reported when the part fails again LASTING
+        seconds after its first failure, and has not succeeded since."""
+        try:
+            read()
+        except (ConfigError, OSError) as error:
+            # A file is being written, or a run was moved away: the next look may be better.
+            since = self._failing.setdefault(part, time.monotonic())
+            if time.monotonic() - since >= LASTING and self.trouble is None:
+                self._report_trouble(f"the runs cannot be read: {first_line(error)}; what is shown is older")
+            return False
+        self._failing.pop(part, None)
+        return True
 
     def _renew(self) -> None:
         """Make the report anew where the runs have written something."""
@@ -154,15 +162,16 @@ class Watch:
             self._take(self.version + 1, make_report(self.paths, tokens=self.tokens))
             self._seen = now
 
-    def _hear(self, trouble: str | None) -> None:
-        """Say a trouble, or its end, once."""
-        if trouble == self.trouble:
+    def _report_trouble(self, trouble: str | None) -> None:
+        """Report a problem, or that it is over, once."""
+        shown = None if trouble is None else visible(trouble)
+        if shown == self.trouble:
             return
-        self.trouble = None if trouble is None else visible(trouble)
-        self._tell({**self.news, "trouble": self.trouble})
-        self.on_trouble("the runs can be read again" if self.trouble is None else self.trouble)
+        self.trouble = shown
+        self._publish({**self.news, "trouble": shown})
+        self.on_trouble("the runs can be read again" if shown is None else shown)
 
-    def _tell(self, news: dict[str, Any]) -> None:
+    def _publish(self, news: dict[str, Any]) -> None:
         """Give pages the news where they differ from the last."""
         if _without_clock(news) != _without_clock(self.news):
             self.news, self.news_version = news, self.news_version + 1

@@ -82,7 +82,8 @@ def token_view(runs: Sequence[ReportedRun], budget: int | None = DEFAULT_TOKENS)
     """Choose the logged steps of all runs that a page holds: all, or as many as fit, evenly spaced, the last first.
 
     Args:
-        budget: response tokens in all; every run has the same share of it. None for no limit.
+        budget: tokens in all, of responses and of what was said to the model between them; every run
+            has the same share of it. None for no limit.
     """
     logged = {place: run.rollouts for place, run in enumerate(runs) if run.rollouts}
     share = None if budget is None else budget // max(len(logged), 1)
@@ -122,7 +123,8 @@ def _chunks(
 
 
 def _tokens_of(rows: Sequence[dict[str, Any]]) -> int:
-    return sum(len(r["token_ids"]) for r in rows)
+    """Count the tokens that samples show: their own, and those that were said to the model in between."""
+    return sum(len(r["token_ids"]) + sum(len(said[1]) for said in r.get("observations") or ()) for r in rows)
 
 
 def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]]:
@@ -133,7 +135,7 @@ def _within(rows: list[dict[str, Any]], room: int | None) -> list[dict[str, Any]
     kept: list[dict[str, Any]] = []
     total = whole = 0
     for place, row in enumerate(rows):
-        total += len(row["token_ids"])
+        total += _tokens_of([row])
         if total > room:
             break
         kept.append(row)

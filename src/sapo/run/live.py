@@ -90,12 +90,13 @@ def _sample(group: Group, show: Callable[[Sequence[int]], str] | None) -> dict[s
 
 
 def _within(said: Sequence[Said]) -> list[list[str]]:
-    """Return the first entries of a transcript that fit into MOST_CHARACTERS, the last of them cut."""
+    """Return what of a transcript fits into MOST_CHARACTERS, and say where more was left out."""
     kept, left = [], MOST_CHARACTERS
     for who, text in said:
-        if left <= 0:
+        if text[:left]:
+            kept.append([who, text[:left]])
+        if len(text) > left:
             kept.append([HISTORY, "the rest is not shown"])
             break
-        kept.append([who, text[:left]])
         left -= len(text)
     return kept

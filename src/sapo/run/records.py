@@ -78,7 +78,7 @@ def rollout_records(
                 "detail": completion.score.detail,
                 **({"figures": dict(completion.score.figures)} if completion.score.figures else {}),
                 "advantage": advantage,
-                **_of_turns(group, sample),
+                **_turn_fields(group, sample),
                 "finish_reason": completion.finish_reason,
                 "prompt_token_ids": list(group.prompt.token_ids),
                 "token_ids": completion.token_ids.tolist(),
@@ -131,7 +131,7 @@ def whole_text(group: Group, completion: Completion, show: Callable[[Sequence[in
     return in_one_text(said) if said else completion.text
 
 
-def _of_turns(group: Group, sample: int) -> dict[str, Any]:
+def _turn_fields(group: Group, sample: int) -> dict[str, Any]:
     """Return rewards and advantages of single turns, where they were told apart."""
     rewards = group.completions[sample].score.turn_rewards
     return {

@@ -28,6 +28,15 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda found: _escape(ord(found[0])), text)
 
 
+def visible_line(text: str) -> str:
+    r"""Return `visible` text on one line, for a name: runs of blanks and line ends become a space.
+
+    >>> visible_line("tool a:\n turn 9\x1b")
+    'tool a: turn 9\\x1b'
+    """
+    return " ".join(visible(text).split())
+
+
 def _escape(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 

@@ -201,8 +201,9 @@ def _written(config: RunConfig) -> dict[str, Any]:
 
 def _turns(config: RunConfig) -> dict[str, Any]:
     """Return the limits of episodes, as JSON; those that may change in mid-run, where the model must be found again,
-    at their defaults. Where episodes play is left out, as models that are cached from before the setting have it."""
-    prefix, place = "rollout.turns.", {"play_in", "env"}
+    at their defaults. Where episodes play and what their turns are credited with shape no cold start, and are left out:
+    models that are cached from before these settings stay what they were."""
+    prefix, place = "rollout.turns.", {"play_in", "env", "credit"}
     resumable = {key.removeprefix(prefix) for key in RESUMABLE_KEYS if key.startswith(prefix)} - place
     defaults = TurnsConfig().model_dump(mode="json", include=resumable)
     return config.rollout.turns.model_dump(mode="json", exclude=place) | defaults

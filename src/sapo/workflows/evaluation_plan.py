@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config import PromptConfig
-from sapo.config.recipes import parse_override, parse_prompt
+from sapo.config.recipes import parse_override, parse_prompt, parse_turns
+from sapo.config.rollout import TurnsConfig
 from sapo.data import Prompt
+from sapo.environments.base import is_environment
 from sapo.errors import ConfigError
 from sapo.evaluation.store import difference
 from sapo.rollout.params import SamplingParams
@@ -46,7 +48,8 @@ def plan_evaluations(
     Args:
         model: the model; a run directory, or a checkpoint in one, brings tasks where none are named.
         tasks: names of TASKS, or files.
-        overrides: `key=value`; keys under `prompt.` set the format of the questions, others the tasks' own settings.
+        overrides: `key=value`; keys under `prompt.` set the format of the questions, those under `turns.` the limits of
+            episodes (`rollout.turns`), others the tasks' own settings. A run's limits hold where they change none.
         seed: seed of the draws and of the choice of problems, as a run's eval.seed is.
         given: fields of EvaluationSettings and SamplingParams; None leaves the run's own value. Without a run the
             defaults are used, and the best constant answer is judged.
@@ -55,13 +58,19 @@ def plan_evaluations(
         ConfigError, TaskError: what is wrong with it.
     """
     given = {name: value for name, value in given.items() if value is not None} | {"threshold": threshold}
+    run = run_of(model)
     if tasks:
         seed = DEFAULT_SEED if seed is None else seed
+        changes, others = split_turns(overrides)
+        own = TurnsConfig() if run is None else RunDirectory.read_config(run).rollout.turns
         settings = make_settings(
-            {"constant": True}, {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64}, given
+            {"constant": True, "turns": _changed_turns(own, changes)},
+            {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64},
+            given,
         )
-        return [plan_task_evaluation(name, overrides, settings, seed) for name in tasks]
-    run = run_of(model)
+        planned = [plan_task_evaluation(name, others, settings, seed) for name in tasks]
+        _refuse_turns_of_no_environment(planned, changes)
+        return planned
     if run is None:
         raise ConfigError(f"{model} is not a run directory, so it has no tasks of its own; name one with --task")
     return plan_run_evaluations(run, overrides, given, seed)
@@ -101,19 +110,28 @@ def named_task(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, An
 
 
 def plan_run_evaluations(
-    run: Path, overrides: Sequence[str], given: Mapping[str, Any], seed: int | None = None
+    run: Path,
+    overrides: Sequence[str],
+    given: Mapping[str, Any],
+    seed: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[PlannedEvaluation]:
     """Plan the tasks of a run as it evaluates them itself, except for what is given.
+
+    Args:
+        overrides: `key=value`, with keys under `prompt.` and `turns.` alone.
+        places: of the tasks that are planned, in the recipe; None plans all.
 
     Raises:
         ConfigError, TaskError: no run, or an override of a task's own settings.
     """
     config = RunDirectory.read_config(run)
-    options, prompt = split_overrides(overrides)
+    changes, others = split_turns(overrides)
+    options, prompt = split_overrides(others)
     if options:
         raise ConfigError(
             f"the settings of a run's tasks are in its config.yaml; got {next(iter(options))}=...; name the task with "
-            "--task to evaluate it otherwise, or change prompt.* only"
+            "--task to evaluate it otherwise, or change prompt.* and turns.* only"
         )
     asked, rollout = config.eval, config.rollout
     seed = asked.seed if seed is None else seed
@@ -133,10 +151,10 @@ def plan_run_evaluations(
         "samples": asked.samples,
         "ks": ks,
         "engine": rollout.engine,
-        "turns": rollout.turns,
+        "turns": _changed_turns(rollout.turns, changes),
     }
     settings = make_settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
-    return [
+    planned = [
         plan_options(
             t.name,
             t.options,
@@ -144,8 +162,22 @@ def plan_run_evaluations(
             parse_prompt({**(t.prompt or config.prompt).model_dump(), **prompt}),
             settings,
         )
-        for t in config.tasks
+        for t in (config.tasks if places is None else [config.tasks[place] for place in places])
     ]
+    _refuse_turns_of_no_environment(planned, changes)
+    return planned
+
+
+def _changed_turns(own: TurnsConfig, changes: Mapping[str, Any]) -> TurnsConfig:
+    return parse_turns({**own.model_dump(), **changes}) if changes else own
+
+
+def _refuse_turns_of_no_environment(planned: Sequence[PlannedEvaluation], changes: Mapping[str, Any]) -> None:
+    if changes and not any(is_environment(each.task) for each in planned):
+        raise ConfigError(
+            f"turns.* are limits of environments; got turns.{next(iter(changes))} for {planned[0].task.name}, which is "
+            "answered in one turn; leave it out"
+        )
 
 
 def _with_all_rows(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,6 +229,24 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str,
         else:
             options[key] = value
     return options, prompt
+
+
+def split_turns(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take the limits of episodes out of overrides; return them by name, and the other overrides.
+
+    >>> split_turns(["turns.max=3", "rollout.turns.env=[MY_KEY]", "digits=2"])
+    ({'max': 3, 'env': ['MY_KEY']}, ['digits=2'])
+    """
+    turns: dict[str, Any] = {}
+    others = []
+    for override in overrides:
+        name = override.removeprefix("rollout.")
+        if name.startswith("turns."):
+            key, value = parse_override(name)
+            turns[key.removeprefix("turns.")] = value
+        else:
+            others.append(override)
+    return turns, others
 
 
 def output_directory(

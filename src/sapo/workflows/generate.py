@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sapo.config import RolloutConfig
+from sapo.config import RolloutConfig, TaskConfig
 from sapo.data import Completion, Picture, Prompt
 from sapo.data.transcripts import HISTORY, POLICY
 from sapo.errors import ConfigError
@@ -23,10 +23,11 @@ from sapo.rollout.streaming import TextStream, stream
 from sapo.rollout.weights import loaded
 from sapo.run.directory import RunDirectory
 from sapo.run.models import run_of
-from sapo.tasks import make_task
-from sapo.utils.text import visible
+from sapo.tasks import TASKS, make_task
+from sapo.tasks.rows.reading import is_rows_file
+from sapo.utils.text import visible, visible_line
 from sapo.workflows.evaluate import EvaluatedModel, PlannedEvaluation
-from sapo.workflows.evaluation_plan import plan_evaluations, plan_run_evaluations
+from sapo.workflows.evaluation_plan import plan_evaluations, plan_run_evaluations, split_overrides, split_turns
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,22 @@ def format_of_run(run: Path) -> PromptFormat | None:
 
 
 def plan_problem(
-    model: Path, task: str, overrides: Sequence[str], problem: int, seed: int | None = None, **given: Any
+    model: Path,
+    task: str,
+    overrides: Sequence[str],
+    problem: int,
+    seed: int | None = None,
+    report: Callable[[str], None] = lambda text: None,
+    **given: Any,
 ) -> PlannedEvaluation:
     """Plan the completions, or episodes, of a held-out problem: those that `sapo eval` draws at the same seed.
 
     Args:
-        model: a run brings the settings of its own task of that name, where `overrides` changes none.
-        task: its name, or a file of rows.
+        model: a run brings the settings of its own task of that label or name, where `overrides` changes none but
+            those under `prompt.` and `turns.`.
+        task: its label or name, or a file of rows.
         problem: number of the problem, from 0.
+        report: called with a sentence where the run's settings of the task are left out.
         given: fields of EvaluationSettings and SamplingParams; None leaves the default.
 
     Raises:
@@ -93,12 +102,39 @@ def plan_problem(
     """
     given = {**given, "problems": problem + 1, "greedy": False, "constant": False, "ks": (1,)}
     run = run_of(model)
-    if run is not None and not overrides:
-        own = [t.name for t in RunDirectory.read_config(run).tasks]
-        if task in own:
+    place = None if run is None else _place_of(RunDirectory.read_config(run).tasks, task)
+    if run is not None and place is not None:
+        options = split_overrides(split_turns(overrides)[1])[0]
+        if not options:
             known = {name: value for name, value in given.items() if value is not None}
-            return plan_run_evaluations(run, (), known, seed)[own.index(task)]
+            return plan_run_evaluations(run, overrides, known, seed, [place])[0]
+        task = RunDirectory.read_config(run).tasks[place].name
+        report(
+            f"{next(iter(options))} is a setting of the task: {task} is asked as `sapo eval --task {task}` asks it, "
+            f"with none of the task's settings in {run / 'config.yaml'}"
+        )
     return plan_evaluations(model, [task], overrides, seed=seed, **given)[0]
+
+
+def _place_of(tasks: Sequence[TaskConfig], name: str) -> int | None:
+    """Return the place of a run's task by its label, by its kind, or by the name that it gives itself; None where none
+    has it.
+
+    Raises:
+        ConfigError: several tasks are of that kind.
+    """
+
+    def own_name(task: TaskConfig) -> str:
+        return make_task(task.name, seed=0, **task.options).name
+
+    found = [place for place, t in enumerate(tasks) if (t.label or t.name) == name]
+    found = found or [place for place, t in enumerate(tasks) if t.name == name]
+    if not found and name not in TASKS and ":" not in name and not is_rows_file(name):
+        found = [place for place, t in enumerate(tasks) if own_name(t) == name]
+    if len(found) > 1:
+        names = ", ".join(own_name(tasks[place]) for place in found)
+        raise ConfigError(f"--task must name one task of the run; got {name}, which are {names}; write one of these")
+    return found[0] if found else None
 
 
 def answer_problem(
@@ -141,9 +177,9 @@ def transcript_lines(said: Sequence[tuple[str, str]]) -> list[str]:
             turn += 1
             lines += [f"turn {turn}", *(f"  {part}" for part in parts)]
         elif who == HISTORY:
-            lines.append(f"    ({text})")
+            lines.append(f"    ({visible_line(text)})")
         else:
-            lines += [f"    | {visible(who)}: {parts[0]}", *(f"    |   {part}" for part in parts[1:])]
+            lines += [f"    | {visible_line(who)}: {parts[0]}", *(f"    |   {part}" for part in parts[1:])]
     return lines
 
 

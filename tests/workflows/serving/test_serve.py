@@ -168,7 +168,12 @@ def test_messages_may_be_in_parts_and_the_template_is_switched(here) -> None:
         ),
         ({"messages": [{"role": "user", "content": "\u00e9"}]}, 400, None, "cannot encode|refuses"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "another distribution"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "function"),
+        (
+            {"tools": [{"type": "function"}]},
+            400,
+            "tools",
+            r'^tools.0.function: Field required; got \{"type": "function"\}$',
+        ),
         ({"logprobs": True, "top_logprobs": 5}, 400, "top_logprobs", "drawn token alone"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "are text"),
     ],

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from sapo.errors import ModelError
-from sapo.workflows.serving.protocol import ChatAnswers, Message
+from sapo.workflows.serving.protocol import ChatAnswers, ChatRequest, Message, parse
 from sapo.workflows.serving.served import Begun, Order, Piece, ServedModel
 from sapo.workflows.serving.tools import OfferedTools
 from support.served import TEMPLATE, served_here, talker
@@ -46,6 +46,13 @@ ASKED = [{"role": "user", "content": "Rome?"}]
         ),
         ('{"name": "weather", "parameters": {"city": "Rome", "days": 2}}', None),
         ('[weather("Rome", days=2)]', None),
+        (f"{CALL}\nOne moment.", "One moment."),
+        (f"<think>So.</think>Let me see.{CALL}One moment.", "<think>So.</think>Let me see.One moment."),
+        (
+            "First <tool_call>\n<function=weather><parameter=city>Rome</parameter><parameter=days>2</parameter>"
+            "</function>\n</tool_call> then",
+            "First  then",
+        ),
     ],
 )
 def test_a_call_in_any_format_is_openais(written: str, said: str | None) -> None:
@@ -64,8 +71,58 @@ def test_what_is_no_call_of_an_offered_tool_stays_text(written: str) -> None:
     assert OfferedTools([WEATHER]).split(written) == (written, [])
 
 
-def pieces(text: str) -> list[Piece]:
-    return [*(Piece(0, letter, (), 1) for letter in text), Piece(0, "", (), 1, "stop")]
+@pytest.mark.parametrize(
+    "written",
+    [
+        "[weather(city={1, 2})]",
+        '[weather(city=b"x")]',
+        '[weather("Rome", days=1j)]',
+        '[weather("Rome", days=...)]',
+        "[weather(city={(1, 2): 2})]",
+        '[weather("Rome", days=1e999)]',
+        '[weather("Rome"), weather("Rome", days=-1e999)]',
+        '{"name": "weather", "parameters": {"days": NaN}}',
+        CALL.replace("2}", "Infinity}"),
+    ],
+)
+def test_a_call_whose_arguments_json_does_not_have_stays_text(written: str) -> None:
+    assert OfferedTools([WEATHER]).split(written) == (written, [])
+
+
+def test_a_call_in_json_may_hold_the_mark_of_another_format() -> None:
+    text, [call] = OfferedTools([WEATHER]).split('{"name": "weather", "parameters": {"city": "[TOOL_CALLS]"}}')
+    assert text is None
+    assert json.loads(call["function"]["arguments"]) == {"city": "[TOOL_CALLS]"}
+
+
+def test_every_call_comes_with_an_id_of_its_own() -> None:
+    named = CALL.replace('{"name"', '{"id": "x\\n\\u202e", "name"')
+    text, calls = OfferedTools([WEATHER]).split(named * 40)
+    assert text is None
+    assert len({call["id"] for call in calls}) == 40
+    assert all(call["id"].startswith("call_") for call in calls)
+
+
+def test_calls_that_are_not_to_be_parallel_are_the_first_alone() -> None:
+    body = {"model": "tiny", "messages": ASKED, "tools": [WEATHER]}
+    two = CALL + CALL.replace("Rome", "Oslo")
+    for given, cities in ((None, ["Rome", "Oslo"]), (True, ["Rome", "Oslo"]), (False, ["Rome"])):
+        asked = parse(ChatRequest, json.dumps({**body, "parallel_tool_calls": given}).encode(), "tiny")
+        calls = asked.offered.split(two)[1]
+        assert [json.loads(call["function"]["arguments"])["city"] for call in calls] == cities
+
+
+def pieces(text: str, finish: str = "stop") -> list[Piece]:
+    return [*(Piece(0, letter, (), 1) for letter in text), Piece(0, "", (), 1, finish)]
+
+
+def test_an_answer_that_was_cut_says_so_beside_its_calls() -> None:
+    answers = ChatAnswers("tiny", False, OfferedTools([WEATHER]))
+    cut = pieces(CALL, "length")
+    [*_, last] = [answers.event(piece)["choices"][0] for piece in cut]
+    for choice, given in ((last, last["delta"]), (whole := answers.whole([cut], {})["choices"][0], whole["message"])):
+        assert len(given["tool_calls"]) == 1
+        assert choice["finish_reason"] == "length"
 
 
 def test_a_streamed_call_is_one_event_and_text_is_held_until_it_is_none() -> None:
@@ -138,8 +195,12 @@ def test_a_call_that_is_drawn_comes_as_one_whole_or_streamed(here, monkeypatch: 
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "function"),
-        ({"tools": [{"type": "retrieval", "function": {"name": "x"}}]}, "tools", "function"),
+        ({"tools": [{"type": "function"}]}, "tools", 'tools.0.function: Field required; got {"type": "function"}'),
+        (
+            {"tools": [{"type": "retrieval", "function": {"name": "x"}}]},
+            "tools",
+            "tools.0.type: Input should be 'function'",
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "pattern"),
         ({"tool_choice": "required"}, "tool_choice", "none"),
         (

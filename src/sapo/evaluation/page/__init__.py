@@ -58,7 +58,11 @@ def page_data(results: Results) -> dict[str, Any]:
         record = problem.to_json()
         record["seen"] = None if problem.seen == problem.prompt else problem.seen[len(opening) :]
         for sample in [record["greedy"] or {}, *record["samples"]]:
-            if "transcript" in sample:  # what a tool said is nobody's whom the reader trusts
+            # Tools, environments and verifiers wrote these, and could put them in another order on the screen.
+            sample |= {
+                name: visible(sample[name]) for name in ("answer", "detail") if isinstance(sample.get(name), str)
+            }
+            if "transcript" in sample:
                 sample["transcript"] = [[visible(who), visible(text)] for who, text in sample["transcript"]]
         problems.append(record)
     return {

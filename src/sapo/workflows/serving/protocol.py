@@ -51,7 +51,7 @@ class ApiError(Exception):
 
 
 # What a client may send and what may be answered by ignoring it, for it changes no completion.
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 NOT_HAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "presence_penalty": ((0,), "penalties would draw from another distribution than the policy's"),
@@ -60,6 +60,7 @@ NOT_HAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "top_logprobs": ((0,), "the log-probability of the drawn token alone is known; leave it out"),
     "tools": (([],), "a completion has no turns; /v1/chat/completions takes tools"),
     "tool_choice": (("none", "auto"), "a completion has no turns; /v1/chat/completions takes tools"),
+    "parallel_tool_calls": ((True, False), "a completion has no turns; /v1/chat/completions takes it"),
     "functions": (([],), "it is the old form; write tools"),
     "response_format": (({"type": "text"},), "completions are text; leave it out"),
     "echo": ((False,), "log-probabilities of prompts are not served; leave it out"),
@@ -222,6 +223,8 @@ class ChatRequest(_Sampling):
     chat_template_kwargs: TemplateOptions | None = None
     tools: list[Offer] | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    """False gives the first call of an answer alone."""
 
     @property
     def wants_logprobs(self) -> bool:
@@ -233,7 +236,8 @@ class ChatRequest(_Sampling):
         """Return the tools that the model is shown; None where there are none."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return OfferedTools([tool.model_dump(exclude_none=True) for tool in self.tools])
+        schemas = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return OfferedTools(schemas, parallel=self.parallel_tool_calls is not False)
 
     def order(self) -> Order:
         """Return what is to be drawn."""
@@ -359,6 +363,11 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+def _finish(drawn: str | None, calls: Sequence[Any]) -> str | None:
+    """Return why an answer ended. One that was cut at its length is not said to be whole, calls or none."""
+    return "tool_calls" if calls and drawn == "stop" else drawn
+
+
 class ChatAnswers:
     """The shapes of answers to a chat.
 
@@ -389,7 +398,7 @@ class ChatAnswers:
                 delta = {"content": said} if said else {}
                 if calls:
                     delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
-                    finish = "tool_calls"
+                finish = _finish(finish, calls)
         return self._event(piece.choice, delta, self._logprobs(piece.tokens), finish)
 
     def _event(self, choice: int, delta: Mapping[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
@@ -411,7 +420,7 @@ class ChatAnswers:
             "index": number,
             "message": {**message, "tool_calls": calls} if calls else message,
             "logprobs": self._logprobs(t for p in pieces for t in p.tokens),
-            "finish_reason": "tool_calls" if calls else pieces[-1].finish,
+            "finish_reason": _finish(pieces[-1].finish, calls),
         }
 
     def last(self, used: Mapping[str, int]) -> dict[str, Any]:

@@ -6,16 +6,12 @@ The client carries the calls out. They are read by the parsers of `sapo.environm
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sapo.environments.calls import read_calls
-
-_CALL = re.compile(r"<tool_call>|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call_start\|>|<function_calls>")
-"""What a call begins with; text before it is said to the user. JSON or Python alone has nothing before it."""
+from sapo.environments.calls import read_calls, text_beside_calls
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class OfferedTools:
 
     Args:
         schemas: as OpenAI's clients send them and chat templates take them.
+        parallel: give all calls of an answer; otherwise the first alone.
 
     >>> weather = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}
     >>> tools = OfferedTools([{"type": "function", "function": weather}])
@@ -46,25 +43,31 @@ class OfferedTools:
     ('It is warm.', [])
     """
 
-    def __init__(self, schemas: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, schemas: Sequence[Mapping[str, Any]], parallel: bool = True) -> None:
+        self._most = None if parallel else 1
         self.schemas = [dict(schema) for schema in schemas]
         self.tools = {s["function"]["name"]: OfferedTool(_hints(s["function"])) for s in self.schemas}
 
     def split(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-        """Return what an answer says, and its calls in OpenAI's form; where one is broken all of it is text."""
-        calls = read_calls(text, self)
+        """Return what an answer says besides its calls, and the calls in OpenAI's form.
+
+        An answer with a call that is broken, of no offered tool, or with arguments that JSON does not have, is all
+        text. The ids of calls are made here: one that the model wrote may be another call's.
+        """
+        calls = read_calls(text, self, most=None)
         if not calls or any(call.error or call.name not in self.tools for call in calls):
             return text, []
-        thought, closed, said = text.rpartition("</think>")
-        begins = _CALL.search(said)
-        before = f"{thought}{closed}{said[: begins.start()] if begins else ''}".strip()
-        return before or None, [
+        try:
+            arguments = [json.dumps(dict(call.arguments), allow_nan=False) for call in calls]
+        except (TypeError, ValueError, RecursionError):  # a set or an infinity, as Python writes them
+            return text, []
+        return text_beside_calls(text) or None, [
             {
-                "id": call.id or f"call_{secrets.token_hex(12)}",
+                "id": f"call_{secrets.token_hex(12)}",
                 "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(dict(call.arguments))},
+                "function": {"name": call.name, "arguments": written},
             }
-            for call in calls
+            for call, written in list(zip(calls, arguments, strict=True))[: self._most]
         ]
 
 
