@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 RUN_VISION ?= runs/vision_quickstart
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart vision demo test test-oldest browser test-gpu test-scale test-ray test-verl test-vllm docs test-docs reference lint types bench bench-vllm trials sanitize evidence clean
+.PHONY: quickstart vision demo test test-oldest browser test-gpu test-scale test-ray test-verl test-vllm test-environments docs test-docs reference lint types bench bench-vllm trials sanitize evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -46,6 +46,9 @@ test-vllm: .venv-vllm/installed ## the engine `vllm`, on vLLM's CPU build
 
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
+
+test-environments: .venv-environments/installed ## the adapters on skyrl-gym, on a server of OpenEnv and beside TRL's own trainer
+	.venv-environments/bin/python -m pytest tests/environments/real
 
 # The warning that is silenced is an advertisement of the theme's for a builder of its own.
 docs: .venv-docs/installed ## the documentation site into build/site, without a warning and without a network
@@ -93,7 +96,7 @@ evidence: .venv/installed-dev ## the runs behind research/evidence.md, two to th
 	$(BIN)/python -m research.evidence
 
 clean: ## what was built; runs/ stays
-	rm -rf .venv .venv-docs .venv-ray .venv-verl .venv-vllm .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-ray .venv-verl .venv-vllm .venv-environments .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
 # another build with gigabytes of CUDA libraries.

@@ -91,7 +91,9 @@ class OpenEnvEnvironment(Wrapped):
                 result = await call(client.step, self.action(turn.text))
                 total, turns = total + real(result.reward, "the reward of a step"), turns + 1
             if result.reward is None:
-                raise ValueError("the last step has no reward, or NaN, which comes as none; give 0.0 where that is meant")
+                raise ValueError(
+                    "the last step has no reward, or NaN, which comes as none; give 0.0 where that is meant"
+                )
             return Score(total, figures={"steps": float(turns)})
 
 
