@@ -1,4 +1,4 @@
-"""What the tests against the real packages share: a mark, a model that calls and answers, and ways to play and train."""
+"""What the tests against the real packages share: a mark, a model that calls and answers, ways to play and train."""
 
 from __future__ import annotations
 

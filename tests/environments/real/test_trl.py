@@ -1,4 +1,4 @@
-"""The adapter beside TRL 1.16 itself: the same tools, the same environment and the same turns in GRPOTrainer and here."""
+"""The adapter beside TRL 1.16 itself: the same tools, environment and turns in GRPOTrainer and here."""
 
 from __future__ import annotations
 
