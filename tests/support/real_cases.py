@@ -76,7 +76,9 @@ def speaking_policy() -> Policy:
 
 
 class OneByOne(LocalEngine):
-    """Draws each request on its own, so that no sum depends on the batch."""
+    """Draws each request on its own, and every turn anew, so that no sum depends on the batch."""
+
+    converse = None
 
     def generate(self, requests, params, should_stop=lambda: False, experts=None):
         return [c for request in requests for c in super(OneByOne, self).generate([request], params, should_stop)]
