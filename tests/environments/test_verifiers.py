@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import sapo
 from sapo.config import PromptConfig
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Completion, Group, Prompt, Status
@@ -25,6 +26,7 @@ from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import make_task
 from sapo.tasks.base import FiniteTask
+from support.runs import metrics, write_recipe
 from support.trainer_cases import make_trainer
 from support.verifiers_cases import chat_policy
 
@@ -193,3 +195,30 @@ def test_a_renderer_that_ends_turns_elsewhere_is_refused(policy: Policy) -> None
 
 def test_the_reward_of_an_episode_is_finite(played: Any) -> None:
     assert all(math.isfinite(c.score.reward) for _, completions in played.values() for c in completions)
+
+
+def test_a_run_trains_and_evaluates(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    chat_policy(hidden=16).save(tmp_path / "model")
+    given = {"name": "verifiers:boards", "python": sys.executable, "path": str(FAKE), "held_out": 1}
+    given["options"] = {"modes": ["good", "rewritten", "raises", "good"]}
+    section = {"name": "same_prompt", "text": "=", "label": "boards", "environment": given}
+    recipe = write_recipe(
+        tmp_path,
+        model={"path": str(tmp_path / "model")},
+        tasks=[section],
+        train__steps=2,
+        train__minibatches=1,
+        rollout__prompts_per_step=3,
+        rollout__samples_per_prompt=2,
+        rollout__max_new_tokens=24,
+        rollout__turns={"max_environment_errors": 0.5},
+        eval__problems=1,
+    )
+    sapo.train(sapo.load_recipe(recipe))
+    rows = metrics(tmp_path / "run")
+    assert [row["environment/errors"] for row in rows if "environment/errors" in row] == [
+        2,
+        2,
+    ]  # both samples of one prompt of three
+    close_theatres()

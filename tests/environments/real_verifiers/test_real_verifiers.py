@@ -55,7 +55,7 @@ def play(
 ) -> list[tuple[Prompt, tuple[Completion, ...]]]:
     form = PromptFormat.of(PromptConfig(), task)
     encoded = form.encode(policy, [task.train_prompt(i) for i in range(prompts)])
-    params = SamplingParams(max_new_tokens=12, seed=seed, stop_token_ids=policy.stop_token_ids)
+    params = SamplingParams(max_new_tokens=20, seed=seed, stop_token_ids=policy.stop_token_ids)
     turns = TurnsConfig(seconds_per_reply=seconds, tokens_per_turn=6)
     driver = EpisodeDriver(policy, LocalEngine(policy), params, turns)
     return list(zip(encoded, driver.play([Play(task, p, samples) for p in encoded]), strict=True))
@@ -64,7 +64,7 @@ def play(
 def test_a_training_step_of_four_tasks_by_eight_episodes(policy: Policy) -> None:
     task = taskset("sevens", held_out=2)
     assert task.num_train == 4
-    trainer = make_trainer(policy, max_new_tokens=12)
+    trainer = make_trainer(policy, max_new_tokens=20)
     gaps, ratios = [], []
     for step in range(2):  # the second is drawn from the weights that the first has made
         played = play(task, policy, 4, 8, seconds=120, seed=step)

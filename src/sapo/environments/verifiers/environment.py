@@ -87,13 +87,14 @@ class Theatre:
         """
         with self._lock:
             self._load()
-            wanted = (drawing.max_length, drawing.temperature, drawing.stop_token_ids)
+            wanted = (drawing.temperature, drawing.stop_token_ids)
             if self._ready == wanted:
                 return
             if self._endpoint is None:
+                # Without max_length: a client that knew it would refuse what is too long by itself, as a failure, where
+                # the driver ends the episode as truncated.
                 self._endpoint = TokenEndpoint()
                 self._endpoint.start()
-            self._endpoint.max_length = drawing.max_length
             if not self._directory:
                 self._directory = tempfile.mkdtemp(prefix="sapo-tokenizer-")
                 drawing.save_tokenizer(self._directory)

@@ -22,7 +22,6 @@ from typing import Any
 from sapo.environments.clock import off_the_clock
 from sapo.environments.failures import EpisodeError
 from sapo.errors import TaskError
-from sapo.utils.text import first_line
 
 LOAD_SECONDS = 300.0
 """Seconds that verifiers and a taskset may take to be loaded."""
@@ -191,7 +190,7 @@ class VerifiersProcess:
 
     def _last_words(self) -> str:
         words = [line for line in self._errors if line.strip()]
-        return f"; it said at last: {first_line(words[-1])[:300]}" if words else ""
+        return f"; it said at last: {words[-1].strip()[:300]}" if words else ""
 
     def _send(self, line: Mapping[str, Any]) -> None:
         process = self._process
