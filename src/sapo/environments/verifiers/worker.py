@@ -12,12 +12,16 @@ An order that cannot be carried out is answered with {"refused": why}. What an e
 error. Each episode is played in a process of its own, which is forked from the one that has loaded everything.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import ctypes
 import gc
+import importlib
 import itertools
 import json
+import logging
 import os
 import random
 import select
@@ -26,6 +30,9 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TextIO
 
 MAX_DETAIL = 500
 GRACE = 1.0
@@ -34,7 +41,7 @@ HARNESS = "sapo_chat"
 BEGAN = b"began\n"
 
 
-def main():
+def main() -> None:
     """Serve until standard input ends."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # an environment that prints must not speak on the wire
@@ -53,13 +60,13 @@ def main():
     Host(stage, orders, out).run()
 
 
-def say(out, **message):
+def say(out: TextIO, **message: Any) -> None:
     """Write one line."""
     out.write(json.dumps(message) + "\n")
     out.flush()
 
 
-def described(error):
+def described(error: BaseException) -> str:
     """Return what was raised."""
     return f"{type(error).__name__}: {error}"[:MAX_DETAIL]
 
@@ -67,10 +74,10 @@ def described(error):
 class Lines:
     """Lines of JSON of a file descriptor."""
 
-    def __init__(self, descriptor):
+    def __init__(self, descriptor: int) -> None:
         self.descriptor, self._incoming, self.ended = descriptor, bytearray(), False
 
-    def read(self):
+    def read(self) -> list[dict[str, Any]]:
         """Read what is there, and return the lines that are whole."""
         chunk = os.read(self.descriptor, 1 << 16)
         self.ended = not chunk
@@ -79,7 +86,7 @@ class Lines:
         self._incoming[:] = rest
         return [json.loads(line) for line in whole if line.strip()]
 
-    def wait(self):
+    def wait(self) -> dict[str, Any] | None:
         """Return the next line, which comes alone; None at the end."""
         while not self.ended:
             if found := self.read():
@@ -87,7 +94,7 @@ class Lines:
         return None
 
 
-def told(task):
+def told(task: Any) -> dict[str, Any]:
     """Return what the run may know of a task: what it says first."""
     data = task.data
     prompt = data.prompt
@@ -99,34 +106,27 @@ def told(task):
 class Stage:
     """A taskset and its environment, as loaded."""
 
-    def __init__(self, config, most):
-        import logging
-
+    def __init__(self, config: dict[str, Any], most: int) -> None:
         logging.disable(logging.WARNING)
-        import verifiers.v1 as vf
-        from verifiers.v1.utils.loaders import (
-            default_harness_id,
-            env_config_type,
-            load_environment,
-            resolve_env_config,
-        )
+        vf: Any = importlib.import_module("verifiers.v1")
+        loaders: Any = importlib.import_module("verifiers.v1.utils.loaders")
 
         self._vf = vf
         _define_harness(vf)
         config = dict(config)
         taskset = config["taskset"]["id"]
-        if "agent" in env_config_type(taskset, config.get("id") or "").model_fields:
-            agent = {"runtime": {"type": "subprocess"}, "network_notice": False}
-            if default_harness_id(taskset) == "bash":  # the taskset has none of its own
+        if "agent" in loaders.env_config_type(taskset, config.get("id") or "").model_fields:
+            agent: dict[str, Any] = {"runtime": {"type": "subprocess"}, "network_notice": False}
+            if loaders.default_harness_id(taskset) == "bash":  # the taskset has none of its own
                 agent["harness"] = {"id": HARNESS}
             config["agent"] = {**agent, **(config.get("agent") or {})}
-        self.environment = load_environment(resolve_env_config(config))
+        self.environment = loaders.load_environment(loaders.resolve_env_config(config))
         self.tasks = list(itertools.islice(self.environment.taskset, most))
         if not self.tasks:
             raise ValueError("the taskset has no tasks")
-        self._context = None
+        self._context: Any = None
 
-    def prepare(self, model):
+    def prepare(self, model: dict[str, Any]) -> None:
         """Make the renderer of a tokenizer, and note where the model answers."""
         vf = self._vf
         renderer = model.get("renderer")
@@ -137,9 +137,8 @@ class Stage:
             renderer_model_name=model["tokenizer"],
             renderer={"name": renderer} if isinstance(renderer, str) else renderer,
         )
-        from verifiers.v1.clients.train import ElasticRendererPool
-
-        pool = ElasticRendererPool(client.renderer_model_name, client.renderer, multiplex=client.multiplex)
+        renderers: Any = importlib.import_module("verifiers.v1.clients.train")
+        pool = renderers.ElasticRendererPool(client.renderer_model_name, client.renderer, multiplex=client.multiplex)
         slot = asyncio.run(pool.grow())  # before the forks, which share it
         stops = set(slot.renderer.get_stop_token_ids())
         if unknown := sorted(stops - set(model["stops"])):
@@ -150,16 +149,12 @@ class Stage:
         sampling = vf.types.SamplingConfig(temperature=model["temperature"])
         self._context = vf.ModelContext(model=model["name"], client=client, sampling=sampling)
 
-    def context(self, seat):
+    def context(self, seat: int) -> Any:
         """Return the model's address for one episode: its number is the seed of the requests."""
-        import dataclasses
-
         sampling = self._context.sampling.model_copy(update={"seed": seat})
-        if dataclasses.is_dataclass(self._context):
-            return dataclasses.replace(self._context, sampling=sampling)
-        return self._context.model_copy(update={"sampling": sampling})
+        return replace(self._context, sampling=sampling)
 
-    async def play(self, order, begin):
+    async def play(self, order: dict[str, Any], begin: Callable[[], Any]) -> dict[str, Any]:
         """Play one episode and return what became of it."""
         task = self.tasks[order["task"]]
         async with self.environment.serving():
@@ -168,7 +163,7 @@ class Stage:
         return result(episode)
 
 
-def result(episode):
+def result(episode: Any) -> dict[str, Any]:
     """Return what became of an episode, in numbers and words."""
     errors = [f"{e.type}: {e.message}" for e in episode.errors]
     traces = list(episode.traces)
@@ -184,7 +179,7 @@ def result(episode):
     }
 
 
-def numbers(trace):
+def numbers(trace: Any) -> dict[str, float]:
     """Return the metrics of a trace, and its rewards where they are several."""
     found = {f"metric/{name}": value for name, value in dict(trace.metrics).items()}
     if len(trace.rewards) > 1:
@@ -193,10 +188,11 @@ def numbers(trace):
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
-def _define_harness(vf):
+def _define_harness(vf: Any) -> None:
     """Make known a harness that holds its chat in this process: no program is started for a turn."""
     import httpx
-    from verifiers.v1.dialects.chat import message_to_wire
+
+    message_to_wire: Any = importlib.import_module("verifiers.v1.dialects.chat").message_to_wire
 
     class SapoChatConfig(vf.HarnessConfig):
         pass
@@ -207,7 +203,9 @@ def _define_harness(vf):
         EXECUTES_CODE = False
         NEEDS_CONTAINER = False
 
-        async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data, **_):
+        async def launch(  # its arguments are verifiers'
+            self, ctx: Any, trace: Any, runtime: Any, endpoint: str, secret: str, mcp_urls: Any, data: Any, **_: Any
+        ) -> Any:
             system, prompt = self.resolve_prompt(data)
             messages = [{"role": "system", "content": system}] if system else []
             if isinstance(prompt, str):
@@ -224,19 +222,30 @@ def _define_harness(vf):
             return vf.ProgramResult(0 if fine else 1, "", answer.text[-500:])
 
     module = types.ModuleType(HARNESS)
-    module.SapoChat, module.SapoChatConfig, module.__all__ = SapoChat, SapoChatConfig, ["SapoChat", "SapoChatConfig"]
+    vars(module).update(SapoChat=SapoChat, SapoChatConfig=SapoChatConfig, __all__=["SapoChat", "SapoChatConfig"])
     SapoChat.__module__ = SapoChatConfig.__module__ = HARNESS
     sys.modules[HARNESS] = module
+
+
+@dataclass
+class Player:
+    """The process of one episode."""
+
+    number: int
+    pid: int
+    said: bytearray = field(default_factory=bytearray)
+    until: float | None = None
+    """When it is killed, once nobody waits for it."""
 
 
 class Host:
     """Forks a player for every order, and hands on what it says."""
 
-    def __init__(self, stage, orders, out):
+    def __init__(self, stage: Stage, orders: Lines, out: TextIO) -> None:
         self._stage, self._orders, self._out = stage, orders, out
-        self._players = {}  # descriptor of its pipe -> [number, pid, what it has said, when it is killed]
+        self._players: dict[int, Player] = {}  # by the descriptors of their pipes
 
-    def run(self):
+    def run(self) -> None:
         """Serve until there are no orders any more."""
         poll = select.poll()
         poll.register(self._orders.descriptor, select.POLLIN)
@@ -248,14 +257,14 @@ class Host:
                 else:
                     self._hear(descriptor, poll)
             self._kill_late()
-        for _, pid, _, _ in self._players.values():
-            kill(pid, signal.SIGKILL)
+        for player in self._players.values():
+            kill(player.pid, signal.SIGKILL)
 
-    def _patience(self):
-        late = [until for _, _, _, until in self._players.values() if until]
+    def _patience(self) -> float:
+        late = [player.until for player in self._players.values() if player.until]
         return max(0.0, min(late) - time.monotonic()) if late else 60.0
 
-    def _carry_out(self, order, poll):
+    def _carry_out(self, order: dict[str, Any], poll: Any) -> None:
         if "model" in order:
             try:
                 self._stage.prepare(order["model"])
@@ -269,11 +278,11 @@ class Host:
             self._fork(order, poll)
         elif "cancel" in order:
             for player in self._players.values():
-                if player[0] == order["cancel"] and player[3] is None:
-                    kill(player[1], signal.SIGTERM)
-                    player[3] = time.monotonic() + GRACE
+                if player.number == order["cancel"] and player.until is None:
+                    kill(player.pid, signal.SIGTERM)
+                    player.until = time.monotonic() + GRACE
 
-    def _fork(self, order, poll):
+    def _fork(self, order: dict[str, Any], poll: Any) -> None:
         read, write = os.pipe()
         me = os.getpid()
         with warnings.catch_warnings():
@@ -288,10 +297,10 @@ class Host:
         if pid == 0:
             self._become_player(order, write, me)
         os.close(write)
-        self._players[read] = [order["play"], pid, bytearray(), None]
+        self._players[read] = Player(order["play"], pid)
         poll.register(read, select.POLLIN)
 
-    def _become_player(self, order, write, parent):
+    def _become_player(self, order: dict[str, Any], write: int, parent: int) -> NoReturn:
         try:
             os.setsid()
             if sys.platform == "linux":
@@ -309,43 +318,43 @@ class Host:
                 sys.stderr.flush()
             os._exit(0)  # no way back into the loop of the host
 
-    def _hear(self, descriptor, poll):
+    def _hear(self, descriptor: int, poll: Any) -> None:
         player = self._players[descriptor]
         if chunk := os.read(descriptor, 1 << 16):
-            player[2] += chunk
-            if player[2].startswith(BEGAN):
-                del player[2][: len(BEGAN)]
-                say(self._out, began=player[0])
+            player.said += chunk
+            if player.said.startswith(BEGAN):
+                del player.said[: len(BEGAN)]
+                say(self._out, began=player.number)
             return
         poll.unregister(descriptor)
         os.close(descriptor)
-        number, pid, said, until = self._players.pop(descriptor)
-        kill(pid, signal.SIGKILL)  # it may have closed its pipe only; and what it has started
-        _, status = os.waitpid(pid, 0)
+        del self._players[descriptor]
+        kill(player.pid, signal.SIGKILL)  # it may have closed its pipe only; and what it has started
+        _, status = os.waitpid(player.pid, 0)
         try:
-            message = json.loads(said)
+            message = json.loads(player.said)
         except ValueError:
             code = os.waitstatus_to_exitcode(status)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             message = {"ok": False, "error": f"the process of the episode {how}"}
-        if until is None:
-            say(self._out, played=number, **message)
+        if player.until is None:
+            say(self._out, played=player.number, **message)
 
-    def _kill_late(self):
+    def _kill_late(self) -> None:
         for player in self._players.values():
-            if player[3] and time.monotonic() >= player[3]:
-                kill(player[1], signal.SIGKILL)
-                player[3] = time.monotonic() + 60
+            if player.until and time.monotonic() >= player.until:
+                kill(player.pid, signal.SIGKILL)
+                player.until = time.monotonic() + 60
 
 
-def kill(pid, number):
+def kill(pid: int, number: int) -> None:
     """Send a signal to a player and all of its session."""
     for send in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             send(pid, number)
 
 
-def play_one(stage, order, write):
+def play_one(stage: Stage, order: dict[str, Any], write: int) -> None:
     """Play an episode and write what became of it."""
     random.seed(order["seed"])
     if "numpy" in sys.modules:
