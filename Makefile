@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 RUN_VISION ?= runs/vision_quickstart
 RUN_DEMO ?= runs/smollm2_sums
 
-.PHONY: quickstart vision demo test test-oldest browser test-gpu test-scale test-ray test-verl test-vllm docs test-docs reference lint types bench bench-vllm trials sanitize evidence clean
+.PHONY: quickstart vision demo test test-oldest browser test-gpu test-scale test-ray test-verifiers test-verl test-vllm test-environments docs test-docs reference lint types bench bench-vllm trials sanitize evidence clean
 
 quickstart: .venv/installed ## cold-start a small model, train it with SAPO, evaluate it
 	$(BIN)/sapo train quickstart run_dir=$(RUN)
@@ -44,8 +44,14 @@ test-ray: .venv-ray/installed ## runs on a Ray cluster of two nodes, which are t
 test-vllm: .venv-vllm/installed ## the engine `vllm`, on vLLM's CPU build
 	.venv-vllm/bin/python -m pytest tests/rollout/vllm
 
+test-verifiers: .venv/installed-dev .venv-verifiers/installed ## environments of verifiers 0.4, in its own Python
+	$(BIN)/python -m pytest -m verifiers tests/environments/real_verifiers
+
 test-verl: .venv-verl/installed ## parity with verl, our losses in its registry, the laws on its losses
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/conformance/test_peers.py -k verl
+
+test-environments: .venv-environments/installed ## the adapters on skyrl-gym, on a server of OpenEnv and beside TRL's own trainer
+	.venv-environments/bin/python -m pytest tests/environments/real
 
 # The warning that is silenced is an advertisement of the theme's for a builder of its own.
 docs: .venv-docs/installed ## the documentation site into build/site, without a warning and without a network
@@ -93,7 +99,7 @@ evidence: .venv/installed-dev ## the runs behind research/evidence.md, two to th
 	$(BIN)/python -m research.evidence
 
 clean: ## what was built; runs/ stays
-	rm -rf .venv .venv-docs .venv-ray .venv-verl .venv-vllm .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-ray .venv-verifiers .venv-verl .venv-vllm .venv-environments .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: constraints.txt names its CPU build, and a resolver that meets torch as a dependency may take
 # another build with gigabytes of CUDA libraries.
@@ -125,4 +131,10 @@ clean: ## what was built; runs/ stays
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/$*-requirements.txt
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-venv.pth
+	@touch $@
+
+# verifiers has its own pins, and is another process's: its environment does not look into .venv.
+.venv-verifiers/installed: tests/verifiers-requirements.txt
+	$(PYTHON) -m venv .venv-verifiers
+	.venv-verifiers/bin/python -m pip install --quiet --disable-pip-version-check -r tests/verifiers-requirements.txt
 	@touch $@

@@ -16,7 +16,7 @@ import pytest
 
 from sapo.data import Prompt, Score, Status
 from sapo.environments import Environment
-from sapo.environments.adapters.openenv import OpenEnvEnvironment
+from sapo.environments.adapters.openenv import OpenEnvEnvironment, text_of
 from sapo.environments.adapters.skyrl import SkyRlEnvironment
 from sapo.environments.adapters.trl import TrlEnvironment
 from sapo.environments.side import Side
@@ -260,10 +260,13 @@ class Client:
         return SimpleNamespace(observation=said, reward=float("7" in action), done=done)
 
 
-class SyncClient(Client):
+class SyncClient:
     """As the same client made synchronous."""
 
-    __aenter__ = None  # type: ignore[assignment]
+    open = 0
+
+    def __init__(self) -> None:
+        self.client = Client()
 
     def __enter__(self) -> SyncClient:
         type(self).open += 1
@@ -273,13 +276,10 @@ class SyncClient(Client):
         type(self).open -= 1
 
     def reset(self, seed: int | None = None) -> Any:
-        return asyncio.run(Client.reset(self, seed))
+        return asyncio.run(self.client.reset(seed))
 
     def step(self, action: Any) -> Any:
-        return asyncio.run(Client.step(self, action))
-
-
-del SyncClient.__aenter__
+        return asyncio.run(self.client.step(action))
 
 
 def test_an_openenv_session_is_stepped_and_closed() -> None:
@@ -297,6 +297,58 @@ def test_a_lost_connection_fails_the_episode_and_is_closed() -> None:
     with pytest.raises(ConnectionError):
         play(OpenEnvEnvironment(Rows(), Lost), PROMPT, "7")
     assert Lost.open == 0
+
+
+class Dispatching(Client):
+    """As the client of OpenEnv 0.10: its methods are plain functions, for coroutines where a loop runs."""
+
+    def reset(self, seed: int | None = None) -> Any:
+        asyncio.get_running_loop()  # elsewhere it would open a second connection, and wait for it
+        return super().reset(seed)
+
+    def step(self, action: Any) -> Any:
+        asyncio.get_running_loop()
+        return super().step(action)
+
+
+class Delegating:
+    """As what `sync()` makes of it: it has every name of the other, and `with` alone."""
+
+    def __init__(self) -> None:
+        self.client = SyncClient()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(Client if name == "__aenter__" else self.client, name)
+
+    def __enter__(self) -> Any:
+        return self.client.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.client.__exit__(*error)
+
+
+@pytest.mark.parametrize("kind", [Dispatching, SyncClient, Delegating])
+def test_every_kind_of_openenv_client_is_stepped_in_its_own_way(kind: Any) -> None:
+    score, shown = play(OpenEnvEnvironment(Rows(), kind), PROMPT, "7", "6")
+    assert (score.reward, list(shown)) == (1.0, ["seed None", "turn 1"])
+    assert Client.open == SyncClient.open == 0
+
+
+def test_an_openenv_episode_whose_last_step_has_no_reward_cannot_be_scored() -> None:
+    """NaN has no place in JSON: the server sends null."""
+
+    class Unscored(Client):
+        async def step(self, action: Any) -> Any:
+            result = await super().step(action)
+            return SimpleNamespace(observation=result.observation, done=result.done, reward=None)
+
+    with pytest.raises(ValueError, match="the last step has no reward, or NaN"):
+        play(OpenEnvEnvironment(Rows(), Unscored), PROMPT, "7", "7")
+
+
+def test_an_openenv_observation_without_a_text_says_all_but_its_reward() -> None:
+    typed = SimpleNamespace(model_dump=lambda: {"left": 3, "reward": 0.5, "done": False, "metadata": {}})
+    assert text_of(typed) == "{'left': 3}"
 
 
 # ------------------------------------------------------------------------------------------------------------- hanging

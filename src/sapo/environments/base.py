@@ -6,7 +6,7 @@ lets the model answer, and `try ... finally` closes what it opened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -81,6 +81,8 @@ class Turn:
     """`length` where the turn was cut by a limit."""
     calls: tuple[ToolCall, ...] = ()
     """The tool calls in it, for a model whose format has them."""
+    logprobs: tuple[float, ...] = ()
+    """Log-probability of each token as it was drawn, where whoever drew says them."""
 
 
 class Ask(Protocol):
@@ -102,6 +104,40 @@ class Ask(Protocol):
             OutOfBudget: the episode may go no further.
         """
         ...
+
+
+class TokenAsk(Ask, Protocol):
+    """An `ask` for those who encode what the model reads themselves."""
+
+    async def go_on(self, history: Sequence[int], *, max_tokens: int | None = None) -> Turn:
+        """Let the model go on from a history: the ids of all that it is to see, its own turns among them.
+
+        What the history shares with what the model has seen stays as it is; what differs from there on becomes an
+        observation, and a rewritten history a branch (`Observation.keep`).
+
+        Raises:
+            OutOfBudget: the episode may go no further.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What an environment that encodes for itself has to know of the model and of how is drawn.
+
+    >>> Drawing(lambda path: None, 4096, 64, 1.0, (1,)).max_length
+    4096
+    """
+
+    save_tokenizer: Callable[[str], Any]
+    """Writes the model's tokenizer into a directory, in the form of transformers."""
+    max_length: int | None
+    """Longest episode in tokens; None where nothing limits it."""
+    max_new_tokens: int
+    """Most tokens that the model draws in an episode."""
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    """What ends a turn."""
 
 
 @runtime_checkable
@@ -126,6 +162,19 @@ class Environment(Protocol):
 
         An exception raised here, a score that is none, or a reward that is no finite number is an error of the
         environment: the episode leaves loss and baseline. It is not an answer of the model's.
+        """
+        ...
+
+
+@runtime_checkable
+class TokenEnvironment(Environment, Protocol):
+    """An environment that encodes what the model reads itself: it is played with a `TokenAsk`."""
+
+    def prepare(self, drawing: Drawing) -> None:
+        """Make ready to play with a model. Called before each round of episodes, most often with the same.
+
+        Raises:
+            TaskError: it cannot.
         """
         ...
 

@@ -16,6 +16,10 @@ episodes, and no model could read it."""
 WHILE_OPEN = "ask was called while the model's turn was open; await one before the next"
 
 
+class EpisodeError(Exception):
+    """An environment failed elsewhere; the text says how, and the place where this is raised says nothing."""
+
+
 def check_observation(observation: Any) -> None:
     """Refuse what no model can be shown.
 

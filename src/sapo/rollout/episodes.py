@@ -26,9 +26,19 @@ from sapo.config.rollout import TurnsConfig
 from sapo.data import Completion, Observation, Prompt, Score, Status
 from sapo.data.rollouts import FinishReason
 from sapo.data.transcripts import speakers_of
-from sapo.environments import Answer, Environment, Episode, Messages, OutOfBudget, Turn, is_environment
+from sapo.environments import (
+    Answer,
+    Drawing,
+    Environment,
+    Episode,
+    Messages,
+    OutOfBudget,
+    TokenEnvironment,
+    Turn,
+    is_environment,
+)
 from sapo.environments.clock import CLOCK
-from sapo.environments.failures import WHILE_OPEN, check_observation
+from sapo.environments.failures import WHILE_OPEN, EpisodeError, check_observation
 from sapo.environments.wrapping import Wrapped
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
@@ -84,8 +94,10 @@ class _Episode:
     logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
+    base: tuple[int, ...] = ()
+    """Ids of the prompt that the model sees: all of them, unless a history that another encoded begins otherwise."""
     seen: list[int] = field(default_factory=list)
-    """All ids after the prompt."""
+    """All ids after these that the model sees."""
     taken: list[Turn] = field(default_factory=list)
     """Its turns, for a judge of the group."""
     heard: list[str] = field(default_factory=list)
@@ -98,8 +110,8 @@ class _Episode:
     """Which budget ended it, in words; empty while none did."""
     asked: asyncio.Future[Turn] | None = None
     """What its environment waits for."""
-    said: tuple[tuple[int, ...], str] | None = None
-    """Observation of the present ask, not yet part of the episode."""
+    said: tuple[tuple[int, ...], str, int | None] | None = None
+    """Observation of the present ask, not yet part of the episode: ids, text, and how many ids before it stay."""
     speakers: tuple[tuple[str, int], ...] = ()
     """Who speaks in it."""
     limit: int = 0
@@ -132,6 +144,10 @@ class _Ask:
     async def __call__(self, observation: str | Messages = "", *, max_tokens: int | None = None) -> Turn:
         """Show the model an observation and return its answer."""
         return await self._driver.ask(self._episode, observation, max_tokens)
+
+    async def go_on(self, history: Sequence[int], *, max_tokens: int | None = None) -> Turn:
+        """Let the model go on from a history that another has encoded; see `environments.TokenAsk`."""
+        return await self._driver.go_on(self._episode, history, max_tokens)
 
 
 class _Clock:
@@ -186,11 +202,25 @@ class EpisodeDriver:
             ConfigError: the engine gave something other than it was asked for; see `draw`.
             Interrupted: when `should_stop` says so. Environments are cancelled, and nothing is kept.
         """
+        self._prepare(plays)
         wave = _Wave(self, plays, self._elsewhere(plays))
         run_to_end(wave.run())
         wave.judge()
         wave.judge_groups()
         return wave.completions()
+
+    def _prepare(self, plays: Sequence[Play]) -> None:
+        """Tell environments that encode what the model reads by which tokenizer, and how is drawn.
+
+        Raises:
+            TaskError: one could not make itself ready.
+        """
+        for environment in {id(play.environment): play.environment for play in plays}.values():
+            if isinstance(environment, TokenEnvironment):
+                length = None if math.isinf(self.length) else int(self.length)
+                stops, temperature = tuple(sorted(self.params.stop_token_ids)), self.params.temperature
+                save = self.policy.tokenizer.save_pretrained
+                environment.prepare(Drawing(save, length, self.params.max_new_tokens, temperature, stops))
 
     def _elsewhere(self, plays: Sequence[Play]) -> dict[int, Elsewhere]:
         """Return, by their ids, the environments that play in processes of their own, which have loaded them.
@@ -232,7 +262,10 @@ class _Wave:
         self._elsewhere = elsewhere
         seed = driver.params.seed
         self.episodes = [
-            _Episode(play, place, sample, seed_for(seed, f"episode/{play.prompt.task}/{play.prompt.id}/{sample}"))
+            _Episode(
+                *(play, place, sample, seed_for(seed, f"episode/{play.prompt.task}/{play.prompt.id}/{sample}")),
+                base=play.prompt.token_ids,
+            )
             for place, play in enumerate(plays)
             for sample in range(play.samples)
         ]
@@ -367,6 +400,32 @@ class _Wave:
 
     async def ask(self, episode: _Episode, observation: str | Messages, max_tokens: int | None) -> Turn:
         """Wait for the model's next turn; see `environments.Ask`."""
+        self._check_ask(episode, max_tokens)
+        ids, text = self._encoded(episode, observation)
+        speakers = () if isinstance(observation, str) else speakers_of(observation)
+        return await self._next_turn(episode, (ids, text, None), speakers, max_tokens)
+
+    async def go_on(self, episode: _Episode, history: Sequence[int], max_tokens: int | None) -> Turn:
+        """Wait for the model's next turn after a history that was encoded elsewhere; see `environments.TokenAsk`.
+
+        What it shares with what the model has seen stays, and the rest is an observation.
+        """
+        self._check_ask(episode, max_tokens)
+        ids = tuple(history)
+        if not ids:
+            raise ValueError("a history must have a token or more; got none")
+        vocabulary = self.driver.policy.head_weight.shape[0]
+        if not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+            raise ValueError(f"a history must have token ids from 0 to {vocabulary - 1}; use the model's tokenizer")
+        if episode.play.prompt.pictures:
+            raise ValueError("a history that was encoded elsewhere has no pictures; use prompts of text alone")
+        seen = (*episode.base, *episode.seen)
+        kept = next((i for i, (a, b) in enumerate(zip(seen, ids, strict=False)) if a != b), min(len(seen), len(ids)))
+        if not episode.turns and kept == len(ids) < len(seen):
+            kept -= 1  # nothing is said then, and the first turn needs no observation: let the last token be one
+        return await self._next_turn(episode, (ids[kept:], "", kept if kept < len(seen) else None), (), max_tokens)
+
+    def _check_ask(self, episode: _Episode, max_tokens: int | None) -> None:
         if episode.score is not None:
             raise RuntimeError("ask was called after the episode had ended")
         if episode.asked is not None:
@@ -376,19 +435,29 @@ class _Wave:
             raise RuntimeError(episode.score.detail)
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more; got {max_tokens}; leave it out")
-        ids, text = self._encoded(episode, observation)
+
+    async def _next_turn(
+        self,
+        episode: _Episode,
+        said: tuple[tuple[int, ...], str, int | None],
+        speakers: tuple[tuple[str, int], ...],
+        max_tokens: int | None,
+    ) -> Turn:
+        """Wait for the turn that answers an observation, where the budgets leave room for one."""
+        ids, _, kept = said
+        dropped = 0 if kept is None else self._length(episode) - kept
         if not episode.cut:
-            episode.cut = self._spent(episode, len(ids))
+            episode.cut = self._spent(episode, len(ids) - dropped)
         if episode.cut:
             await asyncio.sleep(0)  # an environment that asks on and on can then be cancelled
             raise OutOfBudget(episode.cut)
         left = self.driver.params.max_new_tokens - len(episode.token_ids)
-        room = self.driver.length - self._length(episode) - len(ids)
+        room = self.driver.length - self._length(episode) - len(ids) + dropped
         budget, own = min(left, room), self.driver.turns.tokens_per_turn
         episode.limit = int(min(budget, own or budget, max_tokens or budget))
         episode.by_budget = episode.limit == budget and episode.limit != max_tokens
-        episode.said = (ids, text)
-        episode.speakers = () if isinstance(observation, str) else speakers_of(observation)
+        episode.said = said
+        episode.speakers = speakers
         episode.asked = asyncio.get_running_loop().create_future()
         self._stops_thinking(episode)
         return await episode.asked
@@ -410,7 +479,7 @@ class _Wave:
 
     @staticmethod
     def _length(episode: _Episode) -> int:
-        return len(episode.play.prompt.token_ids) + len(episode.seen)
+        return len(episode.base) + len(episode.seen)
 
     def _encoded(self, episode: _Episode, observation: str | Messages) -> tuple[tuple[int, ...], str]:
         """Return the ids of what an environment says, and its text.
@@ -508,6 +577,7 @@ class _Wave:
         members: list[list[_Episode]] = []
         for episode in asking:
             assert episode.said is not None, "an episode that asks has said something, if only nothing"
+            ids, _, kept = episode.said
             same = members[-1] if members else []
             if (
                 same
@@ -522,7 +592,7 @@ class _Wave:
                 continue
             requests.append(
                 Request(
-                    _followed(episode.play.prompt, (*episode.seen, *episode.said[0])),
+                    _followed(episode, ids, kept),
                     1,
                     (episode.limit,),
                     first_sample=episode.sample,
@@ -536,10 +606,13 @@ class _Wave:
         """Make a turn part of its episode and hand it to the environment."""
         assert episode.said is not None, "a turn answers an ask"
         assert episode.asked is not None, "a turn answers an ask"
-        ids, text = episode.said
+        ids, text, kept = episode.said
         if episode.turns or ids:
-            said = Observation(len(episode.token_ids), ids, text, speakers=episode.speakers)
+            said = Observation(len(episode.token_ids), ids, text, kept, speakers=episode.speakers)
             episode.observations.append(said)
+        if kept is not None:
+            episode.seen = episode.seen[: max(0, kept - len(episode.base))]
+            episode.base = episode.base[:kept]
         own = tuple(drawn.token_ids.tolist())
         episode.seen += [*ids, *own]
         episode.token_ids += own
@@ -550,7 +623,7 @@ class _Wave:
         if episode.by_budget and drawn.finish_reason == "length":
             episode.cut = self._full(episode)
         episode.text = self._text(episode.play.prompt, own)
-        turn = Turn(episode.text, own, drawn.finish_reason)
+        turn = Turn(episode.text, own, drawn.finish_reason, logprobs=tuple(drawn.logprobs.tolist()))
         episode.taken.append(turn)
         episode.heard.append(text)
         asked, episode.asked, episode.said = episode.asked, None, None
@@ -564,13 +637,16 @@ class _Wave:
         return read(own[:-1] if ended else own)
 
 
-def _followed(prompt: Prompt, ids: tuple[int, ...]) -> Prompt:
+def _followed(episode: _Episode, ids: tuple[int, ...], kept: int | None) -> Prompt:
     """Return a prompt with what followed it, whose tokens have their places in the text on all axes."""
+    prompt = episode.play.prompt
+    history = (*episode.base, *episode.seen)[:kept]
     tokens = prompt.picture_tokens
     if tokens is not None and tokens.positions is not None:
-        further = range(prompt.next_position, prompt.next_position + len(ids))
+        length = len(history) - len(prompt.token_ids) + len(ids)
+        further = range(prompt.next_position, prompt.next_position + length)
         tokens = replace(tokens, positions=tuple((*axis, *further) for axis in tokens.positions))
-    return replace(prompt, token_ids=(*prompt.token_ids, *ids), picture_tokens=tokens)
+    return replace(prompt, token_ids=(*history, *ids), picture_tokens=tokens)
 
 
 class PlainJoiner:
@@ -604,7 +680,7 @@ def joiners_for(policy: Policy, task: Any, form: PromptFormat, prompt: Prompt) -
     Raises:
         ModelError: the chat template has no way from one turn to the next that could be proven.
     """
-    if not is_environment(task):
+    if not is_environment(task) or isinstance(task, TokenEnvironment):  # which encodes for itself
         return {}
     if not form.is_chat(policy, prompt):
         speaks = isinstance(task, Wrapped) or hasattr(task, "toolbox")  # in messages, whatever the prompts are
@@ -676,5 +752,5 @@ def _timed_out(episode: _Episode, turns: TurnsConfig) -> Score:
 
 def _failed(episode: _Episode, error: BaseException) -> Score:
     """Return the score of an episode whose environment failed: what was raised, and where in its code."""
-    text = str(error) if isinstance(error, PlayError) else raised(error)
+    text = str(error) if isinstance(error, PlayError | EpisodeError) else raised(error)
     return Score(0.0, Status.ENVIRONMENT_ERROR, f"{text}, after turn {episode.turns}")

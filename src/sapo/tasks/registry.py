@@ -89,8 +89,8 @@ def make_task(kind: str, /, *, seed: int, **options: Any) -> Task:
 
         tools: functions that the model may call before it answers, names of ours or `module:function`.
         calls: how it writes calls (sapo.environments.calls).
-        environment: `trl:module:Class`, `skyrl:name` or `openenv:module:Client`, or an object with this as `name` and
-            the adapter's options; it plays the task's prompts.
+        environment: `trl:module:Class`, `skyrl:name`, `openenv:module:Client` or `verifiers:taskset`, or an object with
+            this as `name` and the adapter's options; it plays the task's prompts.
 
     Raises:
         TaskError: the task or an option is unknown, or an option is missing or wrong. The nearest known name is given.

@@ -11,10 +11,18 @@ from sapo.environments.adapters.trl import TrlEnvironment
 from sapo.errors import TaskError
 from sapo.utils.names import did_you_mean
 
+
+def _verifiers(name: str, task: Any, **options: Any) -> Any:
+    from sapo.environments.verifiers.environment import VerifiersEnvironment  # which loads a web server
+
+    return VerifiersEnvironment.named(name, task, **options)
+
+
 ADAPTERS: dict[str, Callable[..., Any]] = {
     "trl": TrlEnvironment.named,
     "skyrl": SkyRlEnvironment.named,
     "openenv": OpenEnvEnvironment.named,
+    "verifiers": _verifiers,
 }
 """Adapters by the name that `environment` begins with."""
 
