@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sapo.config.rollout import TurnsConfig
-from sapo.data import Completion, Status
-from sapo.environments import toolkit
+from sapo.data import Completion, Prompt, Score, Status
+from sapo.environments import Answer, Messages, Turn, toolkit
 from sapo.errors import Interrupted, TaskError
 from sapo.model.policy import Policy
 from sapo.rollout.episodes import EpisodeDriver, Play, host_for
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.tasks import make_task
+from sapo.tasks.episodes import pool
 from sapo.tasks.episodes.origin import is_of_others, origin_of
-from sapo.tasks.episodes.pool import close_hosts
-from support.faulty_games import Faulty
+from sapo.tasks.episodes.pool import Elsewhere, PlayError, close_hosts, host_of
+from support.faulty_games import Faulty, MadeBy
 from support.trainer_cases import make_policy
 
 PATH = os.pathsep.join(sys.path)
@@ -96,7 +101,7 @@ FAILURES = {
     "scribbles": "the worker wrote what is no answer",
     "blocks_for_long": f"no answer within {SECONDS:g} s",
 }
-SAME = ["good", "chatty", "endless", "greedy_of_reward"]
+SAME = ["good", "chatty", "endless", "greedy_of_reward", "pauses_while_it_asks"]
 """What plays here as there, within its budgets or beyond."""
 HARMLESS = ["prints", "leaves_a_process", "ends_its_child", "spoils_its_module", "dies_once"]
 
@@ -150,6 +155,56 @@ def test_a_host_that_was_killed_is_started_again_and_costs_nothing(policy: Polic
     os.kill(guard, signal.SIGKILL)
     assert drive(policy, ["good"] * 2, task=task) == alone
     assert host.process_id() not in (None, guard)
+
+
+class Sevens:
+    """Asks a model that always says 7."""
+
+    seed = 1
+
+    async def __call__(self, observation: str | Messages = "", *, max_tokens: int | None = None) -> Turn:
+        return Turn("7", (1,), "stop")
+
+
+def play_alone(task: Any, play: str = "good", **metadata: object) -> Score | Answer:
+    """Play one episode in a process of its own, without a driver."""
+    made = origin_of(task)
+    assert made is not None
+    prompt = Prompt(0, "faulty", "", metadata={"play": play, **metadata})
+    return asyncio.run(Elsewhere(host_of(made), SECONDS).play(prompt, Sevens()))
+
+
+def test_a_process_that_does_not_begin_costs_its_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "BEGIN_DEADLINE", 0.5)
+    with pytest.raises(PlayError, match=r"^its worker process did not begin within 0.5 s$"):
+        play_alone(make_task(NAME, seed=0), hangs=MadeBy(time.sleep, 600))
+
+
+@pytest.mark.parametrize(("call", "what"), [(getitem, "KeyError: 'board'"), (os.stat, "FileNotFoundError: ")])
+def test_a_prompt_that_cannot_be_read_in_a_process_is_said(call: Callable[..., Any], what: str) -> None:
+    arguments = ({}, "board") if call is getitem else ("/board",)
+    with pytest.raises(PlayError, match=f"^its worker process cannot read the prompt: {what}"):
+        play_alone(make_task(NAME, seed=0), fails=MadeBy(call, *arguments))
+
+
+def test_a_host_takes_as_many_sockets_as_the_system_allows_and_says_when_it_can_take_no_more() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1000), hard))
+    try:
+        task = make_task(NAME, seed=0, refuses=False)  # of other options than those before: a host of its own
+        made = origin_of(task)
+        assert made is not None
+        host = host_of(made)
+        host.ready()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (child,) = psutil.Process(host.process_id()).children()
+    assert resource.prlimit(child.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (3, hard))
+    with pytest.raises(PlayError, match=r"no file descriptor left; raise the hard limit of open files \(ulimit -Hn\)"):
+        play_alone(task)
+    resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert play_alone(task) == Score(1.0)
 
 
 PROGRAM = """

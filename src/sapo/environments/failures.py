@@ -51,8 +51,16 @@ def described(error: BaseException, *files: str) -> str:
     """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in files]
     where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    return f"{name_error(error)[: MAX_DETAIL - 100]}{where}"
+
+
+def name_error(error: BaseException) -> str:
+    """Return the class and the text of what a user's code raised; the class alone where it has no text.
+
+    >>> name_error(KeyError("board"))
+    "KeyError: 'board'"
+    """
     try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # its __str__ is the environment's too
-        text = type(error).__name__
-    return f"{text[: MAX_DETAIL - 100]}{where}"
+        return f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit):  # its __str__ is the user's too
+        return type(error).__name__

@@ -48,7 +48,12 @@ class _Episode:
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
-        prompt, seed, seconds = _unpickle(await self._read())
+        frame = await self._read()
+        try:
+            prompt, seed, seconds = _unpickle(frame)
+        except BaseException as error:  # an object in the metadata may raise anything when it is made again
+            await self.send({"failed": f"its worker process cannot read the prompt: {described(error, __file__)}"})
+            return
         random.seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed % 2**32)
