@@ -321,7 +321,7 @@ FAILURES = {
     clings: "no answer within 0.2 s",
     blocks: "no answer within 0.2 s",
     blocks_and_asks: "no answer within 0.2 s",
-    no_score: "TypeError: verify must return a Score; got str",
+    no_score: "TypeError: play must return a Score; got str",
     not_a_number: "ValueError: a reward must be finite",
     says_bytes: "TypeError: an observation must be text or a list of messages; got bytes",
     says_what_cannot_be_encoded: "ValueError: the tokenizer cannot encode the observation",

@@ -85,7 +85,7 @@ FAILURES = {
     "exits": "SystemExit: 3",
     "hangs": f"no answer within {SECONDS:g} s",
     "clings": f"no answer within {SECONDS:g} s",
-    "no_score": "TypeError: verify must return a Score; got str",
+    "no_score": "TypeError: play must return a Score; got str",
     "not_a_number": "ValueError: a reward must be finite",
     "says_bytes": "TypeError: an observation must be text or a list of messages; got bytes",
     "says_what_cannot_be_encoded": "ValueError: the tokenizer cannot encode the observation",
@@ -157,21 +157,26 @@ def test_a_host_that_was_killed_is_started_again_and_costs_nothing(policy: Polic
     assert host.process_id() not in (None, guard)
 
 
-class Sevens:
-    """Asks a model that always says 7."""
+class Script:
+    """Asks a model that says what is written, and 7 after that."""
 
     seed = 1
 
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+        self.heard: list[str | Messages] = []
+
     async def __call__(self, observation: str | Messages = "", *, max_tokens: int | None = None) -> Turn:
-        return Turn("7", (1,), "stop")
+        self.heard.append(observation)
+        return Turn(self.texts.pop(0) if self.texts else "7", (1,), "stop")
 
 
-def play_alone(task: Any, play: str = "good", **metadata: object) -> Score | Answer:
+def play_alone(task: Any, ask: Script | None = None, **metadata: object) -> Score | Answer:
     """Play one episode in a process of its own, without a driver."""
     made = origin_of(task)
     assert made is not None
-    prompt = Prompt(0, "faulty", "", metadata={"play": play, **metadata})
-    return asyncio.run(Elsewhere(host_of(made), SECONDS).play(prompt, Sevens()))
+    prompt = Prompt(0, "faulty", "", metadata={"play": "good", **metadata})
+    return asyncio.run(Elsewhere(host_of(made), SECONDS).play(prompt, ask or Script()))
 
 
 def test_a_process_that_does_not_begin_costs_its_episode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +267,21 @@ def test_environments_of_ours_and_objects_play_in_this_process() -> None:
 
 def test_tools_of_ones_own_are_called_in_a_process_of_their_own(policy: Policy) -> None:
     """The rows and the verifier stay here: the process is told the prompt and answers with the last turn's text."""
-    task = make_task("arithmetic", seed=0, tools=["support.faulty_tools:twice"])
+    task = make_task("arithmetic", seed=0, tools=["support.faulty_tools:twice", "support.faulty_tools:where"])
     made = origin_of(task)
     assert made is not None
-    assert made.make().toolbox.names == ("twice",)
+    assert made.make().toolbox.names == ("twice", "where")
+    calls = ['{"name": "twice", "arguments": {"n": 21}}', '{"name": "where", "arguments": {}}']
+    script = Script("".join(f"<tool_call>{call}</tool_call>" for call in calls), "42")
+    answer = play_alone(task, script)
+    assert isinstance(answer, Answer)
+    assert answer.text == "42"
+    assert answer.figures["tools/twice/calls"] == answer.figures["tools/where/calls"] == 1.0
+    _, said = script.heard
+    assert not isinstance(said, str)
+    doubled, where = (str(message["content"]) for message in said)
+    assert doubled == "42"
+    assert int(where) != os.getpid()
     ((done,),) = drive(policy, ["-"], task=task)
     assert done.score.status in (Status.SCORED, Status.UNPARSEABLE, Status.TRUNCATED)
 
@@ -283,6 +299,8 @@ def test_programs_of_several_processes_take_turns() -> None:
         assert _in_a_fork(lambda: all(map(toolkit._take, cores))) == 1
         with toolkit._place():  # those of the process that has ended are free
             assert _in_a_fork(lambda: toolkit._take(0)) == 0
+            assert not toolkit._take(0), "another thread of this process has it"
+        assert _in_a_fork(lambda: toolkit._take(0)) == 1
     finally:
         toolkit._shared = None
 

@@ -37,7 +37,7 @@ from sapo.rollout.conversation import begin_conversation
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, max_length_of
 from sapo.rollout.judging import GroupToJudge, check_turn_rewards, has_judge, judge_groups, put_in_place
-from sapo.rollout.loops import GRACE, clocked, raised, run_to_end
+from sapo.rollout.loops import clocked, raised, run_to_end
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.rollout.reply_times import ReplyTimes
@@ -45,6 +45,7 @@ from sapo.tasks import score_groups
 from sapo.tasks.base import checked_score
 from sapo.tasks.episodes.origin import origin_of
 from sapo.tasks.episodes.pool import Elsewhere, Host, PlayError, host_of
+from sapo.tasks.episodes.wire import GRACE
 from sapo.utils.hashing import seed_for
 from sapo.utils.spans import span
 
@@ -350,7 +351,7 @@ class _Wave:
             if episode.score is None and (not episode.cut or self._scores_truncated(episode)):
                 episode.answer = returned
         else:
-            score = checked_score(returned)
+            score = checked_score(returned, "play")
             check_turn_rewards(score, episode.turns)
         if episode.cut and not self._scores_truncated(episode):
             return replace(_truncated(episode), figures=score.figures)

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sapo.environments import toolkit
-from sapo.environments.failures import name_error
 from sapo.tasks.episodes.player import play_one
 from sapo.tasks.episodes.wire import ENDED, ENDING, GRACE, LOST
 from sapo.tasks.workers.guard import children, die_with, stand_guard
 from sapo.tasks.workers.wire import MAX_DETAIL, framed, read_frame
 from sapo.utils.signals import ANNOUNCING, ignore, outlive
+from sapo.utils.text import name_error
 
 _PR_SET_CHILD_SUBREAPER = 36
 

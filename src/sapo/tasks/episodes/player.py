@@ -190,7 +190,7 @@ def _in_json(returned: Any) -> dict[str, Any]:
         TypeError, ValueError: it is neither a score nor an answer.
     """
     if not isinstance(returned, Answer):
-        return {"score": score_to_json(checked_score(returned))}
+        return {"score": score_to_json(checked_score(returned, "play"))}
     if not isinstance(returned.text, str):
         raise TypeError(f"an answer must be a text; got {type(returned.text).__name__}")
     figures = {str(name): float(value) for name, value in returned.figures.items()}

@@ -26,13 +26,13 @@ from typing import Any, NoReturn
 from sapo.data import Prompt, Score
 from sapo.environments.base import Answer, Ask, Messages, OutOfBudget, Turn
 from sapo.environments.clock import off_the_clock
-from sapo.environments.failures import name_error
 from sapo.errors import TaskError
 from sapo.tasks.episodes.origin import Origin
 from sapo.tasks.episodes.wire import ENDED, EPISODE, GRACE, LOST, MAX_FRAME, exit_code
 from sapo.tasks.workers.pool import LOAD_DEADLINE
 from sapo.tasks.workers.starting import Starter, end, has_ended, how_it_ended
 from sapo.tasks.workers.wire import Home, NonsenseError, framed, next_answer, score_from_json
+from sapo.utils.text import name_error
 
 PASSED = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "TERM"),
