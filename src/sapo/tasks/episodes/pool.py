@@ -57,6 +57,10 @@ class _DiedError(Exception):
     """A player ended before its episode did."""
 
 
+class _NothingSaidError(_DiedError):
+    """Its host did not say how it ended: it has died too, or never had the socket."""
+
+
 class Host:
     """A process that forks a player for every episode of one environment. It is started when it is needed.
 
@@ -131,8 +135,8 @@ class Host:
                     raise PlayError(f"its worker process did not begin within {BEGIN_DEADLINE:g} s")
                 await asyncio.wait((beginning,), timeout=left)
             said = beginning.result()
-        except _DiedError:
-            if self._has_lost_sockets():
+        except _NothingSaidError:
+            if await self._has_lost_socket():
                 raise PlayError(
                     "its worker process could not be started: the host of these processes has no file descriptor left; "
                     "raise the hard limit of open files (ulimit -Hn)"
@@ -146,8 +150,17 @@ class Host:
             raise PlayError(str(said.get("failed", _NO_ANSWER)))
         self._begun = time.monotonic()
 
-    def _has_lost_sockets(self) -> bool:
-        """Return whether the host has said that the socket of an episode did not reach it, once for each."""
+    async def _has_lost_socket(self) -> bool:
+        """Return whether the host says that the socket of an episode did not reach it; it does so a little later."""
+        until = time.monotonic() + GRACE
+        while not self._takes_lost():
+            if self._process is None or has_ended(self._process) or time.monotonic() > until:
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
+    def _takes_lost(self) -> bool:
+        """Take what the host says of one socket that did not reach it; return False where it says nothing."""
         if not self._lock.acquire(blocking=False):  # it is being started anew
             return False
         try:
@@ -246,7 +259,9 @@ class _Line:
                 chunk = b""
             if not chunk:
                 code = exit_code(self.incoming)
-                raise _DiedError("the host of its process died" if code is None else how_it_ended(code))
+                if code is None:
+                    raise _NothingSaidError("the host of its process died")
+                raise _DiedError(how_it_ended(code))
             self.incoming += chunk
         return answer
 
