@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="in small, to see that it works")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as is recorded
     case = CASES[arguments.model]
     if arguments.quick:
         case = Case(case.model, 2, 2, case.text, case.observation)

@@ -9,6 +9,7 @@ import pytest
 
 from sapo.data import Prompt, Score
 from sapo.environments import Ask, Environment, Episode, Turn, is_environment
+from sapo.environments.failures import MAX_OBSERVATION, check_observation
 
 
 class Echo:
@@ -51,3 +52,13 @@ def test_a_transcript_has_what_was_said_in_its_order(
 ) -> None:
     played = tuple(Turn(text, (1,), "stop") for text in turns)
     assert Episode(Echo().train_prompt(0), 0, played, observations, Score(1.0)).transcript == expected
+
+
+def test_the_texts_of_parts_count_towards_the_limit_of_an_observation() -> None:
+    parts = [{"type": "text", "text": "1" * (MAX_OBSERVATION // 2)} for _ in range(2)]
+    with pytest.raises(ValueError, match=f"at most {MAX_OBSERVATION} characters; got "):
+        check_observation([{"role": "tool", "content": parts}])
+    check_observation([{"role": "tool", "content": parts[:1]}])
+    circle: list[object] = ["1"]
+    circle.append(circle)
+    check_observation([{"role": "tool", "content": circle}])

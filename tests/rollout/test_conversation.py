@@ -15,7 +15,6 @@ from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.rollout.conversation import Waves, begin_conversation
 from sapo.rollout.engine import Request
-from sapo.rollout.local import engine as local
 from sapo.rollout.local.conversation import READ_TOKENS
 from sapo.rollout.local.cpu.own_tokens import OwnTokens
 from sapo.rollout.local.engine import LocalEngine, RowsInPlace
@@ -206,9 +205,8 @@ def test_prompts_that_come_later_are_drawn_beside_those_that_go_on(policies, pla
         for asked in (talks[:3], talks[:2] + talks[3:4], talks[1:], talks):
             later = [one.request((3,) if one.turns else (), 5) for one in asked]
             drawn = conversation.generate(later, params())
-            for one, request_, (completion,) in zip(asked, later, drawn, strict=True):
+            for one, (completion,) in zip(asked, drawn, strict=True):
                 one.take((3,) if one.turns else (), completion)
-                assert request_.prompt.id == one.first.prompt.id
         assert_plain(plain(policy), talks)
 
 
@@ -260,4 +258,35 @@ def test_few_samples_leave_room_for_the_many_that_follow(policies, plain, monkey
             one.take(said(one), completion)
     assert_plain(plain(policy), talks)
     assert (len(counted.prefilled), counted.given_up) == (1 + 6, 0)
-    assert sum(counted.prefilled) < local.PREFILL_TOKENS
+
+
+@pytest.mark.parametrize("graphs", [False, "eager"], ids=["step by step", "device steps"])
+def test_histories_that_were_given_up_keep_no_memory(policies, plain, graphs):
+    policy = policies("qwen3")
+    conversation = LocalEngine(policy, cuda_graphs=graphs).converse(params())
+    one = Talk(request(random_ids(6, 3)), 0)
+    one.take((), conversation.generate([one.first], params())[0][0])
+    for _ in range(5):
+        one.ids[-1] = (one.ids[-1] + 1) % 15  # another history than the row's
+        one.take((4,), conversation.generate([one.request((4,), 9)], params())[0][0])
+        cache = conversation._rows.cache
+        assert len(cache.pool_of) == 1
+        assert len(cache.pools) <= 2, "the history, and the one that made room for it"
+    assert_plain(plain(policy), [replace(one, turns=one.turns[-1:], begins=one.begins[-1:])])
+
+
+def test_a_generate_of_ones_own_draws_the_turns_too(policies, plain):
+    drawn: list[int] = []
+
+    class Counting(LocalEngine):
+        def generate(self, requests, *arguments, **options):
+            drawn.append(len(requests))
+            return super().generate(requests, *arguments, **options)
+
+    class Renamed(LocalEngine):
+        """Overrides nothing that draws."""
+
+    asked, policy = ragged_requests(), policies("qwen3")
+    assert_plain(plain(policy), talk(Counting(policy), asked, params()))
+    assert len(drawn) >= 3
+    assert Renamed(policy).converse(params()).in_place

@@ -21,6 +21,7 @@ from sapo.environments.tool_task import converse
 from sapo.environments.tools import Tool, Toolbox
 from sapo.errors import ConfigError, Interrupted
 from sapo.model.policy import Policy
+from sapo.rollout import episodes
 from sapo.rollout.engine import Request
 from sapo.rollout.episodes import EpisodeDriver, Play, check_environment, encode_observation
 from sapo.rollout.local.engine import LocalEngine
@@ -321,7 +322,7 @@ FAILURES = {
     clings: "no answer within 0.2 s",
     blocks: "no answer within 0.2 s",
     blocks_and_asks: "no answer within 0.2 s",
-    no_score: "TypeError: verify must return a Score; got str",
+    no_score: "TypeError: play must return a Score; got str",
     not_a_number: "ValueError: a reward must be finite",
     says_bytes: "TypeError: an observation must be text or a list of messages; got bytes",
     says_what_cannot_be_encoded: "ValueError: the tokenizer cannot encode the observation",
@@ -514,6 +515,19 @@ def test_environments_close_what_they_opened_when_a_run_is_stopped(policy: Polic
     with pytest.raises(Interrupted):
         driver.play([Play(game, prompt, 2)])
     assert opened == []
+
+
+def test_a_run_is_stopped_while_it_waits_for_environments(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "LOOK_EVERY", 0.05)
+    game = Game(hangs)
+    prompt = replace(game.train_prompt(0), token_ids=policy.encode("0+1"))
+    stops = iter([False])  # before the only token that the engine draws
+    driver = EpisodeDriver(
+        *(policy, LocalEngine(policy), params(policy), TurnsConfig(seconds_per_reply=600)),
+        should_stop=lambda: next(stops, True),
+    )
+    with pytest.raises(Interrupted):
+        driver.play([Play(game, prompt, 1)])
 
 
 def test_episodes_are_played_inside_a_running_loop_too(policy: Policy) -> None:

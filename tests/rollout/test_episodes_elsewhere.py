@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sapo.config.rollout import TurnsConfig
-from sapo.data import Completion, Status
-from sapo.environments import toolkit
+from sapo.data import Completion, Prompt, Score, Status
+from sapo.environments import Answer, Messages, Turn, toolkit
 from sapo.errors import Interrupted, TaskError
 from sapo.model.policy import Policy
 from sapo.rollout.episodes import EpisodeDriver, Play, host_for
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.tasks import make_task
+from sapo.tasks.episodes import pool
 from sapo.tasks.episodes.origin import is_of_others, origin_of
-from sapo.tasks.episodes.pool import close_hosts
-from support.faulty_games import Faulty
+from sapo.tasks.episodes.pool import Elsewhere, PlayError, close_hosts, host_of
+from support.faulty_games import Faulty, MadeBy
 from support.trainer_cases import make_policy
 
 PATH = os.pathsep.join(sys.path)
@@ -80,7 +85,7 @@ FAILURES = {
     "exits": "SystemExit: 3",
     "hangs": f"no answer within {SECONDS:g} s",
     "clings": f"no answer within {SECONDS:g} s",
-    "no_score": "TypeError: verify must return a Score; got str",
+    "no_score": "TypeError: play must return a Score; got str",
     "not_a_number": "ValueError: a reward must be finite",
     "says_bytes": "TypeError: an observation must be text or a list of messages; got bytes",
     "says_what_cannot_be_encoded": "ValueError: the tokenizer cannot encode the observation",
@@ -96,7 +101,7 @@ FAILURES = {
     "scribbles": "the worker wrote what is no answer",
     "blocks_for_long": f"no answer within {SECONDS:g} s",
 }
-SAME = ["good", "chatty", "endless", "greedy_of_reward"]
+SAME = ["good", "chatty", "endless", "greedy_of_reward", "pauses_while_it_asks"]
 """What plays here as there, within its budgets or beyond."""
 HARMLESS = ["prints", "leaves_a_process", "ends_its_child", "spoils_its_module", "dies_once"]
 
@@ -150,6 +155,61 @@ def test_a_host_that_was_killed_is_started_again_and_costs_nothing(policy: Polic
     os.kill(guard, signal.SIGKILL)
     assert drive(policy, ["good"] * 2, task=task) == alone
     assert host.process_id() not in (None, guard)
+
+
+class Script:
+    """Asks a model that says what is written, and 7 after that."""
+
+    seed = 1
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+        self.heard: list[str | Messages] = []
+
+    async def __call__(self, observation: str | Messages = "", *, max_tokens: int | None = None) -> Turn:
+        self.heard.append(observation)
+        return Turn(self.texts.pop(0) if self.texts else "7", (1,), "stop")
+
+
+def play_alone(task: Any, ask: Script | None = None, **metadata: object) -> Score | Answer:
+    """Play one episode in a process of its own, without a driver."""
+    made = origin_of(task)
+    assert made is not None
+    prompt = Prompt(0, "faulty", "", metadata={"play": "good", **metadata})
+    return asyncio.run(Elsewhere(host_of(made), SECONDS).play(prompt, ask or Script()))
+
+
+def test_a_process_that_does_not_begin_costs_its_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "BEGIN_DEADLINE", 0.5)
+    with pytest.raises(PlayError, match=r"^its worker process did not begin within 0.5 s$"):
+        play_alone(make_task(NAME, seed=0), hangs=MadeBy(time.sleep, 600))
+
+
+@pytest.mark.parametrize(("call", "what"), [(getitem, "KeyError: 'board'"), (os.stat, "FileNotFoundError: ")])
+def test_a_prompt_that_cannot_be_read_in_a_process_is_said(call: Callable[..., Any], what: str) -> None:
+    arguments = ({}, "board") if call is getitem else ("/board",)
+    with pytest.raises(PlayError, match=f"^its worker process cannot read the prompt: {what}"):
+        play_alone(make_task(NAME, seed=0), fails=MadeBy(call, *arguments))
+
+
+def test_a_host_takes_as_many_sockets_as_the_system_allows_and_says_when_it_can_take_no_more() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1000), hard))
+    try:
+        task = make_task(NAME, seed=0, refuses=False)  # of other options than those before: a host of its own
+        made = origin_of(task)
+        assert made is not None
+        host = host_of(made)
+        host.ready()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (child,) = psutil.Process(host.process_id()).children()
+    assert resource.prlimit(child.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (3, hard))
+    with pytest.raises(PlayError, match=r"no file descriptor left; raise the hard limit of open files \(ulimit -Hn\)"):
+        play_alone(task)
+    resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert play_alone(task) == Score(1.0)
 
 
 PROGRAM = """
@@ -207,10 +267,21 @@ def test_environments_of_ours_and_objects_play_in_this_process() -> None:
 
 def test_tools_of_ones_own_are_called_in_a_process_of_their_own(policy: Policy) -> None:
     """The rows and the verifier stay here: the process is told the prompt and answers with the last turn's text."""
-    task = make_task("arithmetic", seed=0, tools=["support.faulty_tools:twice"])
+    task = make_task("arithmetic", seed=0, tools=["support.faulty_tools:twice", "support.faulty_tools:where"])
     made = origin_of(task)
     assert made is not None
-    assert made.make().toolbox.names == ("twice",)
+    assert made.make().toolbox.names == ("twice", "where")
+    calls = ['{"name": "twice", "arguments": {"n": 21}}', '{"name": "where", "arguments": {}}']
+    script = Script("".join(f"<tool_call>{call}</tool_call>" for call in calls), "42")
+    answer = play_alone(task, script)
+    assert isinstance(answer, Answer)
+    assert answer.text == "42"
+    assert answer.figures["tools/twice/calls"] == answer.figures["tools/where/calls"] == 1.0
+    _, said = script.heard
+    assert not isinstance(said, str)
+    doubled, where = (str(message["content"]) for message in said)
+    assert doubled == "42"
+    assert int(where) != os.getpid()
     ((done,),) = drive(policy, ["-"], task=task)
     assert done.score.status in (Status.SCORED, Status.UNPARSEABLE, Status.TRUNCATED)
 
@@ -228,6 +299,8 @@ def test_programs_of_several_processes_take_turns() -> None:
         assert _in_a_fork(lambda: all(map(toolkit._take, cores))) == 1
         with toolkit._place():  # those of the process that has ended are free
             assert _in_a_fork(lambda: toolkit._take(0)) == 0
+            assert not toolkit._take(0), "another thread of this process has it"
+        assert _in_a_fork(lambda: toolkit._take(0)) == 1
     finally:
         toolkit._shared = None
 

@@ -132,12 +132,22 @@ async def cancels_itself(prompt: Prompt, episodes: list[Episode]) -> list[Score]
     raise asyncio.CancelledError
 
 
+class NoTextError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+
+async def raises_without_a_text(prompt: Prompt, episodes: list[Episode]) -> list[Score]:
+    raise NoTextError
+
+
 FAILURES = {
+    raises_without_a_text: "NoTextError (test_judging.py:",
     raises: "KeyError: 'model' (test_judging.py:",
     exits: "SystemExit: 2",
     too_few: "ValueError: judge must return a list with a score for each of the 4 episodes; got 1",
     no_list: "ValueError: judge must return a list with a score for each of the 4 episodes; got Score",
-    no_scores: "TypeError: verify must return a Score; got float",
+    no_scores: "TypeError: judge must return a Score; got float",
     not_a_number: "ValueError: a reward must be finite; got nan",
     other_turns: "ValueError: turn_rewards must be one for each of the 2 turns that were drawn; got 1",
     hangs: "no judgement within 0.4 s",

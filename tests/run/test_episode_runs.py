@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import yaml
 
 import sapo
 from sapo.config.rollout import RolloutConfig, TurnsConfig
+from sapo.data import Prompt, Score
+from sapo.environments import Ask
 from sapo.errors import ConfigError, Interrupted, RewardError
 from sapo.rollout.episodes import _Wave
 from sapo.run.preflight import _played_here, load_tasks
+from sapo.tasks.episodes.origin import Origin, note_origin
 from sapo.tasks.episodes.pool import close_hosts
 from support.game import GAME
 from support.runs import fingerprint, metrics, write_model
@@ -170,6 +174,20 @@ def test_a_mixture_of_single_turns_and_episodes_keeps_both(tmp_path: Path) -> No
     assert not any(k.startswith("task/arithmetic") and k.endswith("turns/mean") for k in step)
 
 
+class Slotted:
+    __slots__ = ()
+    name = "slotted"
+
+    def train_prompt(self, index: int) -> Prompt:
+        return Prompt(index, self.name, "1+1")
+
+    def held_out(self, count: int) -> list[Prompt]:
+        return []
+
+    async def play(self, prompt: Prompt, ask: Ask) -> Score:
+        return Score(1.0)
+
+
 def test_where_an_environment_of_ones_own_plays_is_said_where_it_can_only_play_here(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     sys.path.insert(0, str(tmp_path))
@@ -180,6 +198,13 @@ def test_where_an_environment_of_ones_own_plays_is_said_where_it_can_only_play_h
         del own.__dict__["_sapo_origin"]  # as one that was made in Python has none
         (line,) = _played_here(config, tasks)
         assert line.startswith("environment 'next' was made in Python and plays in the process that draws")
+        note_origin(own, Origin("game_of_a_test:Next", 0, {"judge": lambda: None}))
+        (line,) = _played_here(config, tasks)
+        assert line.startswith("environment 'next' has options that cannot be sent to another process (")
+        slotted = replace(tasks, train=[Slotted()])  # type: ignore[list-item]
+        note_origin(slotted.train[0], Origin("test:Slotted", 0))
+        (line,) = _played_here(config, slotted)
+        assert line.startswith("environment 'slotted' is of a class with __slots__, which leave no place to note how")
         rollout = config.rollout.model_copy(update={"turns": TurnsConfig(play_in="driver")})
         here = config.model_copy(update={"rollout": rollout})
         assert _played_here(here, tasks) == [], "as the recipe would have it"

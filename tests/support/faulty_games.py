@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sapo.data import Prompt, Score
 from sapo.environments import Ask
+from sapo.environments.clock import off_the_clock
 
 
 async def chatty(prompt: Prompt, ask: Ask) -> Score:
@@ -38,6 +41,18 @@ async def greedy_of_reward(prompt: Prompt, ask: Ask) -> Score:
 async def good(prompt: Prompt, ask: Ask) -> Score:
     await ask(max_tokens=2)
     await asyncio.sleep(0.001)
+    await ask("7;", max_tokens=2)
+    return Score(1.0)
+
+
+async def pauses_while_it_asks(prompt: Prompt, ask: Ask) -> Score:
+    """Let the clock stand still beside a turn that is open."""
+
+    async def other() -> None:
+        with off_the_clock():
+            await asyncio.sleep(0.05)
+
+    await asyncio.gather(ask(max_tokens=2), other())
     await ask("7;", max_tokens=2)
     return Score(1.0)
 
@@ -235,6 +250,16 @@ async def closes(prompt: Prompt, ask: Ask) -> Score:
     finally:
         (Path(prompt.metadata["directory"]) / f"closed-{prompt.id}").touch()
     return Score(1.0)
+
+
+class MadeBy:
+    """An object in a prompt's metadata that a call makes in the process that reads it."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._made = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._made
 
 
 class Faulty:

@@ -1,4 +1,6 @@
-"""A tool of a user's own."""
+"""Tools of a user's own."""
+
+import os
 
 
 def twice(n: int) -> int:
@@ -8,3 +10,8 @@ def twice(n: int) -> int:
         n: the number.
     """
     return 2 * n
+
+
+def where() -> int:
+    """Return the process id of who calls."""
+    return os.getpid()

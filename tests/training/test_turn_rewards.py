@@ -92,6 +92,17 @@ def test_groups_without_spread_and_failed_episodes_have_no_advantage() -> None:
     assert group.masked == (False, False, True)
 
 
+def test_a_group_whose_only_advantages_are_those_of_masked_completions_has_no_gradient() -> None:
+    """The third ends by the limit: its second turn earned 1 of the whole return, and is masked."""
+    episodes = [episode((1,), (2,), rewards=r) for r in ((0.0, 1.0), (0.0, 1.0), (1.0, 0.0))]
+    episodes[2] = replace(episodes[2], finish_reason="length")
+    group = shape_group(Prompt(0, "t", "", (1,)), episodes, RolloutConfig(overlong="mask"), "group_mean")
+    assert group.turn_advantages == ((0.0, 0.0), (0.0, 0.0), (0.0, -1.0))
+    assert group.masked == (False, False, True)
+    assert group.zero_variance
+    assert not replace(group, masked=()).zero_variance
+
+
 def test_credit_by_the_episode_and_a_penalty_on_length_are_as_they_were() -> None:
     assert shaped(turns={"credit": "episode"}).turn_advantages == ()
     group = shaped("group_mean", overlong="penalty", overlong_buffer=6)  # of the seven own tokens of the second alone

@@ -346,9 +346,11 @@ class Group:
     @property
     def zero_variance(self) -> bool:
         """Return whether the group has no gradient: the rewards of completions that did not fail are all equal, so that
-        every advantage is 0, or all its completions are masked. Where turns have advantages of their own, all are 0."""
-        if any(self.counted) and any(map(any, self.turn_advantages)):
-            return False
+        every advantage is 0, or all its completions are masked. Where turns have advantages of their own, those of all
+        completions that are not masked are 0."""
+        if self.turn_advantages:
+            counted = zip(self.turn_advantages, self.counted, strict=True)
+            return not any(any(by_turn) for by_turn, counts in counted if counts)
         scored = zip(self.training_rewards, self.completions, strict=True)
         rewards = [reward for reward, completion in scored if not completion.score.status.failed]
         return not any(self.counted) or not rewards or all_equal(rewards)

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sapo.utils.text import name_error
+
 MAX_DETAIL = 500
 """Limit of the characters of a failure."""
 
@@ -35,15 +37,21 @@ def check_observation(observation: Any) -> None:
         raise TypeError(
             f"an observation must be text or a list of messages; got {type(observation).__name__}; decode it"
         )
-    texts = (
-        [observation] if isinstance(observation, str) else [t for m in observation for t in m.values() if _is_text(t)]
-    )
-    if (length := sum(map(len, texts))) > MAX_OBSERVATION:
+    if (length := _count_characters(observation)) > MAX_OBSERVATION:
         raise ValueError(f"an observation must have at most {MAX_OBSERVATION} characters; got {length}; shorten it")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _count_characters(observation: Any) -> int:
+    """Count the characters of all texts in an observation, those in lists of parts too."""
+    length, waiting, seen = 0, [observation], set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            length += len(part)
+        elif isinstance(part, Mapping | list | tuple) and id(part) not in seen:  # it may hold itself
+            seen.add(id(part))
+            waiting += part.values() if isinstance(part, Mapping) else part
+    return length
 
 
 def described(error: BaseException, *files: str) -> str:
@@ -55,8 +63,4 @@ def described(error: BaseException, *files: str) -> str:
     """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in files]
     where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # its __str__ is the environment's too
-        text = type(error).__name__
-    return f"{text[: MAX_DETAIL - 100]}{where}"
+    return f"{name_error(error)[: MAX_DETAIL - 100]}{where}"

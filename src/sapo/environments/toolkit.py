@@ -8,6 +8,7 @@ import fcntl
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -102,13 +103,17 @@ _PLACES = ThreadPoolExecutor(os.cpu_count() or 1, "sapo-program")
 _shared: IO[bytes] | None = None
 """A file whose first bytes are the places of several processes."""
 
+_own: list[threading.Lock] = []
+"""A lock of each place for the threads of this process, which the system does not tell apart."""
+
 
 def share_places() -> None:
     """Let this process and those that it forks take turns with programs, which have as many places as there are cores.
 
     A place is a byte of a file that nobody else sees. The system frees it when the process that holds it ends.
     """
-    global _shared
+    global _shared, _own
+    _own = [threading.Lock() for _ in range(os.cpu_count() or 1)]
     _shared = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this process)
 
 
@@ -123,16 +128,25 @@ def _place() -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.lockf(_shared, fcntl.LOCK_UN, 1, place)
+        _leave(place)
 
 
 def _take(place: int) -> bool:
     assert _shared is not None, "places are shared"
+    if not _own[place].acquire(blocking=False):
+        return False
     try:
         fcntl.lockf(_shared, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
     except OSError:  # another process has it
+        _own[place].release()
         return False
     return True
+
+
+def _leave(place: int) -> None:
+    assert _shared is not None, "places are shared"
+    fcntl.lockf(_shared, fcntl.LOCK_UN, 1, place)
+    _own[place].release()
 
 
 TOOLS: dict[str, Callable[..., Any]] = {"calculator": calculator, "python_sandbox": python_sandbox}

@@ -40,14 +40,14 @@ from sapo.environments import (
 from sapo.environments.clock import CLOCK
 from sapo.environments.failures import WHILE_OPEN, EpisodeError, check_observation
 from sapo.environments.wrapping import Wrapped
-from sapo.errors import ConfigError
+from sapo.errors import ConfigError, Interrupted
 from sapo.model.policy import Policy
 from sapo.rollout.bridge import Bridge
 from sapo.rollout.conversation import begin_conversation
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, max_length_of
 from sapo.rollout.judging import GroupToJudge, check_turn_rewards, has_judge, judge_groups, put_in_place
-from sapo.rollout.loops import GRACE, clocked, raised, run_to_end
+from sapo.rollout.loops import clocked, raised, run_to_end
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.rollout.reply_times import ReplyTimes
@@ -55,8 +55,12 @@ from sapo.tasks import score_groups
 from sapo.tasks.base import checked_score
 from sapo.tasks.episodes.origin import origin_of
 from sapo.tasks.episodes.pool import Elsewhere, Host, PlayError, host_of
+from sapo.tasks.episodes.wire import GRACE
 from sapo.utils.hashing import seed_for
 from sapo.utils.spans import span
+
+LOOK_EVERY = 1.0
+"""Seconds of waiting for environments between two looks whether the run is to stop."""
 
 
 class Joiner(Protocol):
@@ -173,7 +177,7 @@ class EpisodeDriver:
         params: of sampling; `max_new_tokens` is the most that is drawn in an episode.
         turns: the other limits.
         joiners: by task: how what is said between turns of a chat is encoded. Tasks without one are in plain text.
-        should_stop: asked by the engine between two tokens, and between two waves.
+        should_stop: asked by the engine between two tokens, and while environments are waited for.
         times: gets the times of the waves, where they are of interest.
     """
 
@@ -380,7 +384,7 @@ class _Wave:
             if episode.score is None and (not episode.cut or self._scores_truncated(episode)):
                 episode.answer = returned
         else:
-            score = checked_score(returned)
+            score = checked_score(returned, "play")
             check_turn_rewards(score, episode.turns)
         if episode.cut and not self._scores_truncated(episode):
             return replace(_truncated(episode), figures=score.figures)
@@ -544,15 +548,24 @@ class _Wave:
                     episode.since += self._seconds(episode) - episode.stood
 
     async def _all_quiet(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Wait until every environment has asked or ended, and end those that take too long."""
+        """Wait until every environment has asked or ended, and end those that take too long.
+
+        Raises:
+            Interrupted: when `should_stop` says so in a long wait.
+        """
         most = self.driver.turns.seconds_per_reply
         by_episode = dict(zip(map(id, self.episodes), tasks, strict=True))
+        looked = time.perf_counter()
         while self._thinking:
             left = max(0.0, min(most - self._seconds(e) for e in self._thinking.values()))
             try:
-                await asyncio.wait_for(self._quiet.wait(), left + 0.01)
+                await asyncio.wait_for(self._quiet.wait(), min(left + 0.01, LOOK_EVERY))
             except TimeoutError:
                 await asyncio.sleep(0)
+                if time.perf_counter() - looked >= LOOK_EVERY:
+                    looked = time.perf_counter()
+                    if self.driver.should_stop():
+                        raise Interrupted from None
                 for episode in [e for e in self._thinking.values() if self._seconds(e) > most]:
                     episode.score = _timed_out(episode, self.driver.turns)
                     by_episode[id(episode)].cancel()

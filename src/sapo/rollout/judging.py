@@ -17,8 +17,9 @@ from typing import Any
 
 from sapo.data import Prompt, Score, Status
 from sapo.environments import Episode
-from sapo.rollout.loops import GRACE, clocked, raised
+from sapo.rollout.loops import clocked, raised
 from sapo.tasks.base import checked_score
+from sapo.tasks.episodes.wire import GRACE
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ async def _judged(group: GroupToJudge) -> list[Score]:
     if not isinstance(returned, list | tuple) or len(returned) != number:
         got = f"{len(returned)}" if isinstance(returned, list | tuple) else type(returned).__name__
         raise ValueError(f"judge must return a list with a score for each of the {number} episodes; got {got}")
-    scores = [checked_score(score) for score in returned]
+    scores = [checked_score(score, "judge") for score in returned]
     for score, episode in zip(scores, group.episodes, strict=True):
         check_turn_rewards(score, len(episode.turns))
     return scores

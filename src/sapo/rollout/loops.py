@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 import types
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-MAX_DETAIL = 500
-"""Characters of an exception that are kept."""
+from sapo.environments.failures import described
 
-GRACE = 1.0
-"""Seconds that cancelled coroutines have to close what they opened."""
+_OURS = tuple(map(str, Path(__file__).parent.glob("*.py")))
 
 T = TypeVar("T")
 
@@ -62,7 +59,4 @@ def _run_here(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def raised(error: BaseException) -> str:
     """Say what was raised, and where in the code of an environment."""
-    ours = Path(__file__).parent
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != ours]
-    where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {error}"[: MAX_DETAIL - 100] + where
+    return described(error, *_OURS)

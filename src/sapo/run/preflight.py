@@ -19,7 +19,7 @@ from sapo.rollout.curriculum import Curriculum, curricula
 from sapo.rollout.episodes import check_environment, host_for, joiners_for
 from sapo.rollout.prompting import PromptFormat, PromptLengths, apply_limit, formats_of
 from sapo.tasks import DatasetTask, FileTask, RowTask, Task, TriedReward, failed_calls, make_task, try_reward
-from sapo.tasks.episodes.origin import is_of_others
+from sapo.tasks.episodes.origin import is_of_others, say_why_here
 from sapo.utils.hashing import seed_for
 
 
@@ -241,7 +241,7 @@ def prompt_warnings(config: RunConfig, policy: Policy, tasks: TaskSet) -> list[s
 def _played_here(config: RunConfig, tasks: TaskSet) -> list[str]:
     """Say which environments of a user's own play in this process although the recipe would have it otherwise."""
     return [
-        f"environment {task.name!r} was made in Python and plays in the process that draws: where it blocks, all "
+        f"environment {task.name!r} {say_why_here(task)} and plays in the process that draws: where it blocks, all "
         "episodes wait, and where it crashes the run ends; named as module:Class it would play in processes of its own"
         for task in tasks.train
         if config.rollout.turns.play_in == "process" and is_environment(task) and is_of_others(task)

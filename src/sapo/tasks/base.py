@@ -85,8 +85,11 @@ LARGEST_REWARD = 1e15
 below 1; a larger one is a fault of its verifier."""
 
 
-def checked_score(score: Any) -> Score:
+def checked_score(score: Any, method: str = "verify") -> Score:
     """Return a score whose reward is a float that can be computed with.
+
+    Args:
+        method: that returned it.
 
     Raises:
         TypeError: `score` is no Score, or its reward is no real number.
@@ -94,7 +97,7 @@ def checked_score(score: Any) -> Score:
             reward is not the sum of its turn_rewards.
     """
     if not isinstance(score, Score):
-        raise TypeError(f"verify must return a Score; got {type(score).__name__}")
+        raise TypeError(f"{method} must return a Score; got {type(score).__name__}")
     for name, figure in score.figures.items():  # otherwise a NaN would be found only when the metrics are written
         if not (isinstance(figure, Real) and math.isfinite(figure)):
             raise ValueError(f"a verifier's figures must be finite numbers; got {name}={figure!r}; leave it out")

@@ -17,6 +17,7 @@ from sapo.tasks.verifiers.combined import CombinedHere
 from sapo.tasks.verifiers.in_process import InProcess
 from sapo.tasks.workers.pool import shared_pool
 from sapo.tasks.workers.wire import Job
+from sapo.utils.text import name_error
 
 # A verifier's exception may quote the whole completion; the log keeps the beginning.
 MAX_DETAIL = 500
@@ -159,4 +160,4 @@ def _score(task: Task, prompt: Prompt, completion: Completion) -> Score:
     try:
         return checked_score(task.verify(completion.text, prompt))
     except (Exception, SystemExit) as error:
-        return Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
+        return Score(0.0, Status.VERIFIER_ERROR, name_error(error)[:MAX_DETAIL])

@@ -46,6 +46,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def name_error(error: BaseException) -> str:
+    """Return the class and the text of what a user's code raised; the class alone where its text cannot be had.
+
+    >>> name_error(KeyError("board"))
+    "KeyError: 'board'"
+    """
+    try:
+        return f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit):  # its __str__ is the user's too
+        return type(error).__name__
+
+
 def last_words(log: Path) -> str:
     """Say what a log ends with, for a message about a process that has ended."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []

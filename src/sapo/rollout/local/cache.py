@@ -98,6 +98,7 @@ class KVCache:
         self.preamble = Pool(1, preamble)
         self.pools: list[Pool] = []
         self.pool_of: dict[int, Pool] = {}
+        """Of the groups that wait for a slot or have one."""
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.preamble_states, self.row_states = KeptStates(), RowStates(rows)
         self.own_tokens: OwnTokens | None = None
@@ -152,7 +153,7 @@ class KVCache:
 
     def release(self, group: int) -> None:
         """Free the slot of a group whose rows have all finished."""
-        self.pool_of[group].release(group)
+        self.pool_of.pop(group).release(group)
 
     def append(self, layer: int, length_R: Tensor | int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token for each of the first R rows behind what it holds; return the layer's keys and values.

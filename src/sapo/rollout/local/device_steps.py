@@ -174,7 +174,9 @@ class DeviceSteps:
         )
         self.live_R, self.held_R = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
         # Rows of each group of a pool: those of the largest, so that only the number of groups changes a shape.
-        self.width = [max(samples[g] for g, p in cache.pool_of.items() if p is pool) for pool in cache.pools]
+        self.width = [
+            max((samples[g] for g, p in cache.pool_of.items() if p is pool), default=0) for pool in cache.pools
+        ]
         self.gather = [
             torch.zeros(pool.slots * width, dtype=torch.int64, device=device)
             for pool, width in zip(cache.pools, self.width, strict=True)

@@ -176,8 +176,12 @@ class LocalEngine:
             rows.retire()
 
     def converse(self, params: SamplingParams) -> Conversation:
-        """Begin a conversation; see `begin_conversation`. A model that transformers decodes takes waves."""
-        return LocalConversation(self, params) if self.way == PACKED else Waves(self)
+        """Begin a conversation; see `begin_conversation`.
+
+        A model that transformers decodes takes waves, and so does a subclass that draws by a `generate` of its own.
+        """
+        own = getattr(self.generate, "__func__", None) is not LocalEngine.generate
+        return Waves(self) if own or self.way != PACKED else LocalConversation(self, params)
 
     def rows_for(self, requests: Sequence[Request], params: SamplingParams, calls: int) -> RowsInPlace:
         """Make rows that are kept between the turns of a conversation, for about so many tokens of each."""

@@ -26,12 +26,10 @@ class NativeStep:
     def __init__(self, cache: KVCache, group_R: np.ndarray, order: np.ndarray) -> None:
         self.cache = cache
         self.pools = [pool for pool in cache.pools if pool.groups]
-        place_g2 = np.zeros((len(cache.prompt_length), 2), dtype=np.int64)
-        for number, pool in enumerate(self.pools):
-            place_g2[pool.groups, 0] = number
-            place_g2[pool.groups, 1] = np.arange(len(pool.groups))
+        place_of = {g: (number, slot) for number, pool in enumerate(self.pools) for slot, g in enumerate(pool.groups)}
+        places_R2 = np.array([place_of[group] for group in group_R.tolist()], dtype=np.int64)
         self.order = np.ascontiguousarray(order)
-        self.pool_R, self.slot_R = np.ascontiguousarray(place_g2[group_R].T)
+        self.pool_R, self.slot_R = np.ascontiguousarray(places_R2.T)
         self.prompt_R = cache.prompt_length[group_R]
         self.longest = cache.preamble.length + int(self.prompt_R.max()) + cache.length
         self._found: dict[int, np.ndarray] = {}

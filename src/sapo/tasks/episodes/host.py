@@ -12,11 +12,13 @@ import ctypes
 import gc
 import os
 import pickle
+import resource
 import select
 import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass
 from json.encoder import JSONEncoder
@@ -25,10 +27,11 @@ from typing import Any, NoReturn
 
 from sapo.environments import toolkit
 from sapo.tasks.episodes.player import play_one
-from sapo.tasks.episodes.wire import ENDED, ENDING, GRACE
+from sapo.tasks.episodes.wire import ENDED, ENDING, GRACE, LOST
 from sapo.tasks.workers.guard import children, die_with, stand_guard
 from sapo.tasks.workers.wire import MAX_DETAIL, framed, read_frame
 from sapo.utils.signals import ANNOUNCING, ignore, outlive
+from sapo.utils.text import name_error
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -54,6 +57,7 @@ class Stage:
 
     def __init__(self, channel: socket.socket, environment: Any) -> None:
         self._channel, self._environment = channel, environment
+        self._limit = _allow_sockets()
         self._players: dict[int, _Player] = {}
         self._kept = set(children())
         """What the environment has started while it was loaded."""
@@ -90,13 +94,18 @@ class Stage:
     def _admit(self) -> bool:
         """Start a player for each socket that has come; False where none will come any more."""
         data, descriptors, _, _ = socket.recv_fds(self._channel, 64, 64)
+        if data and not descriptors:
+            with contextlib.suppress(BlockingIOError):  # which many have filled already
+                self._channel.send(LOST, socket.MSG_DONTWAIT)
         for descriptor in descriptors:
             channel = socket.socket(fileno=descriptor)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # threads that the environment has started while it was loaded
                 try:
                     pid = os.fork()
-                except OSError:  # no room for a further process
+                except OSError as error:  # no room for a further process
+                    with contextlib.suppress(OSError):
+                        channel.sendall(_frame({"failed": f"its worker process could not be started: {error}"}))
                     channel.close()
                     continue
             if pid == 0:
@@ -111,16 +120,21 @@ class Stage:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for other in (self._channel, self._wake, self._waker, *(p.channel for p in self._players.values())):
                 other.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._limit)
             os.setsid()
             die_with(os.getppid())
             with contextlib.suppress(OSError):  # where memory runs out, an episode is to go before the run does
                 Path("/proc/self/oom_score_adj").write_text("500")
             play_one(channel, self._environment)
+            code = 0
+        except BaseException:
+            code = 1
+            traceback.print_exc()
         finally:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            os._exit(0)  # no way back into the host's loop
+            os._exit(code)  # no way back into the host's loop
 
     def _leave(self, descriptor: int) -> None:
         """Ask a player that nobody waits for to end."""
@@ -164,6 +178,14 @@ class Stage:
         player.channel.close()
 
 
+def _allow_sockets() -> tuple[int, int]:
+    """Let this process hold as many sockets of episodes as the system does, and return what its limit was."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # a system that has a limit of its own below that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, hard
+
+
 def _one_that_ended() -> int | None:
     try:
         found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -187,13 +209,14 @@ def serve(channel: socket.socket) -> None:
         channel.sendall(_frame({"refused": str(error)}))
         return
     except BaseException as error:
-        channel.sendall(_frame({"refused": f"{type(error).__name__}: {error}"[:MAX_DETAIL]}))
+        channel.sendall(_frame({"refused": name_error(error)[:MAX_DETAIL]}))
         return
     toolkit.share_places()
     gc.collect()
     gc.freeze()  # pages that the collector writes to are copied in every player
+    stage = Stage(channel, environment)
     channel.sendall(_frame({"loaded": True, "host": os.getpid()}))
-    Stage(channel, environment).run()
+    stage.run()
 
 
 def _frame(answer: dict[str, Any]) -> bytes:

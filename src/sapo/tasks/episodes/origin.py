@@ -12,6 +12,7 @@ from sapo.environments.adapters.skyrl import SkyRlEnvironment
 from sapo.environments.adapters.trl import TrlEnvironment
 from sapo.environments.tool_task import ToolTask
 from sapo.environments.wrapping import SamePrompt
+from sapo.utils.text import name_error
 
 _ATTRIBUTE = "_sapo_origin"
 
@@ -87,10 +88,26 @@ def is_of_others(environment: Any) -> bool:
 
 
 def note_origin(task: Any, origin: Origin) -> None:
-    """Note how a task was made. One that cannot be told to another process is left without."""
-    with suppress(Exception):
+    """Note how a task was made, or why another process cannot be told. One that takes no attributes is left without."""
+    noted: Origin | str = origin
+    try:
         pickle.dumps(origin)
-        object.__setattr__(task, _ATTRIBUTE, origin)
+    except Exception as error:  # an object among the options may raise anything
+        noted = f"has options that cannot be sent to another process ({name_error(error)})"
+    with suppress(AttributeError, TypeError):
+        object.__setattr__(task, _ATTRIBUTE, noted)
+
+
+def say_why_here(task: Any) -> str:
+    """Say why a task without an origin is played in this process.
+
+    >>> say_why_here(object())
+    'is of a class with __slots__, which leave no place to note how it was made,'
+    """
+    if not hasattr(task, "__dict__"):
+        return "is of a class with __slots__, which leave no place to note how it was made,"
+    noted = task.__dict__.get(_ATTRIBUTE)
+    return noted if isinstance(noted, str) else "was made in Python"
 
 
 def origin_of(task: Any) -> Origin | None:

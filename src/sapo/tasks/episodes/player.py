@@ -48,7 +48,12 @@ class _Episode:
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
-        prompt, seed, seconds = _unpickle(await self._read())
+        frame = await self._read()
+        try:
+            prompt, seed, seconds = _unpickle(frame)
+        except BaseException as error:  # an object in the metadata may raise anything when it is made again
+            await self.send({"failed": f"its worker process cannot read the prompt: {described(error, __file__)}"})
+            return
         random.seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed % 2**32)
@@ -185,7 +190,7 @@ def _in_json(returned: Any) -> dict[str, Any]:
         TypeError, ValueError: it is neither a score nor an answer.
     """
     if not isinstance(returned, Answer):
-        return {"score": score_to_json(checked_score(returned))}
+        return {"score": score_to_json(checked_score(returned, "play"))}
     if not isinstance(returned.text, str):
         raise TypeError(f"an answer must be a text; got {type(returned.text).__name__}")
     figures = {str(name): float(value) for name, value in returned.figures.items()}

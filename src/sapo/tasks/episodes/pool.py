@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from sapo.data import Prompt, Score
@@ -28,10 +28,11 @@ from sapo.environments.base import Answer, Ask, Messages, OutOfBudget, Turn
 from sapo.environments.clock import off_the_clock
 from sapo.errors import TaskError
 from sapo.tasks.episodes.origin import Origin
-from sapo.tasks.episodes.wire import ENDED, ENDING, EPISODE, GRACE, MAX_FRAME, exit_code
+from sapo.tasks.episodes.wire import ENDED, EPISODE, GRACE, LOST, MAX_FRAME, exit_code
 from sapo.tasks.workers.pool import LOAD_DEADLINE
 from sapo.tasks.workers.starting import Starter, end, has_ended, how_it_ended
 from sapo.tasks.workers.wire import Home, NonsenseError, framed, next_answer, score_from_json
+from sapo.utils.text import name_error
 
 PASSED = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "TERM"),
@@ -40,6 +41,10 @@ PASSED = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
 )
 """Environment variables that every player has, beside those that begin with LC_: where things are, and no secrets."""
+
+BEGIN_DEADLINE = 120.0
+"""Seconds for a player to begin, after it was sent its prompt or another player of its host began: a host forks one at
+a time, and all players share the machine."""
 
 _NO_ANSWER = "the worker wrote what is no answer; an environment must leave file descriptors of others alone"
 
@@ -50,6 +55,10 @@ class PlayError(Exception):
 
 class _DiedError(Exception):
     """A player ended before its episode did."""
+
+
+class _NothingSaidError(_DiedError):
+    """Its host did not say how it ended: it has died too, or never had the socket."""
 
 
 class Host:
@@ -67,6 +76,7 @@ class Host:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._begun = 0.0
 
     def ready(self) -> None:
         """Return when its process has loaded the environment; start one where none lives.
@@ -108,6 +118,57 @@ class Host:
                 await asyncio.sleep(0.005)
             except OSError:
                 await asyncio.sleep(0.005)  # until its end is seen
+
+    async def await_begin(self, line: _Line, message: bytes) -> None:
+        """Send a player its prompt, and return when it begins.
+
+        Raises:
+            _DiedError: it ended before.
+            PlayError: it did not begin in time, or said why it cannot; or the host could not take its socket.
+        """
+        beginning = asyncio.ensure_future(_begin(line, message))
+        sent = time.monotonic()
+        try:
+            while not beginning.done():
+                left = max(sent, self._begun) + BEGIN_DEADLINE - time.monotonic()
+                if left <= 0:
+                    raise PlayError(f"its worker process did not begin within {BEGIN_DEADLINE:g} s")
+                await asyncio.wait((beginning,), timeout=left)
+            said = beginning.result()
+        except _NothingSaidError:
+            if await self._has_lost_socket():
+                raise PlayError(
+                    "its worker process could not be started: the host of these processes has no file descriptor left; "
+                    "raise the hard limit of open files (ulimit -Hn)"
+                ) from None
+            raise
+        finally:
+            if not beginning.done():
+                beginning.cancel()
+                await asyncio.wait((beginning,))
+        if "began" not in said:
+            raise PlayError(str(said.get("failed", _NO_ANSWER)))
+        self._begun = time.monotonic()
+
+    async def _has_lost_socket(self) -> bool:
+        """Return whether the host says that the socket of an episode did not reach it; it does so a little later."""
+        until = time.monotonic() + GRACE
+        while not self._takes_lost():
+            if self._process is None or has_ended(self._process) or time.monotonic() > until:
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
+    def _takes_lost(self) -> bool:
+        """Take what the host says of one socket that did not reach it; return False where it says nothing."""
+        if not self._lock.acquire(blocking=False):  # it is being started anew
+            return False
+        try:
+            return self._channel is not None and self._channel.recv(1) == LOST
+        except OSError:
+            return False
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """End the process with all of its players. It is started again when it is needed."""
@@ -177,8 +238,11 @@ class _Line:
     incoming: bytearray = field(default_factory=bytearray)
 
     async def send(self, *message: Any) -> None:
+        await self.send_bytes(pickle.dumps(message))
+
+    async def send_bytes(self, message: bytes) -> None:
         with contextlib.suppress(ConnectionError):  # its player has died, which reading will show
-            await asyncio.get_running_loop().sock_sendall(self.channel, framed(pickle.dumps(message)))
+            await asyncio.get_running_loop().sock_sendall(self.channel, framed(message))
 
     async def read(self) -> dict[str, Any]:
         """Return what the player says next.
@@ -195,7 +259,9 @@ class _Line:
                 chunk = b""
             if not chunk:
                 code = exit_code(self.incoming)
-                raise _DiedError("the host of its process died" if code is None else how_it_ended(code))
+                if code is None:
+                    raise _NothingSaidError("the host of its process died")
+                raise _DiedError(how_it_ended(code))
             self.incoming += chunk
         return answer
 
@@ -206,6 +272,11 @@ class _Line:
             async with asyncio.timeout(GRACE):
                 while True:
                     await self.read()
+
+
+async def _begin(line: _Line, message: bytes) -> dict[str, Any]:
+    await line.send_bytes(message)
+    return await line.read()
 
 
 class Elsewhere:
@@ -248,33 +319,38 @@ class Elsewhere:
                     await self._host.admit(theirs)
                 finally:
                     theirs.close()
-                await line.send(*_first(prompt, ask.seed, self._seconds))
-                await line.read()
-                answer = await self._replay(line, past)
-            return await _Dialogue(line, ask, past).hold(answer)
+                await self._host.await_begin(line, _pickle_beginning(prompt, ask.seed, self._seconds))
+                await self._replay(line, past)
+            return await _Dialogue(line, ask, past).hold()
         except asyncio.CancelledError:
             await line.leave()
             raise
         finally:
             ours.close()
 
-    async def _replay(self, line: _Line, past: Sequence[_Call]) -> dict[str, Any] | None:
-        """Let the environment hear again what it has heard, each reply within its time; return what it says then."""
+    async def _replay(self, line: _Line, past: Sequence[_Call]) -> None:
+        """Let the environment hear again what it has heard, each reply within its time.
+
+        Raises:
+            _DiedError: it died once more.
+            PlayError: it hung, or said something else than before.
+        """
         for call in past:
             try:
                 async with asyncio.timeout(self._seconds):
                     answer = await line.read()
                     while "pause" in answer:
                         answer = await line.read()
+                    same = answer.get("ask") == call.said and answer.get("max_tokens") == call.max_tokens
+                    if same:
+                        await line.send(*call.heard)
             except TimeoutError:
                 raise PlayError("its worker process died, and hung when it was played anew") from None
-            if answer.get("ask") != call.said or answer.get("max_tokens") != call.max_tokens:
+            if not same:
                 raise PlayError(
                     "its worker process died, and it said something else when it was played anew: an environment may "
                     "depend on its prompt and on ask.seed alone"
                 )
-            await line.send(*call.heard)
-        return None
 
 
 class _Dialogue:
@@ -283,40 +359,49 @@ class _Dialogue:
     def __init__(self, line: _Line, ask: Ask, past: list[_Call]) -> None:
         self._line, self._ask, self._past = line, ask, past
         self._pause = contextlib.ExitStack()
+        self._reading: asyncio.Future[dict[str, Any]]
 
-    async def hold(self, answer: dict[str, Any] | None) -> Score | Answer:
+    async def hold(self) -> Score | Answer:
         """Carry asks to the model and its turns back, until the environment ends the episode."""
-        reading = asyncio.ensure_future(self._line.read())
+        self._read_on()
         try:
             while True:
-                said = await reading
+                said = await self._reading
                 if "ask" in said:
                     self._pause.close()
-                    reading = asyncio.ensure_future(self._line.read())
-                    await self._turn(said["ask"], said.get("max_tokens"), reading)
+                    self._read_on()
+                    await self._turn(said["ask"], said.get("max_tokens"))
                     continue
                 if "pause" in said:
                     self._pause.close()
                     if said["pause"]:
                         self._pause.enter_context(off_the_clock())
-                    reading = asyncio.ensure_future(self._line.read())
+                    self._read_on()
                     continue
                 return _result(said)
         finally:
             self._pause.close()
-            reading.cancel()
+            self._reading.cancel()
             with contextlib.suppress(BaseException):
-                await reading
+                await self._reading
 
-    async def _turn(self, said: Any, max_tokens: Any, reading: asyncio.Future[dict[str, Any]]) -> None:
+    def _read_on(self) -> None:
+        self._reading = asyncio.ensure_future(self._line.read())
+
+    async def _turn(self, said: Any, max_tokens: Any) -> None:
         """Ask the model for a turn, unless the environment ends the episode first."""
         asking = asyncio.ensure_future(_heard(self._ask, said, max_tokens))
         try:
-            await asyncio.wait((asking, reading), return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
-                if not isinstance(reading.exception(), _DiedError):
+            while not asking.done():
+                await asyncio.wait((asking, self._reading), return_when=asyncio.FIRST_COMPLETED)
+                if asking.done():
+                    break
+                if isinstance(self._reading.exception(), _DiedError):
+                    await asyncio.wait((asking,))  # the turn is drawn all the same, and the environment will hear it
+                elif self._reading.exception() is None and "pause" in self._reading.result():
+                    self._read_on()  # the clock stands still anyway, and begins anew with the turn
+                else:
                     return  # it has ended the episode by itself
-                await asyncio.wait((asking,))  # the turn is drawn all the same, and the environment will hear it
             heard = asking.result()
         finally:
             asking.cancel()
@@ -334,17 +419,16 @@ async def _heard(ask: Ask, said: Any, max_tokens: Any) -> tuple[Any, ...]:
     return "turn", turn.text, turn.token_ids, turn.finish_reason, turn.calls
 
 
-def _first(prompt: Prompt, seed: int, seconds: float) -> tuple[Any, ...]:
-    """Return what a player is told first: the prompt without what only the model reads.
+def _pickle_beginning(prompt: Prompt, seed: int, seconds: float) -> bytes:
+    """Pickle what a player is told first, without the places and positions of pictures: only the model reads them.
 
     Raises:
         PlayError: its metadata cannot be sent.
     """
     try:
-        pickle.dumps(prompt)
+        return pickle.dumps((replace(prompt, picture_tokens=None), seed, seconds))
     except Exception as error:  # an object in the metadata may raise anything when it is pickled
-        raise PlayError(f"the prompt cannot be sent to a worker: {type(error).__name__}: {error}"[:400]) from error
-    return prompt, seed, seconds
+        raise PlayError(f"the prompt cannot be sent to a worker: {name_error(error)}"[:400]) from error
 
 
 def _result(said: dict[str, Any]) -> Score | Answer:
@@ -361,7 +445,7 @@ def _result(said: dict[str, Any]) -> Score | Answer:
 
 
 def _frame(incoming: bytearray) -> dict[str, Any] | None:
-    if incoming[: len(ENDED)] == ENDED or (len(incoming) == ENDING.size and exit_code(incoming) is not None):
+    if incoming[: len(ENDED)] == ENDED:
         return None
     try:
         return next_answer(incoming, MAX_FRAME)

@@ -12,6 +12,9 @@ import struct
 EPISODE = b"e"
 """Comes with the socket of an episode."""
 
+LOST = b"l"
+"""Written by a host to the run when the byte of an episode came without its socket: it has no descriptor left."""
+
 MAX_FRAME = 2**26
 """Limit of the bytes of a player's frame: an observation, escaped."""
 

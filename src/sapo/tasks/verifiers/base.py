@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from sapo.data import Prompt, Score, Status
 from sapo.errors import TaskError
+from sapo.utils.text import name_error
 
 
 class Verifier(Protocol):
@@ -113,7 +114,7 @@ def _guarded_batch(verifier: Verifier, texts: Sequence[str], prompt: Prompt) -> 
     try:
         return score_batch(verifier, texts, prompt)
     except Exception as error:
-        return [Score(0.0, Status.VERIFIER_ERROR, f"{type(error).__name__}: {error}")] * len(texts)
+        return [Score(0.0, Status.VERIFIER_ERROR, name_error(error))] * len(texts)
 
 
 PROBE = "0"

@@ -27,6 +27,7 @@ from sapo.tasks.verifiers.base import ABSTAINED
 from sapo.tasks.verifiers.conventions import Signature, convention_of
 from sapo.tasks.workers.wire import MAX_DETAIL
 from sapo.utils.fingerprints import fingerprint_function
+from sapo.utils.text import name_error
 
 PREFIX = "in_process:"
 DEFAULT_DEADLINE = 60.0
@@ -204,7 +205,7 @@ class InProcess:
         except _Late:
             return self._failed(call, f"no answer within {self.deadline:g} s (deadline)")
         except (Exception, SystemExit) as error:
-            return self._failed(call, f"{type(error).__name__}: {error}")
+            return self._failed(call, name_error(error))
 
     def _together(self, calls: Sequence[Call]) -> list[list[Score | None]]:
         async def judge(call: Call) -> Any:
@@ -216,12 +217,12 @@ class InProcess:
             if isinstance(result, _Late):
                 scores.append(self._failed(call, f"no answer within {self.deadline:g} s (deadline)"))
             elif isinstance(result, BaseException):
-                scores.append(self._failed(call, f"{type(result).__name__}: {result}"))
+                scores.append(self._failed(call, name_error(result)))
             else:
                 try:
                     scores.append(self._scores(result, call))
                 except Exception as error:
-                    scores.append(self._failed(call, f"{type(error).__name__}: {error}"))
+                    scores.append(self._failed(call, name_error(error)))
         return scores
 
     def _scores(self, result: Any, call: Call) -> list[Score | None]:

@@ -41,6 +41,7 @@ from sapo.tasks.workers.wire import (
     next_answer,
     score_from_json,
 )
+from sapo.utils.text import name_error
 
 WORKERS_VARIABLE = "SAPO_VERIFIER_WORKERS"
 
@@ -183,7 +184,7 @@ class WorkerPool:
                 ticket = next(self._tickets)
                 frame = _request(ticket, job)
             except Exception as error:  # an object in the metadata may raise anything when it is pickled
-                reason = f"the prompt's metadata cannot be sent to a worker: {type(error).__name__}: {error}"
+                reason = f"the prompt's metadata cannot be sent to a worker: {name_error(error)}"
                 answers[index] = {"failed": reason[:MAX_DETAIL]}
                 continue
             worker.job, worker.ticket, worker.began, worker.outgoing = index, ticket, False, frame
