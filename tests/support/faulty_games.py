@@ -268,7 +268,7 @@ class Faulty:
     name, stop = "faulty", ("=",)
 
     def __init__(self, refuses: bool = False) -> None:
-        if refuses and "sapo.tasks.episodes.host" in sys.modules:
+        if refuses and "PYTEST_CURRENT_TEST" not in os.environ:  # which a process of episodes is not given
             raise KeyError("SECRET")
 
     def train_prompt(self, index: int) -> Prompt:
