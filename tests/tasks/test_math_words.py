@@ -126,6 +126,7 @@ NAMES = [
     ("(p,q)=(3,7)", r"\boxed{(3,7)}", 1),
     ("(x,y)=(2,5)", r"\boxed{(a,b)=(2,5)}", 0),
     ("y=2x+3", r"\boxed{f(x)=2x+3}", 1),
+    ("y=2x+3", r"\boxed{x=\frac{y-3}{2}}", 1),
 ]
 # Pairs of constants that agree in many digits: 434 of e^1000 and e^1000 + 1, 40 of the roots.
 CONSTANTS = [
@@ -150,3 +151,25 @@ def test_another_name_is_another_answer():
 
 def test_constants_are_told_apart_by_their_smallest_part():
     assert misjudged(CONSTANTS) == []
+
+
+CHOICES = [
+    ("The wrong answer is B", 0),
+    ("The incorrect option is B", 0),
+    ("B\n\nWait, no: C", 0),
+    ("The answer is B.\nWait, no, C.", 0),
+    ("The answer is A.\nWait, no. The answer is B.", 1),
+    ("The answer is B, C", 0),
+    ("So B is not correct.", 0),
+    ("So, B is correct.", 1),
+    ("Hence (B) is right.", 1),
+    ("The answer is B since A and C are out.", 1),
+    ("The answer is B, 6.", 1),
+    ("The answer is B, 5.", 0),
+]
+
+
+@pytest.mark.parametrize(("text", "reward"), CHOICES)
+def test_a_choice_is_read_with_the_words_around_it(text, reward):
+    row = Prompt(id=0, task="t", text="?", answer="B", metadata={"options": ["5", "6", "7"]})
+    assert build_verifier("choice")(text, row).reward == reward

@@ -201,7 +201,11 @@ def _names_differ(reference: str, given: str) -> bool:
     if known and not names[1] and _SYMBOL.fullmatch(names[0]) and given.count("=") == 1:
         side = re.sub(r"\\text\s*\{[^{}]*\}", "", given.partition("=")[0])
         return re.search(r"[A-Za-z]", side) is not None and number_of(given.partition("=")[2].strip()) is not None
-    return all(_SYMBOL.fullmatch(name) for name in names) and names[0] != names[1]
+    if names[0] == names[1] or not all(_SYMBOL.fullmatch(name) for name in names):
+        return False
+    # y = 2x - 5 may be solved for x.
+    values = without_name(reference), without_name(given)
+    return names[1] not in values[0] and names[0] not in values[1]
 
 
 def _as_expressions(whole: tuple[str, str], reference: str, given: str) -> bool:

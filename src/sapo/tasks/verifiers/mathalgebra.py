@@ -3,7 +3,8 @@ r"""Compare expressions by algebra: math-verify reads LaTeX (an ANTLR grammar) i
 Departures from math-verify, each of which prevents a wrong verdict:
 - Only its LaTeX reader is used. Its reader of plain expressions passes text to Python's eval, and even the LaTeX reader
   passes the digits of numbers. Here SymPy's one call of eval is replaced by a reader of literals meanwhile.
-- Constants are compared with the digits that tell their smallest part, 50 at least, and to a relative 1e-6 where one has a decimal; math-verify takes any two tiny
+- Constants are compared with the digits that tell their smallest part, 50 at least; and to a relative 1e-6 where one
+  has a decimal; math-verify takes any two tiny
   ones for equal.
 - Equations are equal where one is a multiple of the other: y = 3x + 13 and 3x - y + 13 = 0.
 """

@@ -20,7 +20,8 @@ _REASON = re.compile(
 # Words before and behind an answer in a sentence that may belong to it.
 _BEFORE = re.compile(
     r"(?i:(?<![A-Za-z])(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|other) than|not|up to|nearly"
-    r"|almost|under|over|above|below|minus|negative))$"
+    r"|almost|under|over|above|below|minus|negative"
+    r"|(?:wrong|incorrect|false|impossible) (?:answer|value|option)s? (?:is|was|would be)))$"
 )
 _AFTER = re.compile(r"[$)]{0,2}\\?\)?(?:\s*\(?\s*[A-Za-z0-9]+){0,2}")
 _UNITS = "(?:" + "|".join(sorted(UNITS_OF_PARTS, key=len, reverse=True)) + ")"

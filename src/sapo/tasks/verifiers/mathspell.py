@@ -110,7 +110,7 @@ def respell(text: str) -> str:
     text = _DECORATED.sub("", text)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
-    text = re.sub(r"(?<=[0-9])\s*(?:\.\.\.|…)\s*$", r"\\ldots", text)
+    text = re.sub(r"(?<=[0-9])\s*(?:\.\.\.|…)(?=\s*\}*\s*$)", r"\\ldots", text)
     text = _ANSWER_PLAIN.sub("", _ANSWER_WORDS.sub("", text))
     text = _FUNCTION_WORD.sub(r"\\\1 ", text)
     text = _ungrouped(" ".join(_with_braces(text).split()).rstrip(" .;,"))
