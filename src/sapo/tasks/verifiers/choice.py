@@ -12,22 +12,31 @@ from dataclasses import dataclass
 from sapo.data import Prompt, Score
 from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import brief, reference_of, unparseable
-from sapo.tasks.verifiers.extract import after_phrase, inside_answer_tags, last_boxed
+from sapo.tasks.verifiers.extract import after_phrase, inside_answer_tags, is_rejected, last_boxed
 from sapo.tasks.verifiers.mathspell import respell, squeezed
 from sapo.tasks.verifiers.mathtext import number_of, without_name
 from sapo.tasks.verifiers.numbers import number_in
 
-_LABELLED = re.compile(r"\(?([A-Za-z])(?:\)|\s?[.:](?=\s)|\s[-\u2013\u2014](?=\s)|[.:)]$)\s*(.*)", re.DOTALL)
+_LABELLED = re.compile(r"\(?([A-Za-z])(?:\)|\s?[.:,](?=\s)|\s[-\u2013\u2014](?=\s)|[.:)]$)\s*(.*)", re.DOTALL)
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 # A capital letter before its reason: "B because ...", "option B, since ...", "(B) is right". Not "A or B".
 _BEFORE_REASON = re.compile(
-    r"(?:(?i:option|choice|letter)\s+)?\(?([A-Z])\)?(?:\s*[,;.:\u2013\u2014-](?=\s)|\s+(?:because|since|as|for|which|from)\b"
-    r"|\s+is\s+(?:right|correct|true|the)\b)(?!\s*(?:or|and|nor|[A-Z]\b(?!\w)|\(?[B-Z]\)))(?P<rest>.*)",
+    r"(?:(?i:option|choice|letter)\s+)?\(?([A-Z])\)?(?:,?\s+(?:because|since|as|for|which|from)\b"
+    r"|(?:\s*[,;.:\u2013\u2014-](?=\s)|\s+is\s+(?:right|correct|true|the)\b)"
+    r"(?!\s*(?:or|and|nor|[A-Z]\b(?!\w)|\(?[B-Z]\))))(?P<rest>.*)",
     re.DOTALL,
 )
 _CHOSEN = re.compile(
     r"(?i:\b(?:correct|right|best|final|my)\s+(?:answer\s+|option|choice)\s*(?:is|:|=|would be)|\boption is|\bchoice is"
     r"|\bI (?:would |will )?(?:choose|pick|select|go with))\s*:?\s*"
+)
+_RETRACTED = re.compile(
+    r"(?i)\b(?:wait\s*[,.:!\u2026\u2013\u2014-]|no,? wait|actually,|hmm|scratch that|on second thought|I was wrong"
+    r"|my mistake|correction:|let me re|no[,:] )"
+)
+_CONCLUDED = re.compile(
+    r"(?:(?i:so|hence|thus|therefore),?\s+)?(?:(?i:option|choice|answer)\s+)?\(?([A-Z])\)?"
+    r"\s+is\s+(?:the\s+)?(?:right|correct|best|true)(?:\s+(?:answer|option|choice|one))?[.!]?"
 )
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 
@@ -73,7 +82,8 @@ class Choice:
         if boxed is None and self.require_box:
             return unparseable("no \\boxed{} in the completion")
         tagged = inside_answer_tags(text)
-        candidates = [tagged] if tagged is not None else [after_phrase(text), _after_choice(text), *_end_lines(text)]
+        stated = [after_phrase(text), _after_choice(text), *_end_lines(text)]
+        candidates = [tagged] if tagged is not None else [s for s in stated if s and not _is_retracted(text, s)]
         if boxed is not None:
             candidates = [boxed] if self.require_box or _is_option_like(boxed) else [boxed, *candidates]
         # Where the answer is in words, any words are an answer. Where it is a letter or a number, words are none.
@@ -111,13 +121,20 @@ def listed(options: object) -> Sequence[object]:
 def _end_lines(text: str) -> list[str]:
     """Return the last line and the first, where an answer may stand alone."""
     lines = text.strip().splitlines()
-    return [lines[-1].strip(), lines[0].strip()] if lines else []
+    ends = [lines[-1].strip(), lines[0].strip()] if lines else []
+    return [concluded[1] if (concluded := _CONCLUDED.fullmatch(line.replace("**", ""))) else line for line in ends]
 
 
 def _after_choice(text: str) -> str | None:
     """Return what follows the last "the correct option is" or "I would pick" on its line, or None."""
-    found = list(_CHOSEN.finditer(text))
+    found = [match for match in _CHOSEN.finditer(text) if not is_rejected(text, match.start())]
     return text[found[-1].end() :].split("\n", 1)[0].strip("*").rstrip(" .") if found else None
+
+
+def _is_retracted(text: str, stated: str) -> bool:
+    """Return whether what follows an answer takes it back: B. Wait, no: C."""
+    start = 0 if text.lstrip().startswith(stated) and "\n" in text else text.rfind(stated)
+    return _RETRACTED.search(text, max(start, 0)) is not None
 
 
 def _is_option_like(boxed: str) -> bool:
@@ -149,6 +166,8 @@ def _pick(text: str, options: list[str], *, words: bool) -> str | None:
     labelled = _LABELLED.fullmatch(spelt)
     if labelled and labelled[1].upper() in letters:
         name, rest = labelled[1].upper(), _plain(labelled[2])
+        if re.fullmatch(r"\(?[A-Za-z]\)?[.!]?", labelled[2].strip()) and rest not in values:
+            return None  # B, C
         # A letter with the value of another option is no choice. Any other words after it only explain it.
         return name if rest not in values or values[letters.index(name)] == rest else None
     plain = _plain(spelt)

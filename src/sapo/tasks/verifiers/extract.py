@@ -17,6 +17,8 @@ _PHRASE = re.compile(
     r"(?i)\banswer\b\**\s*(?:(?:(?:to|for) (?:this|the|your) (?:\w+ )?(?:question|problem|exercise) )?"
     r"(?:is|are|(?:should|would|must|will) be)\b(?: therefore| thus| then| simply)?\s*:?|[:=])\**[ \t]*(\n\s*)?"
 )
+# "The wrong answer is B" states no answer.
+_WRONG = re.compile(r"(?i)(?:wrong|incorrect|false|bad|worst|impossible|not (?:the|an|a|my|our))\s+(?:final\s+)?$")
 # A dollar sign before a digit is money unless the sign that closes it stands at the formula and before no digit.
 _FORMULA = re.compile(
     r"\$\$((?:\\.|[^$\\])+)\$\$|(?<!\\)\$(?!\d)((?:\\.|[^$\n\\])+)\$|(?<!\\)\$(?=\d)((?:\\.|[^$\n\\])*(?<!\s))\$(?!\d)"
@@ -81,11 +83,21 @@ def after_phrase(text: str) -> str | None:
     >>> after_phrase("The answer is 4? No.\\n**Final answer:** 5 apples.\\nDone")
     '5 apples'
     """
-    found = deque(_PHRASE.finditer(text), maxlen=1)
+    stated = (match for match in _PHRASE.finditer(text) if not is_rejected(text, match.start()))
+    found = deque(stated, maxlen=1)
     if not found:
         return None
     line = text[found[0].end() :].split("\n", 1)[0]
     return line.strip().strip("*").rstrip(" .") or None
+
+
+def is_rejected(text: str, start: int) -> bool:
+    """Return whether the words before a phrase reject what it states: the wrong answer is.
+
+    >>> is_rejected("The wrong answer is 4", 10), is_rejected("The answer is 4", 4)
+    (True, False)
+    """
+    return _WRONG.search(text[max(0, start - 20) : start]) is not None
 
 
 def inside_answer_tags(text: str) -> str | None:

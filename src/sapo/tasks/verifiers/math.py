@@ -48,10 +48,12 @@ from sapo.tasks.verifiers.mathtext import (
     number_of,
     plain_words,
     quantity_of,
+    system_of,
     without_name,
     words_of,
     written,
 )
+from sapo.tasks.verifiers.mathwords import is_changed
 from sapo.tasks.verifiers.numbers import after_hash
 
 Result = TypeVar("Result")
@@ -65,6 +67,8 @@ MAX_WORDS = 30
 
 _PLAIN_NUMBER = re.compile(r"\s*-?[0-9]{1,300}(\.[0-9]{1,300})?\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_SYMBOL = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?")
+_MODULUS = re.compile(r"\(?\s*\\(?:pmod|mod|bmod)(?![A-Za-z])\s*(?:\{[^{}]*\}|[0-9]+)\s*\)?$")
 _UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
 
 
@@ -150,6 +154,9 @@ def equal(reference: str, given: str) -> bool:
     """Return whether two respelt answers are equal. `reference` decides how they are compared."""
     if squeezed(reference) == squeezed(given):
         return True
+    reference, given = _spread(reference, given)
+    if _names_differ(reference, given):
+        return False
     whole = reference, given
     reference, given = without_name(reference), without_name(given)
     if squeezed(reference) == squeezed(given):
@@ -164,6 +171,11 @@ def equal(reference: str, given: str) -> bool:
         return label_of(given) == reference.lower()
     if (words := words_of(reference)) is not None:
         return words == _as_words(given, letter=len(words) == 1)
+    if _MODULUS.search(reference):  # 12 \pmod{13}; the question names the modulus, so that an answer need not
+        moduli = {squeezed(found[0]) for side in (reference, given) if (found := _MODULUS.search(side))}
+        return len(moduli) == 1 and equal(_MODULUS.sub("", reference).strip(), _MODULUS.sub("", given).strip())
+    if is_changed(reference) or is_changed(given):
+        return squeezed(plain_words(reference)).lower() == squeezed(plain_words(given)).lower()
     if r"\approx" in given and r"\approx" not in reference:
         # 10\sqrt{3} \approx 17.32 gives a value and a rounded one; a reference with a decimal point may be the latter.
         exact, _, rounded = given.partition(r"\approx")
@@ -172,6 +184,28 @@ def equal(reference: str, given: str) -> bool:
         if (verdict := decide(reference, given)) is not None:
             return verdict
     return _as_expressions(whole, reference, given)
+
+
+def _spread(reference: str, given: str) -> tuple[str, str]:
+    """Return `(p, q) = (3, 7)` as `p = 3, q = 7` where the other side has names too."""
+    spread = [system_of(text) or text for text in (reference, given)]
+    listings = [listing_of(text) for text in spread]
+    both = all(side is not None and all(named(part)[0] for part in side.parts) for side in listings)
+    return (spread[0], spread[1]) if both else (reference, given)
+
+
+def _names_differ(reference: str, given: str) -> bool:
+    """Return whether the sides name different unknowns: x = 5 and y = 5, or x = 5 and m + n = 5, but not y and f(x)."""
+    names = [named(text)[0] for text in (reference, given)]
+    known = bool(names[0]) and number_of(without_name(reference)) is not None
+    if known and not names[1] and _SYMBOL.fullmatch(names[0]) and given.count("=") == 1:
+        side = re.sub(r"\\text\s*\{[^{}]*\}", "", given.partition("=")[0])
+        return re.search(r"[A-Za-z]", side) is not None and number_of(given.partition("=")[2].strip()) is not None
+    if names[0] == names[1] or not all(_SYMBOL.fullmatch(name) for name in names):
+        return False
+    # y = 2x - 5 may be solved for x.
+    values = without_name(reference), without_name(given)
+    return names[1] not in values[0] and names[0] not in values[1]
 
 
 def _as_expressions(whole: tuple[str, str], reference: str, given: str) -> bool:
@@ -204,6 +238,8 @@ def canonical_answer(text: str) -> str | None:
         return f"{numeral[0]}_{numeral[1]}"
     if (words := words_of(text)) is not None:
         return words if "\\text" in text or len(words) == 1 else None
+    if is_changed(text):
+        return None
     if (number := number_of(text)) is not None:
         return f"{written(number.value)}%" if number.percent else written(number.value)
     if (listing := listing_of(text)) is not None:
@@ -265,7 +301,8 @@ def _as_sets(reference: str, given: str) -> bool | None:
     left, right = intervals_of(reference), intervals_of(given)
     if left is None or right is None:
         return None
-    return len(left) == len(right) and _matched(left, right, _same_interval)
+    names = {piece.name for piece in (*left, *right) if piece.name}
+    return len(names) < 2 and len(left) == len(right) and _matched(left, right, _same_interval)
 
 
 def _same_interval(left: Interval, right: Interval) -> bool:

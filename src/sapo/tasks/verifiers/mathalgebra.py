@@ -3,7 +3,8 @@ r"""Compare expressions by algebra: math-verify reads LaTeX (an ANTLR grammar) i
 Departures from math-verify, each of which prevents a wrong verdict:
 - Only its LaTeX reader is used. Its reader of plain expressions passes text to Python's eval, and even the LaTeX reader
   passes the digits of numbers. Here SymPy's one call of eval is replaced by a reader of literals meanwhile.
-- Constants are compared with 50 digits, and to a relative 1e-6 where one has a decimal; math-verify takes any two tiny
+- Constants are compared with the digits that tell their smallest part, 50 at least; and to a relative 1e-6 where one
+  has a decimal; math-verify takes any two tiny
   ones for equal.
 - Equations are equal where one is a multiple of the other: y = 3x + 13 and 3x - y + 13 = 0.
 """
@@ -27,7 +28,10 @@ RELATIVE_TOLERANCE = Fraction(1, 10**6)
 """Tolerance between a decimal and a number that has no exact decimal, such as 0.333333 and 1/3."""
 
 DIGITS = 50
-"""Digits with which constants are compared."""
+"""Digits with which constants are compared at least."""
+
+MAX_DIGITS = 5000
+"""Limit of these digits where a part of a constant is huge or tiny; beyond it constants are equal as written only."""
 
 MAX_NESTING = 14
 """Limit of brackets in brackets: the grammar's time grows fast with them."""
@@ -76,6 +80,8 @@ def expressions_equal(reference: str, given: str) -> bool:
     gold, pred = _with_imaginary_unit(gold, pred)
     if _same_constant(gold, pred):
         return True
+    if not _rounded(gold, pred) and _digits_to_tell(gold, pred) is None:
+        return False
     # A set may be written as the relation that describes it, such as 1 < x < 2 for (1, 2).
     verdict = _math_verify().verify(gold, pred, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(verdict) and not _differ_as_constants(gold, pred)
@@ -92,11 +98,37 @@ def _with_imaginary_unit(*sides: Any) -> tuple[Any, ...]:
 
 
 def _same_constant(gold: Any, pred: Any) -> bool:
-    """Return whether two constants without decimals agree in DIGITS digits."""
+    """Return whether two constants without decimals agree in all digits that can tell them apart."""
     import sympy
 
-    ends = _evaluated(gold), _evaluated(pred)
-    return None not in ends and not _rounded(gold, pred) and _close(ends[0], ends[1], sympy.Rational(1, 10**30))
+    if _rounded(gold, pred) or not all(getattr(side, "is_number", False) for side in (gold, pred)):
+        return False
+    digits = _digits_to_tell(gold, pred)
+    if digits is None:
+        return bool(gold == pred) or (gold.is_Add and pred.is_Add and set(gold.args) == set(pred.args))
+    ends = _evaluated(gold, digits), _evaluated(pred, digits)
+    return None not in ends and _close(ends[0], ends[1], sympy.Rational(1, 10 ** (digits - 20)))
+
+
+def _digits_to_tell(*sides: Any) -> int | None:
+    """Return the digits that tell constants apart which differ in their smallest part, or None where they are too many.
+
+    e^1000 and e^1000 + 1 agree in 434 digits, and so do 1 and 1 + e^-1000.
+    """
+    import sympy
+
+    most = 0
+    for side in sides:
+        if not getattr(side, "is_number", False):
+            continue
+        for part in sympy.preorder_traversal(side):
+            if isinstance(part, sympy.Integer | sympy.Rational):
+                most = max(most, part.p.bit_length(), part.q.bit_length())
+            elif isinstance(part, sympy.Expr) and part.is_number and (value := _evaluated(part, 15)) is not None:
+                sizes = [abs(size) for size in value if size]
+                most = max([most, *(abs(int(sympy.log(size, 2).evalf(15))) for size in sizes)])
+    digits = DIGITS + int(0.7 * most)  # twice the decimal digits of the largest part
+    return digits if digits <= MAX_DIGITS else None
 
 
 def equations_equal(reference: str, given: str) -> bool:
@@ -116,27 +148,24 @@ def equations_equal(reference: str, given: str) -> bool:
         return False
 
 
-def _tolerance(gold: Any, pred: Any) -> Any:
-    import sympy
-
-    return sympy.Rational(1, 10**6 if _rounded(gold, pred) else 10**30)
-
-
 def _rounded(*sides: Any) -> bool:
     import sympy
 
     return any(hasattr(side, "atoms") and side.atoms(sympy.Float) for side in sides)
 
 
-def _evaluated(value: Any) -> tuple[Any, Any] | None:
-    """Return the real and the imaginary part with DIGITS digits, or None. Their exponents have no limit."""
+def _evaluated(value: Any, digits: int = DIGITS) -> tuple[Any, Any] | None:
+    """Return the real and the imaginary part with so many digits, or None. Their exponents have no limit."""
     if not getattr(value, "is_number", False):
         return None
     try:
-        parts = value.evalf(DIGITS).as_real_imag()
+        parts = value.evalf(digits).as_real_imag()
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         return None
-    return parts if all(part.is_Float or part.is_Integer for part in parts) else None
+    if not all(part.is_Float or part.is_Integer for part in parts):
+        return None
+    real, imaginary = (part * 0 if getattr(part, "_prec", 2) == 1 else part for part in parts)  # no digit is certain: 0
+    return real, imaginary
 
 
 def _close(gold: Any, pred: Any, tolerance: Any) -> bool:
@@ -145,11 +174,16 @@ def _close(gold: Any, pred: Any, tolerance: Any) -> bool:
 
 
 def _differ_as_constants(gold: Any, pred: Any) -> bool:
-    left, right = _evaluated(gold), _evaluated(pred)
+    rounded = _rounded(gold, pred)
+    digits = DIGITS if rounded else _digits_to_tell(gold, pred)
+    if digits is None:
+        return True
+    tolerance = RELATIVE_TOLERANCE if rounded else Fraction(1, 10 ** (digits - 20))
+    left, right = _evaluated(gold, digits), _evaluated(pred, digits)
     if left is None or right is None:
         return False
     # Percentages: math-verify has compared the units already.
-    return not any(_close(left, [part * ratio for part in right], _tolerance(gold, pred)) for ratio in _RATIOS)
+    return not any(_close(left, [part * ratio for part in right], tolerance) for ratio in _RATIOS)
 
 
 _RATIOS = (1, 100, Fraction(1, 100))

@@ -6,13 +6,32 @@ import re
 
 from sapo.tasks.verifiers.extract import after_phrase, boxes, inside_answer_tags, last_boxed, last_boxes, last_formula
 from sapo.tasks.verifiers.mathspell import respell
-from sapo.tasks.verifiers.mathtext import number_of
+from sapo.tasks.verifiers.mathtext import UNITS_OF_PARTS, number_of, quantity_of
+from sapo.tasks.verifiers.mathwords import is_changed, scaled
 from sapo.tasks.verifiers.numbers import last_number_in
 
 _HASHES = re.compile(r"^[ \t]*####+[ \t]*|####[ \t]*(?=[-+$\\(\[0-9])", re.MULTILINE)
 # What follows an answer in its sentence, and may hold numbers of its own.
 _REASON = re.compile(
-    r"(?:,|\s+and|\s+but)?\s+not\b|,?\s+(?:because|since|as|for|which|where|so)\b|\s+\(|[;!]|\.\s+(?=[A-Z])|,\s+(?=[a-z]{2})"
+    r"(?:,|\s+and|\s+but)\s+not\b|\s+\(?not\s+[$\\(-]*[0-9]"
+    r"|,?\s+(?:because|since|as|for|which|where|so)\b"
+    r"|\s+\((?!\s*(?:in\s+)?(?:base|mod)\b)|[;!]|\.\s+(?=[A-Z])|,\s+(?=[a-z]{2})"
+)
+# Words before and behind an answer in a sentence that may belong to it.
+_BEFORE = re.compile(
+    r"(?i:(?<![A-Za-z])(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|other) than|not|up to|nearly"
+    r"|almost|under|over|above|below|minus|negative"
+    r"|(?:wrong|incorrect|false|impossible) (?:answer|value|option)s? (?:is|was|would be)))$"
+)
+_AFTER = re.compile(r"[$)]{0,2}\\?\)?(?:\s*\(?\s*[A-Za-z0-9]+){0,2}")
+_UNITS = "(?:" + "|".join(sorted(UNITS_OF_PARTS, key=len, reverse=True)) + ")"
+_QUANTITIES = re.compile(
+    rf"(?i:(?<![\w.])[0-9]+(?:\.[0-9]+)?\s*{_UNITS}s?"
+    rf"(?:\s*,?\s*(?:and\s+)?[0-9]+(?:\.[0-9]+)?\s*{_UNITS}s?)+)(?![A-Za-z])"
+    r"(?=[^0-9]*$)"
+)
+_TWO_THINGS = re.compile(
+    r"\W*[0-9.]+\$?\s*(?:[A-Za-z]+\s*){1,2}(?:,\s*|\band\s+){1,2}\$?[0-9.]+\$?(?:\s*[A-Za-z]+){0,3}\W*$"
 )
 
 
@@ -22,9 +41,10 @@ def answer_in(text: str, *, several: bool = False, require_box: bool = False) ->
     >>> answer_in(r"so \boxed{5}"), answer_in("3 * 6 = 18 #### 18"), answer_in("I make it 7 or 8"), answer_in("Hm.")
     ('5', '18', '8', None)
     """
+    text = scaled(text)
     tagged = None if require_box else _tagged(text)
     if tagged is not None:
-        return answer_in(tagged, several=several) or tagged
+        return _before_reason(tagged) or answer_in(tagged, several=several) or tagged
     if several and len(together := last_boxes(text)) > 1:
         return ", ".join(together)
     boxed = last_boxed(text)
@@ -48,11 +68,30 @@ def _without_marks(text: str) -> str | None:
     if phrase is not None:
         if (head := _before_reason(phrase)) is not None:
             return head
-        whole = is_formula(phrase) or number_of(respell(phrase)) is not None
-        return last_formula(phrase) or (phrase if whole else last_number_in(phrase)) or phrase
+        spelt = respell(phrase)
+        if is_formula(phrase) or number_of(spelt) is not None or quantity_of(spelt) is not None:
+            return _in_its_words(phrase, last_formula(phrase)) or phrase
+        if _TWO_THINGS.match(phrase):
+            return phrase  # neither 2 nor 3 is 2 boxes and 3 bags
+        return _in_its_words(phrase, last_formula(phrase) or last_number_in(phrase)) or phrase
     if (line := _last_line(text)) is not None:
         return line
-    return last_formula(text) or last_number_in(text)
+    return _in_its_words(text, last_formula(text) or last_number_in(text))
+
+
+def _in_its_words(text: str, found: str | None) -> str | None:
+    """Return an answer without a mark, and the words beside it that belong to it: at least 12, 1 hour 30 minutes."""
+    start = -1 if found is None else text.rfind(found)
+    if found is None or start < 0:  # digits grouped by blanks
+        return found
+    before, after = text[:start].rstrip("$( \\"), text[start + len(found) :]
+    opening, closing = _BEFORE.search(before), _AFTER.match(after)
+    words = f"{opening[0].strip() if opening else ''} {found}{closing[0].replace('$', '') if closing else ''}".strip()
+    if is_changed(words):
+        return words
+    if (quantity := _QUANTITIES.search(re.sub(r"\$|\\[()]", "", before[-80:] + " " + found + after[:30]))) is not None:
+        return quantity[0].strip()
+    return found
 
 
 def _before_reason(phrase: str) -> str | None:
@@ -80,7 +119,7 @@ def _after_hashes(text: str) -> str | None:
         return line or None
     if rest.strip():
         return None
-    formula = last_formula(line)
+    formula = _in_its_words(line, last_formula(line))
     return formula if formula is not None else (after_phrase(line) or line)
 
 

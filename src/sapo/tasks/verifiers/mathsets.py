@@ -7,7 +7,7 @@ whose ends are compared by the caller.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sapo.tasks.verifiers.mathtext import listing_of, named, number_of
 
@@ -31,13 +31,15 @@ class Interval:
     r"""An interval of real numbers. Its ends are text; None stands for infinity.
 
     >>> intervals_of("2 \\le x < 5")
-    (Interval(low='2', high='5', low_closed=True, high_closed=False),)
+    (Interval(low='2', high='5', low_closed=True, high_closed=False, name='x'),)
     """
 
     low: str | None
     high: str | None
     low_closed: bool = False
     high_closed: bool = False
+    name: str | None = None
+    """The variable of the relation that describes it."""
 
 
 def intervals_of(text: str) -> tuple[Interval, ...] | None:
@@ -56,17 +58,21 @@ def intervals_of(text: str) -> tuple[Interval, ...] | None:
         return _around([part.strip() for part in without[1].split(",")])
     unequal = re.fullmatch(rf"({_NAME.pattern})\s*\\ne\s*(.+)", text)
     if unequal and "," not in unequal[2]:
-        return _around([unequal[2].strip()])
+        return _around([unequal[2].strip()], name=unequal[1])
     size = re.fullmatch(rf"\|({_NAME.pattern})\|\s*(<|\\le(?![A-Za-z]))\s*([^<>|]+)", text)
     if size:
         closed = size[2] != "<"
-        return (Interval(f"-{size[3]}", size[3], closed, closed),)
+        return (Interval(f"-{size[3]}", size[3], closed, closed, size[1]),)
     found: list[Interval] = []
     for part in _OR.split(_apart(text)):
         pieces = _one(part.strip())
         if pieces is None:
             return None
         found.append(pieces)
+    if len({piece.name for piece in found if piece.name}) > 1:  # x < 1 or y > 2
+        return None
+    if builder:  # its variable is bound
+        found = [replace(piece, name=None) for piece in found]
     return tuple(found) if len(found) <= 20 else None
 
 
@@ -80,11 +86,11 @@ def _apart(text: str) -> str:
     return text
 
 
-def _around(points: list[str]) -> tuple[Interval, ...] | None:
+def _around(points: list[str], *, name: str | None = None) -> tuple[Interval, ...] | None:
     """Return all numbers but the points, which must be in order."""
     if not all(points) or len(points) > 1:
         return None
-    return (Interval(None, points[0]), Interval(points[0], None))
+    return (Interval(None, points[0], name=name), Interval(points[0], None, name=name))
 
 
 def _one(text: str) -> Interval | None:
@@ -122,11 +128,11 @@ def _chain(text: str) -> Interval | None:
     if relations[0] in (">", "\\ge"):  # 5 > x > 2
         sides, relations = sides[::-1], [_MIRROR[relation] for relation in relations[::-1]]
         if len(sides) == 2:
-            return _interval("-\\infty", sides[1], False, relations[0] == "\\le")
+            return replace(_interval("-\\infty", sides[1], False, relations[0] == "\\le"), name=sides[0])
     if any(relation in (">", "\\ge") for relation in relations):
         return None
     high = sides[2] if len(sides) == 3 else "\\infty"
-    return _interval(sides[0], high, relations[0] == "\\le", relations[-1] == "\\le")
+    return replace(_interval(sides[0], high, relations[0] == "\\le", relations[-1] == "\\le"), name=sides[1])
 
 
 def names_one(text: str) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from sapo.tasks.verifiers.mathwords import scaled
+
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _FRACTIONS = {
@@ -44,7 +46,6 @@ _SPELLINGS = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"), r"^\\circ"),
     (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*([0-9]+)\s*\^\\circ\s*\)?"), r"\1(\\frac{\2\\pi}{180})"),
-    (re.compile(r"\(?\s*\\(?:pmod|mod|bmod)(?![A-Za-z])\s*(?:\{[^{}]*\}|[0-9]+)\s*\)?$"), ""),
     (re.compile(r"√\s*\{?\(?([0-9]+|[a-z])\)?\}?"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
     (re.compile(r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])"), r"\\infty "),
@@ -99,6 +100,7 @@ def respell(text: str) -> str:
     """
     for character, spelling in _CHARACTERS.items():
         text = text.replace(character, spelling)
+    text = scaled(text)
     text = re.sub(r"[⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
     text = _MATH_DELIMITERS.sub("", text)
@@ -108,6 +110,7 @@ def respell(text: str) -> str:
     text = _DECORATED.sub("", text)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
+    text = re.sub(r"(?<=[0-9])\s*(?:\.\.\.|…)(?=\s*\}*\s*$)", r"\\ldots", text)
     text = _ANSWER_PLAIN.sub("", _ANSWER_WORDS.sub("", text))
     text = _FUNCTION_WORD.sub(r"\\\1 ", text)
     text = _ungrouped(" ".join(_with_braces(text).split()).rstrip(" .;,"))

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from sapo.tasks.verifiers.mathexact import TooLarge, exact_value
 from sapo.tasks.verifiers.mathspell import squeezed
+from sapo.tasks.verifiers.mathwords import is_changed
 from sapo.tasks.verifiers.numbers import MAX_NUMBER_LENGTH, number_in
 
 _FRAC = re.compile(r"\\frac\s*(?:\{\s*([-+]?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
@@ -76,7 +77,7 @@ class Listing:
 
 def number_of(text: str) -> Number | None:
     """Return the number that a respelt text is, with or without a currency sign and a unit, or None."""
-    if len(text) > 2 * MAX_NUMBER_LENGTH:
+    if len(text) > 2 * MAX_NUMBER_LENGTH or is_changed(text):
         return None
     whole_text = _TEXT_COMMAND.fullmatch(text)
     text = whole_text[1] if whole_text else text
@@ -219,6 +220,7 @@ _WORTH = {
     **{"pound": ("mass", 16), "lb": ("mass", 16), "ounce": ("mass", 1), "oz": ("mass", 1)},
     **{"year": ("date", 12), "month": ("date", 1)},
 }
+UNITS_OF_PARTS = tuple(_WORTH)
 _PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+?)s?(?=[\s,0-9]|$)\.?\s*(?:,|and)?")
 
 
@@ -253,6 +255,21 @@ def named(text: str) -> tuple[str, str]:
     if behind and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", behind[1])):
         return behind[2], behind[1].strip()
     return "", text
+
+
+def system_of(text: str) -> str | None:
+    """Return `(p, q) = (3, 7)` as `p = 3, q = 7`, or None for another text.
+
+    >>> system_of("(p, q) = (3, 7)"), system_of("p = 3")
+    ('p=3, q=7', None)
+    """
+    name, value = named(text)
+    if not name.startswith("("):
+        return None
+    names, values = name.strip("()").split(","), listing_of(value)
+    if values is None or values.opening + values.closing != "()" or len(values.parts) != len(names):
+        return None
+    return ", ".join(f"{one.strip()}={part}" for one, part in zip(names, values.parts, strict=True))
 
 
 def listing_of(text: str, *, grouped: bool = True) -> Listing | None:

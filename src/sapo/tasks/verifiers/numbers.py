@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from sapo.data import Prompt, Score
 from sapo.tasks.verifiers.base import reference_of, unparseable
+from sapo.tasks.verifiers.mathwords import scaled
 
 # Longer than any sensible answer, and short enough for exact arithmetic to be fast.
 MAX_NUMBER_LENGTH = 100
@@ -71,7 +72,7 @@ def last_number_in(text: str) -> str | None:
     """
     for characters in ("\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}", "\N{THIN SPACE}"):
         text = text.replace(characters, " ")
-    numbers = NUMBER_IN_TEXT.findall(text.replace("\N{MINUS SIGN}", "-"))
+    numbers = NUMBER_IN_TEXT.findall(scaled(text).replace("\N{MINUS SIGN}", "-"))
     return numbers[-1].replace(" ", "") if numbers else None
 
 
