@@ -106,13 +106,13 @@ def test_the_other_verifiers_of_numbers_read_the_same_words(spec, reference, tex
 
 
 NAMES = [
-    ("x=5", r"\boxed{y=5}", 0),
-    ("x=5", r"\boxed{5=y}", 0),
+    ("x=5", r"\boxed{y=5}", 1),
+    ("x=5", r"\boxed{5=y}", 1),
     ("x=5", r"\boxed{m+n=5}", 0),
     ("x=5", r"\boxed{AB=5}", 0),
     ("x=5", r"\boxed{\text{Answer} = 5}", 1),
     ("5", r"\boxed{y=5}", 1),
-    ("x_1=5", r"\boxed{x_2=5}", 0),
+    ("x_1=5", r"\boxed{x_2=5}", 1),
     ("-1<x<4", r"\boxed{-1<y<4}", 0),
     ("-1<x<4", r"\boxed{(-1,4)}", 1),
     ("x<1 or x>2", r"\boxed{x<1 or y>2}", 0),
@@ -145,7 +145,7 @@ CONSTANTS = [
 ]
 
 
-def test_another_name_is_another_answer():
+def test_names_count_but_that_of_a_single_number():
     assert misjudged(NAMES) == []
 
 

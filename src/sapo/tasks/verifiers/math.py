@@ -195,7 +195,7 @@ def _spread(reference: str, given: str) -> tuple[str, str]:
 
 
 def _names_differ(reference: str, given: str) -> bool:
-    """Return whether the sides name different unknowns: x = 5 and y = 5, or x = 5 and m + n = 5, but not y and f(x)."""
+    """Return whether the sides name different unknowns: x = k and y = k, or x = 5 and m + n = 5, but not y and f(x)."""
     names = [named(text)[0] for text in (reference, given)]
     known = bool(names[0]) and number_of(without_name(reference)) is not None
     if known and not names[1] and _SYMBOL.fullmatch(names[0]) and given.count("=") == 1:
@@ -203,8 +203,10 @@ def _names_differ(reference: str, given: str) -> bool:
         return re.search(r"[A-Za-z]", side) is not None and number_of(given.partition("=")[2].strip()) is not None
     if names[0] == names[1] or not all(_SYMBOL.fullmatch(name) for name in names):
         return False
-    # y = 2x - 5 may be solved for x.
     values = without_name(reference), without_name(given)
+    if all(number_of(value) is not None for value in values):
+        return False  # the name of a single number is the writer's own choice
+    # y = 2x - 5 may be solved for x.
     return names[1] not in values[0] and names[0] not in values[1]
 
 
