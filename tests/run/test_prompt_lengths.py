@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,10 @@ def test_rows_with_longer_prompts_are_refused_unless_they_are_dropped(tmp_path: 
         TaskError, match=r"rows: a prompt must have at most 11 tokens \(max_prompt_tokens\); got 12: '1"
     ):
         limit_prompts(policy, load_tasks(config))
+    with pytest.raises(TaskError, match=r"\.jsonl:\d+: task rows: a prompt must have at most 11 tokens") as refused:
+        limit_prompts(policy, load_tasks(config))
+    place, line = re.search(r"(\S+):(\d+): task", str(refused.value)).groups()
+    assert len(json.loads(Path(place).read_text().splitlines()[int(line) - 1])["prompt"]) == 12
     roomy = recipe(tmp_path, long_rows(), max_prompt_tokens=12)
     tasks = load_tasks(roomy)
     limit_prompts(policy, tasks)

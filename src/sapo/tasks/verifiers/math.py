@@ -34,6 +34,7 @@ from sapo.tasks.verifiers.mathalgebra import (
 )
 from sapo.tasks.verifiers.mathanswer import answer_in
 from sapo.tasks.verifiers.mathexact import is_too_large
+from sapo.tasks.verifiers.mathphrases import NO_SOLUTION
 from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one
 from sapo.tasks.verifiers.mathspell import respell, squeezed
 from sapo.tasks.verifiers.mathtext import (
@@ -69,6 +70,12 @@ _PLAIN_NUMBER = re.compile(r"\s*-?[0-9]{1,300}(\.[0-9]{1,300})?\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SYMBOL = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?")
 _MODULUS = re.compile(r"\(?\s*\\(?:pmod|mod|bmod)(?![A-Za-z])\s*(?:\{[^{}]*\}|[0-9]+)\s*\)?$")
+# No group but the first may begin with 0 in a list: 10,080 is a number.
+_THREE_DIGITS = re.compile(r"(?:\\\{)?[0-9]{1,3}(?:,[1-9][0-9]{2})+(?:\\\})?")
+_ZEROS = re.compile(r",0[0-9]{2}(?![0-9])")
+_SCIENTIFIC = re.compile(r"[-+]?[0-9]{1,50}(?:\.[0-9]{1,50})?[eE][-+]?[0-9]{1,3}")
+_FREE_LETTERS = [rf"\{name}" for name in ("upsilon", "kappa", "zeta", "eta", "iota", "chi", "tau", "nu", "xi")]
+_PLAIN_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
 _UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
 
 
@@ -169,6 +176,8 @@ def equal(reference: str, given: str) -> bool:
         return value is not None and value.value == int(*numeral)
     if re.fullmatch(r"[A-Z]", reference) and re.match(r"\(?[A-Z][).:]", plain_words(given)):
         return label_of(given) == reference.lower()
+    if NO_SOLUTION in (reference, given) and {words_of(reference), words_of(given)} & {"none"}:
+        return True
     if (words := words_of(reference)) is not None:
         return words == _as_words(given, letter=len(words) == 1)
     if _MODULUS.search(reference):  # 12 \pmod{13}; the question names the modulus, so that an answer need not
@@ -180,7 +189,7 @@ def equal(reference: str, given: str) -> bool:
         # 10\sqrt{3} \approx 17.32 gives a value and a rounded one; a reference with a decimal point may be the latter.
         exact, _, rounded = given.partition(r"\approx")
         return equal(reference, exact.strip()) or ("." in reference and equal(reference, rounded.strip()))
-    for decide in (_as_quantities, _as_numbers, _as_sets, _as_listings):
+    for decide in (_as_quantities, _as_three_digits, _as_numbers, _as_sets, _as_listings):
         if (verdict := decide(reference, given)) is not None:
             return verdict
     return _as_expressions(whole, reference, given)
@@ -210,15 +219,47 @@ def _names_differ(reference: str, given: str) -> bool:
     return names[1] not in values[0] and names[0] not in values[1]
 
 
-def _as_expressions(whole: tuple[str, str], reference: str, given: str) -> bool:
+def _as_expressions(whole: Sequence[str], reference: str, given: str) -> bool:
     """Compare by algebra: equations as they stand, and otherwise the right sides of `x = ...`."""
+    *whole, reference, given = _for_algebra(*whole, reference, given)
     if "=" in whole[0] and "=" in whole[1] and equations_equal(*whole):
         return True
     if is_too_large(reference) or is_too_large(given):
         return _powers_equal(reference, given)
     # y = 2x + 3 may be written as another equation of the same line.
-    as_equations = "=" in given and whole != (reference, given)
-    return expressions_equal(*whole) if as_equations else expressions_equal(reference, given)
+    as_equations = "=" in given and whole != [reference, given]
+    sides = whole if as_equations else [reference, given]
+    if expressions_equal(*sides):
+        return True
+    natural = [_PLAIN_LOG.sub(r"\\ln", side) for side in sides]  # log may mean ln where the other side has ln
+    return natural != sides and any(r"\ln" in side for side in sides) and expressions_equal(*natural)
+
+
+def _for_algebra(*texts: str) -> list[str]:
+    r"""Return texts that mean to the reader of LaTeX, which takes E for e and 1e-5 for e - 5, what they mean to people.
+
+    E becomes a letter of its own, and so does a capital beside its small letter, as in a + A. 1e-5 becomes a fraction.
+    """
+    texts = tuple(_written_out(text) for text in texts)
+    letters = [set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+|\{[A-Za-z\s]{2,}\}", " ", text))) for text in texts]
+    capitals = {letter for found in letters for letter in found if letter == "E" or letter.lower() in found - {letter}}
+    capitals = {letter for letter in capitals if letter.isupper()}
+    if not capitals and not any(r"\Pi" in text for text in texts):
+        return list(texts)
+    free = [name for name in _FREE_LETTERS if not any(name in text for text in texts)]
+    names = dict(zip(sorted(capitals) + [r"\Pi"], free, strict=False))
+
+    def named_anew(match: re.Match[str]) -> str:
+        name = names.get(match[1] or match[2] or match[3])
+        return match[0] if name is None else f"{name} "
+
+    own = re.compile(r"\\text\s*\{\s*([A-Z])\s*\}|(\\[A-Za-z]+)|([A-Z])(?![A-Za-z]{3})")
+    return [own.sub(named_anew, text) for text in texts]
+
+
+def _written_out(text: str) -> str:
+    number = number_of(text) if _SCIENTIFIC.fullmatch(text) else None
+    return text if number is None else written(number.value)
 
 
 def _powers_equal(reference: str, given: str) -> bool:
@@ -281,6 +322,18 @@ def _as_quantities(reference: str, given: str) -> bool | None:
     return None not in totals and totals[0] == totals[1]
 
 
+def _as_three_digits(reference: str, given: str) -> bool | None:
+    """Return True where 100,200 is read as a list on one side, or on both, and the lists are equal.
+
+    The form cannot tell 100,200 from 1,234. So each side is read in both ways, and one agreement is enough: nobody
+    writes 100200 for the list by mistake, nor 200,100 for the number.
+    """
+    if not (_THREE_DIGITS.fullmatch(reference) or _THREE_DIGITS.fullmatch(given)):
+        return None
+    sides = listing_of(reference, grouped=False), listing_of(given, grouped=False)
+    return True if sides[0] and sides[1] and _listings_equal(sides[0], sides[1]) else None
+
+
 def _as_numbers(reference: str, given: str) -> bool | None:
     left, right = number_of(reference), number_of(given)
     if left is not None and right is None and "=" in given:
@@ -300,7 +353,9 @@ def _as_sets(reference: str, given: str) -> bool | None:
     """Compare sets of real numbers where at least one is written as a relation or a union."""
     if not (names_one(reference) or names_one(given)):
         return None
-    left, right = intervals_of(reference), intervals_of(given)
+    # A reference of nothing, such as x < -1 and x > 4, means the union. An answer is held to what it says.
+    loosely = intervals_of(reference) == () and squeezed(reference) != r"\emptyset"
+    left, right = (intervals_of(text, and_joins=loosely) for text in (reference, given))
     if left is None or right is None:
         return None
     names = {piece.name for piece in (*left, *right) if piece.name}
@@ -316,9 +371,11 @@ def _same_interval(left: Interval, right: Interval) -> bool:
 
 def _as_listings(reference: str, given: str) -> bool | None:
     parts, others = listing_of(reference), listing_of(given)
-    if parts is None and others is not None:
+    if parts is None and others is not None and len(others.parts) == 1:
+        return equal(reference, others.parts[0])  # 1,234 in the braces of a set
+    if parts is None and others is not None and not _ZEROS.search(reference):
         parts = listing_of(reference, grouped=False)
-    if others is None and parts is not None:
+    if others is None and parts is not None and not _ZEROS.search(given):
         others = listing_of(given, grouped=False)
     return None if parts is None or others is None else _listings_equal(parts, others)
 
