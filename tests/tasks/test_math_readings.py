@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from sapo.data import Prompt
+from sapo.tasks.verifiers.base import check_reference
 from sapo.tasks.verifiers.registry import build_verifier
 
 CONJUNCTIONS = [
@@ -126,6 +127,27 @@ NOT_PHRASES = [
 EQUAL = CONJUNCTIONS + THREE_DIGITS + PHRASES
 DIFFERENT = NOT_CONJUNCTIONS + NOT_THREE_DIGITS + NOT_PHRASES
 
+# References that some answer meets, by reading or by text, however odd they look.
+ODD_REFERENCES = [
+    r"f(x) = x \text{ for all } x",
+    r"(2, 3) \text{ or } (3, 2)",
+    r"11:00 \text{ a.m.}",
+    "O-",
+    r"Na^{+}",
+    "0^+",
+    "[0,1[",
+    "1) x=2; 2) x=3",
+    "(A) 5",
+    "B)",
+    r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.",
+    "Yes, since the sum is even",
+    "It is impossible to tell from what is given here",
+    "2 hours, 15 minutes and 10 seconds",
+    "f'(x)",
+    ">",
+    "-",
+]
+
 # (reference, completion, reward) where the answer has no box.
 COMPLETIONS = [
     ("18", "She eats.\n#### 18 eggs per day", 1.0),
@@ -162,3 +184,10 @@ def test_a_unit_of_several_words_follows_the_hashes():
     prompt = Prompt(id=0, task="t", text="?", answer="18")
     assert verifier("#### 18 eggs per day", prompt).reward == 1.0
     assert verifier("#### 19 eggs per day", prompt).reward == 0.0
+
+
+@pytest.mark.parametrize("reference", ODD_REFERENCES)
+def test_a_reference_that_some_answer_meets_is_taken_at_load(reference):
+    verifier, prompt = build_verifier("math"), Prompt(id=0, task="t", text="?", answer=reference)
+    check_reference(verifier, prompt)
+    assert verifier(rf"So $\boxed{{{reference}}}$", prompt).reward == 1.0

@@ -66,8 +66,18 @@ MAX_ANSWER_LENGTH = 2000
 MAX_WORDS = 30
 """Words of a reference answer, beyond which it is a solution."""
 
+MAX_WORDS_AMONG_NUMBERS = 5
+"""Words of a reference answer with numbers among them, beyond which it is a sentence, which only itself would equal."""
+
 _PLAIN_NUMBER = re.compile(r"\s*-?[0-9]{1,300}(\.[0-9]{1,300})?\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+# An operator without a right side, or a command without its argument, at the end.
+_UNFINISHED = re.compile(
+    r"(?:[=+*/<>_^]|(?<![\^{])-|\\(?:cdot|times|div|pm|mp|le|ge|ne|in|cup|cap|frac|sqrt|binom|text)"
+    r"|\\(?:frac|binom)\s*\{[^{}]*\})$"
+)
+_OPERATOR = re.compile(r"[-+*/<>]|\\(?:cdot|times|div|pm|mp|le|ge|ne)")
+_GRADE = re.compile(r"[A-Za-z]{1,2}\s?[-+]|.*[\^{]\s*\{?[-+]|.*\*")
 _SYMBOL = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?")
 _MODULUS = re.compile(r"\(?\s*\\(?:pmod|mod|bmod)(?![A-Za-z])\s*(?:\{[^{}]*\}|[0-9]+)\s*\)?$")
 # No group but the first may begin with 0 in a list: 10,080 is a number.
@@ -106,7 +116,7 @@ class Math(IsolatedOptions):
             equal("(x+1)^2", "x^2+2x+1")
 
     def check_reference(self, prompt: Prompt) -> None:
-        r"""Refuse an answer that is none: empty, a whole solution, or LaTeX whose braces do not match.
+        r"""Refuse an answer that is none: empty, a whole solution, a sentence, or half a formula such as x = and (1, 2.
 
         Raises:
             ValueError: it is one of these.
@@ -120,11 +130,20 @@ class Math(IsolatedOptions):
             raise ValueError(
                 f"verifier 'math' needs an answer and not a whole solution; got {brief(answer)}; {way_out}"
             )
-        if not respell(found):
+        spelt = respell(found)
+        if _OPERATOR.fullmatch(spelt):
+            return
+        if not re.search(r"[^\W_]", spelt):
             raise ValueError(f"verifier 'math' needs an answer; got {brief(answer)}; {way_out}")
         braces = re.findall(r"(?<!\\)[{}]", found.replace("\\\\", ""))
         if braces.count("{") != braces.count("}"):
             raise ValueError(f"verifier 'math' needs LaTeX whose braces match; got {brief(answer)}; fix the row")
+        if not _closes(spelt):
+            raise ValueError(f"verifier 'math' needs an answer whose brackets match; got {brief(answer)}; fix the row")
+        if _UNFINISHED.search(spelt) and not _GRADE.fullmatch(spelt):
+            raise ValueError(f"verifier 'math' needs an answer that is finished; got {brief(answer)}; fix the row")
+        if len(_WORD.findall(spelt)) > MAX_WORDS_AMONG_NUMBERS and not _is_read(spelt):
+            raise ValueError(f"verifier 'math' needs an answer and not a sentence; got {brief(answer)}; {way_out}")
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
         reference = respell(_reference_answer(reference_of(prompt)))
@@ -302,6 +321,27 @@ def _reference_answer(answer: str) -> str:
         return after_hash(answer)
     boxed = last_boxed(answer) if "\\boxed" in answer else None
     return answer if boxed is None else boxed
+
+
+def _closes(text: str) -> bool:
+    """Return whether brackets are in pairs, where 1) and 2) number a list and [0, 1[ is an interval."""
+    if "[" in text or "]" in text:
+        return sum(character in "([])" for character in text) % 2 == 0
+    depth = 0
+    for position, character in enumerate(text):
+        if character == ")" and depth == 0 and re.search(r"(?<![^\s(,;{])[A-Za-z0-9]$", text[:position]):
+            continue
+        depth += (character == "(") - (character == ")")
+    return depth == 0
+
+
+def _is_read(text: str) -> bool:
+    """Return whether a respelt text of several words has a reading: words, a number, a quantity, a set, a list."""
+    if any(read(text) is not None for read in (words_of, number_of, quantity_of, base_of)):
+        return True
+    listing = listing_of(text)
+    in_few_words = listing is not None and all(len(_WORD.findall(part)) <= 3 for part in listing.parts)
+    return in_few_words or (names_one(text) and intervals_of(text) is not None)
 
 
 def _as_words(given: str, *, letter: bool) -> str:
