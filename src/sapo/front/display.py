@@ -20,7 +20,7 @@ from rich.text import Text
 from sapo.config import RunConfig
 from sapo.config.summary import free_sentence, replay_sentence
 from sapo.data import Status
-from sapo.diagnostics.titles import metric_title
+from sapo.diagnostics.titles import metric_title, shown_figures
 from sapo.run.profiling import phases
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.text import visible
@@ -324,8 +324,10 @@ def _evaluation_line(record: dict[str, Any]) -> str:
 
 def step_figures(record: Mapping[str, Any]) -> list[str]:
     """Return the figures of a step in words: those of COLUMNS that were measured, and tokens per second."""
+    formats = dict(COLUMNS)
     figures = [
-        f"{metric_title('step', name).title} {text.format(record[name])}" for name, text in COLUMNS if name in record
+        f"{metric_title('step', name).title} {formats[name].format(record[name])}"
+        for name in shown_figures(record, tuple(formats))
     ]
     if "tokens_per_second" in record["timing"]:
         figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")
