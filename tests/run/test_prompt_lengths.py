@@ -93,6 +93,26 @@ def test_a_file_is_read_once_and_short_prompts_of_bytes_are_not_encoded(
     assert {p.text for p in tasks.held_out[0].held_out(200)} == {p.text for p in tasks.train[0].held_out(200)}
 
 
+def test_a_chat_row_costs_one_rendering_of_the_template_and_no_tokenization(
+    tmp_path: Path, byte_level: Policy, encoded: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work that 20,000 rows take before a run, counted: by the clock it is measured in bench/checking.py."""
+    rendered: Counter[str] = Counter()
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def count(self, messages, *args, **options):
+        rendered[messages[0]["content"]] += 1
+        return render(self, messages, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", count)
+    tasks = load_tasks(config := recipe(tmp_path, chats(300)))
+    assert not rendered, "reading renders nothing"
+    check_prompts(config, byte_level, tasks)
+    assert len(rendered) > 250, "all training rows, and the held-out ones that are evaluated"
+    assert set(rendered.values()) == {1}
+    assert not encoded
+
+
 def test_the_two_sides_are_as_if_each_had_read_the_file(tmp_path: Path) -> None:
     config = recipe(tmp_path, chats(200))
     tasks = load_tasks(config)

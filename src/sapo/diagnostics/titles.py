@@ -83,10 +83,10 @@ def shown_figures(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     >>> shown_figures(step, ("reward/mean", "pass@1")), shown_figures({"pass@1": 0.5}, ("reward/mean", "pass@1"))
     (['reward/mean'], ['pass@1'])
     """
-    share, mean, deviation = (record.get(name) for name in ("pass@1", "reward/mean", "reward/std"))
-    graded = None not in (share, mean, deviation) and not (
-        abs(mean - share) < _ROUNDED and abs(deviation**2 - share * (1 - share)) < _ROUNDED
-    )
+    graded = False
+    if {"pass@1", "reward/mean", "reward/std"} <= record.keys():
+        share, variance = record["pass@1"], record["reward/std"] ** 2
+        graded = max(abs(record["reward/mean"] - share), abs(variance - share * (1 - share))) > _ROUNDED
     return [name for name in names if name in record and not (graded and name == "pass@1")]
 
 
