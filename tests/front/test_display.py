@@ -13,7 +13,8 @@ from rich.console import Console
 
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError
-from sapo.front.display import Display, JsonLines, Quiet, end_lines, sample_lines
+from sapo.front.display import Display, JsonLines, Quiet
+from sapo.front.lines import end_lines, sample_lines
 from sapo.front.notebook import NotebookDisplay
 
 FIGURES = {

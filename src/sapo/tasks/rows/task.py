@@ -21,7 +21,8 @@ from typing import Any, Self
 from sapo.data import Prompt
 from sapo.errors import TaskError
 from sapo.tasks.base import JudgedTask, check_index
-from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns, Notices
+from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns
+from sapo.tasks.rows.notices import Notices
 from sapo.tasks.rows.reading import PlacedRow, brief, name_of, read_rows
 from sapo.tasks.rows.settings import PromptLimit, RowSettings, check_fields, takes_options_of
 from sapo.tasks.verifiers import Verifier, load_verifier, reference_check
