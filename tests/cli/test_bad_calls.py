@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from sapo.cli.app import app
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError, TaskError
 from sapo.tasks import make_task
 from sapo.workflows.comparing import load_comparison
 from support.pictures import encoded, noise
 from support.report_cases import write_run
-from support.runs import write_recipe
+from support.runs import write_model, write_recipe
 from trials.harness import call, everything
 
 
@@ -161,3 +164,34 @@ def test_an_option_of_a_task_has_the_type_that_it_declares(options: dict, rule: 
 def test_a_dry_run_is_neither_quiet_nor_json(options: list[str], words: str) -> None:
     # Before the recipe is read: there is none of this name.
     assert words in refused("train", "no_recipe", "--dry-run", *options)
+
+
+def test_every_whole_number_of_the_command_line_has_bounds_or_is_checked_by_its_command() -> None:
+    checked = {("compare", "jobs"), ("evaluate", "seed"), ("diagnose", "seed"), ("plan", "node")}
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, parameter in inspect.signature(command.callback, eval_str=True).parameters.items():
+            annotated = get_args(parameter.annotation)
+            if not annotated or int not in (annotated[0], *get_args(annotated[0])):
+                continue
+            option, key = annotated[1], (command.callback.__name__, name)
+            assert key in checked or None not in (option.min, option.max), key
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("generate", "model", "1+1=", "--samples"),
+        ("plan", "quickstart", "--prompt-tokens"),
+        ("serve", "model", "--at-once"),
+        ("serve", "model", "--max-new-tokens"),
+        ("chat", "model", "--seed"),
+        ("eval", "model", "--task", "arithmetic", "--out", "new", "--seed"),
+        ("diagnose", "model", "--task", "arithmetic", "--seed"),
+        ("plan", "quickstart", "--node"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_of_forty_digits_is_refused(call: tuple[str, ...], tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    refused(*call, "9" * 40)
