@@ -115,8 +115,8 @@ def load_policy(
     if loading["mismatched_keys"]:
         name, found, expected = sorted(loading["mismatched_keys"])[0]
         raise ModelError(
-            f"{directory} cannot be loaded: its weights must have the shapes of its config.json; got {tuple(found)} for "
-            f"{name}, which is {tuple(expected)} by the config; take the config that belongs to these weights"
+            f"{directory} cannot be loaded: its weights must have the shapes of its config.json; got {tuple(found)} "
+            f"for {name}, which is {tuple(expected)} by the config; take the config that belongs to these weights"
         )
     if loading["missing_keys"]:  # transformers would leave them at random values
         missing = sorted(loading["missing_keys"])
@@ -166,7 +166,7 @@ def _is_no_table(record: logging.LogRecord) -> bool:
 
 def _reason(error: BaseException) -> str:
     """Return why a library could not read a file, on one line."""
-    if isinstance(error, LookupError | AssertionError):  # their text is a name alone, or what must hold
+    if isinstance(error, LookupError | AssertionError | ArithmeticError):  # their text says little without
         return f"{type(error).__name__} {first_line(error)}"
     line = first_line(error)
     return " ".join(str(error).split())[:300] if line.endswith(":") else line
