@@ -195,3 +195,34 @@ def test_every_whole_number_of_the_command_line_has_bounds_or_is_checked_by_its_
 def test_a_number_of_forty_digits_is_refused(call: tuple[str, ...], tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     refused(*call, "9" * 40)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  steps: 9\n", "the key 'train' stands twice"),
+        ("extra: {a: 1, a: 2}\n", "the key 'a' stands twice"),
+        ("null: 3\n", "a key must be a text; got"),
+        ("2026-01-01: 3\n", "a key must be a text; got"),
+    ],
+)
+def test_a_key_of_a_recipe_is_a_text_and_stands_once(text: str, words: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + text)
+    assert words in refused("train", str(recipe), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("device=mps", "device must be auto, cpu, cuda or cuda:N; got 'mps'"),
+        ("device=meta", "device must be auto, cpu, cuda or cuda:N; got 'meta'"),
+        ("rollout.turns.env=['A=B']", "turns.env must hold names of environment variables; got 'A=B'"),
+        ("rollout.turns.env=['']", "turns.env must hold names of environment variables; got ''"),
+        ("train={steps: 1, steps: 2}", "the value of train is not valid YAML"),
+    ],
+)
+def test_a_device_a_variable_or_a_mapping_that_there_is_not_is_refused(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    assert words in refused("train", str(write_recipe(tmp_path)), "--dry-run", override)
