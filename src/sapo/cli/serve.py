@@ -37,10 +37,8 @@ def serve(
     ] = 1024,
     at_once: Annotated[
         int,
-        typer.Option(
-            min=1, max=10**6, help="Requests that are drawn for in turns; others wait. vLLM takes one at a time."
-        ),
-    ] = 8,
+        typer.Option(min=1, max=10**6, help="Requests that are drawn together; others wait. vLLM takes one at a time."),
+    ] = 16,
     engine: Annotated[str, typer.Option(help="The engine: local, vllm, or module:Class of your own.")] = "local",
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")
