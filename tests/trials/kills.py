@@ -30,7 +30,7 @@ from trials.harness import Tally
 STEPS = 4
 MOMENTS = 24
 """Kills of each kind."""
-PATIENCE = 300.0
+PATIENCE = 900.0
 SHORT = {
     "train__steps": STEPS,
     "checkpoint__every": 1,

@@ -19,13 +19,11 @@ from sapo.errors import (
     CollapseError,
     ConfigError,
     EngineError,
-    MemoryShortage,
     NonFiniteError,
     ParityError,
     RankError,
     RunFailure,
     SelfCheckError,
-    StorageError,
     UserError,
 )
 from sapo.model.loading import load_policy
@@ -53,15 +51,14 @@ from sapo.run.preflight import (
 from sapo.run.trainers import check_optimizer
 from sapo.tasks import notices_of
 from sapo.tasks.episodes.pool import close_hosts
-from sapo.training.checkpoint import list_checkpoints, set_broken_aside
-from sapo.utils.faults import memory_failure
-from sapo.utils.files import storage_failure
+from sapo.training.checkpoint import set_broken_aside
 from sapo.workflows.cluster import engine_channels, joined_cluster
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
 from sapo.workflows.rank_watch import rank_table
 from sapo.workflows.rehearsal import rehearse_saving
 from sapo.workflows.resuming import Resuming, coldstart_directory
+from sapo.workflows.shortage import shortage
 from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy, train_vision
 from sapo.workflows.training_group import (
     check_ranks,
@@ -364,39 +361,6 @@ def _run_to_its_end(training: TrainingRun) -> Run:
                 raise
         return Run(training.directory.path, training.config, training.summary(), stopped)
     except Exception as error:
-        if isinstance(error, UserError | RunFailure):
+        if isinstance(error, UserError | RunFailure) or (failure := shortage(training, error)) is None:
             raise
-        if (reason := storage_failure(error)) is not None:
-            raise StorageError(_storage_line(training, reason)) from error
-        if (reason := memory_failure(error)) is not None:
-            raise MemoryShortage(_memory_line(training, reason)) from error
-        raise
-
-
-def _storage_line(training: TrainingRun, reason: str) -> str:
-    """Say what could not be written, what is safe, and how to go on."""
-    run = training.directory.path
-    way_out = (
-        f"make room or mend the disk, then `sapo resume {run}` goes on"
-        if (run / "config.yaml").is_file()
-        else f"the run directory {run} is gone; start the run again"
-    )
-    return (
-        f"step {training.state.step + 1}: a file of the run cannot be written or read: {reason}; {_safe(training)}; "
-        f"{way_out}"
-    )
-
-
-def _memory_line(training: TrainingRun, reason: str) -> str:
-    """Say what asked for more memory than there is, what is safe, and what makes the run smaller."""
-    tokens = training.config.train.tokens_per_microbatch
-    return (
-        f"step {training.state.step + 1}: there was not enough memory: {reason}; {_safe(training)}; free memory, or "
-        f"`sapo resume {training.directory.path} train.tokens_per_microbatch=N` with less than {tokens} takes less for "
-        "an update; a new run with a lower rollout.max_rows takes less for drawing"
-    )
-
-
-def _safe(training: TrainingRun) -> str:
-    found = list_checkpoints(training.directory.checkpoints)
-    return f"the checkpoint of {found[0].label} is safe" if found else "there is no checkpoint yet"
+        raise failure from error
