@@ -16,7 +16,8 @@ _BETWEEN_BOXES = re.compile(r"(?:[\s$,;.*]|\\[()\[\]]|\\quad|\\text\{\s*(?:and|o
 _PHRASE = re.compile(
     r"(?i)\b(?:answer|ans\.?(?=\s*[:=]))\**(?![A-Za-z])\s*"
     r"(?:(?:(?:to|for) (?:this|the|your) (?:\w+ )?(?:question|problem|exercise) )?"
-    r"(?:is|are|(?:should|would|must|will) be)\b(?: therefore| thus| then| simply)?\s*:?|=>|[:=]|->|\u2192)\**[ \t]*(\n\s*)?"
+    r"(?:is|are|(?:should|would|must|will) be)\b(?: therefore| thus| then| simply)?\s*:?|=>|[:=]|->|\u2192)"
+    r"\**[ \t]*(\n\s*)?"
 )
 # "The wrong answer is B" states no answer.
 _WRONG = re.compile(r"(?i)(?:wrong|incorrect|false|bad|worst|impossible|not (?:the|an|a|my|our))\s+(?:final\s+)?$")
