@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from sapo.utils.machine import processor_name
 from sapo.workflows.export import export_model
 from sapo.workflows.train import resume
 from support.kernels import fresh_cache
-from support.runs import REWARD, fingerprint, metrics, write_recipe
+from support.runs import REWARD, fingerprint, make_each_once, metrics, write_recipe
 
 FAITHFUL = WarningsConfig().unfaithful
 
@@ -61,6 +62,12 @@ def run_recipe(directory: Path, listener: Recorder | None = None, should_stop=la
     return sapo.train(config, listener=listener, should_stop=should_stop).directory
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(**changes): a run that nobody stops, made once for all tests, which only read it."""
+    return make_each_once(run_recipe, tmp_path_factory)
+
+
 @pytest.fixture(autouse=True)
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rewards_of_a_test.py").write_text(REWARD)  # the user's reward function is imported from there
@@ -68,8 +75,8 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAPO_CACHE", fresh_cache(tmp_path / "cache"))
 
 
-def test_a_run_leaves_what_it_says_behind(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path)
+def test_a_run_leaves_what_it_says_behind(whole: Callable[..., Path]) -> None:
+    run = whole()
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "rollouts", "checkpoints"} <= names
     kinds = [m["kind"] for m in metrics(run)]
@@ -99,23 +106,24 @@ def test_the_reward_goes_up(tmp_path: Path) -> None:
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
 
 
-def test_the_same_seed_twice_is_the_same_run_and_another_seed_is_not(tmp_path: Path) -> None:
-    a = run_recipe(tmp_path / "a")
+def test_the_same_seed_twice_is_the_same_run_and_another_seed_is_not(
+    tmp_path: Path, whole: Callable[..., Path]
+) -> None:
+    a = whole()
     b = run_recipe(tmp_path / "b")
     c = run_recipe(tmp_path / "c", seed=1)
     assert fingerprint(a, 6) == fingerprint(b, 6)
     assert metrics(a) != metrics(c)
 
 
-def test_a_written_config_repeats_the_run(tmp_path: Path) -> None:
-    first = run_recipe(tmp_path)
+def test_a_written_config_repeats_the_run(tmp_path: Path, whole: Callable[..., Path]) -> None:
+    first = whole()
     again = sapo.train(sapo.load_recipe(first / "config.yaml", [f"run_dir={tmp_path}/again"])).directory
     assert fingerprint(first, 6) == fingerprint(again, 6)
 
 
 @pytest.mark.parametrize("asked", [1, 20, 90])
-def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) -> None:
-    whole = run_recipe(tmp_path / "whole")
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, whole: Callable[..., Path], asked: int) -> None:
     count = 0
 
     def should_stop() -> bool:
@@ -126,7 +134,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) 
     stopped = run_recipe(tmp_path / "stopped", should_stop=should_stop)
     assert not (stopped / "summary.json").exists()
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == fingerprint(whole(), 6)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +151,12 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) 
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_other_settings_resume_to_the_bit_too(tmp_path: Path, changes: dict) -> None:
-    whole = run_recipe(tmp_path / "whole", **changes)
+def test_other_settings_resume_to_the_bit_too(tmp_path: Path, whole: Callable[..., Path], changes: dict) -> None:
     asked = iter(range(10_000))
     stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(asked) > 60, **changes)
     assert not (stopped / "summary.json").exists()
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == fingerprint(whole(**changes), 6)
 
 
 def test_log_pi_old_is_recomputed_when_the_self_check_finds_it_rounded(tmp_path: Path) -> None:
@@ -162,8 +169,10 @@ def test_log_pi_old_is_recomputed_when_the_self_check_finds_it_rounded(tmp_path:
     assert all(m["ratio/abs_dev"] < 1e-3 for m in first_updates)
 
 
-def test_a_run_stopped_between_updates_keeps_its_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run_recipe(tmp_path / "whole")
+def test_a_run_stopped_between_updates_keeps_its_rollouts(
+    tmp_path: Path, whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fingerprint(whole(), 6)
     updates = 0
     original = Trainer.update
 
@@ -190,11 +199,10 @@ def test_a_run_stopped_between_updates_keeps_its_rollouts(tmp_path: Path, monkey
     monkeypatch.setattr(LocalEngine, "generate", counting_generate)
     resume(run)
     assert drawn == 2 + 1, "steps 5 and 6 and the last evaluation sample; step 4 goes on with what it had"
-    assert fingerprint(run, 6) == fingerprint(whole, 6)
+    assert fingerprint(run, 6) == expected
 
 
-def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
-    whole = run_recipe(tmp_path / "whole")
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, whole: Callable[..., Path]) -> None:
     run = run_recipe(tmp_path / "broken")
     model = run / "checkpoints" / "step-000006" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-100])
@@ -202,12 +210,13 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path)
     resume(run, listener=listener)
     assert len(listener.warnings) == 1
     assert "step-000006/model.safetensors holds" in listener.warnings[0]
-    assert fingerprint(run, 6) == fingerprint(whole, 6)
+    assert fingerprint(run, 6) == fingerprint(whole(), 6)
 
 
 def test_a_state_that_asks_for_more_token_data_than_there_is_gives_way_to_an_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = fingerprint(whole(), 6)
     updates = 0
     original = Trainer.update
 
@@ -217,8 +226,6 @@ def test_a_state_that_asks_for_more_token_data_than_there_is_gives_way_to_an_ear
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "update", counting)
-    whole = fingerprint(run_recipe(tmp_path / "whole"), 6)
-    updates = 0
     run = run_recipe(tmp_path / "stopped", should_stop=lambda: updates >= 2)
     (newest,) = [c for c in list_checkpoints(run / "checkpoints") if c.update]
     save_file({"none": np.zeros(1)}, newest.path / "batches.safetensors")
@@ -226,7 +233,7 @@ def test_a_state_that_asks_for_more_token_data_than_there_is_gives_way_to_an_ear
     listener = Recorder()
     resume(run, listener=listener)
     assert "asks for more token data" in listener.warnings[0]
-    assert fingerprint(run, 6) == whole
+    assert fingerprint(run, 6) == expected
 
 
 def test_a_checkpoint_kept_alone_outlives_a_broken_one_that_was_newer(tmp_path: Path) -> None:
@@ -297,14 +304,13 @@ def test_resuming_writes_no_tensorboard_figure_twice(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("train/reward/mean")] == list(range(1, 10))
 
 
-def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path) -> None:
-    whole = run_recipe(tmp_path / "whole")
+def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path, whole: Callable[..., Path]) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         run_recipe(tmp_path / "cut", listener=_Cut())
     listener = Recorder()
     resume(tmp_path / "cut" / "run", listener=listener)
     assert "no checkpoint yet" in listener.warnings[0]
-    assert fingerprint(tmp_path / "cut" / "run", 6) == fingerprint(whole, 6)
+    assert fingerprint(tmp_path / "cut" / "run", 6) == fingerprint(whole(), 6)
 
 
 class _Cut(Recorder):
