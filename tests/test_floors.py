@@ -37,7 +37,6 @@ LONGER = {
     "src/sapo/model/attention.py": "one attention for any decoder, its layout and its ways to compute",
     "src/sapo/rollout/local/engine.py": "the decoding loop and what it keeps between two of its steps",
     "src/sapo/rollout/local/layouts.py": "how tokens find their keys in prefill and in a decode step",
-    "src/sapo/workflows/serving/protocol.py": "one protocol of another project: requests, answers, events, errors",
     "tests/report/test_report_data.py": "the figures of one run, which a fixture makes once",
     "tests/report/test_report_in_browser.py": "one browser, and one page that it looks at",
     "tests/report/test_watch.py": "one page that is looked at while its run goes on",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapo.data import Status
-from sapo.diagnostics.titles import metric_title
+from sapo.diagnostics.titles import metric_title, shown_figures
 from sapo.run.profiling import phases
 
 COLUMNS = (
@@ -55,8 +55,10 @@ def evaluation_line(record: dict[str, Any]) -> str:
 
 def step_figures(record: Mapping[str, Any]) -> list[str]:
     """Return the figures of a step in words: those of COLUMNS that were measured, and tokens per second."""
+    formats = dict(COLUMNS)
     figures = [
-        f"{metric_title('step', name).title} {text.format(record[name])}" for name, text in COLUMNS if name in record
+        f"{metric_title('step', name).title} {formats[name].format(record[name])}"
+        for name in shown_figures(record, tuple(formats))
     ]
     if "tokens_per_second" in record["timing"]:
         figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")

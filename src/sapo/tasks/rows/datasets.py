@@ -181,6 +181,7 @@ class DatasetTask(RowTask):
             finish=settings.finish,
             notices=notices.lines(settings.label),
             limit=settings.limit(),
+            places=notices.places,
         )
 
     @classmethod

@@ -27,11 +27,14 @@ class Notices:
     """Questions that rows answer differently, each with two places."""
     alike: list[str] = field(default_factory=list)
     """Held-out questions that differ from a training one in blanks and case alone."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Place of the first row of each question, for a refusal after reading."""
     _answers: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Place and answer of each question so far."""
 
     def take(self, where: str, prompt: Prompt) -> None:
         """Compare the answer of a row with those of rows with the same question."""
+        self.places.setdefault(prompt.identity, where)
         messages = prompt.metadata.get("messages")
         self.continued += bool(messages and messages[-1]["role"] == "assistant")
         if prompt.answer is None:

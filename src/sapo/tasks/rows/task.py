@@ -13,7 +13,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +44,7 @@ class RowTask(JudgedTask):
         finish: function that completes a prompt on demand, where doing so for every row would take too much memory.
         notices: lines about the rows for the user: how many were skipped.
         limit: longest prompt; see `apply_limit`.
+        places: place of each question's row by the identity of its prompt, which `apply_limit` names.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class RowTask(JudgedTask):
         finish: Callable[[Prompt], Prompt] | None = None,
         notices: Sequence[str] = (),
         limit: PromptLimit | None = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
+        self._places = {} if limit is None or places is None else places
         self.notices = tuple(notices)
         self.seed = seed
         self.score_truncated = score_truncated
@@ -102,8 +105,10 @@ class RowTask(JudgedTask):
                 if tokens <= self.limit.tokens:
                     fitting.append(row)
                 elif not self.limit.drop:
+                    place = self._places.get(row.identity)
+                    where = self.name if place is None else f"{place}: task {self.name}"
                     raise TaskError(
-                        f"{self.name}: a prompt must have at most {self.limit.tokens} tokens (max_prompt_tokens); got "
+                        f"{where}: a prompt must have at most {self.limit.tokens} tokens (max_prompt_tokens); got "
                         f"{tokens}: {brief(row.text)}; raise it, or set on_long_prompt=drop to leave such rows out"
                     )
             if rows and not fitting:
@@ -280,6 +285,7 @@ class FileTask(RowTask):
             prefers_chat=notices.prefers_chat,
             notices=notices.lines(name),
             limit=settings.limit(),
+            places=notices.places,
         )
 
     @classmethod
