@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,6 @@ class Kind:
     command: tuple[str, ...] = TRAIN
     again: tuple[str, ...] = RESUME
     outcome: Callable[[Path], str] = run_of
-    keep: tuple[str, ...] = field(default=("checkpoints",))
-    """Of a run: without a checkpoint the same command is given again, in another directory's place."""
 
 
 KINDS = {
