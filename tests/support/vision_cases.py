@@ -65,7 +65,7 @@ def make_vision_policy(name: str = "qwen3_vl", gain: float = 3.0, **options: Any
 def make_vision_model(name: str, gain: float = 3.0, **options: Any) -> tuple[Any, Family]:
     if name in ("qwen3_vl", "qwen3_vl_moe"):
         tokenizer = picture_tokenizer(ALPHABET)
-        model, family = tiny_vision_model(name, tokenizer, seed=0, hidden_size=48, **options)
+        model, family = tiny_vision_model(name, tokenizer, seed=0, **{"hidden_size": 48, **options})
     else:
         tokenizer = _tokenizer(name)
         config, processor = _MAKERS[name](tokenizer)

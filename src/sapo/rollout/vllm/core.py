@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from sapo.config import VllmConfig
+from sapo.data import Prompt
 from sapo.errors import ConfigError, ModelError
 from sapo.model.adapters import folded_weights
 from sapo.model.policy import Policy
 from sapo.rollout.engine import Weights
 from sapo.rollout.vllm.adapter import Adapter
+from sapo.rollout.vllm.pictures import Pictures, own_processing
 from sapo.utils.text import first_line
 
 GIB = 2**30
@@ -62,6 +64,7 @@ class VllmCore:
         self._asleep = False
         self._adapter = Adapter(policy) if settings.lora_sync == "adapter" else None
         self._has_base = False
+        self.pictures = Pictures(policy.vision) if policy.vision is not None else None
         self._eager = self._on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if self._on_cpu:
             check_head_size(_head_size(policy))
@@ -72,11 +75,14 @@ class VllmCore:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        of_adapter = self._adapter.engine_options() if self._adapter else {}
+        special = self._adapter.engine_options() if self._adapter else {}
+        special |= self.pictures.engine_options() if self.pictures else {}
         gib = settings.kv_cache_gib or (1.0 if self._on_cpu else None)
-        with tempfile.TemporaryDirectory(prefix="sapo-vllm-") as directory, _process_kept():
+        architecture = type(policy.model).__name__
+        processing = own_processing(architecture) if self.pictures else nullcontext()
+        with tempfile.TemporaryDirectory(prefix="sapo-vllm-") as directory, _process_kept(), processing:
             config = copy.deepcopy(policy.model.config)
-            config.architectures = [type(policy.model).__name__]
+            config.architectures = [architecture]
             config.save_pretrained(directory)
             try:
                 return LLMEngine.from_engine_args(
@@ -95,14 +101,14 @@ class VllmCore:
                         enable_sleep_mode=self._can_sleep,
                         logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
                         distributed_executor_backend="uni",
-                        **of_adapter,
+                        **special,
                         disable_log_stats=True,
                     )
                 )
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
                 _end_process_group()
                 raise ModelError(
-                    f"vLLM cannot run {type(policy.model).__name__} here: {first_line(error)}; rollout.vllm has its "
+                    f"vLLM cannot run {architecture} here: {first_line(error)}; rollout.vllm has its "
                     "settings, and rollout.engine=local runs every model"
                 ) from error
 
@@ -127,6 +133,15 @@ class VllmCore:
         with torch.compiler.set_stance("force_eager") if self._on_cpu and self._eager else nullcontext():
             found: list[Any] = self.engine.step()
             return found
+
+    def prompt(self, prompt: Prompt) -> dict[str, Any]:
+        """Return an encoded prompt as vLLM takes it, which needs no processing of vLLM's."""
+        from vllm.inputs import tokens_input
+
+        if not prompt.pictures:
+            return dict(tokens_input(list(prompt.token_ids)))
+        assert self.pictures is not None, "a model of text is asked about text"
+        return self.pictures.prompt(prompt)
 
     @property
     def lora_request(self) -> Any:
@@ -153,6 +168,8 @@ class VllmCore:
                 self._has_base = True
             self._adapter.load(self.engine, parts)
         self.engine.reset_prefix_cache()
+        if self.pictures is not None:
+            self.engine.reset_encoder_cache()
 
     def _load_model(self, weights: Weights) -> None:
         from vllm.config import set_current_vllm_config

@@ -83,7 +83,7 @@ class Drawing:
         self._unfinished = set(self._rows)
         for name, row in self._rows.items():
             request = requests[row.request]
-            prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+            prompt = core.prompt(request.prompt)
             params_of_row = _vllm_params(request, row, params, policy.unused_tokens, streamed)
             core.engine.add_request(name, prompt, params_of_row, lora_request=core.lora_request)
 

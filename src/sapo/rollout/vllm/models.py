@@ -5,6 +5,7 @@ from __future__ import annotations
 from sapo.errors import ConfigError
 from sapo.model.adapters import unfoldable
 from sapo.model.policy import Policy
+from sapo.rollout.vllm.pictures import _FIELDS as PICTURED
 
 
 def check_model(policy: Policy, *, folds: bool = True) -> None:
@@ -16,7 +17,7 @@ def check_model(policy: Policy, *, folds: bool = True) -> None:
     Raises:
         ConfigError: the rule, the layer and the way out.
     """
-    if policy.vision is not None:
+    if policy.vision is not None and policy.vision.family.config.model_type not in PICTURED:
         raise ConfigError(
             f"rollout.engine=vllm takes models of text so far; got {type(policy.model).__name__}, which has a "
             "vision tower; set rollout.engine=local"
