@@ -64,7 +64,7 @@ class VllmCore:
         self._asleep = False
         self._adapter = Adapter(policy) if settings.lora_sync == "adapter" else None
         self._has_base = False
-        self.pictures = Pictures(policy.vision) if policy.vision is not None else None
+        self.pictures = Pictures(policy.vision, policy.dtype) if policy.vision is not None else None
         self._eager = self._on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if self._on_cpu:
             check_head_size(_head_size(policy))
@@ -83,6 +83,8 @@ class VllmCore:
         with tempfile.TemporaryDirectory(prefix="sapo-vllm-") as directory, _process_kept(), processing:
             config = copy.deepcopy(policy.model.config)
             config.architectures = [architecture]
+            if self.pictures:
+                self.pictures.adapt(config)
             config.save_pretrained(directory)
             try:
                 return LLMEngine.from_engine_args(
@@ -176,7 +178,8 @@ class VllmCore:
 
         worker = self.engine.model_executor.driver_worker.worker
         with set_current_vllm_config(worker.vllm_config):
-            worker.model_runner.reload_weights(weights_iterator=weights)
+            named = self.pictures.as_saved(weights) if self.pictures else weights
+            worker.model_runner.reload_weights(weights_iterator=named)
             if self._on_cpu:
                 repack(worker.model_runner.get_model())
 

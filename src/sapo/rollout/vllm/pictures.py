@@ -21,9 +21,13 @@ from torch import Tensor
 
 from sapo.data import Picture, Prompt
 from sapo.model.vision import Vision
+from sapo.rollout.engine import Weights
 
 IMAGE = "image"
 """vLLM's name for pictures among its kinds of input."""
+
+_TOWER, _INNER_TOWER = "model.vision_tower.", "model.vision_tower.vision_model."
+_TRANSPOSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 class Pictures:
@@ -31,14 +35,33 @@ class Pictures:
 
     Args:
         vision: makes the pixels, and keeps those of the last pictures.
+        dtype: of the model, which its pixels have too.
     """
 
-    def __init__(self, vision: Vision) -> None:
+    def __init__(self, vision: Vision, dtype: torch.dtype) -> None:
         self._vision = vision
+        self._dtype = dtype
 
     def engine_options(self) -> dict[str, Any]:
         """Return what vLLM is started with: no cache of its own for pixels, and no picture tried at the start."""
         return {"mm_processor_cache_gb": 0.0, "skip_mm_profiling": True}
+
+    def adapt(self, config: Any) -> None:
+        """Give a config what vLLM reads of it and transformers leaves out."""
+        if config.model_type == "qwen3_vl_moe":
+            text = config.get_text_config()
+            text.norm_topk_prob = getattr(text, "norm_topk_prob", True)  # these always do
+
+    def as_saved(self, weights: Weights) -> Weights:
+        """Yield weights as a checkpoint of the family has them, which vLLM's class of the model reads."""
+        family = self._vision.family.config.model_type
+        for name, tensor in weights:
+            if family == "llava" and name.startswith(_TOWER) and not name.startswith(_INNER_TOWER):
+                yield _INNER_TOWER + name.removeprefix(_TOWER), tensor
+            elif family == "qwen3_vl_moe" and name.endswith(_TRANSPOSED):
+                yield name, tensor.transpose(1, 2)
+            else:
+                yield name, tensor
 
     def prompt(self, prompt: Prompt) -> dict[str, Any]:
         """Return an encoded prompt that shows pictures, as vLLM's own processing would leave it."""
@@ -58,7 +81,10 @@ class Pictures:
     def _item(self, picture: Picture) -> Any:
         from vllm.multimodal.inputs import MultiModalKwargsItem
 
-        pixels = self._vision.pixels(picture)
+        pixels = {
+            name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self._vision.pixels(picture).items()
+        }
         return MultiModalKwargsItem(_FIELDS[self._vision.family.config.model_type](pixels, self._vision))
 
 
