@@ -110,7 +110,7 @@ class VllmCore:
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
                 _end_process_group()
                 raise ModelError(
-                    f"vLLM cannot run {architecture} here: {first_line(error)}; rollout.vllm has its "
+                    f"vLLM cannot run {architecture} here: {_reason(error)}; rollout.vllm has its "
                     "settings, and rollout.engine=local runs every model"
                 ) from error
 
@@ -228,6 +228,12 @@ def check_head_size(size: int) -> None:
             f"rollout.engine=vllm on a CPU needs attention heads of {', '.join(map(str, known))} channels; got {size} "
             "(hidden_size / heads); use rollout.engine=local, or a model of such heads, as recipe quickstart_vllm has"
         )
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why vLLM has refused: the first finding of a check of its settings, or the error's own."""
+    findings: Any = getattr(error, "errors", lambda: [])()
+    return str(findings[0]["msg"]).splitlines()[0] if findings else first_line(error)
 
 
 def _end_process_group() -> None:

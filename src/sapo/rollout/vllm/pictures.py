@@ -1,9 +1,9 @@
 """Pictures on their way to vLLM: pixels of our own making, and which tokens of the prompt they stand for.
 
-vLLM would make both itself, by transformers' Processor classes: those need a tokenizer and torchvision, scale otherwise,
-and look for pictures by token id. So it is given what the trainer computes with, at the place where its own processing
-ends: expanded token ids, the pixels of each picture with its hash, and its places. What vLLM asks of a processor when it
-starts (how many tokens a picture may have) is answered here.
+vLLM would make both itself, by transformers' Processor classes: those need a tokenizer and torchvision, scale
+otherwise, and look for pictures by token id. So it is given what the trainer computes with, at the place where its own
+processing ends: expanded token ids, the pixels of each picture with its hash, and its places. What vLLM asks of a
+processor when it starts (how many tokens a picture may have) is answered here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ class Pictures:
             name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self._vision.pixels(picture).items()
         }
-        return MultiModalKwargsItem(_FIELDS[self._vision.family.config.model_type](pixels, self._vision))
+        return MultiModalKwargsItem(FIELDS[self._vision.family.config.model_type](pixels, self._vision))
 
 
 def _range(places: tuple[int, ...]) -> Any:
@@ -141,7 +141,7 @@ def _llava(pixels: Mapping[str, Tensor], vision: Vision) -> dict[str, Any]:
     return {"pixel_values": _one("pixel_values", pixels["pixel_values"])}
 
 
-_FIELDS = {
+FIELDS: dict[str, Callable[[Mapping[str, Tensor], Vision], dict[str, Any]]] = {
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
@@ -189,7 +189,12 @@ def own_processing(architecture: str) -> Iterator[None]:
         del REGISTRY.create_processor, REGISTRY.get_processing_info
 
 
-_TORCHVISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
+_TORCHVISION = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.v2",
+    "torchvision.transforms.v2.functional",
+)
 
 
 def _import_without_torchvision(architecture: str) -> None:
