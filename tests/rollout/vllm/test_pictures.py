@@ -35,7 +35,7 @@ pytestmark = needs_vllm
 
 TOLERANCE = 1e-4
 SMALL_CACHE = VllmConfig(kv_cache_gib=0.25)
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "smolvlm", "idefics3", "internvl", "llava")
+UNTIED = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "smolvlm", "internvl", "llava")
 
 
 def wide_vision_policy(name: str = "qwen3_vl", **options: Any) -> Policy:
@@ -80,9 +80,22 @@ def long_prompts(policy: Policy) -> list[Request]:
     return [Request(shown(policy, "ab", picture(i, 224, 208), prompt_id=i), 2) for i in (1, 2)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_two_pictures_text_and_one_picture_in_a_batch_are_drawn_as_by_the_local_engine(name: str) -> None:
-    policy = wide_vision_policy(name)
+def tied_vision_policy(name: str) -> Policy:
+    options = SHAPE if name == "qwen3_vl" else {"one_head": True}
+    model, family = make_vision_model(name, **options)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
+    model.tie_weights()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(3)  # logits that are neither flat nor those of the last token
+    return prepare_policy(model, family.tokenizer, family)
+
+
+CASES = [*((wide_vision_policy, name) for name in UNTIED), *((tied_vision_policy, n) for n in ("qwen3_vl", "idefics3"))]
+
+
+@pytest.mark.parametrize(("make", "name"), CASES)
+def test_two_pictures_text_and_one_picture_in_a_batch_are_drawn_as_by_the_local_engine(make, name: str) -> None:
+    policy = make(name)
     requests = [Request(prompt, 2) for prompt in mixed_prompts(policy)]
     greedy = params(temperature=0.0, max_new_tokens=12, stop_token_ids=frozenset())
 

@@ -265,9 +265,10 @@ def _prepare_import() -> None:
 
 def repack(model: Any) -> None:
     """Make the packed weights of vLLM's CPU build anew: those of fused experts, and of a head tied to the embedding."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and getattr(model.config, "tie_word_embeddings", False):
-        head.quant_method.process_weights_after_loading(head)
+    for module in model.modules():  # the decoder of a vision-language model has a head of its own
+        head, config = getattr(module, "lm_head", None), getattr(module, "config", None)
+        if head is not None and config is not None and config.get_text_config().tie_word_embeddings:
+            head.quant_method.process_weights_after_loading(head)
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)

@@ -47,9 +47,10 @@ class Pictures:
         return {"mm_processor_cache_gb": 0.0, "skip_mm_profiling": True}
 
     def adapt(self, config: Any) -> None:
-        """Give a config what vLLM reads of it and transformers leaves out."""
+        """Give a config what vLLM reads of the decoder's part of it, and transformers leaves out."""
+        text = config.get_text_config()
+        text.tie_word_embeddings = config.tie_word_embeddings
         if config.model_type == "qwen3_vl_moe":
-            text = config.get_text_config()
             text.norm_topk_prob = getattr(text, "norm_topk_prob", True)  # these always do
 
     def as_saved(self, weights: Weights) -> Weights:
