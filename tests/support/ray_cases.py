@@ -26,6 +26,8 @@ class TwoNodes:
 
         self._client_port = head.get("ray_client_server_port")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # gRPC's handlers around a fork let the head's client server die now and then: docs/scaling.md.
+        os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
         settings = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args={**settings, **head})
         self.add_node()

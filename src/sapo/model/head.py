@@ -8,7 +8,9 @@ d logits = c (onehot(y) - p) / temperature,
 
 so that c scales rows of hidden states and never the logits, and onehot(y) is a row of W looked up or added to. Never
 more than one chunk of logits exists; a few rows of it at a time, as many as a cache holds, are made into probabilities
-in place. `tests/model/test_head.py` holds value and gradient against autograd in float64.
+in place. On a GPU a chunk is larger and computed whole (gpu_head.py).
+
+`tests/model/test_head.py` holds value and gradient against autograd in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo.model.products import add_outer_sum, linear, product
+from sapo.model import gpu_head
+from sapo.model.gpu_head import Distribution
+from sapo.model.products import add_outer_sum, add_wide_product, linear, product, wide_product
 
 # Logits of one chunk: 24 MiB, in the model's own precision. Each chunk reads and writes the gradient of the output
 # embedding once, so that a chunk below MIN_CHUNK tokens would wait for memory; above it, more gain little.
@@ -84,7 +88,7 @@ def policy_head(
         entropy: also return the entropy of each token's distribution.
         chunk: tokens per chunk; chosen from the vocabulary when None.
     """
-    size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
+    size = chunk or _chunk_on(weight_VH)
     loss, logprob_M, entropy_M = _PolicyHead.apply(
         hidden_MH, weight_VH, bias_V, target_M, loss_and_coefficient, temperature, softcap, unused_K, entropy, size
     )
@@ -104,13 +108,23 @@ def token_logprobs(
     chunk: int | None = None,
 ) -> Tensor:
     """Compute (M,) log pi of the targets, one chunk of logits at a time, without gradient; see `policy_head`."""
-    size = chunk or chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
+    size = chunk or _chunk_on(weight_VH)
     shape = _Shape(temperature, softcap, unused_K, entropy=False, gradient=False)
     logprob_M = hidden_MH.new_empty(target_M.shape, dtype=_wide(hidden_MH.dtype))
+    whole = gpu_head.takes_whole_chunks(weight_VH.device)
     for at in _chunks(target_M.shape[0], size):
+        if whole:
+            logprob_M[at] = _distribution(hidden_MH[at], weight_VH, target_M[at], bias_V, shape).logprob_M
+            continue
         logits = linear(hidden_MH[at], weight_VH)
         logprob_M[at] = _normalize(logits, target_M[at], bias_V, shape).logprob
     return logprob_M
+
+
+def _chunk_on(weight_VH: Tensor) -> int:
+    if gpu_head.takes_whole_chunks(weight_VH.device):
+        return gpu_head.chunk_tokens(weight_VH.shape[0])
+    return chunk_tokens(weight_VH.shape[0], weight_VH.element_size())
 
 
 class _PolicyHead(torch.autograd.Function):
@@ -134,7 +148,19 @@ class _PolicyHead(torch.autograd.Function):
         loss = hidden_MH.new_zeros((), dtype=wide)
         logprob_M = hidden_MH.new_empty(target_M.shape, dtype=wide)
         entropy_M = torch.empty_like(logprob_M) if entropy else logprob_M.new_empty(0)
+        whole = gpu_head.takes_whole_chunks(weight_VH.device)
         for at in _chunks(target_M.shape[0], size):
+            if whole:
+                found = _distribution(hidden_MH[at], weight_VH, target_M[at], bias_V, shape)
+                logprob_M[at] = found.logprob_M
+                if found.entropy_M is not None:
+                    entropy_M[at] = found.entropy_M
+                part, coefficient = loss_and_coefficient(logprob_M[at], at)
+                loss += part.to(wide)
+                if shape.gradient:
+                    gradients.add_whole(at, found, target_M[at], coefficient.to(wide) / temperature)
+                del found
+                continue
             logits = linear(hidden_MH[at], weight_VH)
             chunk = _normalize(logits, target_M[at], bias_V, shape)
             logprob_M[at] = chunk.logprob
@@ -204,6 +230,18 @@ class _Gradients:
             self.bias.index_add_(0, target, at_target)
         self.fresh = False
 
+    def add_whole(self, at: slice, found: Distribution, target: Tensor, coefficient: Tensor) -> None:
+        """Add the share of a chunk on a GPU; `coefficient` is c / temperature."""
+        hidden_MH, weight_VH = self.inputs
+        slope_MV = gpu_head.slopes(found, target, coefficient, hidden_MH.dtype)
+        if self.hidden is not None:
+            self.hidden[at] = product(slope_MV, weight_VH)
+        if self.weight is not None:
+            add_wide_product(self.weight, slope_MV.t(), hidden_MH[at], fresh=self.fresh)
+        if self.bias is not None:
+            self.bias += slope_MV.sum(0, dtype=self.bias.dtype)
+        self.fresh = False
+
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the three gradients."""
         if self.fresh and self.weight is not None:  # there was no token
@@ -233,6 +271,22 @@ class _Normalized:
     """d capped / d raw of the target's logit."""
 
 
+def _distribution(
+    hidden_MH: Tensor, weight_VH: Tensor, target_M: Tensor, bias_V: Tensor | None, shape: _Shape
+) -> Distribution:
+    """Compute a whole chunk's distributions on a GPU."""
+    return gpu_head.distribution(
+        wide_product(hidden_MH, weight_VH.t()),
+        target_M,
+        bias_V,
+        temperature=shape.temperature,
+        softcap=shape.softcap,
+        unused_K=shape.unused_K,
+        entropy=shape.entropy,
+        gradient=shape.gradient,
+    )
+
+
 def _normalize(logits_MV: Tensor, target_M: Tensor, bias_V: Tensor | None, shape: _Shape) -> _Normalized:
     """Compute log pi and entropy of a chunk of raw logits, which become probabilities in place for a gradient.
 
@@ -240,8 +294,7 @@ def _normalize(logits_MV: Tensor, target_M: Tensor, bias_V: Tensor | None, shape
     """
     wide = _wide(logits_MV.dtype)
     num_tokens, vocabulary = logits_MV.shape
-    on_cpu = logits_MV.device.type == "cpu"
-    rows = max(1, min(num_tokens, BLOCK_ELEMENTS // vocabulary if on_cpu else num_tokens))
+    rows = max(1, min(num_tokens, BLOCK_ELEMENTS // vocabulary))
     work = logits_MV.new_empty(rows, vocabulary, dtype=wide)
     logprob, entropy, steepness = (logits_MV.new_empty(num_tokens, dtype=wide) for _ in range(3))
     for at in _chunks(num_tokens, rows):
@@ -279,7 +332,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def head_logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
     """Compute (M, V) logits at temperature 1, float32 (float64 for a float64 model); the caller may overwrite them."""
-    logits = linear(hidden_MH, weight_VH, bias_V).to(_wide(hidden_MH.dtype))
+    if gpu_head.takes_whole_chunks(weight_VH.device) and not torch.is_grad_enabled():
+        logits = wide_product(hidden_MH, weight_VH.t())
+        if bias_V is not None:
+            logits.add_(bias_V)
+    else:
+        logits = linear(hidden_MH, weight_VH, bias_V).to(_wide(hidden_MH.dtype))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 

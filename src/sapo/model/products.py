@@ -7,6 +7,9 @@ The gradient of a weight has its left operand transposed, which oneDNN copies fi
 alone, for which MKL has kernels of half the width (not measured, for want of such a machine). bfloat16 goes to oneDNN
 by torch's own hand; float64 (tests), CUDA and other processors are left to torch.
 
+On a GPU products of 16-bit factors whose sums are wanted in float32 (logits, the gradient of the output embedding) are
+asked for in float32, where torch can: `wide_product` and `add_wide_product`.
+
 Which kernel is taken depends on dtype, device, processor and shape, never on a timing: a run that is resumed computes
 the same bits.
 """
@@ -28,6 +31,11 @@ MIN_MULTIPLICATIONS = 2**21
 
 # Of a product that is added to a total: 4 MiB of float32, which the second-level cache or the third holds.
 BLOCK_ELEMENTS = 2**20
+
+HALVES = (torch.bfloat16, torch.float16)
+
+WIDE_BLOCK_ELEMENTS = 2**27
+"""Of a product on a GPU that has to be made beside its total: 512 MiB of float32."""
 
 
 @cache
@@ -87,6 +95,60 @@ def add_outer_sum(total_MK: Tensor, left_NM: Tensor, right_NK: Tensor, *, fresh:
             block.copy_(part)
         else:
             block.add_(part)
+
+
+@cache
+def wide_support(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """Try which products of 16-bit factors a device gives in float32: `mm`, and `addmm` into a total of float32.
+
+    torch has the first since 2.8 and the second since 2.12, for CUDA; ROCm has neither in some releases.
+    """
+    found = set()
+    left, right = (torch.ones(16, 16, dtype=dtype, device=device) for _ in range(2))
+    total = torch.ones(16, 16, device=device)
+    for name in ("mm", "addmm"):
+        try:
+            if name == "mm":
+                torch.mm(left, right, out_dtype=torch.float32, out=total)
+            else:
+                torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        except (RuntimeError, TypeError):
+            continue
+        if total[0, 0].item() == {"mm": 16.0, "addmm": 32.0}[name]:
+            found.add(name)
+    return frozenset(found)
+
+
+def wide_product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """Compute (M, N) left @ right without autograd: of 16-bit factors in float32, of others in their own precision.
+
+    Where a GPU cannot give it in float32 the product is rounded to 16 bits on the way.
+    """
+    if left_MK.dtype not in HALVES:
+        return left_MK @ right_KN
+    if "mm" in wide_support(left_MK.device, left_MK.dtype):
+        return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
+    if left_MK.device.type == "cpu":
+        return left_MK.float() @ right_KN.float()
+    return (left_MK @ right_KN).float()
+
+
+def add_wide_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor, *, fresh: bool) -> None:
+    """Add left @ right to a total of float32, or set it where it is `fresh`, in as few kernels as the device allows."""
+    if left_MK.dtype == total_MN.dtype:
+        torch.addmm(total_MN, left_MK, right_KN, beta=0 if fresh else 1, out=total_MN)
+        return
+    support = wide_support(left_MK.device, left_MK.dtype)
+    if fresh and "mm" in support:
+        torch.mm(left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
+        return
+    if not fresh and "addmm" in support:
+        torch.addmm(total_MN, left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
+        return
+    rows = max(1, WIDE_BLOCK_ELEMENTS // right_KN.shape[1])
+    for start in range(0, total_MN.shape[0], rows):
+        block, part = total_MN[start : start + rows], wide_product(left_MK[start : start + rows], right_KN)
+        block.copy_(part) if fresh else block.add_(part)
 
 
 def linear(input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:

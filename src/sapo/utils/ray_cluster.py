@@ -25,6 +25,9 @@ PROBE_SECONDS = 5.0
 """How long an address may take to answer. Ray itself would try for more than a minute."""
 START_SECONDS = 120.0
 """How long a placed process may take to start: its node may have to read Python's packages from a slow disk."""
+CLIENT_SERVER_FAILED = "Starting Ray client server failed"
+"""What a head says whose fork of a server for us has died: its gRPC threads and the fork got in each other's way."""
+CLIENT_SERVER_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 2**30
 """Shared memory of a cluster that a run starts for itself: messages to engines pass through it, one at a time."""
 PASSED_ON = ("PYTHONPATH", "SAPO_", "HF_", "OMP_", "MKL_", "KMP_", "CUBLAS_", "NCCL_", "TORCH_", "TOKENIZERS_")
@@ -283,17 +286,23 @@ def _connect(address: str, cpus: int) -> bool:
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
-    try:
-        with _handlers_kept():
-            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-            ray.init(address=given, **quiet, **(own if given == "local" else {}))
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ClusterError(
-            f"no Ray cluster answers at cluster.address={address}: {said}; start one with `ray start "
-            "--head`, or set cluster.address=local for one of this machine"
-        ) from error
-    return True
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    for _ in range(CLIENT_SERVER_ATTEMPTS):
+        try:
+            with _handlers_kept():
+                ray.init(address=given, **quiet, **(own if given == "local" else {}))
+            return True
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            said, cause = " ".join(str(error).split()) or type(error).__name__, error
+        if CLIENT_SERVER_FAILED not in said:
+            raise ClusterError(
+                f"no Ray cluster answers at cluster.address={address}: {said}; start one with `ray start "
+                "--head`, or set cluster.address=local for one of this machine"
+            ) from cause
+    raise ClusterError(
+        f"cluster.address={address} answers, and failed {CLIENT_SERVER_ATTEMPTS} times to start a client server for "
+        "this machine; start its head with GRPC_ENABLE_FORK_SUPPORT=0 in the environment, or submit the run as a job"
+    ) from cause
 
 
 def _probe(address: str) -> None:

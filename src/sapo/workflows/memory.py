@@ -44,6 +44,7 @@ import torch
 
 from sapo.config import RunConfig
 from sapo.data import Group, Prompt
+from sapo.model import gpu_head
 from sapo.model.attention import TreeLayout
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.model.policy import Policy
@@ -297,6 +298,8 @@ def _generate_parts(
 def _chunk_bytes(policy: Policy, targets: int) -> int:
     vocabulary = policy.head_weight.shape[0]
     itemsize = policy.dtype.itemsize
+    if gpu_head.takes_whole_chunks(policy.device):
+        return gpu_head.chunk_bytes(vocabulary, targets, itemsize)
     tokens = min(chunk_tokens(vocabulary, itemsize), targets)
     block = max(vocabulary, min(BLOCK_ELEMENTS, tokens * vocabulary))
     # The block of rows that is made into probabilities, and its wider copy where the model computes in 16 bits.

@@ -38,6 +38,32 @@ def test_a_command_that_asks_for_more_than_the_cluster_has_ends_in_one_line(node
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_client_server_that_dies_at_its_start_is_asked_for_again(
+    failures: int, nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message is what Ray 2.60 says where the fork of a client server has died."""
+    ray = pytest.importorskip("ray")
+    real, seen = ray.init, []
+
+    def init(**settings: object) -> object:
+        seen.append(settings)
+        if len(seen) <= failures:
+            raise ConnectionAbortedError(
+                "Initialization failure from server:\nRuntimeError: Starting Ray client server failed. See the log."
+            )
+        return real(**settings)
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures == 2:
+        RayCluster(nodes.address, [{"CPU": 1}], wait_seconds=10).close()
+    else:
+        with pytest.raises(ClusterError, match=r"failed 3 times .* GRPC_ENABLE_FORK_SUPPORT=0 in the environment"):
+            RayCluster(nodes.address, [{"CPU": 1}], wait_seconds=10)
+    assert len(seen) == 3
+    assert not ray.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [

@@ -192,7 +192,7 @@ def test_a_cluster_of_one_machine_ends_with_its_run(
 
 @pytest.fixture
 def with_jobs() -> Iterator[TwoNodes]:
-    """A cluster of its own: beside a dashboard, which takes jobs, Ray's client server often fails to start."""
+    """A cluster with a dashboard, which takes jobs."""
     ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
     with two_nodes(include_dashboard=True, **ports) as cluster:
         yield cluster

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sapo.model.adapters import folded_weight
 from sapo.model.policy import Policy
+from sapo.model.products import wide_product
 from sapo.rollout.local.cpu.native import kernels
 from sapo.rollout.local.cpu.packed import (
     PackedLinear,
@@ -49,7 +50,10 @@ class Linear:
         return F.linear(input_NI, self.weight, self.bias)
 
     def widened(self, input_NI: Tensor) -> Tensor:
-        """Return the outputs in float32, after they were rounded to the weight's dtype."""
+        """Return the outputs in float32: on a GPU as summed, elsewhere rounded to the weight's dtype before."""
+        if input_NI.device.type not in ("cpu", "meta"):
+            outputs = wide_product(input_NI, self.weight.t())
+            return (outputs if self.bias is None else outputs.add_(self.bias)).float()
         return self(input_NI).float()
 
 

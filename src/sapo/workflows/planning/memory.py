@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sapo.config import RunConfig
+from sapo.model import gpu_head
 from sapo.model.head import BLOCK_ELEMENTS, chunk_tokens
 from sapo.rollout.local.engine import PREFILL_TOKENS
 from sapo.workflows.memory import (
@@ -235,14 +236,18 @@ class _Rank:
 
     def _head_at_work(self) -> Parts:
         shape, targets = self.shape, self.work.targets // self.config.train.context_parallel
-        tokens = min(chunk_tokens(shape.vocabulary, shape.itemsize), max(1, targets))
-        rows = tokens * shape.vocabulary if not self.on_cpu else min(BLOCK_ELEMENTS, tokens * shape.vocabulary)
-        block = max(shape.vocabulary, rows)
-        copies = 1 if shape.itemsize >= 4 else 2
         return {
             "last hidden states and their gradient": 2 * targets * shape.hidden * shape.itemsize,
-            "one chunk of logits": tokens * shape.vocabulary * shape.itemsize + block * max(4, shape.itemsize) * copies,
+            "one chunk of logits": self._chunk(max(1, targets)),
         }
+
+    def _chunk(self, targets: int) -> int:
+        vocabulary, itemsize = self.shape.vocabulary, self.shape.itemsize
+        if not self.on_cpu:
+            return gpu_head.chunk_bytes(vocabulary, targets, itemsize)
+        tokens = min(chunk_tokens(vocabulary, itemsize), targets)
+        block = max(vocabulary, min(BLOCK_ELEMENTS, tokens * vocabulary))
+        return tokens * vocabulary * itemsize + block * max(4, itemsize) * (1 if itemsize >= 4 else 2)
 
     def _head_gradient(self, itemsize: int) -> int:
         return itemsize * self.shape.head_elements if self.shape.head_trained else 0
