@@ -11,29 +11,27 @@ from fractions import Fraction
 
 from sapo.tasks.verifiers.mathexact import TooLarge, exact_value
 from sapo.tasks.verifiers.mathspell import squeezed
+from sapo.tasks.verifiers.mathunits import without_unit
 from sapo.tasks.verifiers.mathwords import is_changed
 from sapo.tasks.verifiers.numbers import MAX_NUMBER_LENGTH, number_in
 
 _FRAC = re.compile(r"\\frac\s*(?:\{\s*([-+]?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _MIXED = re.compile(r"[-+]?\s*(?:([0-9]+)\s+([0-9]+/[0-9]+)|([0-9]*)\s*(\\frac.*))", re.DOTALL)
-# A word of four letters is no product of variables. Shorter units are listed.
-_UNIT_WORD = (
-    r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|mL|ft|in|lb|lbs|oz|mph|kph|kmh|deg|yr|yrs|hr|hrs|min|sec|sq|per|of|cents?"
-    r"|USD|EUR|GBP|INR|RMB|CNY|JPY|AUD|CAD|Rs|pm|am|Hz|kHz|MHz|kW|kJ|km/h|m/s|cm/s|ft/s|mi/h)"
+_BASES = {
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10},
+    **{"eleven": 11, "twelve": 12, "sixteen": 16},
+}
+_BASE_NAME = "[0-9]+|" + "|".join(_BASES)
+# 52_8, 52_{(8)}, (52)_8, 52_{\text{eight}}, 52_{\text{base }8}
+_BASE = re.compile(
+    r"\(?\s*(?P<digits>[0-9A-Za-z]+)\s*\)?\s*_\s*\{?\s*\(?\s*(?:\\text\s*\{)?\s*\(?\s*(?:base\s*\}?\s*)?"
+    rf"(?P<base>{_BASE_NAME})\s*\)?\s*\}}?\s*\)?\s*\}}?"
 )
-_UNIT = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|(?<=[0-9}\s])\s*(?<![A-Za-z])" + _UNIT_WORD + r"(?:[\s/]" + _UNIT_WORD + r"){0,2}"
-    r"|(?<=[0-9])(?:\^\\circ\s?|\s)[CFK])"
-    r"(?:\^\s*\{?-?[0-9]\}?)?\s*$"
+# 52 (base 8), 52 \text{ in base }8
+_BASE_BEHIND = re.compile(
+    r"(?P<digits>[0-9][0-9A-Za-z]*)\s*(?:\\text\s*\{)?\s*\(?\s*(?:\\text\s*\{)?\s*(?:in\s+)?base\s*\}?\s*"
+    rf"(?P<base>{_BASE_NAME})\s*\)?\s*\}}?\s*\)?"
 )
-_UNIT_FRACTION = re.compile(
-    r"\\frac\s*\{\s*\\text\s*\{[^{}]*\}\s*\}\s*\{\s*\\text\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?\s*\}\s*$"
-)
-_CURRENCY = re.compile(
-    r"^\s*(?:(?:US|A|C)?\\?\$|[€£¥₹₽₩]|\\(?:pounds|euro|yen|rupee)(?![A-Za-z])|Rs\.?|USD|EUR|GBP|INR|RMB"
-    r"|\\text\s*\{\s*(?:Rs\.?|USD|EUR|GBP|INR|RMB|US\\?\$|\\?\$|€|£|¥|₹)\s*\})\s*"
-)
-_BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))")
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _NAME = re.compile(
     r"((?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?(?:\([a-zA-Z]\))?"
@@ -91,24 +89,6 @@ def number_of(text: str) -> Number | None:
     return None if value is None else Number(value, percent)
 
 
-def without_unit(text: str) -> str:
-    r"""Return a respelt number without the sign of a currency before it and the unit after it.
-
-    >>> without_unit(r"\$ 500"), without_unit("42 km"), without_unit(r"9.8 \frac{\text{m}}{\text{s}^2}")
-    ('500', '42', '9.8')
-    """
-    text = re.sub(r"(?i)\s*\\?%\s*$|\s*\bper\s?cent\s*$|\s*\\text\s*\{\s*per\s?cent\s*\}\s*$", "%", text)
-    sign = re.match(r"\s*-\s*", text)
-    text = text[sign.end() :] if sign else text
-    text = _CURRENCY.sub("", text).replace(r"\$", "").replace("$", "")
-    text = _UNIT_FRACTION.sub("", text).strip().removesuffix(r"^\circ").strip()
-    bare = _UNIT.sub("", text)
-    if bare.strip() and not re.search(r"[A-Za-z\\]", re.sub(r"\\(?:frac|cdot|times|%)", "", bare)):
-        text = bare
-    text = text.strip().removesuffix(r"^\circ").strip()
-    return f"-{text}" if sign else text
-
-
 def _exact(text: str) -> Fraction | None:
     try:
         return exact_value(text)
@@ -119,14 +99,14 @@ def _exact(text: str) -> Fraction | None:
 def base_of(text: str) -> tuple[str, int] | None:
     """Return the digits and the base of a numeral such as 4210_{5}, or None for other texts.
 
-    >>> base_of("4210_{5}"), base_of("4210")
-    (('4210', 5), None)
+    >>> base_of("4210_{5}"), base_of("52 (base 8)"), base_of("4210")
+    (('4210', 5), ('52', 8), None)
     """
-    match = _BASE.fullmatch(text)
+    match = _BASE.fullmatch(text) or _BASE_BEHIND.fullmatch(text)
     if not match:
         return None
-    base = int((match[2] or match[3])[:9])
-    digits = match[1].upper()
+    base = _BASES.get(match["base"]) or int(match["base"][:9])
+    digits = match["digits"].upper()
     # x_1 is a name. A numeral in base b has digits below b.
     valid = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
     return (digits, base) if valid and digits[0].isdigit() else None
@@ -209,37 +189,6 @@ def written(value: Fraction) -> str:
     if value.numerator.bit_length() + value.denominator.bit_length() < 10_000:
         return str(value)
     return f"{value.numerator:#x}" + (f"/{value.denominator:#x}" if value.denominator != 1 else "")
-
-
-# Units of which answers name two, with their worth in the smallest of each kind.
-_WORTH = {
-    **{"day": ("time", 86400), "hour": ("time", 3600), "hr": ("time", 3600), "h": ("time", 3600)},
-    **{"minute": ("time", 60), "min": ("time", 60), "second": ("time", 1), "sec": ("time", 1), "s": ("time", 1)},
-    **{"feet": ("length", 12), "foot": ("length", 12), "ft": ("length", 12), "inch": ("length", 1)},
-    **{"inche": ("length", 1), "in": ("length", 1), "dollar": ("money", 100), "cent": ("money", 1)},
-    **{"pound": ("mass", 16), "lb": ("mass", 16), "ounce": ("mass", 1), "oz": ("mass", 1)},
-    **{"year": ("date", 12), "month": ("date", 1)},
-}
-UNITS_OF_PARTS = tuple(_WORTH)
-_PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+?)s?(?=[\s,0-9]|$)\.?\s*(?:,|and)?")
-
-
-def quantity_of(text: str) -> Fraction | None:
-    """Return a quantity of two units or more in the largest of them, or None for another text.
-
-    >>> quantity_of(r"7 \\text{ hours and } 30 \\text{ minutes}"), quantity_of("7 hours")
-    (Fraction(15, 2), None)
-    """
-    plain = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).split())
-    parts: list[tuple[Fraction, str]] = []
-    position = 0
-    while position < len(plain) and len(parts) < 5 and (match := _PART.match(plain, position)):
-        parts.append((Fraction(match[1]), match[2].lower()))
-        position = match.end()
-    if len(parts) < 2 or position < len(plain) or len({_WORTH.get(unit, (unit, 0))[0] for _, unit in parts}) != 1:
-        return None
-    worth = [_WORTH.get(unit, ("", 0))[1] for _, unit in parts]
-    return None if 0 in worth else sum((n * w for (n, _), w in zip(parts, worth, strict=True)), Fraction()) / worth[0]
 
 
 def named(text: str) -> tuple[str, str]:
