@@ -32,11 +32,16 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    kind, number = asked.type, asked.index
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for but this machine has no CUDA device; use cpu or auto")
+    if kind == "cuda" and number is not None and number >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {device!r} was asked for but this machine has {count} CUDA devices, counted from 0")
     return device
 
 
