@@ -16,7 +16,7 @@ rotary embedding. `tests/rollout/test_decoder.py` holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -193,6 +193,24 @@ class FastDecoder:
         if isinstance(pack, Panels):
             self.blocks = PackedBlocks(self.layers, self.embedding.shape[1], pack.native, policy.dtype)
 
+    @property
+    def refreshable(self) -> bool:
+        """Return whether its copies of weights are plain tensors, which `refresh` can write to."""
+        return self.blocks is None and not any(getattr(x, "packed", False) for x in _parts([self.layers, self.head]))
+
+    def refresh(self, policy: Policy) -> None:
+        """Bring its copies of weights to what the policy's are now, at the addresses they have, a layer at a time.
+
+        A CUDA graph repeats what it read when it was captured; weights that are no copies are read where they are.
+        """
+        decoder: Any = policy.decoder
+        native = kernels(policy.device, policy.dtype)
+        for mine, layer in zip(self.layers, decoder.layers, strict=True):
+            _copy_weights(mine, _Layer(layer, False, native, None))
+        _copy_weights(self.norm, _Norm(decoder.norm, native))
+        _copy_weights(self.head, arrange_weights([policy.head_weight], [policy.head_bias], False))
+        _copy_weights([self.embedding], [decoder.embed_tokens.weight.detach()])
+
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout, static: bool = False) -> Tensor:
         """See `Decoder.hidden`.
 
@@ -223,6 +241,34 @@ class FastDecoder:
         half = sin_1ND.shape[-1] // 2
         sin_1ND[..., :half].neg_()
         return cos_1ND[0], sin_1ND[0]
+
+
+def _parts(of: Any) -> Iterator[Any]:
+    """Yield what an arrangement of weights is made of, tensors and layers, always in the same order."""
+    if isinstance(of, list | tuple):
+        inside = list(of)
+    elif isinstance(of, partial):
+        inside = list(of.keywords.values())
+    elif type(of).__module__ in (__name__, packing.__name__):
+        yield of
+        inside = list(vars(of).values())
+    else:
+        if isinstance(of, Tensor):
+            yield of
+        return
+    for part in inside:
+        yield from _parts(part)
+
+
+def _copy_weights(mine: Any, theirs: Any) -> None:
+    """Copy weights into those of an equal arrangement, where they are not the same memory."""
+    pairs = [
+        (a, b)
+        for a, b in zip(_parts(mine), _parts(theirs), strict=True)
+        if isinstance(a, Tensor) and a.data_ptr() != b.data_ptr()
+    ]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
 
 
 class _Layer:

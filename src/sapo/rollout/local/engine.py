@@ -31,7 +31,7 @@ from sapo.rollout.engine import Capabilities, Drawn, Request, Weights, check_len
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.conversation import LocalConversation
-from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
+from sapo.rollout.local.decoder import Decoder, FastDecoder, copied_bytes, decoder_of
 from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
 from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
@@ -45,6 +45,16 @@ from sapo.utils.spans import span
 
 PREFILL_TOKENS = 8192
 """Prompt tokens of one prefill, unless a single prompt has more: bounds its memory and changes no completion."""
+
+PREAMBLE_UNIT = 16
+"""Where graphs repeat a step, what all prompts begin with is shared up to a multiple of so many tokens."""
+
+KEPT_SHARE = 0.25
+"""Of a GPU's memory: what a call of generate may leave for the next. The update wants the rest."""
+
+_TAKEN_OVER = (
+    *("decoder", "cache", "rules", "uniform", "tokens", "logprobs", "position", "finished", "stopped", "stop_set"),
+)
 
 STREAMED_CALLS = 1024
 """Calls that the weights are arranged for where streams share them: many."""
@@ -75,6 +85,7 @@ class LocalEngine:
         self._sampler = policy
         self._asleep = False
         self._decoder: Decoder | None = None  # of streams: arranged once for all of them
+        self._kept: RowsInPlace | None = None  # the last call's, whose cache and CUDA graphs may serve the next
         self.weights_set = 0
         """How often weights were set or given back: what was computed with others is of no use any more."""
         self.way = choose_way(policy, self._draw_for_proof)
@@ -155,10 +166,16 @@ class LocalEngine:
             return self._in_rows(way, requests, params, should_stop, experts)
         recorder = None if experts is None else ExpertRecorder(self._sampler, experts)
         graphs = self.cuda_graphs if cuda_graphs is None else cuda_graphs
-        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, recorder, graphs)
+        before, self._kept = self._kept, None  # of a call that does not end nothing is kept
+        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, recorder, graphs, before=before)
+        del before
         with nullcontext() if recorder is None else recorder.recording(hooked=decoding.decoder is self._sampler):
             self.decode(decoding, should_stop)
-        return decoding.completions()
+        completions = decoding.completions()
+        if decoding.device_steps is not None and decoding.may_serve_again:
+            decoding.forget()
+            self._kept = decoding
+        return completions
 
     @staticmethod
     def decode(rows: RowsInPlace, should_stop: Callable[[], bool]) -> None:
@@ -230,15 +247,18 @@ class LocalEngine:
             odd = sorted(given.keys() ^ own.keys())
             raise ValueError(f"weights must be those of the policy, each by its name; {odd[0]!r} is of one side only")
         if all(given[name].data_ptr() == own[name].data_ptr() for name in own):
+            if self._sampler is not self.policy:
+                self._kept = None
             self._sampler = self.policy
         else:
+            self._kept = None
             self._twin = self._twin or Twin(self.policy)
             self._twin.put(given)
             self._sampler = self._twin.policy
         self.version = version
 
     def sleep(self) -> None:
-        """See `Engine.sleep`. Between two calls only weights that are not the policy's own take memory."""
+        """See `Engine.sleep`. What is kept between two calls is a small part of a GPU's memory (`may_serve_again`)."""
         if self._twin is not None:
             self._twin.release()
         self._sampler, self._asleep, self._decoder = self.policy, True, None
@@ -251,7 +271,7 @@ class LocalEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self.sleep()
-        self._twin = None
+        self._twin = self._kept = None
 
 
 def _with_completion(new: Drawn, results: Sequence[Sequence[Completion | None]]) -> Drawn:
@@ -265,6 +285,7 @@ class RowsInPlace:
     Args:
         keeps: a row whose turn has ended is not given up but parked: rows active..active+parked-1 wait with all their
             keys and values until they go on with another turn (`resume`), or their room is needed.
+        before: a call that has ended, whose tensors and CUDA graphs are taken over where they hold this one.
     """
 
     def __init__(
@@ -277,13 +298,11 @@ class RowsInPlace:
         cuda_graphs: GraphChoice,
         decoder: Decoder | None = None,
         keeps: bool = False,
+        before: RowsInPlace | None = None,
     ) -> None:
         self.policy = policy
         self.experts = experts
         self.keeps = keeps
-        self.decoder: Decoder = decoder or decoder_of(
-            policy, params.max_new_tokens, None if experts is None else experts.chosen
-        )
         self.requests = list(requests)
         self.params = params
         self.waiting = deque(range(len(requests)))
@@ -292,8 +311,31 @@ class RowsInPlace:
         device = policy.device
         # Experts are recorded prompt by prompt, so each prompt is then computed whole.
         self.preamble = 0 if experts is not None else common_beginning([r.prompt for r in requests])
+        static = not keeps and uses_device_steps(policy, cuda_graphs, experts is not None)
+        if static:  # so that the next call's is likely to have the same length
+            self.preamble -= self.preamble % PREAMBLE_UNIT
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
-        self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble)
+        stop_sets = sorted({r.prompt.stop for r in requests})
+        self.stop_set_of = [stop_sets.index(r.prompt.stop) for r in requests]
+        if before is not None and not (
+            static
+            and before._serves(policy, params, rows, stop_sets)
+            and before._begin(lengths, samples, self.preamble)
+        ):
+            before.release()
+            before = None
+        if before is None:
+            self.decoder: Decoder = decoder or decoder_of(
+                policy, params.max_new_tokens, None if experts is None else experts.chosen
+            )
+            self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble, rounded=static)
+            self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
+            self._make_tensors(rows, device)
+        else:
+            for name in _TAKEN_OVER:
+                setattr(self, name, getattr(before, name))
+            self.finished.zero_()
+            self.decoder.refresh(policy)  # type: ignore[attr-defined]
         self.arrangement: Arrangement | None = None
         self.active = self.parked = self.ended = 0
         self.request = np.zeros(rows, dtype=np.int64)
@@ -304,25 +346,60 @@ class RowsInPlace:
         self.since = np.zeros(rows, dtype=np.int64)  # of a parked row: which of the turns it was that ended
         self.taken = np.zeros(rows, dtype=np.int64)  # tokens that a stream has given away
         self.left = np.array(samples)  # rows of each request that have not been given up
-        self.uniform = torch.zeros(rows, params.max_new_tokens, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(rows, params.max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, params.max_new_tokens, dtype=torch.float32, device=device)
-        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # of the token decoded next
         self.hidden: Tensor | None = None  # (fresh rows, H): last hidden states not sampled from yet
         self.fresh = 0
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-        stop_sets = sorted({r.prompt.stop for r in requests})
-        self.stop_set_of = [stop_sets.index(r.prompt.stop) for r in requests]
-        self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
         self.cuda_graphs = cuda_graphs
-        self.device_steps = self._make_device_steps()
+        self.device_steps: DeviceSteps | None = self._make_device_steps() if before is None else before.device_steps
         if self.preamble:
             layout = PrefillLayout(self.cache, None, device)
             self._run([(requests[0].prompt, 0, self.preamble)], layout)
             self.cache.preamble_states = layout.kept
+
+    def _make_tensors(self, rows: int, device: torch.device) -> None:
+        """Make what is kept of the rows on the device."""
+        length = self.params.max_new_tokens
+        self.uniform = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, length, dtype=torch.float32, device=device)
+        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # of the token decoded next
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    @property
+    def may_serve_again(self) -> bool:
+        """Return whether tensors and graphs may be kept for the next call: they take little of a GPU's memory."""
+        if not (isinstance(self.decoder, FastDecoder) and self.decoder.refreshable) or self.keeps:
+            return False
+        if self.policy.device.type != "cuda":
+            return True
+        held = self.cache.nbytes + copied_bytes(self.policy, self.params.max_new_tokens)
+        return held <= KEPT_SHARE * torch.cuda.get_device_properties(self.policy.device).total_memory
+
+    def forget(self) -> None:
+        """Drop the requests and completions of a call that has ended."""
+        self.requests, self.results, self.hidden, self.arrangement = [], [], None, None
+
+    def release(self) -> None:
+        """Give the memory of a call that has ended back, before another takes its place."""
+        self.device_steps = None
+        self.decoder = self.policy
+        self.cache.layers.clear()
+        for pool in (self.cache.preamble, *self.cache.pools):
+            pool.layers.clear()
+
+    def _serves(self, policy: Policy, params: SamplingParams, rows: int, stop_sets: list[tuple[str, ...]]) -> bool:
+        """Return whether another call draws as this one did; only its prompts and its seed may be others."""
+        same = replace(self.params, seed=params.seed) == params and self.rules.stop_sets == stop_sets
+        return same and self.policy is policy and self.cache.rows == rows and self.device_steps is not None
+
+    def _begin(self, lengths: Sequence[int], samples: Sequence[int], preamble: int) -> bool:
+        """Take up the prompts of another call; return whether cache and graphs hold them."""
+        steps = self.device_steps
+        if steps is None or not self.cache.begin(lengths, samples, preamble):
+            return False
+        return steps.widths_of(self.cache, samples) == steps.width
 
     def _make_device_steps(self) -> DeviceSteps | None:
         """Make the steps that a CUDA graph repeats, of the tensors there are now."""
