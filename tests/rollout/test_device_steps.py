@@ -420,3 +420,34 @@ def test_a_rollout_captures_at_most_16_graphs_and_the_next_ones_none():
     assert new[1:] == [0, 0]
     # What steps read of the rows' own tokens, over what those have: to be 1.15 once attention reads pages.
     assert schedule.read / schedule.needed <= 1.65
+
+
+def test_the_host_waits_once_for_each_look_and_once_for_all_completions(policies, monkeypatch):
+    # Patched, since on a CPU these are no operations: what would wait for a GPU. Three for each completion before.
+    waits, looks = [], []
+    for name in ("cpu", "tolist", "item", "__bool__", "numpy"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _own=own, _name=name: (waits.append(_name), _own(self, *a))[1]
+        )
+    run, retire = DeviceSteps.run, local.RowsInPlace.retire
+    monkeypatch.setattr(DeviceSteps, "run", lambda self, *a: (looks.append(1), run(self, *a))[1])
+    fetched = []
+
+    def watched(self):
+        before = len(waits)
+        retire(self)
+        fetched.append((len(looks), waits[before:]))
+
+    monkeypatch.setattr(local.RowsInPlace, "retire", watched)
+    engine = LocalEngine(policies("qwen3"), 256, "eager")
+    waits.clear()
+    looks.clear()
+    fetched.clear()
+    engine.generate(ragged_requests(), params(max_new_tokens=40))
+    assert len(looks) >= 2
+    # After the prefill the first draws have ended rows that only the device knows of; later nothing is asked for.
+    assert [asked for at, asked in fetched if at] == [[]] * len(looks)
+    of_looks = 2 * len(looks)  # one copy, seen by two names: .cpu().numpy()
+    others = len(waits) - of_looks - sum(len(asked) for _, asked in fetched)
+    assert others <= 12, waits  # the prefill and the last copy, whatever the number of rows and tokens

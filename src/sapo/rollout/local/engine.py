@@ -141,6 +141,7 @@ class LocalEngine:
             decoding.step()
             drawn = decoding.take_new()
             decoding.retire()
+            decoding.fetch()
             yield [_with_completion(new, decoding.results) for new in drawn]
 
     def _stream_rows(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
@@ -349,6 +350,9 @@ class RowsInPlace:
         self.hidden: Tensor | None = None  # (fresh rows, H): last hidden states not sampled from yet
         self.fresh = 0
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
+        self.known_finished: np.ndarray | None = None  # what the last look saw, so that nobody waits for it again
+        self.sets_aside = static  # finished rows stay on the device till the end: to fetch each would be to wait for it
+        self.aside: list[tuple[list[tuple[int, int, slice]], Tensor]] = []
         self.cuda_graphs = cuda_graphs
         self.device_steps: DeviceSteps | None = self._make_device_steps() if before is None else before.device_steps
         if self.preamble:
@@ -537,6 +541,7 @@ class RowsInPlace:
         self.stopped[index] = stopped
         over = torch.from_numpy(self.generated[rows] >= self.limit[rows]).to(stopped.device)
         self.finished[index] = stopped | over
+        self.known_finished = None
 
     def _take_device_steps(self, steps: DeviceSteps) -> None:
         rows = slice(0, self.active)
@@ -545,7 +550,7 @@ class RowsInPlace:
                 self.request[rows], self.generated[rows], self.limit[rows], self.start[rows]
             )
         self.generated[rows] = generated
-        self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
+        self.known_finished = finished
 
     def _decode(self, rows: int) -> Tensor:
         """Compute the hidden states of the first rows after the token each has drawn last."""
@@ -572,11 +577,17 @@ class RowsInPlace:
 
     def retire(self) -> None:
         """Take finished rows out, or park them, and close the gaps with the last rows in use."""
-        done = self.finished[: self.active].nonzero()[:, 0].tolist()
+        known, self.known_finished = self.known_finished, None
+        if known is None:
+            known = self.finished[: self.active].cpu().numpy()
+        done: list[int] = np.flatnonzero(known).tolist()
         if not done:
             return
+        if self.sets_aside:
+            self._set_aside(done)
         for row in done:
-            self.results[self.request[row]][self.sample[row]] = self._completion(row)
+            if not self.sets_aside:
+                self.results[self.request[row]][self.sample[row]] = self._completion(row)
             if not self.keeps:
                 self._give_up(row)
         remaining = self.active - len(done)
@@ -699,15 +710,49 @@ class RowsInPlace:
 
     def _completion(self, row: int) -> Completion:
         turn = slice(int(self.start[row]), int(self.generated[row]))
-        token_ids = self.tokens[row, turn].cpu()
-        stopped = bool(self.stopped[row])
-        prompt = self.requests[self.request[row]].prompt
-        return Completion(  # which copies: another request takes the row
-            token_ids=token_ids.numpy(),
-            logprobs=self.logprobs[row, turn].cpu().numpy(),
-            finish_reason="stop" if stopped else "length",
-            text=self.rules.text(int(self.stop_set[row]), token_ids.tolist(), prompt.special_tokens),
+        return self._make_completion(
+            int(self.request[row]),
+            self.tokens[row, turn].cpu().numpy(),
+            self.logprobs[row, turn].cpu().numpy(),
+            bool(self.stopped[row]),
         )
+
+    def _make_completion(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Completion:
+        prompt = self.requests[request].prompt
+        return Completion(  # which copies: another request takes the row
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason="stop" if stopped else "length",
+            text=self.rules.text(self.stop_set_of[request], token_ids.tolist(), prompt.special_tokens),
+        )
+
+    def _set_aside(self, done: list[int]) -> None:
+        """Copy what finished rows have drawn to a place of its own on the device."""
+        index = torch.tensor(done, device=self.tokens.device)
+        longest = int(self.generated[done].max())
+        logprobs = self.logprobs[index, :longest].view(torch.int32)
+        drawn = torch.cat([self.tokens[index, :longest], logprobs, self.stopped[index, None]], dim=1)
+        places = [
+            (int(self.request[row]), int(self.sample[row]), slice(int(self.start[row]), int(self.generated[row])))
+            for row in done
+        ]
+        self.aside.append((places, drawn))
+
+    def fetch(self) -> None:
+        """Make completions of all that was set aside, with one copy to the host."""
+        if not self.aside:
+            return
+        numbers = torch.cat([drawn.flatten() for _, drawn in self.aside]).cpu().numpy()
+        start = 0
+        for places, drawn in self.aside:
+            rows = numbers[start : start + drawn.numel()].reshape(drawn.shape)
+            start += drawn.numel()
+            longest = drawn.shape[1] // 2
+            for (request, sample, turn), row in zip(places, rows, strict=True):
+                token_ids = row[:longest][turn].copy()
+                logprobs = row[longest : 2 * longest][turn].astype(np.int32).view(np.float32)
+                self.results[request][sample] = self._make_completion(request, token_ids, logprobs, bool(row[-1]))
+        self.aside = []
 
     def take(self, group: int, sample: int) -> Completion:
         """Return the turn that a row has ended."""
@@ -718,6 +763,7 @@ class RowsInPlace:
 
     def completions(self) -> list[tuple[Completion, ...]]:
         """Return all results, in the order of the requests."""
+        self.fetch()
         finished: list[tuple[Completion, ...]] = []
         for samples in self.results:
             assert all(c is not None for c in samples), "a row was lost"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sapo.data import Segment
 from sapo.model.attention import attention, softmax_with_sinks
+from sapo.model.products import wide_support
 from sapo.model.state_tree import KeptStates, TreeStates
 from sapo.rollout.local.cache import KVCache, Pool, cache_dtype
 from sapo.rollout.local.cpu.native import LANES, kernels
@@ -403,7 +404,7 @@ def _product(left_XQK: Tensor, right_XKD: Tensor) -> Tensor:
     """Multiply batches, left @ right, half precision in float32: the kernels of training keep scores and sums so."""
     if left_XQK.dtype not in (torch.bfloat16, torch.float16):
         return left_XQK @ right_XKD
-    if left_XQK.device.type != "cuda":
+    if left_XQK.device.type != "cuda" or "bmm" not in wide_support(left_XQK.device, left_XQK.dtype):
         return left_XQK.float() @ right_XKD.float()
     product = torch.bmm(left_XQK.flatten(0, -3), right_XKD.flatten(0, -3), out_dtype=torch.float32)
     return product.unflatten(0, left_XQK.shape[:-2])
