@@ -199,11 +199,19 @@ class KVCache:
         """Free the slot of a group whose rows have all finished."""
         self.pool_of.pop(group).release(group)
 
-    def append(self, layer: int, length_R: Tensor | int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self,
+        layer: int,
+        length_R: Tensor | int,
+        key_RhD: Tensor,
+        value_RhD: Tensor,
+        row_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Write one token for each of the first R rows behind what it holds; return the layer's keys and values.
 
         Args:
             length_R: tokens each row holds; a number where it is the same for all, which is several times cheaper.
+            row_R: 0 .. R - 1, for those who have it.
         """
         keys, values = self.own(layer, key_RhD, value_RhD)
         rows = key_RhD.shape[0]
@@ -211,7 +219,7 @@ class KVCache:
             keys[:rows, :, :, length_R].copy_(key_RhD)
             values[:rows, :, length_R].copy_(value_RhD)
         else:
-            row_R = torch.arange(rows, device=length_R.device)
+            row_R = torch.arange(rows, device=length_R.device) if row_R is None else row_R
             keys[row_R, :, :, length_R] = key_RhD.to(keys.dtype)
             values[row_R, :, length_R] = value_RhD.to(values.dtype)
         return keys, values

@@ -314,8 +314,19 @@ class _Layer:
             self.scaling,
             self.window,
         )
-        hidden_NH += self.out(mixed_NHD.reshape(len(hidden_NH), -1))
-        hidden_NH += self.mlp(self.mlp_norm(hidden_NH), static)
+        _add(self.out, hidden_NH, mixed_NHD.reshape(len(hidden_NH), -1))
+        if isinstance(self.mlp, _MLP):
+            _add(self.mlp.down, hidden_NH, self.mlp.gated(self.mlp_norm(hidden_NH)))
+        else:
+            hidden_NH += self.mlp(self.mlp_norm(hidden_NH), static)
+
+
+def _add(layer: Linear | PackedLinear, total_NH: Tensor, input_NI: Tensor) -> None:
+    """Add a layer's outputs to the residual stream, in place."""
+    if isinstance(layer, Linear):
+        layer.add_to(total_NH, input_NI)
+    else:
+        total_NH += layer(input_NI)
 
 
 class _Norm:

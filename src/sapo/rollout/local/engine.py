@@ -36,6 +36,7 @@ from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, 
 from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.local.proof import CACHED, PACKED, choose_way
+from sapo.rollout.local.room import rows_with_room
 from sapo.rollout.local.rows import RowsDecoding, own_attention
 from sapo.rollout.local.sampling import request_uniforms, sample_tokens
 from sapo.rollout.local.twin import Twin
@@ -312,7 +313,9 @@ class RowsInPlace:
         device = policy.device
         # Experts are recorded prompt by prompt, so each prompt is then computed whole.
         self.preamble = 0 if experts is not None else common_beginning([r.prompt for r in requests])
-        static = not keeps and uses_device_steps(policy, cuda_graphs, experts is not None)
+        in_steps = uses_device_steps(policy, cuda_graphs, experts is not None)
+        self.capture = capture_on(device, cuda_graphs) if in_steps else None
+        static = self.capture is not None and not keeps
         if static:  # so that the next call's is likely to have the same length
             self.preamble -= self.preamble % PREAMBLE_UNIT
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
@@ -325,11 +328,16 @@ class RowsInPlace:
         ):
             before.release()
             before = None
+        self.asked_rows = rows
+        if before is not None:
+            rows = before.cache.rows
+        elif not keeps:
+            rows = rows_with_room(policy, rows, params.max_new_tokens, max(lengths), max(samples))
         if before is None:
             self.decoder: Decoder = decoder or decoder_of(
                 policy, params.max_new_tokens, None if experts is None else experts.chosen
             )
-            self.cache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble, rounded=static)
+            self.cache: KVCache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble, rounded=static)
             self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
             self._make_tensors(rows, device)
         else:
@@ -351,7 +359,9 @@ class RowsInPlace:
         self.fresh = 0
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
         self.known_finished: np.ndarray | None = None  # what the last look saw, so that nobody waits for it again
-        self.sets_aside = static  # finished rows stay on the device till the end: to fetch each would be to wait for it
+        self.sets_aside = (
+            in_steps and not keeps
+        )  # finished rows stay on the device till the end: to fetch each would be to wait for it
         self.aside: list[tuple[list[tuple[int, int, slice]], Tensor]] = []
         self.cuda_graphs = cuda_graphs
         self.device_steps: DeviceSteps | None = self._make_device_steps() if before is None else before.device_steps
@@ -374,7 +384,7 @@ class RowsInPlace:
     @property
     def may_serve_again(self) -> bool:
         """Return whether tensors and graphs may be kept for the next call: they take little of a GPU's memory."""
-        if not (isinstance(self.decoder, FastDecoder) and self.decoder.refreshable) or self.keeps:
+        if not (isinstance(self.decoder, FastDecoder) and self.decoder.refreshable and self.cache.rounded):
             return False
         if self.policy.device.type != "cuda":
             return True
@@ -396,7 +406,7 @@ class RowsInPlace:
     def _serves(self, policy: Policy, params: SamplingParams, rows: int, stop_sets: list[tuple[str, ...]]) -> bool:
         """Return whether another call draws as this one did; only its prompts and its seed may be others."""
         same = replace(self.params, seed=params.seed) == params and self.rules.stop_sets == stop_sets
-        return same and self.policy is policy and self.cache.rows == rows and self.device_steps is not None
+        return same and self.policy is policy and self.asked_rows == rows and self.device_steps is not None
 
     def _begin(self, lengths: Sequence[int], samples: Sequence[int], preamble: int) -> bool:
         """Take up the prompts of another call; return whether cache and graphs hold them."""
@@ -411,9 +421,8 @@ class RowsInPlace:
         if not uses_device_steps(self.policy, self.cuda_graphs, recording) or not isinstance(self.decoder, FastDecoder):
             return None
         state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
-        capture = capture_on(self.policy.device, self.cuda_graphs)
         samples = [r.samples for r in self.requests]
-        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, capture)
+        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, self.capture)
 
     def _run(self, spans: Sequence[PromptSpan], layout: PrefillLayout) -> Tensor:
         """Compute the hidden states of parts of prompts; what they show goes through the policy's own modules."""
