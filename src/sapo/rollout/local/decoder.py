@@ -412,11 +412,25 @@ class _Experts:
             self.on_chosen(expert_NX)
         if static:
             return self._of_all(hidden_NH, share_NX, expert_NX)
+        if self.packed is None and takes_grouped(hidden_NH, self.gate_up):
+            return self._grouped(hidden_NH, share_NX, expert_NX)
         expert, order = expert_NX.flatten().sort(stable=True)
         rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
         hidden = hidden_NH.index_select(0, order // self.top)
         results = [self._of_one(i, part) for i, part in enumerate(hidden.split(rows)) if len(part)]
         mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
+        mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
+        return mixed_NXH.sum(dim=1)
+
+    def _grouped(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
+        """Compute all experts by two grouped products, without asking how many rows each has."""
+        expert, order = expert_NX.flatten().sort(stable=True)
+        numbers = torch.arange(len(self.gate_up), device=expert.device)
+        stops = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        hidden = hidden_NH.index_select(0, order // self.top)
+        inner = _gated(F.grouped_mm(hidden, self.gate_up.transpose(1, 2), offs=stops), None)
+        results = F.grouped_mm(inner, self.down.transpose(1, 2), offs=stops)
+        mixed = torch.empty_like(hidden).index_copy_(0, order, results)
         mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
         return mixed_NXH.sum(dim=1)
 
@@ -431,6 +445,13 @@ class _Experts:
         place_NXH = expert_NX[..., None].expand(-1, -1, hidden_NH.shape[1])
         chosen_NXH = each_ENH.transpose(0, 1).gather(1, place_NXH)
         return chosen_NXH.mul_(share_NX.to(hidden_NH.dtype)[..., None]).sum(dim=1)
+
+
+def takes_grouped(hidden_NH: Tensor, weight_EMK: Tensor) -> bool:
+    """Return whether torch's grouped product computes a mixture's experts: on a GPU, in bfloat16, of aligned rows."""
+    on_gpu = hidden_NH.device.type not in ("cpu", "meta") and hasattr(F, "grouped_mm")
+    aligned = weight_EMK.shape[1] % 16 == 0 and weight_EMK.shape[2] % 8 == 0
+    return on_gpu and hidden_NH.dtype == torch.bfloat16 and aligned
 
 
 def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Kernels | None) -> Tensor:
