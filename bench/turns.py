@@ -32,7 +32,8 @@ from sapo.model.loading import load_policy, prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.sources import model_directory
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.rollout.episodes import EpisodeDriver, Play
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 

@@ -11,6 +11,7 @@ import pytest
 import sapo
 
 SOURCE = Path(sapo.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. Neighbours on one floor know nothing of each other.
 FLOORS = (
@@ -28,6 +29,29 @@ FLOORS = (
     {"cli"},
 )
 FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor}
+
+LONGEST = 400
+"""Lines that a file may have."""
+
+LONGER = {
+    "src/sapo/model/attention.py": "one attention for any decoder, its layout and its ways to compute",
+    "src/sapo/rollout/local/engine.py": "the decoding loop and what it keeps between two of its steps",
+    "src/sapo/rollout/local/layouts.py": "how tokens find their keys in prefill and in a decode step",
+    "tests/environments/test_adapters.py": "the adapters, and stand-ins of the projects they are for",
+    "tests/report/test_report_data.py": "the figures of one run, which a fixture makes once",
+    "tests/report/test_report_in_browser.py": "one browser, and one page that it looks at",
+    "tests/report/test_watch.py": "one page that is looked at while its run goes on",
+    "tests/rollout/test_episodes.py": "the driver of episodes and the environments that try it",
+    "tests/run/test_free.py": "the free schedule, each test a run of one small recipe",
+    "tests/run/test_loop.py": "the loop, each test a run of one small recipe",
+    "tests/tasks/test_code.py": "the judge of programs, by programs",
+    "tests/tasks/test_layouts.py": "the rows of eight projects",
+    "tests/tasks/test_pool.py": "the pool of judges, by judges that fail in every way",
+    "tests/tasks/test_reasoning.py": "tasks of one library, whose data sets are made once",
+    "tests/tasks/test_verifier_specs.py": "how a recipe writes a verifier, name by name",
+    "tests/training/test_trainer.py": "the trainer, each test an update of one small model",
+}
+"""Files that are one thing and longer, and why."""
 
 # The front door names everything, and loads it when asked; `python -m sapo` is the command line.
 DOORS = {"__init__", "__main__"}
@@ -123,6 +147,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 )
 def test_an_upward_import_is_found(package: str, source: str, expected: list[str]) -> None:
     assert violations(package, source) == expected
+
+
+def test_no_file_has_grown_too_long() -> None:
+    """A file has at most 400 lines, unless it is listed with a reason; and the list has no other."""
+    files = [path for root in ("src", "tests") for path in (ROOT / root).rglob("*.py")]
+    long = {str(p.relative_to(ROOT)) for p in files if len(p.read_text(encoding="utf-8").splitlines()) > LONGEST}
+    assert long - set(LONGER) == set(), f"more than {LONGEST} lines: cut where one thing ends and another begins"
+    assert set(LONGER) - long == set(), "these are listed as long and are not"
 
 
 def test_the_front_door_loads_nothing_but_itself() -> None:

@@ -6,7 +6,7 @@ import re
 from html import unescape
 
 from sapo.diagnostics.titles import metric_title
-from sapo.front.display import COLUMNS, GLOSSARY
+from sapo.front.lines import COLUMNS, GLOSSARY
 from support.pages import DOCS, ROOT
 
 ROWS = [

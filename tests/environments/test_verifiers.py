@@ -20,7 +20,8 @@ from sapo.data import Completion, Group, Prompt, Status
 from sapo.environments.verifiers.environment import VerifiersEnvironment, close_theatres
 from sapo.errors import TaskError
 from sapo.model.policy import Policy
-from sapo.rollout.episodes import EpisodeDriver, Play
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat

@@ -233,14 +233,14 @@ def test_the_mean_reward_stands_beside_pass_at_1_and_alone_where_rewards_are_not
 
     from sapo.cli.tables import evaluation_table
     from sapo.evaluation.page import figures_in_words
-    from sapo.front.display import _evaluation_line
+    from sapo.front.lines import evaluation_line
 
     def shown(rewards):
         problem = answered(0, *(sample("five", reward) for reward in rewards))
         evaluation = Evaluation.of("poems", [problem])
         console = Console(file=StringIO(), width=100)
         console.print(evaluation_table(evaluation))
-        line = _evaluation_line({"kind": "eval", "step": 3, **evaluation.metrics()})
+        line = evaluation_line({"kind": "eval", "step": 3, **evaluation.metrics()})
         return line, console.file.getvalue(), {word["name"] for word in figures_in_words(evaluation)}
 
     line, table, words = shown([1.0, 0.0])

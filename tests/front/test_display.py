@@ -13,7 +13,8 @@ from rich.console import Console
 
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError
-from sapo.front.display import Display, JsonLines, Quiet, end_lines, sample_lines
+from sapo.front.display import Display, JsonLines, Quiet
+from sapo.front.lines import end_lines, sample_lines
 from sapo.front.notebook import NotebookDisplay
 
 FIGURES = {
@@ -51,6 +52,21 @@ def test_a_plain_log_has_a_line_of_a_step_at_most_one_in_ten_seconds_and_those_o
         "20 s left"
     )
     assert "left" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "shown_too"),
+    # variances by hand: of 0, 1, 1, 1 it is 0.75 * 0.25, of 0.5, 1, 1, 1 it is 0.046875, of -1, 1, 1, 1 it is 0.75
+    [((0.75, 0.75, 0.1875**0.5), True), ((0.75, 0.875, 0.046875**0.5), False), ((0.75, 0.5, 0.75**0.5), False)],
+)
+def test_the_mean_reward_of_a_step_stands_alone_where_rewards_are_not_0_and_1(
+    rewards: tuple[float, float, float], shown_too: bool
+) -> None:
+    display, written = shown([0.0], steps=2)
+    display.record({**step(1), **dict(zip(("pass@1", "reward/mean", "reward/std"), rewards, strict=True))})
+    [line] = [line for line in written.getvalue().splitlines() if line.startswith("step 1")]
+    assert f"mean reward {rewards[1]:.3f}" in line
+    assert ("pass@1" in line) == shown_too
 
 
 def test_the_words_of_a_step_s_line_are_explained_once_where_they_first_stand() -> None:

@@ -13,7 +13,9 @@ import torch
 import sapo
 from sapo.errors import ConfigError, ModelError, TaskError
 from sapo.front.callbacks import Callbacks
-from sapo.front.given import _digest_of_model, importable_name, verifier_settings, write_rows
+from sapo.front.given.models import _digest_of_model
+from sapo.front.given.rewards import importable_name, verifier_settings
+from sapo.front.given.rows import write_rows
 from sapo.front.train import make_config
 from sapo.tasks.verifiers import in_process
 from support.runs import write_model

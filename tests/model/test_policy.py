@@ -11,8 +11,8 @@ from sapo.data import Segment
 from sapo.errors import ModelError
 from sapo.model.attention import ATTENTION_NAME, TreeLayout
 from sapo.model.loading import load_policy, prepare_policy
-from sapo.model.policy import first_line
 from sapo.model.tiny import character_tokenizer
+from sapo.utils.text import first_line
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 

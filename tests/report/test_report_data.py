@@ -54,6 +54,17 @@ def test_a_curve_holds_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
     assert (band.low, band.high) == tuple(tuple(r[f"pass@1/{end}"] for r in evaluations) for end in ("low", "high"))
 
 
+def test_a_headline_has_the_mean_reward_where_rewards_are_not_0_and_1(tmp_path: Path) -> None:
+    records = [
+        {**r, "binary": False, "reward/mean": 0.4 + r["step"] / 10} if r["kind"] == "eval" else r
+        for r in step_records(4, 0.0)
+    ]
+    write_run(tmp_path / "graded", config=settings(0), records=records)
+    [headline] = make_report([tmp_path]).headlines
+    assert "held-out mean reward 0.400 → 0.800 at step 4 on add4" in headline
+    assert "pass@1" not in headline
+
+
 def test_seeds_of_an_arm_are_a_mean_in_a_band_and_every_seed_is_a_line(tmp_path: Path) -> None:
     for seed, shift in enumerate((0.0, 0.1, 0.05)):
         write_run(tmp_path / f"s{seed}", config=settings(seed), records=step_records(4, shift))

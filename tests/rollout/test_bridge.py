@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from sapo.errors import ModelError
 from sapo.model.tiny import character_tokenizer
-from sapo.rollout.bridge import Bridge
+from sapo.rollout.episodes.bridge import Bridge
 from support.templates import bpe_tokenizer, trl_templates
 
 CHATML = (

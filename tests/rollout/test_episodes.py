@@ -21,9 +21,11 @@ from sapo.environments.tool_task import converse
 from sapo.environments.tools import Tool, Toolbox
 from sapo.errors import ConfigError, Interrupted
 from sapo.model.policy import Policy
-from sapo.rollout import episodes
 from sapo.rollout.engine import Request
-from sapo.rollout.episodes import EpisodeDriver, Play, check_environment, encode_observation
+from sapo.rollout.episodes import barrier
+from sapo.rollout.episodes.driver import EpisodeDriver, check_environment
+from sapo.rollout.episodes.joining import encode_observation
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.sampling import request_uniforms
 from sapo.rollout.params import SamplingParams
@@ -518,7 +520,7 @@ def test_environments_close_what_they_opened_when_a_run_is_stopped(policy: Polic
 
 
 def test_a_run_is_stopped_while_it_waits_for_environments(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(episodes, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(barrier, "LOOK_EVERY", 0.05)
     game = Game(hangs)
     prompt = replace(game.train_prompt(0), token_ids=policy.encode("0+1"))
     stops = iter([False])  # before the only token that the engine draws

@@ -23,13 +23,16 @@ from sapo.data import Completion, Prompt, Score, Status
 from sapo.environments import Answer, Messages, Turn, toolkit
 from sapo.errors import Interrupted, TaskError
 from sapo.model.policy import Policy
-from sapo.rollout.episodes import EpisodeDriver, Play, host_for
+from sapo.rollout.episodes.driver import EpisodeDriver, host_for
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.tasks import make_task
 from sapo.tasks.episodes import pool
+from sapo.tasks.episodes.elsewhere import Elsewhere
+from sapo.tasks.episodes.line import PlayError
 from sapo.tasks.episodes.origin import is_of_others, origin_of
-from sapo.tasks.episodes.pool import Elsewhere, PlayError, close_hosts, host_of
+from sapo.tasks.episodes.pool import close_hosts, host_of
 from support.faulty_games import Faulty, MadeBy
 from support.trainer_cases import make_policy
 
@@ -218,7 +221,8 @@ from sapo.data import Prompt
 from sapo.environments import Turn
 from sapo.tasks import make_task
 from sapo.tasks.episodes.origin import origin_of
-from sapo.tasks.episodes.pool import Elsewhere, host_of
+from sapo.tasks.episodes.elsewhere import Elsewhere
+from sapo.tasks.episodes.pool import host_of
 
 class Ask:
     seed = 1

@@ -14,7 +14,9 @@ from sapo.data import Completion, Group, Prompt, Score, Status
 from sapo.environments import Drawing, OutOfBudget, TokenAsk, TokenEnvironment
 from sapo.model.policy import Policy
 from sapo.rollout.conversation import Waves
-from sapo.rollout.episodes import EpisodeDriver, Play, encode_observation
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.joining import encode_observation
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from support.plain_models import plain_copy

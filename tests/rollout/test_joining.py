@@ -16,8 +16,10 @@ from sapo.environments.adapters.skyrl import SkyRlEnvironment
 from sapo.environments.tool_task import WithTools
 from sapo.errors import ModelError
 from sapo.model.policy import Policy
-from sapo.rollout.bridge import Bridge
-from sapo.rollout.episodes import EpisodeDriver, PlainJoiner, Play, joiners_for
+from sapo.rollout.episodes.bridge import Bridge
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.joining import PlainJoiner, joiners_for
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat

@@ -15,7 +15,8 @@ from sapo.data import Completion, Prompt, Score, Status
 from sapo.environments import Ask, Episode, JudgedEnvironment
 from sapo.errors import ConfigError
 from sapo.model.policy import Policy
-from sapo.rollout.episodes import EpisodeDriver, Play, check_environment
+from sapo.rollout.episodes.driver import EpisodeDriver, check_environment
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from support.trainer_cases import make_policy

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from sapo.data import Completion
-from sapo.rollout.local.engine import LocalEngine
+from sapo.rollout.local.engine import LocalEngine, RowsInPlace
+from sapo.rollout.local.rows import own_attention
 from sapo.rollout.streaming import TextStream, stream
 from support.engine_cases import assert_same, params, ragged_requests
 
@@ -67,6 +71,115 @@ def test_streams_that_take_turns_draw_what_each_draws_alone(policies):
                 assert found.keys() == expected.keys()
                 for place, drawn in found.items():
                     assert_same(drawn, expected[place])
+
+
+def shared(engine, settings, monkeypatch):
+    """Open a stream for each of the requests by settings of its own; count the steps that are taken from now on."""
+    monkeypatch.setattr("sapo.rollout.local.engine.GROWING_TOKENS", 2)
+    steps, step = [], RowsInPlace.step
+    monkeypatch.setattr(RowsInPlace, "step", lambda rows: (steps.append(rows.active), step(rows)))
+    return [partial(stream, engine, [r], p) for r, p in zip(ragged_requests(), settings, strict=True)], steps
+
+
+MIXED = [
+    params(),
+    params(temperature=0.0),
+    params(seed=9, temperature=0.7, top_p=0.8),
+    params(max_new_tokens=21),
+    params(temperature=0.7, top_p=0.8, max_new_tokens=3),
+    params(min_p=0.1, top_k=5),
+]
+
+
+@pytest.mark.parametrize("graphs", ["auto", "eager"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_streams_share_steps_and_each_draws_what_it_draws_alone(policies, monkeypatch, family, graphs):
+    engine = LocalEngine(policies(family), max_rows=64, cuda_graphs=graphs)
+    settings = MIXED if graphs == "auto" else [params()] * 6
+    alone = [joined(stream(engine, [r], p)) for r, p in zip(ragged_requests(), settings, strict=True)]
+    opens, steps = shared(engine, settings, monkeypatch)
+    found = [[] for _ in opens]
+    streams = {}
+    for turn in itertools.count():  # one joins at each turn, and each is asked for its next tokens
+        if turn < len(opens):
+            streams[turn] = opens[turn]()
+        for number, open_stream in list(streams.items()):
+            if (new := next(open_stream, None)) is None:
+                del streams[number]
+            else:
+                found[number].append(new)
+        if not streams and turn >= len(opens):
+            break
+    for expected, got in zip(alone, found, strict=True):
+        drawn = joined(got)
+        assert drawn.keys() == expected.keys()
+        for place in drawn:
+            assert_same(drawn[place], expected[place])
+    longest = max(len(c) for samples in alone for c in samples.values())
+    assert len(steps) <= longest + len(opens), "a step is for all"
+
+
+def test_who_leaves_a_shared_batch_takes_its_rows_along_and_disturbs_nobody(policies, monkeypatch):
+    engine = LocalEngine(policies("qwen3"), max_rows=8)
+    settings = [params(stop_token_ids=frozenset())] * 6
+    alone = [joined(stream(engine, [r], p)) for r, p in zip(ragged_requests(), settings, strict=True)]
+    opens, _ = shared(engine, settings, monkeypatch)
+    streams = [begin() for begin in opens]  # 16 samples on 8 rows, so that the last ones wait
+    found = [[next(streams[0])]]
+    batch = streams[0]._batch
+    assert len(batch.rows.waiting) > 1
+    streams[1].close()
+    streams.pop(2)  # dropped without a word
+    last = streams.pop()
+    last.close()
+    assert next(streams[1], None) is None
+    assert batch.rows.cache.rows == 8
+    found = [found[0] + list(streams[0]), [], *(list(s) for s in streams[2:])]
+    for number, got in ((0, found[0]), (3, found[2]), (4, found[3])):
+        drawn = joined(got)
+        for place, expected in alone[number].items():
+            assert_same(drawn[place], expected)
+    assert not batch.rows.unfinished
+    assert batch.rows.cache.pool_of == {}
+
+
+def test_a_step_that_fails_fails_every_stream_of_its_batch_and_no_later_one(policies, monkeypatch):
+    engine, requests = engine_of(policies("qwen3")), ragged_requests()
+    first, second = (stream(engine, [r], params()) for r in requests[:2])
+    with monkeypatch.context() as broken:
+        broken.setattr(RowsInPlace, "step", lambda rows: 1 / 0)
+        for open_stream in (first, second):
+            with pytest.raises(ZeroDivisionError):
+                next(open_stream)
+    with pytest.raises(ZeroDivisionError):
+        next(second)
+    first.close()
+    assert joined(stream(engine, requests[:1], params())).keys() == {(0, 0), (0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize("way", [None, "rows", "whole rows"])
+def test_the_likeliest_tokens_of_each_draw_are_those_of_a_plain_forward(policies, way):
+    policy = policies("qwen3")
+    engine, settings = engine_of(policy, way), params(temperature=0.7, max_new_tokens=5)
+    first, second = ragged_requests()[0], ragged_requests()[3]
+    steps = list(stream(engine, [replace(first, top_logprobs=3), second], settings))
+    whole = joined(steps)
+    for (number, sample), completion in whole.items():
+        likeliest = [
+            of
+            for new in itertools.chain(*steps)
+            if (new.request, new.sample) == (number, sample)
+            for of in new.likeliest
+        ]
+        if number == 1:
+            assert likeliest == []
+            continue
+        ids = [*first.prompt.token_ids, *completion.token_ids.tolist()]
+        with torch.no_grad(), own_attention(policy):
+            logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        top = torch.log_softmax(logits / 0.7, -1)[-len(completion) - 1 : -1].topk(3)
+        assert [[t for t, _ in of] for of in likeliest] == top.indices.tolist()
+        assert [p for of in likeliest for _, p in of] == pytest.approx(top.values.flatten().tolist(), abs=1e-4)
 
 
 def test_an_engine_that_cannot_stream_gives_all_at_once(policies):

@@ -18,7 +18,7 @@ from sapo.config.rollout import RolloutConfig, TurnsConfig
 from sapo.data import Prompt, Score
 from sapo.environments import Ask
 from sapo.errors import ConfigError, Interrupted, RewardError
-from sapo.rollout.episodes import _Wave
+from sapo.rollout.episodes.turns import TurnDrawer
 from sapo.run.preflight import _played_here, load_tasks
 from sapo.tasks.episodes.origin import Origin, note_origin
 from sapo.tasks.episodes.pool import close_hosts
@@ -83,21 +83,21 @@ def test_a_run_that_is_stopped_in_an_episode_and_resumed_is_the_run_that_was_not
     """Stopped while a second or third turn is drawn, at some of the first six such waves after each start."""
     whole = sapo.train(recipe(tmp_path, run_dir=str(tmp_path / "whole"))).directory
     config = recipe(tmp_path)
-    draw = _Wave._draw
+    draw = TurnDrawer.draw
     waves: list[int] = []
     stopped: list[tuple[int, int]] = []
 
-    def counted(wave: _Wave, asking: list[Any]) -> None:
+    def counted(drawer: TurnDrawer, asking: list[Any]) -> None:
         turns = min(episode.turns for episode in asking)
         if turns:
             waves.append(turns)
         try:
-            draw(wave, asking)
+            draw(drawer, asking)
         except Interrupted:
             stopped.append((len(waves), turns))
             raise
 
-    monkeypatch.setattr(_Wave, "_draw", counted)
+    monkeypatch.setattr(TurnDrawer, "draw", counted)
     places = random.Random(4).sample(range(1, 7), 3)
     for place in places:
         waves.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def test_a_file_is_read_once_and_short_prompts_of_bytes_are_not_encoded(
     check_prompts(config, byte_level, tasks)
     assert not encoded
     assert {p.text for p in tasks.held_out[0].held_out(200)} == {p.text for p in tasks.train[0].held_out(200)}
+
+
+def test_a_chat_row_costs_one_rendering_of_the_template_and_no_tokenization(
+    tmp_path: Path, byte_level: Policy, encoded: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work that 20,000 rows take before a run, counted: by the clock it is measured in bench/checking.py."""
+    rendered: Counter[str] = Counter()
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def count(self, messages, *args, **options):
+        rendered[messages[0]["content"]] += 1
+        return render(self, messages, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", count)
+    tasks = load_tasks(config := recipe(tmp_path, chats(300)))
+    assert not rendered, "reading renders nothing"
+    check_prompts(config, byte_level, tasks)
+    assert len(rendered) > 250, "all training rows, and the held-out ones that are evaluated"
+    assert set(rendered.values()) == {1}
+    assert not encoded
 
 
 def test_the_two_sides_are_as_if_each_had_read_the_file(tmp_path: Path) -> None:
@@ -209,6 +230,10 @@ def test_rows_with_longer_prompts_are_refused_unless_they_are_dropped(tmp_path: 
         TaskError, match=r"rows: a prompt must have at most 11 tokens \(max_prompt_tokens\); got 12: '1"
     ):
         limit_prompts(policy, load_tasks(config))
+    with pytest.raises(TaskError, match=r"\.jsonl:\d+: task rows: a prompt must have at most 11 tokens") as refused:
+        limit_prompts(policy, load_tasks(config))
+    place, line = re.search(r"(\S+):(\d+): task", str(refused.value)).groups()
+    assert len(json.loads(Path(place).read_text().splitlines()[int(line) - 1])["prompt"]) == 12
     roomy = recipe(tmp_path, long_rows(), max_prompt_tokens=12)
     tasks = load_tasks(roomy)
     limit_prompts(policy, tasks)

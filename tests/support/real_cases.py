@@ -21,7 +21,9 @@ from sapo.data import Completion, Status
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.rollout.episodes import EpisodeDriver, PlainJoiner, Play
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.joining import PlainJoiner
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
 from support.runs import metrics

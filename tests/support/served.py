@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import string
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
@@ -24,6 +27,7 @@ TEMPLATE = (
 )
 PATIENCE = 120.0
 """Seconds; a limit for a hung process, not a measurement."""
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 
 
 def talker(template: str | None = TEMPLATE, gain: float = 5.0, **options: Any) -> Policy:
@@ -75,3 +79,24 @@ def save(policy: Policy, directory: Path) -> Path:
     directory.mkdir()
     policy.save(directory)
     return directory
+
+
+def endless():
+    """Make a model whose completions do not end by themselves."""
+    policy = talker(max_length=4096)
+    policy.unused_tokens = [policy.tokenizer.eos_token_id]
+    return policy
+
+
+def chat(client: httpx.Client, **fields):
+    return client.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **fields})
+
+
+def complete(client: httpx.Client, **fields):
+    return client.post("/v1/completions", json={"model": "tiny", "prompt": "1+1=", **fields})
+
+
+def events(response: httpx.Response) -> list:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

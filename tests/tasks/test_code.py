@@ -243,6 +243,59 @@ def test_a_wrong_function_is_scored_with_its_share(source, share, detail):
     assert detail in score.detail
 
 
+NODES = CodeTests("functional", cases=(("[]", "[]"), ("[1]", "[]"), ("[1,2,1]", "[2]")), function="drop", cpu_seconds=1)
+DROP = """
+class Solution:
+    def drop(self, head{given}){result}:
+        values = []
+        while head:
+            values.append(head.val)
+            head = head.next
+        made = None
+        for value in reversed([v for v in values if v != 1]):
+            made = ListNode(value, made)
+        return made
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "result"),
+    [(": Optional[ListNode]", " -> Optional[ListNode]"), (": ListNode", ""), (": 'ListNode'", " -> 'ListNode'")],
+)
+def test_none_is_the_empty_list_where_a_function_is_of_linked_lists(given, result):
+    assert shows(judge(block(DROP.format(given=given, result=result)), NODES)) == (1.0, "scored", 1.0)
+
+
+def test_none_is_no_list_elsewhere_and_no_other_value():
+    empty = CodeTests("functional", cases=(("[1]", "[]"),), function="f", cpu_seconds=1)
+    assert judge(block("def f(x): return None"), empty).reward == 0.0
+    assert judge(block("def f(x: list) -> list: return None"), empty).reward == 0.0
+    wrong = CodeTests("functional", cases=(("[1]", "[1]"),), function="f", cpu_seconds=1)
+    assert judge(block("def f(x: ListNode) -> ListNode: return None"), wrong).reward == 0.0
+    null = replace(wrong, cases=(("[1]", "null"),))
+    assert judge(block("def f(x: TreeNode) -> TreeNode: return None"), null).reward == 1.0
+
+
+def test_empty_trees_among_several_are_empty_lists():
+    tests = CodeTests("functional", cases=(("[1]", "[[1], []]"), ("[]", "[[], []]")), function="f", cpu_seconds=1)
+    source = "def f(root: Optional[TreeNode]) -> List[Optional[TreeNode]]:\n    return [root, None]"
+    assert shows(judge(block(source), tests)) == (1.0, "scored", 1.0)
+
+
+def test_integers_of_50001_digits_are_arguments_and_results_of_functions():
+    limit = sys.get_int_max_str_digits()
+    power = "1" + "0" * 50_000  # 10^50000
+    tests = CodeTests("functional", cases=((power, power[:-1] + "1"), ("1", "2")), function="f", cpu_seconds=2)
+    assert shows(judge(block("def f(x): return x + 1"), tests)) == (1.0, "scored", 1.0)
+    assert shows(judge(block("def f(x): return x + 1 + (x > 9)"), tests)) == (0.0, "scored", 0.5)
+    loose = replace(tests, float_tolerance=0.1)
+    assert judge(block("def f(x): return x + 1"), loose).reward == 1.0
+    assert judge(block("def f(x): return x + 2"), loose).reward == 0.0
+    checked = replace(tests, cases=tests.cases[:1], checker="def check(given, got, expected): return got == expected")
+    assert judge(block("def f(x): return x + 1"), checked).reward == 1.0
+    assert sys.get_int_max_str_digits() == limit
+
+
 def test_results_are_compared_as_values():
     tests = CodeTests("functional", cases=(("[3, 1]", "[[1, 3], 2.0, null, true]"),), function="f")
     assert judge(block("def f(x): return (tuple(sorted(x)), 2, None, True)"), tests).reward == 1.0

@@ -310,6 +310,35 @@ def test_a_name_that_several_tasks_of_a_run_have_is_refused_with_theirs(tmp_path
     assert plan_problem(run, "add2", [], 0).task.name == "add2"
 
 
+def test_a_task_is_found_by_its_label_and_evaluated_as_the_run_does(tmp_path: Path) -> None:
+    tasks = [
+        {"name": "arithmetic", "digits": 2},
+        {"name": "arithmetic", "digits": 3, "label": "hard", "prompt": {"template": "{prompt}?"}},
+        {"name": "calculator", "label": "sums"},
+    ]
+    run = run_of(tmp_path, tasks=tasks, rollout__max_new_tokens=9, rollout__turns={"max": 3}, eval__problems=7)
+
+    def found(task: str, *overrides: str) -> tuple[str, int | None, int, int, str]:
+        (planned,) = plan_evaluations(run, [task], list(overrides))
+        settings = planned.settings
+        drawn = settings.problems, settings.params.max_new_tokens, settings.turns.max
+        return planned.task.name, *drawn, planned.prompt_format.template
+
+    assert found("hard") == ("hard", 7, 9, 3, "{prompt}?")
+    assert found("add2", "prompt.template=Q{prompt}") == ("add2", 7, 9, 3, "Q{prompt}")
+    assert found("sums", "turns.max=2")[:4] == ("sums", 7, 9, 2)
+    assert found("arithmetic", "digits=1")[:3] == ("add1", None, 64), "a kind is asked as it is without a run"
+    several = plan_evaluations(run, ["hard", "sums"], ["turns.max=2"])
+    assert [p.task.name for p in several] == ["hard", "sums"]
+    for task, override, words in (
+        ("hrd", [], r"got 'hrd'; did you mean 'hard'\?; the run has add2, hard, sums$"),
+        ("hard", ["turns.max=2"], "got turns.max for hard, which is answered in one turn"),
+        ("hard", ["digits=1"], "name its kind, arithmetic, with --task"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plan_evaluations(run, [task], override)
+
+
 def test_a_checkpoint_of_a_run_brings_the_run_s_tasks(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     checkpoint = run / "checkpoints" / "step-000002"

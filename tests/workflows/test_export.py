@@ -105,6 +105,7 @@ def test_the_card_says_what_was_measured_on_this_checkpoint(run: Path, exported:
     for figures in (summary["start"], summary["final"]):
         interval = f"{figures['pass@1']:.3f} [{figures['pass@1/low']:.3f}, {figures['pass@1/high']:.3f}]"
         assert interval in card
+    assert f"| mean reward | {summary['start']['reward/mean']:.3f}" in card
     assert front_matter(card)["tags"] == ["sapo", "reinforcement-learning"]
     assert "for 6 steps (seed 0" in card
     export_model(run / "checkpoints" / "step-000004", tmp_path / "early")

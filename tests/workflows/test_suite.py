@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from sapo.config.recipes import load_recipe
 from sapo.config.suites import load_suite
 from sapo.errors import ConfigError, Interrupted, UserError
 from sapo.evaluation import read_results
 from sapo.rollout.local.engine import LocalEngine
+from sapo.run.directory import RunDirectory
 from sapo.tasks.rows.presets import PRESETS
 from sapo.workflows import evaluate as evaluation_order
 from sapo.workflows.evaluate import EvaluatedModel
 from sapo.workflows.evaluation_plan import plan_evaluations
 from sapo.workflows.suite import PlannedSuite, find_rows, plan_suite, suite_directory
-from support.runs import write_model
+from support.runs import write_model, write_recipe
 from support.vision_rows import write_rows, write_vision_model
 from support.zygote import run_forked
 
@@ -130,6 +132,54 @@ def test_overrides_reach_one_benchmark_the_prompts_of_all_and_options_the_settin
     assert {p.settings.samples for p in plan_suite(suite, ["short.samples=5"], samples=2).benchmarks.values()} == {2}
 
 
+EPISODES = """
+settings: {max_new_tokens: 6, problems: 3, samples: 2, turns: {max: 4}}
+benchmarks:
+  calculator: {turns: {max: 2}}
+  played: {task: calculator}
+  sums: {task: arithmetic, digits: 1}
+"""
+
+
+def test_episodes_of_a_suite_are_those_of_the_task_alone(tmp_path: Path) -> None:
+    file = tmp_path / "episodes.yaml"
+    file.write_text(EPISODES)
+    model = write_model(tmp_path / "model")
+    subject = EvaluatedModel.load(model, device="cpu")
+    planned = plan_suite(str(file), ["turns.play_in=driver"], model=model)
+    assert [p.settings.turns.max for p in planned.benchmarks.values()] == [2, 4, 4]
+    found = run(planned, subject, tmp_path / "out")
+    given = {"problems": 3, "samples": 2, "max_new_tokens": 6}
+    (alone,) = plan_evaluations(model, ["calculator"], ["turns.max=2", "turns.play_in=driver"], **given)
+    assert found["calculator"] == alone.run(subject).evaluation
+
+
+def test_limits_of_episodes_are_set_for_one_for_all_and_by_the_run(tmp_path: Path) -> None:
+    file, plain = tmp_path / "episodes.yaml", tmp_path / "plain.yaml"
+    file.write_text(EPISODES)
+    plain.write_text("benchmarks: {calculator: {}, sums: {task: arithmetic}}")
+    changes = {"tasks": [{"name": "calculator"}], "rollout__turns": {"max": 3, "env": ["MY_KEY"]}}
+    RunDirectory.create(load_recipe(write_recipe(tmp_path, **changes))).close()
+    of_run = tmp_path / "run"
+
+    def limits(suite: Path, *overrides: str) -> list[tuple[int, list[str]]]:
+        planned = plan_suite(str(suite), overrides, model=of_run).benchmarks.values()
+        return [(p.settings.turns.max, p.settings.turns.env) for p in planned]
+
+    own = ["MY_KEY"]
+    assert limits(file) == [(2, own), (4, own), (4, own)]
+    assert limits(plain) == [(3, own)] * 2
+    assert limits(file, "turns.env=[X]", "played.turns.max=1") == [(2, ["X"]), (1, ["X"]), (4, ["X"])]
+    assert limits(file, "turns.max=7") == [(7, own)] * 3
+    for overrides, words in (
+        (["sums.turns.max=2"], "^sums: turns.* are limits of environments; got turns.max for add1"),
+        (["calculator=null", "played=null", "turns.max=2"], "got turns.max for add1"),
+        (["played.turns.maximum=2"], "^played: unknown key rollout.turns.maximum"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            limits(file, *overrides)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -161,7 +211,7 @@ def test_a_mistake_in_an_override_is_one_line_that_names_the_benchmark(
         ("seed: 3", "is no suite: it has no `benchmarks`"),
         ("benchmarks: {}", "benchmarks: dictionary should have at least 1 item"),
         ("benchmarks: {a.b: {task: arithmetic}}", "must be letters, digits, _ and -"),
-        ("benchmarks: {path: {task: arithmetic}}", "and not path or prompt; got 'path'"),
+        ("benchmarks: {path: {task: arithmetic}}", "and not path, prompt or turns; got 'path'"),
         ("benchmarks: {a: {task: arithmetic}}\nsetings: {}", "unknown key setings; did you mean settings?"),
         ("benchmarks: {a: {task: arithmetic, greedy: 3}}", "benchmarks.a.greedy"),
         ("settings: {digits: 3}\nbenchmarks: {a: {task: arithmetic}}", "unknown key settings.digits"),

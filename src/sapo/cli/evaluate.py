@@ -38,7 +38,7 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="A task's name, or a .jsonl or .parquet file; repeatable.",
+            help="A task's name, a label of the run's tasks, or a .jsonl or .parquet file; repeatable.",
             show_default="the run's own tasks",
             autocompletion=complete_task,
         ),

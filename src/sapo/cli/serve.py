@@ -36,8 +36,8 @@ def serve(
         int, typer.Option(min=1, help="Longest completion of a chat that gives no max_tokens.")
     ] = 1024,
     at_once: Annotated[
-        int, typer.Option(min=1, help="Requests that are drawn for in turns; others wait. vLLM takes one at a time.")
-    ] = 8,
+        int, typer.Option(min=1, help="Requests that are drawn together; others wait. vLLM takes one at a time.")
+    ] = 16,
     engine: Annotated[str, typer.Option(help="The engine: local, vllm, or module:Class of your own.")] = "local",
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.", show_default="float32, or the run's")

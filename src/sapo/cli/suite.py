@@ -31,7 +31,7 @@ def evaluate_suite(
     from sapo.workflows.evaluate import EvaluatedModel
     from sapo.workflows.suite import plan_suite, suite_directory
 
-    planned = plan_suite(suite, overrides, seed=seed, **given)
+    planned = plan_suite(suite, overrides, model=model, seed=seed, **given)
     subject = EvaluatedModel.load(model, dtype, device)
     asked = planned.ask(subject.policy)
     directory, note = (out, None) if out is not None else suite_directory(model, subject, planned, asked)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, model_validator
 
 from sapo.config.recipes import parse_settings
+from sapo.config.rollout import TurnsConfig
 from sapo.config.section import Section
 from sapo.config.tasks import PromptConfig
 from sapo.errors import ConfigError
@@ -20,7 +21,7 @@ from sapo.utils.reading import read_yaml
 from sapo.utils.shipped import shipped_suites
 
 _LABEL = re.compile(r"[\w-]+")
-_TAKEN = ("path", "prompt")
+_TAKEN = ("path", "prompt", "turns")
 
 
 class BenchmarkSettings(Section):
@@ -50,6 +51,8 @@ class BenchmarkSettings(Section):
     """Sample from tokens with at least this share of the most likely token's probability."""
     prompt: PromptConfig | None = None
     """How questions are put."""
+    turns: TurnsConfig | None = None
+    """Limits of the episodes of environments."""
 
 
 class BenchmarkConfig(BenchmarkSettings):
@@ -79,8 +82,9 @@ class SuiteConfig(Section):
         for name in self.benchmarks:
             if not _LABEL.fullmatch(name) or name in _TAKEN:
                 raise ValueError(
-                    f"the name of a benchmark must be letters, digits, _ and -, and not {' or '.join(_TAKEN)}; "
-                    f"got {name!r}; give the task as `task: {name}` under another name"
+                    "the name of a benchmark must be letters, digits, _ and -, and not "
+                    f"{', '.join(_TAKEN[:-1])} or {_TAKEN[-1]}; got {name!r}; give the task as "
+                    f"`task: {name}` under another name"
                 )
         return self
 

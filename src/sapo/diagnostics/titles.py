@@ -6,7 +6,9 @@ its place, the words are these.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ TITLES: dict[tuple[str, str], MetricTitle] = {
     ("step", "pass@1"): MetricTitle("batch pass@1"),
     ("step", "groups/zero_variance"): MetricTitle("zero-variance groups", "share"),
     ("step", "tokens/generated"): MetricTitle("sampled tokens"),
+    ("step", "length/mean"): MetricTitle("mean length", "tokens"),
     ("step", "update/entropy"): MetricTitle("entropy", "nats per token"),
     ("step", "update/gate/eur"): MetricTitle("EUR"),
     ("step", "update/ratio/abs_dev"): MetricTitle("|r - 1|"),
@@ -59,6 +62,10 @@ TITLES: dict[tuple[str, str], MetricTitle] = {
 """(kind of line, name) -> title. EUR is the effective update ratio, the mean gate weight."""
 
 
+_ROUNDED = 1e-9
+"""Difference of figures that rounding explains."""
+
+
 def metric_title(kind: str, name: str) -> MetricTitle:
     """Return the title of a metric of a kind of line.
 
@@ -66,6 +73,22 @@ def metric_title(kind: str, name: str) -> MetricTitle:
     'entropy (nats per token)'
     """
     return TITLES[kind, name]
+
+
+def shown_figures(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return which of the names a step has to show. Of rewards other than 0 and 1 the mean stands without pass@1.
+
+    Rewards are all 0 or 1 where their mean is the share of right ones p and their variance is p (1 - p).
+
+    >>> step = {"reward/mean": 0.4, "reward/std": 0.1, "pass@1": 0.0}
+    >>> shown_figures(step, ("reward/mean", "pass@1")), shown_figures({"pass@1": 0.5}, ("reward/mean", "pass@1"))
+    (['reward/mean'], ['pass@1'])
+    """
+    graded = False
+    if {"pass@1", "reward/mean", "reward/std"} <= record.keys():
+        share, variance = record["pass@1"], record["reward/std"] ** 2
+        graded = max(abs(record["reward/mean"] - share), abs(variance - share * (1 - share))) > _ROUNDED
+    return [name for name in names if name in record and not (graded and name == "pass@1")]
 
 
 def titles_table() -> list[str]:

@@ -54,7 +54,7 @@ def _count_characters(observation: Any) -> int:
     return length
 
 
-def described(error: BaseException, *files: str) -> str:
+def describe_failure(error: BaseException, *files: str) -> str:
     """Return what was raised, and where in the environment's code.
 
     Args:

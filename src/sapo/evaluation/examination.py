@@ -23,7 +23,9 @@ from sapo.evaluation.records import Answered, Sample, groups_of
 from sapo.model.policy import Policy
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request
-from sapo.rollout.episodes import EpisodeDriver, Joiner, Play, joiners_for
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.joining import Joiner, joiners_for
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.tasks import Task, score_groups

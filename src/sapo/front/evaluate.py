@@ -10,7 +10,7 @@ from sapo.config import PromptConfig, RunConfig, TaskConfig
 from sapo.config.rollout import TurnsConfig
 from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation
-from sapo.front.given import save_model
+from sapo.front.given.models import save_model
 from sapo.front.settings import refuse_unknown
 from sapo.front.train import make_tasks, verifier_settings
 from sapo.model.policy import Policy

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from sapo.front.display import Display, duration
+from sapo.front.display import Display
+from sapo.front.lines import duration
 from sapo.utils.text import visible
 
 LINES = 12

@@ -13,15 +13,10 @@ from sapo.config import RunConfig
 from sapo.config.recipes import change_recipe
 from sapo.errors import ConfigError
 from sapo.front.callbacks import Callbacks, Listeners
-from sapo.front.given import (
-    in_process_names,
-    keep_rewards,
-    keep_tasks,
-    model_settings,
-    rows_settings,
-    tasks_settings,
-    verifier_settings,
-)
+from sapo.front.given.models import model_settings
+from sapo.front.given.rewards import in_process_names, keep_rewards, verifier_settings
+from sapo.front.given.rows import rows_settings
+from sapo.front.given.tasks import keep_tasks, tasks_settings
 from sapo.front.progress import make_display
 from sapo.front.run import Run
 from sapo.front.settings import as_changes, read_settings

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from sapo.diagnostics.titles import metric_title
+from sapo.diagnostics.titles import metric_title, shown_figures
 from sapo.errors import ConfigError
 from sapo.report.assemble import RunReport, make_report
 from sapo.report.live import REST, fingerprint
@@ -212,7 +212,7 @@ def run_state(run: Path, name: str) -> dict[str, Any]:
         "steps": steps,
         "planned": planned,
         "reason": None if reason is None else visible(str(reason)),
-        "figures": [(metric_title("step", key).title, last[key]) for key in SHOWN if key in last],
+        "figures": [(metric_title("step", key).title, last[key]) for key in shown_figures(last, SHOWN)],
         "live": _shown(live) if running and live is not None else None,
     }
 

@@ -15,7 +15,7 @@ from sapo.utils.text import visible
 
 @dataclass(frozen=True)
 class PassEstimate:
-    """A held-out pass@1 with its interval, at a step.
+    """A held-out pass@1 with its interval, at a step; the mean reward where rewards are others than 0 and 1.
 
     >>> PassEstimate("add4", 0, 0.25, 0.2, 0.3).words
     '0.250 [0.200, 0.300]'
@@ -26,6 +26,8 @@ class PassEstimate:
     value: float
     low: float | None
     high: float | None
+    graded: bool = False
+    """Whether it is the mean reward."""
 
     @property
     def words(self) -> str:
@@ -91,11 +93,12 @@ def run_line(run: ReportedRun, arm: Arm) -> RunLine:
 def _evaluations(run: ReportedRun) -> dict[str, list[PassEstimate]]:
     by_task: dict[str, list[PassEstimate]] = {}
     for record in run.of_kind("eval"):
-        names = ["pass@1", *(k for k in record if k.startswith("mean@"))]
+        graded = not record.get("binary", True)
+        names = ["reward/mean"] if graded else ["pass@1", *(k for k in record if k.startswith("mean@"))]
         name = next((n for n in names if n in record), None)
         if name is not None:
             low, high = record.get(f"{name}/low"), record.get(f"{name}/high")
-            measured = PassEstimate(record["task"], record["step"], record[name], low, high)
+            measured = PassEstimate(record["task"], record["step"], record[name], low, high, graded)
             by_task.setdefault(record["task"], []).append(measured)
     return by_task
 
@@ -108,7 +111,10 @@ def headline(arm: Arm, lines: Sequence[RunLine]) -> str:
     words = f"{arm.label}" + ("" if single else f", {len(lines)} seeds")
     words += f": {count} steps" + _ending(lines)
     passes = [_pass_words(lines, task) for task in dict.fromkeys(e.task for line in lines for e in line.start)]
-    held_out = metric_title("eval", "pass@1").title
+    graded = any(e.graded for line in lines for e in (*line.start, *line.final))
+    held_out = (
+        f"held-out {metric_title('eval', 'reward/mean').title}" if graded else metric_title("eval", "pass@1").title
+    )
     words += f"; {held_out} {', '.join(passes)}" if passes else f"; {held_out} not measured"
     tokens = [line.tokens for line in lines if line.tokens is not None]
     seconds = [line.seconds for line in lines if line.seconds is not None]

@@ -17,11 +17,13 @@ from sapo.model.policy import Policy
 from sapo.rollout.curriculum import Curriculum
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Engine, Request, Weights
-from sapo.rollout.episodes import EpisodeDriver, Joiner, Play, joiners_for
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.joining import Joiner, joiners_for
+from sapo.rollout.episodes.live import Play
+from sapo.rollout.episodes.reply_times import ReplyTimes
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat, encode_by_task
-from sapo.rollout.reply_times import ReplyTimes
 from sapo.rollout.selection import Position, Selection, Selector
 from sapo.rollout.shaping import has_turn_rewards, require_token_advantages, shape_group
 from sapo.rollout.weights import loaded

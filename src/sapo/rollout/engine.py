@@ -41,6 +41,9 @@ class Request:
     drawn: int = 0
     """Tokens that were drawn of the sample in earlier turns, which the prompt then holds. The noise goes on behind
     theirs, so that a later turn does not repeat that of the first."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens a stream gives beside each drawn one, from an engine that can
+    (`Capabilities.top_logprobs`)."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not self.prompt.token_ids:
@@ -70,9 +73,16 @@ class Capabilities:
     exact_logprobs: bool = True
     """A token's log-probability is that of the distribution it was drawn from. Log pi_old can be taken from the engine,
     and objective.tis weigh by it, only where that holds."""
+    top_logprobs: bool = False
+    """`stream` gives the likeliest tokens beside each drawn one where a request asks for them."""
     copies_weights: bool = False
     """It samples with a copy of the weights in a form of its own, so that a run proves from time to time that the copy
     is the policy's (`rollout.parity_every`)."""
+
+
+Likeliest = tuple[tuple[int, float], ...]
+"""Tokens and log-probabilities in the distribution that a token was drawn from, the likeliest first. Those that cannot
+be drawn are left out."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,8 @@ class Drawn:
     logprobs: tuple[float, ...]
     completion: Completion | None = None
     """All of the sample, beside the last of its tokens."""
+    likeliest: tuple[Likeliest, ...] = ()
+    """Of each token, where the request asks for them; otherwise empty."""
 
 
 def longest_request(requests: Sequence[Request], params: SamplingParams) -> tuple[int, int]:
@@ -183,17 +195,27 @@ class Engine(Protocol):
         ...
 
 
+class TokenStream(Protocol):
+    """Draws of some requests: an iterator, as a generator is, that can be closed before its end."""
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> list[Drawn]: ...
+
+    def close(self) -> None:
+        """End the draws, and give their memory back."""
+        ...
+
+
 class StreamingEngine(Engine, Protocol):
     """An engine that gives tokens while it draws."""
 
     interleaves: ClassVar[bool]
-    """Several streams may be open, each of them taken a step when it is asked for its next tokens."""
+    """Several streams may be open, each of them taken a step when it is asked for its next tokens. An engine may draw
+    for all that are open in one step."""
 
-    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
-        """Yield the tokens of every sample as they are drawn, the same ones that `generate` returns.
-
-        Closing the iterator ends the draws and gives their memory back.
-        """
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> TokenStream:
+        """Yield the tokens of every sample as they are drawn, the same ones that `generate` returns."""
         ...
 
 

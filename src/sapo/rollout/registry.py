@@ -30,6 +30,7 @@ NEEDS = {
     "records_experts": "records the experts of every token",
     "stop_strings": "ends completions at strings",
     "exact_logprobs": "gives the log-probabilities it draws by",
+    "top_logprobs": "gives the likeliest tokens beside those it draws",
 }
 """Fields of `Capabilities` in words."""
 

@@ -6,30 +6,36 @@ certain, so that what has been shown never has to be taken back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from sapo.data import Completion
 from sapo.model.policy import Policy
 from sapo.rollout.drawing import draw
-from sapo.rollout.engine import Drawn, Engine, Request
+from sapo.rollout.engine import Drawn, Engine, Request, TokenStream
 from sapo.rollout.params import SamplingParams
 
 CUT = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for part of a character."""
 
 
-def stream(engine: Engine, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+def stream(engine: Engine, requests: Sequence[Request], params: SamplingParams) -> TokenStream:
     """Yield the tokens of every sample as they are drawn; all at once from an engine that cannot stream.
 
-    Closing the iterator ends the draws.
+    An engine may take the requests up as soon as this is called, to draw for all streams that are open together.
 
     Raises:
         ConfigError: as from `draw`.
     """
     streaming = getattr(engine, "stream", None)
     if callable(streaming):
-        yield from streaming(requests, params)
-        return
+        begun: TokenStream = streaming(requests, params)
+        return begun
+    return _all_at_once(engine, requests, params)
+
+
+def _all_at_once(
+    engine: Engine, requests: Sequence[Request], params: SamplingParams
+) -> Generator[list[Drawn], None, None]:
     drawn = draw(engine, requests, params)
     yield [
         Drawn(place, sample, tuple(c.token_ids.tolist()), tuple(c.logprobs.tolist()), c)

@@ -9,7 +9,7 @@ from sapo.config import RunConfig
 from sapo.data import Group
 from sapo.diagnostics import observe, rollout_metrics, step_update_metrics
 from sapo.diagnostics.warnings import OF_THE_LOOP
-from sapo.rollout.reply_times import ReplyTimes
+from sapo.rollout.episodes.reply_times import ReplyTimes
 from sapo.run.collapse import note_warning
 from sapo.run.directory import RunDirectory
 from sapo.run.listener import Listener, tell_samples

@@ -29,8 +29,8 @@ from sapo.model.adapters import trained_sentence
 from sapo.model.policy import Policy
 from sapo.rollout.collector import Collector
 from sapo.rollout.engine import Engine
+from sapo.rollout.episodes.reply_times import ReplyTimes
 from sapo.rollout.remote.start import start_engine
-from sapo.rollout.reply_times import ReplyTimes
 from sapo.run.batches import BatchSource
 from sapo.run.collapse import (
     answer_collapse,

@@ -16,7 +16,8 @@ from sapo.errors import ConfigError, ModelError, RewardError
 from sapo.model.policy import Policy
 from sapo.objectives import is_plugin
 from sapo.rollout.curriculum import Curriculum, curricula
-from sapo.rollout.episodes import check_environment, host_for, joiners_for
+from sapo.rollout.episodes.driver import check_environment, host_for
+from sapo.rollout.episodes.joining import joiners_for
 from sapo.rollout.prompting import PromptFormat, PromptLengths, apply_limit, formats_of
 from sapo.tasks import DatasetTask, FileTask, RowTask, Task, TriedReward, failed_calls, make_task, try_reward
 from sapo.tasks.episodes.origin import is_of_others, say_why_here

@@ -37,7 +37,9 @@ from sapo.model.tiny import TinyShape, character_tokenizer, tiny_model
 from sapo.model.tiny_vision import VISION_ARCHITECTURES, picture_tokenizer, tiny_vision_model
 from sapo.rollout.drawing import draw
 from sapo.rollout.engine import Request
-from sapo.rollout.episodes import EpisodeDriver, Play, encode_observation
+from sapo.rollout.episodes.driver import EpisodeDriver
+from sapo.rollout.episodes.joining import encode_observation
+from sapo.rollout.episodes.live import Play
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.rollout.registry import make_engine

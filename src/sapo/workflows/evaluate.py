@@ -21,7 +21,7 @@ from sapo.errors import ConfigError
 from sapo.evaluation import Evaluation, EvaluationStore, Results, ask, best_constant, examine, write_page
 from sapo.evaluation.examination import InMemoryStore, ProgressStore
 from sapo.model.policy import Policy
-from sapo.rollout.episodes import joiners_for
+from sapo.rollout.episodes.joining import joiners_for
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat, apply_limit
 from sapo.rollout.registry import make_engine, require

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sapo.config import PromptConfig
+from sapo.config import PromptConfig, TaskConfig
 from sapo.config.recipes import parse_override, parse_prompt, parse_turns
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Prompt
@@ -24,6 +24,7 @@ from sapo.tasks.rows.datasets import HELD_OUT_SIDES, DatasetTask
 from sapo.tasks.rows.reading import is_rows_file
 from sapo.tasks.rows.task import FileTask
 from sapo.utils.hashing import seed_for
+from sapo.utils.names import did_you_mean
 from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
 # The default of eval.seed, so that runs and `sapo eval` draw the same problems.
@@ -47,7 +48,7 @@ def plan_evaluations(
 
     Args:
         model: the model; a run directory, or a checkpoint in one, brings tasks where none are named.
-        tasks: names of TASKS, or files.
+        tasks: names of TASKS, files, or labels of the run's tasks, which are then planned as the run evaluates them.
         overrides: `key=value`; keys under `prompt.` set the format of the questions, those under `turns.` the limits of
             episodes (`rollout.turns`), others the tasks' own settings. A run's limits hold where they change none.
         seed: seed of the draws and of the choice of problems, as a run's eval.seed is.
@@ -60,20 +61,58 @@ def plan_evaluations(
     given = {name: value for name, value in given.items() if value is not None} | {"threshold": threshold}
     run = run_of(model)
     if tasks:
-        seed = DEFAULT_SEED if seed is None else seed
         changes, others = split_turns(overrides)
-        own = TurnsConfig() if run is None else RunDirectory.read_config(run).rollout.turns
+        own_seed = DEFAULT_SEED if seed is None else seed
         settings = make_settings(
-            {"constant": True, "turns": _changed_turns(own, changes)},
-            {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64},
+            {"constant": True, "turns": changed_turns(turns_of(model), changes)},
+            {"seed": seed_for(own_seed, "evaluation"), "max_new_tokens": 64},
             given,
         )
-        planned = [plan_task_evaluation(name, others, settings, seed) for name in tasks]
-        _refuse_turns_of_no_environment(planned, changes)
+        planned = []
+        for name in tasks:
+            place = place_of_label(run, name)
+            if run is not None and place is not None:
+                planned += plan_run_evaluations(run, others, given, seed, [place], changes)
+            else:
+                planned.append(plan_task_evaluation(name, others, settings, own_seed))
+        refuse_turns_of_no_environment(planned, changes)
         return planned
     if run is None:
         raise ConfigError(f"{model} is not a run directory, so it has no tasks of its own; name one with --task")
     return plan_run_evaluations(run, overrides, given, seed)
+
+
+def turns_of(model: Path | None) -> TurnsConfig:
+    """Return a run's limits of episodes, or the defaults for what is no run."""
+    run = None if model is None else run_of(model)
+    return TurnsConfig() if run is None else RunDirectory.read_config(run).rollout.turns
+
+
+def place_of_label(run: Path | None, name: str) -> int | None:
+    """Return the place of the run's task of that label, or of that name where it has no label; None of a name that
+    stands for a task by itself.
+
+    Raises:
+        ConfigError: it is neither, with the labels that the run has.
+    """
+    tasks = [] if run is None else RunDirectory.read_config(run).tasks
+    written = [task.label for task in tasks]
+    if name in written:
+        return written.index(name)
+    if run is None or name in TASKS or ":" in name or is_rows_file(name):
+        return None
+    labels = [own_name(task) for task in tasks]
+    if name in labels:
+        return labels.index(name)
+    raise ConfigError(
+        f"--task must be a task of the run, one of sapo.tasks.TASKS or a file of rows; got {name!r}"
+        f"{did_you_mean(name, labels)}; the run has {', '.join(labels)}"
+    )
+
+
+def own_name(task: TaskConfig) -> str:
+    """Return the name of a run's task in logs and metrics: its label, or what it is called by itself."""
+    return task.label or make_task(task.name, seed=0, **task.options).name
 
 
 def plan_task_evaluation(
@@ -115,11 +154,13 @@ def plan_run_evaluations(
     given: Mapping[str, Any],
     seed: int | None = None,
     places: Sequence[int] | None = None,
+    turns: Mapping[str, Any] | None = None,
 ) -> list[PlannedEvaluation]:
     """Plan the tasks of a run as it evaluates them itself, except for what is given.
 
     Args:
         overrides: `key=value`, with keys under `prompt.` and `turns.` alone.
+        turns: limits of episodes that the caller has taken out of them, and checks.
         places: of the tasks that are planned, in the recipe; None plans all.
 
     Raises:
@@ -127,10 +168,12 @@ def plan_run_evaluations(
     """
     config = RunDirectory.read_config(run)
     changes, others = split_turns(overrides)
+    turns = changes if turns is None else turns
     options, prompt = split_overrides(others)
     if options:
+        named = "the task" if places is None else f"its kind, {config.tasks[places[0]].name},"
         raise ConfigError(
-            f"the settings of a run's tasks are in its config.yaml; got {next(iter(options))}=...; name the task with "
+            f"the settings of a run's tasks are in its config.yaml; got {next(iter(options))}=...; name {named} with "
             "--task to evaluate it otherwise, or change prompt.* and turns.* only"
         )
     asked, rollout = config.eval, config.rollout
@@ -151,7 +194,7 @@ def plan_run_evaluations(
         "samples": asked.samples,
         "ks": ks,
         "engine": rollout.engine,
-        "turns": _changed_turns(rollout.turns, changes),
+        "turns": changed_turns(rollout.turns, turns),
     }
     settings = make_settings({**own, "greedy": asked.greedy, "constant": asked.constant}, sampling, given)
     planned = [
@@ -164,15 +207,15 @@ def plan_run_evaluations(
         )
         for t in (config.tasks if places is None else [config.tasks[place] for place in places])
     ]
-    _refuse_turns_of_no_environment(planned, changes)
+    refuse_turns_of_no_environment(planned, changes)
     return planned
 
 
-def _changed_turns(own: TurnsConfig, changes: Mapping[str, Any]) -> TurnsConfig:
+def changed_turns(own: TurnsConfig, changes: Mapping[str, Any]) -> TurnsConfig:
     return parse_turns({**own.model_dump(), **changes}) if changes else own
 
 
-def _refuse_turns_of_no_environment(planned: Sequence[PlannedEvaluation], changes: Mapping[str, Any]) -> None:
+def refuse_turns_of_no_environment(planned: Sequence[PlannedEvaluation], changes: Mapping[str, Any]) -> None:
     if changes and not any(is_environment(each.task) for each in planned):
         raise ConfigError(
             f"turns.* are limits of environments; got turns.{next(iter(changes))} for {planned[0].task.name}, which is "

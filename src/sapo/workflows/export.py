@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from sapo.config import RunConfig
 from sapo.config.recipes import parse_recipe
+from sapo.diagnostics.titles import metric_title
 from sapo.errors import CheckpointError, ConfigError, ModelError, UserError
 from sapo.model.adapters import merged
 from sapo.model.loading import load_policy
@@ -262,9 +263,11 @@ def _evaluation(config: RunConfig, state: dict[str, Any], checkpoint: Checkpoint
     by_task_before = start.get("tasks") or {start["task"]: start}
     by_task_after = last.get("tasks") or {last["task"]: last}
     for task, after in by_task_after.items():
-        for figure in [f for f in after if f.startswith("pass@") and "/" not in f] or [f"mean@{after['samples']}"]:
+        shares = [f for f in after if f.startswith("pass@") and "/" not in f] or [f"mean@{after['samples']}"]
+        for figure in [*shares, "reward/mean"]:
             values = [_with_interval(figures, figure) for figures in (by_task_before[task], after)]
-            rows.append(f"| {task} | {figure} | {values[0]} | {values[1]} | {after['problems']} x {after['samples']} |")
+            name = metric_title("eval", figure).title if figure == "reward/mean" else figure
+            rows.append(f"| {task} | {name} | {values[0]} | {values[1]} | {after['problems']} x {after['samples']} |")
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
     text = "\n".join(rows)
     text += f"\n\nIntervals are 95%, bootstrapped over problems. Sampled at temperature {temperature}, at most "

@@ -27,7 +27,13 @@ from sapo.tasks import TASKS, make_task
 from sapo.tasks.rows.reading import is_rows_file
 from sapo.utils.text import visible, visible_line
 from sapo.workflows.evaluate import EvaluatedModel, PlannedEvaluation
-from sapo.workflows.evaluation_plan import plan_evaluations, plan_run_evaluations, split_overrides, split_turns
+from sapo.workflows.evaluation_plan import (
+    own_name,
+    plan_evaluations,
+    plan_run_evaluations,
+    split_overrides,
+    split_turns,
+)
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,6 @@ def _place_of(tasks: Sequence[TaskConfig], name: str) -> int | None:
     Raises:
         ConfigError: several tasks are of that kind.
     """
-
-    def own_name(task: TaskConfig) -> str:
-        return make_task(task.name, seed=0, **task.options).name
-
     found = [place for place, t in enumerate(tasks) if (t.label or t.name) == name]
     found = found or [place for place, t in enumerate(tasks) if t.name == name]
     if not found and name not in TASKS and ":" not in name and not is_rows_file(name):

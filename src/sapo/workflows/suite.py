@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sapo.config.recipes import parse_prompt, parse_settings
+from sapo.config.rollout import TurnsConfig
+from sapo.config.section import Section
 from sapo.config.suites import BenchmarkConfig, BenchmarkSettings, SuiteConfig, load_suite
 from sapo.data import Prompt
 from sapo.errors import ConfigError, UserError
@@ -28,11 +30,15 @@ from sapo.utils.hashing import seed_for
 from sapo.workflows.evaluate import EvaluatedModel, PlannedEvaluation
 from sapo.workflows.evaluation_plan import (
     DEFAULT_SEED,
+    changed_turns,
     evaluated_name,
     make_settings,
     named_task,
     plan_options,
+    refuse_turns_of_no_environment,
     split_overrides,
+    split_turns,
+    turns_of,
 )
 
 SCHEMA = "sapo.suite/1"
@@ -138,14 +144,21 @@ class PlannedSuite:
 
 
 def plan_suite(
-    name_or_path: str, overrides: Sequence[str] = (), *, seed: int | None = None, **given: Any
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    model: Path | None = None,
+    seed: int | None = None,
+    **given: Any,
 ) -> PlannedSuite:
     """Plan the benchmarks of a suite, each made and checked.
 
     Args:
         name_or_path: a suite's file, or the name of one that ships.
         overrides: `NAME.KEY=VALUE` for a benchmark's settings and those of its task, `NAME=null` to leave one out,
-            `prompt.KEY=VALUE` for all, and `path=DIRECTORY` for a directory with the rows of each.
+            `prompt.KEY=VALUE` for all, `turns.KEY=VALUE` for the episodes of all environments, and `path=DIRECTORY`
+            for a directory with the rows of each.
+        model: what is evaluated; a run's own limits of episodes hold where the suite has none.
         seed: of the draws and of the choice of problems.
         given: fields of EvaluationSettings and SamplingParams, in place of the suite's; None leaves the suite's own.
 
@@ -156,13 +169,15 @@ def plan_suite(
     given = {key: value for key, value in given.items() if value is not None}
     seed = DEFAULT_SEED if seed is None else seed
     asked = _Overrides.of(overrides, list(suite.benchmarks))
+    own_turns = turns_of(model)
     planned = {}
     for label in suite.benchmarks:
         if label not in asked.left_out:
             with naming(label):
-                planned[label] = _plan_benchmark(label, suite, asked, given, seed)
+                planned[label] = _plan_benchmark(label, suite, asked, given, seed, own_turns)
     if not planned:
         raise ConfigError(f"a suite must keep a benchmark; all of {name} were left out")
+    refuse_turns_of_no_environment(list(planned.values()), asked.of_turns)
     return PlannedSuite(name, planned, frozenset(suite.benchmarks))
 
 
@@ -197,6 +212,7 @@ class _Overrides:
 
     of_benchmark: Mapping[str, Sequence[str]]
     of_prompts: Sequence[str]
+    of_turns: Mapping[str, Any]
     rows: Path | None
     """Directory with the rows of each benchmark."""
     left_out: frozenset[str]
@@ -206,7 +222,8 @@ class _Overrides:
         """Sort overrides; see `plan_suite`."""
         of_benchmark: dict[str, list[str]] = {label: [] for label in labels}
         of_prompts, rows, left_out = [], None, set()
-        for override in overrides:
+        of_turns, others = split_turns(overrides)
+        for override in others:
             key, _, value = override.partition("=")
             label, dot, _ = key.partition(".")
             if label in of_benchmark and dot:
@@ -220,39 +237,52 @@ class _Overrides:
             else:
                 raise ConfigError(
                     f"a setting of a suite must be written BENCHMARK.KEY=VALUE, BENCHMARK=null to leave one out, "
-                    f"prompt.KEY=VALUE or path=DIRECTORY; got {override!r}; its benchmarks are {', '.join(labels)}"
+                    f"prompt.KEY=VALUE, turns.KEY=VALUE or path=DIRECTORY; got {override!r}; its benchmarks are "
+                    f"{', '.join(labels)}"
                 )
-        return cls(of_benchmark, of_prompts, rows, frozenset(left_out))
+        return cls(of_benchmark, of_prompts, of_turns, rows, frozenset(left_out))
 
 
 def _plan_benchmark(
-    label: str, suite: SuiteConfig, asked: _Overrides, given: Mapping[str, Any], seed: int
+    label: str, suite: SuiteConfig, asked: _Overrides, given: Mapping[str, Any], seed: int, turns: TurnsConfig
 ) -> PlannedEvaluation:
-    options, own_prompt = split_overrides(asked.of_benchmark[label])
+    changes, others = split_turns(asked.of_benchmark[label])
+    options, own_prompt = split_overrides(others)
     common_prompt = split_overrides(asked.of_prompts)[1]
     shared, written = suite.settings, suite.benchmarks[label]
     config = parse_settings(BenchmarkConfig, {**_written(shared), **_written(written), **options})
-    parts = [p.model_dump(exclude_unset=True) for p in (shared.prompt, written.prompt) if p is not None]
-    prompt = parse_prompt({k: v for part in (*parts, common_prompt, own_prompt) for k, v in part.items()})
+    prompt = parse_prompt(_joined(shared.prompt, written.prompt, common_prompt, own_prompt))
+    written_turns = _joined(written.turns, changes)
+    limits = changed_turns(turns, {**_joined(shared.turns), **written_turns, **asked.of_turns, **changes})
     kind, task_options = named_task(config.task or label, config.options)
     if asked.rows is not None and "path" not in task_options and _takes_rows(kind):
         task_options["path"] = str(find_rows(asked.rows, label))
     settings = make_settings(
-        {"constant": True},
+        {"constant": True, "turns": limits},
         {"seed": seed_for(seed, "evaluation"), "max_new_tokens": 64},
         {**_drawn(config), **given},
     )
-    return plan_options(kind, task_options, seed, prompt, settings)
+    planned = plan_options(kind, task_options, seed, prompt, settings)
+    refuse_turns_of_no_environment([planned], written_turns)
+    return planned
+
+
+def _joined(*parts: Section | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Join what several parts set, the later ones over those before."""
+    joined: dict[str, Any] = {}
+    for part in parts:
+        joined |= part.model_dump(exclude_unset=True) if isinstance(part, Section) else part or {}
+    return joined
 
 
 def _written(config: BenchmarkSettings) -> dict[str, Any]:
-    """Return the settings that a suite's file has for a benchmark, the prompt's aside."""
-    return {k: v for k, v in config.model_dump(exclude_unset=True).items() if k != "prompt"}
+    """Return the settings that a suite's file has for a benchmark, those of prompts and episodes aside."""
+    return {k: v for k, v in config.model_dump(exclude_unset=True).items() if k not in ("prompt", "turns")}
 
 
 def _drawn(config: BenchmarkConfig) -> dict[str, Any]:
     """Return what is set of EvaluationSettings and SamplingParams."""
-    names = set(BenchmarkSettings.model_fields) - {"prompt", "k"}
+    names = set(BenchmarkSettings.model_fields) - {"prompt", "turns", "k"}
     found = {name: value for name in sorted(names) if (value := getattr(config, name)) is not None}
     return found if config.k is None else {**found, "ks": tuple(config.k)}
 

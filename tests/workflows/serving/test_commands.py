@@ -127,8 +127,12 @@ def test_openais_own_client_is_answered() -> None:
         assert [c.index for c in text.choices] == [0, 1]
         with pytest.raises(openai.NotFoundError, match="the one served is 'mine'"):
             client.completions.create(model="gpt", prompt="a")
-        with pytest.raises(openai.BadRequestError, match="drawn token alone") as refused:
-            client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+        shown = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+        assert [len(token.top_logprobs) for token in shown] == [3] * len(shown)
+        text = client.completions.create(model="mine", prompt="a", max_tokens=3, logprobs=2).choices[0].logprobs
+        assert [text.tokens[i] in of for i, of in enumerate(text.top_logprobs)] == [True] * len(text.tokens)
+        with pytest.raises(openai.BadRequestError, match="less than or equal to 20") as refused:
+            client.chat.completions.create(**asked, logprobs=True, top_logprobs=30)
         assert refused.value.param == "top_logprobs"
 
 

@@ -15,33 +15,17 @@ from sapo.data import Prompt
 from sapo.errors import ConfigError
 from sapo.rollout.engine import Request
 from sapo.rollout.params import SamplingParams
-from sapo.workflows.serving.protocol import CompletionRequest, parse
+from sapo.workflows.serving.requests import CompletionRequest, parse
 from sapo.workflows.serving.served import ServedModel
 from sapo.workflows.serving.web import bound
 from sapo.workflows.serving.worker import Worker
-from support.served import served_here, talker
-
-HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+from support.served import HELLO, chat, complete, endless, events, served_here, talker
 
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[tuple[httpx.Client, ServedModel]]:
     with served_here(talker()) as (url, served), httpx.Client(base_url=url, timeout=60) as client:
         yield client, served
-
-
-def chat(client: httpx.Client, **fields):
-    return client.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **fields})
-
-
-def complete(client: httpx.Client, **fields):
-    return client.post("/v1/completions", json={"model": "tiny", "prompt": "1+1=", **fields})
-
-
-def events(response: httpx.Response) -> list:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def drawn(served: ServedModel, token_ids, seed: int, samples: int = 1, **params):
@@ -174,7 +158,8 @@ def test_messages_may_be_in_parts_and_the_template_is_switched(here) -> None:
             "tools",
             r'^tools.0.function: Field required; got \{"type": "function"\}$',
         ),
-        ({"logprobs": True, "top_logprobs": 5}, 400, "top_logprobs", "drawn token alone"),
+        ({"top_logprobs": 5}, 400, "top_logprobs", "^top_logprobs needs logprobs: true$"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "are text"),
     ],
 )
@@ -188,12 +173,6 @@ def test_a_bad_request_gets_the_protocols_error(here, fields, status, param, wor
     assert error["param"] == param
     assert re.search(words, error["message"]), error
     assert error["type"] == "invalid_request_error"
-
-
-def test_likelier_tokens_than_the_drawn_one_are_not_known(here) -> None:
-    client, _ = here
-    error = complete(client, logprobs=1).json()["error"]
-    assert (error["param"], error["code"]) == ("logprobs", "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
@@ -265,13 +244,6 @@ def test_a_short_answer_overtakes_a_long_one() -> None:
         order.append("short")
         thread.join(60)
     assert order == ["short", "long"]
-
-
-def endless():
-    """Make a model whose completions do not end by themselves."""
-    policy = talker(max_length=4096)
-    policy.unused_tokens = [policy.tokenizer.eos_token_id]
-    return policy
 
 
 def test_who_leaves_is_drawn_for_no_more_and_gives_its_place_to_the_next() -> None:

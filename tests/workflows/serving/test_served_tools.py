@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from sapo.errors import ModelError
-from sapo.workflows.serving.protocol import ChatAnswers, ChatRequest, Message, parse
+from sapo.workflows.serving.answers import ChatAnswers
+from sapo.workflows.serving.requests import ChatRequest, Message, parse
 from sapo.workflows.serving.served import Begun, Order, Piece, ServedModel
 from sapo.workflows.serving.tools import OfferedTools
 from support.served import TEMPLATE, served_here, talker

@@ -54,7 +54,7 @@ def main() -> None:
     try:
         stage = Stage(order["config"], order["most"])
     except BaseException as error:
-        say(out, refused=described(error))
+        say(out, refused=describe_failure(error))
         return
     say(out, tasks=[told(task) for task in stage.tasks])
     Host(stage, orders, out).run()
@@ -66,7 +66,7 @@ def say(out: TextIO, **message: Any) -> None:
     out.flush()
 
 
-def described(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """Return what was raised."""
     return f"{type(error).__name__}: {error}"[:MAX_DETAIL]
 
@@ -269,7 +269,7 @@ class Host:
             try:
                 self._stage.prepare(order["model"])
             except BaseException as error:
-                say(self._out, refused=described(error))
+                say(self._out, refused=describe_failure(error))
                 return
             gc.collect()
             gc.freeze()  # pages that the collector writes to are copied in every player
@@ -368,7 +368,7 @@ def play_one(stage: Stage, order: dict[str, Any], write: int) -> None:
     except asyncio.CancelledError:
         return
     except BaseException as error:
-        message = {"ok": False, "error": described(error)}
+        message = {"ok": False, "error": describe_failure(error)}
     said = json.dumps(message).encode()
     while said:
         said = said[os.write(write, said) :]

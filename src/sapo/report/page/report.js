@@ -365,11 +365,13 @@
   const span = (first, last) => (first === last ? String(first) : `${first} to ${last}`);
 
   function drawTables() {
+    const kinds = new Set(data.runs.flatMap((r) => [...r.start, ...r.final]).map((e) => (e.graded ? "held-out mean reward" : "pass@1")));
+    const heldOut = [...kinds].sort().reverse().join(" or ") || "pass@1";
     document.getElementById("run-table").replaceChildren(table([
       { name: "run", words: true, of: (r) => r.name, by: (r) => r.name }, { name: "arm", words: true, of: (r) => r.arm, by: (r) => r.arm }, { name: "seed", of: (r) => String(r.seed ?? "-"), by: (r) => r.seed },
       { name: "model", words: true, of: (r) => r.models },
       { name: "steps", of: (r) => (r.state === "done" ? String(r.steps) : `${r.steps} of ${r.planned ?? "?"}${r.state === "failed" ? ", failed" : ""}`), by: (r) => r.steps },
-      { name: "pass@1, start", of: (r) => passes(r.start), by: (r) => r.start[0]?.value ?? null }, { name: "pass@1, last", of: (r) => passes(r.final), by: (r) => r.final[0]?.value ?? null },
+      { name: `${heldOut}, start`, of: (r) => passes(r.start), by: (r) => r.start[0]?.value ?? null }, { name: `${heldOut}, last`, of: (r) => passes(r.final), by: (r) => r.final[0]?.value ?? null },
       { name: "mean reward, last step", of: (r) => number(r.reward), by: (r) => r.reward }, { name: "sampled tokens", of: (r) => number(r.tokens, 0), by: (r) => r.tokens },
       { name: "seconds", of: (r) => number(r.seconds, 1), by: (r) => r.seconds }, { name: "warnings", of: (r) => String(r.warnings), by: (r) => r.warnings },
     ], data.runs));

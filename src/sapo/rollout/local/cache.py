@@ -155,7 +155,8 @@ class KVCache:
         """Take up further groups, behind those there are; pools that no group uses any more are given back."""
         first = len(self.prompt_length)
         self.prompt_length = np.concatenate([self.prompt_length, np.asarray(prompt_lengths, dtype=np.int64)])
-        self.pools = [pool for pool in self.pools if pool.groups]
+        used = {id(pool) for pool in self.pool_of.values()}
+        self.pools = [pool for pool in self.pools if id(pool) in used]
         self._pool(range(first, len(self.prompt_length)), samples)
 
     def grow(self, new_tokens: int) -> None:
@@ -171,6 +172,19 @@ class KVCache:
             if more > 0:
                 pad = torch.nn.functional.pad
                 self.layers[layer] = pad(keys, (0, more)), pad(values, (0, 0, 0, more))
+
+    def deepen(self, rows: int) -> None:
+        """Make room for so many rows; those that are there stay."""
+        more = rows - self.rows
+        if more <= 0:
+            return
+        self.rows = rows
+        if self.own_tokens is not None:
+            self.own_tokens.deepen(rows)
+        self.row_states.deepen(rows)
+        for layer, pair in self.layers.items():
+            keys, values = (torch.cat([held, held.new_zeros(more, *held.shape[1:])]) for held in pair)
+            self.layers[layer] = keys, values
 
     @property
     def num_places(self) -> int:
@@ -194,6 +208,10 @@ class KVCache:
         pool = self.pool_of[group]
         assert self.has_slot(group), f"no slot is free for group {group}"
         pool.groups.append(group)
+
+    def forget(self, group: int) -> None:
+        """Leave out a group that waits for a slot."""
+        del self.pool_of[group]
 
     def release(self, group: int) -> None:
         """Free the slot of a group whose rows have all finished."""

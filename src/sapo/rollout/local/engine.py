@@ -6,15 +6,17 @@ counter (utils/rng.py). On a GPU the host looks every few tokens only (device_st
 arranged anew for each call where the model allows a faster forward (decoder.py), so that there is nothing to
 synchronise, and the log-probabilities of the draws are log pi_old. Weights that are not the trainer's (a sampler of
 another precision) lie in a twin of the policy (twin.py). A model for which all this is not exact is decoded in rows
-(proof.py, rows.py). Between the turns of an episode rows stay where they are (conversation.py).
+(proof.py, rows.py). Between the turns of an episode rows stay where they are (conversation.py). Streams that are open
+together share their steps (sharing.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -27,18 +29,26 @@ from sapo.errors import Interrupted, ModelError
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import PromptSpan, common_beginning, join_spans
 from sapo.rollout.conversation import Conversation, Waves
-from sapo.rollout.engine import Capabilities, Drawn, Request, Weights, check_lengths
+from sapo.rollout.engine import Capabilities, Drawn, Likeliest, Request, TokenStream, Weights, check_lengths
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.conversation import LocalConversation
 from sapo.rollout.local.decoder import Decoder, FastDecoder, copied_bytes, decoder_of
-from sapo.rollout.local.device_steps import DeviceSteps, GraphChoice, RowState, capture_on, uses_device_steps
+from sapo.rollout.local.device_steps import (
+    LOOK_EVERY,
+    DeviceSteps,
+    GraphChoice,
+    RowState,
+    capture_on,
+    uses_device_steps,
+)
 from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.local.proof import CACHED, PACKED, choose_way
 from sapo.rollout.local.room import rows_with_room
 from sapo.rollout.local.rows import RowsDecoding, own_attention
-from sapo.rollout.local.sampling import request_uniforms, sample_tokens
+from sapo.rollout.local.sampling import likeliest_tokens, request_uniforms, sample_tokens
+from sapo.rollout.local.sharing import SharedRows
 from sapo.rollout.local.twin import Twin
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.stopping import StopRules
@@ -56,6 +66,8 @@ KEPT_SHARE = 0.25
 _TAKEN_OVER = (
     *("decoder", "cache", "rules", "uniform", "tokens", "logprobs", "position", "finished", "stopped", "stop_set"),
 )
+GROWING_TOKENS = 64
+"""Tokens that a row of streams has room for at first."""
 
 STREAMED_CALLS = 1024
 """Calls that the weights are arranged for where streams share them: many."""
@@ -74,7 +86,7 @@ class LocalEngine:
         ModelError: no way to decode the model is exact (proof.py).
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(records_experts=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(records_experts=True, top_logprobs=True)
     interleaves: ClassVar[bool] = True
 
     def __init__(self, policy: Policy, max_rows: int = 256, cuda_graphs: GraphChoice = "auto") -> None:
@@ -85,7 +97,7 @@ class LocalEngine:
         self._twin: Twin | None = None
         self._sampler = policy
         self._asleep = False
-        self._decoder: Decoder | None = None  # of streams: arranged once for all of them
+        self._shared: SharedRows | None = None  # of streams, as is the arrangement of the weights
         self._kept: RowsInPlace | None = None  # the last call's, whose cache and CUDA graphs may serve the next
         self.weights_set = 0
         """How often weights were set or given back: what was computed with others is of no use any more."""
@@ -126,26 +138,30 @@ class LocalEngine:
         check_lengths(requests, params, self.policy.max_length)
         return self._draw(self.way, requests, params, should_stop, experts)
 
-    @torch.no_grad()
-    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
-        """See `StreamingEngine.stream`. On a GPU the tokens come a few at a time (device_steps.py)."""
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> TokenStream:
+        """See `StreamingEngine.stream`. Streams that are open together are drawn in one batch, each step for all.
+
+        A model that is decoded in rows takes a step for each stream. On a GPU the tokens come a few at a time
+        (device_steps.py), but one by one while streams are open that draw by different settings, or show the likeliest
+        tokens.
+        """
         assert not self._asleep, "an engine draws after `wake` and `set_weights`, not while it sleeps"
         check_lengths(requests, params, self.policy.max_length)
         if self.way != PACKED:
-            yield from self._stream_rows(requests, params)
-            return
-        if self._decoder is None:
-            self._decoder = decoder_of(self._sampler, STREAMED_CALLS)
-        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, None, self.cuda_graphs, self._decoder)
-        while decoding.unfinished:
-            decoding.admit()
-            decoding.step()
-            drawn = decoding.take_new()
-            decoding.retire()
-            decoding.fetch()
-            yield [_with_completion(new, decoding.results) for new in drawn]
+            return self._stream_rows(requests, params)
+        if self._shared is None:
+            self._shared = SharedRows(self._rows_to_share(), self.max_rows)
+        return self._shared.open(requests, params)
 
-    def _stream_rows(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+    @torch.no_grad()
+    def _rows_to_share(self) -> Callable[[Sequence[Request], SamplingParams], RowsInPlace]:
+        """Arrange the weights for streams; return what makes rows that further requests join."""
+        decoder = decoder_of(self._sampler, STREAMED_CALLS)
+        made = partial(RowsInPlace, max_rows=self.max_rows, experts=None, cuda_graphs=self.cuda_graphs, decoder=decoder)
+        return partial(made, self._sampler, grows=True)
+
+    @torch.no_grad()
+    def _stream_rows(self, requests: Sequence[Request], params: SamplingParams) -> Generator[list[Drawn], None, None]:
         decoding = RowsDecoding(self._sampler, requests, params, self.max_rows, cached=self.way == CACHED)
         while decoding.unfinished:
             with own_attention(self._sampler):  # for one step alone: another stream may take the next
@@ -153,7 +169,7 @@ class LocalEngine:
                 decoding.step()
             drawn = decoding.take_new()
             decoding.retire()
-            yield [_with_completion(new, decoding.results) for new in drawn]
+            yield [replace(new, completion=decoding.results[new.request][new.sample]) for new in drawn]
 
     def _draw(
         self,
@@ -243,7 +259,7 @@ class LocalEngine:
     def set_weights(self, weights: Weights, version: int) -> None:
         """See `Engine.set_weights`. The policy's own tensors are read where they are; others make a twin of it."""
         given, own = dict(weights), dict(self.policy.weights())
-        self._decoder = None
+        self._shared = None
         self.weights_set += 1
         if given.keys() != own.keys():
             odd = sorted(given.keys() ^ own.keys())
@@ -263,7 +279,7 @@ class LocalEngine:
         """See `Engine.sleep`. What is kept between two calls is a small part of a GPU's memory (`may_serve_again`)."""
         if self._twin is not None:
             self._twin.release()
-        self._sampler, self._asleep, self._decoder = self.policy, True, None
+        self._sampler, self._asleep, self._shared = self.policy, True, None
         self.weights_set += 1
 
     def wake(self) -> None:
@@ -276,11 +292,6 @@ class LocalEngine:
         self._twin = self._kept = None
 
 
-def _with_completion(new: Drawn, results: Sequence[Sequence[Completion | None]]) -> Drawn:
-    """Return what was drawn of a sample, with its completion where it has one by now."""
-    return replace(new, completion=results[new.request][new.sample])
-
-
 class RowsInPlace:
     """One call of generate: rows 0..active-1 of every array are the sequences being decoded.
 
@@ -288,6 +299,8 @@ class RowsInPlace:
         keeps: a row whose turn has ended is not given up but parked: rows active..active+parked-1 wait with all their
             keys and values until they go on with another turn (`resume`), or their room is needed.
         before: a call that has ended, whose tensors and CUDA graphs are taken over where they hold this one.
+        grows: further requests join while others are drawn (`join`), so that there is no preamble, and the cache grows
+            with what is drawn.
     """
 
     def __init__(
@@ -301,21 +314,29 @@ class RowsInPlace:
         decoder: Decoder | None = None,
         keeps: bool = False,
         before: RowsInPlace | None = None,
+        grows: bool = False,
     ) -> None:
         self.policy = policy
         self.experts = experts
         self.keeps = keeps
         self.requests = list(requests)
         self.params = params
+        self.given: dict[int, SamplingParams] = {}
+        """Settings of requests that have others than `params`."""
+        self.settings = [replace(params, max_new_tokens=1, seed=0)]
+        self.setting_of = np.zeros(len(requests), dtype=np.int64)  # which of them a request is drawn by
+        self.shows_likeliest = any(r.top_logprobs for r in requests)
+        self.likeliest: dict[tuple[int, int], list[Likeliest]] = {}  # of samples, since they were last taken
         self.waiting = deque(range(len(requests)))
         samples = [r.samples for r in requests]
         rows = min(sum(samples), max(max_rows, *samples))
         device = policy.device
         # Experts are recorded prompt by prompt, so each prompt is then computed whole.
-        self.preamble = 0 if experts is not None else common_beginning([r.prompt for r in requests])
+        self.preamble = 0 if grows or experts is not None else common_beginning([r.prompt for r in requests])
         in_steps = uses_device_steps(policy, cuda_graphs, experts is not None)
         self.capture = capture_on(device, cuda_graphs) if in_steps else None
-        static = self.capture is not None and not keeps
+        alone = not (keeps or grows)  # a call of `generate`, whose rows nobody joins
+        static = self.capture is not None and alone and not self.shows_likeliest
         if static:  # so that the next call's is likely to have the same length
             self.preamble -= self.preamble % PREAMBLE_UNIT
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
@@ -331,13 +352,14 @@ class RowsInPlace:
         self.asked_rows = rows
         if before is not None:
             rows = before.cache.rows
-        elif not keeps:
+        elif alone:
             rows = rows_with_room(policy, rows, params.max_new_tokens, max(lengths), max(samples))
         if before is None:
             self.decoder: Decoder = decoder or decoder_of(
                 policy, params.max_new_tokens, None if experts is None else experts.chosen
             )
-            self.cache: KVCache = KVCache(rows, params.max_new_tokens, lengths, samples, self.preamble, rounded=static)
+            room = min(params.max_new_tokens, GROWING_TOKENS) if grows else params.max_new_tokens
+            self.cache: KVCache = KVCache(rows, room, lengths, samples, self.preamble, rounded=static)
             self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
             self._make_tensors(rows, device)
         else:
@@ -359,9 +381,8 @@ class RowsInPlace:
         self.fresh = 0
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
         self.known_finished: np.ndarray | None = None  # what the last look saw, so that nobody waits for it again
-        self.sets_aside = (
-            in_steps and not keeps
-        )  # finished rows stay on the device till the end: to fetch each would be to wait for it
+        # Finished rows stay on the device till the end: to fetch each would be to wait for it.
+        self.sets_aside = in_steps and alone
         self.aside: list[tuple[list[tuple[int, int, slice]], Tensor]] = []
         self.cuda_graphs = cuda_graphs
         self.device_steps: DeviceSteps | None = self._make_device_steps() if before is None else before.device_steps
@@ -418,6 +439,9 @@ class RowsInPlace:
     def _make_device_steps(self) -> DeviceSteps | None:
         """Make the steps that a CUDA graph repeats, of the tensors there are now."""
         recording = self.experts is not None
+        together = [*set(self.request[: self.active].tolist()), *self.waiting]
+        if len(set(self.setting_of[together])) > 1 or any(self.requests[i].top_logprobs for i in together):
+            return None  # such rows are drawn on the host
         if not uses_device_steps(self.policy, self.cuda_graphs, recording) or not isinstance(self.decoder, FastDecoder):
             return None
         state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
@@ -476,11 +500,12 @@ class RowsInPlace:
             tokens += length - self.preamble
             samples = np.arange(count)
             self.request[row : row + count], self.sample[row : row + count] = i, samples
-            uniforms = request_uniforms(request, self.params)
+            params = self.given.get(i, self.params)
+            uniforms = request_uniforms(request, params)
             self.uniform[row : row + count, : uniforms.shape[1]] = torch.from_numpy(uniforms).to(self.uniform.device)
             self.stop_set[row : row + count] = self.stop_set_of[i]
             self.position[row : row + count] = request.prompt.next_position
-            self.limit[row : row + count] = request.limits or self.params.max_new_tokens
+            self.limit[row : row + count] = request.limits or params.max_new_tokens
             self.generated[row : row + count] = self.start[row : row + count] = 0
             self.taken[row : row + count] = 0
             last += [tokens - 1] * count
@@ -540,7 +565,8 @@ class RowsInPlace:
         at = torch.from_numpy(self.generated[rows]).to(logits.device)
         uniform = self.uniform[index, at]
         with span("sample"):
-            tokens, logprobs = sample_tokens(logits, uniform, self.params, unused_K=self.policy.unused_K)
+            self._note_likeliest(logits, rows)
+            tokens, logprobs = self._draw(logits, uniform, self.setting_of[self.request[rows]])
         self.tokens[index, at] = tokens
         self.logprobs[index, at] = logprobs
         self.generated[rows] += 1
@@ -552,6 +578,29 @@ class RowsInPlace:
         self.finished[index] = stopped | over
         self.known_finished = None
 
+    def _draw(self, logits_RV: Tensor, uniform_R: Tensor, setting_R: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Draw a token for each of some rows by the settings of its request; see `sample_tokens`."""
+        unused_K = self.policy.unused_K
+        if len(present := np.unique(setting_R)) == 1:
+            return sample_tokens(logits_RV, uniform_R, self.settings[present[0]], unused_K=unused_K)
+        tokens_R = torch.empty(len(setting_R), dtype=torch.int64, device=logits_RV.device)
+        logprobs_R = torch.empty(len(setting_R), dtype=torch.float32, device=logits_RV.device)
+        for setting in present:
+            index = torch.from_numpy(np.flatnonzero(setting_R == setting)).to(logits_RV.device)
+            tokens_R[index], logprobs_R[index] = sample_tokens(
+                logits_RV[index], uniform_R[index], self.settings[setting], unused_K=unused_K
+            )
+        return tokens_R, logprobs_R
+
+    def _note_likeliest(self, logits_RV: Tensor, rows: slice | np.ndarray) -> None:
+        """Keep the likeliest next tokens of the rows whose requests ask for them."""
+        places = zip(self.request[rows].tolist(), self.sample[rows].tolist(), strict=True)
+        for row, (group, sample) in enumerate(places if self.shows_likeliest else ()):
+            if count := self.requests[group].top_logprobs:
+                settings, unused_K = self.settings[self.setting_of[group]], self.policy.unused_K
+                found = likeliest_tokens(logits_RV[row : row + 1], settings, count, unused_K)
+                self.likeliest.setdefault((group, sample), []).extend(found)
+
     def _take_device_steps(self, steps: DeviceSteps) -> None:
         rows = slice(0, self.active)
         with span("decode"):
@@ -559,7 +608,10 @@ class RowsInPlace:
                 self.request[rows], self.generated[rows], self.limit[rows], self.start[rows]
             )
         self.generated[rows] = generated
-        self.known_finished = finished
+        if self.sets_aside:
+            self.known_finished = finished
+        else:
+            self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
 
     def _decode(self, rows: int) -> Tensor:
         """Compute the hidden states of the first rows after the token each has drawn last."""
@@ -580,7 +632,8 @@ class RowsInPlace:
         for row in range(self.active):
             fresh = slice(int(self.taken[row]) - first, int(self.generated[row]) - first)
             place = int(self.request[row]), int(self.sample[row])
-            new.append(Drawn(*place, tuple(tokens[row][fresh]), tuple(logprobs[row][fresh])))
+            likeliest = tuple(self.likeliest.pop(place, ()))
+            new.append(Drawn(*place, tuple(tokens[row][fresh]), tuple(logprobs[row][fresh]), likeliest=likeliest))
         self.taken[: self.active] = self.generated[: self.active]
         return new
 
@@ -669,12 +722,25 @@ class RowsInPlace:
             most = self.policy.max_length or longest
             self.widen(max(longest, min(2 * self.tokens.shape[1], most)))
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Take up further requests, whose prompts begin with the preamble as all others do."""
+    def add(self, requests: Sequence[Request], params: SamplingParams | None = None) -> None:
+        """Take up further requests, whose prompts begin with the preamble as all others do.
+
+        Args:
+            params: by which they are drawn, with the stop tokens of all others; None for those of the first.
+        """
         if not requests:
             return
         first = len(self.requests)
         self.requests += requests
+        self.shows_likeliest |= any(r.top_logprobs for r in requests)
+        setting = 0
+        if params is not None:
+            kind = replace(params, max_new_tokens=1, seed=0)
+            if kind not in self.settings:
+                self.settings.append(kind)
+            setting = self.settings.index(kind)
+            self.given |= dict.fromkeys(range(first, len(self.requests)), params)
+        self.setting_of = np.append(self.setting_of, np.full(len(requests), setting))
         self.waiting.extend(range(first, len(self.requests)))
         samples = [r.samples for r in requests]
         self.left = np.concatenate([self.left, samples])
@@ -687,6 +753,51 @@ class RowsInPlace:
         self.stop_set_of += [self.rules.stop_sets.index(r.prompt.stop) for r in requests]
         self.arrangement = None
         self.device_steps = self._make_device_steps()
+
+    def join(self, requests: Sequence[Request], params: SamplingParams, max_rows: int) -> None:
+        """Take up requests while others are drawn, with more rows where there are too few.
+
+        Args:
+            params: by which they are drawn; their stop tokens are those of all.
+            max_rows: most rows, unless a single request has more.
+        """
+        needed = self.active + sum(r.samples for r in (*(self.requests[i] for i in self.waiting), *requests))
+        most = max(max_rows, *(r.samples for r in requests))
+        self._deepen(min(1 << (needed - 1).bit_length(), most))
+        if (more := params.max_new_tokens - self.tokens.shape[1]) > 0:
+            self.uniform, self.tokens, self.logprobs = (
+                torch.nn.functional.pad(t, (0, more)) for t in (self.uniform, self.tokens, self.logprobs)
+            )
+        self.add(requests, params)
+
+    def _deepen(self, rows: int) -> None:
+        """Make room for so many rows."""
+        more = rows - self.cache.rows
+        if more <= 0:
+            return
+        self.cache.deepen(rows)
+        for name in ("request", "sample", "generated", "limit", "start", "since", "taken"):
+            setattr(self, name, np.pad(getattr(self, name), (0, more)))
+        for name in ("uniform", "tokens", "logprobs", "position", "finished", "stopped", "stop_set"):
+            held = getattr(self, name)
+            setattr(self, name, torch.cat([held, held.new_zeros(more, *held.shape[1:])]))
+
+    def make_place(self) -> None:
+        """Let the cache grow before rows have more to keep than it has room for."""
+        needed = int(self.generated[: self.active].max()) + LOOK_EVERY
+        if needed > self.cache.length and self.cache.length < self.tokens.shape[1] - 1:
+            self.cache.grow(min(max(needed, 2 * self.cache.length) + 1, self.tokens.shape[1]))
+            self.arrangement = None
+            self.device_steps = self._make_device_steps()
+
+    def give_up(self, requests: range) -> None:
+        """Leave the samples of some requests undrawn, whether they wait or are being drawn."""
+        for i in [i for i in self.waiting if i in requests]:
+            self.waiting.remove(i)
+            self.cache.forget(i)
+        rows = [row for row in range(self.active) if self.request[row] in requests]
+        self.finished[rows] = True
+        self.retire()
 
     def held(self) -> dict[int, Tensor]:
         """Return what each parked row has read and drawn after its prompt, on the host."""

@@ -38,6 +38,13 @@ class RowStates:
                     mine[place] = values.new_zeros(self.rows, *values.shape[1:])
                 mine[place][rows_R] = values[prompt_R]
 
+    def deepen(self, rows: int) -> None:
+        """Make room for so many rows; those that are there stay."""
+        for kept in (self.kept.windows, self.kept.states):
+            for place, values in kept.items():
+                kept[place] = torch.cat([values, values.new_zeros(rows - self.rows, *values.shape[1:])])
+        self.rows = rows
+
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows over others."""
         for kept in (self.kept.windows, self.kept.states):

@@ -21,8 +21,8 @@ from sapo.errors import ModelError
 from sapo.model.attention import ATTENTION_NAME, attend_by
 from sapo.model.policy import Policy
 from sapo.model.rows import last_hidden, row_positions
-from sapo.rollout.engine import Drawn, Request
-from sapo.rollout.local.sampling import request_uniforms, sample_tokens
+from sapo.rollout.engine import Drawn, Likeliest, Request
+from sapo.rollout.local.sampling import likeliest_tokens, request_uniforms, sample_tokens
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.stopping import StopRules
 from sapo.utils.spans import span
@@ -90,6 +90,7 @@ class RowsDecoding:
         with span("decode"):
             logits = self.batch.logits()
         with span("sample"):
+            self.batch.note_likeliest(logits)
             self.batch.draw(logits, self.rules)
 
     def take_new(self) -> list[Drawn]:
@@ -136,6 +137,9 @@ class _Batch:
         self.drawn = 0
         self.stopped_R = np.zeros(len(self.request_R), dtype=bool)
         self.special_R = np.array([requests[i].prompt.special_tokens for i in self.request_R], dtype=bool)
+        self.top_R = np.array([requests[i].top_logprobs for i in self.request_R])
+        self.likeliest: list[tuple[Likeliest, ...]] = []
+        """Of the step taken last; empty where no row asks for them."""
         self.cache: Any = None
         self.cache_name = ""
 
@@ -166,6 +170,14 @@ class _Batch:
         positions = row_positions(decoder, rows, 0, at, device)
         return last_hidden(decoder(input_ids=whole, use_cache=False, **positions))[:, -1]
 
+    def note_likeliest(self, logits_RV: Tensor) -> None:
+        """Keep each row's likeliest next tokens, where it asks for them."""
+        self.likeliest = []
+        if not self.top_R.any():
+            return
+        found = likeliest_tokens(logits_RV, self.params, int(self.top_R.max()), self.policy.unused_K)
+        self.likeliest = [(of[:count],) if count else () for of, count in zip(found, self.top_R, strict=True)]
+
     def draw(self, logits_RV: Tensor, rules: StopRules) -> None:
         """Draw a token for each row, and see which rows it ends."""
         at = self.drawn
@@ -181,9 +193,11 @@ class _Batch:
         """Return the token that each row has just drawn."""
         at = self.drawn - 1
         columns = zip(
-            self.request_R, self.sample_R, self.tokens_RT[:, at].tolist(), self.logprobs_RT[:, at].tolist(), strict=True
+            *(self.request_R, self.sample_R, self.tokens_RT[:, at].tolist(), self.logprobs_RT[:, at].tolist()),
+            self.likeliest or [()] * len(self.request_R),
+            strict=True,
         )
-        return [Drawn(int(request), int(sample), (token,), (logprob,)) for request, sample, token, logprob in columns]
+        return [Drawn(int(i), int(sample), (token,), (p,), likeliest=of) for i, sample, token, p, of in columns]
 
     def take_finished(self, rules: StopRules) -> Iterator[tuple[int, int, Completion]]:
         """Yield request, sample and completion of each row that has ended, which leaves the batch."""
@@ -202,7 +216,7 @@ class _Batch:
         self._keep(np.flatnonzero(~over_R))
 
     def _keep(self, rows: np.ndarray) -> None:
-        for name in ("request_R", "sample_R", "limit_R", "stopped_R", "special_R"):
+        for name in ("request_R", "sample_R", "limit_R", "stopped_R", "special_R", "top_R"):
             setattr(self, name, getattr(self, name)[rows])
         index = torch.from_numpy(rows).to(self.tokens_RT.device)
         for name in ("stop_R", "uniform_RT", "of_row_R", "tokens_RT", "logprobs_RT"):

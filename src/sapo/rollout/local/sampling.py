@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sapo.rollout.engine import Request
+from sapo.rollout.engine import Likeliest, Request
 from sapo.rollout.local.cpu.native import kernels
 from sapo.rollout.local.cpu.packed import draw
 from sapo.rollout.params import SamplingParams
@@ -72,6 +72,25 @@ def sample_tokens(
     tokens_R1, total_R1 = blocks.invert(weight_RV, likeliest_R1, uniform_R[:, None])
     drawn_R1 = weight_RV.gather(1, tokens_R1)
     return tokens_R1[:, 0], (drawn_R1.double().log_() - total_R1.log_())[:, 0].float()
+
+
+def likeliest_tokens(
+    logits_RV: Tensor, params: SamplingParams, count: int, unused_K: Tensor | None = None
+) -> list[Likeliest]:
+    """Return the likeliest tokens of each row in the distribution that `sample_tokens` draws from.
+
+    Args:
+        logits_RV: raw logits of the model, float32; left as they are.
+        count: most tokens of a row; those that cannot be drawn are left out.
+    """
+    if unused_K is not None:
+        logits_RV = logits_RV.index_fill(1, unused_K, float("-inf"))
+    if params.temperature > 0.0:
+        logits_RV = truncate(logits_RV / params.temperature, params)
+    top_RK, token_RK = logits_RV.topk(min(count, logits_RV.shape[1]), dim=-1)
+    logprob_RK = top_RK - torch.logsumexp(logits_RV, dim=-1, keepdim=True)
+    rows = zip(token_RK.tolist(), logprob_RK.tolist(), strict=True)
+    return [tuple((t, p) for t, p in zip(*row, strict=True) if p > float("-inf")) for row in rows]
 
 
 class _Blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from sapo.data import Completion
 from sapo.data.rollouts import FinishReason
 from sapo.model.policy import Policy
-from sapo.rollout.engine import Drawn, Request
+from sapo.rollout.engine import Drawn, Likeliest, Request
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.stopping import StopRules
 from sapo.rollout.vllm.core import VllmCore
@@ -45,6 +45,9 @@ class _Row:
     """It has stop strings, so that every token is looked at as it comes."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: int = 0
+    """Likeliest tokens that are shown beside each drawn one."""
+    likeliest: list[Likeliest] = field(default_factory=list)
     finish: FinishReason | None = None
     taken: int = 0
     """Tokens that a stream has given away."""
@@ -79,7 +82,7 @@ class Drawing:
         for i, request in enumerate(requests):
             stop_set, watched = stop_sets.index(request.prompt.stop), bool(request.prompt.stop)
             for sample in range(request.samples):
-                self._rows[f"{i}/{sample}"] = _Row(i, sample, stop_set, watched)
+                self._rows[f"{i}/{sample}"] = _Row(i, sample, stop_set, watched, top=request.top_logprobs)
         self._unfinished = set(self._rows)
         for name, row in self._rows.items():
             request = requests[row.request]
@@ -115,7 +118,8 @@ class Drawing:
                 continue
             tokens, logprobs = row.token_ids[row.taken :], row.logprobs[row.taken :]
             whole = None if row.finish is None else self._completion(row)
-            new.append(Drawn(row.request, row.sample, tuple(tokens), tuple(logprobs), whole))
+            likeliest = tuple(row.likeliest[row.taken :])
+            new.append(Drawn(row.request, row.sample, tuple(tokens), tuple(logprobs), whole, likeliest))
             row.taken, row.told = len(row.token_ids), whole is not None
         return new
 
@@ -135,6 +139,8 @@ class Drawing:
         for token, found in zip(token_ids, logprobs, strict=True):
             row.token_ids.append(token)
             row.logprobs.append(found[token].logprob)
+            if row.top:
+                row.likeliest.append(_likeliest(found, row.top))
             if row.watched and self._rules.ends(row.stop_set, row.token_ids):
                 return True
         return False
@@ -147,6 +153,18 @@ class Drawing:
             finish_reason=row.finish,
             text=self._rules.text(row.stop_set, row.token_ids, self._requests[row.request].prompt.special_tokens),
         )
+
+
+def _likeliest(found: Mapping[int, Any], count: int) -> Likeliest:
+    """Return the likeliest of the tokens that vLLM shows, which are those asked for and the drawn one.
+
+    >>> from types import SimpleNamespace as Shown
+    >>> cut = float("-inf")
+    >>> _likeliest({7: Shown(logprob=-3.0), 2: Shown(logprob=-0.5), 4: Shown(logprob=-1.0), 9: Shown(logprob=cut)}, 2)
+    ((2, -0.5), (4, -1.0))
+    """
+    shown = ((token, float(of.logprob)) for token, of in found.items() if of.logprob > float("-inf"))
+    return tuple(sorted(shown, key=lambda pair: -pair[1])[:count])
 
 
 def sampling_fields(
@@ -164,7 +182,7 @@ def sampling_fields(
         "max_tokens": request.limits[sample] if request.limits else params.max_new_tokens,
         "stop_token_ids": sorted(params.stop_token_ids),
         "ignore_eos": True,  # ours are explicit
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": request.top_logprobs,  # besides that of the sampled token
         "detokenize": False,
     }
 

@@ -8,7 +8,7 @@ from time to time that it is the policy's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import ClassVar, Self
 
 from sapo.config import RolloutConfig, RunConfig, VllmConfig
@@ -35,7 +35,7 @@ class VllmEngine:
         ConfigError, ModelError: vLLM cannot run this model here; the message says why.
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(copies_weights=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(copies_weights=True, top_logprobs=True)
     interleaves: ClassVar[bool] = False
 
     def __init__(self, policy: Policy, max_rows: int = 256, settings: VllmConfig | None = None) -> None:
@@ -101,7 +101,7 @@ class VllmEngine:
             drawing.abort()
         return drawing.completions()
 
-    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Drawn]]:
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Generator[list[Drawn], None, None]:
         """See `StreamingEngine.stream`. One stream at a time: what is in flight is of one call."""
         assert self._ready, "an engine draws after `set_weights`, and not while it sleeps"
         check_lengths(requests, params, self.policy.max_length)

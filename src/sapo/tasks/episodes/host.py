@@ -162,7 +162,10 @@ class Stage:
             if player is not None:
                 self._say_goodbye(player, code)
         if not self._players:
-            for child in set(children()) - self._kept:  # those that left their session, and their parent
+            left: set[int] = set()
+            with contextlib.suppress(OSError):  # no file descriptor is free to look with; the next time, one may be
+                left = set(children()) - self._kept  # those that left their session, and their parent
+            for child in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
 

@@ -20,7 +20,7 @@ from typing import Any
 from sapo.data import Prompt
 from sapo.environments.base import Answer, Messages, OutOfBudget, Turn
 from sapo.environments.clock import CLOCK
-from sapo.environments.failures import WHILE_OPEN, check_observation, described
+from sapo.environments.failures import WHILE_OPEN, check_observation, describe_failure
 from sapo.tasks.base import checked_score
 from sapo.tasks.workers.wire import HEADER, framed, score_to_json
 
@@ -52,7 +52,9 @@ class _Episode:
         try:
             prompt, seed, seconds = _unpickle(frame)
         except BaseException as error:  # an object in the metadata may raise anything when it is made again
-            await self.send({"failed": f"its worker process cannot read the prompt: {described(error, __file__)}"})
+            await self.send(
+                {"failed": f"its worker process cannot read the prompt: {describe_failure(error, __file__)}"}
+            )
             return
         random.seed(seed)
         if "numpy" in sys.modules:
@@ -76,7 +78,7 @@ class _Episode:
         except OutOfBudget as error:
             return {"spent": str(error)}
         except BaseException as error:
-            return {"failed": described(error, __file__)}
+            return {"failed": describe_failure(error, __file__)}
         finally:
             listening.cancel()
 

@@ -1,17 +1,9 @@
-"""The side of the run: start a host for each environment, and play episodes in the players that it forks.
-
-An episode that is played elsewhere is a coroutine like any other, which tells the player what the model said and the
-driver what the environment says. Nobody else reads from its player. A player that dies is started once more: the
-episode is played again from its beginning, where the environment hears what the model has already said to it. It has to
-say the same again, which what depends on its prompt and `ask.seed` alone does.
-"""
+"""The side of the run: one host for each environment, which forks the players of its episodes."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
-import json
 import os
 import pickle
 import selectors
@@ -19,20 +11,16 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from sapo.data import Prompt, Score
-from sapo.environments.base import Answer, Ask, Messages, OutOfBudget, Turn
-from sapo.environments.clock import off_the_clock
 from sapo.errors import TaskError
+from sapo.tasks.episodes.line import NO_ANSWER, Line, NothingSaidError, PlayError, take_frame
 from sapo.tasks.episodes.origin import Origin
-from sapo.tasks.episodes.wire import ENDED, EPISODE, GRACE, LOST, MAX_FRAME, exit_code
+from sapo.tasks.episodes.wire import EPISODE, GRACE, LOST
 from sapo.tasks.workers.pool import LOAD_DEADLINE
 from sapo.tasks.workers.starting import Starter, end, has_ended, how_it_ended
-from sapo.tasks.workers.wire import Home, NonsenseError, framed, next_answer, score_from_json
-from sapo.utils.text import name_error
+from sapo.tasks.workers.wire import Home, framed
 
 PASSED = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "TERM"),
@@ -45,20 +33,6 @@ PASSED = (
 BEGIN_DEADLINE = 120.0
 """Seconds for a player to begin, after it was sent its prompt or another player of its host began: a host forks one at
 a time, and all players share the machine."""
-
-_NO_ANSWER = "the worker wrote what is no answer; an environment must leave file descriptors of others alone"
-
-
-class PlayError(Exception):
-    """An environment failed in its player; the text says how."""
-
-
-class _DiedError(Exception):
-    """A player ended before its episode did."""
-
-
-class _NothingSaidError(_DiedError):
-    """Its host did not say how it ended: it has died too, or never had the socket."""
 
 
 class Host:
@@ -119,11 +93,11 @@ class Host:
             except OSError:
                 await asyncio.sleep(0.005)  # until its end is seen
 
-    async def await_begin(self, line: _Line, message: bytes) -> None:
+    async def await_begin(self, line: Line, message: bytes) -> None:
         """Send a player its prompt, and return when it begins.
 
         Raises:
-            _DiedError: it ended before.
+            DiedError: it ended before.
             PlayError: it did not begin in time, or said why it cannot; or the host could not take its socket.
         """
         beginning = asyncio.ensure_future(_begin(line, message))
@@ -135,7 +109,7 @@ class Host:
                     raise PlayError(f"its worker process did not begin within {BEGIN_DEADLINE:g} s")
                 await asyncio.wait((beginning,), timeout=left)
             said = beginning.result()
-        except _NothingSaidError:
+        except NothingSaidError:
             if await self._has_lost_socket():
                 raise PlayError(
                     "its worker process could not be started: the host of these processes has no file descriptor left; "
@@ -147,7 +121,7 @@ class Host:
                 beginning.cancel()
                 await asyncio.wait((beginning,))
         if "began" not in said:
-            raise PlayError(str(said.get("failed", _NO_ANSWER)))
+            raise PlayError(str(said.get("failed", NO_ANSWER)))
         self._begun = time.monotonic()
 
     async def _has_lost_socket(self) -> bool:
@@ -199,7 +173,7 @@ class Host:
                 if selector.select(1.0):
                     chunk = channel.recv(1 << 16)
                     incoming += chunk
-                    if (answer := _frame(incoming)) is not None:
+                    if (answer := take_frame(incoming)) is not None:
                         if "refused" in answer:
                             raise TaskError(
                                 f"{self._named}, in a process of its own, which has the environment variables that "
@@ -221,236 +195,9 @@ class Host:
         raise TaskError(f"{self._named}: its worker process died while it loaded the environment: {how}")
 
 
-@dataclass
-class _Call:
-    """What the environment has said once, and what it heard."""
-
-    said: str | Messages
-    max_tokens: int | None
-    heard: tuple[Any, ...]
-
-
-@dataclass
-class _Line:
-    """The socket of an episode."""
-
-    channel: socket.socket
-    incoming: bytearray = field(default_factory=bytearray)
-
-    async def send(self, *message: Any) -> None:
-        await self.send_bytes(pickle.dumps(message))
-
-    async def send_bytes(self, message: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # its player has died, which reading will show
-            await asyncio.get_running_loop().sock_sendall(self.channel, framed(message))
-
-    async def read(self) -> dict[str, Any]:
-        """Return what the player says next.
-
-        Raises:
-            _DiedError: it has ended.
-            PlayError: it said nonsense.
-        """
-        loop = asyncio.get_running_loop()
-        while (answer := _frame(self.incoming)) is None:
-            try:
-                chunk = await loop.sock_recv(self.channel, 1 << 18)
-            except ConnectionError:
-                chunk = b""
-            if not chunk:
-                code = exit_code(self.incoming)
-                if code is None:
-                    raise _NothingSaidError("the host of its process died")
-                raise _DiedError(how_it_ended(code))
-            self.incoming += chunk
-        return answer
-
-    async def leave(self) -> None:
-        """Tell the player that nobody waits for it, and give it time to close what it opened."""
-        with contextlib.suppress(OSError, TimeoutError, PlayError, _DiedError):
-            self.channel.shutdown(socket.SHUT_WR)
-            async with asyncio.timeout(GRACE):
-                while True:
-                    await self.read()
-
-
-async def _begin(line: _Line, message: bytes) -> dict[str, Any]:
+async def _begin(line: Line, message: bytes) -> dict[str, Any]:
     await line.send_bytes(message)
     return await line.read()
-
-
-class Elsewhere:
-    """An environment whose episodes are played in processes of their own.
-
-    Args:
-        host: forks them.
-        seconds_per_reply: for the environment's tools to know; the driver has the clock.
-    """
-
-    def __init__(self, host: Host, seconds_per_reply: float) -> None:
-        self._host, self._seconds = host, seconds_per_reply
-
-    async def play(self, prompt: Prompt, ask: Ask) -> Score | Answer:
-        """Play one episode, and once more where its player dies.
-
-        Raises:
-            OutOfBudget: the environment let it pass.
-            PlayError: the environment failed.
-        """
-        past: list[_Call] = []
-        try:
-            return await self._once(prompt, ask, past)
-        except _DiedError as error:
-            first = error
-        try:
-            return await self._once(prompt, ask, past)
-        except _DiedError as second:
-            raise PlayError(
-                f"its worker process died ({first}), and again when it was played anew ({second})"
-            ) from None
-
-    async def _once(self, prompt: Prompt, ask: Ask, past: list[_Call]) -> Score | Answer:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        line = _Line(ours)
-        try:
-            with off_the_clock():  # until it begins: the host forks one player at a time
-                try:
-                    await self._host.admit(theirs)
-                finally:
-                    theirs.close()
-                await self._host.await_begin(line, _pickle_beginning(prompt, ask.seed, self._seconds))
-                await self._replay(line, past)
-            return await _Dialogue(line, ask, past).hold()
-        except asyncio.CancelledError:
-            await line.leave()
-            raise
-        finally:
-            ours.close()
-
-    async def _replay(self, line: _Line, past: Sequence[_Call]) -> None:
-        """Let the environment hear again what it has heard, each reply within its time.
-
-        Raises:
-            _DiedError: it died once more.
-            PlayError: it hung, or said something else than before.
-        """
-        for call in past:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    answer = await line.read()
-                    while "pause" in answer:
-                        answer = await line.read()
-                    same = answer.get("ask") == call.said and answer.get("max_tokens") == call.max_tokens
-                    if same:
-                        await line.send(*call.heard)
-            except TimeoutError:
-                raise PlayError("its worker process died, and hung when it was played anew") from None
-            if not same:
-                raise PlayError(
-                    "its worker process died, and it said something else when it was played anew: an environment may "
-                    "depend on its prompt and on ask.seed alone"
-                )
-
-
-class _Dialogue:
-    """The conversation of one player with the model."""
-
-    def __init__(self, line: _Line, ask: Ask, past: list[_Call]) -> None:
-        self._line, self._ask, self._past = line, ask, past
-        self._pause = contextlib.ExitStack()
-        self._reading: asyncio.Future[dict[str, Any]]
-
-    async def hold(self) -> Score | Answer:
-        """Carry asks to the model and its turns back, until the environment ends the episode."""
-        self._read_on()
-        try:
-            while True:
-                said = await self._reading
-                if "ask" in said:
-                    self._pause.close()
-                    self._read_on()
-                    await self._turn(said["ask"], said.get("max_tokens"))
-                    continue
-                if "pause" in said:
-                    self._pause.close()
-                    if said["pause"]:
-                        self._pause.enter_context(off_the_clock())
-                    self._read_on()
-                    continue
-                return _result(said)
-        finally:
-            self._pause.close()
-            self._reading.cancel()
-            with contextlib.suppress(BaseException):
-                await self._reading
-
-    def _read_on(self) -> None:
-        self._reading = asyncio.ensure_future(self._line.read())
-
-    async def _turn(self, said: Any, max_tokens: Any) -> None:
-        """Ask the model for a turn, unless the environment ends the episode first."""
-        asking = asyncio.ensure_future(_heard(self._ask, said, max_tokens))
-        try:
-            while not asking.done():
-                await asyncio.wait((asking, self._reading), return_when=asyncio.FIRST_COMPLETED)
-                if asking.done():
-                    break
-                if isinstance(self._reading.exception(), _DiedError):
-                    await asyncio.wait((asking,))  # the turn is drawn all the same, and the environment will hear it
-                elif self._reading.exception() is None and "pause" in self._reading.result():
-                    self._read_on()  # the clock stands still anyway, and begins anew with the turn
-                else:
-                    return  # it has ended the episode by itself
-            heard = asking.result()
-        finally:
-            asking.cancel()
-        self._past.append(_Call(said, max_tokens, heard))
-        await self._line.send(*heard)
-
-
-async def _heard(ask: Ask, said: Any, max_tokens: Any) -> tuple[Any, ...]:
-    try:
-        turn: Turn = await ask(said, max_tokens=max_tokens)
-    except OutOfBudget as error:
-        return "spent", str(error)
-    except (TypeError, ValueError, RuntimeError) as error:
-        return "refused", type(error).__name__, str(error)
-    return "turn", turn.text, turn.token_ids, turn.finish_reason, turn.calls
-
-
-def _pickle_beginning(prompt: Prompt, seed: int, seconds: float) -> bytes:
-    """Pickle what a player is told first, without the places and positions of pictures: only the model reads them.
-
-    Raises:
-        PlayError: its metadata cannot be sent.
-    """
-    try:
-        return pickle.dumps((replace(prompt, picture_tokens=None), seed, seconds))
-    except Exception as error:  # an object in the metadata may raise anything when it is pickled
-        raise PlayError(f"the prompt cannot be sent to a worker: {name_error(error)}"[:400]) from error
-
-
-def _result(said: dict[str, Any]) -> Score | Answer:
-    try:
-        if "score" in said:
-            return score_from_json(said["score"])
-        if "answer" in said:
-            return Answer(said["answer"], {str(k): float(v) for k, v in dict(said["figures"]).items()})
-        if "spent" in said:
-            raise OutOfBudget(str(said["spent"]))
-        raise PlayError(str(said["failed"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlayError(_NO_ANSWER) from error
-
-
-def _frame(incoming: bytearray) -> dict[str, Any] | None:
-    if incoming[: len(ENDED)] == ENDED:
-        return None
-    try:
-        return next_answer(incoming, MAX_FRAME)
-    except (NonsenseError, json.JSONDecodeError) as error:
-        raise PlayError(_NO_ANSWER) from error
 
 
 _hosts: dict[tuple[int, bytes], Host] = {}

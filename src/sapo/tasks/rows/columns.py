@@ -18,6 +18,7 @@ from typing import Any
 from sapo.data import Prompt
 from sapo.errors import TaskError
 from sapo.tasks.rows.layouts import Layout, Reading, value_at
+from sapo.tasks.rows.notices import Notices
 from sapo.tasks.rows.pictures import PartReader, PictureColumns, check_markers
 from sapo.tasks.rows.reading import PlacedRow, Row, brief
 from sapo.utils.names import did_you_mean
@@ -264,65 +265,6 @@ class Columns:
             return None
         value = rest[present(where, rest, "subject_field", self.subject)]
         return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
-
-
-@dataclass
-class Notices:
-    """What a reader of rows says of them, apart from refusing them."""
-
-    skipped: list[str] = field(default_factory=list)
-    """Why each row that was left out is bad."""
-    pictures: list[str] = field(default_factory=list)
-    """Pictures that look like mistakes."""
-    continued: int = 0
-    """Chats that end with the assistant's turn, which the completion goes on from."""
-    layouts: list[str] = field(default_factory=list)
-    """How files were read, where their columns are not those that the recipe names."""
-    prefers_chat: bool = False
-    """Whether the layout's project asks questions in plain text through the chat template."""
-    disagreeing: list[str] = field(default_factory=list)
-    """Questions that rows answer differently, each with two places."""
-    alike: list[str] = field(default_factory=list)
-    """Held-out questions that differ from a training one in blanks and case alone."""
-    _answers: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Place and answer of each question so far."""
-
-    def take(self, where: str, prompt: Prompt) -> None:
-        """Compare the answer of a row with those of rows with the same question."""
-        messages = prompt.metadata.get("messages")
-        self.continued += bool(messages and messages[-1]["role"] == "assistant")
-        if prompt.answer is None:
-            return
-        first, answer = self._answers.setdefault(prompt.identity, (where, prompt.answer))
-        if answer != prompt.answer and answer.split() != prompt.answer.split():
-            self.disagreeing.append(f"{first} has {brief(answer)} and {where} {brief(prompt.answer)}")
-
-    def take_sides(self, train: Iterable[Prompt], held_out: Iterable[Prompt]) -> None:
-        """Compare held-out rows of their own with the training rows."""
-        known = {prompt.likeness for prompt in train}
-        self.alike += [prompt.text for prompt in held_out if prompt.likeness in known]
-
-    def lines(self, task: str) -> tuple[str, ...]:
-        """Return one line of each kind, with the first as an example."""
-        found = list(self.layouts)
-        if self.skipped:
-            found.append(f"{task}: {len(self.skipped)} bad rows were skipped; the first: {self.skipped[0]}")
-        if self.pictures:
-            found.append(f"{task}: {len(self.pictures)} pictures look like mistakes; the first: {self.pictures[0]}")
-        if self.disagreeing:
-            rows = f"{len(self.disagreeing)} rows answer a question otherwise than a row before"
-            found.append(f"{task}: {rows}; the first: {self.disagreeing[0]}")
-        if self.alike:
-            found.append(
-                f"{task}: {len(self.alike)} held-out questions are training questions but for blanks and case; the "
-                f"first: {brief(self.alike[0])}"
-            )
-        if self.continued:
-            found.append(
-                f"{task}: {self.continued} chats end with the assistant's turn, which completions go on from; "
-                "layout=openai, without prompt_field, takes the last turn of a column messages as the answer"
-            )
-        return tuple(found)
 
 
 def present(where: str, row: Row, option: str, names: tuple[str | None, ...]) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 
 from sapo.data import Prompt
 from sapo.errors import TaskError
-from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns, Names, Notices, as_names
+from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns, Names, as_names
 from sapo.tasks.rows.hub import Source, read_source
+from sapo.tasks.rows.notices import Notices
 from sapo.tasks.rows.reading import Row, name_of
 from sapo.tasks.rows.settings import RowSettings, check_fields, takes_options_of
 from sapo.tasks.rows.task import RowTask, make_prompts, read_prompts, refuse_shared_prompts, split_prompts
@@ -180,6 +181,7 @@ class DatasetTask(RowTask):
             finish=settings.finish,
             notices=notices.lines(settings.label),
             limit=settings.limit(),
+            places=notices.places,
         )
 
     @classmethod

@@ -24,11 +24,6 @@ from typing import Any
 
 from sapo.errors import TaskError
 from sapo.tasks.rows.reading import Row, brief
-from sapo.utils.names import did_you_mean
-
-AUTO = "auto"
-PLAIN = "plain"
-"""What a file with the columns of `prompt_field` and `answer_field` is called beside the layouts."""
 
 _ROLES = {
     "human": "user",
@@ -95,7 +90,7 @@ class Layout:
             )
         for name in self.answers:
             answer = value_at(row, name)
-            if not _is_empty(answer):
+            if not is_empty(answer):
                 if isinstance(answer, list) and _are_messages(answer):
                     answer = _text_of(answer[-1].get("content"))
                 return Reading(reading.question, reading.question_from, answer, name)
@@ -125,89 +120,9 @@ def value_at(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def choose_layout(wanted: str | None, where: str, row: Row, *, needs_answer: bool) -> Layout | None:
-    """Return the layout of a file by its first row; None for one with columns `prompt` and `answer`.
-
-    Args:
-        wanted: a layout's name, or auto. None is auto for a file of whose layout nothing is said.
-        where: place of the first row.
-        needs_answer: whether the verifier compares with an answer. Otherwise a prompt alone is read as TRL does.
-
-    Raises:
-        TaskError: the row fits several layouts, which find different questions or answers in it.
-    """
-    if wanted not in (None, AUTO):
-        return LAYOUTS[wanted]
-    plain = {"prompt", "answer"} <= set(row)
-    found = {layout.name: layout.find(where, row) and layout.read(where, row) for layout in LAYOUTS.values()
-             if layout.marks(row)}  # fmt: skip
-    readings = {name: (r.question, r.answer) for name, r in found.items() if r is not None}
-    if plain:
-        readings[PLAIN] = (row["prompt"], row["answer"])
-    if any(reading != next(iter(readings.values())) for reading in readings.values()):
-        raise TaskError(
-            f"{where}: the row could be of the layouts {' or '.join(readings)}, which find different questions or "
-            f"answers in it; it has {list(row)}; set layout={next(iter(readings))}, or prompt_field and answer_field"
-        )
-    if plain:
-        return None
-    if readings:
-        layout = LAYOUTS[next(iter(readings))]
-        _refuse_two_answers(where, row, layout)
-        return layout
-    return LAYOUTS["trl"] if "prompt" in row and not needs_answer else None
-
-
-def first_disagreement(layout: Layout | None, rows: Sequence[tuple[str, Row]], *, needs_answer: bool) -> str | None:
-    """Describe the first row that looks like another layout than the one a file is read in; None without one.
-
-    Args:
-        layout: what `choose_layout` returned for the file.
-        rows: places and rows behind the first.
-    """
-    taken = PLAIN if layout is None else layout.name
-    for where, row in rows:
-        try:
-            own = choose_layout(None, where, row, needs_answer=needs_answer)
-        except TaskError:  # of several layouts, or malformed: reading it says so, if it matters in this layout
-            continue
-        name = PLAIN if own is None else own.name
-        if name != taken and (own is not None or {"prompt", "answer"} <= set(row)):
-            return (
-                f"{where}: the row looks like the layout {name}, and the first row like {taken}, in which all are read"
-            )
-    return None
-
-
-def check_layout(name: Any) -> None:
-    """Refuse a layout that does not exist.
-
-    Raises:
-        TaskError: it does not.
-    """
-    known = (AUTO, *LAYOUTS)
-    if name is not None and name not in known:
-        hint = did_you_mean(str(name), known)
-        raise TaskError(f"layout must be one of {', '.join(known)}; got {name!r}{hint}")
-
-
-def _refuse_two_answers(where: str, row: Row, layout: Layout) -> None:
-    """Refuse to choose between columns that could both be the answer. A layout that is named has an order."""
-    named = {name: value for name in layout.answers if not _is_empty(value := value_at(row, name))}
-    if any(value != next(iter(named.values())) for value in named.values()):
-        first, *_ = named
-        raise TaskError(
-            f"{where}: the row has several columns that could be the answer, {' and '.join(named)}; set answer_field "
-            f"to one of them, or layout={layout.name} for {first}"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------ the questions
-
-
 def _first(row: Row, *names: str) -> Reading | None:
     """Return a reading of the first of the columns that holds a question."""
-    name = next((name for name in names if not _is_empty(row.get(name))), None)
+    name = next((name for name in names if not is_empty(row.get(name))), None)
     if name is None:
         return None
     value = row[name]
@@ -217,7 +132,7 @@ def _first(row: Row, *names: str) -> Reading | None:
 def _of_conversation(where: str, row: Row, name: str) -> Reading | None:
     """Return a reading of a conversation, whose last turn is the answer where it is the assistant's."""
     turns: Any = row.get(name)
-    if _is_empty(turns):
+    if is_empty(turns):
         return None
     if not _are_messages(turns):
         raise TaskError(
@@ -254,20 +169,20 @@ def _of_query(where: str, row: Row) -> Reading | None:
 
 
 def _of_instruction(where: str, row: Row) -> Reading | None:
-    if _is_empty(row.get("instruction")):
+    if is_empty(row.get("instruction")):
         return None
-    parts = [str(row[name]) for name in ("instruction", "input") if not _is_empty(row.get(name))]
+    parts = [str(row[name]) for name in ("instruction", "input") if not is_empty(row.get(name))]
     return _of_parts(where, row, "instruction" + " and input" * (len(parts) > 1), "\n".join(parts), "output")
 
 
 def _of_parts(where: str, row: Row, source: str, question: str, answer: str) -> Reading:
     """Return a reading of a question with the columns system and history, as messages where there are such."""
     found = row.get(answer)
-    given = (None, "") if _is_empty(found) else (found, answer)
+    given = (None, "") if is_empty(found) else (found, answer)
     system, history = row.get("system"), row.get("history")
-    if _is_empty(system) and _is_empty(history):
+    if is_empty(system) and is_empty(history):
         return Reading(question, source, *given)
-    messages = [] if _is_empty(system) else [{"role": "system", "content": system}]
+    messages = [] if is_empty(system) else [{"role": "system", "content": system}]
     for pair in history or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise TaskError(f"{where}: field 'history' must be a list of pairs; got {brief(history)}; fix the row")
@@ -284,7 +199,8 @@ def _text_of(content: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Return whether a column holds nothing that could be an answer."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
@@ -325,7 +241,7 @@ def _turn(side: Any, content: Any) -> dict[str, Any]:
 
 def _has(*names: str) -> Callable[[Row], bool]:
     """Return whether a row has one of the columns with a value."""
-    return lambda row: any(not _is_empty(value_at(row, name)) for name in names)
+    return lambda row: any(not is_empty(value_at(row, name)) for name in names)
 
 
 _has_messages = _has("messages")

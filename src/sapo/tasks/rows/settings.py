@@ -12,8 +12,9 @@ from typing import Any, Literal
 from sapo.data.picture_files import PictureRules
 from sapo.data.pictures import PICTURE_MARKER
 from sapo.errors import TaskError
-from sapo.tasks.rows.columns import Columns, DefaultName, Names, Notices, as_names
-from sapo.tasks.rows.layouts import AUTO, check_layout, choose_layout, first_disagreement
+from sapo.tasks.rows.columns import Columns, DefaultName, Names, as_names
+from sapo.tasks.rows.layout_choice import AUTO, check_layout, choose_layout, first_disagreement
+from sapo.tasks.rows.notices import Notices
 from sapo.tasks.rows.pictures import PictureColumns
 from sapo.tasks.rows.reading import PlacedRow
 from sapo.tasks.verifiers import VerifierSpec, needs_answer

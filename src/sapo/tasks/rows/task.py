@@ -13,7 +13,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,8 @@ from typing import Any, Self
 from sapo.data import Prompt
 from sapo.errors import TaskError
 from sapo.tasks.base import JudgedTask, check_index
-from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns, Notices
+from sapo.tasks.rows.columns import ANSWER, PROMPT, Columns
+from sapo.tasks.rows.notices import Notices
 from sapo.tasks.rows.reading import PlacedRow, brief, name_of, read_rows
 from sapo.tasks.rows.settings import PromptLimit, RowSettings, check_fields, takes_options_of
 from sapo.tasks.verifiers import Verifier, load_verifier, reference_check
@@ -43,6 +44,7 @@ class RowTask(JudgedTask):
         finish: function that completes a prompt on demand, where doing so for every row would take too much memory.
         notices: lines about the rows for the user: how many were skipped.
         limit: longest prompt; see `apply_limit`.
+        places: place of each question's row by the identity of its prompt, which `apply_limit` names.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class RowTask(JudgedTask):
         finish: Callable[[Prompt], Prompt] | None = None,
         notices: Sequence[str] = (),
         limit: PromptLimit | None = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
+        self._places = {} if limit is None or places is None else places
         self.notices = tuple(notices)
         self.seed = seed
         self.score_truncated = score_truncated
@@ -101,8 +105,10 @@ class RowTask(JudgedTask):
                 if tokens <= self.limit.tokens:
                     fitting.append(row)
                 elif not self.limit.drop:
+                    place = self._places.get(row.identity)
+                    where = self.name if place is None else f"{place}: task {self.name}"
                     raise TaskError(
-                        f"{self.name}: a prompt must have at most {self.limit.tokens} tokens (max_prompt_tokens); got "
+                        f"{where}: a prompt must have at most {self.limit.tokens} tokens (max_prompt_tokens); got "
                         f"{tokens}: {brief(row.text)}; raise it, or set on_long_prompt=drop to leave such rows out"
                     )
             if rows and not fitting:
@@ -279,6 +285,7 @@ class FileTask(RowTask):
             prefers_chat=notices.prefers_chat,
             notices=notices.lines(name),
             limit=settings.limit(),
+            places=notices.places,
         )
 
     @classmethod

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -124,6 +127,11 @@ def _judge_stdin(source: str, tests: CodeTests) -> CodeVerdict:
 
 
 def _judge_functional(source: str, tests: CodeTests) -> CodeVerdict:
+    with all_digits():
+        return _judge_calls(source, tests)
+
+
+def _judge_calls(source: str, tests: CodeTests) -> CodeVerdict:
     calls, expected = [], []
     for number, (given, answer) in enumerate(tests.cases, start=1):
         try:
@@ -137,6 +145,8 @@ def _judge_functional(source: str, tests: CodeTests) -> CodeVerdict:
     passed, failure = 0, unloaded
     for number, answer in enumerate(expected, start=1):
         said = reports[number - 1] if number <= len(reports) else {}
+        if said.get("value", 0) is None and said.get("empty") is True and answer == []:
+            said = {"value": []}
         if "value" in said and _agrees(tests, calls[number - 1], said["value"], answer):
             passed += 1
         elif not failure:
@@ -152,7 +162,8 @@ def _agrees(tests: CodeTests, given: Any, got: Any, expected: Any) -> bool:
         compare = same_output if tests.kind == "stdin" else same_value
         return compare(got, expected, tests.float_tolerance)
     order = json.dumps([given, got, expected])
-    source = f"{tests.checker}\nimport json, sys\nprint(bool(check(*json.loads(sys.stdin.read()))))\n"
+    digits = "getattr(sys, 'set_int_max_str_digits', int)(0)"
+    source = f"{tests.checker}\nimport json, sys\n{digits}\nprint(bool(check(*json.loads(sys.stdin.read()))))\n"
     result = run_program(source, stdin=order, limits=_limits(tests))
     if not result.succeeded:
         raise SandboxError(f"the tests' checker failed: {result.reason}")
@@ -178,6 +189,28 @@ def _judge_unit(source: str, tests: CodeTests) -> CodeVerdict:
 
 
 # ---------------------------------------------------------------------------------------------------------- running
+
+_digits_lock = threading.Lock()
+_digits_wanted: list[int] = []
+"""Python's limit before, once for each judgement under way."""
+
+
+@contextmanager
+def all_digits() -> Iterator[None]:
+    """Lift Python's limit of 4,300 digits of an integer in text: judges of competitions have none."""
+    if not hasattr(sys, "set_int_max_str_digits"):
+        yield
+        return
+    with _digits_lock:
+        _digits_wanted.append(_digits_wanted[0] if _digits_wanted else sys.get_int_max_str_digits())
+        sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        with _digits_lock:
+            before = _digits_wanted.pop()
+            if not _digits_wanted:
+                sys.set_int_max_str_digits(before)
 
 
 @cache

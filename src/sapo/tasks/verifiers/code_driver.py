@@ -98,7 +98,8 @@ def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
         module = load(program, "program", preamble=True)
         owner = module.Solution() if hasattr(module, "Solution") else module
         function = getattr(owner, order["function"])
-        shapes = annotations_of(function)
+        shapes, shape = annotations_of(function)
+        nodes = is_node(shape) or (not shape and any(map(is_node, shapes)))
     except BaseException as error:
         write_report(report, load=brief(error))
         return
@@ -106,7 +107,10 @@ def answer_calls(report: TextIO, program: str, order: dict[str, Any]) -> None:
         signal.setitimer(signal.ITIMER_PROF, order["seconds"])
         try:
             given = [from_json(value, shape, module) for value, shape in zip(arguments, [*shapes, *[""] * 99])]  # noqa: B905
-            line = json.dumps({"value": to_json(function(*given))})
+            value = function(*given)
+            # None is the empty list or tree too; which of them was expected is for the reader of the report.
+            empty = {"empty": True} if value is None and nodes else {}
+            line = json.dumps({"value": to_json(value, empty=is_node(shape)), **empty})
         except BaseException as error:
             write_report(report, error=brief(error))
         else:
@@ -128,15 +132,24 @@ class TreeNode:
         self.val, self.left, self.right = val, left, right
 
 
-def annotations_of(function: Any) -> list[str]:
-    """Return the annotation of each parameter as text."""
+def annotations_of(function: Any) -> tuple[list[str], str]:
+    """Return the annotation of each parameter, and that of the result, as text."""
     import inspect
 
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return []
-    return ["" if p.annotation is p.empty else str(p.annotation) for p in parameters]
+        return [], ""
+    *shapes, result = [
+        "" if annotation is inspect.Parameter.empty else str(annotation)
+        for annotation in (*(p.annotation for p in signature.parameters.values()), signature.return_annotation)
+    ]
+    return shapes, result
+
+
+def is_node(shape: str) -> bool:
+    """Return whether an annotation is of a linked list or a tree, or of a list of such."""
+    return "ListNode" in shape or "TreeNode" in shape
 
 
 def from_json(value: Any, shape: str, module: types.ModuleType) -> Any:
@@ -168,10 +181,10 @@ def make_tree(values: Any, kind: Any) -> Any:
     return nodes[0] if nodes else None
 
 
-def to_json(value: Any, depth: int = 0) -> Any:
-    """Return a result with linked lists and trees as lists."""
+def to_json(value: Any, depth: int = 0, empty: bool = False) -> Any:
+    """Return a result with linked lists and trees as lists, and None among several of them as [] where `empty`."""
     if isinstance(value, (list, tuple)) and depth < 3:
-        return [to_json(item, depth + 1) for item in value]
+        return [[] if empty and item is None else to_json(item, depth + 1) for item in value]
     if hasattr(value, "val") and hasattr(value, "next"):
         found: list[Any] = []
         while value is not None and len(found) < 10**6:

@@ -10,6 +10,8 @@ from typing import Any
 
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _WITH_EXPONENT = re.compile(rf"{_PLAIN_NUMBER.pattern}[eE][-+]?[0-9]+")
+MOST_BITS_OF_A_FLOAT = 1000
+"""Integers with more are compared exactly: they may have no float."""
 LONGEST_WITH_EXPONENT = 30
 """Characters of a number with an exponent. A float has 24 at most."""
 
@@ -33,6 +35,10 @@ def same_value(got: Any, expected: Any, tolerance: float = 0.0) -> bool:
 
 
 def _near_floats(got: float, expected: float, tolerance: float) -> bool:
+    if got == expected:
+        return True
+    if any(isinstance(value, int) and value.bit_length() > MOST_BITS_OF_A_FLOAT for value in (got, expected)):
+        return False
     return math.isfinite(got) and abs(got - expected) <= tolerance * max(1.0, abs(expected))
 
 

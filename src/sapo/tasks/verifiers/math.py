@@ -1,7 +1,6 @@
 r"""The verifier `math`: compare a completion's answer with the reference, however the two are written.
 
-The answer is found by mathanswer.py and respelt by mathspell.py. Numbers are compared exactly here, words as words,
-lists and points part by part, sets of numbers by their intervals. Expressions are compared by algebra (mathalgebra.py).
+The answer is found by mathanswer.py, respelt by mathspell.py and compared by mathcompare.py.
 Departures from math-verify's rules, each of which prevents a wrong verdict:
 - 52_8 is a numeral in base 8; math-verify drops the base.
 - A decimal must equal a decimal exactly; math-verify rounds to six places.
@@ -13,63 +12,19 @@ Departures from math-verify's rules, each of which prevents a wrong verdict:
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from sapo.data import Prompt, Score
 from sapo.errors import TaskError
 from sapo.tasks.verifiers.base import IsolatedOptions, brief, reference_of, unparseable
-from sapo.tasks.verifiers.extract import last_boxed
-from sapo.tasks.verifiers.mathalgebra import (
-    RELATIVE_TOLERANCE,
-    canonical_expression,
-    equations_equal,
-    expressions_equal,
-    nothing_evaluated,
-    parsed,
-    within,
-)
+from sapo.tasks.verifiers.mathalgebra import nothing_evaluated, within
 from sapo.tasks.verifiers.mathanswer import answer_in
+from sapo.tasks.verifiers.mathcompare import canonical_answer, equal
 from sapo.tasks.verifiers.mathexact import is_too_large
-from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one
+from sapo.tasks.verifiers.mathreference import MAX_ANSWER_LENGTH, check_answer, reference_answer
 from sapo.tasks.verifiers.mathspell import respell, squeezed
-from sapo.tasks.verifiers.mathtext import (
-    Listing,
-    Number,
-    base_of,
-    is_unsolved,
-    label_of,
-    last_value,
-    listing_of,
-    named,
-    number_of,
-    plain_words,
-    quantity_of,
-    system_of,
-    without_name,
-    words_of,
-    written,
-)
-from sapo.tasks.verifiers.mathwords import is_changed
-from sapo.tasks.verifiers.numbers import after_hash
-
-Result = TypeVar("Result")
-
-MAX_ANSWER_LENGTH = 2000
-"""Limit of the characters of an answer; the longest of MATH-500 has 57."""
-
-
-MAX_WORDS = 30
-"""Words of a reference answer, beyond which it is a solution."""
-
-_PLAIN_NUMBER = re.compile(r"\s*-?[0-9]{1,300}(\.[0-9]{1,300})?\s*")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_SYMBOL = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?")
-_MODULUS = re.compile(r"\(?\s*\\(?:pmod|mod|bmod)(?![A-Za-z])\s*(?:\{[^{}]*\}|[0-9]+)\s*\)?$")
-_UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
+from sapo.tasks.verifiers.mathtext import base_of, listing_of, words_of
 
 
 @dataclass(frozen=True)
@@ -99,28 +54,15 @@ class Math(IsolatedOptions):
             equal("(x+1)^2", "x^2+2x+1")
 
     def check_reference(self, prompt: Prompt) -> None:
-        r"""Refuse an answer that is none: empty, a whole solution, or LaTeX whose braces do not match.
+        """Refuse an answer that is none: see `mathreference.check_answer`.
 
         Raises:
-            ValueError: it is one of these.
+            ValueError: it is none.
         """
-        answer = reference_of(prompt)
-        found = _reference_answer(answer)
-        if _PLAIN_NUMBER.fullmatch(found):
-            return
-        way_out = "put the answer in \\boxed{} or behind ####, or set answer_after"
-        if len(found) > MAX_ANSWER_LENGTH or len(_WORD.findall(found)) > MAX_WORDS:
-            raise ValueError(
-                f"verifier 'math' needs an answer and not a whole solution; got {brief(answer)}; {way_out}"
-            )
-        if not respell(found):
-            raise ValueError(f"verifier 'math' needs an answer; got {brief(answer)}; {way_out}")
-        braces = re.findall(r"(?<!\\)[{}]", found.replace("\\\\", ""))
-        if braces.count("{") != braces.count("}"):
-            raise ValueError(f"verifier 'math' needs LaTeX whose braces match; got {brief(answer)}; fix the row")
+        check_answer(reference_of(prompt))
 
     def __call__(self, text: str, prompt: Prompt) -> Score:
-        reference = respell(_reference_answer(reference_of(prompt)))
+        reference = respell(reference_answer(reference_of(prompt)))
         if not reference:
             raise ValueError(f"verifier 'math' needs an answer; got {brief(prompt.answer or '')}")
         if not self.require_box and len(text) <= MAX_ANSWER_LENGTH and squeezed(respell(text)) == squeezed(reference):
@@ -148,231 +90,3 @@ class Math(IsolatedOptions):
         if canonical is None and words_of(reference) is None and base_of(reference) is None:
             return unparseable(f"the answer cannot be read: {brief(found)}")
         return Score(0.0, answer=canonical if canonical is not None else squeezed(given))
-
-
-def equal(reference: str, given: str) -> bool:
-    """Return whether two respelt answers are equal. `reference` decides how they are compared."""
-    if squeezed(reference) == squeezed(given):
-        return True
-    reference, given = _spread(reference, given)
-    if _names_differ(reference, given):
-        return False
-    whole = reference, given
-    reference, given = without_name(reference), without_name(given)
-    if squeezed(reference) == squeezed(given):
-        return True
-    if (numeral := base_of(reference)) is not None:
-        # The base may be left out, since the question gives it.
-        return numeral == base_of(given) or given == numeral[0]
-    if (numeral := base_of(given)) is not None:
-        value = number_of(reference)
-        return value is not None and value.value == int(*numeral)
-    if re.fullmatch(r"[A-Z]", reference) and re.match(r"\(?[A-Z][).:]", plain_words(given)):
-        return label_of(given) == reference.lower()
-    if (words := words_of(reference)) is not None:
-        return words == _as_words(given, letter=len(words) == 1)
-    if _MODULUS.search(reference):  # 12 \pmod{13}; the question names the modulus, so that an answer need not
-        moduli = {squeezed(found[0]) for side in (reference, given) if (found := _MODULUS.search(side))}
-        return len(moduli) == 1 and equal(_MODULUS.sub("", reference).strip(), _MODULUS.sub("", given).strip())
-    if is_changed(reference) or is_changed(given):
-        return squeezed(plain_words(reference)).lower() == squeezed(plain_words(given)).lower()
-    if r"\approx" in given and r"\approx" not in reference:
-        # 10\sqrt{3} \approx 17.32 gives a value and a rounded one; a reference with a decimal point may be the latter.
-        exact, _, rounded = given.partition(r"\approx")
-        return equal(reference, exact.strip()) or ("." in reference and equal(reference, rounded.strip()))
-    for decide in (_as_quantities, _as_numbers, _as_sets, _as_listings):
-        if (verdict := decide(reference, given)) is not None:
-            return verdict
-    return _as_expressions(whole, reference, given)
-
-
-def _spread(reference: str, given: str) -> tuple[str, str]:
-    """Return `(p, q) = (3, 7)` as `p = 3, q = 7` where the other side has names too."""
-    spread = [system_of(text) or text for text in (reference, given)]
-    listings = [listing_of(text) for text in spread]
-    both = all(side is not None and all(named(part)[0] for part in side.parts) for side in listings)
-    return (spread[0], spread[1]) if both else (reference, given)
-
-
-def _names_differ(reference: str, given: str) -> bool:
-    """Return whether the sides name different unknowns: x = k and y = k, or x = 5 and m + n = 5, but not y and f(x)."""
-    names = [named(text)[0] for text in (reference, given)]
-    known = bool(names[0]) and number_of(without_name(reference)) is not None
-    if known and not names[1] and _SYMBOL.fullmatch(names[0]) and given.count("=") == 1:
-        side = re.sub(r"\\text\s*\{[^{}]*\}", "", given.partition("=")[0])
-        return re.search(r"[A-Za-z]", side) is not None and number_of(given.partition("=")[2].strip()) is not None
-    if names[0] == names[1] or not all(_SYMBOL.fullmatch(name) for name in names):
-        return False
-    values = without_name(reference), without_name(given)
-    if all(number_of(value) is not None for value in values):
-        return False  # the name of a single number is the writer's own choice
-    # y = 2x - 5 may be solved for x.
-    return names[1] not in values[0] and names[0] not in values[1]
-
-
-def _as_expressions(whole: tuple[str, str], reference: str, given: str) -> bool:
-    """Compare by algebra: equations as they stand, and otherwise the right sides of `x = ...`."""
-    if "=" in whole[0] and "=" in whole[1] and equations_equal(*whole):
-        return True
-    if is_too_large(reference) or is_too_large(given):
-        return _powers_equal(reference, given)
-    # y = 2x + 3 may be written as another equation of the same line.
-    as_equations = "=" in given and whole != (reference, given)
-    return expressions_equal(*whole) if as_equations else expressions_equal(reference, given)
-
-
-def _powers_equal(reference: str, given: str) -> bool:
-    """Compare two powers that nobody can compute: base with base, exponent with exponent."""
-    found = [re.fullmatch(r"([0-9]+)\^(?:\{(.*)\}|([0-9]))", text) for text in (reference, given)]
-    if not found[0] or not found[1] or found[0][1] != found[1][1]:
-        return False
-    return equal(found[0][2] or found[0][3], found[1][2] or found[1][3])
-
-
-def canonical_answer(text: str) -> str | None:
-    r"""Return a respelt answer in a form in which equal answers are equal text, or None where it is no mathematics.
-
-    >>> canonical_answer(r"\frac{2}{4}"), canonical_answer("3, 1"), canonical_answer("52_8")
-    ('1/2', '1, 3', '52_8')
-    """
-    text = without_name(text)
-    if (numeral := base_of(text)) is not None:
-        return f"{numeral[0]}_{numeral[1]}"
-    if (words := words_of(text)) is not None:
-        return words if "\\text" in text or len(words) == 1 else None
-    if is_changed(text):
-        return None
-    if (number := number_of(text)) is not None:
-        return f"{written(number.value)}%" if number.percent else written(number.value)
-    if (listing := listing_of(text)) is not None:
-        parts = [canonical_answer(part) or squeezed(part) for part in listing.parts]
-        inside = ", ".join(parts if listing.ordered else sorted(parts))
-        return f"{listing.opening}{inside}{listing.closing}" if listing.ordered else inside
-    expression = parsed(text)
-    return None if expression is None else canonical_expression(expression)
-
-
-# ------------------------------------------------------------------------------------------------- parts of an answer
-
-
-def _reference_answer(answer: str) -> str:
-    """Return the answer of a row: its box, or what follows ####, where the row has a whole solution."""
-    if "####" in answer:
-        return after_hash(answer)
-    boxed = last_boxed(answer) if "\\boxed" in answer else None
-    return answer if boxed is None else boxed
-
-
-def _as_words(given: str, *, letter: bool) -> str:
-    inside = words_of(given)
-    if inside is not None:
-        return inside
-    plain = plain_words(given)
-    return (label_of(given) if letter else None) or plain.strip("() .").lower()
-
-
-def _as_quantities(reference: str, given: str) -> bool | None:
-    """Compare quantities of two units, such as 7 hours and 30 minutes; one alone equals its total."""
-    sides = quantity_of(reference), quantity_of(given)
-    if sides == (None, None):
-        return None
-    values = [side or number_of(text) for side, text in zip(sides, (reference, given), strict=True)]
-    totals = [value if isinstance(value, Fraction) else value.value if value else None for value in values]
-    return None not in totals and totals[0] == totals[1]
-
-
-def _as_numbers(reference: str, given: str) -> bool | None:
-    left, right = number_of(reference), number_of(given)
-    if left is not None and right is None and "=" in given:
-        if any(map(is_unsolved, given.split("=")[:-1])):
-            return False  # an equation for x is no value
-        right = last_value(given)
-    if left is not None and right is None and _UNIT_BETWEEN.search(re.sub(r"\^\s*\{?-?[0-9]\}?", "", given)):
-        return False  # 10 cm by 5 cm is neither
-    if left is None or right is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", reference) and ", " in given:
-        return None
-    return _numbers_equal(left, right)
-
-
-def _as_sets(reference: str, given: str) -> bool | None:
-    """Compare sets of real numbers where at least one is written as a relation or a union."""
-    if not (names_one(reference) or names_one(given)):
-        return None
-    left, right = intervals_of(reference), intervals_of(given)
-    if left is None or right is None:
-        return None
-    names = {piece.name for piece in (*left, *right) if piece.name}
-    return len(names) < 2 and len(left) == len(right) and _matched(left, right, _same_interval)
-
-
-def _same_interval(left: Interval, right: Interval) -> bool:
-    if (left.low_closed, left.high_closed) != (right.low_closed, right.high_closed):
-        return False
-    ends = [(left.low, right.low), (left.high, right.high)]
-    return all((a is None and b is None) or (a is not None and b is not None and equal(a, b)) for a, b in ends)
-
-
-def _as_listings(reference: str, given: str) -> bool | None:
-    parts, others = listing_of(reference), listing_of(given)
-    if parts is None and others is not None:
-        parts = listing_of(reference, grouped=False)
-    if others is None and parts is not None:
-        others = listing_of(given, grouped=False)
-    return None if parts is None or others is None else _listings_equal(parts, others)
-
-
-def _numbers_equal(reference: Number, given: Number) -> bool:
-    if reference.percent != given.percent:  # 50% is 0.5, or 50 where the question asked for a percentage
-        as_given = {given.value, given.value / 100} if given.percent else {given.value, given.value * 100}
-        return reference.value in as_given
-    if reference.value == given.value:
-        return True
-    if abs(reference.value.denominator) > 10**400:
-        return False
-    has_a_decimal = 10**400 % reference.value.denominator == 0
-    rounded = 10**400 % min(given.value.denominator, 10**401) == 0
-    close = abs(reference.value - given.value) <= RELATIVE_TOLERANCE * abs(reference.value)
-    return not has_a_decimal and rounded and close
-
-
-def _listings_equal(reference: Listing, given: Listing) -> bool:
-    if len(reference.parts) != len(given.parts):
-        return False
-    names = [[named(part)[0] for part in side.parts] for side in (reference, given)]
-    distinct = [all(side) and len(set(side)) == len(side) for side in names]
-    if any(distinct) and not (reference.ordered or (given.ordered and not distinct[0])):
-        return _named_equal(reference, given, names, distinct)
-    if any(distinct):
-        return all(equal(a, b) for a, b in zip(reference.parts, given.parts, strict=True))
-    if reference.ordered:
-        if given.opening and (reference.opening, reference.closing) != (given.opening, given.closing):
-            return False
-        if not given.opening and (reference.opening, reference.closing) != ("(", ")"):
-            return False
-        return all(equal(a, b) for a, b in zip(reference.parts, given.parts, strict=True))
-    if "[" in given.opening + given.closing or "]" in given.closing:
-        return False
-    return _matched(reference.parts, given.parts, equal)
-
-
-def _named_equal(reference: Listing, given: Listing, names: list[list[str]], distinct: list[bool]) -> bool:
-    """Compare `x = 1, y = 2` by names, and in order where only one side has them."""
-    if not all(distinct):
-        return all(equal(a, b) for a, b in zip(reference.parts, given.parts, strict=True))
-    if set(names[0]) != set(names[1]):
-        return False
-    values = dict(zip(names[1], given.parts, strict=True))
-    return all(equal(part, values[name]) for name, part in zip(names[0], reference.parts, strict=True))
-
-
-def _matched(left: Sequence[Result], right: Sequence[Result], same: Callable[[Result, Result], bool]) -> bool:
-    """Return whether each item of one list has an item of its own in the other that is the same."""
-    rest = list(right)
-    for item in left:
-        match = next((other for other in rest if same(item, other)), None)
-        if match is None:
-            return False
-        rest.remove(match)
-    return not rest

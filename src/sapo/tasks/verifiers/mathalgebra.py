@@ -131,6 +131,14 @@ def _digits_to_tell(*sides: Any) -> int | None:
     return digits if digits <= MAX_DIGITS else None
 
 
+def constant_of(text: str) -> Any | None:
+    """Return the rounded value of a real constant such as sqrt(2), or None for another text. It tells an order only."""
+    value = _evaluated(parsed(text), 30)
+    if value is None or value[1] != 0 or not getattr(value[0], "is_finite", True):
+        return None
+    return value[0]
+
+
 def equations_equal(reference: str, given: str) -> bool:
     """Return whether two equations have the same solutions because one is a multiple of the other."""
     import sympy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from sapo.tasks.verifiers.extract import after_phrase, boxes, inside_answer_tags, last_boxed, last_boxes, last_formula
+from sapo.tasks.verifiers.mathphrases import stated_at_the_end
 from sapo.tasks.verifiers.mathspell import respell
 from sapo.tasks.verifiers.mathtext import UNITS_OF_PARTS, number_of, quantity_of
 from sapo.tasks.verifiers.mathwords import is_changed, scaled
@@ -76,6 +77,8 @@ def _without_marks(text: str) -> str | None:
         return _in_its_words(phrase, last_formula(phrase) or last_number_in(phrase)) or phrase
     if (line := _last_line(text)) is not None:
         return line
+    if (nothing := stated_at_the_end(text)) is not None:
+        return nothing
     return _in_its_words(text, last_formula(text) or last_number_in(text))
 
 

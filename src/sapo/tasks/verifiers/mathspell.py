@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from sapo.tasks.verifiers.mathphrases import phrase_of
 from sapo.tasks.verifiers.mathwords import scaled
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -48,6 +49,7 @@ _SPELLINGS = [
     (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*([0-9]+)\s*\^\\circ\s*\)?"), r"\1(\\frac{\2\\pi}{180})"),
     (re.compile(r"√\s*\{?\(?([0-9]+|[a-z])\)?\}?"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
+    (re.compile(r"\\?log\s*_\s*(?:\{\s*e\s*\}|e(?![A-Za-z]))"), r"\\ln "),
     (re.compile(r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])"), r"\\infty "),
     (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"\\(?:langle|lparen)(?![A-Za-z])"), "("),
@@ -74,13 +76,14 @@ _ANSWER_WORDS = re.compile(
     r"\s*(?:is|are|of|:|=)*\s*\}\s*[:=]?\s*(?=\S)",
     re.IGNORECASE,
 )
-_ANSWER_PLAIN = re.compile(r"^\s*(?:(?:the|final)\s+)*(?:answer|result|solution)\s*(?:is|:|=)\s*(?=\S)", re.IGNORECASE)
-_NO_SOLUTION = re.compile(
-    r"\s*(?:\\text\s*\{)?\s*(?:the )?"
-    r"(?:empty set|no (?:real |such )?(?:solutions?|numbers?|values?)(?: exists?)?|null set)"
-    r"\s*\}?\s*\.?\s*",
+# The same with the answer in the same command: \text{Answer: 5 apples}.
+_ANSWER_INSIDE = re.compile(
+    r"^\s*\\text\s*\{\s*(?:(?:so|thus|therefore|hence|the|my|our|final|correct)\s*,?\s*)*"
+    r"(?:answer|solution|result|value|total|area|volume|perimeter|probability|sum|length)"
+    r"\s*(?:is|are|:|=)+\s*(?=[-+$\\.0-9(])([^{}]*)\}",
     re.IGNORECASE,
 )
+_ANSWER_PLAIN = re.compile(r"^\s*(?:(?:the|final)\s+)*(?:answer|result|solution)\s*(?:is|:|=)\s*(?=\S)", re.IGNORECASE)
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _FUNCTION_WORD = re.compile(rf"(?<![\\A-Za-z])(?={_FUNCTIONS})({_FUNCTIONS})(?=\s*\(|\s+[0-9a-z\\](?![A-Za-z]))")
 _CALLS = [
@@ -105,12 +108,13 @@ def respell(text: str) -> str:
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
     text = _MATH_DELIMITERS.sub("", text)
     text = _without_stars(text)
-    if _NO_SOLUTION.fullmatch(text):
-        return r"\emptyset"
+    if (phrase := phrase_of(text)) is not None:
+        return phrase
     text = _DECORATED.sub("", text)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
     text = re.sub(r"(?<=[0-9])\s*(?:\.\.\.|…)(?=\s*\}*\s*$)", r"\\ldots", text)
+    text = _ANSWER_INSIDE.sub(_told, text)
     text = _ANSWER_PLAIN.sub("", _ANSWER_WORDS.sub("", text))
     text = _FUNCTION_WORD.sub(r"\\\1 ", text)
     text = _ungrouped(" ".join(_with_braces(text).split()).rstrip(" .;,"))
@@ -127,6 +131,11 @@ def squeezed(text: str) -> str:
     text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "\x00", text)  # 1 3/4 is not 13/4
     text = re.sub(r"\s+", "", text).replace("\x00", " ")
     return re.sub(r"(?<!text)\{([0-9A-Za-z])\}", r"\1", text)
+
+
+def _told(match: re.Match[str]) -> str:
+    """Return the answer behind the words that announce it, in a text command where it has words of its own."""
+    return f"\\text{{{match[1]}}}" if re.search(r"[A-Za-z]{2}", match[1]) else match[1]
 
 
 def _without_stars(text: str) -> str:

@@ -21,8 +21,16 @@ _UNIT_WORD = (
     r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|mL|ft|in|lb|lbs|oz|mph|kph|kmh|deg|yr|yrs|hr|hrs|min|sec|sq|per|of|cents?"
     r"|USD|EUR|GBP|INR|RMB|CNY|JPY|AUD|CAD|Rs|pm|am|Hz|kHz|MHz|kW|kJ|km/h|m/s|cm/s|ft/s|mi/h)"
 )
+_SHORT_THING = (
+    "day|egg|hen|cup|box|bag|pen|man|men|dog|cat|car|bus|cow|pig|toy|hat|jar|can|pie|row|set|way|bar|bed|bee|map|nut"
+    "|van|pts|pt|boy|kid|tin|lap|mug|cap|net|job|ton|bit|gal|pct|yds|yd|mi|wk|ant|key|tie|pot|pan"
+)
+# The words behind the first, as in "eggs per day" and "dollars a week". "and" and its like begin another thing.
+_MORE_WORDS = r"(?:[\s/]+(?!(?:and|or|but|nor|plus|minus|times|than|if|when|unless|not|x|by|to)\b)[A-Za-z]+){0,5}"
 _UNIT = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|(?<=[0-9}\s])\s*(?<![A-Za-z])" + _UNIT_WORD + r"(?:[\s/]" + _UNIT_WORD + r"){0,2}"
+    r"(?:(?:/\s*)?\\text\s*\{[^{}0-9]*\}|\\text\s*\{[^{}]*\}"
+    rf"|(?<=[0-9}}\s])\s*(?<![A-Za-z])(?:{_UNIT_WORD}|(?:{_SHORT_THING})s?(?![A-Za-z])){_MORE_WORDS}"
+    r"|(?<=[0-9])\s*/\s*(?:[A-Za-z]{3,})"
     r"|(?<=[0-9])(?:\^\\circ\s?|\s)[CFK])"
     r"(?:\^\s*\{?-?[0-9]\}?)?\s*$"
 )
@@ -33,7 +41,21 @@ _CURRENCY = re.compile(
     r"^\s*(?:(?:US|A|C)?\\?\$|[€£¥₹₽₩]|\\(?:pounds|euro|yen|rupee)(?![A-Za-z])|Rs\.?|USD|EUR|GBP|INR|RMB"
     r"|\\text\s*\{\s*(?:Rs\.?|USD|EUR|GBP|INR|RMB|US\\?\$|\\?\$|€|£|¥|₹)\s*\})\s*"
 )
-_BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))")
+_BASES = {
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10},
+    **{"eleven": 11, "twelve": 12, "sixteen": 16},
+}
+_BASE_NAME = "[0-9]+|" + "|".join(_BASES)
+# 52_8, 52_{(8)}, (52)_8, 52_{\text{eight}}, 52_{\text{base }8}
+_BASE = re.compile(
+    r"\(?\s*(?P<digits>[0-9A-Za-z]+)\s*\)?\s*_\s*\{?\s*\(?\s*(?:\\text\s*\{)?\s*\(?\s*(?:base\s*\}?\s*)?"
+    rf"(?P<base>{_BASE_NAME})\s*\)?\s*\}}?\s*\)?\s*\}}?"
+)
+# 52 (base 8), 52 \text{ in base }8
+_BASE_BEHIND = re.compile(
+    r"(?P<digits>[0-9][0-9A-Za-z]*)\s*(?:\\text\s*\{)?\s*\(?\s*(?:\\text\s*\{)?\s*(?:in\s+)?base\s*\}?\s*"
+    rf"(?P<base>{_BASE_NAME})\s*\)?\s*\}}?\s*\)?"
+)
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _NAME = re.compile(
     r"((?:[a-zA-Z]|\\[a-zA-Z]+)'?(?:_(?:[0-9a-zA-Z]|\{[0-9a-zA-Z]+\}))?(?:\([a-zA-Z]\))?"
@@ -119,14 +141,14 @@ def _exact(text: str) -> Fraction | None:
 def base_of(text: str) -> tuple[str, int] | None:
     """Return the digits and the base of a numeral such as 4210_{5}, or None for other texts.
 
-    >>> base_of("4210_{5}"), base_of("4210")
-    (('4210', 5), None)
+    >>> base_of("4210_{5}"), base_of("52 (base 8)"), base_of("4210")
+    (('4210', 5), ('52', 8), None)
     """
-    match = _BASE.fullmatch(text)
+    match = _BASE.fullmatch(text) or _BASE_BEHIND.fullmatch(text)
     if not match:
         return None
-    base = int((match[2] or match[3])[:9])
-    digits = match[1].upper()
+    base = _BASES.get(match["base"]) or int(match["base"][:9])
+    digits = match["digits"].upper()
     # x_1 is a name. A numeral in base b has digits below b.
     valid = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
     return (digits, base) if valid and digits[0].isdigit() else None

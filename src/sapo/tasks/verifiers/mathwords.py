@@ -91,7 +91,7 @@ def is_changed(text: str) -> bool:
     plain = _THAN_SOMEONE.sub(" ", plain)  # 5 more than Tom
     if _CHANGED.search(plain) or re.search(r"\\[lc]?dots(?![A-Za-z])|\.\.\.|…", plain):
         return True
-    if any(re.search(r"[0-9]", re.sub(r"[A-Za-z]\s*\^?\s*[23](?![0-9])", "", words)) for words in _behind(text)):
+    if any(re.search(r"[0-9]", re.sub(r"[A-Za-z](?:\s*\^\s*)?[23](?![0-9])", "", words)) for words in _behind(text)):
         return True  # 12 (base 8)
     return re.fullmatch(r"[-+]?[0-9.,]+\s*(?:'{1,2}|\"|\^\s*\{?\\prime.*|\?+)", plain) is not None
 

@@ -17,15 +17,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from sapo.errors import UserError
-from sapo.workflows.serving.protocol import (
-    ApiError,
-    ChatAnswers,
-    ChatRequest,
-    CompletionAnswers,
-    CompletionRequest,
-    parse,
-    usage,
-)
+from sapo.workflows.serving.answers import ChatAnswers, CompletionAnswers, usage
+from sapo.workflows.serving.refusals import ApiError
+from sapo.workflows.serving.requests import ChatRequest, CompletionRequest, parse
 from sapo.workflows.serving.served import Begun, Order, Piece, ServedModel, TooLongError
 from sapo.workflows.serving.worker import Done, Failed, Stopping, Worker
 
@@ -73,12 +67,15 @@ def application(served: ServedModel, worker: Worker, on_answer: Callable[[], Non
 
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request), served.name)
-        return await answer(request, asked, CompletionAnswers(served.name, asked.wants_logprobs))
+        return await answer(request, asked, CompletionAnswers(served.name, asked.wants_logprobs, asked.likeliest))
 
     async def answer(
         request: Request, asked: ChatRequest | CompletionRequest, answers: ChatAnswers | CompletionAnswers
     ) -> Response:
         order = asked.order()
+        if order.top_logprobs and not served.shows_likeliest:
+            message = "this engine knows the log-probability of the drawn token alone; leave top_logprobs out"
+            raise ApiError(400, message, param="top_logprobs", code="unsupported_parameter")
         on_answer()
         events = _events(worker, served, order)
         if asked.stream:

@@ -11,7 +11,7 @@ from sapo.config import RolloutConfig
 from sapo.data import Prompt
 from sapo.errors import ModelError
 from sapo.model.policy import Policy
-from sapo.rollout.engine import Drawn, Engine, Request
+from sapo.rollout.engine import Drawn, Engine, Likeliest, Request
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
 from sapo.rollout.registry import make_engine, require
@@ -27,7 +27,7 @@ class TooLongError(ModelError):
 
 @dataclass(frozen=True)
 class Token:
-    """A drawn token and its log-probability.
+    """A drawn token and its log-probability in the distribution it was drawn from.
 
     >>> Token(" the", -0.1).text
     ' the'
@@ -35,6 +35,8 @@ class Token:
 
     text: str
     logprob: float
+    likeliest: tuple[Token, ...] = ()
+    """The likeliest tokens in its place, where the order asks for them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Order:
     min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = field(default=())
+    top_logprobs: int = 0
+    """Likeliest tokens that are shown beside each drawn one."""
 
     def sampling(self, max_new_tokens: int) -> SamplingParams:
         """Return the settings of an engine.
@@ -117,7 +121,7 @@ class ServedModel:
 
     @property
     def interleaves(self) -> bool:
-        """Tell whether several orders can be drawn in turns."""
+        """Tell whether several orders can be drawn at once."""
         return bool(getattr(self.engine, "interleaves", False))
 
     def chat_prompt(
@@ -171,8 +175,15 @@ class ServedModel:
     def _prompt(self, token_ids: tuple[int, ...]) -> Prompt:
         return Prompt(0, "serve", "", token_ids=token_ids, stop=self.form.stop, special_tokens=self.form.special_tokens)
 
+    @property
+    def shows_likeliest(self) -> bool:
+        """Tell whether the likeliest tokens can be shown beside each drawn one."""
+        return self.engine.capabilities.top_logprobs
+
     def draw(self, order: Order) -> Generator[Begun | list[Piece], None, None]:
         """Yield what is drawn, step by step: `Begun`, then pieces. Closing the iterator ends it.
+
+        Orders that are open together share the steps of an engine that can (`StreamingEngine.interleaves`).
 
         Raises:
             TooLongError: the model has no room for it.
@@ -185,16 +196,18 @@ class ServedModel:
         longest = max(len(p.token_ids) for p in prompts)
         params = order.sampling(self._room(longest, order.max_new_tokens))
         params = replace(params, stop_token_ids=self.policy.stop_token_ids)
-        yield Begun(sum(len(p.token_ids) for p in prompts))
-        requests = [Request(p, order.samples) for p in prompts]
+        requests = [Request(p, order.samples, top_logprobs=order.top_logprobs) for p in prompts]
         texts = [
             TextStream(self.policy, p.stop, params.stop_token_ids, p.special_tokens)
             for p in prompts
             for _ in range(order.samples)
         ]
-        for step in stream(self.engine, requests, params):
-            pieces = (self._piece(new, texts, order.samples, params.stop_token_ids) for new in step)
-            yield [piece for piece in pieces if piece.drawn or piece.finish]
+        # Begun before the first step is taken, so that orders which have waited together are drawn together.
+        with closing(stream(self.engine, requests, params)) as steps:
+            yield Begun(sum(len(p.token_ids) for p in prompts))
+            for step in steps:
+                pieces = (self._piece(new, texts, order.samples, params.stop_token_ids) for new in step)
+                yield [piece for piece in pieces if piece.drawn or piece.finish]
 
     def _room(self, prompt: int, asked: int | None) -> int:
         limit = self.policy.max_length
@@ -215,12 +228,21 @@ class ServedModel:
         if new.completion is not None:
             text += texts[choice].finish(new.completion)
             finish = new.completion.finish_reason
+        likeliest = new.likeliest or ((),) * len(new.token_ids)
         tokens = tuple(
-            Token(self.policy.show((token,)), logprob)
-            for token, logprob in zip(new.token_ids, new.logprobs, strict=True)
+            self._token(token, logprob, others)
+            for token, logprob, others in zip(new.token_ids, new.logprobs, likeliest, strict=True)
             if token not in ends
         )
         return Piece(choice, text, tokens, len(new.token_ids), finish)
+
+    def _token(self, token: int, logprob: float, likeliest: Likeliest) -> Token:
+        def show(other: int) -> str:
+            return self.policy.show((other,))
+
+        # The drawn token's own is the same number in both places, to the bit.
+        others = tuple(Token(show(other), logprob if other == token else p) for other, p in likeliest)
+        return Token(show(token), logprob, others)
 
 
 @contextmanager

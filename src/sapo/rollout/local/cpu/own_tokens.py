@@ -43,6 +43,18 @@ class OwnTokens:
             held = source.view(2, self._lines, -1)
             target.view(2, self._lines, -1)[:, :, : held.shape[2]] = held
 
+    def deepen(self, rows: int) -> None:
+        """Make room for so many rows; those that are there stay."""
+        have = len(self.place_R)
+        if rows <= have:
+            return
+        before, held = self.layers, self._lines
+        self._lines = held // have * rows
+        self.length, self.layers = self._allocate(len(before), self.length)
+        for source, target in zip(before, self.layers, strict=True):
+            target.view(2, self._lines, -1)[:, :held] = source.view(2, held, -1)
+        self.place_R = np.concatenate([self.place_R, np.arange(have, rows)])
+
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Move rows `source` to rows `target`, which give them their places."""
         self.place_R[target], self.place_R[source] = self.place_R[source], self.place_R[target]

@@ -1,4 +1,4 @@
-"""What OpenAI's clients send and get: requests checked, answers, streamed events and errors.
+"""What OpenAI's clients send: the bodies of requests, checked, and what they order.
 
 https://platform.openai.com/docs/api-reference/chat and /completions. Of what is not the protocol's, requests may have
 `top_k`, `min_p` and `chat_template_kwargs`, as vLLM takes them. Unsupported fields are refused by name.
@@ -8,68 +8,25 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sapo.data import Prompt
 from sapo.utils.names import did_you_mean
-from sapo.workflows.serving.served import MOST_SEED, Order, Piece, ServedModel, Token
+from sapo.workflows.serving.refusals import IGNORED, NOT_HAD, ApiError
+from sapo.workflows.serving.served import MOST_SEED, Order, ServedModel
 from sapo.workflows.serving.tools import OfferedTools
 
 MOST_SAMPLES = 128
 """Completions of one prompt."""
 MOST_CHOICES = 256
 """Completions of one request, over all its prompts."""
+MOST_LIKELIEST = 20
+"""Likeliest tokens that are shown beside each drawn one."""
 COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions where a request gives none, as OpenAI's."""
-
-
-class ApiError(Exception):
-    """A request that is refused, as the protocol says it.
-
-    Args:
-        status: of HTTP.
-        param: the field at fault.
-    """
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {
-            "error": {
-                "message": message,
-                "type": kind or ("invalid_request_error" if status < 500 else "server_error"),
-                "param": param,
-                "code": code,
-            }
-        }
-
-
-# What a client may send and what may be answered by ignoring it, for it changes no completion.
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-
-NOT_HAD: dict[str, tuple[tuple[Any, ...], str]] = {
-    "presence_penalty": ((0,), "penalties would draw from another distribution than the policy's"),
-    "frequency_penalty": ((0,), "penalties would draw from another distribution than the policy's"),
-    "logit_bias": (({},), "biases would draw from another distribution than the policy's"),
-    "top_logprobs": ((0,), "the log-probability of the drawn token alone is known; leave it out"),
-    "tools": (([],), "a completion has no turns; /v1/chat/completions takes tools"),
-    "tool_choice": (("none", "auto"), "a completion has no turns; /v1/chat/completions takes tools"),
-    "parallel_tool_calls": ((True, False), "a completion has no turns; /v1/chat/completions takes it"),
-    "functions": (([],), "it is the old form; write tools"),
-    "response_format": (({"type": "text"},), "completions are text; leave it out"),
-    "echo": ((False,), "log-probabilities of prompts are not served; leave it out"),
-    "best_of": ((1,), "ask for n completions and choose"),
-    "suffix": (("",), "the model completes what comes before; leave it out"),
-    "modalities": ((["text"],), "completions are text; leave it out"),
-    "audio": ((), "completions are text; leave it out"),
-}
-"""Field -> values that ask for nothing, and why others are refused."""
 
 
 class _Section(BaseModel):
@@ -202,6 +159,11 @@ class _Sampling(_Section):
         """Tell whether a streamed answer ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def likeliest(self) -> int:
+        """Return how many of the likeliest tokens the answer shows beside each drawn one."""
+        raise NotImplementedError
+
     def _fields(self) -> dict[str, Any]:
         given = {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
         # Without a seed every request draws anew; with one it draws the same whenever it is asked.
@@ -211,6 +173,7 @@ class _Sampling(_Section):
             "top_k": max(self.top_k or 0, 0),
             "seed": seed,
             "stop": self.stops(),
+            "top_logprobs": self.likeliest,
         }
 
 
@@ -220,6 +183,7 @@ class ChatRequest(_Sampling):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELIEST)
     chat_template_kwargs: TemplateOptions | None = None
     tools: list[Offer] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -230,6 +194,13 @@ class ChatRequest(_Sampling):
     def wants_logprobs(self) -> bool:
         """Tell whether the answer has log-probabilities."""
         return bool(self.logprobs)
+
+    @property
+    def likeliest(self) -> int:
+        """See `_Sampling.likeliest`."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return self.top_logprobs or 0
 
     @property
     def offered(self) -> OfferedTools | None:
@@ -256,12 +227,17 @@ class CompletionRequest(_Sampling):
     """The body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LIKELIEST)
 
     @property
     def wants_logprobs(self) -> bool:
         """Tell whether the answer has log-probabilities."""
         return self.logprobs is not None
+
+    @property
+    def likeliest(self) -> int:
+        """See `_Sampling.likeliest`."""
+        return self.logprobs or 0
 
     @property
     def texts(self) -> Sequence[Any]:
@@ -316,13 +292,6 @@ def parse(kind: type[Asked], body: bytes, served: str) -> Asked:
         asked = kind.model_validate(kept)
     except (ValidationError, RecursionError) as error:
         raise _error_of(error) from error
-    if isinstance(asked, CompletionRequest) and asked.logprobs:
-        raise ApiError(
-            400,
-            f"logprobs must be 0: the log-probability of the drawn token alone is known; got {asked.logprobs}",
-            param="logprobs",
-            code="unsupported_parameter",
-        )
     if isinstance(asked, CompletionRequest) and (choices := len(asked.texts) * (asked.n or 1)) > MOST_CHOICES:
         raise ApiError(
             400,
@@ -347,150 +316,3 @@ def _error_of(error: ValidationError | RecursionError) -> ApiError:
     named = [part for part in place if part.isidentifier() or part.isdigit()]
     got = json.dumps(first.get("input"), default=str)[:80]
     return ApiError(400, f"{'.'.join(named)}: {first['msg']}; got {got}", param=named[0] if named else None)
-
-
-def new_id(prefix: str) -> str:
-    """Return an identifier that no other answer has."""
-    return f"{prefix}-{secrets.token_hex(12)}"
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the numbers of tokens of an answer."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def _finish(drawn: str | None, calls: Sequence[Any]) -> str | None:
-    """Return why an answer ended. One that was cut at its length is not said to be whole, calls or none."""
-    return "tool_calls" if calls and drawn == "stop" else drawn
-
-
-class ChatAnswers:
-    """The shapes of answers to a chat.
-
-    Args:
-        tools: those that were offered. The text of an answer then waits until it is whole: it may become a call.
-    """
-
-    def __init__(self, model: str, logprobs: bool, tools: OfferedTools | None = None) -> None:
-        self.logprobs, self.tools = logprobs, tools
-        self._held: dict[int, str] = {}
-        self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model}
-
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        """Return the first events of a stream: whose turn it is."""
-        turn = {"role": "assistant", "content": ""}
-        return [self._event(number, turn, None, None) for number in range(choices)]
-
-    def event(self, piece: Piece) -> dict[str, Any]:
-        """Return the event of a piece."""
-        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-        finish = piece.finish
-        if self.tools is not None:
-            text = self._held.pop(piece.choice, "") + piece.text
-            if finish is None:
-                self._held[piece.choice], delta = text, {}
-            else:
-                said, calls = self.tools.split(text)
-                delta = {"content": said} if said else {}
-                if calls:
-                    delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
-                finish = _finish(finish, calls)
-        return self._event(piece.choice, delta, self._logprobs(piece.tokens), finish)
-
-    def _event(self, choice: int, delta: Mapping[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
-        made = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [made]}
-
-    def whole(self, choices: Sequence[Sequence[Piece]], used: Mapping[str, int]) -> dict[str, Any]:
-        """Return an answer in one."""
-        made = [self._choice(number, pieces) for number, pieces in enumerate(choices)]
-        return {**self.head, "object": "chat.completion", "choices": made, "usage": used}
-
-    def _choice(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        said: str | None = "".join(p.text for p in pieces)
-        calls: list[dict[str, Any]] = []
-        if self.tools is not None:
-            said, calls = self.tools.split(said or "")
-        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
-        return {
-            "index": number,
-            "message": {**message, "tool_calls": calls} if calls else message,
-            "logprobs": self._logprobs(t for p in pieces for t in p.tokens),
-            "finish_reason": _finish(pieces[-1].finish, calls),
-        }
-
-    def last(self, used: Mapping[str, int]) -> dict[str, Any]:
-        """Return the event that has the numbers of tokens."""
-        return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": used}
-
-    def _logprobs(self, tokens: Iterable[Token]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            {
-                "token": token.text,
-                "logprob": token.logprob,
-                # A token may be part of a character, whose bytes its text does not have.
-                "bytes": None if "\N{REPLACEMENT CHARACTER}" in token.text else list(_bytes(token.text)),
-                "top_logprobs": [],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionAnswers:
-    """The shapes of answers to /v1/completions."""
-
-    def __init__(self, model: str, logprobs: bool) -> None:
-        self.logprobs = logprobs
-        self.head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": model}
-        self._offsets: dict[int, int] = {}
-
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        """Return no events."""
-        return []
-
-    def event(self, piece: Piece) -> dict[str, Any]:
-        """Return the event of a piece."""
-        return {**self.head, "choices": [self._choice(piece.choice, [piece])]}
-
-    def whole(self, choices: Sequence[Sequence[Piece]], used: Mapping[str, int]) -> dict[str, Any]:
-        """Return an answer in one."""
-        made = [self._choice(number, pieces) for number, pieces in enumerate(choices)]
-        return {**self.head, "choices": made, "usage": used}
-
-    def last(self, used: Mapping[str, int]) -> dict[str, Any]:
-        """Return the event that has the numbers of tokens."""
-        return {**self.head, "choices": [], "usage": used}
-
-    def _choice(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return {
-            "index": number,
-            "text": "".join(p.text for p in pieces),
-            "logprobs": self._logprobs(number, [t for p in pieces for t in p.tokens]),
-            "finish_reason": pieces[-1].finish,
-        }
-
-    def _logprobs(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        offsets, at = [], self._offsets.get(choice, 0)
-        for token in tokens:
-            offsets.append(at)
-            at += len(token.text)
-        self._offsets[choice] = at
-        return {
-            "tokens": [t.text for t in tokens],
-            "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": None,
-            "text_offset": offsets,
-        }
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")

@@ -17,7 +17,7 @@ from typing import Any
 
 from sapo.data import Prompt, Score, Status
 from sapo.environments import Episode
-from sapo.rollout.loops import clocked, raised
+from sapo.rollout.episodes.loops import describe_raised, time_steps
 from sapo.tasks.base import checked_score
 from sapo.tasks.episodes.wire import GRACE
 
@@ -57,9 +57,9 @@ async def judge_groups(groups: Sequence[GroupToJudge], seconds: float) -> list[l
             held[place] += seconds
 
         try:
-            scores = await clocked(_judged(groups[place]), hold)
+            scores = await time_steps(_judge(groups[place]), hold)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            return f"{raised(error)}, in judge"
+            return f"{describe_raised(error)}, in judge"
         return late if spent(place) > seconds else scores
 
     late = f"no judgement within {seconds:g} s (rollout.turns.seconds_per_reply)"
@@ -81,7 +81,7 @@ async def judge_groups(groups: Sequence[GroupToJudge], seconds: float) -> list[l
     return found
 
 
-async def _judged(group: GroupToJudge) -> list[Score]:
+async def _judge(group: GroupToJudge) -> list[Score]:
     """Call one judge, and check what it returns.
 
     Raises:

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sapo.environments.failures import described
+from sapo.environments.failures import describe_failure
 
-_OURS = tuple(map(str, Path(__file__).parent.glob("*.py")))
+_OURS = tuple(str(file) for folder in Path(__file__).parents[:2] for file in folder.glob("*.py"))
 
 T = TypeVar("T")
 
 
 @types.coroutine
-def clocked(coroutine: Coroutine[Any, Any, T], hold: Callable[[float], None]) -> Generator[Any, Any, T]:
+def time_steps(coroutine: Coroutine[Any, Any, T], hold: Callable[[float], None]) -> Generator[Any, Any, T]:
     """Run a coroutine, and tell how long each of its steps held the loop."""
     value: Any = None
     thrown: BaseException | None = None
@@ -57,6 +57,6 @@ def _run_here(coroutine: Coroutine[Any, Any, T]) -> T:
         loop.close()
 
 
-def raised(error: BaseException) -> str:
+def describe_raised(error: BaseException) -> str:
     """Say what was raised, and where in the code of an environment."""
-    return described(error, *_OURS)
+    return describe_failure(error, *_OURS)

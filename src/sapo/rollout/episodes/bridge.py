@@ -12,28 +12,34 @@ from what the template would show anew.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from sapo.environments import Messages
 from sapo.errors import ModelError
+from sapo.rollout.episodes.layouts import (
+    ANSWER,
+    BODY,
+    CALL_ID,
+    FORMS,
+    Form,
+    Layout,
+    common_length,
+    cut_content,
+    dummy_before,
+    first_mark,
+    split_at,
+    with_contents,
+)
+from sapo.rollout.episodes.messages import check_messages, with_our_ids
+from sapo.rollout.episodes.pieces import Piece, PieceEncoder
 from sapo.utils.text import first_line
 
 Finding = Literal["append", "keep", "refuse"]
 
-_QUESTION, _ANSWER = "qzquestionqz", "qzanswerqz"
-_BODY = "qzbody{}qz"
-_FIELD = re.compile(r"[\w.:-]{0,64}")
-"""What names and ids in messages may be made of. The template writes them as they stand."""
-
 _KEPT = 256
 """Most layouts that are kept."""
-
-_CALL_ID = "call00000"  # nine letters and digits, as Mistral's templates demand
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,14 @@ class Bridge:
         self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool | None = None
     ) -> None:
         self.tokenizer = tokenizer
+        self._encoder = PieceEncoder(tokenizer)
         self.tools = [dict(tool) for tool in tools or ()]
         self._switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         if self.tools:
             self._switch["tools"] = self.tools
-        self._layouts: dict[Any, _Layout | str] = {}
+        self._layouts: dict[Any, Layout | str] = {}
         """By the fields of messages, some of them written by the model; a text says why there is none."""
-        self._form = _Form()
+        self._form = Form()
         self.cases: tuple[Case, ...] = ()
         """What the proof found; empty before it."""
 
@@ -128,18 +135,18 @@ class Bridge:
         Raises:
             ValueError: a message is malformed, or the template refuses the messages.
         """
-        messages = _checked(messages)
+        messages = check_messages(messages)
         try:
             return self._between(messages, last)
         except ValueError:
-            renamed = _with_our_ids(messages)
+            renamed = with_our_ids(messages)
             if renamed == messages:
                 raise
             return self._between(renamed, last)
 
     def _between(self, messages: list[dict[str, Any]], last: int | None) -> tuple[int, ...]:
         layout = self._layout(messages)
-        ids = self._encode(self._written(layout, messages), strip=self._added[layout.end][2])
+        ids = self._encoder.encode(self._written(layout, messages), strip=self._encoder.added[layout.end][2])
         return ids if last in layout.ends else (layout.end, *ids)
 
     def rewritten(self, before: Messages, messages: Messages, so_far: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -158,11 +165,11 @@ class Bridge:
         Raises:
             ValueError: as from `between`.
         """
-        messages = _checked(messages)
+        messages = check_messages(messages)
         own = [i for i, m in enumerate(before) if m.get("role") == "assistant" and isinstance(m.get("content"), str)]
         chat = [dict(m) for m in before] + messages
         bodies = [*own, *range(len(before), len(chat))]
-        ids = self._encode(self._pieces(chat, bodies))
+        ids = self._encoder.encode(self._pieces(chat, bodies))
         same = next(
             (i for i, (a, b) in enumerate(zip(so_far, ids, strict=False)) if a != b), min(len(so_far), len(ids))
         )
@@ -170,7 +177,7 @@ class Bridge:
 
     # ------------------------------------------------------------------------------------------------------ rendering
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], form: _Form, generation: bool = True) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], form: Form, generation: bool = True) -> str:
         """Return the text of a conversation.
 
         Raises:
@@ -185,7 +192,7 @@ class Bridge:
         except Exception as error:  # templates raise exceptions of their own for roles they do not know
             raise ValueError(f"the chat template refuses the messages: {first_line(error)}") from error
 
-    def _layout(self, messages: list[dict[str, Any]]) -> _Layout:
+    def _layout(self, messages: list[dict[str, Any]]) -> Layout:
         """Return what the template writes around the contents of messages of this form.
 
         Raises:
@@ -205,14 +212,14 @@ class Bridge:
             raise ValueError(found)
         return found
 
-    def _new_layout(self, messages: list[dict[str, Any]]) -> _Layout:
+    def _new_layout(self, messages: list[dict[str, Any]]) -> Layout:
         """Return the layout of the first form of messages that the template takes.
 
         Raises:
             ValueError: it takes none; the reason is that of the first.
         """
         reason: ValueError | None = None
-        for form in _FORMS:
+        for form in FORMS:
             try:
                 return self._layout_in(form, messages)
             except ValueError as error:
@@ -220,117 +227,61 @@ class Bridge:
         assert reason is not None
         raise reason
 
-    def _layout_in(self, form: _Form, messages: list[dict[str, Any]]) -> _Layout:
-        head = _dummy(messages)
-        marks = [_BODY.format(i) for i in range(len(messages))]
-        whole = self._render([*head, *_with_contents(messages, marks)], form)
+    def _layout_in(self, form: Form, messages: list[dict[str, Any]]) -> Layout:
+        head = dummy_before(messages)
+        marks = [BODY.format(i) for i in range(len(messages))]
+        whole = self._render([*head, *with_contents(messages, marks)], form)
         alone = self._render(head, form, generation=False)
-        if _ANSWER not in whole or _ANSWER not in alone:
+        if ANSWER not in whole or ANSWER not in alone:
             what = "calls of tools" if "tool_calls" in head[-1] else "the assistant's turn"
             raise ValueError(f"the chat template does not show {what}")
-        behind, closed = whole.rpartition(_ANSWER)[2], alone.rpartition(_ANSWER)[2]
-        common = _common(behind, closed)
-        found = list(self._specials.finditer(behind))
+        behind, closed = whole.rpartition(ANSWER)[2], alone.rpartition(ANSWER)[2]
+        common = common_length(behind, closed)
+        found = list(self._encoder.specials.finditer(behind))
         last = [m for m in found if m.end() <= common]
         # A template that ends the last turn with another token than earlier ones: what it writes for earlier ones.
         end = last[-1] if last else next(iter(found), None)
-        if end is None or end.end() > _first_mark(behind, marks):
+        if end is None or end.end() > first_mark(behind, marks):
             raise ValueError("the chat template puts no special token behind an assistant's turn")
-        ends = {self._ids[end[0]]} | {self._ids[m[0]] for m in list(self._specials.finditer(closed))[-1:]}
-        return _Layout(
+        ends = {self._encoder.ids[end[0]]} | {
+            self._encoder.ids[m[0]] for m in list(self._encoder.specials.finditer(closed))[-1:]
+        }
+        return Layout(
             form=form,
             head=tuple(head),
-            pieces=_split(behind[end.end() :], marks),
+            pieces=split_at(behind[end.end() :], marks),
             before=whole[: len(whole) - len(behind) + end.end()],
-            end=self._ids[end[0]],
+            end=self._encoder.ids[end[0]],
             ends=frozenset(ends),
         )
 
-    def _written(self, layout: _Layout, messages: list[dict[str, Any]]) -> list[_Piece]:
+    def _written(self, layout: Layout, messages: list[dict[str, Any]]) -> list[Piece]:
         """Return what the template writes behind the end of the turn, in pieces of its own and of the messages'."""
-        marks = [_BODY.format(i) for i in range(len(messages))]
+        marks = [BODY.format(i) for i in range(len(messages))]
         whole = layout.before + "".join(t + m for t, m in zip(layout.pieces, [*marks, ""], strict=True))
-        pieces = [_Piece(layout.pieces[0], ours=True)]
+        pieces = [Piece(layout.pieces[0], ours=True)]
         for i, message in enumerate(messages):
             contents = [message["content"] if i == j else mark for j, mark in enumerate(marks)]
-            said = self._render([*layout.head, *_with_contents(messages, contents)], layout.form)
-            pieces += [_cut(said, whole, marks[i]), _Piece(layout.pieces[i + 1], ours=True)]
+            said = self._render([*layout.head, *with_contents(messages, contents)], layout.form)
+            pieces += [cut_content(said, whole, marks[i]), Piece(layout.pieces[i + 1], ours=True)]
         return pieces
 
-    def _pieces(self, chat: list[dict[str, Any]], bodies: Sequence[int]) -> list[_Piece]:
+    def _pieces(self, chat: list[dict[str, Any]], bodies: Sequence[int]) -> list[Piece]:
         """Return what the template writes for a whole conversation, the contents of `bodies` as pieces of their own."""
-        marks = {index: _BODY.format(n) for n, index in enumerate(bodies)}
+        marks = {index: BODY.format(n) for n, index in enumerate(bodies)}
         marked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(chat)]
         whole = self._render(marked, self._form)
         shown = [i for i in bodies if marks[i] in whole]  # a template may drop one
-        texts = _split(whole, [marks[i] for i in shown])
-        pieces = [_Piece(texts[0], ours=True)]
+        texts = split_at(whole, [marks[i] for i in shown])
+        pieces = [Piece(texts[0], ours=True)]
         for number, index in enumerate(shown):
             one = [dict(m) for m in marked]
             one[index]["content"] = chat[index]["content"]
-            pieces += [_cut(self._render(one, self._form), whole, marks[index]), _Piece(texts[number + 1], ours=True)]
+            pieces += [
+                cut_content(self._render(one, self._form), whole, marks[index]),
+                Piece(texts[number + 1], ours=True),
+            ]
         return pieces
-
-    # ------------------------------------------------------------------------------------------------------- encoding
-
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        """Return the special tokens by their texts."""
-        return {text: number for number, (text, _, _) in self._added.items()}
-
-    @cached_property
-    def _added(self) -> dict[int, tuple[str, bool, bool]]:
-        """Return each special token's text, and whether it takes the blanks before and after it along."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        found = {i: (str(t.content), bool(t.lstrip), bool(t.rstrip)) for i, t in added.items() if t.special}
-        own = zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True)
-        return {**{i: (str(text), False, False) for i, text in own}, **found}
-
-    @cached_property
-    def _specials(self) -> re.Pattern[str]:
-        texts = sorted((text for text, _, _ in self._added.values() if text), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-    def _encode(self, pieces: Iterable[_Piece], strip: bool = False) -> tuple[int, ...]:
-        """Return the ids of pieces: special tokens in the template's own, plain text in between.
-
-        Text between two special tokens is encoded in one piece, as a whole rendering would be.
-
-        Args:
-            strip: the token before takes the blanks behind it along.
-        """
-        ids: list[int] = []
-        run = ""
-        for piece in pieces:
-            at = 0
-            for found in self._specials.finditer(piece.text) if piece.ours else ():
-                number = self._ids[found[0]]
-                _, left, right = self._added[number]
-                run += piece.text[at : found.start()]
-                ids += [*self._plain(run.lstrip() if strip else run, left), number]
-                run, at, strip = "", found.end(), right
-            run += piece.text[at:]
-        return (*ids, *self._plain(run.lstrip() if strip else run, False))
-
-    def _plain(self, text: str, strip: bool) -> list[int]:
-        text = text.rstrip() if strip else text
-        if not text:
-            return []
-        return list(self._encoded(text, split_special_tokens=True))
-
-    def plain(self, text: str) -> tuple[int, ...]:
-        """Return the ids of a text in which nothing is special."""
-        return tuple(self._plain(text, False))
-
-    def _whole(self, text: str) -> tuple[int, ...]:
-        """Return the ids of a rendering as transformers encodes it."""
-        return self._encoded(text)
-
-    def _encoded(self, text: str, **options: bool) -> tuple[int, ...]:
-        try:
-            return tuple(int(i) for i in self.tokenizer.encode(text, add_special_tokens=False, **options))
-        except Exception as error:  # a tokenizer of characters that has not all of them
-            raise ValueError(f"the tokenizer cannot encode {text!r:.60}: {first_line(error)}") from error
 
     # ---------------------------------------------------------------------------------------------------------- proof
 
@@ -350,7 +301,7 @@ class Bridge:
         layout = self._layout(new)
         form, bridge = layout.form, self.between(new, layout.end)
         whole = self._render([*turns, *new], form)
-        ids = self._whole(whole)
+        ids = self._encoder.encode_whole(whole)
         if ids[len(ids) - len(bridge) - 1 :] != (layout.end, *bridge):
             raise ValueError("the ids between two turns alone are others than in a whole rendering")
         # From here on by their texts: a tokenizer may join the last blank of a prompt with what the model draws.
@@ -360,11 +311,11 @@ class Bridge:
         behind = "".join(piece.text for piece in self._written(layout, new))
         drawn = [
             answered[: found.end()]
-            for found in self._specials.finditer(answered, len(asked))
-            if self._ids[found[0]] in layout.ends
+            for found in self._encoder.specials.finditer(answered, len(asked))
+            if self._encoder.ids[found[0]] in layout.ends
         ]
         # Where the template writes no end behind a last turn, the model still draws one.
-        drawn = drawn or [answered + next(text for text, number in self._ids.items() if number == layout.end)]
+        drawn = drawn or [answered + next(text for text, number in self._encoder.ids.items() if number == layout.end)]
         if whole not in [text + behind for text in drawn]:
             return Case(name, "keep", "the template writes an earlier turn otherwise than it was drawn")
         if form.calls != "all" and len(turns[-1].get("tool_calls", ())) > (form.calls == "one"):
@@ -372,169 +323,15 @@ class Bridge:
         return Case(name, "append")
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How messages are written so that a template takes them."""
-
-    parts: bool = False
-    """Contents are lists of parts, as of vision-language models."""
-    arguments: Literal["object", "text"] = "object"
-    calls: Literal["all", "one", "none"] = "all"
-    """How many calls of an assistant's turn the template is shown; with none they are the turn's text."""
-
-    def applied(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages in this form."""
-        return [self._message(dict(m)) for m in messages]
-
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        calls = message.get("tool_calls")
-        if calls and self.calls == "none":
-            message["content"] = " ".join(json.dumps(call["function"]["arguments"]) for call in calls)
-            del message["tool_calls"]
-        elif calls:
-            calls = calls[:1] if self.calls == "one" else calls
-            message["tool_calls"] = [{**call, "function": self._function(dict(call["function"]))} for call in calls]
-        if self.parts and isinstance(message.get("content"), str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        return message
-
-    def _function(self, function: dict[str, Any]) -> dict[str, Any]:
-        if self.arguments == "text" and not isinstance(function["arguments"], str):
-            function["arguments"] = json.dumps(function["arguments"])
-        return function
-
-
-_FORMS = tuple(
-    _Form(parts, arguments, calls)
-    for parts in (False, True)
-    for calls in ("all", "one", "none")
-    for arguments in ("object", "text")
-)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    text: str
-    ours: bool
-    """Written by the template; otherwise by an environment, and nothing in it is special."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    form: _Form
-    head: tuple[dict[str, Any], ...]
-    """The dummy conversation before the messages."""
-    pieces: tuple[str, ...]
-    """What the template writes before, between and behind the contents, from the end of the assistant's turn on."""
-    before: str
-    """What it writes up to there."""
-    end: int
-    """The token that ends an assistant's turn which others follow."""
-    ends: frozenset[int]
-    """Tokens that the model may have ended it with."""
-
-
-def _cut(said: str, whole: str, mark: str) -> _Piece:
-    """Return a content as the template writes it, trimmed perhaps, or as JSON.
-
-    Args:
-        said: rendering with the content.
-        whole: rendering with a mark in its place.
-
-    Raises:
-        ValueError: the template writes something else around it.
-    """
-    before, _, after = whole.partition(mark)
-    if not (said.startswith(before) and said.endswith(after) and len(said) >= len(before) + len(after)):
-        raise ValueError("the chat template writes something else around this content than around others")
-    return _Piece(said[len(before) : len(said) - len(after)], ours=False)
-
-
-def _checked(messages: Messages) -> list[dict[str, Any]]:
-    """Return messages with a role and a content of text.
-
-    Raises:
-        ValueError: there are none, or one is malformed.
-    """
-    if isinstance(messages, str) or not messages:
-        raise ValueError(f"an observation must have at least one message; got {messages!r:.40}")
-    found = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message must have a role and a content of text; got {message!r:.80}")
-        fields = {k: v for k, v in message.items() if k != "content"}
-        for name, value in fields.items():
-            if not isinstance(value, str) or not _FIELD.fullmatch(value):
-                raise ValueError(
-                    f"a message's {name} must be made of letters, digits and . : _ -; got {value!r:.40}; put what is "
-                    "said into its content"
-                )
-        if fields.get("role") in (None, "", "assistant"):
-            raise ValueError(f"an observation's role must be tool, user or another side's; got {fields.get('role')!r}")
-        found.append({**fields, "content": message["content"]})
-    return found
-
-
-def _with_our_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages in which the results of calls have ids that every template takes, in their order."""
-    return [{**m, "tool_call_id": f"call{i:05d}"} if m["role"] == "tool" else dict(m) for i, m in enumerate(messages)]
-
-
-def _dummy(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a conversation up to an assistant's turn that these messages may follow."""
-    called = [m for m in messages if m["role"] == "tool"]
-    calls = [
-        {
-            "id": m.get("tool_call_id") or _CALL_ID,
-            "type": "function",
-            "function": {"name": m.get("name") or "tool", "arguments": {"x": _ANSWER}},
-        }
-        for m in called
-    ]
-    answer = (
-        {"role": "assistant", "content": "", "tool_calls": calls}
-        if calls
-        else {"role": "assistant", "content": _ANSWER}
-    )
-    return [{"role": "user", "content": _QUESTION}, answer]
-
-
-def _with_contents(messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> list[dict[str, Any]]:
-    return [{**m, "content": content} for m, content in zip(messages, contents, strict=True)]
-
-
-def _split(text: str, marks: Sequence[str]) -> tuple[str, ...]:
-    """Return what lies between marks.
-
-    Raises:
-        ValueError: one is missing, comes twice, or in another order.
-    """
-    parts = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found or mark in text:
-            raise ValueError("the chat template does not write each message once and in order")
-        parts.append(before)
-    return (*parts, text)
-
-
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _first_mark(text: str, marks: Sequence[str]) -> int:
-    return min((at for m in marks if (at := text.find(m)) >= 0), default=len(text))
-
-
 # Digits, which every tokenizer has.
 _U: dict[str, Any] = {"role": "user", "content": "12"}
 _A: dict[str, Any] = {"role": "assistant", "content": "34"}
 _TA: dict[str, Any] = {**_A, "reasoning_content": "56"}
-_CALLING = {"id": _CALL_ID, "type": "function", "function": {"name": "tool", "arguments": {"x": "1"}}}
+_CALLING = {"id": CALL_ID, "type": "function", "function": {"name": "tool", "arguments": {"x": "1"}}}
 _C: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_CALLING]}
 _TC: dict[str, Any] = {**_C, "reasoning_content": "56"}
 _CC: dict[str, Any] = {**_C, "tool_calls": [_CALLING, {**_CALLING, "id": "call00001"}]}
-_T: dict[str, Any] = {"role": "tool", "name": "tool", "tool_call_id": _CALL_ID, "content": "42"}
+_T: dict[str, Any] = {"role": "tool", "name": "tool", "tool_call_id": CALL_ID, "content": "42"}
 
 _CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "answer, user": ([_U, _A], [_U]),

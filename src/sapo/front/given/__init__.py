@@ -1,0 +1,1 @@
+"""Objects given in Python as settings of a recipe: models, rows, rewards, tasks."""
