@@ -99,6 +99,13 @@ PHRASES = [
     ("18", "18 eggs per day"),
     ("18", "18 eggs a day"),
     ("18", r"\$18/\text{hour}"),
+    ("18", "18 (eighteen)"),
+    ("5", "5€"),
+    ("7", "seven"),
+    ("0", r"\text{zero}"),
+    (r"\frac12", r"\text{one half}"),
+    ("July 4", r"\text{July 4}"),
+    ("10:30 am", r"10{:}30\text{ AM}"),
 ]
 NOT_PHRASES = [
     (r"\emptyset", r"\text{one solution}"),
@@ -121,6 +128,9 @@ NOT_PHRASES = [
     ("a+A", "2a"),
     ("1e-5", "e-5"),
     ("e-5", "1e-5"),
+    ("7", "eight"),
+    ("7", "seventh"),
+    ("July 4", "4"),
     ("18", "18 eggs for 3 days"),
     ("18", r"18\text{ eggs per 2 days}"),
 ]
@@ -191,3 +201,29 @@ def test_a_reference_that_some_answer_meets_is_taken_at_load(reference):
     verifier, prompt = build_verifier("math"), Prompt(id=0, task="t", text="?", answer=reference)
     check_reference(verifier, prompt)
     assert verifier(rf"So $\boxed{{{reference}}}$", prompt).reward == 1.0
+
+
+CHOICES = [
+    ("The answer is B. Carbon", 1.0),
+    ("The correct answer is **B) mitochondria**.", 1.0),
+    ("I would choose option B over A", 1.0),
+    ("The answer is B rather than A", 1.0),
+    ("A is wrong. C is wrong. So B.", 1.0),
+    ("Final answer: [B]", 1.0),
+    ("I'd go with B.", 1.0),
+    ("Answer -> B", 1.0),
+    ("Answer => B", 1.0),
+    ("Ans: B", 1.0),
+    ("The answer is B) or C)", 0.0),
+    ("The answer is A. Paris or B. London", 0.0),
+    ("I would pick A over B", 0.0),
+    ("So A or B.", 0.0),
+    ("A is right. So not B.", 0.0),
+    ("A. Paris\nB. London", 0.0),
+    ("The plans: B", 0.0),
+]
+
+
+@pytest.mark.parametrize(("text", "reward"), CHOICES)
+def test_a_letter_is_read_with_the_text_of_its_option_where_the_row_has_none(text, reward):
+    assert build_verifier("choice")(text, Prompt(id=0, task="t", text="?", answer="B")).reward == reward
