@@ -13,7 +13,7 @@ from sapo.model.attention import TreeLayout
 from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.prefix_tree import prefix_tree
-from sapo.rollout.local import decoder as decoding
+from sapo.rollout.local import mixture
 from sapo.rollout.local import packing as arranged
 from sapo.rollout.local.cpu import native
 from sapo.rollout.local.decoder import FastDecoder, copied_bytes, decoder_of, refusal
@@ -246,7 +246,7 @@ def test_experts_by_grouped_products_ask_the_host_nothing_and_give_what_each_giv
     (layer,) = FastDecoder(policy, 1).layers
     hidden_NH = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     expected_NH = layer.mlp(hidden_NH.clone(), False)
-    monkeypatch.setattr(decoding, "takes_grouped", lambda *_: True)
+    monkeypatch.setattr(mixture, "takes_grouped", lambda *_: True)
     with KernelCount() as counted:
         found_NH = layer.mlp(hidden_NH.clone(), False)
     torch.testing.assert_close(found_NH, expected_NH, rtol=0.02, atol=0.02 * expected_NH.abs().max().item())

@@ -28,16 +28,16 @@ from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.policy import Policy
-from sapo.rollout.local import packing
+from sapo.rollout.local import mixture, packing
 from sapo.rollout.local.cpu.native import Kernels, kernels
 from sapo.rollout.local.cpu.packed import (
     OneTokenEach,
     PackedBlocks,
-    PackedExperts,
     PackedLinear,
     Panels,
     panel_bytes,
 )
+from sapo.rollout.local.mixture import Experts, gated
 from sapo.rollout.local.packing import Linear, Packing, arrange_weights, choose_packing, join_layers
 
 OnExperts = Callable[[int, Tensor], None]
@@ -249,7 +249,7 @@ def _parts(of: Any) -> Iterator[Any]:
         inside = list(of)
     elif isinstance(of, partial):
         inside = list(of.keywords.values())
-    elif type(of).__module__ in (__name__, packing.__name__):
+    elif type(of).__module__ in (__name__, packing.__name__, mixture.__name__):
         yield of
         inside = list(vars(of).values())
     else:
@@ -294,7 +294,7 @@ class _Layer:
         self.out = join_layers([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = _Experts(layer.mlp, pack, native, on_chosen) if experts else _MLP(layer.mlp, pack, native)
+        self.mlp: Any = Experts(layer.mlp, pack, native, on_chosen) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
         """Add what the block computes to the residual stream, in place.
@@ -382,88 +382,8 @@ class _MLP:
         return self.down(self.gated(hidden_NH))
 
 
-class _Experts:
-    """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any.
-
-    Static, every expert sees every row and those not chosen are left out: which have rows only the numbers tell. A
-    decode step of some dozen rows reads the weights of nearly all experts anyway, and reading is what it waits for.
-    """
-
-    def __init__(
-        self, mlp: Any, pack: Packing, native: Kernels | None, on_chosen: Callable[[Tensor], None] | None
-    ) -> None:
-        self.router: Tensor = mlp.gate.weight.detach()
-        self.top: int = mlp.gate.top_k
-        self.renormalise: bool = getattr(mlp.gate, "norm_topk_prob", True)  # those of Qwen3-VL-MoE always do
-        self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
-        self.down: Tensor = mlp.experts.down_proj.detach()
-        self.native, self.on_chosen = native, on_chosen
-        self.packed: PackedExperts | None = None
-        if isinstance(pack, Panels):
-            self.packed = PackedExperts(pack, self.router, self.gate_up, self.down)
-
-    def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
-        logits_NE = F.linear(hidden_NH, self.router) if self.packed is None else self.packed.router(hidden_NH)
-        share_NE = torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
-        share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
-        if self.renormalise:
-            share_NX /= share_NX.sum(dim=-1, keepdim=True)
-        if self.on_chosen is not None:
-            self.on_chosen(expert_NX)
-        if static:
-            return self._of_all(hidden_NH, share_NX, expert_NX)
-        if self.packed is None and takes_grouped(hidden_NH, self.gate_up):
-            return self._grouped(hidden_NH, share_NX, expert_NX)
-        expert, order = expert_NX.flatten().sort(stable=True)
-        rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
-        hidden = hidden_NH.index_select(0, order // self.top)
-        results = [self._of_one(i, part) for i, part in enumerate(hidden.split(rows)) if len(part)]
-        mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
-        mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
-        return mixed_NXH.sum(dim=1)
-
-    def _grouped(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
-        """Compute all experts by two grouped products, without asking how many rows each has."""
-        expert, order = expert_NX.flatten().sort(stable=True)
-        numbers = torch.arange(len(self.gate_up), device=expert.device)
-        stops = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-        hidden = hidden_NH.index_select(0, order // self.top)
-        inner = _gated(F.grouped_mm(hidden, self.gate_up.transpose(1, 2), offs=stops), None)
-        results = F.grouped_mm(inner, self.down.transpose(1, 2), offs=stops)
-        mixed = torch.empty_like(hidden).index_copy_(0, order, results)
-        mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
-        return mixed_NXH.sum(dim=1)
-
-    def _of_one(self, expert: int, hidden_NH: Tensor) -> Tensor:
-        if self.packed is not None:
-            return self.packed.down[expert](self.packed.gated[expert](hidden_NH))
-        return F.linear(_gated(F.linear(hidden_NH, self.gate_up[expert]), self.native), self.down[expert])
-
-    def _of_all(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
-        gate_ENI, up_ENI = (hidden_NH @ self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
-        each_ENH = F.silu(gate_ENI).mul_(up_ENI) @ self.down.transpose(1, 2)
-        place_NXH = expert_NX[..., None].expand(-1, -1, hidden_NH.shape[1])
-        chosen_NXH = each_ENH.transpose(0, 1).gather(1, place_NXH)
-        return chosen_NXH.mul_(share_NX.to(hidden_NH.dtype)[..., None]).sum(dim=1)
-
-
-def takes_grouped(hidden_NH: Tensor, weight_EMK: Tensor) -> bool:
-    """Return whether torch's grouped product computes a mixture's experts: on a GPU, in bfloat16, of aligned rows."""
-    on_gpu = hidden_NH.device.type not in ("cpu", "meta") and hasattr(F, "grouped_mm")
-    aligned = weight_EMK.shape[1] % 16 == 0 and weight_EMK.shape[2] % 8 == 0
-    return on_gpu and hidden_NH.dtype == torch.bfloat16 and aligned
-
-
 def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Kernels | None) -> Tensor:
-    return _gated(gate_up(hidden_NH), native)
-
-
-def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:
-    """Compute silu(gate) * up."""
-    if native is not None:
-        return native.gate(gate_up_NI)
-    gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
-    return F.silu(gate_NI).mul_(up_NI)
+    return gated(gate_up(hidden_NH), native)
 
 
 def _rotate(both_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
