@@ -24,9 +24,7 @@ def two_gpus(monkeypatch):
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta", "mps:0"])
 def test_devices_that_training_cannot_use_are_refused_in_one_line(device):
-    with pytest.raises(
-        ConfigError, match=rf"device must be auto, cpu, cuda or cuda:N; got '{device}'.*use cpu"
-    ) as caught:
+    with pytest.raises(ConfigError, match=rf"device must be auto, cpu, cuda or cuda:N; got '{device}'") as caught:
         resolve_device(device)
     assert "\n" not in str(caught.value)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import sapo
+from sapo.config import RolloutConfig
 from sapo.data import Score
 from sapo.data.picture_files import decode_picture
 from sapo.errors import ConfigError, ModelError
@@ -18,6 +19,7 @@ from sapo.model.loading import load_policy
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
+from sapo.rollout.servers.engine import ServerEngine
 from sapo.rollout.vllm.models import check_model
 from sapo.run.models import load_model
 from sapo.run.state import RunState
@@ -30,7 +32,7 @@ from sapo.workflows.train import dry_run, resume
 from support.engine_cases import assert_same
 from support.pictures import encoded, noise
 from support.runs import REWARD, fingerprint, metrics, write_recipe
-from support.vision_cases import OwnForward, shown
+from support.vision_cases import OwnForward, make_vision_policy, shown
 from support.vision_recipes import write_pictured_rows, write_vision_recipe
 
 
@@ -185,8 +187,10 @@ def test_pictures_are_refused_before_anything_is_written_where_they_cannot_be_sh
         sapo.train(sapo.load_recipe(recipe, [f"model.path={text.parent / 'model'}"]))
     with pytest.raises(ConfigError, match="in a model of 64"):
         sapo.train(sapo.load_recipe(recipe, ["rollout.max_new_tokens=60"]))
-    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm takes models of text so far; got Qwen3VL"):
-        check_model(load_policy(tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm takes pictures for models of .*; got qwen3_5; set"):
+        check_model(make_vision_policy("qwen3_5"))
+    with pytest.raises(ConfigError, match=r"rollout\.servers takes models of text so far; got Qwen3VL"):
+        ServerEngine(load_policy(tmp_path / "model"), RolloutConfig(engine="vllm", servers=1))
     assert not (tmp_path / "run").exists()
 
 

@@ -50,17 +50,18 @@ def generate(
         ),
     ] = None,
     problem: Annotated[
-        int | None, typer.Option(min=0, help="With --task: which of its problems, from 0.", show_default="0")
+        int | None, typer.Option(min=0, max=10**6, help="With --task: which of its problems, from 0.", show_default="0")
     ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A picture for a vision-language model; where the prompt has <image>, or before it."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Completions to draw.")] = 1,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=10**7,
             help="Longest completion.",
             show_default="256, or what the model has room for; with --task 64, or the run's",
         ),
@@ -73,7 +74,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Seed of the draws.", show_default="0; with --task that of sapo eval"),
+        typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.", show_default="0; with --task that of sapo eval"),
     ] = None,
     chat: Annotated[
         bool | None,

@@ -92,7 +92,10 @@ def change_recipe(
     """
     settings = copy.deepcopy(dict(raw))
     _drop_settings_of_another_objective(settings, dict(changes).get("objective.name"))
-    merged = OmegaConf.create(settings)
+    try:
+        merged = OmegaConf.create(settings)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: a key must be a text; got {first_line(error)}") from error
     for key, value in changes:
         try:
             OmegaConf.update(merged, key, value, merge=True, force_add=True)

@@ -173,7 +173,10 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         present = file.stat().st_size if file.exists() else 0
         if present < size:
-            raise ConfigError(f"{file} holds {present} bytes where the checkpoint remembers {size}: it was changed")
+            raise ConfigError(
+                f"{file} must hold what the run wrote before its checkpoint, {size} bytes; got {present}: it was "
+                f"changed; put it back, or `sapo export {self.path} NEW` takes the model"
+            )
         if file.exists():
             os.truncate(file, size)
 

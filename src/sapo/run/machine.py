@@ -22,8 +22,6 @@ RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetens
 DECIDING_BITS = ("versions", "processor", "cpu_capability", "mkl_cbwr", "kernels", "gpu")
 """What of `provenance` has to be the same for the same bits."""
 
-DEVICES = "auto, cpu, cuda or cuda:N"
-
 
 def resolve_device(device: str) -> str:
     """Resolve `auto` to the device the machine has.
@@ -34,20 +32,16 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
+        asked = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device must be {DEVICES}; got {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"device must be {DEVICES}; got {device!r}, which lacks float64 or kernels that training needs; use cpu"
-        )
-    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    kind, number = asked.type, asked.index
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for but this machine has no CUDA device; use cpu or auto")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {device!r} was asked for but this machine has {torch.cuda.device_count()} CUDA devices, counted "
-            "from 0; use cuda:0 or auto"
-        )
+    if kind == "cuda" and number is not None and number >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {device!r} was asked for but this machine has {count} CUDA devices, counted from 0")
     return device
 
 
