@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sapo.cli.app import app
-from sapo.config.recipes import load_recipe
+from sapo.config.recipes import load_recipe, resolve_recipe
 from sapo.errors import ConfigError, TaskError
 from sapo.tasks import make_task
 from sapo.workflows.comparing import load_comparison
@@ -210,6 +210,11 @@ def test_a_key_of_a_recipe_is_a_text_and_stands_once(text: str, words: str, tmp_
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text() + text)
     assert words in refused("train", str(recipe), "--dry-run")
+
+
+def test_a_value_of_a_recipe_is_one_of_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a value must be one of YAML; got Value 'function'"):
+        resolve_recipe({"tasks": [{"name": "arithmetic", "digits": lambda: 1}]}, [], "recipe")
 
 
 @pytest.mark.parametrize(

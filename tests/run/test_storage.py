@@ -97,6 +97,21 @@ def test_a_run_without_enough_memory_is_one_line_and_goes_on(tmp_path: Path) -> 
     assert metrics(run)[-1]["step"] == SMALL["train__steps"]
 
 
+def test_a_run_that_was_killed_before_it_began_is_begun_by_the_same_command(tmp_path: Path) -> None:
+    config, run = sapo.load_recipe(write_recipe(tmp_path, **SMALL)), tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "inputs.json"):
+        (run / name).touch()
+    with pytest.raises(ConfigError, match="stopped before it began: `sapo train` begins it"):
+        sapo.resume(run)
+    (run / "mine").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        sapo.train(config)
+    (run / "mine").unlink()
+    sapo.train(config)
+    assert metrics(run)[-1]["step"] == SMALL["train__steps"]
+
+
 def test_a_deleted_lock_file_frees_nothing(tmp_path: Path) -> None:
     lock = lock_directory(tmp_path)
     (tmp_path / ".lock").unlink()

@@ -30,6 +30,9 @@ CONJUNCTIONS = [
     ("-1<x<5", "|x-2|<3"),
     ("x<-1 and x>4", "x<-1 or x>4"),  # a reference that says nothing by the letter
     ("[1,3]", r"[1,2]\cup[2,3]"),
+    ("0<x<1", "x in (0,1)"),
+    ("x>0", r"\mathbb{R}^+"),
+    ("All real numbers", r"\mathbb{R}"),
 ]
 NOT_CONJUNCTIONS = [
     (r"2\le x<5", "x>2 and x<5"),
@@ -101,6 +104,8 @@ PHRASES = [
     ("18", r"\$18/\text{hour}"),
     ("18", "18 (eighteen)"),
     ("5", "5€"),
+    ("30", r"30\text{°}"),
+    (r"7 \pmod{12}", "7 mod 12"),
     ("7", "seven"),
     ("0", r"\text{zero}"),
     (r"\frac12", r"\text{one half}"),
@@ -129,6 +134,8 @@ NOT_PHRASES = [
     ("1e-5", "e-5"),
     ("e-5", "1e-5"),
     ("7", "eight"),
+    (r"\emptyset", r"\{\emptyset\}"),
+    (r"7 \pmod{12}", "7 mod 11"),
     ("7", "seventh"),
     ("July 4", "4"),
     ("18", "18 eggs for 3 days"),

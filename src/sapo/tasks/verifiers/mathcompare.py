@@ -268,7 +268,7 @@ def _same_interval(left: Interval, right: Interval) -> bool:
 
 def _as_listings(reference: str, given: str) -> bool | None:
     parts, others = listing_of(reference), listing_of(given)
-    if parts is None and others is not None and len(others.parts) == 1:
+    if parts is None and others is not None and len(others.parts) == 1 and number_of(reference) is not None:
         return equal(reference, others.parts[0])  # 1,234 in the braces of a set
     if parts is None and others is not None and not _ZEROS.search(reference):
         parts = listing_of(reference, grouped=False)

@@ -29,6 +29,7 @@ _PHRASES = (
         r"\text{does not exist}",
         r"(?:(?:the|this)\s+limit\s+|it\s+)?(?:does\s+not\s+exist|doesn't\s+exist)|D\.?N\.?E\.?",
     ),
+    (r"\mathbb{R}", r"(?:the\s+set\s+of\s+)?(?:all\s+(?:the\s+)?real\s+numbers|all\s+reals)"),
     (
         r"\text{infinitely many solutions}",
         rf"(?:(?:there\s+(?:is|are)|{_SUBJECT}\s+has)\s+)?"
@@ -54,7 +55,7 @@ def phrase_of(text: str) -> str | None:
     >>> phrase_of(r"\text{There is no solution.}"), phrase_of("No real roots exist"), phrase_of("no idea")
     ('\\emptyset', '\\emptyset', None)
     """
-    if len(text) > 200 or not any(mark in text.lower() for mark in ("no", "ne", "infinit", "empty", "null")):
+    if len(text) > 200 or not any(mark in text.lower() for mark in ("no", "ne", "infinit", "empty", "null", "real")):
         return None
     plain = " ".join(_COMMAND.sub(r" \1 ", text).replace("*", " ").split()).strip(" .,;:!")
     if _BARE_INFINITE.fullmatch(plain):
