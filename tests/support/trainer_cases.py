@@ -28,7 +28,9 @@ ALPHABET = "0123456789+-*%=;#"
 MAX_NEW_TOKENS = 12
 
 
-def make_policy(dtype: torch.dtype = torch.float64, architecture: str = "qwen3", seed: int = 1) -> Policy:
+def make_policy(
+    dtype: torch.dtype = torch.float64, architecture: str = "qwen3", seed: int = 1, layers: int = 2
+) -> Policy:
     tokenizer = character_tokenizer(ALPHABET)
     model = tiny_model(
         architecture,
@@ -37,7 +39,7 @@ def make_policy(dtype: torch.dtype = torch.float64, architecture: str = "qwen3",
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         hidden_size=16,
-        layers=2,
+        layers=layers,
         heads=2,
         kv_heads=1,
         intermediate_size=24,

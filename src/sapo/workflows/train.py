@@ -301,7 +301,7 @@ def _provenance(config: RunConfig) -> dict[str, Any]:
     own = {"objective": config.objective.make().name} if is_plugin(config.objective.name) else {}
     here = config.rollout.engine == "vllm" and config.rollout.servers is None
     engine = {"vllm": vllm_version()} if here else {}
-    return provenance() | own | engine
+    return provenance(config.device) | own | engine
 
 
 def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
@@ -318,10 +318,12 @@ def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
 
 def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
     """Warn where machine or versions changed: bit for bit holds only on one machine with one set of versions."""
-    before, now = config.provenance or {}, provenance()
+    before, now = config.provenance or {}, provenance(config.device)
     for key in DECIDING_BITS:
-        if key in before and before[key] != now[key]:
-            listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run is resumed, but not bit for bit")
+        if key in before and before[key] != now.get(key):
+            listener.warning(
+                f"{key}: {before[key]} before, {now.get(key)} now: the run is resumed, but not bit for bit"
+            )
 
 
 def _with_restarts(
