@@ -37,19 +37,11 @@ LONGER = {
     "src/sapo/model/attention.py": "one attention for any decoder, its layout and its ways to compute",
     "src/sapo/rollout/local/engine.py": "the decoding loop and what it keeps between two of its steps",
     "src/sapo/rollout/local/layouts.py": "how tokens find their keys in prefill and in a decode step",
-    "tests/environments/test_adapters.py": "the adapters, and stand-ins of the projects they are for",
     "tests/report/test_report_data.py": "the figures of one run, which a fixture makes once",
     "tests/report/test_report_in_browser.py": "one browser, and one page that it looks at",
     "tests/report/test_watch.py": "one page that is looked at while its run goes on",
-    "tests/rollout/test_episodes.py": "the driver of episodes and the environments that try it",
-    "tests/run/test_free.py": "the free schedule, each test a run of one small recipe",
-    "tests/run/test_loop.py": "the loop, each test a run of one small recipe",
     "tests/tasks/test_code.py": "the judge of programs, by programs",
-    "tests/tasks/test_layouts.py": "the rows of eight projects",
     "tests/tasks/test_pool.py": "the pool of judges, by judges that fail in every way",
-    "tests/tasks/test_reasoning.py": "tasks of one library, whose data sets are made once",
-    "tests/tasks/test_verifier_specs.py": "how a recipe writes a verifier, name by name",
-    "tests/training/test_trainer.py": "the trainer, each test an update of one small model",
 }
 """Files that are one thing and longer, and why."""
 

@@ -64,6 +64,10 @@ class StorageError(RunFailure):
     """A run that could not write or read one of its files: a full disk, or a directory that was removed."""
 
 
+class MemoryShortage(RunFailure):
+    """A run that was given no more memory, of the machine or of a GPU; the message says what makes it smaller."""
+
+
 class RankError(RunFailure):
     """A rank of a training group that died; the message says which, and where its log is."""
 

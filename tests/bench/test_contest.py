@@ -27,21 +27,32 @@ def side_facts(result: dict) -> dict[str, dict]:
     return {name: side["facts"][-1] for name, side in result["sides"].items()}
 
 
-@pytest.mark.slow
-def test_every_rollout_side_draws_each_sequence_at_its_length(tmp_path):
-    workload = Workload("qwen3_moe", 3, 4, (5, 9), (3, 12))
+ROLLOUTS = Workload("qwen3_moe", 3, 4, (5, 9), (3, 12))
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A contest of three sides that draw, of one that is not installed, and of one that fails."""
+    scratch = tmp_path_factory.mktemp("rollouts")
     sides = (
         contests._ours("rollout", "float32"),
         contests._hf("generate", "float32"),
         contests._hf("continuous", "float32"),
+        contests._vllm(scratch / "no-environment", "float32"),
+        SideSpec("broken float32", "hf", {"role": "no such role", "dtype": "float32"}),
     )
-    result = run(tmp_path, sides, workload)
-    facts = side_facts(result)
-    assert {f["tokens"] for f in facts.values()} == {workload.tokens}
-    for side in result["sides"].values():
+    return run(scratch, sides, ROLLOUTS)
+
+
+@pytest.mark.slow
+def test_every_rollout_side_draws_each_sequence_at_its_length(rollouts):
+    sides = {name: side for name, side in rollouts["sides"].items() if "error" not in side}
+    assert len(sides) == 3
+    assert {side["facts"][-1]["tokens"] for side in sides.values()} == {ROLLOUTS.tokens}
+    for side in sides.values():
         assert len(side["seconds"]) == 2
         assert side["peak"] > side["imports"] > 0
-    assert "SGEMM" in result["sides"]["generate float32"]["backends"]
+    assert "SGEMM" in sides["generate float32"]["backends"]
 
 
 @pytest.mark.slow
@@ -76,13 +87,9 @@ def test_every_head_has_one_loss_and_one_gradient(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_peer_that_cannot_run_is_reported_and_ours_is_an_error(tmp_path):
-    missing = contests._vllm(tmp_path / "no-environment", "float32")
-    broken = SideSpec("broken float32", "hf", {"role": "no such role", "dtype": "float32"})
-    result = run(tmp_path, (contests._ours("rollout", "float32"), missing, broken))
-    assert "No such file" in result["sides"]["vLLM float32"]["error"]
-    assert "KeyError" in result["sides"]["broken float32"]["error"]
-    assert len(result["sides"]["sapo float32"]["seconds"]) == 2
+def test_a_peer_that_cannot_run_is_reported_and_ours_is_an_error(rollouts, tmp_path):
+    assert "No such file" in rollouts["sides"]["vLLM float32"]["error"]
+    assert "KeyError" in rollouts["sides"]["broken float32"]["error"]
     ours = SideSpec("sapo float32", "ours", {"role": "no such role", "dtype": "float32"})
     with pytest.raises(SideError, match=r"sapo float32 ended with code 1: KeyError"):
         run(tmp_path, (ours,))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from sapo.config.recipes import load_recipe
+from sapo.cli.app import app
+from sapo.config.recipes import load_recipe, resolve_recipe
 from sapo.errors import ConfigError, TaskError
 from sapo.tasks import make_task
 from sapo.workflows.comparing import load_comparison
 from support.pictures import encoded, noise
 from support.report_cases import write_run
-from support.runs import write_recipe
+from support.runs import write_model, write_recipe
 from trials.harness import call, everything
 
 
@@ -161,3 +164,70 @@ def test_an_option_of_a_task_has_the_type_that_it_declares(options: dict, rule: 
 def test_a_dry_run_is_neither_quiet_nor_json(options: list[str], words: str) -> None:
     # Before the recipe is read: there is none of this name.
     assert words in refused("train", "no_recipe", "--dry-run", *options)
+
+
+def test_every_whole_number_of_the_command_line_has_bounds_or_is_checked_by_its_command() -> None:
+    checked = {("compare", "jobs"), ("evaluate", "seed"), ("diagnose", "seed"), ("plan", "node")}
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, parameter in inspect.signature(command.callback, eval_str=True).parameters.items():
+            annotated = get_args(parameter.annotation)
+            if not annotated or int not in (annotated[0], *get_args(annotated[0])):
+                continue
+            option, key = annotated[1], (command.callback.__name__, name)
+            assert key in checked or None not in (option.min, option.max), key
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("generate", "model", "1+1=", "--samples"),
+        ("plan", "quickstart", "--prompt-tokens"),
+        ("serve", "model", "--at-once"),
+        ("serve", "model", "--max-new-tokens"),
+        ("chat", "model", "--seed"),
+        ("eval", "model", "--task", "arithmetic", "--out", "new", "--seed"),
+        ("diagnose", "model", "--task", "arithmetic", "--seed"),
+        ("plan", "quickstart", "--node"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_of_forty_digits_is_refused(call: tuple[str, ...], tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    refused(*call, "9" * 40)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  steps: 9\n", "the key 'train' stands twice"),
+        ("extra: {a: 1, a: 2}\n", "the key 'a' stands twice"),
+        ("null: 3\n", "a key must be a text; got"),
+        ("2026-01-01: 3\n", "a key must be a text; got"),
+    ],
+)
+def test_a_key_of_a_recipe_is_a_text_and_stands_once(text: str, words: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + text)
+    assert words in refused("train", str(recipe), "--dry-run")
+
+
+def test_a_value_of_a_recipe_is_one_of_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a value must be one of YAML; got Value 'function'"):
+        resolve_recipe({"tasks": [{"name": "arithmetic", "digits": lambda: 1}]}, [], "recipe")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("device=mps", "device must be auto, cpu, cuda or cuda:N; got 'mps'"),
+        ("device=meta", "device must be auto, cpu, cuda or cuda:N; got 'meta'"),
+        ("rollout.turns.env=['A=B']", "turns.env must hold names of environment variables; got 'A=B'"),
+        ("rollout.turns.env=['']", "turns.env must hold names of environment variables; got ''"),
+        ("train={steps: 1, steps: 2}", "the value of train is not valid YAML"),
+    ],
+)
+def test_a_device_a_variable_or_a_mapping_that_there_is_not_is_refused(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    assert words in refused("train", str(write_recipe(tmp_path)), "--dry-run", override)

@@ -13,11 +13,12 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from sapo.cli import app, main
+from sapo.cli import app
 from sapo.config.recipes import RESUMABLE_KEYS
 from sapo.data import Prompt
 from sapo.model.policy import Policy
 from sapo.rollout.prompting import PromptFormat
+from support.commands import call
 from support.kernels import fresh_cache
 from support.runs import fingerprint, write_model, write_recipe
 from support.zygote import run_forked
@@ -32,11 +33,8 @@ def sapo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     """The same command in this process, several seconds sooner: exit code and the lines of standard error."""
     monkeypatch.chdir(cwd)
     monkeypatch.setenv("SAPO_CACHE", str(cwd / "cache"))
-    monkeypatch.setattr(sys, "argv", ["sapo", *arguments])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return stopped.value.code, capsys.readouterr().err.strip().splitlines()
+    return call(*arguments), capsys.readouterr().err.strip().splitlines()
 
 
 def files_below(directory: Path) -> dict[str, bytes]:

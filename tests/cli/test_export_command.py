@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from sapo.cli import main
+from support.commands import call
 
 
 def test_a_push_without_a_token_is_refused_before_the_run_is_read(
@@ -15,12 +14,7 @@ def test_a_push_without_a_token_is_refused_before_the_run_is_read(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        sys, "argv", ["sapo", "export", str(tmp_path / "none"), str(tmp_path / "out"), "--push", "me/mine"]
-    )
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
+    assert call("export", str(tmp_path / "none"), str(tmp_path / "out"), "--push", "me/mine") == 2
     err = capsys.readouterr().err
     assert "needs a token" in err
     assert err.count("\n") == 1

@@ -9,35 +9,26 @@ from pathlib import Path
 import pytest
 
 import sapo
-from sapo.cli import main
 from sapo.cli.recipes import purpose
 from sapo.config.recipes import known_comparisons, known_recipes
 from sapo.sandbox import choice
 from sapo.tasks.verifiers.limits import memory_limit
 from sapo.tasks.workers import guard
+from support.commands import call
 
 
-def called(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[object, str, str]:
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Return the exit code and both outputs of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["sapo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr()
-    return ended.value.code, printed.out, printed.err
+    code, printed = call(*arguments), capsys.readouterr()
+    return code, printed.out, printed.err
 
 
-def test_the_version_is_that_of_the_package(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert called(monkeypatch, capsys, "--version") == (0, f"sapo {sapo.__version__}\n", "")
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(capsys, "--version") == (0, f"sapo {sapo.__version__}\n", "")
 
 
-def test_recipes_are_listed_each_with_what_it_is_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = called(monkeypatch, capsys, "recipes")
+def test_recipes_are_listed_each_with_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = called(capsys, "recipes")
     assert code == 0
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
     assert listed >= {*known_recipes(), *known_comparisons()}
@@ -56,7 +47,7 @@ def test_windows_is_refused_in_one_line_that_names_wsl(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    code, _, err = called(monkeypatch, capsys, "recipes")
+    code, _, err = called(capsys, "recipes")
     assert (code, err.count("\n")) == (2, 1)
     assert "WSL2" in err
 

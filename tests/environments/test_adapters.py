@@ -1,4 +1,4 @@
-"""Environments in the forms of TRL, skyrl-gym and OpenEnv, as stand-ins written after their documentation."""
+"""Environments in the forms of TRL, skyrl-gym and OpenEnv, by stand-ins."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import sys
 import threading
 import time
-import types
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,61 +18,10 @@ from sapo.environments.adapters.openenv import OpenEnvEnvironment, text_of
 from sapo.environments.adapters.skyrl import SkyRlEnvironment
 from sapo.environments.adapters.trl import TrlEnvironment
 from sapo.environments.side import Side
-from sapo.environments.wrapping import SamePrompt, source_of
-from sapo.errors import TaskError
-from sapo.tasks import make_task
-from sapo.tasks.base import FiniteTask
+from support.adapter_cases import PROMPT, Client, Counter, Gym, Rows
 from support.asking import Scripted, play
 
-PROMPT = Prompt(0, "rows", "Reach 7.", answer="7", metadata={"start": 3, "secret": "x"})
-
-
-class Rows:
-    """A source of one prompt."""
-
-    name = "rows"
-
-    def train_prompt(self, index: int) -> Prompt:
-        return PROMPT
-
-    def held_out(self, count: int) -> list[Prompt]:
-        return [PROMPT]
-
-    def verify(self, text: str, prompt: Prompt) -> Score:
-        return Score(float(text == prompt.answer))
-
-
 # ----------------------------------------------------------------------------------------------------------------- TRL
-
-
-class Counter:
-    """As in TRL's docs: reset(**row), public methods are tools, get_reward."""
-
-    def reset(self, start: int, **row: Any) -> str:
-        self.row = row
-        self.n = start
-        return f"You have {start}."
-
-    def add(self, k: int) -> int:
-        """Add to the number.
-
-        Args:
-            k: how much.
-        """
-        if k > 100:
-            raise RuntimeError("too much")
-        self.n += k
-        return self.n
-
-    def get_reward(self) -> float:
-        return float(self.n == 7)
-
-    @property
-    def unready(self) -> int:
-        raise AssertionError("a property is no tool and must not be looked at")
-
-    def _hidden(self) -> None:
-        raise AssertionError("not a tool")
 
 
 def call(**arguments: Any) -> str:
@@ -176,28 +123,6 @@ def test_an_environment_that_failed_is_not_used_again() -> None:
 # --------------------------------------------------------------------------------------------------------------- skyrl
 
 
-class Gym:
-    """As skyrl-gym's BaseTextEnv."""
-
-    closed = 0
-
-    def __init__(self, env_config: Any = None, extras: Any = None) -> None:
-        self.config, self.extras, self.turns = env_config, extras, 0
-
-    def init(self, prompt: Any) -> tuple[Any, dict[str, Any]]:
-        return prompt, {}
-
-    def step(self, action: str) -> dict[str, Any]:
-        self.turns += 1
-        done = self.turns == 3
-        truth = self.extras["reward_spec"]["ground_truth"]
-        said = [] if done else [{"role": "user", "content": f"turn {self.turns}"}]
-        return {"observations": said, "reward": 0.5 * (action == truth), "done": done, "metadata": {}}
-
-    def close(self) -> None:
-        type(self).closed += 1
-
-
 def gym(**methods: Any) -> SkyRlEnvironment:
     kind = type("Made", (Gym,), methods)
     return SkyRlEnvironment(Rows(), lambda extras: kind(extras=extras))
@@ -232,32 +157,6 @@ def test_a_bad_skyrl_environment_fails_its_episode_and_is_closed(methods: Any, e
 
 
 # ------------------------------------------------------------------------------------------------------------- OpenEnv
-
-
-class Client:
-    """As an OpenEnv client: an asynchronous context with reset and step."""
-
-    open = 0
-
-    def __init__(self, base_url: str = "") -> None:
-        self.base_url = base_url
-
-    async def __aenter__(self) -> Client:
-        type(self).open += 1
-        return self
-
-    async def __aexit__(self, *_: Any) -> None:
-        type(self).open -= 1
-
-    async def reset(self, seed: int | None = None) -> Any:
-        self.turns, self.seed = 0, seed
-        return SimpleNamespace(observation=SimpleNamespace(message=f"seed {seed}"), reward=None, done=False)
-
-    async def step(self, action: Any) -> Any:
-        await asyncio.sleep(0)
-        self.turns += 1
-        done, said = self.turns == 2, {"text": f"turn {self.turns}"}
-        return SimpleNamespace(observation=said, reward=float("7" in action), done=done)
 
 
 class SyncClient:
@@ -383,65 +282,3 @@ def test_the_calls_of_an_episode_are_made_in_one_thread_and_in_order() -> None:
     assert [i for i, _ in made] == [0, 1, 2, 3, 4]
     assert len({thread for _, thread in made}) == 1
     assert made[0][1] != threading.get_ident()
-
-
-# ------------------------------------------------------------------------------------------------------------- recipes
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Reach 7.", "answer": "7", "start": 3}\n' * 2)
-    made = types.ModuleType("my_environments")
-    vars(made).update(Counter=Counter, Gym=Gym, Client=Client, NoReset=type("NoReset", (), {}))
-    monkeypatch.setitem(sys.modules, "my_environments", made)
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
-def test_a_recipe_names_tools(module: Any, tmp_path: Path) -> None:
-    (tmp_path / "held.jsonl").write_text('{"prompt": "Reach 8.", "answer": "8"}\n')
-    task = make_task("file", seed=0, path="rows.jsonl", held_out_path="held.jsonl", tools=["calculator"])
-    assert isinstance(task, FiniteTask)
-    assert (task.num_train, task.toolbox.names, task.name) == (2, ("calculator",), "rows")
-    assert source_of(task).num_train == 2
-    assert not isinstance(make_task("same_prompt", seed=0, text="?", tools=["calculator"]), FiniteTask)
-
-
-@pytest.mark.parametrize(
-    ("environment", "kind"),
-    [
-        ("trl:my_environments:Counter", TrlEnvironment),
-        ("skyrl:my_environments:Gym", SkyRlEnvironment),
-        ({"name": "openenv:my_environments:Client", "url": "http://127.0.0.1:1"}, OpenEnvEnvironment),
-    ],
-)
-def test_a_recipe_names_environments(module: Any, environment: Any, kind: type) -> None:
-    task = make_task("same_prompt", seed=0, text="Reach 7.", environment=environment)
-    assert isinstance(task, kind)
-    assert task.train_prompt(0).metadata["seed"] != task.held_out(1)[0].metadata["seed"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"environment": "trll:my_environments:Counter"}, "must be one of trl:"),
-        ({"environment": "trl:my_environments:Counted"}, "no class 'Counted'; did you mean 'Counter'"),
-        ({"environment": "trl:my_environments:NoReset"}, "must have a method reset"),
-        ({"environment": "skyrl:no_such_name"}, "needs skyrl-gym|has the environments"),
-        ({"environment": "openenv:http://127.0.0.1:8000"}, "must name the client's class"),
-        ({"environment": "openenv:my_environments:Client"}, "needs the address of its server"),
-        ({"environment": {"name": "skyrl:my_environments:Gym", "url": "x"}}, "does not take the options url"),
-        ({"environment": 3}, "environment must be a name"),
-        ({"tools": []}, "must have tools"),
-        ({"tools": ["calculatr"]}, "did you mean 'calculator'"),
-        ({"tools": ["calculator"], "calls": "xml"}, "calls must be one of"),
-    ],
-)
-def test_a_wrong_recipe_is_refused(module: Any, options: Any, message: str) -> None:
-    with pytest.raises(TaskError, match=message):
-        make_task("same_prompt", seed=0, text="?", **options)
-
-
-def test_a_source_without_a_verifier_says_so() -> None:
-    with pytest.raises(TypeError, match="the environment must give the reward"):
-        SamePrompt("?").verify("7", PROMPT)

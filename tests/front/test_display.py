@@ -69,6 +69,15 @@ def test_the_mean_reward_of_a_step_stands_alone_where_rewards_are_not_0_and_1(
     assert ("pass@1" in line) == shown_too
 
 
+def test_a_step_of_zeros_shows_no_pass_at_1_in_a_run_whose_evaluation_was_graded() -> None:
+    display, written = shown([0.0], steps=2)
+    evaluation = {"task": "t", "problems": 2, "samples": 1, "mean@1": 0.0, "reward/mean": 0.4, "binary": False}
+    display.record({"kind": "eval", "step": 0, **evaluation})
+    display.record({**step(1), "pass@1": 0.0, "reward/mean": 0.0, "reward/std": 0.0})
+    assert "held-out mean reward 0.400" in written.getvalue()
+    assert "pass@1" not in written.getvalue()
+
+
 def test_the_words_of_a_step_s_line_are_explained_once_where_they_first_stand() -> None:
     display, written = shown([0.0], steps=2)
     for number in (1, 2):

@@ -4,18 +4,23 @@ Without a GPU torch computes flex_attention in plain operations. Its check that 
 taken out: they are autograd's.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.nn.attention import flex_attention as torch_flex
 
+from sapo.data import Completion, Group, Prompt
 from sapo.errors import ModelError
 from sapo.model import attention, flex
 from sapo.model.attention import TreeLayout
 from sapo.model.flex import BLOCK, TreeMask, padded_length
+from sapo.training.batch import pack
 from support.attention_cases import attention_by_definition, normal, query_key_value
 from support.flex_cases import TREE, WIDE
+from support.kernel_counts import KernelCount
 from support.tree_cases import TREES, chain, visible_NN
 
 CPU = torch.device("cpu")
@@ -140,4 +145,96 @@ def test_lengths_are_padded_to_few_sizes_and_by_half_at_most():
 
 
 def test_a_cpu_keeps_its_own_attention():
-    assert not flex.takes_flex(torch.zeros(3, 4, 64), torch.zeros(3, 2, 64))
+    assert not flex.takes_flex(*(torch.zeros(3, heads, 64) for heads in (4, 2, 2)))
+
+
+def compiling_on_a_cpu(monkeypatch, backend):
+    """Compile what a GPU would, by a backend that a CPU has; return it and a count of what was traced."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(torch_flex.flex_attention, dynamic=False, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    torch._dynamo.reset()
+    return counter
+
+
+def test_a_shape_beyond_the_most_warns_and_goes_on(monkeypatch):
+    # FailOnRecompileLimitHit is no RuntimeError: it ended a run at its 65th shape.
+    counter = compiling_on_a_cpu(monkeypatch, "eager")
+    monkeypatch.setattr(flex, "MOST_SHAPES", 2)
+
+    def attend(tokens):
+        query, key, value = (torch.zeros(1, heads, tokens, 16) for heads in (2, 1, 1))
+        blocks = TreeMask(chain([tokens], [-1]), CPU).blocks(None)
+        return flex._attend(True, query, key, value, block_mask=blocks, scale=0.25, enable_gqa=True)
+
+    attend(128)
+    attend(256)
+    with pytest.warns(UserWarning, match="compiled for 2 shapes"):
+        assert attend(384).shape == (1, 2, 384, 16)
+    attend(384)
+    assert counter.frame_count == 3
+
+
+HEADS = flex.Heads(2, 1, 16, 16, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("heads", [HEADS, dataclasses.replace(HEADS, capped=True, sinks=True)], ids=["plain", "sinks"])
+def test_a_head_shape_is_compiled_forward_and_backward_before_it_is_used(heads, monkeypatch):
+    compiling_on_a_cpu(monkeypatch, "aot_eager")
+    flex.kernel_for.cache_clear()
+    assert flex.kernel_for(heads) == flex.Kernel(usable=True, options=None)
+
+
+@pytest.mark.parametrize(("refused", "usable"), [(1, True), (2, False)])
+def test_a_card_with_little_shared_memory_gets_small_tiles_or_buckets(refused, usable, monkeypatch, recwarn):
+    tried = []
+
+    def try_block(heads, options):
+        tried.append(options)
+        if len(tried) <= refused:
+            raise ValueError("out of resource: shared memory")
+
+    monkeypatch.setattr(flex, "_try_block", try_block)
+    flex.kernel_for.cache_clear()
+    kernel = flex.kernel_for(HEADS)
+    flex.kernel_for.cache_clear()
+    assert tried == list(flex.KERNEL_OPTIONS)
+    assert kernel == flex.Kernel(usable, flex.KERNEL_OPTIONS[1] if usable else None)
+    assert ["out of resource" in str(w.message) for w in recwarn] == ([] if usable else [True])
+
+
+def test_no_buckets_are_made_where_flex_attention_computes(monkeypatch):
+    monkeypatch.setattr(attention, "takes_flex", lambda *_: True)
+    made = []
+    monkeypatch.setattr(attention, "_buckets", lambda *given: made.append(given))
+    TreeLayout(TREE).attend(0, *query_key_value(TREE[-1].stop), 0.7, None)
+    assert not made
+
+
+def test_blocks_of_a_long_layout_take_no_operation_a_block_on_the_device():
+    # One upload of the lists, and the cuts of it, however many blocks there are; ten operations a block before.
+    counts = []
+    for tokens in (1024, 8192):
+        mask = TreeMask(chain([tokens // 2, tokens // 4, tokens // 4], [-1, 0, 0]), CPU)
+        with KernelCount() as counted:
+            mask._find_blocks(None)
+        counts.append(counted.kernels)
+    assert counts[0] == counts[1]
+
+
+def test_the_micro_batches_of_many_steps_have_few_lengths_to_compile_for():
+    # Two grad modes and the windows multiply this; each length took one compilation before it was counted too.
+    random, lengths, count = np.random.default_rng(1), set(), 0
+    for _ in range(60):
+        groups = []
+        for number in range(8):
+            drawn = np.minimum(1024, random.lognormal(5.7, 0.7, 8).astype(int) + 1)
+            completions = tuple(Completion((1,) * n, (0.0,) * n, "stop", "") for n in drawn.tolist())
+            prompt = Prompt(number, "t", "", (number + 1,) + (0,) * int(random.integers(60, 300)))
+            groups.append(Group(prompt, completions, (1.0, -1.0) * 4))
+        settings = {"normalizer": "sequence_mean", "tokens_per_microbatch": 8192, "max_new_tokens": 1024}
+        shares = pack(groups, **settings, include_all=True)
+        lengths |= {padded_length(b.num_tokens) for b in shares.microbatches}
+        count += len(shares.microbatches)
+    assert count >= 180
+    assert len(lengths) <= 12, lengths

@@ -31,7 +31,7 @@ def test_compiled_attention_and_its_gradient_equal_the_definition(
     segments, heads, kv_heads, size, window, dtype, tolerance
 ):
     inputs = on_gpu(segments, dtype, heads, kv_heads, size)
-    assert takes_flex(inputs[0], inputs[2])
+    assert takes_flex(*inputs[:3])
     ours = TreeLayout(segments, "cuda").attend(0, *inputs, size**-0.5, window)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     theirs = attention_by_definition(*exact, visible_NN(segments, window).to("cuda"), size**-0.5)
@@ -60,7 +60,7 @@ def test_capped_scores_equal_the_padded_way(monkeypatch):
     inputs = on_gpu(WIDE, torch.float32, 4, 2, 64)
     ours = TreeLayout(WIDE, "cuda").attend(0, *inputs, 0.7, 30, softcap=1.5)
     monkeypatch.setenv("SAPO_FLEX", "0")
-    assert not takes_flex(inputs[0], inputs[2])
+    assert not takes_flex(*inputs[:3])
     theirs = TreeLayout(WIDE, "cuda").attend(0, *inputs, 0.7, 30, softcap=1.5)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 

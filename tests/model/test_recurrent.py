@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from sapo.model.attention import TreeLayout
 from sapo.model.loading import prepare_policy
-from sapo.model.policy import Policy
 from sapo.model.state_tree import Sequences
 from support.recurrent_cases import (
     FAMILIES,
@@ -25,6 +23,7 @@ from support.recurrent_cases import (
     TREE,
     make_model,
     make_model_in_double,
+    make_pair,
     packed_logprobs,
     plain_logprobs,
     random_ids,
@@ -36,25 +35,10 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 every_kind = pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear", "lfm2", "bamba", "jamba"])
 
 
-@pytest.fixture(scope="module")
-def pair() -> Callable[[str], tuple[Policy, Any]]:
-    """pair(family): a policy and a copy of its model as transformers runs it."""
-    made: dict[str, tuple[Policy, Any]] = {}
-
-    def get(family: str) -> tuple[Policy, Any]:
-        if family not in made:
-            model = make_model(family)
-            made[family] = prepare_policy(copy.deepcopy(model), TOKENIZER), model
-            assert made[family][0].path == "packed"
-        return made[family]
-
-    return get
-
-
 @torch.no_grad()
 @every_family
-def test_logprobs_equal_those_of_the_models_own_forward_over_each_path(family: str, pair: Callable) -> None:
-    policy, model = pair(family)
+def test_logprobs_equal_those_of_the_models_own_forward_over_each_path(family: str) -> None:
+    policy, model = make_pair(family)
     ids_N = random_ids(TREE)
     packed = packed_logprobs(policy, ids_N)
     for path, expected in plain_logprobs(model, ids_N).items():
@@ -93,8 +77,8 @@ def test_the_gradient_of_every_parameter_equals_that_of_the_paths(family: str) -
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(segments=TREES)
 @torch.no_grad()
-def test_any_tree_is_the_plain_forward_over_every_path(family: str, pair: Callable, segments: tuple) -> None:
-    policy, model = pair(family)
+def test_any_tree_is_the_plain_forward_over_every_path(family: str, segments: tuple) -> None:
+    policy, model = make_pair(family)
     ids_N = random_ids(segments)
     packed = packed_logprobs(policy, ids_N, segments)
     for path, expected in plain_logprobs(model, ids_N, segments).items():
@@ -103,8 +87,8 @@ def test_any_tree_is_the_plain_forward_over_every_path(family: str, pair: Callab
 
 @torch.no_grad()
 @every_family
-def test_another_response_changed_leaves_each_hidden_state_equal_to_the_bit(family: str, pair: Callable) -> None:
-    policy, _ = pair(family)
+def test_another_response_changed_leaves_each_hidden_state_equal_to_the_bit(family: str) -> None:
+    policy, _ = make_pair(family)
     ids_N = random_ids(TREE)
     before = policy.hidden(ids_N, positions_of(TREE), TreeLayout(TREE))
     for leaf in leaves_of(TREE):
@@ -181,13 +165,13 @@ def test_sequences_without_padding_give_what_rectangles_give() -> None:
         torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
 
 
-def test_a_layout_without_states_is_refused(pair: Callable) -> None:
+def test_a_layout_without_states_is_refused() -> None:
     class Attends:
         calls: ClassVar[dict[int, int]] = {}
 
         def attend(self, layer, query, key, value, *_, **__):
             return query
 
-    policy, _ = pair("qwen3_5_text")
+    policy, _ = make_pair("qwen3_5_text")
     with pytest.raises(ValueError, match="carries a state from token to token, which a Attends has not"):
         policy.hidden(torch.arange(3), torch.arange(3), Attends())

@@ -231,3 +231,37 @@ def test_functional_dropout_and_layers_left_out_are_switched_off(policies) -> No
         getattr(block, n) == 0.0 for n in ("dropout", "activation_dropout", "layerdrop", "jitter_noise", "drop_prob")
     )
     assert block.resid_pdrop == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"pad_token_id": 99}, "AssertionError Padding_idx must be within num_embeddings"),
+        ({"max_position_embeddings": "x"}, r"its config.json gives .*max_position_embeddings.* mend it"),
+        ({"dtype": "float8"}, "its config.json gives .*float8"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "KeyError 'nonsense'"),
+        ({"vocab_size": 20}, r"got \(19, 32\) for lm_head.weight, which is \(20, 32\) by the config"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_model_can_be_built_from_are_refused(
+    settings: dict, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "model")
+    rewrite(tmp_path / "model" / "config.json", **settings)
+    capfd.readouterr()
+    with pytest.raises(ModelError, match=words) as refusal:
+        load_policy(tmp_path / "model")
+    assert "\n" not in str(refusal.value)
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+def test_quantised_weights_without_a_mark_or_a_scale_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(file)
+    save_file({**weights, name: (100 * weights[name]).to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"must be plain floats .* got {name} as .*save them dequantised"):
+        load_policy(tmp_path / "model")

@@ -86,6 +86,8 @@ def test_a_run_says_what_it_is_doing_and_what_it_sampled_and_leaves_nothing(
     assert shown[0]["reward"] == rows[0]["reward"]
     assert 1 <= len(shown) <= 4
     assert not list(run.glob("*live*")), "it goes when the run ends"
+    figures = dict(run_state(run, "a")["figures"])
+    assert {"mean reward", "entropy", "mean length"} <= set(figures), "every figure that a real step has"
 
 
 def test_a_run_goes_on_where_live_json_cannot_be_written(tmp_path: Path) -> None:

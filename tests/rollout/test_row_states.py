@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from sapo.model.loading import prepare_policy
-from sapo.model.policy import Policy
 from sapo.model.state_tree import KeptStates
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.local.row_states import RowStates
 from support.engine_cases import assert_same, flat, params, plain_logprobs, ragged_requests, random_ids, request
-from support.recurrent_cases import FAMILIES, TOKENIZER, make_model
+from support.recurrent_cases import FAMILIES, make_pair
 
 # Three stop tokens end rows early; five rows hold the largest group and no second one.
 MAX_ROWS = 5
-
-
-@pytest.fixture(scope="module")
-def pair() -> Callable[[str], tuple[Policy, Any]]:
-    """pair(family): a policy and a copy of its model as transformers runs it."""
-    made: dict[str, tuple[Policy, Any]] = {}
-
-    def get(family: str) -> tuple[Policy, Any]:
-        if family not in made:
-            model = make_model(family)
-            made[family] = prepare_policy(copy.deepcopy(model), TOKENIZER), model
-            assert made[family][0].path == "packed"
-        return made[family]
-
-    return get
 
 
 @pytest.mark.parametrize(
     ("family", "behind"),
     [(f, "a preamble") for f in FAMILIES] + [(f, "nothing") for f in ("qwen3_5_text", "lfm2", "bamba", "jamba")],
 )
-def test_drawn_logprobs_are_those_of_the_models_own_forward(family: str, behind: str, pair: Callable) -> None:
-    policy, model = pair(family)
+def test_drawn_logprobs_are_those_of_the_models_own_forward(family: str, behind: str) -> None:
+    policy, model = make_pair(family)
     asked = ragged_requests()
     if behind == "a preamble":
         shared = random_ids(20, seed=50)
@@ -56,8 +35,8 @@ def test_drawn_logprobs_are_those_of_the_models_own_forward(family: str, behind:
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text", "lfm2", "falcon_h1", "jamba"])
-def test_rows_retired_and_admitted_draw_what_all_rows_at_once_draw(family: str, pair: Callable) -> None:
-    policy, _ = pair(family)
+def test_rows_retired_and_admitted_draw_what_all_rows_at_once_draw(family: str) -> None:
+    policy, _ = make_pair(family)
     asked = ragged_requests()
     together, in_turn = (flat(LocalEngine(policy, n).generate(asked, params())) for n in (64, MAX_ROWS))
     for a, b in zip(together, in_turn, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from sapo.run.directory import RunDirectory
 from sapo.run.loop import TrainingRun
 from sapo.run.preflight import load_tasks
 from sapo.workflows.train import resume
-from support.runs import REWARD, fingerprint, metrics, write_recipe
+from support.runs import REWARD, fingerprint, make_each_once, metrics, write_recipe
 
 E4M3 = {"experiments__sampler_dtype": "float8_e4m3fn", "experiments__sampler_scaling": "none"}
 
@@ -34,6 +35,12 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run_recipe(directory: Path, should_stop=lambda: False, **changes) -> Path:
     directory.mkdir(exist_ok=True)
     return sapo.train(sapo.load_recipe(write_recipe(directory, **changes)), should_stop=should_stop).directory
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(**changes): a run that nobody stops, made once for all tests, which only read it."""
+    return make_each_once(run_recipe, tmp_path_factory)
 
 
 def of_kind(run: Path, kind: str) -> list[dict]:
@@ -272,17 +279,18 @@ def test_a_run_of_before_the_section_of_studies_is_read_where_it_left_their_keys
     ],
     ids=["stale", "stale_at_current_weights", "stale_rounded_weighed"],
 )
-def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, changes: dict, asked: int) -> None:
-    whole = run_recipe(tmp_path / "whole", **changes)
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
+    tmp_path: Path, whole: Callable[..., Path], changes: dict, asked: int
+) -> None:
     count = iter(range(10_000))
     stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **changes)
     assert not (stopped / "summary.json").exists()
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == fingerprint(whole(**changes), 6)
 
 
-def test_a_stale_run_given_more_steps_is_the_longer_run(tmp_path: Path) -> None:
-    longer = run_recipe(tmp_path / "longer", rollout__staleness=3, train__steps=6)
+def test_a_stale_run_given_more_steps_is_the_longer_run(tmp_path: Path, whole: Callable[..., Path]) -> None:
+    longer = whole(rollout__staleness=3)
     short = run_recipe(tmp_path / "short", rollout__staleness=3, train__steps=4)
     resume(short, ["train.steps=6"])
 

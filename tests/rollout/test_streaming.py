@@ -128,8 +128,12 @@ def test_who_leaves_a_shared_batch_takes_its_rows_along_and_disturbs_nobody(poli
     found = [[next(streams[0])]]
     batch = streams[0]._batch
     assert len(batch.rows.waiting) > 1
+    assert batch.rows.active == 8
     streams[1].close()
+    assert batch.rows.active == 7
     streams.pop(2)  # dropped without a word
+    batch.step()
+    assert batch.rows.active == 6, "3 that go on, and 3 that have waited"
     last = streams.pop()
     last.close()
     assert next(streams[1], None) is None

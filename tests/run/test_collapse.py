@@ -7,6 +7,7 @@ fourth step's updates ruin the policy, and from the fifth on every completion is
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from sapo.training.optimizer_files import OptimizerFiles
 from sapo.training.trainer import Trainer
 from sapo.workflows.train import resume
 from support.kernels import fresh_cache
-from support.runs import REWARD, fingerprint, metrics, write_recipe
+from support.runs import REWARD, fingerprint, make_each_once, metrics, write_recipe
 from support.trainer_cases import make_trainer
 
 STEPS = 10
@@ -58,12 +59,18 @@ def run_recipe(directory: Path, should_stop=lambda: False, **changes) -> Path:
     return sapo.train(sapo.load_recipe(write_recipe(directory, **changes)), should_stop=should_stop).directory
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(**changes): a run that nobody stops, made once for all tests, which only read it."""
+    return make_each_once(run_recipe, tmp_path_factory)
+
+
 def warnings_of(run: Path) -> list[dict]:
     return [m for m in metrics(run) if m["kind"] == "warning"]
 
 
-def test_a_collapse_is_named_and_the_checkpoint_before_it_outlives_pruning(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path, **COLLAPSING)
+def test_a_collapse_is_named_and_the_checkpoint_before_it_outlives_pruning(whole: Callable[..., Path]) -> None:
+    run = whole(**COLLAPSING)
     flood = next(w for w in warnings_of(run) if w["cause"] == "zero_variance_flood")
     # No completion of steps 5, 6 and 7 is right: three steps on end.
     assert (flood["step"], flood["value"], flood["collapse"]) == (7, 1.0, True)
@@ -81,8 +88,8 @@ def test_a_run_that_learns_is_not_warned(tmp_path: Path) -> None:
     assert [c.step for c in list_checkpoints(run / "checkpoints")] == [STEPS, STEPS - 1], "the newest, and the proven"
 
 
-def test_the_warnings_of_a_run_are_found_again_in_its_metrics(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path, **COLLAPSING)
+def test_the_warnings_of_a_run_are_found_again_in_its_metrics(whole: Callable[..., Path]) -> None:
+    run = whole(**COLLAPSING)
     records = metrics(run)
     assert [w.to_json() for w in replay_warnings(records)] == warnings_of(run)
     sooner = replay_warnings(records, WarningsConfig(patience=1))
@@ -121,21 +128,23 @@ def test_a_stop_before_the_first_update_leaves_no_healthy_checkpoint(tmp_path: P
 
 
 @pytest.mark.parametrize("asked", [1, 4, 12])
-def test_a_stop_before_the_first_update_leaves_a_rollback_as_it_would_have_been(tmp_path: Path, asked: int) -> None:
+def test_a_stop_before_the_first_update_leaves_a_rollback_as_it_would_have_been(
+    tmp_path: Path, whole: Callable[..., Path], asked: int
+) -> None:
     settings = {**ROLLBACK, "checkpoint__every": 0}
-    whole = run_recipe(tmp_path / "whole", **settings)
+    expected = whole(**settings)
     count = iter(range(100_000))
     stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **settings)
     assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
     resume(stopped)
-    assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, stopped)]
+    assert fingerprint(stopped, STEPS) == fingerprint(expected, STEPS)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (expected, stopped)]
     assert summaries[0]["rollbacks"] == 1
     assert summaries[0]["tokens"] == summaries[1]["tokens"]
 
 
-def test_a_rollback_scales_the_learning_rate_and_the_run_learns_after_all(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path, **ROLLBACK)
+def test_a_rollback_scales_the_learning_rate_and_the_run_learns_after_all(whole: Callable[..., Path]) -> None:
+    run = whole(**ROLLBACK)
     records = metrics(run)
     backs = [m for m in records if m["kind"] == "rollback"]
     assert [(m["step"], m["to"], m["learning_rate_scale"]) for m in backs] == [(7, 2, 0.04)]
@@ -153,21 +162,24 @@ def test_a_rollback_scales_the_learning_rate_and_the_run_learns_after_all(tmp_pa
 
 
 @pytest.mark.parametrize("asked", [20, 75, 110, 150])
-def test_a_rolled_back_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path: Path, asked: int) -> None:
-    whole = run_recipe(tmp_path / "whole", **ROLLBACK)
+def test_a_rolled_back_run_stopped_anywhere_goes_on_bit_for_bit(
+    tmp_path: Path, whole: Callable[..., Path], asked: int
+) -> None:
     count = iter(range(100_000))
     stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **ROLLBACK)
     assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
     resume(stopped)
-    assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
+    assert fingerprint(stopped, STEPS) == fingerprint(whole(**ROLLBACK), STEPS)
 
 
 @pytest.mark.parametrize("cut", ["take_back", "append_metrics", "checkpoint"])
-def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkeypatch, cut: str) -> None:
+def test_a_kill_in_the_middle_of_going_back_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., Path], cut: str
+) -> None:
     from sapo.run.directory import RunDirectory
     from sapo.run.loop import TrainingRun
 
-    whole = run_recipe(tmp_path / "whole", **ROLLBACK)
+    expected = fingerprint(whole(**ROLLBACK), STEPS)
     owner = TrainingRun if cut == "checkpoint" else RunDirectory
     original = getattr(owner, cut)
 
@@ -183,7 +195,7 @@ def test_a_kill_in_the_middle_of_going_back_loses_nothing(tmp_path: Path, monkey
             run_recipe(tmp_path / "cut", **ROLLBACK)
     monkeypatch.syspath_prepend(str(tmp_path))
     resume(tmp_path / "cut" / "run")
-    assert fingerprint(tmp_path / "cut" / "run", STEPS) == fingerprint(whole, STEPS)
+    assert fingerprint(tmp_path / "cut" / "run", STEPS) == expected
 
 
 def test_completions_of_undone_steps_leave_the_rollouts_with_their_metrics(tmp_path: Path) -> None:
@@ -212,8 +224,8 @@ def test_completions_after_the_checkpoint_of_a_resume_are_no_longer_the_runs(tmp
     assert sorted(f.name for f in (run / "rollouts").iterdir()) == [f"step-00000{step}.jsonl" for step in (1, 2, 3)]
 
 
-def test_an_update_that_is_not_finite_is_gone_back_from_as_a_collapse_is(tmp_path: Path) -> None:
-    run = run_recipe(tmp_path, **BREAKING)
+def test_an_update_that_is_not_finite_is_gone_back_from_as_a_collapse_is(whole: Callable[..., Path]) -> None:
+    run = whole(**BREAKING)
     [warning] = [w for w in warnings_of(run) if w["cause"] == "non_finite"]
     assert (warning["step"], warning["collapse"]) == (4, True)
     assert "not finite" in warning["text"]
@@ -228,13 +240,14 @@ def test_an_update_that_is_not_finite_is_gone_back_from_as_a_collapse_is(tmp_pat
 
 
 @pytest.mark.parametrize("asked", [30, 42, 70])
-def test_a_run_gone_back_from_what_is_not_finite_goes_on_bit_for_bit(tmp_path: Path, asked: int) -> None:
-    whole = run_recipe(tmp_path / "whole", **BREAKING)
+def test_a_run_gone_back_from_what_is_not_finite_goes_on_bit_for_bit(
+    tmp_path: Path, whole: Callable[..., Path], asked: int
+) -> None:
     count = iter(range(100_000))
     stopped = run_recipe(tmp_path / "stopped", should_stop=lambda: next(count) >= asked, **BREAKING)
     assert not (stopped / "summary.json").exists(), "the run ended before it could be stopped"
     resume(stopped)
-    assert fingerprint(stopped, STEPS) == fingerprint(whole, STEPS)
+    assert fingerprint(stopped, STEPS) == fingerprint(whole(**BREAKING), STEPS)
 
 
 def test_weights_that_are_infinite_are_found_by_their_first_completions(tmp_path: Path) -> None:

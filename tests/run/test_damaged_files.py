@@ -15,6 +15,7 @@ from sapo.errors import CheckpointError, ConfigError, UserError
 from sapo.training.checkpoint import Checkpoint, list_checkpoints
 from support.runs import REWARD, metrics, write_recipe
 from trials.damage import SMALL, remanifest
+from trials.harness import everything
 
 
 class Told:
@@ -108,6 +109,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     assert [w for w in told.warnings if "checkpoint not used" in w and "step-000002" in w]
     assert metrics(run)[-1]["step"] == 2
     assert (run / "checkpoints" / "broken-step-000002").is_dir()
+
+
+def test_a_run_without_a_whole_checkpoint_begins_again_only_where_that_is_accepted(run: Path) -> None:
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        (checkpoint.path / "state.json").write_text("[]")
+    before = everything(run)
+    with pytest.raises(
+        ConfigError, match=r"a checkpoint that is whole; got \d that are not.*begins at step 1 again"
+    ) as e:
+        sapo.resume(run)
+    assert "\n" not in str(e.value)
+    assert "sets checkpoint.path" not in str(e.value)
+    assert everything(run) == before
+    told = Told()
+    sapo.resume(run, accept_changes=["checkpoint.path"], listener=told)
+    assert [w for w in told.warnings if "checkpoint not used" in w]
+    assert metrics(run)[-1]["step"] == 2
 
 
 def another_models_optimizer(checkpoint: Path) -> None:

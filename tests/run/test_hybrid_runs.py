@@ -56,11 +56,18 @@ def test_a_run_stopped_and_resumed_ends_as_one_that_went_through(tmp_path: Path)
     assert fingerprint(cut / "run", STEPS) == fingerprint(whole, STEPS)
 
 
+@pytest.fixture(scope="module")
+def whole_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a process that nobody killed."""
+    recipe = write_hybrid(tmp_path_factory.mktemp("whole"))
+    finish(start("train", str(recipe), cwd=recipe.parent))
+    return recipe.parent / "run"
+
+
 @pytest.mark.scale
 @pytest.mark.parametrize("updates", [1, 4, 6])
-def test_a_killed_process_is_resumed_to_the_bit(tmp_path: Path, updates: int) -> None:
-    whole, killed = write_hybrid(tmp_path / "whole"), write_hybrid(tmp_path / "killed")
-    finish(start("train", str(whole), cwd=whole.parent))
+def test_a_killed_process_is_resumed_to_the_bit(tmp_path: Path, whole_process: Path, updates: int) -> None:
+    killed = write_hybrid(tmp_path / "killed")
     run = killed.parent / "run"
 
     def moment() -> bool:
@@ -69,4 +76,4 @@ def test_a_killed_process_is_resumed_to_the_bit(tmp_path: Path, updates: int) ->
 
     assert kill_when(start("train", str(killed), cwd=killed.parent), moment)
     finish(start("resume", "run", cwd=killed.parent))
-    assert fingerprint(run, STEPS) == fingerprint(whole.parent / "run", STEPS)
+    assert fingerprint(run, STEPS) == fingerprint(whole_process, STEPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import sapo
 from sapo.run.loop import TrainingRun
 from sapo.training.checkpoint import list_checkpoints
 from sapo.workflows.train import resume
-from support.runs import REWARD, fingerprint, metrics, write_mixture
+from support.runs import REWARD, fingerprint, make_each_once, metrics, write_mixture
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "drop": {"rollout__zero_variance": "drop"},
@@ -61,6 +62,12 @@ def run_mixture(directory: Path, should_stop=lambda: False, listener: Recorder |
     return sapo.train(config, should_stop=should_stop, listener=listener).directory
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(**changes): a run that nobody stops, made once for all tests, which only read it."""
+    return make_each_once(run_mixture, tmp_path_factory)
+
+
 def lines(run: Path, kind: str = "step") -> list[dict]:
     return [m for m in metrics(run) if m["kind"] == kind]
 
@@ -71,18 +78,19 @@ def rollouts(run: Path, step: int) -> list[dict]:
 
 @pytest.mark.parametrize("asked", [25, 70])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_resumes_to_the_bit(tmp_path: Path, option: str, asked: int) -> None:
-    whole = run_mixture(tmp_path / "whole", **OPTIONS[option])
+def test_every_option_resumes_to_the_bit(tmp_path: Path, whole: Callable[..., Path], option: str, asked: int) -> None:
     count = iter(range(10**6))
     stopped = run_mixture(tmp_path / "stopped", lambda: next(count) >= asked, **OPTIONS[option])
     assert not (stopped / "summary.json").exists()
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == fingerprint(whole(**OPTIONS[option]), 6)
 
 
 @pytest.mark.parametrize("option", ["drop", "penalty", "all"])
-def test_a_stop_between_updates_keeps_the_choice(tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run_mixture(tmp_path / "whole", **OPTIONS[option])
+def test_a_stop_between_updates_keeps_the_choice(
+    tmp_path: Path, whole: Callable[..., Path], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fingerprint(whole(**OPTIONS[option]), 6)
     stop = False
     original = TrainingRun.update
 
@@ -100,7 +108,7 @@ def test_a_stop_between_updates_keeps_the_choice(tmp_path: Path, option: str, mo
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path))
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == expected
 
 
 def test_refilled_batches_hold_the_mixture_and_every_token_is_counted(tmp_path: Path) -> None:
@@ -131,8 +139,8 @@ def test_refilled_batches_hold_the_mixture_and_every_token_is_counted(tmp_path: 
     assert tokens["dropped"] == sum(m["tokens/dropped"] for m in lines(run))
 
 
-def test_dropped_groups_leave_the_denominators_of_the_update(tmp_path: Path) -> None:
-    run = run_mixture(tmp_path, **OPTIONS["drop"])
+def test_dropped_groups_leave_the_denominators_of_the_update(whole: Callable[..., Path]) -> None:
+    run = whole(**OPTIONS["drop"])
     assert any(0 < m["groups/dropped"] < 8 for m in lines(run))
     for step in lines(run):
         rows = rollouts(run, step["step"])
@@ -172,8 +180,8 @@ def test_refills_that_are_spent_are_said_once_and_counted(tmp_path: Path) -> Non
     assert "have zero variance after 2 refills (rollout.max_refills)" in warning
 
 
-def test_the_penalty_shapes_advantages_and_the_rest_is_the_verifiers(tmp_path: Path) -> None:
-    run = run_mixture(tmp_path, **OPTIONS["penalty"])
+def test_the_penalty_shapes_advantages_and_the_rest_is_the_verifiers(whole: Callable[..., Path]) -> None:
+    run = whole(**OPTIONS["penalty"])
     for step in lines(run):
         rows = rollouts(run, step["step"])
         for row in rows:
@@ -189,8 +197,8 @@ def test_the_penalty_shapes_advantages_and_the_rest_is_the_verifiers(tmp_path: P
             assert (best["advantage"] > 0) == (best["shaped_reward"] > worst["shaped_reward"])
 
 
-def test_masked_completions_carry_no_token_of_an_update(tmp_path: Path) -> None:
-    run = run_mixture(tmp_path, **OPTIONS["mask"])
+def test_masked_completions_carry_no_token_of_an_update(whole: Callable[..., Path]) -> None:
+    run = whole(**OPTIONS["mask"])
     seen = 0
     for step in lines(run):
         rows = rollouts(run, step["step"])
@@ -255,8 +263,8 @@ def test_tensorboard_has_a_panel_for_each_task_and_one_that_compares_them(tmp_pa
     assert {f"task/{t}/update/gate/eur" for t in ("one", "two", "three")} <= set(events.Tags()["scalars"])
 
 
-def test_random_rewards_train_and_the_verifiers_are_logged_and_evaluated(tmp_path: Path) -> None:
-    plain, random = run_mixture(tmp_path / "plain"), run_mixture(tmp_path / "random", experiments__rewards="random")
+def test_random_rewards_train_and_the_verifiers_are_logged_and_evaluated(whole: Callable[..., Path]) -> None:
+    plain, random = whole(), whole(**OPTIONS["random"])
     first, control = lines(plain)[0], lines(random)[0]
     assert control["reward/mean"] == first["reward/mean"], "the same completions, judged by the verifier"
     coins = [json.loads(line)["shaped_reward"] for line in (random / "rollouts" / "step-000001.jsonl").open()]

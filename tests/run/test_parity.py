@@ -11,9 +11,10 @@ import pytest
 import sapo
 from sapo.config import RolloutConfig
 from sapo.config.recipes import parse_settings
+from sapo.data import Picture, Prompt
 from sapo.errors import ConfigError, ParityError
 from sapo.rollout.vllm.engine import VllmEngine
-from sapo.run.parity import ParityCheck
+from sapo.run.parity import ParityCheck, prompts_to_check
 from support.copying_engine import CopyingEngine
 from support.runs import REWARD, metrics, write_recipe
 
@@ -33,6 +34,15 @@ def train(directory: Path, **changes) -> Path:
 
 def checked(run: Path) -> list[int]:
     return [m["step"] for m in metrics(run) if m["kind"] == "parity"]
+
+
+def test_half_of_what_is_checked_has_pictures_where_a_batch_has_them() -> None:
+    text = [Prompt(i, "t", "") for i in range(12)]
+    pictured = [Prompt(i, "t", "", pictures=(Picture(str(i), (8, 8)),)) for i in range(12)]
+    assert prompts_to_check(text + pictured) == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert prompts_to_check(text + pictured[:1]) == [*range(7), 12]
+    assert prompts_to_check(pictured) == prompts_to_check(text) == list(range(8))
+    assert prompts_to_check(pictured[:2] + text[:1]) == [0, 1, 2]
 
 
 def test_the_first_batches_are_checked_and_then_every_nth(tmp_path: Path) -> None:

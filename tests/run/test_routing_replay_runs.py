@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sapo.run.loop import TrainingRun
 from sapo.training.checkpoint import list_checkpoints
 from sapo.workflows.train import dry_run, resume
 from support.processes import finish, kill_when, last_line, start
-from support.runs import REWARD, fingerprint, metrics, write_model, write_recipe
+from support.runs import REWARD, fingerprint, make_each_once, metrics, write_model, write_recipe
 
 EXPERTS = {"experts": 6, "experts_per_token": 2}
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,13 +50,21 @@ def run_moe(directory: Path, should_stop=lambda: False, **changes: Any) -> Path:
     return sapo.train(sapo.load_recipe(write_moe(directory, **changes)), should_stop=should_stop).directory
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(**changes): a run that nobody stops, made once for all tests, which only read it."""
+    return make_each_once(run_moe, tmp_path_factory)
+
+
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     return [m for m in metrics(run) if m["kind"] == kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_replay_in_force_is_the_one_that_goes_with_log_pi_old_and_is_said(tmp_path: Path, kind: str) -> None:
-    run = run_moe(tmp_path, **KINDS[kind])
+def test_the_replay_in_force_is_the_one_that_goes_with_log_pi_old_and_is_said(
+    whole: Callable[..., Path], kind: str
+) -> None:
+    run = whole(**KINDS[kind])
     (check,) = lines(run, "self_check")
     assert check["routing_replay"] == kind[:2]
     assert check["old_logprobs"] == ("engine" if kind == "R3" else "trainer")
@@ -73,8 +82,8 @@ def test_the_replay_in_force_is_the_one_that_goes_with_log_pi_old_and_is_said(tm
         assert step["update/routing/changed_share"] == pytest.approx(sum(own) / len(own))
 
 
-def test_without_replay_nothing_of_it_is_logged(tmp_path: Path) -> None:
-    run = run_moe(tmp_path)
+def test_without_replay_nothing_of_it_is_logged(whole: Callable[..., Path]) -> None:
+    run = whole()
     assert not any("routing" in key for m in metrics(run) for key in m)
     assert "routing_replay" not in json.loads((run / "summary.json").read_text())
     assert "routing_replay" not in yaml.safe_load((run / "config.yaml").read_text())["provenance"]
@@ -92,8 +101,8 @@ def test_replay_without_updates_off_policy_is_the_run_without_it(tmp_path: Path)
     assert lines(runs[0], "eval") == lines(runs[1], "eval")
 
 
-def test_replay_changes_the_updates_off_policy(tmp_path: Path) -> None:
-    runs = [run_moe(tmp_path / str(replay), model__routing_replay=replay) for replay in (True, False)]
+def test_replay_changes_the_updates_off_policy(whole: Callable[..., Path]) -> None:
+    runs = [whole(**KINDS["R3"]), whole()]
     assert (runs[0] / "rollouts" / "step-000006.jsonl").read_bytes() != (
         runs[1] / "rollouts" / "step-000006.jsonl"
     ).read_bytes()
@@ -115,13 +124,14 @@ def test_evaluation_routes_freely(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("asked", [25, 70])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_with_replay_resumes_to_the_bit(tmp_path: Path, kind: str, asked: int) -> None:
-    whole = run_moe(tmp_path / "whole", **KINDS[kind])
+def test_a_run_with_replay_resumes_to_the_bit(
+    tmp_path: Path, whole: Callable[..., Path], kind: str, asked: int
+) -> None:
     count = iter(range(10**6))
     stopped = run_moe(tmp_path / "stopped", lambda: next(count) >= asked, **KINDS[kind])
     assert not (stopped / "summary.json").exists()
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == fingerprint(whole(**KINDS[kind]), 6)
 
 
 @pytest.mark.parametrize("kind", ["R3", "R2"])
@@ -131,10 +141,10 @@ def test_a_run_with_replay_resumes_to_the_bit(tmp_path: Path, kind: str, asked: 
     ids=["plain", "checkpointing", "lora", "refill"],
 )
 def test_a_stop_between_updates_keeps_the_record(
-    tmp_path: Path, kind: str, options: dict, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Callable[..., Path], kind: str, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**KINDS[kind], **options}
-    whole = run_moe(tmp_path / "whole", **settings)
+    expected = fingerprint(whole(**settings), 6)
     stop = False
     original = TrainingRun.update
 
@@ -152,7 +162,7 @@ def test_a_stop_between_updates_keeps_the_record(
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path))
     resume(stopped)
-    assert fingerprint(stopped, 6) == fingerprint(whole, 6)
+    assert fingerprint(stopped, 6) == expected
 
 
 @pytest.mark.scale

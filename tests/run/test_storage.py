@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sapo
-from sapo.errors import ConfigError, StorageError
+from sapo.errors import ConfigError, MemoryShortage, StorageError
 from sapo.training.checkpoint import list_checkpoints
 from sapo.utils.files import lock_directory
 from support.kernels import fresh_cache
@@ -79,6 +80,36 @@ def test_a_removed_run_directory_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"the run directory .*run is gone; start the run again") as failure:
         sapo.train(config, listener=At(1, lambda: shutil.rmtree(tmp_path / "run")))
     assert "\n" not in str(failure.value)
+
+
+def test_a_run_without_enough_memory_is_one_line_and_goes_on(tmp_path: Path) -> None:
+    def ask() -> None:
+        torch.empty(2**58)  # more bytes than any machine has
+
+    with pytest.raises(MemoryShortage) as failure:
+        sapo.train(sapo.load_recipe(write_recipe(tmp_path, **SMALL)), listener=At(2, ask))
+    line, run = str(failure.value), tmp_path / "run"
+    assert "\n" not in line
+    assert "you tried to allocate 1152921504606846976 bytes" in line  # 4 bytes each
+    assert "the checkpoint of step 1 is safe" in line
+    assert f"`sapo resume {run} train.tokens_per_microbatch=N` with less than 8192" in line
+    sapo.resume(run)
+    assert metrics(run)[-1]["step"] == SMALL["train__steps"]
+
+
+def test_a_run_that_was_killed_before_it_began_is_begun_by_the_same_command(tmp_path: Path) -> None:
+    config, run = sapo.load_recipe(write_recipe(tmp_path, **SMALL)), tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "inputs.json"):
+        (run / name).touch()
+    with pytest.raises(ConfigError, match="stopped before it began: `sapo train` begins it"):
+        sapo.resume(run)
+    (run / "mine").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        sapo.train(config)
+    (run / "mine").unlink()
+    sapo.train(config)
+    assert metrics(run)[-1]["step"] == SMALL["train__steps"]
 
 
 def test_a_deleted_lock_file_frees_nothing(tmp_path: Path) -> None:

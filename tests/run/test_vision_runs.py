@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import sapo
+from sapo.config import RolloutConfig
 from sapo.data import Score
 from sapo.data.picture_files import decode_picture
 from sapo.errors import ConfigError, ModelError
@@ -18,6 +20,7 @@ from sapo.model.loading import load_policy
 from sapo.rollout.engine import Request
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
+from sapo.rollout.servers.engine import ServerEngine
 from sapo.rollout.vllm.models import check_model
 from sapo.run.models import load_model
 from sapo.run.state import RunState
@@ -29,8 +32,8 @@ from sapo.workflows.export import export_model
 from sapo.workflows.train import dry_run, resume
 from support.engine_cases import assert_same
 from support.pictures import encoded, noise
-from support.runs import REWARD, fingerprint, metrics, write_recipe
-from support.vision_cases import OwnForward, shown
+from support.runs import REWARD, fingerprint, make_each_once, metrics, write_recipe
+from support.vision_cases import OwnForward, make_vision_policy, shown
 from support.vision_recipes import write_pictured_rows, write_vision_recipe
 
 
@@ -45,6 +48,12 @@ def _dense_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(directory: Path, should_stop=lambda: False, **changes: Any) -> Path:
     return sapo.train(sapo.load_recipe(write_vision_recipe(directory, **changes)), should_stop=should_stop).directory
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(**changes): a run that nobody stops, made once for all tests, which only read it."""
+    return make_each_once(train, tmp_path_factory)
 
 
 def stop_after(updates: int, run: Path, calls: int = 0):
@@ -104,12 +113,11 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path, changes, stops):
 
 @pytest.mark.parametrize("where", ["thread", "process"])
 @pytest.mark.parametrize("part", ["tower", "none"])
-def test_an_engine_beside_the_updates_draws_the_run_of_lockstep(tmp_path, where, part):
+def test_an_engine_beside_the_updates_draws_the_run_of_lockstep(tmp_path, whole, where, part):
     """Its pictures go with the prompts, its tower follows the trained one."""
     options = {"train__steps": 3, "rollout__staleness": 1, "model__vision__train": part}
-    lockstep = train(tmp_path / "lockstep", **options)
     elsewhere = train(tmp_path / where, rollout__run_in=where, **options)
-    assert fingerprint(elsewhere, 3) == fingerprint(lockstep, 3)
+    assert fingerprint(elsewhere, 3) == fingerprint(whole(**options), 3)
 
 
 def test_batches_that_wait_are_kept_with_their_pictures(tmp_path):
@@ -185,8 +193,10 @@ def test_pictures_are_refused_before_anything_is_written_where_they_cannot_be_sh
         sapo.train(sapo.load_recipe(recipe, [f"model.path={text.parent / 'model'}"]))
     with pytest.raises(ConfigError, match="in a model of 64"):
         sapo.train(sapo.load_recipe(recipe, ["rollout.max_new_tokens=60"]))
-    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm takes models of text so far; got Qwen3VL"):
-        check_model(load_policy(tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm takes pictures for models of .*; got qwen3_5; set"):
+        check_model(make_vision_policy("qwen3_5"))
+    with pytest.raises(ConfigError, match=r"rollout\.servers takes models of text so far; got Qwen3VL"):
+        ServerEngine(load_policy(tmp_path / "model"), RolloutConfig(engine="vllm", servers=1))
     assert not (tmp_path / "run").exists()
 
 

@@ -8,9 +8,18 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = (
-    *("view", "as_strided", "slice", "select", "aten.t.", "transpose", "unsqueeze", "expand", "detach", "aten.empty"),
-    *("alias", "unflatten", "permute", "lift", "squeeze", "split", "prim.device", "new_empty", "is_same_size"),
-    *("unbind", "chunk", "diagonal", "_reshape_alias", "aten.sym_"),
+    *(
+        "aten.view",
+        "aten._unsafe_view",
+        "aten.as_strided.",
+        "aten.slice.",
+        "aten.select.",
+        "aten.t.",
+        "aten.transpose.",
+    ),
+    *("aten.unsqueeze", "aten.squeeze", "aten.expand.", "aten.detach", "aten.empty", "aten.new_empty", "aten.alias."),
+    *("aten.unflatten", "aten.permute", "aten.lift", "aten.split", "aten.unbind", "aten.chunk", "aten.diagonal."),
+    *("aten._reshape_alias", "aten.sym_", "aten.is_same_size", "prim.device"),
 )
 HOST_READS = ("_local_scalar_dense", "aten.nonzero", "is_nonzero", "aten.equal", "bincount", "masked_select")
 
@@ -27,7 +36,7 @@ class KernelCount(TorchDispatchMode):
         name = str(func)
         if any(read in name for read in HOST_READS):
             self.host_reads[name] += 1
-        elif not any(view in name for view in VIEWS):
+        elif not name.startswith(VIEWS):
             self.launched[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 import types
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sapo.data import Segment
 from sapo.model.attention import TreeLayout
+from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.tiny import character_tokenizer
 from support.tree_cases import chain, leaves_of, path_of, positions_of
@@ -146,6 +149,15 @@ def make_model(family: str, cls: Any = None, dtype: torch.dtype = torch.float32)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+@cache
+def make_pair(family: str) -> tuple[Policy, Any]:
+    """A policy and a copy of its model as transformers runs it, for tests that change neither."""
+    model = make_model(family)
+    policy = prepare_policy(copy.deepcopy(model), TOKENIZER)
+    assert policy.path == "packed"
+    return policy, model
 
 
 def make_model_in_double(family: str) -> Any:

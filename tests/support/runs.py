@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from sapo.model.loading import prepare_policy
@@ -73,6 +75,23 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
     file = directory / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     return file
+
+
+def make_each_once(run: Callable[..., Path], factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that makes a run of given settings the first time, and returns its directory every time.
+
+    Args:
+        run: makes a run in a directory, with settings.
+    """
+    made: dict[str, Path] = {}
+
+    def get(**changes: Any) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            made[key] = run(factory.mktemp("whole"), **changes)
+        return made[key]
+
+    return get
 
 
 def write_mixture(directory: Path, **changes: Any) -> Path:

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,29 @@ class Sandbox:
 
     def run(self, source: str, stdin: str = "", **limits: Any) -> types.SimpleNamespace:
         """The result of a program; fails the test when a process of it is left when the call returns."""
+        request = self._request(source, stdin, random.randrange(1, 2000), limits)
+        return self._check(request, self.ask(request))
+
+    def run_side_by_side(self, sources: Sequence[str], **limits: Any) -> list[types.SimpleNamespace]:
+        """The results of programs that run at a time, each of which may leave nothing behind either."""
+        numbers = random.sample(range(1, 2000), len(sources))
+        requests = [self._request(s, "", number, limits) for s, number in zip(sources, numbers, strict=True)]
+        answers = self.ask({"do": "run side by side", "runs": requests})["results"]
+        return [self._check(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+    def _request(self, source: str, stdin: str, number: int, limits: dict[str, Any]) -> dict[str, Any]:
         # A number no other run has marks its processes: it is in their limits and in the command that sets them.
         marked = {"memory_bytes": 512 * 2**20, **QUICK, **limits}
-        marked["memory_bytes"] += 4096 * random.randrange(1, 2000)
-        request = {"do": "run", "source": source, "stdin": stdin, "limits": marked, "backend": self.backend}
-        result = types.SimpleNamespace(**self.ask(request))
-        assert left_behind(marked["memory_bytes"]) == []
+        marked["memory_bytes"] += 4096 * number
+        return {"do": "run", "source": source, "stdin": stdin, "limits": marked, "backend": self.backend}
+
+    @staticmethod
+    def _check(request: dict[str, Any], answer: dict[str, Any]) -> types.SimpleNamespace:
+        result = types.SimpleNamespace(**answer)
+        assert left_behind(request["limits"]["memory_bytes"]) == []
         assert not hasattr(result, "error"), result.error
         # Far beyond any delay of a loaded machine, and far less than for ever.
-        assert result.seconds < marked["wall_seconds"] + 30
+        assert result.seconds < request["limits"]["wall_seconds"] + 30
         return result
 
 

@@ -7,6 +7,7 @@ can run it.
 import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from sapo.sandbox import Limits, SandboxError, SandboxUnavailable, describe, run_program
 
@@ -14,6 +15,9 @@ from sapo.sandbox import Limits, SandboxError, SandboxUnavailable, describe, run
 def answer(request: dict) -> dict:
     if request["do"] == "describe":
         return {"backends": [dataclasses.asdict(report) for report in describe()]}
+    if request["do"] == "run side by side":
+        with ThreadPoolExecutor(len(request["runs"])) as threads:
+            return {"results": list(threads.map(answer, request["runs"]))}
     limits = Limits(**request["limits"])
     try:
         result = run_program(request["source"], stdin=request["stdin"], limits=limits, backend=request["backend"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -12,13 +13,14 @@ from sapo.model.loading import prepare_policy
 from sapo.model.policy import Policy
 from sapo.model.routing import Routers
 from sapo.model.tiny import character_tokenizer, tiny_model
-from sapo.objectives import Objective, group_advantages, make_objective
+from sapo.objectives import Objective, group_advantages, make_objective, policy_loss
 from sapo.training.forward import loss_and_surrogate
 from sapo.training.logprobs import GroupLogprobs
 from sapo.training.optimizer import PolicyOptimizer
 from sapo.training.packer import Packer
 from sapo.training.settings import TrainerSettings
 from sapo.training.trainer import Trainer
+from support.plain_models import plain_copy
 
 ALPHABET = "0123456789+-*%=;#"
 
@@ -26,7 +28,9 @@ ALPHABET = "0123456789+-*%=;#"
 MAX_NEW_TOKENS = 12
 
 
-def make_policy(dtype: torch.dtype = torch.float64, architecture: str = "qwen3", seed: int = 1) -> Policy:
+def make_policy(
+    dtype: torch.dtype = torch.float64, architecture: str = "qwen3", seed: int = 1, layers: int = 2
+) -> Policy:
     tokenizer = character_tokenizer(ALPHABET)
     model = tiny_model(
         architecture,
@@ -35,7 +39,7 @@ def make_policy(dtype: torch.dtype = torch.float64, architecture: str = "qwen3",
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         hidden_size=16,
-        layers=2,
+        layers=layers,
         heads=2,
         kv_heads=1,
         intermediate_size=24,
@@ -136,3 +140,33 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], t
         torch.testing.assert_close(
             left[name], gradient, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def plain_gradient(
+    policy: Policy, groups: list[Group], objective: str, normalizer: str, temperature: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """The same by the plainest means: transformers' own forward, one padded row a sequence, autograd throughout."""
+    model = plain_copy(policy.model)
+    rows = [(g.prompt, c, a) for g in groups for c, a in zip(g.completions, g.advantages, strict=True)]
+    longest = max(len(c) for _, c, _ in rows)
+    logps, olds, masks = [], [], []
+    for prompt, completion, _ in rows:
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+        logits = model(input_ids=ids, use_cache=False).logits[0] / temperature
+        start = len(prompt.token_ids) - 1
+        logp = torch.log_softmax(logits[start:-1], -1).gather(1, ids[0, start + 1 :, None])[:, 0]
+        pad = (0, longest - len(completion))
+        logps.append(torch.nn.functional.pad(logp, pad, value=math.nan))
+        olds.append(torch.nn.functional.pad(torch.tensor(completion.logprobs).float().double(), pad))
+        masks.append(torch.nn.functional.pad(torch.ones(len(completion), dtype=torch.bool), pad))
+    loss = policy_loss(
+        objective,
+        torch.stack(logps),
+        torch.stack(olds),
+        torch.tensor([a for _, _, a in rows], dtype=torch.float64),
+        torch.stack(masks),
+        normalizer=normalizer,
+        max_length=MAX_NEW_TOKENS,
+    )
+    loss.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}

@@ -65,10 +65,12 @@ def make_vision_policy(name: str = "qwen3_vl", gain: float = 3.0, **options: Any
 def make_vision_model(name: str, gain: float = 3.0, **options: Any) -> tuple[Any, Family]:
     if name in ("qwen3_vl", "qwen3_vl_moe"):
         tokenizer = picture_tokenizer(ALPHABET)
-        model, family = tiny_vision_model(name, tokenizer, seed=0, hidden_size=48, **options)
+        model, family = tiny_vision_model(name, tokenizer, seed=0, **{"hidden_size": 48, **options})
     else:
         tokenizer = _tokenizer(name)
         config, processor = _MAKERS[name](tokenizer)
+        if options.pop("one_head", False):
+            _give_one_head(config.get_text_config())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
@@ -178,6 +180,14 @@ def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _give_one_head(text: Any) -> None:
+    """Twice as wide a head, 32 channels."""
+    text.num_attention_heads, text.head_dim = 1, 32
+    rope = text.rope_parameters
+    if "mrope_section" in rope:
+        rope["mrope_section"] = [2 * pairs for pairs in rope["mrope_section"]]
 
 
 def _qwen_ids(tokenizer: Any) -> dict[str, int]:

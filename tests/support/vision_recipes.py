@@ -13,13 +13,15 @@ from support.pictures import encoded, noise
 from support.runs import write_recipe
 
 
-def write_vision_recipe(directory: Path, architecture: str = "qwen3_vl", **changes: Any) -> Path:
-    """Write the model and the recipe."""
+def write_vision_recipe(
+    directory: Path, architecture: str = "qwen3_vl", more: dict[str, int] | None = None, **changes: Any
+) -> Path:
+    """Write the model, whose shape may be given, and the recipe."""
     directory.mkdir(exist_ok=True)
     recipe = write_recipe(directory, **{"log__rollouts_every": 1, "rollout__prompts_per_step": 8, **changes})
     tokenizer = picture_tokenizer("0123456789+-*%=;#")
     shape = {"hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 48, "max_length": 64, "experts": 6}
-    model, family = tiny_vision_model(architecture, tokenizer, seed=0, **shape)
+    model, family = tiny_vision_model(architecture, tokenizer, seed=0, **{**shape, **(more or {})})
     for part in (model, family.processor, tokenizer):
         part.save_pretrained(directory / "model")
     settings = yaml.safe_load(recipe.read_text())

@@ -2,10 +2,7 @@ r"""Where an answer stands in a text, and the forms of options, boxed integers a
 
 from __future__ import annotations
 
-import pytest
-
-from sapo.data import Prompt
-from sapo.tasks.verifiers.registry import build_verifier
+from support.answers import reward_of
 
 WORDS = ("red", "green", "blue", "pink")
 NUMBERS = ("3", "6", "9", "12")
@@ -182,26 +179,11 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def judge():
-    """Return the reward of a completion for a verifier and a reference."""
-    made = {}
-
-    def reward(spec, reference, text, options=()):
-        if spec not in made:
-            limits = {"minimum": 0, "maximum": 999} if spec == "boxed_integer" else {}
-            made[spec] = build_verifier({"name": spec, **limits})
-        metadata = {"options": list(options)} if options else {}
-        return made[spec](text, Prompt(id=0, task="t", text="?", answer=reference, metadata=metadata)).reward
-
-    return reward
-
-
-def test_every_answer_is_found_in_its_text(judge):
-    wrong = [case for case in TEXTS if judge("math", case[0], case[1]) != case[2]]
+def test_every_answer_is_found_in_its_text() -> None:
+    wrong = [case for case in TEXTS if reward_of("math", case[0], case[1]) != case[2]]
     assert wrong == []
 
 
-def test_options_integers_and_numbers_are_read_in_every_form(judge):
-    wrong = [case for case in FORMS if judge(*case[:-1]) != case[-1]]
+def test_options_integers_and_numbers_are_read_in_every_form() -> None:
+    wrong = [case for case in FORMS if reward_of(*case[:-1]) != case[-1]]
     assert wrong == []

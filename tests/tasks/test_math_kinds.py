@@ -5,10 +5,7 @@ Each pair was written by hand with a reason of its own in mind: the comment of a
 
 from __future__ import annotations
 
-import pytest
-
-from sapo.data import Prompt
-from sapo.tasks.verifiers.registry import build_verifier
+from support.answers import reward_of
 
 # (reference, what stands in the box) of equal answers: named values, huge and tiny constants, lists of three digits,
 # plus-minus, sets of numbers, quantities, plain text, currencies, decoration, lines, systems, units, words.
@@ -368,26 +365,15 @@ DIFFERENT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def judge():
-    """Return the reward of a completion for a verifier and a reference."""
-    made = {}
-
-    def reward(spec, reference, text, options=()):
-        if spec not in made:
-            limits = {"minimum": 0, "maximum": 999} if spec == "boxed_integer" else {}
-            made[spec] = build_verifier({"name": spec, **limits})
-        metadata = {"options": list(options)} if options else {}
-        return made[spec](text, Prompt(id=0, task="t", text="?", answer=reference, metadata=metadata)).reward
-
-    return reward
+def reward_of_boxed(reference: str, answer: str) -> float:
+    return reward_of("math", reference, rf"So the answer is $\boxed{{{answer}}}$.")
 
 
-def test_equal_answers_are_right(judge):
-    wrong = [pair for pair in EQUAL if judge("math", pair[0], rf"So the answer is $\boxed{{{pair[1]}}}$.") != 1.0]
+def test_equal_answers_are_right() -> None:
+    wrong = [pair for pair in EQUAL if reward_of_boxed(*pair) != 1.0]
     assert wrong == []
 
 
-def test_different_answers_are_wrong(judge):
-    right = [pair for pair in DIFFERENT if judge("math", pair[0], rf"So the answer is $\boxed{{{pair[1]}}}$.") != 0.0]
+def test_different_answers_are_wrong() -> None:
+    right = [pair for pair in DIFFERENT if reward_of_boxed(*pair) != 0.0]
     assert right == []

@@ -30,6 +30,9 @@ CONJUNCTIONS = [
     ("-1<x<5", "|x-2|<3"),
     ("x<-1 and x>4", "x<-1 or x>4"),  # a reference that says nothing by the letter
     ("[1,3]", r"[1,2]\cup[2,3]"),
+    ("0<x<1", "x in (0,1)"),
+    ("x>0", r"\mathbb{R}^+"),
+    ("All real numbers", r"\mathbb{R}"),
 ]
 NOT_CONJUNCTIONS = [
     (r"2\le x<5", "x>2 and x<5"),
@@ -99,6 +102,15 @@ PHRASES = [
     ("18", "18 eggs per day"),
     ("18", "18 eggs a day"),
     ("18", r"\$18/\text{hour}"),
+    ("18", "18 (eighteen)"),
+    ("5", "5€"),
+    ("30", r"30\text{°}"),
+    (r"7 \pmod{12}", "7 mod 12"),
+    ("7", "seven"),
+    ("0", r"\text{zero}"),
+    (r"\frac12", r"\text{one half}"),
+    ("July 4", r"\text{July 4}"),
+    ("10:30 am", r"10{:}30\text{ AM}"),
 ]
 NOT_PHRASES = [
     (r"\emptyset", r"\text{one solution}"),
@@ -121,6 +133,11 @@ NOT_PHRASES = [
     ("a+A", "2a"),
     ("1e-5", "e-5"),
     ("e-5", "1e-5"),
+    ("7", "eight"),
+    (r"\emptyset", r"\{\emptyset\}"),
+    (r"7 \pmod{12}", "7 mod 11"),
+    ("7", "seventh"),
+    ("July 4", "4"),
     ("18", "18 eggs for 3 days"),
     ("18", r"18\text{ eggs per 2 days}"),
 ]
@@ -191,3 +208,29 @@ def test_a_reference_that_some_answer_meets_is_taken_at_load(reference):
     verifier, prompt = build_verifier("math"), Prompt(id=0, task="t", text="?", answer=reference)
     check_reference(verifier, prompt)
     assert verifier(rf"So $\boxed{{{reference}}}$", prompt).reward == 1.0
+
+
+CHOICES = [
+    ("The answer is B. Carbon", 1.0),
+    ("The correct answer is **B) mitochondria**.", 1.0),
+    ("I would choose option B over A", 1.0),
+    ("The answer is B rather than A", 1.0),
+    ("A is wrong. C is wrong. So B.", 1.0),
+    ("Final answer: [B]", 1.0),
+    ("I'd go with B.", 1.0),
+    ("Answer -> B", 1.0),
+    ("Answer => B", 1.0),
+    ("Ans: B", 1.0),
+    ("The answer is B) or C)", 0.0),
+    ("The answer is A. Paris or B. London", 0.0),
+    ("I would pick A over B", 0.0),
+    ("So A or B.", 0.0),
+    ("A is right. So not B.", 0.0),
+    ("A. Paris\nB. London", 0.0),
+    ("The plans: B", 0.0),
+]
+
+
+@pytest.mark.parametrize(("text", "reward"), CHOICES)
+def test_a_letter_is_read_with_the_text_of_its_option_where_the_row_has_none(text, reward):
+    assert build_verifier("choice")(text, Prompt(id=0, task="t", text="?", answer="B")).reward == reward

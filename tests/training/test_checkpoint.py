@@ -62,6 +62,13 @@ def test_a_checkpoint_is_an_ordinary_hugging_face_directory(policy: Policy, tmp_
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
+def test_whoever_may_read_a_file_of_a_checkpoint_may_read_all_of_them(policy: Policy, tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    files = list(save(policy, tmp_path / "c", 1).path.iterdir())
+    assert {"optimizer.safetensors", "batches.safetensors", "model.safetensors"} <= {f.name for f in files}
+    assert {f.stat().st_mode for f in files} == {(tmp_path / "ordinary").stat().st_mode}
+
+
 def test_newest_first_with_the_middle_of_a_step_after_its_beginning(policy: Policy, tmp_path: Path) -> None:
     for step, update in [(2, 0), (10, 0), (2, 3), (2, 1)]:
         save(policy, tmp_path / "c", step, update)

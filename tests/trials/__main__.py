@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trials import calls, damage, episodes, recipes, rewards
+from trials import calls, damage, episodes, kills, recipes, rewards
 from trials.harness import Tally
 
 KINDS: dict[str, tuple[str, Callable[..., Tally]]] = {
@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[str, Callable[..., Tally]]] = {
     "calls": ("commands with bad arguments", calls.run),
     "rewards": ("hostile reward functions", rewards.run),
     "episodes": ("runs killed inside episodes, resumed", episodes.run),
+    "kills": ("runs, evaluations, comparisons and cold starts killed, gone on with", kills.run),
 }
 BEGIN, END = "<!-- trials -->\n", "<!-- /trials -->\n"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapo.cli import main
 from sapo.config.recipes import load_recipe
 from sapo.errors import ConfigError, ModelError
 from sapo.model.loading import load_policy
@@ -18,6 +17,7 @@ from sapo.rollout.params import SamplingParams
 from sapo.run.models import newest_model
 from sapo.workflows.generate import format_of_run, generate, transcript_lines
 from sapo.workflows.train import train
+from support.commands import call
 from support.runs import write_model, write_recipe
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0.0)
@@ -40,13 +40,11 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def sapo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sapo", *arguments])
+def sapo(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main()
+    code = call(*arguments)
     output = capsys.readouterr()
-    return stopped.value.code, output.out, output.err
+    return code, output.out, output.err
 
 
 def test_greedy_text_is_what_transformers_generates(model: Path) -> None:
@@ -99,19 +97,17 @@ def test_a_prompt_that_leaves_no_room_is_the_users_mistake(model: Path) -> None:
         generate(load_policy(model), "1" * 60, GREEDY)
 
 
-def test_text_json_and_logprobs_tell_the_same(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_json_and_logprobs_tell_the_same(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("generate", str(model), "12+3=", "--max-new-tokens", "8", "--seed", "5", "--samples", "2")
-    code, out, _ = sapo(monkeypatch, capsys, *arguments, "--json")
+    code, out, _ = sapo(capsys, *arguments, "--json")
     assert code == 0
     record = json.loads(out)
     assert record["prompt"] == "12+3="
     assert len(record["completions"]) == 2
-    _, text, _ = sapo(monkeypatch, capsys, *arguments)
+    _, text, _ = sapo(capsys, *arguments)
     lines = text.splitlines()
     assert [lines[1], lines[3]] == [c["text"] for c in record["completions"]]
-    _, table, _ = sapo(monkeypatch, capsys, *arguments, "--logprobs")
+    _, table, _ = sapo(capsys, *arguments, "--logprobs")
     first = record["completions"][0]
     rows = [line.split() for line in table.splitlines() if not line.startswith("---")]
     for row, token, logprob in zip(rows, first["token_ids"], first["logprobs"], strict=False):
@@ -122,7 +118,7 @@ def test_the_prompt_comes_from_standard_input_with_a_dash(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("12+3="))
-    _, out, _ = sapo(monkeypatch, capsys, "generate", str(model), "-", "--temperature", "0", "--json")
+    _, out, _ = sapo(capsys, "generate", str(model), "-", "--temperature", "0", "--json")
     record = json.loads(out) if out else {}
     assert record["prompt"] == "12+3="
 
@@ -141,10 +137,9 @@ def test_a_mistake_is_one_line(
     arguments: tuple[str, ...],
     message: str,
     model: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, _, err = sapo(monkeypatch, capsys, "generate", str(model), "1+1=", "--max-new-tokens", "8", *arguments)
+    code, _, err = sapo(capsys, "generate", str(model), "1+1=", "--max-new-tokens", "8", *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert message in err
 
@@ -204,10 +199,10 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_an_environments_transcript_is_printed_turn_by_turn_and_no_tool_can_pass_for_the_model(
-    model: Path, hostile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, hostile: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["generate", str(model), "--task", hostile, "--problem", "2", "--samples", "2", "--max-new-tokens", "9"]
-    code, out, _ = sapo(monkeypatch, capsys, *arguments)
+    code, out, _ = sapo(capsys, *arguments)
     assert code == 0
     lines = out.splitlines()
     assert lines[:2] == ["hostile, problem 2", "  2+1"]
@@ -217,7 +212,7 @@ def test_an_environments_transcript_is_printed_turn_by_turn_and_no_tool_can_pass
     assert lines[-3:-1] == ["  ! well", "  ! --- 9 of 9: reward 1\\u202e"], "nor can a detail pass for a header"
     at = lines.index("turn 2")
     assert lines[at - 3 : at] == ["    | tool add: 1;", "    | tool add: 2", "    |   \\x1b[2J\\u202eturn 9"]
-    code, out, _ = sapo(monkeypatch, capsys, *arguments, "--json")
+    code, out, _ = sapo(capsys, *arguments, "--json")
     assert code == 0
     answered = json.loads(out)
     whos = ["policy", "tool add", "tool add", "policy"]
@@ -245,9 +240,8 @@ def test_a_task_and_a_prompt_of_ones_own_are_told_apart(
     model: Path,
     arguments: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, _, err = sapo(monkeypatch, capsys, "generate", str(model), *arguments)
+    code, _, err = sapo(capsys, "generate", str(model), *arguments)
     assert code == 2
     assert message in " ".join(err.split())

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 import sapo
-from sapo import cli
 from sapo.config.recipes import parse_recipe
 from sapo.errors import ConfigError
 from sapo.report.arms import group_runs
@@ -20,6 +19,7 @@ from sapo.report.runs import read_run
 from sapo.run.directory import RunDirectory
 from sapo.workflows.comparing.config import load_comparison
 from sapo.workflows.train import resume
+from support.commands import call
 from support.runs import fingerprint, metrics, write_recipe
 
 HERE = "support.own_objectives"
@@ -35,13 +35,6 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe(directory: Path, objective: dict[str, Any], **changes: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     return write_recipe(directory, **{**SHORT, "objective": objective, **changes})
-
-
-def run_command(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["sapo", *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +89,11 @@ def test_a_run_by_it_resumes_to_the_bit(trained: Path, tmp_path: Path, asked: in
 
 
 def test_a_class_with_a_wrong_slope_is_refused_by_the_laws_name_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe(tmp_path / "whole", {"name": f"{HERE}:WrongSlope"})
     before = sorted(tmp_path.rglob("*"))
-    assert run_command("train", str(file), monkeypatch=monkeypatch) == 2
+    assert call("train", str(file)) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert said[0].startswith(
@@ -145,9 +138,9 @@ def test_a_law_of_design_that_is_broken_is_a_warning(tmp_path: Path) -> None:
         ({"name": f"{HERE}:WrongSlope"}, 2, ["  broken: slope_is_the_derivative: A = 1, log r = [0.1]"]),
     ],
 )
-def test_a_dry_run_prints_every_law(objective, code, shown, tmp_path, monkeypatch, capsys) -> None:
+def test_a_dry_run_prints_every_law(objective, code, shown, tmp_path, capsys) -> None:
     file = recipe(tmp_path / "whole", objective)
-    assert run_command("train", str(file), "--dry-run", monkeypatch=monkeypatch) == code
+    assert call("train", str(file), "--dry-run") == code
     out = capsys.readouterr().out
     assert all(line in out for line in shown), out
     assert "  does not apply: gradient_is_the_papers (" in out

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 import sapo
-from sapo.cli import main
 from sapo.errors import ConfigError
 from sapo.model.loading import load_policy
 from sapo.model.rounding import Rounding
 from sapo.objectives import make_objective
 from sapo.workflows.evaluation_plan import plan_evaluations
 from sapo.workflows.sampler_mismatch import PARTS, SYMMETRIC, Force, MismatchDiagnosis, diagnose
+from support.commands import call
 from support.runs import REWARD, write_recipe
 
 
@@ -57,29 +56,20 @@ def test_the_verdict_is_by_the_doses_that_were_tried(dose: float, verdict: str) 
     assert ("objective.tis" in found.recommendation) == (dose > 0.006)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["sapo", "diagnose", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def test_the_command_measures_a_run_on_its_own_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_measures_a_run_on_its_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     objective = {"name": "sapo", "tau_pos": 8.0, "tau_neg": 9.0}
     config = sapo.load_recipe(write_recipe(tmp_path, train__steps=1, objective=objective))
     run = sapo.train(config).directory
     capsys.readouterr()
     sizes = ("--problems", "2", "--samples", "4")
-    assert command(monkeypatch, str(run), "--sampler-dtype", "float8_e5m2", *sizes, "--json") == 0
+    assert call("diagnose", str(run), "--sampler-dtype", "float8_e5m2", *sizes, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert [f["objective"] for f in told["forces"]] == ["sapo of the run", "sapo", "grpo", "gspo", "cispo", SYMMETRIC]
     assert told["completions"] == 8
     assert told["dose"] > 1e-3
     forces = {f["objective"]: f["force"] for f in told["forces"]}
     assert forces["sapo of the run"] > forces["sapo"] > forces["cispo"] == 0
-    assert command(monkeypatch, str(run), *sizes) == 0
+    assert call("diagnose", str(run), *sizes) == 0
     shown = capsys.readouterr().out
     assert "mean |r - 1|" in shown
     assert "recommendation: " in shown
@@ -98,14 +88,13 @@ def test_the_command_measures_a_run_on_its_own_task(
 )
 def test_mistakes_end_in_one_line(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
     message: str,
 ) -> None:
     write_recipe(tmp_path)
     task = ["--task", "arithmetic", "--max-new-tokens", "8"] if words else []
-    assert command(monkeypatch, str(tmp_path / "model"), *task, *words) == 2
+    assert call("diagnose", str(tmp_path / "model"), *task, *words) == 2
     said = capsys.readouterr().err
     assert message in " ".join(said.split())
     assert len(said.strip().splitlines()) == 1

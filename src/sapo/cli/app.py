@@ -35,6 +35,7 @@ from sapo.cli.serve import serve
 from sapo.cli.terminal import StopSignal, console, errors, say, stop_signals
 from sapo.cli.watch import watch
 from sapo.errors import ConfigError, Interrupted, RankError, RunFailure, UserError
+from sapo.utils.faults import memory_failure
 from sapo.utils.files import check_output, storage_failure
 
 # For annotations only: `--help` is to answer before a library is loaded.
@@ -278,6 +279,8 @@ def main() -> None:
         _fail("stopped; nothing was lost: run the same command again", code=128 + StopSignal.last)
     except Exception as error:
         _fail_for_storage(error)
+        if (reason := memory_failure(error)) is not None:
+            _fail(f"there was not enough memory: {reason}; free memory, or ask for less at a time", code=1)
         raise
     sys.exit(code or 0)
 

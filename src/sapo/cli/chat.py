@@ -40,11 +40,12 @@ def chat(
     thinking: Annotated[
         bool | None, typer.Option("--thinking/--no-thinking", help="Set the chat template's switch.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**7, help="Longest answer.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first answer.", show_default="each is drawn anew")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Seed of the first answer.", show_default="each is drawn anew"),
     ] = None,
     engine: Annotated[str, typer.Option(help="The engine: local, vllm, or module:Class of your own.")] = "local",
     dtype: Annotated[

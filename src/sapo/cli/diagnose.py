@@ -59,10 +59,10 @@ def diagnose(
             help="Names of objectives, between commas, each at its defaults.", autocompletion=complete_objective
         ),
     ] = DEFAULT_OBJECTIVES,
-    problems: Annotated[int, typer.Option(min=2, help="Held-out problems of each task.")] = 64,
-    samples: Annotated[int, typer.Option(min=2, help="Completions of each problem.")] = 8,
+    problems: Annotated[int, typer.Option(min=2, max=10**6, help="Held-out problems of each task.")] = 64,
+    samples: Annotated[int, typer.Option(min=2, max=10**6, help="Completions of each problem.")] = 8,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
+        int | None, typer.Option(min=1, max=10**7, help="Longest completion.", show_default="64, or the run's")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Temperature of the sampler.", show_default="1, or the run's")

@@ -54,11 +54,15 @@ def evaluate(
     problems: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Held-out problems.", show_default="all rows, 256 of a task that generates them, or the run's"
+            min=1,
+            max=10**6,
+            help="Held-out problems.",
+            show_default="all rows, 256 of a task that generates them, or the run's",
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Completions of each problem (n).", show_default="4, or the run's")
+        int | None,
+        typer.Option(min=1, max=10**6, help="Completions of each problem (n).", show_default="4, or the run's"),
     ] = None,
     k: Annotated[
         str | None, typer.Option(help="The k of pass@k to estimate, as in 1,4.", show_default="1, or the run's")
@@ -79,7 +83,7 @@ def evaluate(
         float | None, typer.Option(help="Smallest reward that counts as right.", show_default="1")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest completion.", show_default="64, or the run's")
+        int | None, typer.Option(min=1, max=10**7, help="Longest completion.", show_default="64, or the run's")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="1, or the run's")

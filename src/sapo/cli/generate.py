@@ -16,6 +16,7 @@ from sapo.utils.text import visible, visible_line
 # For the annotations only: `--help` is to answer before a library is loaded.
 if TYPE_CHECKING:
     from sapo.data import Picture
+    from sapo.rollout.params import SamplingParams
     from sapo.workflows.generate import Generation
 
 # Default of --max-new-tokens.
@@ -49,17 +50,18 @@ def generate(
         ),
     ] = None,
     problem: Annotated[
-        int | None, typer.Option(min=0, help="With --task: which of its problems, from 0.", show_default="0")
+        int | None, typer.Option(min=0, max=10**6, help="With --task: which of its problems, from 0.", show_default="0")
     ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A picture for a vision-language model; where the prompt has <image>, or before it."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Completions to draw.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Completions to draw.")] = 1,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=10**7,
             help="Longest completion.",
             show_default="256, or what the model has room for; with --task 64, or the run's",
         ),
@@ -72,7 +74,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Seed of the draws.", show_default="0; with --task that of sapo eval"),
+        typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.", show_default="0; with --task that of sapo eval"),
     ] = None,
     chat: Annotated[
         bool | None,
@@ -99,7 +101,6 @@ def generate(
     """Complete a prompt with a model, or answer a problem of a task; a run's model uses the format of its first task
     unless an option says otherwise."""
     from sapo.errors import ConfigError
-    from sapo.rollout.params import SamplingParams
     from sapo.run.models import load_model
     from sapo.workflows.generate import format_of_run
     from sapo.workflows.generate import generate as draw
@@ -111,30 +112,12 @@ def generate(
         settings = [*([] if prompt is None else [prompt]), *(overrides or [])]
         _answer(model, task, settings, problem or 0, seed, given, dtype=dtype, device=device, as_json=as_json)
         return
-    if problem is not None:
-        raise ConfigError(
-            f"--problem is of a task; got --problem {problem} without --task; name the task, or leave it out"
-        )
-    if prompt is None or overrides:
-        got = f"{overrides[0]!r} behind the prompt" if prompt is not None and overrides else "neither"
-        raise ConfigError(
-            f"give a prompt to complete, or --task with its settings; got {got}; put a prompt of several words in "
-            "quotes"
-        )
+    given_text = _own_prompt(prompt, overrides or [], problem)
     if stop and "" in stop:
         raise ConfigError("--stop must not be empty; got ''")
-    try:
-        length = max_new_tokens or LONGEST
-        params = SamplingParams(
-            max_new_tokens=length,
-            temperature=1.0 if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=seed or 0,
-        )
-    except ValueError as error:
-        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
+    params = _sampling(max_new_tokens, temperature, top_p, seed)
     told = chat is not None or system is not None or bool(stop)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if given_text == "-" else given_text
     pictures = _opened(image or [])
     streams = sys.stdout.isatty() and samples == 1 and not (logprobs or as_json)
     result = draw(
@@ -157,6 +140,45 @@ def generate(
         print(json.dumps(result.to_json(), indent=1))
     else:
         _show(result, logprobs)
+
+
+def _own_prompt(prompt: str | None, others: Sequence[str], problem: int | None) -> str:
+    """Return the prompt that is to be completed, as the call has it.
+
+    Raises:
+        ConfigError: there is none, or more than one, or a problem of a task that is not named.
+    """
+    from sapo.errors import ConfigError
+
+    if problem is not None:
+        raise ConfigError(
+            f"--problem is of a task; got --problem {problem} without --task; name the task, or leave it out"
+        )
+    if prompt is None or others:
+        got = f"{others[0]!r} behind the prompt" if prompt is not None and others else "neither"
+        raise ConfigError(
+            f"give a prompt to complete, or --task with its settings; got {got}; put a prompt of several words in "
+            "quotes"
+        )
+    return prompt
+
+
+def _sampling(
+    max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None
+) -> SamplingParams:
+    """Return how a prompt of one's own is completed, by the options that are given."""
+    from sapo.errors import ConfigError
+    from sapo.rollout.params import SamplingParams
+
+    try:
+        return SamplingParams(
+            max_new_tokens=max_new_tokens or LONGEST,
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            seed=seed or 0,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def _refuse_with_task(**given: Any) -> None:

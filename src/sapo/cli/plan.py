@@ -30,11 +30,14 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, max=65536, help="GPUs that train together.", show_default="train.ranks")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=10**7, help="Tokens of a prompt.")] = 512,
     completion_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Mean tokens of a completion, for the seconds.", show_default="rollout.max_new_tokens"
+            min=1,
+            max=10**7,
+            help="Mean tokens of a completion, for the seconds.",
+            show_default="rollout.max_new_tokens",
         ),
     ] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of a GPU in GiB.")] = 140.0,

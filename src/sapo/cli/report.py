@@ -27,6 +27,7 @@ Tokens = Annotated[
     int | None,
     typer.Option(
         min=0,
+        max=10**9,
         help="Tokens that the token view may hold, of responses and of what was said between them; 0 for all.",
         show_default="200000",
     ),

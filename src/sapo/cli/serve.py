@@ -33,10 +33,11 @@ def serve(
         str | None, typer.Option(help="What clients call the model.", show_default="the last part of MODEL")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest completion of a chat that gives no max_tokens.")
+        int, typer.Option(min=1, max=10**7, help="Longest completion of a chat that gives no max_tokens.")
     ] = 1024,
     at_once: Annotated[
-        int, typer.Option(min=1, help="Requests that are drawn together; others wait. vLLM takes one at a time.")
+        int,
+        typer.Option(min=1, max=10**6, help="Requests that are drawn together; others wait. vLLM takes one at a time."),
     ] = 16,
     engine: Annotated[str, typer.Option(help="The engine: local, vllm, or module:Class of your own.")] = "local",
     dtype: Annotated[

@@ -143,7 +143,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that the model brings along: a directory or a hub repository may have some."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimizer."""
+    """Precision of the forward and backward pass. bfloat16 keeps float32 master weights in the optimizer. Where none is
+    named, a run on a GPU takes bfloat16, but for adapters and cold starts."""
     coldstart: ColdStartConfig | None = None
     """Make the model instead of loading one."""
     vision: VisionConfig = VisionConfig()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from sapo.config import ObjectiveConfig, PromptConfig, RunConfig
@@ -92,7 +92,11 @@ def change_recipe(
     """
     settings = copy.deepcopy(dict(raw))
     _drop_settings_of_another_objective(settings, dict(changes).get("objective.name"))
-    merged = OmegaConf.create(settings)
+    try:
+        merged = OmegaConf.create(settings)
+    except OmegaConfBaseException as error:
+        rule = "a key must be a text" if isinstance(error, KeyValidationError) else "a value must be one of YAML"
+        raise ConfigError(f"{where}: {rule}; got {first_line(error)}") from error
     for key, value in changes:
         try:
             OmegaConf.update(merged, key, value, merge=True, force_add=True)

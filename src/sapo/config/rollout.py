@@ -58,6 +58,17 @@ class TurnsConfig(Section):
     """Largest share of a step's episodes in which the environment may fail. A run with more of them stops. Failed
     episodes are not trained on."""
 
+    @field_validator("env")
+    @classmethod
+    def _names_of_variables(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not name or "=" in name or "\0" in name:
+                raise ValueError(
+                    f"turns.env must hold names of environment variables; got {name!r}; [OPENAI_API_KEY] is one, and "
+                    "its value is taken from the environment"
+                )
+        return names
+
 
 class RolloutConfig(Section):
     """How completions are drawn."""

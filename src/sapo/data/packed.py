@@ -62,6 +62,13 @@ class PackedPictures:
         return sum(self.lengths) if self.rows_I is None else len(self.rows_I)
 
 
+PER_TARGET = (
+    *("predictor_M", "target_M", "sequence_M", "old_logprobs_M", "reference_logprobs_M", "sampler_logprobs_M"),
+    "advantages_M",
+)
+"""Fields of a batch with a value for each response token."""
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch without padding: N packed input tokens, M response tokens to score, B sequences.

@@ -38,6 +38,7 @@ TITLES: dict[tuple[str, str], MetricTitle] = {
     ("step", "pass@1"): MetricTitle("batch pass@1"),
     ("step", "groups/zero_variance"): MetricTitle("zero-variance groups", "share"),
     ("step", "tokens/generated"): MetricTitle("sampled tokens"),
+    ("step", "length/mean"): MetricTitle("mean length", "tokens"),
     ("step", "update/entropy"): MetricTitle("entropy", "nats per token"),
     ("step", "update/gate/eur"): MetricTitle("EUR"),
     ("step", "update/ratio/abs_dev"): MetricTitle("|r - 1|"),

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from sapo.config import RunConfig
 from sapo.config.summary import free_sentence, replay_sentence
+from sapo.diagnostics.titles import shown_figures
 from sapo.front.lines import GLOSSARY, duration, end_lines, evaluation_line, sample_lines, step_figures
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.text import visible
@@ -54,6 +55,7 @@ class Display:
         self._began: tuple[float, int] | None = None
         self._last_line = float("-inf")
         self._explained = False
+        self._graded = False  # rewards other than 0 and 1 were seen
         self._figures = ""
         self.steps: int | None = None
         self._progress: Progress | None = None
@@ -126,6 +128,7 @@ class Display:
         if kind == "self_check":
             self._self_check(record)
         elif kind == "eval":
+            self._graded |= not record.get("binary", True)
             self.say(evaluation_line(record))
         elif kind == "rollback":
             self.say(
@@ -137,7 +140,8 @@ class Display:
 
     def _step(self, record: Mapping[str, Any]) -> None:
         """Show the figures of a step: in the bar of a terminal, or as a line of a plain log where one is due."""
-        step, figures = record["step"], step_figures(record)
+        self._graded |= "pass@1" in record and "pass@1" not in shown_figures(record, ("pass@1",))
+        step, figures = record["step"], step_figures(record, graded=self._graded)
         now = self._clock()
         self._began = self._began or (now - record["timing"].get("seconds", 0.0), step - 1)
         if self.console.is_terminal:

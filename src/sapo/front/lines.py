@@ -53,12 +53,18 @@ def evaluation_line(record: dict[str, Any]) -> str:
     return line + "".join(f", {record[f'status/{s.value}']} {s.value.replace('_', ' ')}" for s in odd)
 
 
-def step_figures(record: Mapping[str, Any]) -> list[str]:
-    """Return the figures of a step in words: those of COLUMNS that were measured, and tokens per second."""
+def step_figures(record: Mapping[str, Any], *, graded: bool = False) -> list[str]:
+    """Return the figures of a step in words: those of COLUMNS that were measured, and tokens per second.
+
+    Args:
+        record: line of metrics.jsonl.
+        graded: whether the run is known to have rewards other than 0 and 1. A step of zeros alone does not tell.
+    """
     formats = dict(COLUMNS)
     figures = [
         f"{metric_title('step', name).title} {formats[name].format(record[name])}"
         for name in shown_figures(record, tuple(formats))
+        if not (graded and name == "pass@1")
     ]
     if "tokens_per_second" in record["timing"]:
         figures.append(f"{record['timing']['tokens_per_second']:,.0f} tok/s")

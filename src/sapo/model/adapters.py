@@ -365,7 +365,7 @@ def _quietly(make: Any, spelled_out: bool = False) -> Any:
     """
     with warnings.catch_warnings(), _as_written() if spelled_out else nullcontext():
         warnings.simplefilter("ignore", RuntimeWarning)
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused by `load_adapter`
+        warnings.filterwarnings("ignore", "Found missing adapter keys|Model has `tie_word_embeddings")
         return make()
 
 

@@ -215,9 +215,22 @@ class TreeLayout:
         self.keep = keep
         self.device = torch.device(device)
         self.calls: dict[int, int] = {}
-        self.buckets, self.output_index = _buckets(self.segments, self.paths, torch.device(device))
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
         self._tree_mask: TreeMask | None = None
+
+    @cached_property
+    def _bucketed(self) -> tuple[list[Bucket], Tensor]:
+        return _buckets(self.segments, self.paths, self.device)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Return the segments side by side, made when first asked for: a GPU's kernel does without."""
+        return self._bucketed[0]
+
+    @property
+    def output_index(self) -> Tensor:
+        """Return where each packed token's output stands among those of the buckets."""
+        return self._bucketed[1]
 
     @property
     def was_asked(self) -> bool:
@@ -243,7 +256,7 @@ class TreeLayout:
         """See `Layout.attend`: a token sees its own segment up to itself, and the segments on the way to the root."""
         if self.on_keys is not None:
             self.on_keys(layer, key, value)
-        if takes_flex(query, value):
+        if takes_flex(query, key, value, softcap is not None, sinks_H is not None):
             if self._tree_mask is None:
                 self._tree_mask = TreeMask(self.segments, query.device)
             return self._tree_mask.attend(query, key, value, scaling, sliding_window, softcap, sinks_H)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sapo.data import PackedBatch, PackedPictures, Segment
+from sapo.data.packed import PER_TARGET
 from sapo.model.attention import Layout, TreeLayout
 
 
@@ -87,16 +88,7 @@ def own_slice(batch: PackedBatch, context: ContextGroup, device: torch.device) -
     bounds = context.bounds(padded.num_tokens)
     low, high = bounds[context.rank], bounds[context.rank + 1]
     at = ((batch.predictor_M >= low) & (batch.predictor_M < high)).nonzero()[:, 0]
-    of_targets = (
-        "predictor_M",
-        "target_M",
-        "sequence_M",
-        "old_logprobs_M",
-        "reference_logprobs_M",
-        "sampler_logprobs_M",
-        "advantages_M",
-    )
-    cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[at] for name in of_targets}
+    cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[at] for name in PER_TARGET}
     cut |= {name: getattr(padded, name)[..., low:high] for name in ("token_ids_N", "position_ids_N")}
     cut |= {"predictor_M": cut["predictor_M"] - low, "pictures": _own_pictures(padded.pictures, low, high)}
     own = replace(padded, **cut)

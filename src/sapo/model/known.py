@@ -83,6 +83,11 @@ def model_config(source: str) -> Any:
         except (ValueError, OSError, KeyError) as error:
             raise ModelError(f"{directory / 'config.json'} cannot be read: {first_line(error)}") from error
     name = source.rpartition("/")[2].lower().removesuffix("-base")
+    if name.endswith(".gguf"):
+        raise ModelError(
+            f"a model's dimensions are read from a directory with a config.json; got {source!r}, a file that is loaded "
+            "for that; `sapo train RECIPE --dry-run` does so, and estimates its memory"
+        )
     if directory.is_dir() or name not in KNOWN_MODELS:
         raise ModelError(
             "a model's dimensions are read from a local directory with a config.json, and those of "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sapo.errors import ModelError
@@ -31,12 +34,12 @@ from sapo.model.sources import model_directory
 from sapo.model.vision import Vision, is_vision_model, load_family
 from sapo.model.vision_families import Family
 from sapo.model.vision_proof import own_logprobs_of_picture, packed_logprobs_of_picture
-from sapo.utils.faults import is_bug_of_ours
+from sapo.utils.faults import is_bug_of_ours, memory_failure
 from sapo.utils.reading import read_json
 from sapo.utils.text import first_line
 
-_UNLOADABLE = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
-"""Exceptions that transformers raises for a directory without a model, or with damaged settings."""
+_QUANTISED = re.compile(r"F[48].*|[IU]8")
+"""Types of numbers in a file of weights that are those of a quantised model."""
 _COMPUTED = re.compile(r"rotary|inv_freq|masked_bias|attn\.bias|position_ids|num_batches_tracked")
 """Names of tensors in files of weights that a model computes itself."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
@@ -84,9 +87,16 @@ def load_policy(
         _refuse_remote_code(directory)
     transformers_logging.disable_progress_bar()
     try:
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each class of settings checks and computes what it likes
+        raise ModelError(
+            f"{directory} cannot be loaded as a model: its config.json gives {_reason(error)}; mend it, or take "
+            "the one that belongs to the weights"
+        ) from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
-        raise ModelError(f"the tokenizer in {directory} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"the tokenizer in {directory} cannot be loaded: {_reason(error)}") from error
     shows = is_vision_model(directory) and not text_only
     try:
         loaded = _load_model(
@@ -96,10 +106,18 @@ def load_policy(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except (*_UNLOADABLE, SafetensorError) as error:
+    except Exception as error:  # damaged settings or weights make transformers raise what they please
+        if is_bug_of_ours(error) or memory_failure(error) is not None:
+            raise
         kind = "vision-language" if shows else "causal language"
-        raise ModelError(f"{directory} cannot be loaded as a {kind} model: {first_line(error)}") from error
+        raise ModelError(f"{directory} cannot be loaded as a {kind} model: {_reason(error)}") from error
     model, loading = loaded
+    if loading["mismatched_keys"]:
+        name, found, expected = sorted(loading["mismatched_keys"])[0]
+        raise ModelError(
+            f"{directory} cannot be loaded: its weights must have the shapes of its config.json; got {tuple(found)} "
+            f"for {name}, which is {tuple(expected)} by the config; take the config that belongs to these weights"
+        )
     if loading["missing_keys"]:  # transformers would leave them at random values
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"the weights in {directory} lack {len(missing)} tensors, the first of them {missing[0]}")
@@ -126,13 +144,32 @@ def load_policy(
 
 
 def _load_model(auto: Any, directory: Path, **options: Any) -> Any:
-    """Load a model with the attention of torch, or with its own code's where it has no other (gpt-oss)."""
+    """Load a model with the attention of torch, or with its own code's where it has no other (gpt-oss).
+
+    transformers' table of tensors that do not fit is left out: what is wrong is refused in one line.
+    """
+    said = logging.getLogger("transformers.modeling_utils")
+    said.addFilter(_is_no_table)
     try:
-        return auto.from_pretrained(directory, attn_implementation="sdpa", **options)
+        return auto.from_pretrained(directory, attn_implementation="sdpa", ignore_mismatched_sizes=True, **options)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        return auto.from_pretrained(directory, attn_implementation="eager", **options)
+        return auto.from_pretrained(directory, attn_implementation="eager", ignore_mismatched_sizes=True, **options)
+    finally:
+        said.removeFilter(_is_no_table)
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a library could not read a file, on one line."""
+    if isinstance(error, LookupError | AssertionError | ArithmeticError):  # their text says little without
+        return f"{type(error).__name__} {first_line(error)}"
+    line = first_line(error)
+    return " ".join(str(error).split())[:300] if line.endswith(":") else line
 
 
 def _unmapped(model: Any) -> Any:
@@ -278,3 +315,20 @@ def _check_directory(directory: Path) -> None:
                 f"{method!r} (config.json: quantization_config); save them dequantised, as bfloat16, and name that "
                 "directory"
             )
+    for name, kind in _types_of_weights(directory):
+        if _QUANTISED.fullmatch(kind) and not _COMPUTED.search(name):
+            raise ModelError(
+                f"the weights in {directory} must be plain floats to be trained and saved; got {name} as {kind}, a "
+                "quantised one without its scale; save them dequantised, as bfloat16, and name that directory"
+            )
+
+
+def _types_of_weights(directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and type of the tensors in a model's files, as safetensors calls them (F32, BF16, F8_E4M3).
+
+    A file that cannot be read has none: loading it says why.
+    """
+    for file in sorted(directory.glob("model*.safetensors")):
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, tensors.get_slice(name).get_dtype()

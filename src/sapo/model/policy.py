@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from sapo.model.recurrent import chunk_tokens, use_states
 from sapo.model.rows import hidden_of_rows
 from sapo.model.texts import TextSide
 from sapo.model.vision import Vision
+from sapo.utils.files import open_to_readers
 
 T = TypeVar("T")
 
@@ -313,11 +313,7 @@ class Policy(TextSide):
         if self.vision is not None:
             self.vision.save(directory)
         self.tokenizer.save_pretrained(directory)
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in directory.iterdir():
-            if file.is_file():
-                file.chmod(0o666 & ~mask)  # safetensors writes weights for their owner alone
+        open_to_readers(directory)
 
 
 def decoder_of_model(model: Any) -> nn.Module:

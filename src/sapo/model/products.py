@@ -16,6 +16,7 @@ the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -99,22 +100,24 @@ def add_outer_sum(total_MK: Tensor, left_NM: Tensor, right_NK: Tensor, *, fresh:
 
 @cache
 def wide_support(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
-    """Try which products of 16-bit factors a device gives in float32: `mm`, and `addmm` into a total of float32.
+    """Try which products of 16-bit factors a device gives in float32: `mm`, `bmm`, and `addmm` into a float32 total.
 
-    torch has the first since 2.8 and the second since 2.12, for CUDA; ROCm has neither in some releases.
+    torch has the first two since 2.8 and the third since 2.12, for CUDA; ROCm has none in some releases.
     """
     found = set()
     left, right = (torch.ones(16, 16, dtype=dtype, device=device) for _ in range(2))
     total = torch.ones(16, 16, device=device)
-    for name in ("mm", "addmm"):
+    tries: dict[str, Callable[[], Tensor]] = {
+        "mm": lambda: torch.mm(left, right, out_dtype=torch.float32),
+        "bmm": lambda: torch.bmm(left[None], right[None], out_dtype=torch.float32)[0],
+        "addmm": lambda: torch.addmm(total, left, right, out_dtype=torch.float32, out=total),
+    }
+    for name, attempt in tries.items():
         try:
-            if name == "mm":
-                torch.mm(left, right, out_dtype=torch.float32, out=total)
-            else:
-                torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+            result = attempt()
         except (RuntimeError, TypeError):
             continue
-        if total[0, 0].item() == {"mm": 16.0, "addmm": 32.0}[name]:
+        if result[0, 0].item() == (17.0 if name == "addmm" else 16.0):
             found.add(name)
     return frozenset(found)
 

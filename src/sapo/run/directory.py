@@ -41,6 +41,13 @@ _FILES = ("config.yaml", "inputs.json", "metrics.jsonl", "summary.json", FAILURE
 _DIRECTORIES = ("rollouts", "rolled-back", "checkpoints", "profile", "tensorboard", "wandb", "ranks")
 
 
+def _never_began(path: Path) -> bool:
+    """Tell whether a directory is what a run left that was killed before it wrote config.yaml: nothing to lose."""
+    if not (path / ".lock").is_file():
+        return False
+    return all(entry.name == ".lock" or "inputs.json" in entry.name for entry in path.iterdir())
+
+
 class RunDirectory:
     """The files of one run. Made by `create` or `open`; holds a lock, so that no two processes write one run.
 
@@ -62,7 +69,7 @@ class RunDirectory:
         Raises:
             ConfigError: something of that name exists, or it lies where no directory can be made.
         """
-        if path.exists():
+        if path.exists() and not _never_began(path):
             way_out = f"`sapo resume {path}` continues it; run_dir=NAME starts another"
             raise ConfigError(f"the run directory {path} exists already; {way_out}")
         parent = next(p for p in path.absolute().parents if p.exists())
@@ -83,8 +90,10 @@ class RunDirectory:
         assert config.run_dir is not None
         path = Path(config.run_dir)
         cls.check_free(path)
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
+        if not _never_began(path):  # begun by another process before the lock was ours
+            cls.check_free(path)
         if inputs is not None:
             directory.run = inputs.run
             inputs.write(path)  # first: a directory without config.yaml is no run yet
@@ -113,7 +122,9 @@ class RunDirectory:
             ConfigError: there is none, or it cannot be read.
         """
         if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path} has no config.yaml: it is not a run, or was stopped before it began")
+            raise ConfigError(
+                f"{path} has no config.yaml: it is not a run, or was stopped before it began: `sapo train` begins it"
+            )
         return parse_recipe(read_yaml(path / "config.yaml"), recorded=True)
 
     @property
@@ -173,7 +184,10 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         present = file.stat().st_size if file.exists() else 0
         if present < size:
-            raise ConfigError(f"{file} holds {present} bytes where the checkpoint remembers {size}: it was changed")
+            raise ConfigError(
+                f"{file} must hold what the run wrote before its checkpoint, {size} bytes; got {present}: it was "
+                f"changed; put it back, or `sapo export {self.path} NEW` takes the model"
+            )
         if file.exists():
             os.truncate(file, size)
 

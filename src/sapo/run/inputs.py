@@ -160,7 +160,7 @@ def check_unchanged(
 def refusal(changes: Mapping[str, str], run: str) -> str:
     """Return the line that refuses a resume: what changed, and both ways out."""
     keys = ",".join(changes)
-    resumable = [key for key in changes if any(_within(key, name) for name in RESUMABLE_KEYS)]
+    resumable = [key for key in changes if key != CHECKPOINT_KEY and any(_within(key, name) for name in RESUMABLE_KEYS)]
     override = f"; `sapo resume {run} {resumable[0]}=...` sets {resumable[0]}" if resumable else ""
     return (
         f"a run must be resumed with what it began with; changed: {_listed(changes)}; put it back, or "

@@ -19,7 +19,7 @@ from sapo.utils.machine import processor_name
 RECORDED_PACKAGES = ("sapo-rl", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-DECIDING_BITS = ("versions", "processor", "cpu_capability", "mkl_cbwr", "kernels")
+DECIDING_BITS = ("versions", "processor", "cpu_capability", "mkl_cbwr", "kernels", "gpu")
 """What of `provenance` has to be the same for the same bits."""
 
 
@@ -32,16 +32,34 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    kind, number = asked.type, asked.index
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for but this machine has no CUDA device; use cpu or auto")
+    if kind == "cuda" and number is not None and number >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {device!r} was asked for but this machine has {count} CUDA devices, counted from 0")
     return device
 
 
+def resolve_dtype(config: RunConfig, device: str) -> str:
+    """Return the precision that a model computes in: bfloat16 on a GPU that has it, unless the recipe names another.
+
+    Weights and gradients are summed in float32 then (training/optimizer.py). An adapter stays in float32, in which it
+    is folded into the weights that draw; so do cold starts, which are tiny, and everything on a CPU.
+    """
+    model = config.model
+    stays = "dtype" in model.model_fields_set or model.lora is not None or model.coldstart is not None
+    if stays or not device.startswith("cuda") or not torch.cuda.is_bf16_supported():
+        return config.model.dtype
+    return "bfloat16"
+
+
 def resolve_machine(config: RunConfig) -> RunConfig:
-    """Choose threads and device, and apply the threads: another count is another rounding.
+    """Choose threads, device and precision, and apply the threads: another count is another rounding.
 
     Ranks that are started with the run share the machine's threads; torchrun's have been given theirs.
 
@@ -56,12 +74,14 @@ def resolve_machine(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"rollout.cuda_graphs=true needs a CUDA device; got device {device}; auto leaves them out there"
         )
-    return config.model_copy(update={"threads": threads, "device": device})
+    model = config.model.model_copy(update={"dtype": resolve_dtype(config, device)})
+    return config.model_copy(update={"threads": threads, "device": device, "model": model})
 
 
-def provenance() -> dict[str, Any]:
-    """Return versions, commit and machine, for config.yaml."""
-    return {
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Return versions, commit and machine, for config.yaml; of a run on a GPU what it is too."""
+    gpu = {"gpu": gpu_identity(torch.device(device))} if device.startswith("cuda") else {}
+    return gpu | {
         "versions": {name: metadata.version(name) for name in RECORDED_PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -70,6 +90,21 @@ def provenance() -> dict[str, Any]:
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
         "kernels": kernels_in_use(),
         "git_commit": _git_commit(),
+    }
+
+
+def gpu_identity(device: torch.device) -> dict[str, Any]:
+    """Return the name of a GPU, its architecture, and the libraries that choose its kernels."""
+    properties = torch.cuda.get_device_properties(device)
+    driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return {
+        "name": properties.name,
+        "architecture": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver() if driver is not None and torch.version.cuda else None,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
 
 

@@ -28,6 +28,17 @@ EVERY = 10
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 
 
+def prompts_to_check(prompts: Sequence[Prompt]) -> list[int]:
+    """Return which prompts of a batch are looked at: the first, half of them with pictures where there are as many.
+
+    >>> prompts_to_check([Prompt(id=i, task="t", text="") for i in range(20)])
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    pictured = [i for i, prompt in enumerate(prompts) if prompt.pictures][: CHECKED_GROUPS // 2]
+    others = [i for i in range(len(prompts)) if i not in pictured]
+    return sorted(pictured + others[: CHECKED_GROUPS - len(pictured)])
+
+
 class ParityCheck:
     """The parity checks of one run.
 
@@ -73,12 +84,13 @@ class ParityCheck:
         """
         rounded = self._config.experiments.sampler_dtype_at(step) is not None
         if self._collector.params.full_distribution and not rounded:
-            return self._compare(groups[:CHECKED_GROUPS], step)
+            return self._compare([groups[i] for i in prompts_to_check([group.prompt for group in groups])], step)
         return self.check_prompts([group.prompt for group in groups], step, version)
 
     def check_prompts(self, prompts: Sequence[Prompt], step: int, version: int) -> dict[str, float]:
         """Draw completions of a few encoded prompts and compare these; see `check`."""
-        return self._compare(self._collector.probe(prompts[:CHECKED_GROUPS], self._policy.weights(), version), step)
+        few = [prompts[i] for i in prompts_to_check(prompts)]
+        return self._compare(self._collector.probe(few, self._policy.weights(), version), step)
 
     def _compare(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         found = compare_logprobs(self._logprobs, groups)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sapo.data import Completion, Group, PackedBatch, Segment
+from sapo.data.packed import PER_TARGET
 from sapo.model.prefix_tree import PrefixTree, prompt_tree
 from sapo.model.routing import pack_experts
 from sapo.objectives import sequence_weights
@@ -198,16 +199,7 @@ def _picture_tokens(members: Sequence[_Member]) -> int:
 
 def _without_targets(batch: PackedBatch) -> PackedBatch:
     """Return the first token of a batch alone: a pass over it computes no loss, and its gradient is 0."""
-    per_target = (
-        "predictor_M",
-        "target_M",
-        "sequence_M",
-        "old_logprobs_M",
-        "reference_logprobs_M",
-        "sampler_logprobs_M",
-        "advantages_M",
-    )
-    cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[:0].clone() for name in per_target}
+    cut: dict[str, Any] = {name: None if (t := getattr(batch, name)) is None else t[:0].clone() for name in PER_TARGET}
     cut |= {name: getattr(batch, name)[:0].clone() for name in ("advantages_B", "weights_B")}
     cut |= {name: getattr(batch, name)[..., :1].clone() for name in ("token_ids_N", "position_ids_N")}
     experts = None if batch.experts_Nlk is None else batch.experts_Nlk[:1].clone()

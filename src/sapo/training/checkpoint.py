@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from sapo.errors import CheckpointError
 from sapo.model.policy import Policy
-from sapo.utils.files import remove, replace_directory
+from sapo.utils.files import open_to_readers, remove, replace_directory
 from sapo.utils.reading import is_whole, read_json
 from sapo.utils.text import first_line
 
@@ -143,6 +143,7 @@ def save_checkpoint(
         save_optimizer(aside)
         (aside / "state.json").write_text(json.dumps(state))
         safetensors.numpy.save_file(dict(batches), aside / "batches.safetensors")
+        open_to_readers(aside)
         manifest = {
             str(f.relative_to(aside)): {"size": f.stat().st_size, "sha256": _sha256(f)}
             for f in sorted(aside.rglob("*"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sapo.utils.text import first_line
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _MISTAKES = (NameError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, ImportError)
 """Exceptions that mean a mistake in the program where a line of this package raises them."""
@@ -31,3 +33,22 @@ def is_bug_of_ours(error: BaseException) -> bool:
     if frame is None:
         return False
     return Path(frame.tb_frame.f_code.co_filename).resolve().is_relative_to(_PACKAGE)
+
+
+def memory_failure(error: BaseException) -> str | None:
+    """Return what was said where the machine or a GPU had no more memory; None for an error of another kind.
+
+    torch has a class for GPUs alone; what its allocator of the machine's memory raises is told by its words.
+
+    >>> memory_failure(MemoryError("no room for 3 GiB"))
+    'no room for 3 GiB'
+    >>> memory_failure(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    >>> memory_failure(RuntimeError("x")) is None
+    True
+    """
+    of_a_gpu = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    of_the_machine = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    if isinstance(error, MemoryError) or of_a_gpu or of_the_machine:
+        return first_line(error) or type(error).__name__
+    return None

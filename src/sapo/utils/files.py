@@ -167,6 +167,15 @@ def check_output(path: Path, option: str, *, directory: bool = False) -> None:
         raise ConfigError(f"{option} {path} cannot be written: {place} {rule}; name another")
 
 
+def open_to_readers(directory: Path) -> None:
+    """Give the files of a directory the mode of every new file; safetensors writes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in directory.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
 _OF_STORAGE = tuple(
     getattr(errno, name)
     for name in (

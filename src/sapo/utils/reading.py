@@ -10,18 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from sapo.errors import ConfigError, UserError
 
 _QUICK_BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Refuse a key that stands twice in a mapping: PyYAML takes the last, and what stood before is lost."""
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if (key.tag, key.value) in seen:
+                raise ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add((key.tag, key.value))
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads `3e-4` as a number, as YAML 1.2 does; in 1.1, PyYAML's, it is a text."""
+    """Reads `3e-4` as a number, as YAML 1.2 does; in 1.1, PyYAML's, it is a text. Each key may stand once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        return super().construct_mapping(node, deep)
 
 
 class _QuickLoader(_QUICK_BASE):
-    """The same in C."""
+    """The same in C, of what we wrote: keys that stand twice are not looked for."""
 
 
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z")

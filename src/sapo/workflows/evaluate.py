@@ -141,7 +141,7 @@ class PlannedEvaluation:
         policy = subject.policy
         prompts = self.ask(policy) if prompts is None else prompts
         about = self._about(subject)
-        machine = {**provenance(), "threads": torch.get_num_threads()}
+        machine = {**provenance(str(policy.device)), "threads": torch.get_num_threads()}
         if out is None:
             evaluation = self._evaluate(policy, prompts, InMemoryStore(), should_stop, on_progress, report)
             return Results({**about, "machine": machine}, evaluation)
@@ -304,5 +304,5 @@ def _report_kept_work(
     elif store.answered:
         report(f"{store.path} has {len(store.answered)} of {problems} problems already; resuming")
     for key in DECIDING_BITS:
-        if not store.finished and key in store.machine and store.machine[key] != machine[key]:
-            report(f"{key}: {store.machine[key]} before, {machine[key]} now: resumed, but not bit for bit")
+        if not store.finished and key in store.machine and store.machine[key] != machine.get(key):
+            report(f"{key}: {store.machine[key]} before, {machine.get(key)} now: resumed, but not bit for bit")

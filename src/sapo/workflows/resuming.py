@@ -86,14 +86,21 @@ class Resuming:
         """Return the newest whole checkpoint with its state; warn of newer ones that are broken.
 
         Raises:
-            ConfigError: the recipe now has fewer steps than the checkpoint has done.
+            ConfigError: the recipe now has fewer steps than the checkpoint has done, or no checkpoint is whole.
         """
         states: list[RunState] = []
+        broken: list[CheckpointError] = []
         checkpoint = newest_whole(
-            self.directory.checkpoints,
-            on_broken=lambda error: self.listener.warning(f"checkpoint not used: {error}"),
-            check=lambda found: states.append(_state_of(found)),
+            self.directory.checkpoints, on_broken=broken.append, check=lambda found: states.append(_state_of(found))
         )
+        if checkpoint is None and broken and CHECKPOINT_KEY not in self.accepted:
+            raise ConfigError(
+                f"a run must be resumed from a checkpoint that is whole; got {len(broken)} that are not, the newest of "
+                f"them: {broken[0]}; put one back, or `sapo resume {self.run} --accept-changes {CHECKPOINT_KEY}` "
+                "begins at step 1 again, and drops the metrics and completions so far"
+            )
+        for error in broken:
+            self.listener.warning(f"checkpoint not used: {error}")
         if checkpoint is None:
             return None, None
         (state,) = states

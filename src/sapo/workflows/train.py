@@ -24,7 +24,6 @@ from sapo.errors import (
     RankError,
     RunFailure,
     SelfCheckError,
-    StorageError,
     UserError,
 )
 from sapo.model.loading import load_policy
@@ -52,14 +51,14 @@ from sapo.run.preflight import (
 from sapo.run.trainers import check_optimizer
 from sapo.tasks import notices_of
 from sapo.tasks.episodes.pool import close_hosts
-from sapo.training.checkpoint import list_checkpoints, set_broken_aside
-from sapo.utils.files import storage_failure
+from sapo.training.checkpoint import set_broken_aside
 from sapo.workflows.cluster import engine_channels, joined_cluster
 from sapo.workflows.coldstart import ColdStartProgress
 from sapo.workflows.dry_run import DryRun, rehearse
 from sapo.workflows.rank_watch import rank_table
 from sapo.workflows.rehearsal import rehearse_saving
 from sapo.workflows.resuming import Resuming, coldstart_directory
+from sapo.workflows.shortage import shortage
 from sapo.workflows.start import check_same_tokens, reference_policy, starting_policy, train_vision
 from sapo.workflows.training_group import (
     check_ranks,
@@ -302,7 +301,7 @@ def _provenance(config: RunConfig) -> dict[str, Any]:
     own = {"objective": config.objective.make().name} if is_plugin(config.objective.name) else {}
     here = config.rollout.engine == "vllm" and config.rollout.servers is None
     engine = {"vllm": vllm_version()} if here else {}
-    return provenance() | own | engine
+    return provenance(config.device) | own | engine
 
 
 def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
@@ -319,10 +318,12 @@ def _warn_of_design(listener: Listener) -> Callable[[Judgement], None]:
 
 def _warn_of_another_machine(config: RunConfig, listener: Listener) -> None:
     """Warn where machine or versions changed: bit for bit holds only on one machine with one set of versions."""
-    before, now = config.provenance or {}, provenance()
+    before, now = config.provenance or {}, provenance(config.device)
     for key in DECIDING_BITS:
-        if key in before and before[key] != now[key]:
-            listener.warning(f"{key}: {before[key]} before, {now[key]} now: the run is resumed, but not bit for bit")
+        if key in before and before[key] != now.get(key):
+            listener.warning(
+                f"{key}: {before[key]} before, {now.get(key)} now: the run is resumed, but not bit for bit"
+            )
 
 
 def _with_restarts(
@@ -362,19 +363,6 @@ def _run_to_its_end(training: TrainingRun) -> Run:
                 raise
         return Run(training.directory.path, training.config, training.summary(), stopped)
     except Exception as error:
-        if isinstance(error, UserError | RunFailure) or (reason := storage_failure(error)) is None:
+        if isinstance(error, UserError | RunFailure) or (failure := shortage(training, error)) is None:
             raise
-        raise StorageError(_storage_line(training, reason)) from error
-
-
-def _storage_line(training: TrainingRun, reason: str) -> str:
-    """Say what could not be written, what is safe, and how to go on."""
-    run = training.directory.path
-    found = list_checkpoints(training.directory.checkpoints)
-    safe = f"the checkpoint of {found[0].label} is safe" if found else "there is no checkpoint yet"
-    way_out = (
-        f"make room or mend the disk, then `sapo resume {run}` goes on"
-        if (run / "config.yaml").is_file()
-        else f"the run directory {run} is gone; start the run again"
-    )
-    return f"step {training.state.step + 1}: a file of the run cannot be written or read: {reason}; {safe}; {way_out}"
+        raise failure from error

@@ -219,3 +219,21 @@ def test_what_a_start_does_to_the_global_generators_is_undone() -> None:
     with core._process_kept():
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
     assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
+def test_the_likeliest_tokens_of_a_stream_are_those_of_the_local_engine(engine, policy, options) -> None:
+    settings = params(max_new_tokens=6, **options)
+    asked = [replace(ragged_requests()[0], top_logprobs=3), ragged_requests()[1]]
+    steps = [new for step in engine.stream(asked, settings) for new in step]
+    assert all(new.likeliest == () for new in steps if new.request == 1)
+    ids = asked[0].prompt.token_ids
+    first = [new for new in steps if (new.request, new.sample) == (0, 0)]
+    for token, likeliest in ((t, of) for new in first for t, of in zip(new.token_ids, new.likeliest, strict=True)):
+        # The local engine's, of the next token after the same ones.
+        one = replace(request(ids), top_logprobs=3)
+        [[drawn]] = list(LocalEngine(policy).stream([one], replace(settings, max_new_tokens=1)))
+        assert [t for t, _ in likeliest] == [t for t, _ in drawn.likeliest[0]]
+        assert [p for _, p in likeliest] == pytest.approx([p for _, p in drawn.likeliest[0]], abs=1e-4)
+        ids += (token,)
+    assert len(ids) > len(asked[0].prompt.token_ids) + 1

@@ -222,6 +222,22 @@ def test_vllm_takes_its_share_of_the_drivers_gpu() -> None:
     assert "engine's weights" not in made.memory.driver.phases["update, end"]  # it sleeps
 
 
+@pytest.mark.parametrize(
+    "there",
+    [["rollout.engine=vllm", "rollout.servers=2"], ["cluster.kind=ray", "cluster.trainers=8", "cluster.engines=2"]],
+)
+def test_servers_and_engines_of_a_cluster_take_nothing_of_the_drivers_gpu(there: list[str]) -> None:
+    here, beside = plan_of("train.ranks=8"), plan_of("train.ranks=8", *there)
+    assert beside.memory.driver.phases["generate"].keys() == here.memory.driver.phases["sync"].keys() - {
+        "transfer: one whole parameter and its pieces"
+    }  # what a rank holds all the time
+    assert beside.memory.driver.phases["update, end"] == here.memory.driver.phases["update, end"]
+    assert any("not counted here" in sentence for sentence in beside.assumptions())
+    proposal = propose(plan_of("train.ranks=8", *there, machine=Machine(gpu_memory=40)))
+    assert proposal is not None
+    assert not {key for key in proposal.changes if key.startswith("rollout.")}
+
+
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return run_forked("plan", *words, cwd=Path.cwd(), env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -245,6 +261,8 @@ def test_the_command_prints_what_the_library_computes() -> None:
     [
         (["qwen3_30b_a3b_sapo", "--gpus", "0"], "'--gpus': Input should be greater than or equal to 1"),
         (["qwen3_30b_a3b_sapo", "model.path=nobody/nothing"], "nobody/nothing"),
+        (["smollm2_sums"], "`sapo train RECIPE --dry-run` does so"),
+        (["vision_quickstart"], "of the family qwen3_vl, which has a vision part"),
         (["qwen3_30b_a3b_sapo", "--mfu", "2"], "--mfu must lie in 0..1; got 2; the default is 0.35"),
         (["qwen3_30b_a3b_sapo", "--gpus", "24", "train.context_parallel=24"], "context_parallel=24 does not fit"),
     ],

@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sapo.cli import main
 from sapo.cli.chat import DIM, PLAIN, dimmed, talk
 from sapo.rollout.local.engine import LocalEngine
 from sapo.rollout.params import SamplingParams
@@ -24,20 +23,13 @@ from sapo.workflows.chat import Conversation
 from sapo.workflows.generate import generate
 from sapo.workflows.serving.served import Order, ServedModel
 from sapo.workflows.serving.web import Address
+from support.commands import call
 from support.served import PATIENCE, save, served_here, talker
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(talker(), tmp_path_factory.mktemp("served") / "tiny")
-
-
-def call(*words: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sapo", *words])
-        with pytest.raises(SystemExit) as end:
-            main()
-    return int(end.value.code or 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

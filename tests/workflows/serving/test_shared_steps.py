@@ -21,7 +21,7 @@ def test_requests_that_come_together_share_every_step(monkeypatch: pytest.Monkey
         steps.append(rows.active)
         step(rows)
 
-    worker, begin = Worker(8), threading.Event()
+    worker, held, begin = Worker(8), threading.Event(), threading.Event()
     bodies = [  # each by settings and of a length of its own
         {"prompt": "1+1="[: 1 + n % 4], "seed": n, "temperature": 0.5 + n / 4, "max_tokens": 20} for n in range(6)
     ]
@@ -30,9 +30,11 @@ def test_requests_that_come_together_share_every_step(monkeypatch: pytest.Monkey
         monkeypatch.setattr(RowsInPlace, "step", counted)
 
         def wait():
+            held.set()
             yield begin.wait(60)
 
         worker.submit(wait, lambda value: None)  # the worker takes nothing until all have come
+        assert held.wait(60)
         together = [[] for _ in bodies]
         ask = lambda number: together[number].extend(complete(client, **bodies[number]).json()["choices"])  # noqa: E731
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(bodies))]

@@ -75,7 +75,7 @@
       made.bars.setAttribute("aria-valuenow", run.steps);
       if (run.planned) made.bars.setAttribute("aria-valuemax", run.planned);
       made.bar.style.width = `${run.planned ? Math.min(100, (100 * run.steps) / run.planned) : 0}%`;
-      made.figures.replaceChildren(...run.figures.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, figure(value))]));
+      made.figures.replaceChildren(...run.figures.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, figure(value)))));
       const rows = run.live?.samples ?? [];
       made.fresh.hidden = !rows.length;
       const key = JSON.stringify(rows);

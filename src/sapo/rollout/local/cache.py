@@ -35,6 +35,10 @@ POOL_SLACK = 32
 SLOTS_PER_GROUP = 2
 
 
+WASTE = 1.5
+"""How much longer than the longest prompt of another call a pool may be that is used again for it."""
+
+
 @dataclass
 class Pool:
     """Prompts of similar length, one slot each, padded to the longest of the pool.
@@ -82,6 +86,7 @@ class KVCache:
         prompt_lengths: tokens of each group's prompt, the preamble left out.
         samples: rows of each group, at most `rows`.
         preamble: tokens that all prompts begin with.
+        rounded: pools have one of few sizes, so that those of another call are likely to be the same (`begin`).
     """
 
     def __init__(
@@ -91,8 +96,10 @@ class KVCache:
         prompt_lengths: Sequence[int],
         samples: Sequence[int],
         preamble: int = 0,
+        rounded: bool = False,
     ) -> None:
         self.rows = rows
+        self.rounded = rounded
         self.length = max(1, new_tokens - 1)  # no later token attends to the last one drawn
         self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
         self.preamble = Pool(1, preamble)
@@ -107,11 +114,42 @@ class KVCache:
 
     def _pool(self, groups: Sequence[int], samples: Sequence[int]) -> None:
         """Make pools for the prompts of some groups, whose rows are given."""
-        for members in _similar(self.prompt_length[list(groups)]):
-            slots = min(len(members), SLOTS_PER_GROUP * (self.rows // min(samples[i] for i in members)))
-            pool = Pool(slots, int(self.prompt_length[[groups[i] for i in members]].max()))
+        for members, slots, length in self._plan(groups, samples):
+            pool = Pool(slots, length)
             self.pools.append(pool)
             self.pool_of.update((groups[i], pool) for i in members)
+
+    def _plan(self, groups: Sequence[int], samples: Sequence[int]) -> list[tuple[list[int], int, int]]:
+        """Return the pools for some groups: whose prompts, of how many slots and which length."""
+        plan = []
+        for members in _similar(self.prompt_length[list(groups)]):
+            slots = min(len(members), SLOTS_PER_GROUP * (self.rows // min(samples[i] for i in members)))
+            length = int(self.prompt_length[[groups[i] for i in members]].max())
+            plan.append(
+                (members, _round_size(slots), _round_size(length)) if self.rounded else (members, slots, length)
+            )
+        return plan
+
+    def begin(self, prompt_lengths: Sequence[int], samples: Sequence[int], preamble: int) -> bool:
+        """Serve the groups of another call with the pools there are; return whether they hold them.
+
+        What was stored stays and is not read. Where they do not hold them, nothing has changed.
+        """
+        before = self.prompt_length
+        self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
+        groups = range(len(samples))
+        plan = self._plan(groups, samples)
+        fits = preamble == self.preamble.length and len(plan) == len(self.pools)
+        for (_, slots, length), pool in zip(plan, self.pools, strict=False):
+            fits = fits and slots <= pool.slots and length <= pool.length <= WASTE * length
+        if not fits:
+            self.prompt_length = before
+            return False
+        self.pool_of = {}
+        for (members, _, _), pool in zip(plan, self.pools, strict=True):
+            pool.groups.clear()
+            self.pool_of.update((groups[i], pool) for i in members)
+        return True
 
     def add(self, prompt_lengths: Sequence[int], samples: Sequence[int]) -> None:
         """Take up further groups, behind those there are; pools that no group uses any more are given back."""
@@ -154,6 +192,12 @@ class KVCache:
         pools = [self.preamble, *self.pools]
         return sum(p.slots * _padded(p.length) for p in pools if p.length) + self.rows * _padded(self.length)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the keys and values there are."""
+        kept = [self.layers, *(pool.layers for pool in (self.preamble, *self.pools))]
+        return sum(tensor.nbytes for layers in kept for pair in layers.values() for tensor in pair)
+
     def has_slot(self, group: int) -> bool:
         """Return whether a slot is free for a group's prompt."""
         pool = self.pool_of[group]
@@ -173,11 +217,19 @@ class KVCache:
         """Free the slot of a group whose rows have all finished."""
         self.pool_of.pop(group).release(group)
 
-    def append(self, layer: int, length_R: Tensor | int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self,
+        layer: int,
+        length_R: Tensor | int,
+        key_RhD: Tensor,
+        value_RhD: Tensor,
+        row_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Write one token for each of the first R rows behind what it holds; return the layer's keys and values.
 
         Args:
             length_R: tokens each row holds; a number where it is the same for all, which is several times cheaper.
+            row_R: 0 .. R - 1, for those who have it.
         """
         keys, values = self.own(layer, key_RhD, value_RhD)
         rows = key_RhD.shape[0]
@@ -185,7 +237,7 @@ class KVCache:
             keys[:rows, :, :, length_R].copy_(key_RhD)
             values[:rows, :, length_R].copy_(value_RhD)
         else:
-            row_R = torch.arange(rows, device=length_R.device)
+            row_R = torch.arange(rows, device=length_R.device) if row_R is None else row_R
             keys[row_R, :, :, length_R] = key_RhD.to(keys.dtype)
             values[row_R, :, length_R] = value_RhD.to(values.dtype)
         return keys, values
@@ -213,6 +265,16 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     keep them in float32. The values stay those of the model.
     """
     return torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _round_size(count: int) -> int:
+    """Round up to four sizes in each doubling.
+
+    >>> [_round_size(n) for n in (1, 9, 33, 200, 256, 257)]
+    [1, 10, 40, 224, 256, 320]
+    """
+    unit = 1 << max(0, (count - 1).bit_length() - 3) if count else 1
+    return -(-count // unit) * unit
 
 
 def _padded(length: int) -> int:

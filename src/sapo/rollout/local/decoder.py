@@ -16,7 +16,7 @@ rotary embedding. `tests/rollout/test_decoder.py` holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,16 +28,16 @@ from sapo.model.adapters import folded_weight, folds, is_adapted
 from sapo.model.attention import Layout
 from sapo.model.blocks import computes_as_its_class
 from sapo.model.policy import Policy
-from sapo.rollout.local import packing
+from sapo.rollout.local import mixture, packing
 from sapo.rollout.local.cpu.native import Kernels, kernels
 from sapo.rollout.local.cpu.packed import (
     OneTokenEach,
     PackedBlocks,
-    PackedExperts,
     PackedLinear,
     Panels,
     panel_bytes,
 )
+from sapo.rollout.local.mixture import Experts, gated
 from sapo.rollout.local.packing import Linear, Packing, arrange_weights, choose_packing, join_layers
 
 OnExperts = Callable[[int, Tensor], None]
@@ -193,6 +193,24 @@ class FastDecoder:
         if isinstance(pack, Panels):
             self.blocks = PackedBlocks(self.layers, self.embedding.shape[1], pack.native, policy.dtype)
 
+    @property
+    def refreshable(self) -> bool:
+        """Return whether its copies of weights are plain tensors, which `refresh` can write to."""
+        return self.blocks is None and not any(getattr(x, "packed", False) for x in _parts([self.layers, self.head]))
+
+    def refresh(self, policy: Policy) -> None:
+        """Bring its copies of weights to what the policy's are now, at the addresses they have, a layer at a time.
+
+        A CUDA graph repeats what it read when it was captured; weights that are no copies are read where they are.
+        """
+        decoder: Any = policy.decoder
+        native = kernels(policy.device, policy.dtype)
+        for mine, layer in zip(self.layers, decoder.layers, strict=True):
+            _copy_weights(mine, _Layer(layer, False, native, None))
+        _copy_weights(self.norm, _Norm(decoder.norm, native))
+        _copy_weights(self.head, arrange_weights([policy.head_weight], [policy.head_bias], False))
+        _copy_weights([self.embedding], [decoder.embed_tokens.weight.detach()])
+
     def hidden(self, token_ids_N: Tensor, position_ids_N: Tensor, layout: Layout, static: bool = False) -> Tensor:
         """See `Decoder.hidden`.
 
@@ -225,6 +243,34 @@ class FastDecoder:
         return cos_1ND[0], sin_1ND[0]
 
 
+def _parts(of: Any) -> Iterator[Any]:
+    """Yield what an arrangement of weights is made of, tensors and layers, always in the same order."""
+    if isinstance(of, list | tuple):
+        inside = list(of)
+    elif isinstance(of, partial):
+        inside = list(of.keywords.values())
+    elif type(of).__module__ in (__name__, packing.__name__, mixture.__name__):
+        yield of
+        inside = list(vars(of).values())
+    else:
+        if isinstance(of, Tensor):
+            yield of
+        return
+    for part in inside:
+        yield from _parts(part)
+
+
+def _copy_weights(mine: Any, theirs: Any) -> None:
+    """Copy weights into those of an equal arrangement, where they are not the same memory."""
+    pairs = [
+        (a, b)
+        for a, b in zip(_parts(mine), _parts(theirs), strict=True)
+        if isinstance(a, Tensor) and a.data_ptr() != b.data_ptr()
+    ]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+
+
 class _Layer:
     """One block; `add` adds what attention and MLP give to the residual stream in place."""
 
@@ -248,7 +294,7 @@ class _Layer:
         self.out = join_layers([attention.o_proj], pack)
         self.turn = _Turn(attention, self.heads, self.kv_heads, native)
         experts = hasattr(layer.mlp, "experts")
-        self.mlp: Any = _Experts(layer.mlp, pack, native, on_chosen) if experts else _MLP(layer.mlp, pack, native)
+        self.mlp: Any = Experts(layer.mlp, pack, native, on_chosen) if experts else _MLP(layer.mlp, pack, native)
 
     def add(self, hidden_NH: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, static: bool) -> None:
         """Add what the block computes to the residual stream, in place.
@@ -268,8 +314,19 @@ class _Layer:
             self.scaling,
             self.window,
         )
-        hidden_NH += self.out(mixed_NHD.reshape(len(hidden_NH), -1))
-        hidden_NH += self.mlp(self.mlp_norm(hidden_NH), static)
+        _add(self.out, hidden_NH, mixed_NHD.reshape(len(hidden_NH), -1))
+        if isinstance(self.mlp, _MLP):
+            _add(self.mlp.down, hidden_NH, self.mlp.gated(self.mlp_norm(hidden_NH)))
+        else:
+            hidden_NH += self.mlp(self.mlp_norm(hidden_NH), static)
+
+
+def _add(layer: Linear | PackedLinear, total_NH: Tensor, input_NI: Tensor) -> None:
+    """Add a layer's outputs to the residual stream, in place."""
+    if isinstance(layer, Linear):
+        layer.add_to(total_NH, input_NI)
+    else:
+        total_NH += layer(input_NI)
 
 
 class _Norm:
@@ -325,67 +382,8 @@ class _MLP:
         return self.down(self.gated(hidden_NH))
 
 
-class _Experts:
-    """Qwen3's mixture: rows sorted by expert, one pair of products for each expert that has any.
-
-    Static, every expert sees every row and those not chosen are left out: which have rows only the numbers tell. A
-    decode step of some dozen rows reads the weights of nearly all experts anyway, and reading is what it waits for.
-    """
-
-    def __init__(
-        self, mlp: Any, pack: Packing, native: Kernels | None, on_chosen: Callable[[Tensor], None] | None
-    ) -> None:
-        self.router: Tensor = mlp.gate.weight.detach()
-        self.top: int = mlp.gate.top_k
-        self.renormalise: bool = getattr(mlp.gate, "norm_topk_prob", True)  # those of Qwen3-VL-MoE always do
-        self.gate_up: Tensor = mlp.experts.gate_up_proj.detach()
-        self.down: Tensor = mlp.experts.down_proj.detach()
-        self.native, self.on_chosen = native, on_chosen
-        self.packed: PackedExperts | None = None
-        if isinstance(pack, Panels):
-            self.packed = PackedExperts(pack, self.router, self.gate_up, self.down)
-
-    def __call__(self, hidden_NH: Tensor, static: bool) -> Tensor:
-        logits_NE = F.linear(hidden_NH, self.router) if self.packed is None else self.packed.router(hidden_NH)
-        share_NE = torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
-        share_NX, expert_NX = torch.topk(share_NE, self.top, dim=-1)
-        if self.renormalise:
-            share_NX /= share_NX.sum(dim=-1, keepdim=True)
-        if self.on_chosen is not None:
-            self.on_chosen(expert_NX)
-        if static:
-            return self._of_all(hidden_NH, share_NX, expert_NX)
-        expert, order = expert_NX.flatten().sort(stable=True)
-        rows = torch.bincount(expert, minlength=len(self.gate_up)).tolist()
-        hidden = hidden_NH.index_select(0, order // self.top)
-        results = [self._of_one(i, part) for i, part in enumerate(hidden.split(rows)) if len(part)]
-        mixed = torch.empty_like(hidden).index_copy_(0, order, torch.cat(results))
-        mixed_NXH = mixed.view(*expert_NX.shape, -1).mul_(share_NX.to(hidden.dtype)[..., None])
-        return mixed_NXH.sum(dim=1)
-
-    def _of_one(self, expert: int, hidden_NH: Tensor) -> Tensor:
-        if self.packed is not None:
-            return self.packed.down[expert](self.packed.gated[expert](hidden_NH))
-        return F.linear(_gated(F.linear(hidden_NH, self.gate_up[expert]), self.native), self.down[expert])
-
-    def _of_all(self, hidden_NH: Tensor, share_NX: Tensor, expert_NX: Tensor) -> Tensor:
-        gate_ENI, up_ENI = (hidden_NH @ self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
-        each_ENH = F.silu(gate_ENI).mul_(up_ENI) @ self.down.transpose(1, 2)
-        place_NXH = expert_NX[..., None].expand(-1, -1, hidden_NH.shape[1])
-        chosen_NXH = each_ENH.transpose(0, 1).gather(1, place_NXH)
-        return chosen_NXH.mul_(share_NX.to(hidden_NH.dtype)[..., None]).sum(dim=1)
-
-
 def _gated_product(hidden_NH: Tensor, gate_up: Linear | PackedLinear, native: Kernels | None) -> Tensor:
-    return _gated(gate_up(hidden_NH), native)
-
-
-def _gated(gate_up_NI: Tensor, native: Kernels | None) -> Tensor:
-    """Compute silu(gate) * up."""
-    if native is not None:
-        return native.gate(gate_up_NI)
-    gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
-    return F.silu(gate_NI).mul_(up_NI)
+    return gated(gate_up(hidden_NH), native)
 
 
 def _rotate(both_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:

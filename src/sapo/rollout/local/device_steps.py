@@ -74,6 +74,16 @@ def capture_on(device: torch.device, choice: GraphChoice) -> Capture | None:
     return CudaCapture(device) if device.type == "cuda" and choice != "eager" else None
 
 
+MOST_GRAPHS = 16
+"""Shapes that are captured while there is a larger one that serves: a capture takes as long as dozens of steps."""
+
+SPARE = 1.15
+"""What a larger shape that has been captured may cost of the one that fits, before that is captured too."""
+
+ROW_TOKENS = 64
+"""Keys that are read in the time that the rest of a step takes a row."""
+
+
 class CudaCapture:
     """Captures steps as CUDA graphs that share one pool of memory: none of them leaves anything in it."""
 
@@ -124,8 +134,8 @@ class RowState:
 class StepShape:
     """All that the shapes of a step come from.
 
-    >>> StepShape(rows=40, slots=(6, 0), own=64).rows
-    40
+    >>> StepShape(rows=40, slots=(6, 0), own=64).holds(StepShape(rows=33, slots=(5, 0), own=64))
+    True
     """
 
     rows: int
@@ -133,6 +143,20 @@ class StepShape:
     """Prompts of each pool of the cache; 0 of a pool that no row belongs to."""
     own: int
     """Tokens of a row's suffix that are looked at."""
+
+    def holds(self, other: StepShape) -> bool:
+        """Return whether a step of this shape serves the rows of another."""
+        slots = all(mine >= theirs for mine, theirs in zip(self.slots, other.slots, strict=True))
+        return slots and self.rows >= other.rows and self.own >= other.own
+
+    def cost(self, prompt_tokens: Sequence[int]) -> int:
+        """Return about how many keys a layer reads; a row's other work counts as so many more.
+
+        Args:
+            prompt_tokens: of a slot of each pool.
+        """
+        shared = sum(count * tokens for count, tokens in zip(self.slots, prompt_tokens, strict=True))
+        return self.rows * (self.own + ROW_TOKENS) + shared
 
 
 def size_for(count: int, most: int) -> int:
@@ -173,16 +197,18 @@ class DeviceSteps:
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.live_R, self.held_R = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
-        # Rows of each group of a pool: those of the largest, so that only the number of groups changes a shape.
-        self.width = [
-            max((samples[g] for g, p in cache.pool_of.items() if p is pool), default=0) for pool in cache.pools
-        ]
+        self.width = self.widths_of(cache, samples)
         self.gather = [
             torch.zeros(pool.slots * width, dtype=torch.int64, device=device)
             for pool, width in zip(cache.pools, self.width, strict=True)
         ]
         self.met: set[StepShape] = set()
         self.captured: dict[StepShape, Step] = {}
+
+    @staticmethod
+    def widths_of(cache: KVCache, samples: Sequence[int]) -> list[int]:
+        """Return the rows of a group of each pool: the largest's, so that only how many groups there are is a shape."""
+        return [max((samples[g] for g, p in cache.pool_of.items() if p is pool), default=0) for pool in cache.pools]
 
     def run(
         self, group_R: np.ndarray, drawn_R: np.ndarray, limit_R: np.ndarray, start_R: np.ndarray | None = None
@@ -200,7 +226,7 @@ class DeviceSteps:
         """
         rows = len(group_R)
         steps = min(LOOK_EVERY, int((limit_R - drawn_R).max()))
-        shape = self._shape(group_R, int(drawn_R.max()) + steps - 1)
+        shape = self._captured_for(self._shape(group_R, int(drawn_R.max()) + steps - 1))
         self._bring(shape, group_R, drawn_R, limit_R)
         for _ in range(steps):
             self._take(shape)
@@ -227,6 +253,17 @@ class DeviceSteps:
             slots=tuple(size_for(n, pool.slots) if n else 0 for n, pool in zip(used, self.cache.pools, strict=True)),
             own=min(own, self.cache.length),
         )
+
+    def _captured_for(self, tight: StepShape) -> StepShape:
+        """Return a shape that has been captured and serves for one that fits, where it costs little more."""
+        if self.capture is None or tight in self.met:
+            return tight
+        lengths = [pool.length for pool in self.cache.pools]
+        larger = min((s for s in self.met if s.holds(tight)), key=lambda s: s.cost(lengths), default=None)
+        if larger is None:
+            return tight
+        near = larger.cost(lengths) <= SPARE * tight.cost(lengths)
+        return larger if near or len(self.met) >= MOST_GRAPHS else tight
 
     def _bring(self, shape: StepShape, group_R: np.ndarray, drawn_R: np.ndarray, limit_R: np.ndarray) -> None:
         """Write what the rows are to the device; rows that fill up the shape are not alive."""

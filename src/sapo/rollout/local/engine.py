@@ -33,7 +33,7 @@ from sapo.rollout.engine import Capabilities, Drawn, Likeliest, Request, TokenSt
 from sapo.rollout.experts import ExpertLog
 from sapo.rollout.local.cache import KVCache
 from sapo.rollout.local.conversation import LocalConversation
-from sapo.rollout.local.decoder import Decoder, FastDecoder, decoder_of
+from sapo.rollout.local.decoder import Decoder, FastDecoder, copied_bytes, decoder_of
 from sapo.rollout.local.device_steps import (
     LOOK_EVERY,
     DeviceSteps,
@@ -45,6 +45,7 @@ from sapo.rollout.local.device_steps import (
 from sapo.rollout.local.experts import ExpertRecorder
 from sapo.rollout.local.layouts import Arrangement, DecodeLayout, PrefillLayout
 from sapo.rollout.local.proof import CACHED, PACKED, choose_way
+from sapo.rollout.local.room import rows_with_room
 from sapo.rollout.local.rows import RowsDecoding, own_attention
 from sapo.rollout.local.sampling import likeliest_tokens, request_uniforms, sample_tokens
 from sapo.rollout.local.sharing import SharedRows
@@ -56,6 +57,15 @@ from sapo.utils.spans import span
 PREFILL_TOKENS = 8192
 """Prompt tokens of one prefill, unless a single prompt has more: bounds its memory and changes no completion."""
 
+PREAMBLE_UNIT = 16
+"""Where graphs repeat a step, what all prompts begin with is shared up to a multiple of so many tokens."""
+
+KEPT_SHARE = 0.25
+"""Of a GPU's memory: what a call of generate may leave for the next. The update wants the rest."""
+
+_TAKEN_OVER = (
+    *("decoder", "cache", "rules", "uniform", "tokens", "logprobs", "position", "finished", "stopped", "stop_set"),
+)
 GROWING_TOKENS = 64
 """Tokens that a row of streams has room for at first."""
 
@@ -88,6 +98,7 @@ class LocalEngine:
         self._sampler = policy
         self._asleep = False
         self._shared: SharedRows | None = None  # of streams, as is the arrangement of the weights
+        self._kept: RowsInPlace | None = None  # the last call's, whose cache and CUDA graphs may serve the next
         self.weights_set = 0
         """How often weights were set or given back: what was computed with others is of no use any more."""
         self.way = choose_way(policy, self._draw_for_proof)
@@ -173,10 +184,16 @@ class LocalEngine:
             return self._in_rows(way, requests, params, should_stop, experts)
         recorder = None if experts is None else ExpertRecorder(self._sampler, experts)
         graphs = self.cuda_graphs if cuda_graphs is None else cuda_graphs
-        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, recorder, graphs)
+        before, self._kept = self._kept, None  # of a call that does not end nothing is kept
+        decoding = RowsInPlace(self._sampler, requests, params, self.max_rows, recorder, graphs, before=before)
+        del before
         with nullcontext() if recorder is None else recorder.recording(hooked=decoding.decoder is self._sampler):
             self.decode(decoding, should_stop)
-        return decoding.completions()
+        completions = decoding.completions()
+        if decoding.device_steps is not None and decoding.may_serve_again:
+            decoding.forget()
+            self._kept = decoding
+        return completions
 
     @staticmethod
     def decode(rows: RowsInPlace, should_stop: Callable[[], bool]) -> None:
@@ -248,15 +265,18 @@ class LocalEngine:
             odd = sorted(given.keys() ^ own.keys())
             raise ValueError(f"weights must be those of the policy, each by its name; {odd[0]!r} is of one side only")
         if all(given[name].data_ptr() == own[name].data_ptr() for name in own):
+            if self._sampler is not self.policy:
+                self._kept = None
             self._sampler = self.policy
         else:
+            self._kept = None
             self._twin = self._twin or Twin(self.policy)
             self._twin.put(given)
             self._sampler = self._twin.policy
         self.version = version
 
     def sleep(self) -> None:
-        """See `Engine.sleep`. Between two calls only weights that are not the policy's own take memory."""
+        """See `Engine.sleep`. What is kept between two calls is a small part of a GPU's memory (`may_serve_again`)."""
         if self._twin is not None:
             self._twin.release()
         self._sampler, self._asleep, self._shared = self.policy, True, None
@@ -269,7 +289,7 @@ class LocalEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self.sleep()
-        self._twin = None
+        self._twin = self._kept = None
 
 
 class RowsInPlace:
@@ -278,6 +298,7 @@ class RowsInPlace:
     Args:
         keeps: a row whose turn has ended is not given up but parked: rows active..active+parked-1 wait with all their
             keys and values until they go on with another turn (`resume`), or their room is needed.
+        before: a call that has ended, whose tensors and CUDA graphs are taken over where they hold this one.
         grows: further requests join while others are drawn (`join`), so that there is no preamble, and the cache grows
             with what is drawn.
     """
@@ -292,14 +313,12 @@ class RowsInPlace:
         cuda_graphs: GraphChoice,
         decoder: Decoder | None = None,
         keeps: bool = False,
+        before: RowsInPlace | None = None,
         grows: bool = False,
     ) -> None:
         self.policy = policy
         self.experts = experts
         self.keeps = keeps
-        self.decoder: Decoder = decoder or decoder_of(
-            policy, params.max_new_tokens, None if experts is None else experts.chosen
-        )
         self.requests = list(requests)
         self.params = params
         self.given: dict[int, SamplingParams] = {}
@@ -314,9 +333,40 @@ class RowsInPlace:
         device = policy.device
         # Experts are recorded prompt by prompt, so each prompt is then computed whole.
         self.preamble = 0 if grows or experts is not None else common_beginning([r.prompt for r in requests])
+        in_steps = uses_device_steps(policy, cuda_graphs, experts is not None)
+        self.capture = capture_on(device, cuda_graphs) if in_steps else None
+        alone = not (keeps or grows)  # a call of `generate`, whose rows nobody joins
+        static = self.capture is not None and alone and not self.shows_likeliest
+        if static:  # so that the next call's is likely to have the same length
+            self.preamble -= self.preamble % PREAMBLE_UNIT
         lengths = [len(r.prompt.token_ids) - self.preamble for r in requests]
-        room = min(params.max_new_tokens, GROWING_TOKENS) if grows else params.max_new_tokens
-        self.cache = KVCache(rows, room, lengths, samples, self.preamble)
+        stop_sets = sorted({r.prompt.stop for r in requests})
+        self.stop_set_of = [stop_sets.index(r.prompt.stop) for r in requests]
+        if before is not None and not (
+            static
+            and before._serves(policy, params, rows, stop_sets)
+            and before._begin(lengths, samples, self.preamble)
+        ):
+            before.release()
+            before = None
+        self.asked_rows = rows
+        if before is not None:
+            rows = before.cache.rows
+        elif alone:
+            rows = rows_with_room(policy, rows, params.max_new_tokens, max(lengths), max(samples))
+        if before is None:
+            self.decoder: Decoder = decoder or decoder_of(
+                policy, params.max_new_tokens, None if experts is None else experts.chosen
+            )
+            room = min(params.max_new_tokens, GROWING_TOKENS) if grows else params.max_new_tokens
+            self.cache: KVCache = KVCache(rows, room, lengths, samples, self.preamble, rounded=static)
+            self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
+            self._make_tensors(rows, device)
+        else:
+            for name in _TAKEN_OVER:
+                setattr(self, name, getattr(before, name))
+            self.finished.zero_()
+            self.decoder.refresh(policy)  # type: ignore[attr-defined]
         self.arrangement: Arrangement | None = None
         self.active = self.parked = self.ended = 0
         self.request = np.zeros(rows, dtype=np.int64)
@@ -327,25 +377,64 @@ class RowsInPlace:
         self.since = np.zeros(rows, dtype=np.int64)  # of a parked row: which of the turns it was that ended
         self.taken = np.zeros(rows, dtype=np.int64)  # tokens that a stream has given away
         self.left = np.array(samples)  # rows of each request that have not been given up
-        self.uniform = torch.zeros(rows, params.max_new_tokens, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(rows, params.max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, params.max_new_tokens, dtype=torch.float32, device=device)
-        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # of the token decoded next
         self.hidden: Tensor | None = None  # (fresh rows, H): last hidden states not sampled from yet
         self.fresh = 0
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-        stop_sets = sorted({r.prompt.stop for r in requests})
-        self.stop_set_of = [stop_sets.index(r.prompt.stop) for r in requests]
-        self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
         self.results: list[list[Completion | None]] = [[None] * r.samples for r in requests]
+        self.known_finished: np.ndarray | None = None  # what the last look saw, so that nobody waits for it again
+        # Finished rows stay on the device till the end: to fetch each would be to wait for it.
+        self.sets_aside = in_steps and alone
+        self.aside: list[tuple[list[tuple[int, int, slice]], Tensor]] = []
         self.cuda_graphs = cuda_graphs
-        self.device_steps = self._make_device_steps()
+        self.device_steps: DeviceSteps | None = self._make_device_steps() if before is None else before.device_steps
         if self.preamble:
             layout = PrefillLayout(self.cache, None, device)
             self._run([(requests[0].prompt, 0, self.preamble)], layout)
             self.cache.preamble_states = layout.kept
+
+    def _make_tensors(self, rows: int, device: torch.device) -> None:
+        """Make what is kept of the rows on the device."""
+        length = self.params.max_new_tokens
+        self.uniform = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, length, dtype=torch.float32, device=device)
+        self.position = torch.zeros(rows, dtype=torch.int64, device=device)  # of the token decoded next
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.stop_set = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    @property
+    def may_serve_again(self) -> bool:
+        """Return whether tensors and graphs may be kept for the next call: they take little of a GPU's memory."""
+        if not (isinstance(self.decoder, FastDecoder) and self.decoder.refreshable and self.cache.rounded):
+            return False
+        if self.policy.device.type != "cuda":
+            return True
+        held = self.cache.nbytes + copied_bytes(self.policy, self.params.max_new_tokens)
+        return held <= KEPT_SHARE * torch.cuda.get_device_properties(self.policy.device).total_memory
+
+    def forget(self) -> None:
+        """Drop the requests and completions of a call that has ended."""
+        self.requests, self.results, self.hidden, self.arrangement = [], [], None, None
+
+    def release(self) -> None:
+        """Give the memory of a call that has ended back, before another takes its place."""
+        self.device_steps = None
+        self.decoder = self.policy
+        self.cache.layers.clear()
+        for pool in (self.cache.preamble, *self.cache.pools):
+            pool.layers.clear()
+
+    def _serves(self, policy: Policy, params: SamplingParams, rows: int, stop_sets: list[tuple[str, ...]]) -> bool:
+        """Return whether another call draws as this one did; only its prompts and its seed may be others."""
+        same = replace(self.params, seed=params.seed) == params and self.rules.stop_sets == stop_sets
+        return same and self.policy is policy and self.asked_rows == rows and self.device_steps is not None
+
+    def _begin(self, lengths: Sequence[int], samples: Sequence[int], preamble: int) -> bool:
+        """Take up the prompts of another call; return whether cache and graphs hold them."""
+        steps = self.device_steps
+        if steps is None or not self.cache.begin(lengths, samples, preamble):
+            return False
+        return steps.widths_of(self.cache, samples) == steps.width
 
     def _make_device_steps(self) -> DeviceSteps | None:
         """Make the steps that a CUDA graph repeats, of the tensors there are now."""
@@ -356,9 +445,8 @@ class RowsInPlace:
         if not uses_device_steps(self.policy, self.cuda_graphs, recording) or not isinstance(self.decoder, FastDecoder):
             return None
         state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
-        capture = capture_on(self.policy.device, self.cuda_graphs)
         samples = [r.samples for r in self.requests]
-        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, capture)
+        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, self.capture)
 
     def _run(self, spans: Sequence[PromptSpan], layout: PrefillLayout) -> Tensor:
         """Compute the hidden states of parts of prompts; what they show goes through the policy's own modules."""
@@ -488,6 +576,7 @@ class RowsInPlace:
         self.stopped[index] = stopped
         over = torch.from_numpy(self.generated[rows] >= self.limit[rows]).to(stopped.device)
         self.finished[index] = stopped | over
+        self.known_finished = None
 
     def _draw(self, logits_RV: Tensor, uniform_R: Tensor, setting_R: np.ndarray) -> tuple[Tensor, Tensor]:
         """Draw a token for each of some rows by the settings of its request; see `sample_tokens`."""
@@ -519,7 +608,10 @@ class RowsInPlace:
                 self.request[rows], self.generated[rows], self.limit[rows], self.start[rows]
             )
         self.generated[rows] = generated
-        self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
+        if self.sets_aside:
+            self.known_finished = finished
+        else:
+            self.finished[rows] = torch.from_numpy(finished).to(self.finished.device)
 
     def _decode(self, rows: int) -> Tensor:
         """Compute the hidden states of the first rows after the token each has drawn last."""
@@ -547,11 +639,17 @@ class RowsInPlace:
 
     def retire(self) -> None:
         """Take finished rows out, or park them, and close the gaps with the last rows in use."""
-        done = self.finished[: self.active].nonzero()[:, 0].tolist()
+        known, self.known_finished = self.known_finished, None
+        if known is None:
+            known = self.finished[: self.active].cpu().numpy()
+        done: list[int] = np.flatnonzero(known).tolist()
         if not done:
             return
+        if self.sets_aside:
+            self._set_aside(done)
         for row in done:
-            self.results[self.request[row]][self.sample[row]] = self._completion(row)
+            if not self.sets_aside:
+                self.results[self.request[row]][self.sample[row]] = self._completion(row)
             if not self.keeps:
                 self._give_up(row)
         remaining = self.active - len(done)
@@ -732,15 +830,49 @@ class RowsInPlace:
 
     def _completion(self, row: int) -> Completion:
         turn = slice(int(self.start[row]), int(self.generated[row]))
-        token_ids = self.tokens[row, turn].cpu()
-        stopped = bool(self.stopped[row])
-        prompt = self.requests[self.request[row]].prompt
-        return Completion(  # which copies: another request takes the row
-            token_ids=token_ids.numpy(),
-            logprobs=self.logprobs[row, turn].cpu().numpy(),
-            finish_reason="stop" if stopped else "length",
-            text=self.rules.text(int(self.stop_set[row]), token_ids.tolist(), prompt.special_tokens),
+        return self._make_completion(
+            int(self.request[row]),
+            self.tokens[row, turn].cpu().numpy(),
+            self.logprobs[row, turn].cpu().numpy(),
+            bool(self.stopped[row]),
         )
+
+    def _make_completion(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Completion:
+        prompt = self.requests[request].prompt
+        return Completion(  # which copies: another request takes the row
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason="stop" if stopped else "length",
+            text=self.rules.text(self.stop_set_of[request], token_ids.tolist(), prompt.special_tokens),
+        )
+
+    def _set_aside(self, done: list[int]) -> None:
+        """Copy what finished rows have drawn to a place of its own on the device."""
+        index = torch.tensor(done, device=self.tokens.device)
+        longest = int(self.generated[done].max())
+        logprobs = self.logprobs[index, :longest].view(torch.int32)
+        drawn = torch.cat([self.tokens[index, :longest], logprobs, self.stopped[index, None]], dim=1)
+        places = [
+            (int(self.request[row]), int(self.sample[row]), slice(int(self.start[row]), int(self.generated[row])))
+            for row in done
+        ]
+        self.aside.append((places, drawn))
+
+    def fetch(self) -> None:
+        """Make completions of all that was set aside, with one copy to the host."""
+        if not self.aside:
+            return
+        numbers = torch.cat([drawn.flatten() for _, drawn in self.aside]).cpu().numpy()
+        start = 0
+        for places, drawn in self.aside:
+            rows = numbers[start : start + drawn.numel()].reshape(drawn.shape)
+            start += drawn.numel()
+            longest = drawn.shape[1] // 2
+            for (request, sample, turn), row in zip(places, rows, strict=True):
+                token_ids = row[:longest][turn].copy()
+                logprobs = row[longest : 2 * longest][turn].astype(np.int32).view(np.float32)
+                self.results[request][sample] = self._make_completion(request, token_ids, logprobs, bool(row[-1]))
+        self.aside = []
 
     def take(self, group: int, sample: int) -> Completion:
         """Return the turn that a row has ended."""
@@ -751,6 +883,7 @@ class RowsInPlace:
 
     def completions(self) -> list[tuple[Completion, ...]]:
         """Return all results, in the order of the requests."""
+        self.fetch()
         finished: list[tuple[Completion, ...]] = []
         for samples in self.results:
             assert all(c is not None for c in samples), "a row was lost"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sapo.data import Segment
 from sapo.model.attention import attention, softmax_with_sinks
+from sapo.model.products import wide_support
 from sapo.model.state_tree import KeptStates, TreeStates
 from sapo.rollout.local.cache import KVCache, Pool, cache_dtype
 from sapo.rollout.local.cpu.native import LANES, kernels
@@ -198,6 +199,9 @@ class _Joined(ABC):
     ) -> None:
         self.cache, self.parts, self.inverse, self.place, self.num_own = cache, parts, inverse_R, place, num_own
         self.num_keys = max(part.num_keys for part in parts)
+        self.row_index: Tensor | None = None  # made once for all layers, where rows have places of their own
+        if isinstance(place, Tensor):
+            self.row_index = torch.arange(len(place), device=place.device)
         self.calls: dict[int, int] = {}
 
     @abstractmethod
@@ -216,7 +220,7 @@ class _Joined(ABC):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """See `Layout.attend`."""
-        keys, values = self.cache.append(layer, self.place, key, value)
+        keys, values = self.cache.append(layer, self.place, key, value, self.row_index)
         rows, heads, size = query.shape
         kv_heads = key.shape[1]
         halved = keys.dtype in (torch.bfloat16, torch.float16)
@@ -224,13 +228,20 @@ class _Joined(ABC):
         query_RhrD = scaled_RHD.reshape(rows, kv_heads, heads // kv_heads, size)
         own_RhrK = _product(query_RhrD, keys[:rows, :, :, : self.num_own])
         scores_RhrK = torch.cat([*self._prefix_scores(layer, query_RhrD), own_RhrK], dim=-1)
-        if halved:  # scores are float32, where a scaled query would have been rounded once more
-            scores_RhrK *= scaling
-        if softcap is not None:
-            scores_RhrK = scores_RhrK.div_(softcap).tanh_().mul_(softcap)
         mask = self._mask(sliding_window, scores_RhrK.dtype)
-        if mask is not None:
+        # Scores are float32 where a scaled query would have been rounded once more.
+        late = scaling if halved else 1.0
+        if softcap is not None:
+            scores_RhrK = (
+                scores_RhrK.mul_(late / softcap).tanh_().mul_(softcap) if halved else _cap(scores_RhrK, softcap)
+            )
+            late = 1.0
+        if mask is not None and late != 1.0:
+            scores_RhrK = torch.add(mask, scores_RhrK, alpha=late)
+        elif mask is not None:
             scores_RhrK += mask
+        elif late != 1.0:
+            scores_RhrK *= late
         sinks_hr1 = None if sinks_H is None else sinks_H.view(kv_heads, -1, 1)
         weight_RhrK = softmax_with_sinks(scores_RhrK, sinks_hr1).to(values.dtype)
         output_RhrD = _product(weight_RhrK[..., -self.num_own :], values[:rows, :, : self.num_own])
@@ -403,10 +414,14 @@ def _product(left_XQK: Tensor, right_XKD: Tensor) -> Tensor:
     """Multiply batches, left @ right, half precision in float32: the kernels of training keep scores and sums so."""
     if left_XQK.dtype not in (torch.bfloat16, torch.float16):
         return left_XQK @ right_XKD
-    if left_XQK.device.type != "cuda":
+    if left_XQK.device.type != "cuda" or "bmm" not in wide_support(left_XQK.device, left_XQK.dtype):
         return left_XQK.float() @ right_XKD.float()
     product = torch.bmm(left_XQK.flatten(0, -3), right_XKD.flatten(0, -3), out_dtype=torch.float32)
     return product.unflatten(0, left_XQK.shape[:-2])
+
+
+def _cap(scores: Tensor, softcap: float) -> Tensor:
+    return scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def _by_group(source_RhrX: Tensor, part: Part) -> Tensor:

@@ -34,6 +34,11 @@ Packing = bool | Panels
 """Into panels for packed.c, for oneDNN, or not at all."""
 
 
+def sums_in_products(device: torch.device) -> bool:
+    """Return whether a product is added to a total by its own kernel: on a GPU, where a kernel is what costs."""
+    return device.type not in ("cpu", "meta")
+
+
 class Linear:
     """x W' + b of one weight, packed for oneDNN where that was asked for and pays."""
 
@@ -48,6 +53,13 @@ class Linear:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(input_NI, self.weight, self.bias, "none", [], "")
         return F.linear(input_NI, self.weight, self.bias)
+
+    def add_to(self, total_NO: Tensor, input_NI: Tensor) -> None:
+        """Add the outputs to a total: on a GPU in the product itself, rounded once."""
+        if self.bias is None and sums_in_products(total_NO.device):
+            torch.addmm(total_NO, input_NI, self.weight.t(), out=total_NO)
+        else:
+            total_NO += self(input_NI)
 
     def widened(self, input_NI: Tensor) -> Tensor:
         """Return the outputs in float32: on a GPU as summed, elsewhere rounded to the weight's dtype before."""

@@ -41,7 +41,9 @@ class SharedStream:
         self._batch = batch
 
     def __del__(self) -> None:
-        self.close()
+        # Whoever collects it may be another thread, or the interpreter's end: the rows are left at the next step.
+        if self.undone:
+            self._batch.abandoned.append(self.places)
 
     def __iter__(self) -> Self:
         return self
@@ -91,6 +93,8 @@ class _Batch:
         self.rows = rows
         self.stops = rows.params.stop_token_ids
         self.streams: weakref.WeakSet[SharedStream] = weakref.WeakSet()
+        self.abandoned: list[range] = []
+        """Requests of streams that were dropped without being closed."""
         self._error: Exception | None = None
 
     def takes(self, params: SamplingParams) -> bool:
@@ -125,6 +129,8 @@ class _Batch:
             raise self._error
         rows = self.rows
         try:
+            while self.abandoned:
+                rows.give_up(self.abandoned.pop())
             rows.admit()
             rows.make_place()
             rows.step()

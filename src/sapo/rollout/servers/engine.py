@@ -50,6 +50,11 @@ class ServerEngine:
     def __init__(self, policy: Policy, settings: RolloutConfig) -> None:
         assert settings.servers is not None, "this engine is that of rollout.servers"
         check_model(policy)
+        if policy.vision is not None:
+            raise ConfigError(
+                f"rollout.servers takes models of text so far; got {type(policy.model).__name__}, which has a vision "
+                "tower; leave rollout.servers out, which draws with vLLM in the process that trains"
+            )
         self.policy = policy
         self.version = 0
         self._settings = settings

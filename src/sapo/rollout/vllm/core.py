@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from sapo.config import VllmConfig
+from sapo.data import Prompt
 from sapo.errors import ConfigError, ModelError
 from sapo.model.adapters import folded_weights
 from sapo.model.policy import Policy
 from sapo.rollout.engine import Weights
 from sapo.rollout.vllm.adapter import Adapter
+from sapo.rollout.vllm.pictures import Pictures, own_processing
 from sapo.utils.text import first_line
 
 GIB = 2**30
@@ -62,6 +64,7 @@ class VllmCore:
         self._asleep = False
         self._adapter = Adapter(policy) if settings.lora_sync == "adapter" else None
         self._has_base = False
+        self.pictures = Pictures(policy.vision, policy.dtype) if policy.vision is not None else None
         self._eager = self._on_cpu if settings.enforce_eager is None else settings.enforce_eager
         if self._on_cpu:
             check_head_size(_head_size(policy))
@@ -72,11 +75,16 @@ class VllmCore:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        of_adapter = self._adapter.engine_options() if self._adapter else {}
+        special = self._adapter.engine_options() if self._adapter else {}
+        special |= self.pictures.engine_options() if self.pictures else {}
         gib = settings.kv_cache_gib or (1.0 if self._on_cpu else None)
-        with tempfile.TemporaryDirectory(prefix="sapo-vllm-") as directory, _process_kept():
+        architecture = type(policy.model).__name__
+        processing = own_processing(architecture) if self.pictures else nullcontext()
+        with tempfile.TemporaryDirectory(prefix="sapo-vllm-") as directory, _process_kept(), processing:
             config = copy.deepcopy(policy.model.config)
-            config.architectures = [type(policy.model).__name__]
+            config.architectures = [architecture]
+            if self.pictures:
+                self.pictures.adapt(config)
             config.save_pretrained(directory)
             try:
                 return LLMEngine.from_engine_args(
@@ -95,14 +103,14 @@ class VllmCore:
                         enable_sleep_mode=self._can_sleep,
                         logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
                         distributed_executor_backend="uni",
-                        **of_adapter,
+                        **special,
                         disable_log_stats=True,
                     )
                 )
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
                 _end_process_group()
                 raise ModelError(
-                    f"vLLM cannot run {type(policy.model).__name__} here: {first_line(error)}; rollout.vllm has its "
+                    f"vLLM cannot run {architecture} here: {_reason(error)}; rollout.vllm has its "
                     "settings, and rollout.engine=local runs every model"
                 ) from error
 
@@ -127,6 +135,15 @@ class VllmCore:
         with torch.compiler.set_stance("force_eager") if self._on_cpu and self._eager else nullcontext():
             found: list[Any] = self.engine.step()
             return found
+
+    def prompt(self, prompt: Prompt) -> dict[str, Any]:
+        """Return an encoded prompt as vLLM takes it, which needs no processing of vLLM's."""
+        from vllm.inputs import tokens_input
+
+        if not prompt.pictures:
+            return dict(tokens_input(list(prompt.token_ids)))
+        assert self.pictures is not None, "a model of text is asked about text"
+        return self.pictures.prompt(prompt)
 
     @property
     def lora_request(self) -> Any:
@@ -153,13 +170,16 @@ class VllmCore:
                 self._has_base = True
             self._adapter.load(self.engine, parts)
         self.engine.reset_prefix_cache()
+        if self.pictures is not None:
+            self.engine.reset_encoder_cache()
 
     def _load_model(self, weights: Weights) -> None:
         from vllm.config import set_current_vllm_config
 
         worker = self.engine.model_executor.driver_worker.worker
         with set_current_vllm_config(worker.vllm_config):
-            worker.model_runner.reload_weights(weights_iterator=weights)
+            named = self.pictures.as_saved(weights) if self.pictures else weights
+            worker.model_runner.reload_weights(weights_iterator=named)
             if self._on_cpu:
                 repack(worker.model_runner.get_model())
 
@@ -210,6 +230,12 @@ def check_head_size(size: int) -> None:
         )
 
 
+def _reason(error: Exception) -> str:
+    """Return in one line why vLLM has refused: the first finding of a check of its settings, or the error's own."""
+    findings: Any = getattr(error, "errors", lambda: [])()
+    return str(findings[0]["msg"]).splitlines()[0] if findings else first_line(error)
+
+
 def _end_process_group() -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -239,9 +265,10 @@ def _prepare_import() -> None:
 
 def repack(model: Any) -> None:
     """Make the packed weights of vLLM's CPU build anew: those of fused experts, and of a head tied to the embedding."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and getattr(model.config, "tie_word_embeddings", False):
-        head.quant_method.process_weights_after_loading(head)
+    for module in model.modules():  # the decoder of a vision-language model has a head of its own
+        head, config = getattr(module, "lm_head", None), getattr(module, "config", None)
+        if head is not None and config is not None and config.get_text_config().tie_word_embeddings:
+            head.quant_method.process_weights_after_loading(head)
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)

@@ -84,11 +84,10 @@ class Drawing:
             for sample in range(request.samples):
                 self._rows[f"{i}/{sample}"] = _Row(i, sample, stop_set, watched, top=request.top_logprobs)
         self._unfinished = set(self._rows)
+        prompts = [core.prompt(request.prompt) for request in requests]
         for name, row in self._rows.items():
-            request = requests[row.request]
-            prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
-            params_of_row = _vllm_params(request, row, params, policy.unused_tokens, streamed)
-            core.engine.add_request(name, prompt, params_of_row, lora_request=core.lora_request)
+            params_of_row = _vllm_params(requests[row.request], row, params, policy.unused_tokens, streamed)
+            core.engine.add_request(name, dict(prompts[row.request]), params_of_row, lora_request=core.lora_request)
 
     @property
     def unfinished(self) -> bool:

@@ -1,14 +1,15 @@
-"""Which models vLLM can sample with: those of text, whose adapters fold into the weights it is given."""
+"""Which models vLLM can sample with: those whose pictures it can be given, and whose adapters fold into the weights."""
 
 from __future__ import annotations
 
 from sapo.errors import ConfigError
 from sapo.model.adapters import unfoldable
 from sapo.model.policy import Policy
+from sapo.rollout.vllm.pictures import FIELDS
 
 
 def check_model(policy: Policy, *, folds: bool = True) -> None:
-    """Refuse a model that sees pictures, and an adapter that vLLM cannot be given.
+    """Refuse a model whose pictures vLLM cannot be given, and an adapter that it cannot.
 
     Args:
         folds: the adapter is folded into the weights, and not sent as itself.
@@ -16,10 +17,11 @@ def check_model(policy: Policy, *, folds: bool = True) -> None:
     Raises:
         ConfigError: the rule, the layer and the way out.
     """
-    if policy.vision is not None:
+    kind = policy.model.config.model_type
+    if policy.vision is not None and kind not in FIELDS:
         raise ConfigError(
-            f"rollout.engine=vllm takes models of text so far; got {type(policy.model).__name__}, which has a "
-            "vision tower; set rollout.engine=local"
+            f"rollout.engine=vllm takes pictures for models of {', '.join(sorted(FIELDS))}; got {kind}; set "
+            "rollout.engine=local, or train on text alone (model.vision.load=false, where the model has it)"
         )
     name = unfoldable(policy)
     if name is not None:

@@ -21,14 +21,14 @@ _LABELLED = re.compile(r"\(?([A-Za-z])(?:\)|\s?[.:,](?=\s)|\s[-\u2013\u2014](?=\
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 # A capital letter before its reason: "B because ...", "option B, since ...", "(B) is right". Not "A or B".
 _BEFORE_REASON = re.compile(
-    r"(?:(?i:option|choice|letter)\s+)?\(?([A-Z])\)?(?:,?\s+(?:because|since|as|for|which|from)\b"
+    r"(?:(?i:option|choice|letter)\s+)?\(?([A-Z])\)?(?:,?\s+(?:because|since|as|for|which|from|over|rather\s+than|instead\s+of)\b"
     r"|(?:\s*[,;.:\u2013\u2014-](?=\s)|\s+is\s+(?:right|correct|true|the)\b)"
     r"(?!\s*(?:or|and|nor|[A-Z]\b(?!\w)|\(?[B-Z]\))))(?P<rest>.*)",
     re.DOTALL,
 )
 _CHOSEN = re.compile(
     r"(?i:\b(?:correct|right|best|final|my)\s+(?:answer\s+|option|choice)\s*(?:is|:|=|would be)|\boption is|\bchoice is"
-    r"|\bI (?:would |will )?(?:choose|pick|select|go with))\s*:?\s*"
+    r"|\bI(?:'d| would| will|'ll)? (?:choose|pick|select|go (?:with|for)))\s*:?\s*"
 )
 _RETRACTED = re.compile(
     r"(?i)\b(?:wait\s*[,.:!\u2026\u2013\u2014-]|no,? wait|actually,|hmm|scratch that|on second thought|I was wrong"
@@ -37,6 +37,14 @@ _RETRACTED = re.compile(
 _CONCLUDED = re.compile(
     r"(?:(?i:so|hence|thus|therefore),?\s+)?(?:(?i:option|choice|answer)\s+)?\(?([A-Z])\)?"
     r"\s+is\s+(?:the\s+)?(?:right|correct|best|true)(?:\s+(?:answer|option|choice|one))?[.!]?"
+)
+_SO = re.compile(
+    r"(?:^|[.!?]\s+)(?i:so|hence|thus|therefore|answer|it must be),?\s+"
+    r"(?i:(?:it is|it's|the answer is|option|choice)\s+)*\(?([A-Z])\)?[.!]?$"
+)
+# A letter with the text of its option, where the row has no options: "C. Carbon", but not "B) or C)".
+_WITH_TEXT = re.compile(
+    r"\(?([A-Z])[).:]\s+(?!(?i:or|and|nor)\b)(?!.*(?<![A-Za-z'])\(?[A-Z][).:](?:\s|$))(?!.*\bor\s+\(?[A-Z]\b(?!\w)).+"
 )
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 
@@ -84,6 +92,9 @@ class Choice:
         tagged = inside_answer_tags(text)
         stated = [after_phrase(text), _after_choice(text), *_end_lines(text)]
         candidates = [tagged] if tagged is not None else [s for s in stated if s and not _is_retracted(text, s)]
+        if not options:
+            of_phrases = {stated[0], stated[1], tagged}
+            candidates = [_letter_before_text(c) if c in of_phrases else c for c in candidates]
         if boxed is not None:
             candidates = [boxed] if self.require_box or _is_option_like(boxed) else [boxed, *candidates]
         # Where the answer is in words, any words are an answer. Where it is a letter or a number, words are none.
@@ -122,13 +133,21 @@ def _end_lines(text: str) -> list[str]:
     """Return the last line and the first, where an answer may stand alone."""
     lines = text.strip().splitlines()
     ends = [lines[-1].strip(), lines[0].strip()] if lines else []
-    return [concluded[1] if (concluded := _CONCLUDED.fullmatch(line.replace("**", ""))) else line for line in ends]
+    plain = [line.replace("**", "") for line in ends]
+    concluded = [_CONCLUDED.fullmatch(line) or (_SO.search(line) if not i else None) for i, line in enumerate(plain)]
+    return [found[1] if found else line for found, line in zip(concluded, ends, strict=True)]
 
 
 def _after_choice(text: str) -> str | None:
     """Return what follows the last "the correct option is" or "I would pick" on its line, or None."""
     found = [match for match in _CHOSEN.finditer(text) if not is_rejected(text, match.start())]
     return text[found[-1].end() :].split("\n", 1)[0].strip("*").rstrip(" .") if found else None
+
+
+def _letter_before_text(stated: str) -> str:
+    """Return the letter of "C. Carbon", and any other text unchanged."""
+    found = _WITH_TEXT.fullmatch(stated.replace("*", "").strip())
+    return stated if found is None else found[1]
 
 
 def _is_retracted(text: str, stated: str) -> bool:
@@ -148,6 +167,7 @@ def _pick(text: str, options: list[str], *, words: bool) -> str | None:
         return None
     spelt = _TEXT_COMMAND.sub(r"\1", without_name(respell(text.replace("**", "")))).strip(" !")
     spelt = re.sub(r"^(?i:option|choice|letter)\s+(?=\(?[A-Za-z]\b)", "", spelt)
+    spelt = re.sub(r"^\[\s*([A-Za-z])\s*\]$", r"\1", spelt)
     if not options:
         spelt = _without_reason(spelt, [])
         letter = _LETTER.fullmatch(spelt)

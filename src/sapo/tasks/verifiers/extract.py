@@ -14,8 +14,10 @@ _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s*([A-Za-z0-9.+-]+)")
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;.*]|\\[()\[\]]|\\quad|\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
 _PHRASE = re.compile(
-    r"(?i)\banswer\b\**\s*(?:(?:(?:to|for) (?:this|the|your) (?:\w+ )?(?:question|problem|exercise) )?"
-    r"(?:is|are|(?:should|would|must|will) be)\b(?: therefore| thus| then| simply)?\s*:?|[:=])\**[ \t]*(\n\s*)?"
+    r"(?i)\b(?:answer|ans\.?(?=\s*[:=]))\**(?![A-Za-z])\s*"
+    r"(?:(?:(?:to|for) (?:this|the|your) (?:\w+ )?(?:question|problem|exercise) )?"
+    r"(?:is|are|(?:should|would|must|will) be)\b(?: therefore| thus| then| simply)?\s*:?|=>|[:=]|->|\u2192)"
+    r"\**[ \t]*(\n\s*)?"
 )
 # "The wrong answer is B" states no answer.
 _WRONG = re.compile(r"(?i)(?:wrong|incorrect|false|bad|worst|impossible|not (?:the|an|a|my|our))\s+(?:final\s+)?$")

@@ -7,7 +7,8 @@ import re
 from sapo.tasks.verifiers.extract import after_phrase, boxes, inside_answer_tags, last_boxed, last_boxes, last_formula
 from sapo.tasks.verifiers.mathphrases import stated_at_the_end
 from sapo.tasks.verifiers.mathspell import respell
-from sapo.tasks.verifiers.mathtext import UNITS_OF_PARTS, number_of, quantity_of
+from sapo.tasks.verifiers.mathtext import number_of
+from sapo.tasks.verifiers.mathunits import UNITS_OF_PARTS, quantity_of
 from sapo.tasks.verifiers.mathwords import is_changed, scaled
 from sapo.tasks.verifiers.numbers import last_number_in
 

@@ -19,7 +19,7 @@ from sapo.tasks.verifiers.mathalgebra import (
     parsed,
 )
 from sapo.tasks.verifiers.mathexact import is_too_large
-from sapo.tasks.verifiers.mathphrases import NO_SOLUTION
+from sapo.tasks.verifiers.mathphrases import NO_SOLUTION, number_in_words
 from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one
 from sapo.tasks.verifiers.mathspell import squeezed
 from sapo.tasks.verifiers.mathtext import (
@@ -33,12 +33,12 @@ from sapo.tasks.verifiers.mathtext import (
     named,
     number_of,
     plain_words,
-    quantity_of,
     system_of,
     without_name,
     words_of,
     written,
 )
+from sapo.tasks.verifiers.mathunits import quantity_of
 from sapo.tasks.verifiers.mathwords import is_changed
 
 Result = TypeVar("Result")
@@ -51,6 +51,10 @@ _ZEROS = re.compile(r",0[0-9]{2}(?![0-9])")
 _SCIENTIFIC = re.compile(r"[-+]?[0-9]{1,50}(?:\.[0-9]{1,50})?[eE][-+]?[0-9]{1,3}")
 _FREE_LETTERS = [rf"\{name}" for name in ("upsilon", "kappa", "zeta", "eta", "iota", "chi", "tau", "nu", "xi")]
 _PLAIN_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
+_DATED = re.compile(
+    r"(?i:(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?\s+[0-9]{1,2}(?:,?\s+[0-9]{4})?"
+    r"|[0-9]{1,2}:[0-9]{2}\s*[ap]\.?m\.?)"
+)
 _UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
 
 
@@ -73,8 +77,12 @@ def equal(reference: str, given: str) -> bool:
         return value is not None and value.value == int(*numeral)
     if re.fullmatch(r"[A-Z]", reference) and re.match(r"\(?[A-Z][).:]", plain_words(given)):
         return label_of(given) == reference.lower()
+    if number_of(reference) is not None and (digits := number_in_words(given)) is not None:
+        return equal(reference, digits)
     if NO_SOLUTION in (reference, given) and {words_of(reference), words_of(given)} & {"none"}:
         return True
+    if _DATED.fullmatch(plain_words(reference)):
+        return squeezed(plain_words(reference)).lower() == squeezed(plain_words(given)).lower()
     if (words := words_of(reference)) is not None:
         return words == _as_words(given, letter=len(words) == 1)
     if _MODULUS.search(reference):  # 12 \pmod{13}; the question names the modulus, so that an answer need not
@@ -260,7 +268,7 @@ def _same_interval(left: Interval, right: Interval) -> bool:
 
 def _as_listings(reference: str, given: str) -> bool | None:
     parts, others = listing_of(reference), listing_of(given)
-    if parts is None and others is not None and len(others.parts) == 1:
+    if parts is None and others is not None and len(others.parts) == 1 and number_of(reference) is not None:
         return equal(reference, others.parts[0])  # 1,234 in the braces of a set
     if parts is None and others is not None and not _ZEROS.search(reference):
         parts = listing_of(reference, grouped=False)

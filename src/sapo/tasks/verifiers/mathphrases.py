@@ -29,6 +29,7 @@ _PHRASES = (
         r"\text{does not exist}",
         r"(?:(?:the|this)\s+limit\s+|it\s+)?(?:does\s+not\s+exist|doesn't\s+exist)|D\.?N\.?E\.?",
     ),
+    (r"\mathbb{R}", r"(?:the\s+set\s+of\s+)?(?:all\s+(?:the\s+)?real\s+numbers|all\s+reals)"),
     (
         r"\text{infinitely many solutions}",
         rf"(?:(?:there\s+(?:is|are)|{_SUBJECT}\s+has)\s+)?"
@@ -38,6 +39,13 @@ _PHRASES = (
 _BARE_INFINITE = re.compile(r"\s*infinite\W*", re.IGNORECASE)
 _SPELT = [(spelling, re.compile(rf"{_LEAD}(?:{words})", re.IGNORECASE)) for spelling, words in _PHRASES]
 _STATED = re.compile(rf"{_LEAD}(?:{_NOTHING})", re.IGNORECASE)
+_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+_HALVES = {"one half": "1/2", "a half": "1/2", "one-half": "1/2", "one third": "1/3", "one-third": "1/3"}
+_HALVES |= {"two thirds": "2/3", "two-thirds": "2/3", "one quarter": "1/4", "one fourth": "1/4", "one-quarter": "1/4"}
+_HALVES |= {"three quarters": "3/4", "three fourths": "3/4", "three-quarters": "3/4", "one-fourth": "1/4"}
 _COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox|textrm)\s*\{([^{}]*)\}")
 
 
@@ -47,12 +55,24 @@ def phrase_of(text: str) -> str | None:
     >>> phrase_of(r"\text{There is no solution.}"), phrase_of("No real roots exist"), phrase_of("no idea")
     ('\\emptyset', '\\emptyset', None)
     """
-    if len(text) > 200 or not any(mark in text.lower() for mark in ("no", "ne", "infinit", "empty", "null")):
+    if len(text) > 200 or not any(mark in text.lower() for mark in ("no", "ne", "infinit", "empty", "null", "real")):
         return None
     plain = " ".join(_COMMAND.sub(r" \1 ", text).replace("*", " ").split()).strip(" .,;:!")
     if _BARE_INFINITE.fullmatch(plain):
         return None
     return next((spelling for spelling, pattern in _SPELT if pattern.fullmatch(plain)), None)
+
+
+def number_in_words(text: str) -> str | None:
+    r"""Return the digits of a small number in words, or None for another text.
+
+    >>> number_in_words(r"\text{Eighteen}"), number_in_words("two thirds"), number_in_words("eleventh")
+    ('18', '2/3', None)
+    """
+    if len(text) > 40:
+        return None
+    word = " ".join(_COMMAND.sub(r" \1 ", text).lower().split()).strip(" .!")
+    return _HALVES.get(word) or (str(_WORDS.index(word)) if word in _WORDS else None)
 
 
 def stated_at_the_end(text: str) -> str | None:

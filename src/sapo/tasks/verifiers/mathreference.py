@@ -8,7 +8,8 @@ from sapo.tasks.verifiers.base import brief
 from sapo.tasks.verifiers.extract import last_boxed
 from sapo.tasks.verifiers.mathsets import names_one
 from sapo.tasks.verifiers.mathspell import respell
-from sapo.tasks.verifiers.mathtext import base_of, listing_of, number_of, quantity_of, words_of
+from sapo.tasks.verifiers.mathtext import base_of, listing_of, number_of, words_of
+from sapo.tasks.verifiers.mathunits import quantity_of
 from sapo.tasks.verifiers.numbers import after_hash
 
 MAX_ANSWER_LENGTH = 2000

@@ -30,7 +30,7 @@ _BUILDER = re.compile(
     r"\\\{\s*[a-zA-Z](?:\s*\\in\s*(?:\\mathbb\s*\{?R\}?|R))?\s*(?:\\mid|\||:|\\vert)\s*(.*)\\\}", re.DOTALL
 )
 _REALS = re.compile(
-    r"\\mathbb\s*\{?R\}?|\\text\s*\{\s*(?:all )?real numbers?\s*\}|(?:all )?real numbers?|\\text\s*\{R\}"
+    r"\\mathbb\s*\{?R\}?|\\text\s*\{\s*(?:[Aa]ll )?real numbers?\s*\}|(?:[Aa]ll )?real numbers?|\\text\s*\{R\}"
 )
 _SIZE = re.compile(
     rf"\|\s*({_NAME.pattern})\s*(?:([-+])\s*([^|<>,]+))?\|\s*(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z]))\s*([^<>|,]+)"
@@ -167,6 +167,9 @@ def _one(text: str) -> Intervals | None:
     """Return the set of one interval, relation, chain of relations or single point in braces."""
     if _REALS.fullmatch(text):
         return (Interval(None, None),)
+    half = re.fullmatch(r"\\mathbb\s*\{?R\}?\s*[\^_]\s*\{?\s*(\+|-|>\s*0|<\s*0)\s*\}?", text)
+    if half:
+        return (Interval("0", None),) if half[1][0] in "+>" else (Interval(None, "0"),)
     point = re.fullmatch(r"\\\{([^{},;<>=]+)\\\}", text)
     if point:
         end = point[1].strip()

@@ -45,6 +45,10 @@ _SPELLINGS = [
     (re.compile(r"\{(?:b|small|B|p)?(matrix|array)\}(?:\{[clr|]+\})?"), "{pmatrix}"),  # not vmatrix, a determinant
     (re.compile(r"\\\\\s*\[[^\]]*(?:pt|em|ex|mm|cm)\]"), r"\\\\"),
     (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\{:\}"), ":"),
+    (re.compile(r"\\text\s*\{\s*(\^\\circ)\s*\}"), r"\1"),
+    (re.compile(r"^\s*([a-z])\s+in\s+(?=[\[(\\])"), r"\1 \\in "),
+    (re.compile(r"(?<=[0-9])\s*\(?\s*(?:\\text\s*\{\s*)?mod\s*\}?\s*([0-9]+)\s*\)?\s*$"), r" \\pmod{\1}"),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"), r"^\\circ"),
     (re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\(?\s*([0-9]+)\s*\^\\circ\s*\)?"), r"\1(\\frac{\2\\pi}{180})"),
     (re.compile(r"√\s*\{?\(?([0-9]+|[a-z])\)?\}?"), r"\\sqrt{\1}"),

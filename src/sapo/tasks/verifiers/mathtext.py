@@ -11,36 +11,12 @@ from fractions import Fraction
 
 from sapo.tasks.verifiers.mathexact import TooLarge, exact_value
 from sapo.tasks.verifiers.mathspell import squeezed
+from sapo.tasks.verifiers.mathunits import without_unit
 from sapo.tasks.verifiers.mathwords import is_changed
 from sapo.tasks.verifiers.numbers import MAX_NUMBER_LENGTH, number_in
 
 _FRAC = re.compile(r"\\frac\s*(?:\{\s*([-+]?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _MIXED = re.compile(r"[-+]?\s*(?:([0-9]+)\s+([0-9]+/[0-9]+)|([0-9]*)\s*(\\frac.*))", re.DOTALL)
-# A word of four letters is no product of variables. Shorter units are listed.
-_UNIT_WORD = (
-    r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|mL|ft|in|lb|lbs|oz|mph|kph|kmh|deg|yr|yrs|hr|hrs|min|sec|sq|per|of|cents?"
-    r"|USD|EUR|GBP|INR|RMB|CNY|JPY|AUD|CAD|Rs|pm|am|Hz|kHz|MHz|kW|kJ|km/h|m/s|cm/s|ft/s|mi/h)"
-)
-_SHORT_THING = (
-    "day|egg|hen|cup|box|bag|pen|man|men|dog|cat|car|bus|cow|pig|toy|hat|jar|can|pie|row|set|way|bar|bed|bee|map|nut"
-    "|van|pts|pt|boy|kid|tin|lap|mug|cap|net|job|ton|bit|gal|pct|yds|yd|mi|wk|ant|key|tie|pot|pan"
-)
-# The words behind the first, as in "eggs per day" and "dollars a week". "and" and its like begin another thing.
-_MORE_WORDS = r"(?:[\s/]+(?!(?:and|or|but|nor|plus|minus|times|than|if|when|unless|not|x|by|to)\b)[A-Za-z]+){0,5}"
-_UNIT = re.compile(
-    r"(?:(?:/\s*)?\\text\s*\{[^{}0-9]*\}|\\text\s*\{[^{}]*\}"
-    rf"|(?<=[0-9}}\s])\s*(?<![A-Za-z])(?:{_UNIT_WORD}|(?:{_SHORT_THING})s?(?![A-Za-z])){_MORE_WORDS}"
-    r"|(?<=[0-9])\s*/\s*(?:[A-Za-z]{3,})"
-    r"|(?<=[0-9])(?:\^\\circ\s?|\s)[CFK])"
-    r"(?:\^\s*\{?-?[0-9]\}?)?\s*$"
-)
-_UNIT_FRACTION = re.compile(
-    r"\\frac\s*\{\s*\\text\s*\{[^{}]*\}\s*\}\s*\{\s*\\text\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?\s*\}\s*$"
-)
-_CURRENCY = re.compile(
-    r"^\s*(?:(?:US|A|C)?\\?\$|[€£¥₹₽₩]|\\(?:pounds|euro|yen|rupee)(?![A-Za-z])|Rs\.?|USD|EUR|GBP|INR|RMB"
-    r"|\\text\s*\{\s*(?:Rs\.?|USD|EUR|GBP|INR|RMB|US\\?\$|\\?\$|€|£|¥|₹)\s*\})\s*"
-)
 _BASES = {
     **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10},
     **{"eleven": 11, "twelve": 12, "sixteen": 16},
@@ -111,24 +87,6 @@ def number_of(text: str) -> Number | None:
     if value is None and "\\text" not in text:
         value = _exact(text)
     return None if value is None else Number(value, percent)
-
-
-def without_unit(text: str) -> str:
-    r"""Return a respelt number without the sign of a currency before it and the unit after it.
-
-    >>> without_unit(r"\$ 500"), without_unit("42 km"), without_unit(r"9.8 \frac{\text{m}}{\text{s}^2}")
-    ('500', '42', '9.8')
-    """
-    text = re.sub(r"(?i)\s*\\?%\s*$|\s*\bper\s?cent\s*$|\s*\\text\s*\{\s*per\s?cent\s*\}\s*$", "%", text)
-    sign = re.match(r"\s*-\s*", text)
-    text = text[sign.end() :] if sign else text
-    text = _CURRENCY.sub("", text).replace(r"\$", "").replace("$", "")
-    text = _UNIT_FRACTION.sub("", text).strip().removesuffix(r"^\circ").strip()
-    bare = _UNIT.sub("", text)
-    if bare.strip() and not re.search(r"[A-Za-z\\]", re.sub(r"\\(?:frac|cdot|times|%)", "", bare)):
-        text = bare
-    text = text.strip().removesuffix(r"^\circ").strip()
-    return f"-{text}" if sign else text
 
 
 def _exact(text: str) -> Fraction | None:
@@ -231,37 +189,6 @@ def written(value: Fraction) -> str:
     if value.numerator.bit_length() + value.denominator.bit_length() < 10_000:
         return str(value)
     return f"{value.numerator:#x}" + (f"/{value.denominator:#x}" if value.denominator != 1 else "")
-
-
-# Units of which answers name two, with their worth in the smallest of each kind.
-_WORTH = {
-    **{"day": ("time", 86400), "hour": ("time", 3600), "hr": ("time", 3600), "h": ("time", 3600)},
-    **{"minute": ("time", 60), "min": ("time", 60), "second": ("time", 1), "sec": ("time", 1), "s": ("time", 1)},
-    **{"feet": ("length", 12), "foot": ("length", 12), "ft": ("length", 12), "inch": ("length", 1)},
-    **{"inche": ("length", 1), "in": ("length", 1), "dollar": ("money", 100), "cent": ("money", 1)},
-    **{"pound": ("mass", 16), "lb": ("mass", 16), "ounce": ("mass", 1), "oz": ("mass", 1)},
-    **{"year": ("date", 12), "month": ("date", 1)},
-}
-UNITS_OF_PARTS = tuple(_WORTH)
-_PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+?)s?(?=[\s,0-9]|$)\.?\s*(?:,|and)?")
-
-
-def quantity_of(text: str) -> Fraction | None:
-    """Return a quantity of two units or more in the largest of them, or None for another text.
-
-    >>> quantity_of(r"7 \\text{ hours and } 30 \\text{ minutes}"), quantity_of("7 hours")
-    (Fraction(15, 2), None)
-    """
-    plain = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).split())
-    parts: list[tuple[Fraction, str]] = []
-    position = 0
-    while position < len(plain) and len(parts) < 5 and (match := _PART.match(plain, position)):
-        parts.append((Fraction(match[1]), match[2].lower()))
-        position = match.end()
-    if len(parts) < 2 or position < len(plain) or len({_WORTH.get(unit, (unit, 0))[0] for _, unit in parts}) != 1:
-        return None
-    worth = [_WORTH.get(unit, ("", 0))[1] for _, unit in parts]
-    return None if 0 in worth else sum((n * w for (n, _), w in zip(parts, worth, strict=True)), Fraction()) / worth[0]
 
 
 def named(text: str) -> tuple[str, str]:

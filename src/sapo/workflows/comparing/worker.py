@@ -23,6 +23,7 @@ from sapo.errors import (
     CollapseError,
     ConfigError,
     Interrupted,
+    MemoryShortage,
     NonFiniteError,
     ParityError,
     RewardError,
@@ -136,7 +137,7 @@ def main() -> None:
     reporter.watch_input()
     try:
         run = execute(config, reporter, reporter.should_stop)
-    except (UserError, StorageError, RewardError) as error:
+    except (UserError, StorageError, MemoryShortage, RewardError) as error:
         # For the user to mend: the run is resumed by the next call.
         reporter.send("refused", message=str(error))
     except (NonFiniteError, CollapseError, ParityError) as error:

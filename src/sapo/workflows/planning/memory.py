@@ -69,6 +69,11 @@ class RankMemory:
         return {"driver": self.driver} | ({} if self.other is None else {"other ranks": self.other})
 
 
+def draws_elsewhere(config: RunConfig) -> bool:
+    """Return whether completions are drawn on GPUs beside those of the ranks, which no plan counts."""
+    return config.device != "cpu" and (config.rollout.servers is not None or config.cluster.engines > 0)
+
+
 def memory_of(config: RunConfig, shape: ModelShape, work: Workload, machine: Machine) -> RankMemory:
     """Return the bytes of each rank of a recipe by phase and part.
 
@@ -137,6 +142,8 @@ class _Rank:
 
     def _generate(self) -> Parts:
         rollout, shape, work = self.config.rollout, self.shape, self.work
+        if draws_elsewhere(self.config):
+            return {}
         if rollout.engine == "vllm":
             return self._vllm()
         if rollout.engine != "local":

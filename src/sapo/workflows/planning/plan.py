@@ -14,7 +14,7 @@ from sapo.run.trainers import check_sliceable
 from sapo.training.optimizer import find_optimizer
 from sapo.workflows.memory import MemoryEstimate
 from sapo.workflows.planning.machine import GIB, Machine
-from sapo.workflows.planning.memory import RankMemory, memory_of
+from sapo.workflows.planning.memory import RankMemory, draws_elsewhere, memory_of
 from sapo.workflows.planning.seconds import Phase, seconds_of
 from sapo.workflows.planning.shape import ModelShape, shape_of
 from sapo.workflows.planning.workload import Workload, workload_of
@@ -121,7 +121,11 @@ class Plan:
             "nothing of this was measured on these GPUs; memory was held against measurements on CPU ranks "
             "(docs/scaling.md)",
         ]
-        if self.config.rollout.engine not in ("local", "vllm"):
+        if draws_elsewhere(self.config):
+            said.append(
+                "servers, and engines of a cluster, have other GPUs, not counted here; rollouts as by one of them"
+            )
+        elif self.config.rollout.engine not in ("local", "vllm"):
             said.append(f"the memory of the engine {self.config.rollout.engine} is not counted")
         return said
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sapo.config import RunConfig
 from sapo.model.context import check_heads
+from sapo.workflows.planning.memory import draws_elsewhere
 from sapo.workflows.planning.plan import Plan, make_plan
 
 MOST_RANKS = 1024
@@ -107,7 +108,7 @@ def _fewer_tokens(plan: Plan) -> Iterator[Changes]:
 def _fewer_rows(plan: Plan) -> Iterator[Changes]:
     """Bounds the cache of the engine and changes no completion."""
     rows = min(plan.config.rollout.max_rows, plan.work.rows) // 2
-    while plan.config.rollout.engine == "local" and rows >= plan.work.samples:
+    while plan.config.rollout.engine == "local" and not draws_elsewhere(plan.config) and rows >= plan.work.samples:
         yield {"rollout.max_rows": rows}
         rows //= 2
 
@@ -123,7 +124,8 @@ def _smaller_engine(plan: Plan) -> Iterator[Changes]:
     vllm = plan.config.rollout.vllm
     share = 0.5 if vllm is None else vllm.gpu_memory_utilization
     least = 1.1 * plan.shape.weight_bytes / (plan.machine.gpu_memory * 2**30)
-    while plan.config.rollout.engine == "vllm" and (share := round(share - 0.1, 2)) >= max(least, 0.1):
+    here = plan.config.rollout.engine == "vllm" and not draws_elsewhere(plan.config)
+    while here and (share := round(share - 0.1, 2)) >= max(least, 0.1):
         yield {"rollout.vllm.gpu_memory_utilization": share}
 
 

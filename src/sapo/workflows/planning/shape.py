@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers.integrations.moe as experts
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from sapo.config import RunConfig
 from sapo.data import Segment
@@ -202,6 +202,12 @@ def build_on_meta(described: Any, config: RunConfig, layers: int | None = None) 
     Args:
         layers: build so many only.
     """
+    if getattr(described, "vision_config", None) is not None and type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"a plan counts decoders of text; got {config.model.path or 'model.coldstart'} of the family "
+            f"{described.model_type}, which has a vision part; `sapo train RECIPE --dry-run` loads the model, and "
+            "estimates the memory of one process"
+        )
     described = copy.deepcopy(described)
     if layers is not None:
         described.get_text_config().num_hidden_layers = layers
@@ -213,7 +219,9 @@ def build_on_meta(described: Any, config: RunConfig, layers: int | None = None) 
                 described, dtype=DTYPES[config.model.dtype], attn_implementation=ATTENTION_NAME
             )
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ModelError(f"the model of {config.model.path} cannot be built: {first_line(error)}") from error
+            raise ModelError(
+                f"the model of {config.model.path or 'model.coldstart'} cannot be built: {first_line(error)}"
+            ) from error
         policy = Policy(model, tokenizer=None)
         if (lora := config.model.lora) is not None:
             seed = seed_for(config.seed, "adapter")

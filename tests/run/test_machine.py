@@ -1,0 +1,81 @@
+"""Which device and precision a run gets, with GPUs that are only pretended, and what it records of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sapo import load_recipe
+from sapo.config import RunConfig
+from sapo.errors import ConfigError
+from sapo.run import machine
+from sapo.run.machine import DECIDING_BITS, provenance, resolve_device, resolve_machine
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretend that torch finds two GPUs with bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    properties = SimpleNamespace(name="A card", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "mps:0"])
+def test_devices_that_training_cannot_use_are_refused_in_one_line(device):
+    with pytest.raises(ConfigError, match=rf"device must be auto, cpu, cuda or cuda:N; got '{device}'") as caught:
+        resolve_device(device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_beyond_the_last_is_refused(two_gpus):
+    assert resolve_device("cuda:1") == "cuda:1"
+    assert resolve_device("auto") == "cuda"
+    with pytest.raises(ConfigError, match="'cuda:7' was asked for but this machine has 2 CUDA devices"):
+        resolve_device("cuda:7")
+
+
+def recipe(tmp_path, *lines):
+    """A recipe of a pretrained model, read from a file as a run reads it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "\n".join(
+            [
+                "tasks: [{name: sums}]",
+                "train: {steps: 1, learning_rate: 1.0e-4}",
+                "model:",
+                "  path: some/model",
+                *lines,
+            ]
+        )
+        + "\n"
+    )
+    return load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("lines", "device", "dtype"),
+    [
+        ([], "cuda", "bfloat16"),
+        ([], "auto", "bfloat16"),
+        ([], "cpu", "float32"),
+        (["  dtype: float32"], "cuda", "float32"),
+        (["  dtype: bfloat16"], "cpu", "bfloat16"),
+        (["  lora: {rank: 4}"], "cuda", "float32"),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16_unless_the_recipe_names_a_precision(tmp_path, two_gpus, lines, device, dtype):
+    config = resolve_machine(recipe(tmp_path, *lines, f"device: {device}", "threads: 1"))
+    assert config.model.dtype == dtype
+    # As it is written, so that a run resumed elsewhere computes in the same.
+    again = RunConfig.model_validate(config.model_dump(mode="json"))
+    assert resolve_machine(again.model_copy(update={"device": "cpu"})).model.dtype == dtype
+
+
+def test_the_gpu_is_part_of_what_decides_the_bits(two_gpus):
+    assert "gpu" not in provenance("cpu")
+    gpu = provenance("cuda:1")["gpu"]
+    assert (gpu["name"], gpu["architecture"], gpu["cuda"]) == ("A card", "9.0", torch.version.cuda)
+    assert "gpu" in DECIDING_BITS
+    assert machine.gpu_identity(torch.device("cuda", 0)) == gpu
