@@ -1,19 +1,32 @@
 """Which device and precision a run gets, with GPUs that are only pretended, and what it records of them."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from sapo import load_recipe
 from sapo.config import RunConfig
+from sapo.config.recipes import parse_recipe
 from sapo.errors import ConfigError
+from sapo.front.train import make_config
 from sapo.run import machine
+from sapo.run.directory import RunDirectory
+from sapo.run.inputs import absolute_paths
 from sapo.run.machine import DECIDING_BITS, provenance, resolve_device, resolve_machine
+from sapo.workflows.comparing.directory import ComparisonDirectory, check_directory
+from sapo.workflows.comparing.plan import ComparisonPlan
+from sapo.workflows.comparing.worker import check_same_run
 
 
 @pytest.fixture
 def two_gpus(monkeypatch):
+    pretend_gpus(monkeypatch)
+
+
+def pretend_gpus(monkeypatch):
     """Pretend that torch finds two GPUs with bfloat16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -71,6 +84,45 @@ def test_a_gpu_computes_in_bfloat16_unless_the_recipe_names_a_precision(tmp_path
     # As it is written, so that a run resumed elsewhere computes in the same.
     again = RunConfig.model_validate(config.model_dump(mode="json"))
     assert resolve_machine(again.model_copy(update={"device": "cpu"})).model.dtype == dtype
+
+
+def test_a_precision_that_nobody_named_stays_open_however_a_recipe_is_passed_on(tmp_path, two_gpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    config = recipe(tmp_path, "device: cuda", "threads: 1").model_copy(update={"run_dir": str(tmp_path / "run")})
+    local = config.model_copy(update={"model": config.model.model_copy(update={"path": "here"})})
+    assert absolute_paths(local).model.path == str(tmp_path / "here")
+    plan = ComparisonPlan.of("c", config, {"a": {}, "b": {"model.lora": {"rank": 4}}}, learning_rates=[1e-4], seeds=[0])
+    sent, adapter = (
+        parse_recipe(json.loads(json.dumps(r.config.model_dump(mode="json")))) for r in plan.runs(tmp_path)
+    )
+    for passed in (absolute_paths(local), make_config(config, overrides={}), sent, RunConfig(**config.model_dump())):
+        assert resolve_machine(passed).model.dtype == "bfloat16"
+    assert resolve_machine(adapter).model.dtype == "float32"
+
+    # A name stays a name, and what is written down is what the run computes in.
+    named = recipe(tmp_path, "  dtype: float32", "device: cuda", "threads: 1")
+    assert resolve_machine(make_config(named, overrides={})).model.dtype == "float32"
+    RunDirectory.create(resolve_machine(config)).close()
+    assert RunDirectory.read_config(tmp_path / "run").model.dtype == "bfloat16"
+    check_same_run(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match=r'model.dtype="?bfloat16"? where the comparison has "?float32'):
+        check_same_run(tmp_path / "run", named)
+
+
+def test_a_comparison_whose_precision_an_earlier_version_wrote_down_goes_on(tmp_path, monkeypatch):
+    config = recipe(tmp_path, "device: auto", "threads: 1")
+    plan = ComparisonPlan.of("c", config, {"a": {}}, learning_rates=[1e-4], seeds=[0])
+    earlier = plan.to_json()
+    assert "dtype" not in earlier["recipe"]["model"]
+    earlier["recipe"]["model"]["dtype"] = "float32"
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(earlier))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ComparisonDirectory.open(tmp_path, plan).close()
+    assert yaml.safe_load((tmp_path / "comparison.yaml").read_text()) == earlier, "nothing has changed on a CPU"
+    pretend_gpus(monkeypatch)
+    with pytest.raises(ConfigError, match=r'recipe.model.dtype="?float32"? where this one has "?bfloat16'):
+        check_directory(tmp_path, plan)
 
 
 def test_the_gpu_is_part_of_what_decides_the_bits(two_gpus):

@@ -14,6 +14,7 @@ import torch
 
 import sapo
 from sapo.errors import ConfigError, MemoryShortage, StorageError
+from sapo.run.directory import RunDirectory
 from sapo.training.checkpoint import list_checkpoints
 from sapo.utils.files import lock_directory
 from support.kernels import fresh_cache
@@ -100,15 +101,22 @@ def test_a_run_without_enough_memory_is_one_line_and_goes_on(tmp_path: Path) -> 
 def test_a_run_that_was_killed_before_it_began_is_begun_by_the_same_command(tmp_path: Path) -> None:
     config, run = sapo.load_recipe(write_recipe(tmp_path, **SMALL)), tmp_path / "run"
     run.mkdir()
-    for name in (".lock", "inputs.json"):
+    RunDirectory.check_free(run)  # killed before it was locked
+    for name in (".lock", ".inputs.json.writing", "inputs.json", ".config.yaml.writing"):
         (run / name).touch()
-    with pytest.raises(ConfigError, match="stopped before it began: `sapo train` begins it"):
+        RunDirectory.check_free(run)
+    with pytest.raises(ConfigError, match="stopped before it began; `sapo train` begins it"):
         sapo.resume(run)
     (run / "mine").touch()
     with pytest.raises(ConfigError, match="exists already"):
         sapo.train(config)
     (run / "mine").unlink()
+    (run / ".lock").rename(tmp_path / "lock")
+    with pytest.raises(ConfigError, match="exists already"):
+        RunDirectory.check_free(run)  # a user's own inputs.json, in a directory that no run has locked
+    (tmp_path / "lock").rename(run / ".lock")
     sapo.train(config)
+    assert not (run / ".config.yaml.writing").exists()
     assert metrics(run)[-1]["step"] == SMALL["train__steps"]
 
 

@@ -106,6 +106,7 @@ def test_a_cold_start_that_is_not_made_yet_is_estimated_like_one_that_is(
 
 def test_what_a_run_would_refuse_is_refused(recipe: Path) -> None:
     (recipe.parent / "run").mkdir()
+    (recipe.parent / "run" / "mine").touch()
     with pytest.raises(ConfigError, match="exists already"):
         dry_run(load_recipe(recipe))
     with pytest.raises(ConfigError, match="must leave room for the prompt"):

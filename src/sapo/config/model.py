@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from sapo.config.section import Section
 
@@ -162,6 +162,14 @@ class ModelConfig(Section):
         if value not in (False, True, "R2", "R3"):
             raise ValueError(f"routing_replay must be false, true, R2 or R3; got {value!r}")
         return bool(value) if isinstance(value, int) else value
+
+    @model_serializer(mode="wrap")
+    def _without_unnamed_precision(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a precision that nobody has named: written down, it would count as named when it is read again."""
+        settings: dict[str, Any] = write(self)
+        if "dtype" not in self.model_fields_set:
+            settings.pop("dtype", None)
+        return settings
 
     @property
     def load_options(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Each section is in a file beside this one; recipes.py finds, reads and overrides
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -99,6 +100,15 @@ class RunConfig(Section):
                 "rollout.staleness=0, where the current weights are those that sampled; use train.old_logprobs=trainer"
             )
         return self
+
+    def resolved_settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return all settings as they are written down, with the precision even where no recipe has named it.
+
+        `model_dump` leaves that out, so that what reads it may still choose the machine's.
+        """
+        settings = self.model_dump(mode="json", exclude=set(exclude))
+        settings["model"].setdefault("dtype", self.model.dtype)
+        return settings
 
     @model_validator(mode="after")
     def _log_pi_old_of_an_overlapped_batch(self) -> RunConfig:

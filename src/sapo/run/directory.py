@@ -33,7 +33,7 @@ from sapo.data import Picture
 from sapo.data.thumbnails import ending_of
 from sapo.errors import ConfigError
 from sapo.run.inputs import InputRecord
-from sapo.utils.files import lock_directory, write_whole
+from sapo.utils.files import aside_of, lock_directory, write_whole
 from sapo.utils.reading import check_kinds, read_yaml
 
 FAILURE_FILE = "failure.json"
@@ -42,10 +42,16 @@ _DIRECTORIES = ("rollouts", "rolled-back", "checkpoints", "profile", "tensorboar
 
 
 def _never_began(path: Path) -> bool:
-    """Tell whether a directory is what a run left that was killed before it wrote config.yaml: nothing to lose."""
-    if not (path / ".lock").is_file():
+    """Tell whether a directory is empty, or what a run left that was killed before it had config.yaml whole.
+
+    There is nothing to lose in it. `create` makes the directory, locks it, and writes inputs.json before config.yaml.
+    """
+    try:
+        entries = {entry.name for entry in path.iterdir()}
+    except OSError:  # a file, or not to be read
         return False
-    return all(entry.name == ".lock" or "inputs.json" in entry.name for entry in path.iterdir())
+    left = {".lock", "inputs.json", aside_of(path / "inputs.json").name, aside_of(path / "config.yaml").name}
+    return not entries or (".lock" in entries and entries <= left)
 
 
 class RunDirectory:
@@ -123,7 +129,7 @@ class RunDirectory:
         """
         if not (path / "config.yaml").is_file():
             raise ConfigError(
-                f"{path} has no config.yaml: it is not a run, or was stopped before it began: `sapo train` begins it"
+                f"{path} has no config.yaml: it is not a run, or was stopped before it began; `sapo train` begins it"
             )
         return parse_recipe(read_yaml(path / "config.yaml"), recorded=True)
 
@@ -134,7 +140,7 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml, aside and renamed."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config.resolved_settings(), sort_keys=False, allow_unicode=True)
         header = f"# sapo resume {self.path}                          continues this run\n"
         header += f"# sapo train {self.path}/config.yaml run_dir=NAME   repeats it\n"
         write_whole(self.path / "config.yaml", header + text)

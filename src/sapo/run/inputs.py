@@ -320,7 +320,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=set(_NOT_COMPARED))
+    return config.resolved_settings(exclude=_NOT_COMPARED)
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sapo.config import RunConfig
+from sapo.config.model import ModelConfig
 from sapo.errors import ConfigError
 from sapo.rollout.local.cpu.native import kernels_in_use
 from sapo.utils.machine import processor_name
@@ -48,14 +49,21 @@ def resolve_device(device: str) -> str:
 def resolve_dtype(config: RunConfig, device: str) -> str:
     """Return the precision that a model computes in: bfloat16 on a GPU that has it, unless the recipe names another.
 
-    Weights and gradients are summed in float32 then (training/optimizer.py). An adapter stays in float32, in which it
-    is folded into the weights that draw; so do cold starts, which are tiny, and everything on a CPU.
+    Everything on a CPU stays in float32.
     """
-    model = config.model
-    stays = "dtype" in model.model_fields_set or model.lora is not None or model.coldstart is not None
-    if stays or not device.startswith("cuda") or not torch.cuda.is_bf16_supported():
+    if not device.startswith("cuda") or not torch.cuda.is_bf16_supported():
         return config.model.dtype
-    return "bfloat16"
+    return dtype_on_gpu(config.model)
+
+
+def dtype_on_gpu(model: ModelConfig) -> str:
+    """Return the precision on a GPU that has bfloat16.
+
+    Weights and gradients are summed in float32 then (training/optimizer.py). An adapter stays in float32, in which it
+    is folded into the weights that draw; so do cold starts, which are tiny.
+    """
+    stays = "dtype" in model.model_fields_set or model.lora is not None or model.coldstart is not None
+    return model.dtype if stays else "bfloat16"
 
 
 def resolve_machine(config: RunConfig) -> RunConfig:

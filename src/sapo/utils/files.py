@@ -21,7 +21,7 @@ from sapo.errors import ConfigError
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file under another name, flush it to the disk and rename it. Text is written as UTF-8."""
-    aside = file.with_name(f".{file.name}.writing")
+    aside = aside_of(file)
     try:
         with aside.open("wb") as opened:
             opened.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -32,6 +32,11 @@ def write_whole(file: Path, content: str | bytes) -> None:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def aside_of(file: Path) -> Path:
+    """Return the name under which `write_whole` writes a file; one is left behind by a kill."""
+    return file.with_name(f".{file.name}.writing")
 
 
 @contextmanager

@@ -17,8 +17,27 @@ from sapo.errors import ConfigError, UserError
 _QUICK_BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _check_keys(node: yaml.MappingNode) -> None:
-    """Refuse a key that stands twice in a mapping: PyYAML takes the last, and what stood before is lost."""
+def _check_keys(root: yaml.Node | None) -> None:
+    """Refuse a key that stands twice in a mapping: PyYAML takes the last, and what stood before is lost.
+
+    The tree is looked at as it was written: as values are made, `<<` writes what it merges into the mapping's node, and
+    a mapping that is merged into several others is then seen with keys that it overrides.
+    """
+    waiting, checked = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in checked:
+            continue
+        checked.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _check_mapping(node)
+            inner = [part for pair in node.value for part in pair]
+        else:
+            inner = node.value
+        waiting += reversed(inner)  # so that the first in the file is the one that is named
+
+
+def _check_mapping(node: yaml.MappingNode) -> None:
     seen = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -30,11 +49,11 @@ def _check_keys(node: yaml.MappingNode) -> None:
 class _Loader(yaml.SafeLoader):
     """Reads `3e-4` as a number, as YAML 1.2 does; in 1.1, PyYAML's, it is a text. Each key may stand once."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node."""
-        if isinstance(node, yaml.MappingNode):
-            _check_keys(node)
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> Any:
+        """Return the tree of the one document, its keys checked."""
+        node = super().get_single_node()
+        _check_keys(node)
+        return node
 
 
 class _QuickLoader(_QUICK_BASE):

@@ -23,7 +23,7 @@ from sapo.training.batch import cut_groups, pack
 from sapo.workflows.activations import Counts, full_length_group, measure_activations
 from sapo.workflows.planning.machine import Machine
 from sapo.workflows.planning.plan import Plan, make_plan
-from sapo.workflows.planning.proposal import propose
+from sapo.workflows.planning.proposal import _narrow, propose
 from sapo.workflows.planning.seconds import logprob_passes
 from sapo.workflows.planning.shape import Parameter, shape_of
 from sapo.workflows.train import dry_run
@@ -93,6 +93,21 @@ def test_the_plan_of_one_process_is_that_of_a_dry_run(tmp_path: Path, monkeypatc
         for name, tolerance in names.items():
             measured = seen.memory.phases[phase].get(name, 0)
             assert planned[phase].get(name, 0) == pytest.approx(measured, rel=tolerance), name
+
+
+def test_a_plan_for_gpus_counts_the_precision_of_a_run_there(tmp_path: Path) -> None:
+    """By hand: a weight takes 2 bytes in bfloat16 and 4 in float32, in which adapters stay."""
+    write_model(tmp_path / "model")
+
+    def weight_bytes(**changes: Any) -> tuple[float, bool]:
+        plan = make_plan(load_recipe(write_recipe(tmp_path, **changes)))
+        proposes = any("model.dtype" in change for change in _narrow(plan))
+        return plan.shape.weight_bytes, proposes
+
+    whole = weight_bytes(device="cuda", model__dtype="float32")
+    assert whole == weight_bytes(device="cpu") == (whole[0], True)
+    assert weight_bytes(device="cuda") == weight_bytes(device="auto") == (whole[0] / 2, False)
+    assert weight_bytes(device="cuda", model__lora={"rank": 2})[1], "in float32, unless the recipe says otherwise"
 
 
 def test_a_model_of_235_billion_parameters_takes_no_memory_to_plan() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 
 from sapo.errors import ConfigError, Interrupted
 from sapo.evaluation.store import differing
+from sapo.run.machine import resolve_device, resolve_dtype
 from sapo.utils.files import DirectoryLock, lock_directory, write_whole
 from sapo.workflows.comparing.config import load_comparison
 from sapo.workflows.comparing.plan import ComparisonPlan
@@ -56,7 +58,7 @@ class ComparisonDirectory:
             raise
         for part in ("runs", "logs"):
             (path / part).mkdir(exist_ok=True)
-        if not (path / COMPARISON_FILE).exists() or load_comparison(path).to_json() != _plain(plan):
+        if not (path / COMPARISON_FILE).exists() or _plain(load_comparison(path)) != _plain(plan):
             directory._write_plan(plan)
         return directory
 
@@ -115,7 +117,7 @@ def check_directory(path: Path, plan: ComparisonPlan) -> None:
         if strangers or any(p.name != ".lock" for p in (path / "runs").glob("*")):
             raise ConfigError(f"{path} holds no comparison but {(strangers or ['runs'])[0]}; name another with --out")
         return
-    for key, (a, b) in _changes(load_comparison(path).to_json(), _plain(plan)):
+    for key, (a, b) in _changes(_plain(load_comparison(path)), _plain(plan)):
         raise ConfigError(
             f"{path} holds another comparison, with {key}={a} where this one has {b}; `sapo compare {path}` resumes "
             "it, --out DIR starts another"
@@ -132,5 +134,11 @@ def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[st
 
 
 def _plain(plan: ComparisonPlan) -> dict[str, Any]:
-    """Return the plan as it would be read from a file."""
-    return json.loads(json.dumps(plan.to_json()))
+    """Return the plan as it would be read from a file, with the precision that this machine gives to its recipe.
+
+    An earlier version wrote that down where no recipe had named it.
+    """
+    settings: dict[str, Any] = json.loads(json.dumps(plan.to_json()))
+    with suppress(ConfigError):  # the recipe's GPU is not here
+        settings["recipe"]["model"]["dtype"] = resolve_dtype(plan.base, resolve_device(plan.base.device))
+    return settings

@@ -34,7 +34,7 @@ from sapo.evaluation.store import differing
 from sapo.run.directory import RunDirectory
 from sapo.run.inputs import absolute_paths
 from sapo.run.listener import Listener
-from sapo.run.machine import resolve_device
+from sapo.run.machine import resolve_device, resolve_dtype
 from sapo.training.checkpoint import Checkpoint
 from sapo.utils.signals import STOPPING
 from sapo.workflows.train import Run, resume, train
@@ -121,9 +121,11 @@ def check_same_run(path: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: naming the first setting that differs.
     """
-    resolved = config.model_copy(update={"device": resolve_device(config.device)})
+    device = resolve_device(config.device)
+    model = config.model.model_copy(update={"dtype": resolve_dtype(config, device)})
+    resolved = config.model_copy(update={"device": device, "model": model})
     there, here = (
-        absolute_paths(c).model_dump(mode="json", exclude={"provenance", "run_dir"})
+        absolute_paths(c).resolved_settings(exclude=("provenance", "run_dir"))
         for c in (RunDirectory.read_config(path), parse_recipe(resolved.model_dump(mode="json")))
     )
     for key, (a, b) in differing(there, here):

@@ -10,6 +10,7 @@ import psutil
 from sapo.config import RunConfig
 from sapo.errors import ConfigError
 from sapo.model.context import check_heads
+from sapo.run.machine import dtype_on_gpu
 from sapo.run.trainers import check_sliceable
 from sapo.training.optimizer import find_optimizer
 from sapo.workflows.memory import MemoryEstimate
@@ -164,7 +165,8 @@ def make_plan(
     """Compute what a recipe needs. No weights are made, no task is loaded, and nothing is downloaded.
 
     Args:
-        config: from `load_recipe`, with `train.ranks` ranks; device cpu plans CPU ranks, any other one GPUs.
+        config: from `load_recipe`, with `train.ranks` ranks; device cpu plans CPU ranks, any other one GPUs, which
+            compute in bfloat16 where a run would.
         machine: rates and sizes of the GPUs.
         prompt_tokens: of each prompt.
         completion_tokens: mean length that the seconds are for; None for `rollout.max_new_tokens`. Memory is always
@@ -173,6 +175,10 @@ def make_plan(
     Raises:
         ConfigError, ModelError: the model's dimensions are not known, or the ranks do not fit it.
     """
+    if config.device != "cpu":
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"dtype": dtype_on_gpu(config.model)})}
+        )
     machine, train = machine or Machine(), config.train
     find_optimizer(train.optimizer)
     check_sliceable(config)
