@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sapo.cli import main
-from sapo.errors import ConfigError
+from sapo.errors import ConfigError, StorageError
 from sapo.report import make_report
 from sapo.report.images import check_images, draw, write_images
 from sapo.report.live import fingerprint, watch
@@ -26,6 +27,22 @@ def append(run: Path, *records: dict) -> None:
 
 def watched(page: Path) -> bool:
     return '"watch":' in page.read_text().split('id="data">')[1].split("</script>")[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "way_out"),
+    [(errno.ENOSPC, StorageError, "make room"), (errno.EACCES, ConfigError, "choose another --out")],
+)
+def test_a_full_disk_is_no_mistake_of_a_name(
+    number: int, kind: type[Exception], way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Path, content: str) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr("sapo.report.page.write_whole", refuse)
+    monkeypatch.setattr("sapo.report.page.page_text", lambda *_: "")
+    with pytest.raises(kind, match=rf"page\.html cannot be written: refused; {way_out}"):
+        write_page(None, tmp_path / "page.html")
 
 
 def test_watching_writes_when_something_is_new_and_ends_with_the_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 
 from sapo.data import Completion, Group, Prompt
 from sapo.data.arrays import ArrayReader, FlatArrays
@@ -14,6 +15,14 @@ from sapo.run.line import Line, Room
 def group(number: int, version: int) -> Group:
     completion = Completion((1,), (-0.5,), "stop", versions=((1, version),))
     return Group(Prompt((number // 4) << 32 | number % 4, "t", "", (1,)), (completion,), (0.0,))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Wait for the other thread; where it has died, fail rather than wait for ever."""
+    end = time.monotonic() + 600.0
+    while not reached():
+        assert time.monotonic() < end, "the thread that draws did not get there"
+        time.sleep(0.01)
 
 
 def test_a_line_goes_through_text_and_back() -> None:
@@ -35,13 +44,11 @@ def test_a_discarded_prompt_is_drawn_before_new_ones() -> None:
         flow.offer(Offer(lambda: iter(()), 3, False))  # at version 3 groups say that they are of version 0
         assert flow.take(4, 3, 60.0) is not None
         flow.hold()
-        while not flow.idle(1.0):
-            pass
+        wait_until(lambda: flow.idle(1.0))
         waiting = len(flow.line().ready)
         flow.offer(Offer(lambda: iter(()), 4, False))
         assert (taken := flow.take(4, 4, 60.0)) is not None
-        while len(asked) <= waiting // 4 + 1:
-            time.sleep(0.01)
+        wait_until(lambda: len(asked) > waiting // 4 + 1)
         assert asked[1 + waiting // 4] == [4, 5, 6, 7], "the oldest of those that were discarded"
         assert {c.versions for g in taken for c in g.completions} == {((1, 4),)}
         assert flow.line().discarded == waiting

@@ -7,6 +7,7 @@ What it ends with is held against the uninterrupted command's, bit for bit.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,8 @@ from trials.harness import Tally
 STEPS = 4
 MOMENTS = 24
 """Kills of each kind."""
+RETRIES = 6
+"""Further moments, each half as late, where no kill of a kind has fallen before its end."""
 PATIENCE = 900.0
 SHORT = {
     "train__steps": STEPS,
@@ -156,19 +159,25 @@ def run(place: Path, *, share: float = 1.0, seed: int = 0, tally: Tally | None =
         seconds = _uninterrupted(whole, kind)
         expected = kind.outcome(whole)
         drawn = random.Random(f"{seed} {name}")
-        for number in range(max(1, round(MOMENTS * share))):
-            moment = drawn.uniform(0.02, 0.98) * seconds
+        wanted, killed = max(1, round(MOMENTS * share)), 0
+        for number in itertools.count():
+            if number >= wanted + (0 if killed else RETRIES):
+                break
+            moment = drawn.uniform(0.02, 0.98) * seconds / 2 ** max(0, number - wanted + 1)
             directory = place / f"{name} {number}"
             fault = _kill(directory, kind, moment, expected)
+            if fault == "ended":  # the moment came after its end
+                shutil.rmtree(directory)
+                continue
             tally.tried += 1
+            killed += 1
             if fault is None:
                 tally.accepted += 1
                 shutil.rmtree(directory)
-            elif fault == "ended":
-                tally.tried -= 1  # the moment came after its end
-                shutil.rmtree(directory)
             else:
                 tally.broken.append(f"{name} {number}, killed after {moment:.2f} of {seconds:.2f} s: {fault}")
+        if not killed:
+            tally.broken.append(f"{name}: no moment fell before its end, so that nothing was tried")
         shutil.rmtree(whole)
     return tally
 
@@ -192,6 +201,11 @@ def _uninterrupted(directory: Path, kind: Kind) -> float:
     return time.monotonic() - began
 
 
+def _failed(command: tuple[str, ...], process: Forked, output: str, directory: Path) -> str:
+    log = (directory / "log").read_text()
+    return f"{command[0]} gave exit code {process.returncode}: {output[-300:]}{log[-600:]}"
+
+
 def _kill(directory: Path, kind: Kind, moment: float, expected: str) -> str | None:
     """Kill a command, go on with it, and return what is wrong with how it ended; "ended" where nothing was killed."""
     directory.mkdir()
@@ -199,7 +213,8 @@ def _kill(directory: Path, kind: Kind, moment: float, expected: str) -> str | No
     process = _start(directory, *kind.command)
     time.sleep(moment)
     if process.poll() is not None:
-        return "ended"
+        output, _ = process.communicate(PATIENCE)
+        return "ended" if process.returncode == 0 else _failed(kind.command, process, output, directory)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)
@@ -210,9 +225,7 @@ def _kill(directory: Path, kind: Kind, moment: float, expected: str) -> str | No
     process = _start(directory, *again)
     output, _ = process.communicate(PATIENCE)
     if process.returncode != 0:
-        return (
-            f"{again[0]} gave exit code {process.returncode}: {output[-300:]}{(directory / 'log').read_text()[-600:]}"
-        )
+        return _failed(again, process, output, directory)
     if left:
         return f"{len(left)} processes left: {[p.name() for p in left if p.is_running()]}"
     try:

@@ -339,6 +339,14 @@ def test_a_task_is_found_by_its_label_and_evaluated_as_the_run_does(tmp_path: Pa
             plan_evaluations(run, [task], override)
 
 
+def test_a_mistyped_task_is_refused_by_name_where_rows_of_another_are_gone(tmp_path: Path) -> None:
+    gone = {"name": "file", "path": str(tmp_path / "gone.jsonl"), "verifier": "last_number"}
+    run = run_of(tmp_path, tasks=[gone, {"name": "arithmetic", "digits": 2}])
+    with pytest.raises(ConfigError, match=r"got 'ad2'; did you mean 'add2'\?; the run has file, add2; .*gone\.jsonl"):
+        plan_evaluations(run, ["ad2"], [])
+    assert [p.task.name for p in plan_evaluations(run, ["add2"], [])] == ["add2"]
+
+
 def test_a_checkpoint_of_a_run_brings_the_run_s_tasks(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     checkpoint = run / "checkpoints" / "step-000002"

@@ -6,7 +6,6 @@ and 138 stopped by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, with everything saved.
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -36,7 +35,7 @@ from sapo.cli.terminal import StopSignal, console, errors, say, stop_signals
 from sapo.cli.watch import watch
 from sapo.errors import ConfigError, Interrupted, RankError, RunFailure, UserError
 from sapo.utils.faults import memory_failure
-from sapo.utils.files import check_output, storage_failure
+from sapo.utils.files import FULL, check_output, storage_failure
 
 # For annotations only: `--help` is to answer before a library is loaded.
 if TYPE_CHECKING:
@@ -50,9 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Errors of a disk, and not of a name."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -231,6 +227,8 @@ def conformance(
         try:
             markdown.write_text(as_markdown(reports, shlex.join(["sapo", "conformance", *words])))
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise ConfigError(
                 f"--markdown {markdown} cannot be written: {error.strerror}; name another file"
             ) from error

@@ -20,7 +20,7 @@ from typing import IO, Any
 from sapo.errors import ConfigError
 from sapo.evaluation.figures import Clock
 from sapo.evaluation.records import Answered
-from sapo.utils.files import lock_directory, write_whole
+from sapo.utils.files import lock_directory, unwritable, write_whole
 from sapo.utils.reading import check_kinds, interpreting, is_whole, read_json
 
 
@@ -50,7 +50,7 @@ class EvaluationStore:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_directory(path)
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+            raise unwritable(path, "--out", error) from error
         if not (path / "config.json").exists():
             write_whole(path / "config.json", json.dumps({"asked": asked, "machine": machine}, indent=1) + "\n")
         try:

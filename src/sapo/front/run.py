@@ -97,7 +97,8 @@ class Run(training.Run):
             out: the file; report.html in the run directory when None.
 
         Raises:
-            ConfigError: Plotly is not installed, or the file cannot be written.
+            ConfigError: Plotly is not installed, or no file can be written under that name.
+            StorageError: the disk is full or cannot be written to.
         """
         from sapo.report import make_report, write_page
 

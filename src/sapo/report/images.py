@@ -12,6 +12,7 @@ import numpy as np
 
 from sapo.errors import ConfigError
 from sapo.report.figure import Figure, Panel, Trace
+from sapo.utils.files import unwritable
 from sapo.utils.text import visible
 
 PALETTE = ("#0b62b0", "#c9550a", "#0a7d5c", "#8a3f9e", "#9a7400", "#2f87b3", "#b5305c", "#5b6470", "#5c771c", "#7a4b2a")
@@ -63,7 +64,8 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
     """Write KEY.png, KEY.pdf and KEY.csv for every figure that was measured.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the directory cannot be written.
+        ConfigError: matplotlib is not installed, or no directory can be written under that name.
+        StorageError: the disk is full or cannot be written to.
     """
     check_images()
     import matplotlib
@@ -89,7 +91,7 @@ def write_images(figures: Sequence[Figure], directory: Path) -> list[Path]:
                 file.write_text(figure.to_csv(), encoding="utf-8")
                 written.append(file)
     except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error.strerror}; choose another --png") from error
+        raise unwritable(directory, "--png", error) from error
     return written
 
 

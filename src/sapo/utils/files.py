@@ -16,7 +16,7 @@ from typing import IO
 
 from filelock import lock_descriptor
 
-from sapo.errors import ConfigError
+from sapo.errors import ConfigError, StorageError
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
@@ -141,6 +141,21 @@ def lock_directory(path: Path) -> DirectoryLock:
     if directory is not None:
         os.close(directory)
     raise ConfigError(f"another process is writing {path}; wait for it or stop it")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors that are a disk's fault and not a name's."""
+
+
+def unwritable(path: Path, option: str, error: OSError) -> ConfigError | StorageError:
+    """Return the refusal of a name that cannot be written to, or the failure of its disk.
+
+    >>> unwritable(Path("a"), "--out", OSError(errno.ENOSPC, "No space left on device"))
+    StorageError('a cannot be written: No space left on device; make room, and run the same command again')
+    """
+    if error.errno in FULL:
+        return StorageError(f"{path} cannot be written: {error.strerror}; make room, and run the same command again")
+    return ConfigError(f"{path} cannot be written: {error.strerror}; choose another {option}")
 
 
 def check_output(path: Path, option: str, *, directory: bool = False) -> None:

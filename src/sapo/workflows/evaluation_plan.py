@@ -13,7 +13,7 @@ from sapo.config.recipes import parse_override, parse_prompt, parse_turns
 from sapo.config.rollout import TurnsConfig
 from sapo.data import Prompt
 from sapo.environments.base import is_environment
-from sapo.errors import ConfigError
+from sapo.errors import ConfigError, TaskError
 from sapo.evaluation.store import difference
 from sapo.rollout.params import SamplingParams
 from sapo.rollout.prompting import PromptFormat
@@ -25,6 +25,7 @@ from sapo.tasks.rows.reading import is_rows_file
 from sapo.tasks.rows.task import FileTask
 from sapo.utils.hashing import seed_for
 from sapo.utils.names import did_you_mean
+from sapo.utils.text import first_line
 from sapo.workflows.evaluate import EvaluatedModel, EvaluationSettings, PlannedEvaluation
 
 # The default of eval.seed, so that runs and `sapo eval` draw the same problems.
@@ -101,12 +102,21 @@ def place_of_label(run: Path | None, name: str) -> int | None:
         return written.index(name)
     if run is None or name in TASKS or ":" in name or is_rows_file(name):
         return None
-    labels = [own_name(task) for task in tasks]
+    labels, unmade = [], []
+    for task in tasks:
+        try:
+            labels.append(own_name(task))
+        except (
+            ConfigError,
+            TaskError,
+        ) as error:  # perhaps of rows that are gone
+            labels.append(task.name)
+            unmade.append(f"; its task {task.name} cannot be made: {first_line(error)}")
     if name in labels:
         return labels.index(name)
     raise ConfigError(
         f"--task must be a task of the run, one of sapo.tasks.TASKS or a file of rows; got {name!r}"
-        f"{did_you_mean(name, labels)}; the run has {', '.join(labels)}"
+        f"{did_you_mean(name, labels)}; the run has {', '.join(labels)}{''.join(unmade)}"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sapo.errors import ConfigError
 from sapo.report.assemble import RunReport
-from sapo.utils.files import write_whole
+from sapo.utils.files import unwritable, write_whole
 from sapo.utils.html import content_security_policy, embedded, filled
 
 
@@ -27,14 +27,15 @@ def write_page(report: RunReport, path: Path, *, reload_every: float | None = No
         reload_every: seconds between the page's reloads of itself, while its runs are under way; None for never.
 
     Raises:
-        ConfigError: Plotly is not installed, or the file cannot be written.
+        ConfigError: Plotly is not installed, or no file can be written under that name.
+        StorageError: the disk is full or cannot be written to.
     """
     page = page_text(report, {} if reload_every is None else {"watch": reload_every})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+        raise unwritable(path, "--out", error) from error
     return path
 
 
