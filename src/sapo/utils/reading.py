@@ -23,7 +23,8 @@ def _check_keys(root: yaml.Node | None) -> None:
     The tree is looked at as it was written: as values are made, `<<` writes what it merges into the mapping's node, and
     a mapping that is merged into several others is then seen with keys that it overrides.
     """
-    waiting, checked = [root], set()
+    waiting: list[Any] = [root]
+    checked: set[int] = set()
     while waiting:
         node = waiting.pop()
         if not isinstance(node, yaml.CollectionNode) or id(node) in checked:

@@ -102,14 +102,12 @@ def place_of_label(run: Path | None, name: str) -> int | None:
         return written.index(name)
     if run is None or name in TASKS or ":" in name or is_rows_file(name):
         return None
-    labels, unmade = [], []
+    labels: list[str] = []
+    unmade: list[str] = []
     for task in tasks:
         try:
             labels.append(own_name(task))
-        except (
-            ConfigError,
-            TaskError,
-        ) as error:  # perhaps of rows that are gone
+        except (ConfigError, TaskError) as error:  # rows that are gone, perhaps not those of the task that is asked for
             labels.append(task.name)
             unmade.append(f"; its task {task.name} cannot be made: {first_line(error)}")
     if name in labels:
