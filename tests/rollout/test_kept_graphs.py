@@ -1,5 +1,8 @@
 """What a rollout leaves for the next one: cache, weights and CUDA graphs; and how often the host waits."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +68,27 @@ def test_nothing_is_kept_of_a_call_that_was_stopped(policies):
     with pytest.raises(Interrupted):
         engine.generate(ragged_requests(), params(), should_stop=lambda: True)
     assert engine._kept is None
+
+
+def test_weights_that_were_given_are_let_go_in_sleep(policies, monkeypatch):
+    monkeypatch.setenv("SAPO_NATIVE", "0")
+    monkeypatch.setattr(local, "capture_on", lambda device, choice: lambda step: step)
+    policy = policies("llama")
+    engine = LocalEngine(policy, 9, "eager")
+    given = {name: tensor.clone() for name, tensor in policy.weights()}
+    engine.set_weights(iter(given.items()), 1)
+    engine.generate(ragged_requests(), params(max_new_tokens=3))
+    assert engine._kept is not None
+    alive = [weakref.ref(tensor.untyped_storage()) for tensor in given.values()]
+    del given
+    engine.sleep()
+    gc.collect()  # a capture that is the step itself refers to its owner
+    assert [ref() for ref in alive if ref() is not None] == []
+    # What was drawn with the policy's own weights stays for the next rollout.
+    engine.wake()
+    engine.generate(ragged_requests(), params(max_new_tokens=3))
+    engine.sleep()
+    assert engine._kept is not None
 
 
 class Schedule:

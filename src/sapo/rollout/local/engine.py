@@ -279,6 +279,8 @@ class LocalEngine:
         """See `Engine.sleep`. What is kept between two calls is a small part of a GPU's memory (`may_serve_again`)."""
         if self._twin is not None:
             self._twin.release()
+        if self._sampler is not self.policy:
+            self._kept = None  # whose decoder reads the weights that were given
         self._sampler, self._asleep, self._shared = self.policy, True, None
         self.weights_set += 1
 
@@ -359,7 +361,7 @@ class RowsInPlace:
                 policy, params.max_new_tokens, None if experts is None else experts.chosen
             )
             room = min(params.max_new_tokens, GROWING_TOKENS) if grows else params.max_new_tokens
-            self.cache: KVCache = KVCache(rows, room, lengths, samples, self.preamble, rounded=static)
+            self.cache: KVCache = KVCache(rows, room, lengths, samples, self.preamble, rounded=static, spare=in_steps)
             self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
             self._make_tensors(rows, device)
         else:
@@ -446,7 +448,8 @@ class RowsInPlace:
             return None
         state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
         samples = [r.samples for r in self.requests]
-        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, self.capture)
+        params = self.settings[self.setting_of[together[0]]] if together else self.params
+        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, params, self.capture)
 
     def _run(self, spans: Sequence[PromptSpan], layout: PrefillLayout) -> Tensor:
         """Compute the hidden states of parts of prompts; what they show goes through the policy's own modules."""
