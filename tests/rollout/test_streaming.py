@@ -176,6 +176,22 @@ def test_a_step_that_fails_fails_every_stream_of_its_batch_and_no_later_one(poli
     assert joined(stream(engine, requests[:1], params())).keys() == {(0, 0), (0, 1), (0, 2)}
 
 
+def test_who_leaves_leaves_no_completion_and_no_likeliest_tokens_behind(policies):
+    engine, requests = engine_of(policies("qwen3")), ragged_requests()
+    settings = params(stop_token_ids=frozenset())
+    first = stream(engine, [replace(requests[0], top_logprobs=2)], settings)
+    second = stream(engine, requests[1:2], settings)
+    next(first)
+    rows = first._batch.rows
+    rows.admit()
+    rows.step()  # whose tokens nobody has taken yet
+    assert {request for request, _ in rows.likeliest} == {0}
+    first.close()
+    assert rows.results[0] == [None] * 3
+    assert rows.likeliest == {}
+    second.close()
+
+
 @pytest.mark.parametrize("where", ["_run", "add"])
 def test_a_batch_that_ctrl_c_has_interrupted_is_joined_by_nobody(policies, monkeypatch, where):
     # In a step, or while the second stream joins.
