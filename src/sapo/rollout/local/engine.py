@@ -63,7 +63,18 @@ PREAMBLE_UNIT = 16
 KEPT_SHARE = 0.25
 """Of a GPU's memory: what a call of generate may leave for the next. The update wants the rest."""
 
-_TAKEN_OVER = ["decoder", "cache", "rules", "uniform", "tokens", "logprobs", "position", "finished", "stopped", "stop_set"]
+_TAKEN_OVER = (
+    "decoder",
+    "cache",
+    "rules",
+    "uniform",
+    "tokens",
+    "logprobs",
+    "position",
+    "finished",
+    "stopped",
+    "stop_set",
+)
 """What a call of generate takes over from one before that it can go on from."""
 
 GROWING_TOKENS = 64
