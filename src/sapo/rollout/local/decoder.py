@@ -43,7 +43,6 @@ from sapo.rollout.local.packing import Linear, Packing, arrange_weights, choose_
 OnExperts = Callable[[int, Tensor], None]
 """Called with a layer and the experts its router chose, (N, experts per token)."""
 
-
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Qwen3VLText", "Qwen3VLMoeText")
 
 
@@ -200,10 +199,7 @@ class FastDecoder:
         return self.blocks is None and not any(getattr(x, "packed", False) for x in _parts([self.layers, self.head]))
 
     def folds_as(self, policy: Policy) -> bool:
-        """Return whether adapters are folded into the same weights as when this was made.
-
-        A weight that none was folded into is the policy's own tensor here, which `refresh` must not write to.
-        """
+        """Return whether adapters are folded as when this was made: others' weights are the policy's own tensors."""
         return self._folded == _folded(policy.decoder)
 
     def refresh(self, policy: Policy) -> None:
