@@ -59,6 +59,7 @@ WRONG_PAIRS = [
 # Words behind a number are a unit, unless they change or contradict it.
 RIGHT_UNITS = [
     ("18", "18 times"),
+    (r"90^\circ", r"90^\circ\text{ units}"),
     ("18", "18 times per week"),
     ("18", "18 plus signs"),
     ("18", "18 (eighteen)"),

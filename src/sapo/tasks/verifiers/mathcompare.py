@@ -39,7 +39,7 @@ from sapo.tasks.verifiers.mathtext import (
     words_of,
     written,
 )
-from sapo.tasks.verifiers.mathunits import quantity_of
+from sapo.tasks.verifiers.mathunits import is_contradicted, quantity_of
 from sapo.tasks.verifiers.mathwords import is_changed
 
 Result = TypeVar("Result")
@@ -56,7 +56,6 @@ _DATED = re.compile(
     r"(?i:(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?\s+[0-9]{1,2}(?:,?\s+[0-9]{4})?"
     r"|[0-9]{1,2}:[0-9]{2}\s*[ap]\.?m\.?)"
 )
-_TEXT_BEHIND = re.compile(r"(.*?)\s*\\text\s*\{[^{}]*\}")
 _UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
 
 
@@ -241,8 +240,8 @@ def _as_numbers(reference: str, given: str) -> bool | None:
         right = last_value(given)
     if left is not None and right is None and _UNIT_BETWEEN.search(re.sub(r"\^\s*\{?-?[0-9]\}?", "", given)):
         return False  # 10 cm by 5 cm is neither
-    if left is not None and right is None and (worded := _TEXT_BEHIND.fullmatch(given)) is not None:
-        return False if number_of(worded[1]) is not None else None  # 5 \text{ or seven}
+    if left is not None and right is None and is_contradicted(given):
+        return False  # 5 \text{ or seven}
     if left is None or right is None:
         return None
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", reference) and ", " in given:

@@ -67,6 +67,18 @@ def without_unit(text: str) -> str:
     return f"-{text}" if sign else text
 
 
+def is_contradicted(text: str) -> bool:
+    r"""Return whether a text command behind a number holds words that are no unit, or another number.
+
+    >>> is_contradicted(r"5 \text{ or seven}"), is_contradicted(r"5 \text{ (six)}"), is_contradicted(r"5 \text{ units}")
+    (True, True, False)
+    """
+    words = re.search(r"[0-9}]\s*\\text\s*\{([^{}]*)\}\s*$", text)
+    again = _IN_BRACKETS.search(text)
+    wrong = again is not None and number_in_words(again[2]) != again[1]
+    return wrong or (words is not None and re.match(_NO_UNIT, words[1]) is None)
+
+
 # Units of which answers name two, with their worth in the smallest of each kind.
 _WORTH = {
     **{"day": ("time", 86400), "hour": ("time", 3600), "hr": ("time", 3600), "h": ("time", 3600)},
