@@ -221,3 +221,17 @@ def test_greedy_completions_that_failed_leave_their_pairs() -> None:
     b = results([answered(i, right, greedy=greedy) for i, greedy in enumerate((wrong, right, right))])
     greedy = compared(a, b).greedy
     assert (greedy.only_a, greedy.only_b) == (1, 1)
+
+
+def test_graded_rewards_are_compared_by_their_means() -> None:
+    a = results(
+        [answered(i, sample("x", reward), sample("y", reward + 0.2)) for i, reward in enumerate((0.1, 0.3, 0.5))]
+    )
+    b = results([answered(i, sample("x", reward), sample("y", reward)) for i, reward in enumerate((0.4, 0.4, 0.9))])
+    found = compared(a, b)
+    assert (found.means[0].value, found.means[1].value) == (pytest.approx(0.4), pytest.approx(1.7 / 3))
+    # .4 - .2, .4 - .4 and .9 - .6: one tie, and of the four signs of the others ++ and -- are as far from 0.
+    assert found.difference.value == pytest.approx(0.5 / 3)
+    assert (found.better, found.worse, found.p_value) == (2, 0, 0.5)
+    assert found.greedy is None
+    assert found.to_json()["figure"] == "reward_mean"

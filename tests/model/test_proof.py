@@ -237,7 +237,7 @@ def test_an_engine_that_is_not_exact_gives_way_to_rows_and_then_to_whole_rows(
 
     if broken:  # a cache that is not put in the order of the rows
         monkeypatch.setattr(DynamicCache, "reorder_cache", lambda self, index: None)
-    monkeypatch.setattr(packed.KVCache, "append", lambda self, layer, at, key, value: 1 / 0)
+    monkeypatch.setattr(packed.KVCache, "append", lambda self, *_: 1 / 0)
     monkeypatch.setenv("SAPO_NATIVE", "0")
     policy = prepare_policy(make("gemma2", query_pre_attn_scalar=8, attn_logit_softcapping=2.0), TOKENIZER)
     engine = LocalEngine(policy)

@@ -74,6 +74,17 @@ def test_pass_at_1_of_every_task_is_drawn(tmp_path: Path) -> None:
     assert second.y == tuple(value / 2 for value in first.y if value is not None)
 
 
+def test_the_mean_reward_of_a_task_with_graded_rewards_is_drawn_in_place_of_pass_at_1(tmp_path: Path) -> None:
+    records = step_records(4)
+    for place, record in enumerate(r for r in records if r["kind"] == "eval"):
+        record |= {"binary": False, "reward/mean": 0.25 + place / 4, "pass@1": 0.0}
+    figure = figures_of(make_report([write_run(tmp_path / "a", config=settings(), records=records)]))["pass1"]
+    (panel,) = figure.panels
+    assert (figure.title, panel.y) == ("Held-out mean reward", "held-out mean reward")
+    (line,) = panel.traces  # no band: an interval of pass@1 is none of the mean reward
+    assert line.y == (0.25, 0.5)
+
+
 def test_a_csv_beside_each_image_has_every_point(compared: RunReport, tmp_path: Path) -> None:
     final = figures_of(compared)["compared-final"]
     files = {file.name for file in write_images([final], tmp_path)}

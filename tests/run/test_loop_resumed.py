@@ -130,7 +130,7 @@ def test_a_state_that_asks_for_more_token_data_than_there_is_gives_way_to_an_ear
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "update", counting)
-    run = run_recipe(tmp_path / "stopped", should_stop=lambda: updates >= 2)
+    run = run_recipe(tmp_path / "stopped", should_stop=lambda: updates >= 6)  # behind the checkpoint of step 2
     (newest,) = [c for c in list_checkpoints(run / "checkpoints") if c.update]
     save_file({"none": np.zeros(1)}, newest.path / "batches.safetensors")
     monkeypatch.setattr(Checkpoint, "verify", lambda self: None)  # as if it had been written so

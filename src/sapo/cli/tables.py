@@ -145,16 +145,19 @@ def suite_table(suite: str, evaluations: Mapping[str, Evaluation]) -> Table:
     """Make the table of a suite: a row for each benchmark."""
     table = Table(title=escape(suite))
     table.add_column("benchmark", no_wrap=True)
-    for heading in ("problems", "n", "mean@n", "95% interval", "best constant", "no answer", "cut", "tokens", "time"):
+    reward = metric_title("eval", "reward/mean").title
+    of_answers = ("best constant", "no answer", "cut", "tokens", "time")
+    for heading in ("problems", "n", reward, "mean@n", "95% interval", *of_answers):
         table.add_column(heading, justify="right")
     for label, result in evaluations.items():
         drawn = result.problems * result.samples
-        constant = "" if result.constant is None else f"{result.constant.share:.3f}"
+        constant = "" if result.constant is None or not result.binary else f"{result.constant.share:.3f}"
         table.add_row(
             escape(label),
             f"{result.problems:,}",
             str(result.samples),
-            *_columns(result.mean),
+            measured(result.reward_mean),
+            *(_columns(result.mean) if result.binary else ("", "")),
             constant,
             f"{result.statuses.get(Status.UNPARSEABLE.value, 0) / drawn:.1%}",
             f"{result.finish_reasons['length'] / drawn:.1%}",
@@ -185,7 +188,8 @@ def comparison_table(result: Comparison) -> RenderableType:
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")
     for letter, samples, mean in zip("AB", result.samples, result.means, strict=True):
-        table.add_row(f"mean@{samples} of {letter}", *_columns(mean))
+        figure = metric_title("eval", "reward/mean").title if result.graded else f"mean@{samples}"
+        table.add_row(f"{figure} of {letter}", *_columns(mean))
     table.add_section()
     difference = result.difference
     table.add_row("B less A", f"{difference.value:+.3f}", f"{difference.low:+.3f} .. {difference.high:+.3f}")

@@ -30,6 +30,9 @@ SCHEMA = "sapo.comparison/1"
 MOST_STEPS = 2e9
 """Largest number of steps of the exact convolution; above it (large, coprime numbers of samples) signs are drawn."""
 
+REWARD_UNITS = 10**9
+"""Units that the largest mean reward, rounded up to a power of ten, is cut into for the permutation test."""
+
 DRAWS = 100_000
 """Draws of signs where the exact distribution takes too long: a p-value of .05 is then known to about .0007."""
 
@@ -67,21 +70,24 @@ class Comparison:
     samples: tuple[int, int]
     means: tuple[Estimate, Estimate]
     difference: Estimate
-    """b's mean@n less a's, with the paired interval."""
+    """b's figure less a's, with the paired interval."""
     p_value: float
     """p-value of the permutation test."""
     better: int
-    """Problems on which b's pass rate is higher."""
+    """Problems on which b's pass rate, or mean reward, is higher."""
     worse: int
     greedy: Discordance | None
     """None unless both evaluations have greedy completions."""
     single: Discordance | None
     """None unless both have one sample of each problem."""
+    graded: bool = False
+    """Whether one of the two saw rewards other than 0 and 1: the figure is then the mean reward, not mean@n."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `sapo eval-compare` writes."""
         return {
             "schema": SCHEMA,
+            "figure": "reward_mean" if self.graded else "mean@n",
             "a": {"name": self.names[0], "samples": self.samples[0], "mean": self.means[0].to_json()},
             "b": {"name": self.names[1], "samples": self.samples[1], "mean": self.means[1].to_json()},
             "problems": self.problems,
@@ -98,7 +104,8 @@ class Comparison:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] = ("a", "b")) -> Comparison:
     """Compare two results.json of the same problems, in whatever prompt formats they were asked.
 
-    Problems of which one of the two judged no sample, since its verifier or environment failed, are left out.
+    Problems of which one of the two judged no sample, since its verifier or environment failed, are left out. Where
+    rewards other than 0 and 1 were seen, mean rewards are compared, and no test counts right completions.
 
     Raises:
         ConfigError: not the same problems, none that both judged, or judged by different thresholds.
@@ -118,6 +125,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] =
             f"two evaluations are compared on problems that both judged; got none of {len(paired)}; mend the verifier "
             "or the environment, and evaluate again"
         )
+    if not all(figures.get("binary", True) for figures in (figures_a, figures_b)):
+        return _of_rewards(pairs, names, (n_a, n_b))
     correct_a, correct_b = (np.array([pair[side]["correct"] for pair in pairs]) for side in (0, 1))
     judged_a = np.array([p.get("judged", n_a) for p, _ in pairs])
     judged_b = np.array([q.get("judged", n_b) for _, q in pairs])
@@ -135,6 +144,29 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] =
         worse=int((difference_P < 0).sum()),
         greedy=_discordance(greedy) if greedy else None,
         single=_discordance([(p["correct"] > 0, q["correct"] > 0) for p, q in pairs]) if n_a == n_b == 1 else None,
+    )
+
+
+def _of_rewards(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], names: tuple[str, str], samples: tuple[int, int]
+) -> Comparison:
+    mean_a, mean_b = (np.array([pair[side]["reward_mean"] for pair in pairs]) for side in (0, 1))
+    difference_P = mean_b - mean_a
+    # Whole units that float64 still tells apart: rounding of the rewards then makes no differences and breaks no ties.
+    largest = max(float(np.abs([mean_a, mean_b]).max()), 1.0)
+    whole_P = np.round(difference_P / 10.0 ** math.ceil(math.log10(largest)) * REWARD_UNITS).astype(np.int64)
+    return Comparison(
+        problems=len(pairs),
+        names=names,
+        samples=samples,
+        means=(bootstrap(mean_a), bootstrap(mean_b)),
+        difference=bootstrap(difference_P),
+        p_value=sign_flip_p_value(whole_P),
+        better=int((whole_P > 0).sum()),
+        worse=int((whole_P < 0).sum()),
+        greedy=None,
+        single=None,
+        graded=True,
     )
 
 

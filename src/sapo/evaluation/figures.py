@@ -189,6 +189,11 @@ class Evaluation:
         return [count_judged(problem) for problem in self.answered]
 
     @property
+    def rewards(self) -> list[float | None]:
+        """Return the mean reward of each problem, (P,), over its judged samples; None where there is none."""
+        return [_mean_reward(problem) for problem in self.answered]
+
+    @property
     def failed(self) -> int:
         """Return how many completions failed to be judged, greedy ones included."""
         return sum(s.status.failed for s in self._drawn)
@@ -257,15 +262,15 @@ class Evaluation:
         }
 
     def _of_problem(self, problem: Answered) -> dict[str, Any]:
-        rewards = [s.reward for s in problem.samples if not s.status.failed]
+        judged = count_judged(problem)
         greedy = None if problem.greedy is None or problem.greedy.status.failed else problem.greedy
         return {
             "id": problem.id,
             "key": problem.key,
             "prompt": problem.prompt[:80],
             "correct": count_right(problem, self.threshold),
-            **({"judged": len(rewards)} if len(rewards) < len(problem.samples) else {}),
-            "reward_mean": float(np.mean(rewards)) if rewards else None,
+            **({"judged": judged} if judged < len(problem.samples) else {}),
+            "reward_mean": _mean_reward(problem),
             "greedy": None if greedy is None else is_right(greedy.reward, self.threshold),
         }
 
@@ -312,6 +317,11 @@ def count_right(problem: Answered, threshold: float) -> int:
 def count_judged(problem: Answered) -> int:
     """Return n, the samples whose verifier and environment did not fail."""
     return sum(not s.status.failed for s in problem.samples)
+
+
+def _mean_reward(problem: Answered) -> float | None:
+    rewards = [s.reward for s in problem.samples if not s.status.failed]
+    return float(np.mean(rewards)) if rewards else None
 
 
 def _bootstrap(values: Sequence[float] | np.ndarray) -> Estimate | None:

@@ -11,9 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sapo.diagnostics.titles import metric_title
 from sapo.workflows.coldstart import ColdStartProgress
-from sapo.workflows.comparing.outcomes import RunOutcome
+from sapo.workflows.comparing.outcomes import RunOutcome, figure_name
 from sapo.workflows.comparing.plan import ComparisonPlan, format_rate
 from sapo.workflows.comparing.processes import Event, RunSlots
 from sapo.workflows.comparing.results import ComparisonResults
@@ -24,6 +23,7 @@ from sapo.workflows.comparing.table import (
     headings,
     legend,
     notes,
+    tuned_headings,
     tuned_rows,
 )
 
@@ -36,12 +36,12 @@ class _Seen:
 
     state: str
     step: int = 0
-    pass_at_1: float | None = None
+    figure: float | None = None
     start: float | None = None
 
     def text(self, steps: int) -> Text:
         """Return a cell of the live table."""
-        figure = "" if self.pass_at_1 is None else f"{self.pass_at_1:.3f}".removeprefix("0")
+        figure = "" if self.figure is None else f"{self.figure:.3f}".removeprefix("0")
         if self.state == "at work":
             figure = f"{figure} {self.step}/{steps}".strip()
         elif self.state != "finished":
@@ -66,6 +66,8 @@ class ComparisonDisplay:
         self._began = time.monotonic()
         self._told_coldstart = False
         self._task: str | None = None
+        self._graded = False
+        """Whether rewards other than 0 and 1 were seen on it."""
 
     def __enter__(self) -> ComparisonDisplay:
         return self
@@ -95,7 +97,8 @@ class ComparisonDisplay:
             self._keys[outcome.name] = key
             seen = _Seen(outcome.state if outcome.ended else "saved" if outcome.steps else "waiting", outcome.steps)
             for curve in list(outcome.curves.values())[:1]:
-                seen.start, seen.pass_at_1 = curve.start.pass_at_1, curve.final.pass_at_1
+                seen.start, seen.figure = curve.start.figure, curve.final.figure
+                self._graded |= curve.graded
             self._seen[key] = seen
         done = sum(o.ended for o in outcomes)
         where = f"{slots.count} at a time" + (f" on {len(slots.gpus)} GPUs" if slots.gpus else "")
@@ -113,8 +116,9 @@ class ComparisonDisplay:
         elif event.kind in ("step", "resumed"):
             seen.step = event.fields["step"]
         elif event.kind == "eval" and event.fields["task"] == self._main_task(event):
-            seen.pass_at_1 = event.fields["pass_at_1"]
-            seen.start = seen.pass_at_1 if seen.start is None else seen.start
+            seen.figure = event.fields["value"]
+            seen.start = seen.figure if seen.start is None else seen.start
+            self._graded |= not event.fields["binary"]
         elif event.kind in ("finished", "failed"):
             seen.state = event.kind
         elif event.kind in ("stopped", "refused"):
@@ -124,8 +128,12 @@ class ComparisonDisplay:
         else:
             self._say(event, seen)
 
+    @property
+    def _figure(self) -> str:
+        return figure_name(self._graded)
+
     def _main_task(self, event: Event) -> str:
-        """Return the task whose pass@1 is shown: the first that is evaluated."""
+        """Return the task whose figure is shown: the first that is evaluated."""
         if self._task is None:
             self._task = event.fields["task"]
         return self._task
@@ -136,7 +144,7 @@ class ComparisonDisplay:
         if event.kind == "resumed":
             self.note(f"{event.run}: resumed from step {seen.step}")
         elif event.kind == "finished" and seen.start is not None:
-            self.note(f"{event.run}: pass@1 {seen.start:.3f} -> {seen.pass_at_1:.3f} {count}")
+            self.note(f"{event.run}: {self._figure} {seen.start:.3f} -> {seen.figure:.3f} {count}")
         elif event.kind == "failed":
             self.note(f"{event.run}: failed: {event.fields['reason']} {count}")
         elif event.kind == "stopped":
@@ -145,8 +153,9 @@ class ComparisonDisplay:
     def _table(self) -> Table:
         """Make the live table: a row for each arm at each learning rate, a column for each seed."""
         ended = sum(s.state in ("finished", "failed") for s in self._seen.values())
-        figure = metric_title("eval", "pass@1").title
-        title = f"{ended} of {len(self._seen)} runs, {time.monotonic() - self._began:.0f} s; {figure}, step"
+        title = (
+            f"{ended} of {len(self._seen)} runs, {time.monotonic() - self._began:.0f} s; held-out {self._figure}, step"
+        )
         table = Table(title=title, title_justify="left")
         for column in ("arm", "lr", *(f"seed {seed}" for seed in self.plan.seeds)):
             table.add_column(column)
@@ -164,14 +173,14 @@ def show_results(results: ComparisonResults, console: Console) -> None:
     lines = [budget_sentence(results), *legend(results)]
     for task in results.tasks:
         table = Table(title=task, title_justify="left")
-        for number, heading in enumerate(headings(results)):
+        for number, heading in enumerate(headings(results, task)):
             table.add_column(heading, justify="left" if number in (0, 6) else "right", no_wrap=True)
         for row in cell_rows(results, task):
             table.add_row(*map(Text, row))
         wide.print(table)
         if len(results.plan.learning_rates) > 1:
             best = Table(title="each arm at its best learning rate", title_justify="left")
-            for heading in ("arm", "lr", "final pass@1", f"less {results.plan.baseline}"):
+            for heading in tuned_headings(results, task):
                 best.add_column(heading, no_wrap=True)
             for row in tuned_rows(results, task):
                 best.add_row(*map(Text, row))

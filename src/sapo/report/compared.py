@@ -44,6 +44,11 @@ class ReportedComparison:
         """Return the tasks that some run that has ended was evaluated on."""
         return list(dict.fromkeys(cell["task"] for cell in self.results["cells"]))
 
+    def figure_of(self, task: str) -> str:
+        """Return the name of a task's figure: pass@1, or mean reward where rewards are graded."""
+        named: Mapping[str, str] = self.results.get("figures", {})  # not in files of earlier versions
+        return named.get(task, "pass@1")
+
     def cells(self, task: str) -> list[Mapping[str, Any]]:
         """Return the cells of a task, an arm at a learning rate each, in the order of the plan."""
         return [cell for cell in self.results["cells"] if cell["task"] == task]
@@ -222,7 +227,7 @@ def _words_of_task(comparison: ReportedComparison, task: str) -> list[str]:
         if c["collapsed"]
     ]
     return [
-        f"Final pass@1 on {task}{at}, with 95% intervals: {each}.",
+        f"Final {comparison.figure_of(task)} on {task}{at}, with 95% intervals: {each}.",
         *(
             f"{start}: {_differences(rows, at_rate)}."
             for start, rows, at_rate in paired

@@ -1,4 +1,7 @@
-"""The figures of a comparison: final pass@1 and paired differences with intervals and every seed, and curves by arm."""
+"""The figures of a comparison: final pass@1 and paired differences with intervals and every seed, and curves by arm.
+
+Where rewards are graded, the mean reward stands in place of pass@1.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm, arm_in_comparison
 from sapo.report.compared import ReportedComparison
-from sapo.report.curves import HELD_OUT, MOST_BANDS, arm_traces, pass_traces
+from sapo.report.curves import MOST_BANDS, arm_traces, held_out_title, pass_traces
 from sapo.report.figure import Figure, Mark, Panel, Trace, share_axis
 from sapo.workflows.comparing.plan import format_rate
 
@@ -33,13 +36,16 @@ def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], pref
     figures = []
     for place, task in enumerate(comparison.tasks, 1):
         key, of = (f"{prefix}-task{place}", f", {task}") if several else (prefix, "")
-        figures.append(_figure(f"{key}-final", f"Final pass@1{of}", FINAL, panels(task, _final, "final pass@1")))
+        figure = comparison.figure_of(task)
+        final = panels(task, _final, f"final {figure}")
+        figures.append(_figure(f"{key}-final", f"Final {figure}{of}", FINAL.format(figure=figure), final))
         baseline = comparison.results["baseline"]
-        differences = panels(task, _difference, f"final pass@1 less that of {baseline}")
+        differences = panels(task, _difference, f"final {figure} less that of {baseline}")
         if differences:
             figures.append(_figure(f"{key}-difference", f"Difference from {baseline}{of}", DIFFERENCE, differences))
-        curves = _curves(arms, HELD_OUT.label, partial(pass_traces, task=task))
-        figures += _by_arm(f"{key}-pass1", f"{HELD_OUT.heading} by arm{of}", curves)
+        title = held_out_title(arms, task)
+        curves = _curves(arms, title.label, partial(pass_traces, task=task))
+        figures += _by_arm(f"{key}-pass1", f"{title.heading} by arm{of}", curves)
     reward = metric_title("step", "reward/mean")
     rewards = _curves(arms, reward.label, _reward_traces)
     return [*figures, *_by_arm(f"{prefix}-reward", f"{reward.heading} by arm", rewards)]
@@ -47,7 +53,8 @@ def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], pref
 
 FINAL = (
     "Last evaluation: a point for each seed, under them the mean with its 95% bootstrap interval over seeds and "
-    "problems. The dotted line is the mean pass@1 at the start. A cross is a run that failed: it counts as 0."
+    "problems. The dotted line is the mean {figure} at the start. A cross is a run that failed: it counts as 0, or as "
+    "its lowest evaluation below 0."
 )
 DIFFERENCE = (
     "Paired: the same seeds at the same learning rate, on the same problems; 95% bootstrap intervals over both. Points "
@@ -90,8 +97,10 @@ def _final(comparison: ReportedComparison, task: str, rate: float, names: Sequen
         ended = [r for r in _runs(comparison, cell["arm"], rate) if r["state"] != "unfinished" and task in r["tasks"]]
         for failed in (False, True):
             own = [r for r in ended if (r["state"] == "failed") == failed]
-            values = [0.0 if failed else r["tasks"][task]["final"] for r in own]
-            hovers = [f"seed {r['seed']}" + ": failed, counts as 0" * failed for r in own]
+            values = [_final_of(r, task) or 0.0 for r in own]
+            hovers = [
+                f"seed {r['seed']}" + f": failed, counts as {v:g}" * failed for r, v in zip(own, values, strict=True)
+            ]
             traces += _seeds(cell["arm"], row, values, hovers, crossed=failed)
         traces.append(_interval(cell["arm"], row, cell["final"], f"mean of {len(cell['seeds'])} seeds"))
     starts = [c["start"]["value"] for c in cells]
@@ -125,10 +134,11 @@ def _runs(comparison: ReportedComparison, arm: str, rate: float) -> list[Any]:
 
 
 def _final_of(run: Any, task: str) -> float | None:
-    """Return the final pass@1 that counts: 0 of a run that failed, None of one that has not ended."""
+    """Return the final figure that counts, of a run that failed too; None of one that has not ended."""
     if run["state"] == "unfinished" or task not in run["tasks"]:
         return None
-    return 0.0 if run["state"] == "failed" else float(run["tasks"][task]["final"])
+    of_task = run["tasks"][task]
+    return float(of_task.get("counts_as", 0.0) if run["state"] == "failed" else of_task["final"])
 
 
 def _seeds(arm: str, row: int, values: Sequence[float], hovers: Sequence[str], crossed: bool = False) -> list[Trace]:

@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from sapo.diagnostics.titles import metric_title
+from sapo.diagnostics.titles import MetricTitle, metric_title
 from sapo.report.arms import Arm, by_rate
 from sapo.report.figure import DASHES, Dash, Figure, Panel, Trace, share_axis
 from sapo.report.runs import MOST_POINTS, ReportedRun, thinned
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]
 Reader = Callable[[ReportedRun], Series]
-
-HELD_OUT = metric_title("eval", "pass@1")
 
 MOST_BANDS = 5
 """Largest number of arms with bands on one pair of axes: more bands would hide each other. The seeds' lines stay."""
@@ -107,8 +105,33 @@ def evaluated(run: ReportedRun, metric: str, task: str | None = None) -> Series:
     return thinned([(r["step"], r[metric]) for r in records if r["task"] == task])
 
 
-def pass_at_1(run: ReportedRun, task: str | None = None) -> Series:
-    """Return held-out pass@1 by step, from mean@n where the evaluation has no pass@1."""
+def held_out_title(arms: Sequence[Arm], task: str | None = None) -> MetricTitle:
+    """Return the title of what is drawn of held-out problems: pass@1, or the mean reward where some run saw rewards
+    other than 0 and 1.
+
+    Args:
+        task: of this one; None: all tasks have to have graded rewards for the title to say so.
+    """
+    tasks = [task] if task is not None else _tasks_of(arms)
+    graded = bool(tasks) and all(any(_is_graded(run, name) for arm in arms for run in arm.runs) for name in tasks)
+    return MetricTitle("held-out mean reward") if graded else metric_title("eval", "pass@1")
+
+
+def _tasks_of(arms: Sequence[Arm]) -> list[str]:
+    return list(dict.fromkeys(r["task"] for arm in arms for run in arm.runs for r in run.of_kind("eval")))
+
+
+def _is_graded(run: ReportedRun, task: str | None) -> bool:
+    """Tell whether a task of a run, its first when None, had rewards other than 0 and 1."""
+    records = run.of_kind("eval")
+    return any(not r.get("binary", True) for r in records if r["task"] == (task or records[0]["task"]))
+
+
+def held_out(run: ReportedRun, task: str | None = None) -> Series:
+    """Return held-out pass@1 by step, from mean@n where the evaluation has no pass@1; the mean reward where rewards are
+    graded."""
+    if _is_graded(run, task):
+        return evaluated(run, "reward/mean", task)
     found = evaluated(run, "pass@1", task)
     if found[0]:
         return found
@@ -117,13 +140,18 @@ def pass_at_1(run: ReportedRun, task: str | None = None) -> Series:
 
 
 def pass_panels(arms: Sequence[Arm]) -> list[Panel]:
-    """Draw held-out pass@1, on axes for each task; a single run has the band of its 95% interval over problems."""
-    tasks = dict.fromkeys(r["task"] for arm in arms for run in arm.runs for r in run.of_kind("eval"))
+    """Draw held-out pass@1 or mean reward, on axes for each task; a single run has the band of its 95% interval over
+    problems."""
+    tasks = _tasks_of(arms)
     panels = [
         panel
         for task in tasks
         for panel in rate_panels(
-            arms, "step", HELD_OUT.label, partial(pass_traces, task=task), task if len(tasks) > 1 else ""
+            arms,
+            "step",
+            held_out_title(arms, task).label,
+            partial(pass_traces, task=task),
+            task if len(tasks) > 1 else "",
         )
     ]
     return share_axis(share_axis(panels), "x")
@@ -132,10 +160,10 @@ def pass_panels(arms: Sequence[Arm]) -> list[Panel]:
 def pass_traces(
     arm: Arm, task: str | None = None, *, color: int | None = None, name: str = "", place: int | None = None
 ) -> list[Trace]:
-    """Draw held-out pass@1 of one arm."""
-    lines = arm_traces(arm, lambda run: pass_at_1(run, task), color=color, name=name, place=place)
-    if len(lines) == 1:
-        [run] = [r for r in arm.runs if pass_at_1(r, task)[0]]
+    """Draw held-out pass@1 or mean reward of one arm."""
+    lines = arm_traces(arm, lambda run: held_out(run, task), color=color, name=name, place=place)
+    if len(lines) == 1 and not any(_is_graded(r, task) for r in arm.runs):
+        [run] = [r for r in arm.runs if held_out(r, task)[0]]
         x, low = evaluated(run, "pass@1/low", task)
         _, high = evaluated(run, "pass@1/high", task)
         if x:
@@ -170,10 +198,10 @@ def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
         ),
         in_figure(
             "pass1",
-            HELD_OUT.heading,
+            held_out_title(arms).heading,
             pass_panels(arms),
-            caption="Mean over held-out problems of the share of right completions. A single run: with its 95% "
-            "bootstrap interval over problems." + several,
+            caption="Mean over held-out problems of the share of right completions, or of the reward where rewards are "
+            "not 0 and 1. A single run: pass@1 with its 95% bootstrap interval over problems." + several,
             missing="no evaluation was made; eval.every=N evaluates every N steps.",
         ),
         in_figure(

@@ -9,7 +9,7 @@ from typing import Any
 
 from sapo.diagnostics.titles import metric_title
 from sapo.report.arms import Arm, flatten, objective_of
-from sapo.report.curves import HELD_OUT, SEEDS, Series, arm_traces, pass_at_1, pass_panels, step_panels
+from sapo.report.curves import SEEDS, Series, arm_traces, held_out, held_out_title, pass_panels, step_panels
 from sapo.report.figure import Figure, Panel, Trace
 from sapo.report.gates import gates_figure
 from sapo.report.runs import ReportedRun
@@ -150,7 +150,10 @@ def _tasks(arms: Sequence[Arm]) -> Figure:
         names = task_names(arm)
         if len(names) < 2:
             continue
-        for y, read in ((metric_title("step", "reward/mean").label, reward_of), (HELD_OUT.label, pass_at_1)):
+        for y, read in (
+            (metric_title("step", "reward/mean").label, reward_of),
+            (held_out_title([arm]).label, held_out),
+        ):
             traces: list[Trace] = []
             for color, name in enumerate(names):
                 traces += arm_traces(arm, partial(read, task=name), color=color, name=name)

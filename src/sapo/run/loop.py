@@ -289,8 +289,9 @@ class TrainingRun:
         for evaluation in evaluations:
             record = {"kind": "eval", "step": state.step, **evaluation.metrics()}
             judged = {"judged": evaluation.judged} if min(evaluation.judged) < evaluation.samples else {}
+            rewards = {} if evaluation.binary else {"rewards": evaluation.rewards}
             seconds = {"seconds": evaluation.seconds}
-            self._append({**record, "correct": evaluation.correct, **judged, "timing": seconds})
+            self._append({**record, "correct": evaluation.correct, **judged, **rewards, "timing": seconds})
             if (failures := evaluation.failure(self.config.rollout.turns.max_environment_errors)) is not None:
                 played = Status.ENVIRONMENT_ERROR.value in evaluation.statuses
                 self.journal.warn("environment_failed" if played else "verifier_failed", failures, step=state.step)

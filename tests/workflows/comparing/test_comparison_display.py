@@ -28,10 +28,10 @@ def told(console: Console, directory: Path) -> None:
         display.runs([RunOutcome.of(soft), RunOutcome.of(hard)], RunSlots(2))
         for run in (soft, hard):
             display.event(Event(run.name, "began"))
-            display.event(Event(run.name, "eval", {"step": 0, "task": "add4", "pass_at_1": 0.25}))
-            display.event(Event(run.name, "eval", {"step": 0, "task": "other", "pass_at_1": 0.9}))
+            display.event(Event(run.name, "eval", {"step": 0, "task": "add4", "value": 0.25, "binary": True}))
+            display.event(Event(run.name, "eval", {"step": 0, "task": "other", "value": 0.9, "binary": True}))
             display.event(Event(run.name, "step", {"step": 7, "reward": 0.5}))
-        display.event(Event(soft.name, "eval", {"step": 40, "task": "add4", "pass_at_1": 0.75}))
+        display.event(Event(soft.name, "eval", {"step": 40, "task": "add4", "value": 0.75, "binary": True}))
         display.event(Event(soft.name, "finished"))
         display.event(Event(hard.name, "failed", {"reason": "step 8: [red]the loss[/red] is nan"}))
 

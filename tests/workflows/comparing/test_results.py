@@ -304,9 +304,64 @@ def test_problems_that_a_run_did_not_judge_leave_the_figures(tmp_path: Path) -> 
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan = a_plan()
     outcomes = [RunOutcome.of(run) for run in plan.runs(tmp_path)]
-    assert outcomes[0].curves["add4"].final.pass_at_1 == 1 / 3, "one right of one, and two problems of none"
+    assert outcomes[0].curves["add4"].final.figure == 1 / 3, "one right of one, and two problems of none"
     assert not outcomes[0].curves["add4"].collapsed
     a = ComparisonResults.of(plan, outcomes).cells[0]
     assert a.final.value == 1 / 3, "over the three problems that both seeds judged"
     with pytest.raises(ConfigError, match="problems that all of them judged; got none"):
         bootstrap_crossed(np.array([[np.nan, 1.0], [0.0, np.nan]]))
+
+
+def write_graded(run: Path, looks: Sequence[Sequence[float]], end: str = "finished") -> None:
+    """A run of one evaluation per step, of problems with mean rewards of their own; none of them is right."""
+    write_run(run, [[0] * len(rewards) for rewards in looks], end)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    for line, rewards in zip(evals, looks, strict=True):
+        line |= {"binary": False, "rewards": list(rewards)}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_graded_rewards_are_compared_by_their_mean(tmp_path: Path) -> None:
+    plan = a_plan(seeds=(0,))
+    write_graded(tmp_path / "runs" / "a-lr1e-4-seed0", [[0.1] * 4, [0.3] * 4, [0.5, 0.7, 0.5, 0.7]])
+    write_graded(tmp_path / "runs" / "b-lr1e-4-seed0", [[0.1] * 4, [0.1] * 4, [-0.1, 0.1, 0.3, 0.5]])
+    results = ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(tmp_path)])
+    a, b = results.cells
+    assert (a.final.value, b.final.value) == (pytest.approx(0.6), pytest.approx(0.2))
+    assert b.difference is not None
+    assert b.difference.value == pytest.approx(-0.4)
+    record = results.to_json()
+    assert record["figures"] == {"add4": "mean reward"}
+    assert record["runs"][0]["tasks"]["add4"]["mean reward"] == [[0, 0.1], [1, 0.3], [2, pytest.approx(0.6)]]
+    markdown = as_markdown(results)
+    assert "final mean reward" in markdown
+    assert "final pass@1" not in markdown
+    assert "Rewards on add4 are not only 0 and 1" in markdown
+
+
+def test_a_failure_never_counts_above_the_lowest_evaluation_of_its_run(tmp_path: Path) -> None:
+    plan = a_plan(seeds=(0,))
+    write_graded(tmp_path / "runs" / "a-lr1e-4-seed0", [[-2.0] * 4, [-1.0] * 4], "failed")
+    write_graded(tmp_path / "runs" / "b-lr1e-4-seed0", [[0.5] * 4, [0.6] * 4], "failed")
+    results = ComparisonResults.of(plan, [RunOutcome.of(run) for run in plan.runs(tmp_path)])
+    assert [cell.final.value for cell in results.cells] == [-2.0, 0.0]
+    assert [run["tasks"]["add4"]["counts_as"] for run in results.to_json()["runs"]] == [-2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("looks", "collapsed"),
+    [
+        ([[-1.0] * 4, [-0.5] * 4, [-0.6] * 4], False),  # below half of its best, and better than its start
+        ([[0.0] * 4, [1.0] * 4, [0.4] * 4], True),  # less than half of the gain is left
+        ([[0.0] * 4, [1.0] * 4, [0.6] * 4], False),
+        ([[0.5] * 4, [0.5] * 4, [0.4] * 4], True),  # below its start
+        (
+            [[0.50] * 4, [0.6, 0.5, 0.4, 0.6], [0.51, 0.5, 0.5, 0.5]],
+            False,
+        ),  # what was lost is within the problems' noise
+    ],
+)
+def test_a_collapse_of_graded_rewards_is_measured_from_the_start(looks: list, collapsed: bool) -> None:
+    points = tuple(EvaluationPoint(step, 2, (0,) * 4, rewards=tuple(look)) for step, look in enumerate(looks))
+    assert Curve(points).collapsed == collapsed

@@ -18,15 +18,26 @@ from sapo.utils.reading import interpreting, is_whole, read_json
 from sapo.workflows.comparing.plan import PlannedRun
 
 COLLAPSED_BELOW = 0.5
-"""A run has collapsed if its last pass@1 is below this share of its best one."""
+"""A run has collapsed if its last pass@1 is below this share of its best one; of graded rewards, if it has kept less
+than this share of what its best evaluation was above its first."""
+
+
+def figure_name(graded: bool) -> str:
+    """Return what the figure of an evaluation is called, by whether rewards other than 0 and 1 were seen."""
+    return "mean reward" if graded else "pass@1"
 
 
 @dataclass(frozen=True)
 class EvaluationPoint:
     """One evaluation of a run on one task.
 
-    >>> EvaluationPoint(step=10, samples=4, correct=(4, 0, 2)).pass_at_1
+    Its figure is pass@1, or the mean reward where rewards are graded, which is not only 0 and 1. The two are the same
+    number where all rewards are 0 or 1.
+
+    >>> EvaluationPoint(step=10, samples=4, correct=(4, 0, 2)).figure
     0.5
+    >>> EvaluationPoint(step=10, samples=4, correct=(0, 0, 0), rewards=(0.2, -0.1, 0.8)).figure
+    0.3
     """
 
     step: int
@@ -35,18 +46,22 @@ class EvaluationPoint:
     """Right samples of each held-out problem, in order."""
     judged: tuple[int, ...] | None = None
     """Samples of each that were judged; None: all of them."""
+    rewards: tuple[float | None, ...] | None = None
+    """Mean reward of each problem, where rewards are graded."""
 
     @property
     def rates_P(self) -> np.ndarray:
-        """Return the pass rate of each problem, (P,); NaN where no sample was judged."""
+        """Return the pass rate of each problem, or its mean reward, (P,); NaN where no sample was judged."""
+        if self.rewards is not None:
+            return np.array(self.rewards, dtype=np.float64)
         if self.judged is None:
             return np.array(self.correct) / self.samples
         judged = np.array(self.judged)
         return np.where(judged > 0, np.array(self.correct) / np.maximum(judged, 1), np.nan)
 
     @property
-    def pass_at_1(self) -> float:
-        """Return the mean pass rate, mean@n."""
+    def figure(self) -> float:
+        """Return the mean over problems: mean@n, or the mean reward."""
         return float(np.nanmean(self.rates_P))
 
 
@@ -74,21 +89,29 @@ class Curve:
 
     @property
     def best(self) -> EvaluationPoint:
-        """Return the evaluation of the highest pass@1, the first of equals. A maximum over evaluations is biased
+        """Return the evaluation of the highest figure, the first of equals. A maximum over evaluations is biased
         upwards."""
-        return max(self.points, key=lambda point: point.pass_at_1)
+        return max(self.points, key=lambda point: point.figure)
+
+    @property
+    def graded(self) -> bool:
+        """Tell whether rewards other than 0 and 1 were seen, so that its figures are mean rewards."""
+        return any(point.rewards is not None for point in self.points)
 
     @property
     def collapsed(self) -> bool:
         """Tell whether the last pass@1 is below half of the best, or below the start by more than its problems explain.
 
-        The latter: the 95% interval of the mean of final less start over problems lies below 0.
+        The latter: the 95% interval of the mean of final less start over problems lies below 0. Graded rewards have no
+        natural zero: in place of half of the best, less than half of the gain over the start is left, and the interval
+        of final less best lies below 0.
         """
-        if self.final.pass_at_1 < COLLAPSED_BELOW * self.best.pass_at_1:
+        if _is_below(self.final, self.start):
             return True
-        changes_P = self.final.rates_P - self.start.rates_P
-        changes_P = changes_P[~np.isnan(changes_P)]
-        return bool(changes_P.size) and bootstrap(changes_P).high < 0
+        if not self.graded:
+            return self.final.figure < COLLAPSED_BELOW * self.best.figure
+        left, gain = self.final.figure - self.start.figure, self.best.figure - self.start.figure
+        return left < COLLAPSED_BELOW * gain and _is_below(self.final, self.best)
 
     @property
     def collapsed_since(self) -> int | None:
@@ -105,7 +128,7 @@ class Curve:
 class RunOutcome:
     """One run: how it ended, and its curve on each task.
 
-    `RunOutcome.of(planned).curves["add4"].final.pass_at_1` is the pass@1 of its last evaluation.
+    `RunOutcome.of(planned).curves["add4"].final.figure` is the pass@1 of its last evaluation.
     """
 
     name: str
@@ -174,10 +197,16 @@ class RunOutcome:
         return self.last_step if since is None else since
 
     def final_rates_P(self, task: str) -> np.ndarray:
-        """Return the final pass rate of each problem, (P,): 0 of a run that failed, which has no model at its last
-        step."""
-        rates = self.curves[task].final.rates_P
-        return np.zeros_like(rates) if self.state == "failed" else rates
+        """Return the final pass rate or mean reward of each problem, (P,).
+
+        A run that failed has no model at its last step: it counts as 0, or as its lowest evaluation where rewards are
+        graded and that is below 0, so that a failure improves no arm.
+        """
+        curve = self.curves[task]
+        if self.state != "failed":
+            return curve.final.rates_P
+        lowest = min(curve.points, key=lambda point: point.figure)
+        return lowest.rates_P if lowest.figure < 0 else np.zeros_like(lowest.rates_P)
 
     def to_json(self) -> dict[str, Any]:
         """Return the value in results.json; the clock is in "timing" alone."""
@@ -191,12 +220,13 @@ class RunOutcome:
             "steps": self.steps,
             "tasks": {
                 task: {
-                    "start": curve.start.pass_at_1,
-                    "final": curve.final.pass_at_1 if self.state == "finished" else None,
-                    "best": curve.best.pass_at_1,
+                    "start": curve.start.figure,
+                    "final": curve.final.figure if self.state == "finished" else None,
+                    **({"counts_as": float(np.nanmean(self.final_rates_P(task)))} if self.state == "failed" else {}),
+                    "best": curve.best.figure,
                     "best_step": curve.best.step,
                     "collapsed": self.collapsed(task) if self.ended else None,
-                    "pass@1": [[point.step, point.pass_at_1] for point in curve.points],
+                    figure_name(curve.graded): [[point.step, point.figure] for point in curve.points],
                 }
                 for task, curve in self.curves.items()
             },
@@ -240,13 +270,25 @@ def set_up_warnings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return dict(sorted(Counter(causes).items()))
 
 
+def _is_below(point: EvaluationPoint, other: EvaluationPoint) -> bool:
+    """Tell whether the 95% interval of the mean difference over problems lies below 0."""
+    changes_P = point.rates_P - other.rates_P
+    changes_P = changes_P[~np.isnan(changes_P)]
+    return bool(changes_P.size) and bootstrap(changes_P).high < 0
+
+
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     points: dict[str, list[EvaluationPoint]] = {}
     for record in records:
         judged = record.get("judged")
         if record["kind"] == "eval" and "correct" in record and (judged is None or any(judged)):
-            counts = None if judged is None else tuple(judged)
-            point = EvaluationPoint(record["step"], record["samples"], tuple(record["correct"]), counts)
+            point = EvaluationPoint(
+                record["step"],
+                record["samples"],
+                tuple(record["correct"]),
+                None if judged is None else tuple(judged),
+                tuple(record["rewards"]) if "rewards" in record else None,
+            )
             points.setdefault(record["task"], []).append(point)
     return {task: Curve(tuple(of_task)) for task, of_task in points.items()}
 

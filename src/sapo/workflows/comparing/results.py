@@ -1,9 +1,9 @@
 """The figures of a comparison: each arm at each learning rate over its seeds, and against the baseline.
 
 Runs of one seed share their prompts, and all runs their held-out problems, so arms are compared pair by pair: the
-difference of two pass rates on the same problem with the same seed. Intervals resample seeds and problems independently
-(`bootstrap_crossed`). A run that failed has no model at its last step: its final pass@1 counts as 0, so that failures
-do not improve an arm.
+difference of two pass rates, or of two mean rewards where rewards are graded, on the same problem with the same seed.
+Intervals resample seeds and problems independently (`bootstrap_crossed`). A run that failed has no model at its last
+step: its final pass@1 counts as 0, so that failures do not improve an arm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from sapo.evaluation.estimates import Estimate, bootstrap_crossed
 from sapo.workflows.comparing.alarms import Alarms
-from sapo.workflows.comparing.outcomes import RunOutcome
+from sapo.workflows.comparing.outcomes import RunOutcome, figure_name
 from sapo.workflows.comparing.plan import ComparisonPlan
 
 SCHEMA = "sapo.comparison_of_runs/1"
@@ -128,6 +128,10 @@ class ComparisonResults:
         """Return the tasks that have figures."""
         return list(dict.fromkeys(cell.task for cell in self.cells))
 
+    def figure_of(self, task: str) -> str:
+        """Return the name of a task's figure: its mean reward where some run saw rewards other than 0 and 1."""
+        return figure_name(any(o.curves[task].graded for o in self.outcomes if task in o.curves))
+
     def alarms(self, task: str) -> Alarms:
         """Return how early warnings agree with collapses on a task."""
         return Alarms.of(self.outcomes, task)
@@ -147,6 +151,7 @@ class ComparisonResults:
                 "samples_per_prompt": base.rollout.samples_per_prompt,
                 "minibatches": base.train.minibatches,
             },
+            "figures": {task: self.figure_of(task) for task in self.tasks},
             "cells": [cell.to_json() for cell in self.cells],
             "tuned": [tuned.to_json() for tuned in self.tuned],
             "warnings": {task: self.alarms(task).to_json() for task in self.tasks},

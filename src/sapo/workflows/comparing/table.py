@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sapo.evaluation.estimates import Estimate
-from sapo.workflows.comparing.outcomes import RunOutcome
+from sapo.workflows.comparing.outcomes import RunOutcome, figure_name
 from sapo.workflows.comparing.plan import format_rate
 from sapo.workflows.comparing.results import Cell, ComparisonResults
 
-HEADINGS = ("arm", "lr", "final pass@1", "best", "less {baseline}", "collapsed", "each seed", "tokens", "seconds")
+HEADINGS = ("arm", "lr", "final {figure}", "best", "less {baseline}", "collapsed", "each seed", "tokens", "seconds")
 
 
 def as_markdown(results: ComparisonResults) -> str:
@@ -20,10 +20,10 @@ def as_markdown(results: ComparisonResults) -> str:
     plan = results.plan
     lines = [f"# {plan.name}", "", budget_sentence(results), "", *legend(results), ""]
     for task in results.tasks:
-        lines += [f"## {task}", "", *_markdown(headings(results), cell_rows(results, task)), ""]
+        lines += [f"## {task}", "", *_markdown(headings(results, task), cell_rows(results, task)), ""]
         if len(plan.learning_rates) > 1:
             lines += ["Each arm at the learning rate of its best mean, chosen on the problems it is judged by:", ""]
-            lines += [*_markdown(("arm", "lr", "final pass@1", f"less {plan.baseline}"), tuned_rows(results, task)), ""]
+            lines += [*_markdown(tuned_headings(results, task), tuned_rows(results, task)), ""]
         for sentence in alarm_sentences(results, task):
             lines += [sentence, ""]
         lines += ["Every run:", "", *_markdown(RUN_HEADINGS, run_rows(results.outcomes, task)), ""]
@@ -31,9 +31,15 @@ def as_markdown(results: ComparisonResults) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def headings(results: ComparisonResults) -> tuple[str, ...]:
-    """Return the headings of the table of cells."""
-    return tuple(heading.format(baseline=results.plan.baseline) for heading in HEADINGS)
+def headings(results: ComparisonResults, task: str) -> tuple[str, ...]:
+    """Return the headings of a task's table of cells."""
+    figure = results.figure_of(task)
+    return tuple(heading.format(baseline=results.plan.baseline, figure=figure) for heading in HEADINGS)
+
+
+def tuned_headings(results: ComparisonResults, task: str) -> tuple[str, ...]:
+    """Return the headings of a task's table of best learning rates."""
+    return ("arm", "lr", f"final {results.figure_of(task)}", f"less {results.plan.baseline}")
 
 
 def budget_sentence(results: ComparisonResults) -> str:
@@ -49,10 +55,17 @@ def budget_sentence(results: ComparisonResults) -> str:
 def legend(results: ComparisonResults) -> list[str]:
     """Return sentences on how to read the figures."""
     over = "problems" if len(results.plan.seeds) == 1 else "seeds and problems"
+    graded = [task for task in results.tasks if results.figure_of(task) == figure_name(graded=True)]
+    of_rewards = [
+        f"Rewards on {', '.join(graded)} are not only 0 and 1, so the figure is their mean. There, collapsed is a run "
+        "that has lost more than half of what it had gained over its start, or ended below it, by more than its "
+        "problems explain; one that failed counts as 0, or as its lowest evaluation where that is below 0."
+    ]
     return [
         f"Means with 95% bootstrap intervals over {over}; differences are paired by seed and problem. best is a "
         "maximum over a run's evaluations. collapsed: last pass@1 below half of the run's best, or below its start by "
         "more than its problems explain; or the run failed, and its last pass@1 counts as 0 (marked x).",
+        *(of_rewards if graded else []),
     ]
 
 
@@ -96,9 +109,9 @@ def run_rows(outcomes: Sequence[RunOutcome], task: str) -> list[tuple[str, ...]]
             (
                 run.name,
                 run.state if run.state == "finished" else f"{run.state} after step {run.steps}",
-                "" if curve is None else f"{curve.start.pass_at_1:.3f}",
-                "" if curve is None else f"{curve.best.pass_at_1:.3f} ({curve.best.step})",
-                f"{curve.final.pass_at_1:.3f}" if curve is not None and run.state == "finished" else "",
+                "" if curve is None else f"{curve.start.figure:.3f}",
+                "" if curve is None else f"{curve.best.figure:.3f} ({curve.best.step})",
+                f"{curve.final.figure:.3f}" if curve is not None and run.state == "finished" else "",
                 ("yes" if run.collapsed(task) else "no") if curve is not None and run.ended else "",
                 f"{run.tokens['generated']:,}" if "generated" in run.tokens else "",
                 f"{run.seconds['total']:.0f}" if "total" in run.seconds else "",
@@ -131,10 +144,10 @@ def signed(estimate: Estimate | None) -> str:
 
 
 def _each_seed(results: ComparisonResults, cell: Cell) -> str:
-    """Return the last pass@1 of each seed that has ended, in their order."""
+    """Return the last figure of each seed that has ended, in their order."""
     runs = [o for o in results.outcomes if (o.arm, o.learning_rate) == (cell.arm, cell.learning_rate) and o.ended]
     finals = [
-        "x" if o.state == "failed" else f"{o.curves[cell.task].final.pass_at_1:.3f}".removeprefix("0")
+        "x" if o.state == "failed" else f"{o.curves[cell.task].final.figure:.3f}".removeprefix("0")
         for o in runs
         if cell.task in o.curves
     ]

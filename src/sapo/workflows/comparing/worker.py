@@ -82,9 +82,9 @@ class Reporter:
         if record["kind"] == "step":
             self.send("step", step=record["step"], reward=record.get("reward/mean"))
         elif record["kind"] == "eval":
-            pass_at_1 = record.get(f"mean@{record['samples']}")
-            if pass_at_1 is not None:  # not where every completion failed
-                self.send("eval", step=record["step"], task=record["task"], pass_at_1=pass_at_1)
+            name = f"mean@{record['samples']}" if record["binary"] else "reward/mean"
+            if name in record:  # not where every completion failed
+                self.send("eval", step=record["step"], task=record["task"], value=record[name], binary=record["binary"])
 
     def warning(self, text: str) -> None:
         """See `Listener.warning`; those of the run itself are in its metrics.jsonl."""
