@@ -20,12 +20,13 @@ from sapo.tasks.verifiers.mathalgebra import (
 )
 from sapo.tasks.verifiers.mathexact import is_too_large
 from sapo.tasks.verifiers.mathphrases import NO_SOLUTION, number_in_words
-from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one
+from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one, offers, pairs_of, relates
 from sapo.tasks.verifiers.mathspell import squeezed
 from sapo.tasks.verifiers.mathtext import (
     Listing,
     Number,
     base_of,
+    is_hedged,
     is_unsolved,
     label_of,
     last_value,
@@ -38,7 +39,7 @@ from sapo.tasks.verifiers.mathtext import (
     words_of,
     written,
 )
-from sapo.tasks.verifiers.mathunits import quantity_of
+from sapo.tasks.verifiers.mathunits import is_contradicted, quantity_of
 from sapo.tasks.verifiers.mathwords import is_changed
 
 Result = TypeVar("Result")
@@ -76,7 +77,7 @@ def equal(reference: str, given: str) -> bool:
         value = number_of(reference)
         return value is not None and value.value == int(*numeral)
     if re.fullmatch(r"[A-Z]", reference) and re.match(r"\(?[A-Z][).:]", plain_words(given)):
-        return label_of(given) == reference.lower()
+        return label_of(given) == reference.lower() and not is_hedged(plain_words(given))
     if number_of(reference) is not None and (digits := number_in_words(given)) is not None:
         return equal(reference, digits)
     if NO_SOLUTION in (reference, given) and {words_of(reference), words_of(given)} & {"none"}:
@@ -239,6 +240,8 @@ def _as_numbers(reference: str, given: str) -> bool | None:
         right = last_value(given)
     if left is not None and right is None and _UNIT_BETWEEN.search(re.sub(r"\^\s*\{?-?[0-9]\}?", "", given)):
         return False  # 10 cm by 5 cm is neither
+    if left is not None and right is None and is_contradicted(given):
+        return False  # 5 \text{ or seven}
     if left is None or right is None:
         return None
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", reference) and ", " in given:
@@ -250,11 +253,15 @@ def _as_sets(reference: str, given: str) -> bool | None:
     """Compare sets of real numbers where at least one is written as a relation or a union."""
     if not (names_one(reference) or names_one(given)):
         return None
+    pairs = pairs_of(reference), pairs_of(given)
+    if all(pairs) and len({pair[0] + pair[-1] for side in pairs for pair in side}) == 1:
+        return None  # (1, 9) or (3, 7) may be points, of which each counts
     # A reference of nothing, such as x < -1 and x > 4, means the union. An answer is held to what it says.
     loosely = intervals_of(reference) == () and squeezed(reference) != r"\emptyset"
     left, right = (intervals_of(text, and_joins=loosely) for text in (reference, given))
     if left is None or right is None:
-        return None
+        relations = relates(reference) and relates(given)
+        return False if relations and offers(reference) != offers(given) else None  # x > 0 or y > 0; x > 0 and y > 0
     names = {piece.name for piece in (*left, *right) if piece.name}
     return len(names) < 2 and len(left) == len(right) and _matched(left, right, _same_interval)
 

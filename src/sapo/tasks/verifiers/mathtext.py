@@ -1,6 +1,6 @@
 r"""Normalise mathematical text without algebra, and recognise the form of an answer.
 
-Numbers, words and lists are recognised here from the text alone. Anything else is an expression, for math.py.
+Numbers, words and lists are recognised here from the text alone. Anything else is an expression, for mathcompare.py.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ _NAME = re.compile(
 )
 _NAME_BEHIND = re.compile(r"([^=<>]*[0-9][^=<>]*?)\s*=\s*([a-zA-Z](?:_(?:[0-9]|\{[0-9]+\}))?)")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
+_ANOTHER_LABEL = re.compile(
+    r"(?<![A-Za-z'(])\(?[A-Z][).:](?:[\s,;]|$)|\bor\s+\(?[A-Z](?![\w'])"
+    r"|^\s*(?:[,/&]|and\b|nor\b)\s*\(?[A-Z](?![\w'])"
+    r"|^\s*(?:is|was|would\s+be)\s+(?:not|wrong|false|incorrect|never)\b|^\s*(?:wrong|false|incorrect)\W*$"
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,16 @@ def label_of(text: str) -> str | None:
     """
     labelled = re.match(r"\(?([A-Za-z])(?:\)|[.:]\s)", plain_words(text))
     return labelled[1].lower() if labelled else None
+
+
+def is_hedged(text: str) -> bool:
+    """Return whether the label of an option is followed by another label, or by words that reject it.
+
+    >>> is_hedged("(A) 5 or (B) 6"), is_hedged("(A) is wrong"), is_hedged("(A) None of these"), is_hedged("B) False")
+    (True, True, False, False)
+    """
+    label = re.match(r"\(?[A-Za-z][).:]", text)
+    return label is not None and _ANOTHER_LABEL.search(text[label.end() :]) is not None
 
 
 def last_value(text: str) -> Number | None:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from sapo.tasks.verifiers.mathphrases import NUMBER_WORD, number_in_words
+
+# A word behind a number that makes it another one, or that begins another thing, is no unit: 18 minus two, 5 or seven.
+_NO_UNIT = (
+    r"(?!\s*(?:(?:and|or|but|nor|than|unless|(?:plus|minus)(?!\s+signs?\b))\b"
+    rf"|(?:times|by|to|over|through)\s+(?:an?\s+)?{NUMBER_WORD}(?![A-Za-z])))"
+)
 # A word of four letters is no product of variables. Shorter units are listed.
 _UNIT_WORD = (
     r"(?:[A-Za-z]{4,}|cm|mm|km|kg|mg|ml|mL|ft|in|lb|lbs|oz|mph|kph|kmh|deg|yr|yrs|hr|hrs|min|sec|sq|per|of|cents?"
@@ -17,8 +24,8 @@ _SHORT_THING = (
 # The words behind the first, as in "eggs per day" and "dollars a week". "and" and its like begin another thing.
 _MORE_WORDS = r"(?:[\s/]+(?!(?:and|or|but|nor|plus|minus|times|than|if|when|unless|not|x|by|to)\b)[A-Za-z]+){0,5}"
 _UNIT = re.compile(
-    r"(?:(?:/\s*)?\\text\s*\{[^{}0-9]*\}|\\text\s*\{[^{}]*\}"
-    rf"|(?<=[0-9}}\s])\s*(?<![A-Za-z])(?:{_UNIT_WORD}|(?:{_SHORT_THING})s?(?![A-Za-z])){_MORE_WORDS}"
+    rf"(?:(?:/\s*)?\\text\s*\{{{_NO_UNIT}[^{{}}0-9]*\}}|\\text\s*\{{{_NO_UNIT}[^{{}}]*\}}"
+    rf"|(?<=[0-9}}\s])\s*(?<![A-Za-z]){_NO_UNIT}(?:{_UNIT_WORD}|(?:{_SHORT_THING})s?(?![A-Za-z])){_MORE_WORDS}"
     r"|(?<=[0-9])\s*/\s*(?:[A-Za-z]{3,})"
     r"|(?<=[0-9])(?:\^\\circ\s?|\s)[CFK])"
     r"(?:\^\s*\{?-?[0-9]\}?)?\s*$"
@@ -30,7 +37,12 @@ _CURRENCY = re.compile(
     r"^\s*(?:(?:US|A|C)?\\?\$|[€£¥₹₽₩]|\\(?:pounds|euro|yen|rupee)(?![A-Za-z])|Rs\.?|USD|EUR|GBP|INR|RMB"
     r"|\\text\s*\{\s*(?:Rs\.?|USD|EUR|GBP|INR|RMB|US\\?\$|\\?\$|€|£|¥|₹)\s*\})\s*"
 )
-_BEHIND = re.compile(r"(?<=[0-9])\s*(?:[€£¥₹₽₩]|\([A-Za-z][A-Za-z ]{2,30}\))\s*$")
+_BEHIND = re.compile(r"(?<=[0-9])\s*(?:[€£¥₹₽₩]|\([A-Za-z][A-Za-z -]{2,30}\))\s*$")
+_IN_BRACKETS = re.compile(
+    rf"([0-9]+)\s*(?:\\text\s*\{{\s*)?\(\s*({NUMBER_WORD}(?:(?:[\s-]+(?:and\s+)?){NUMBER_WORD}){{0,6}})"
+    r"(?:\s+(?!each\b|per\b|apiece\b)[A-Za-z]+)?\s*\)\s*\}?\s*$",
+    re.IGNORECASE,
+)
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
@@ -44,17 +56,27 @@ def without_unit(text: str) -> str:
     sign = re.match(r"\s*-\s*", text)
     text = text[sign.end() :] if sign else text
     text = _CURRENCY.sub("", text)
-    text = (
-        re.sub(r"(?<=[0-9])\s*(?:[€£¥₹₽₩]|\([A-Za-z][A-Za-z ]{2,30}\))\s*$", "", text)
-        .replace(r"\$", "")
-        .replace("$", "")
-    )
+    if (again := _IN_BRACKETS.search(text)) is not None and number_in_words(again[2]) != again[1]:
+        return f"-{text}" if sign else text  # 18 (nineteen) contradicts itself
+    text = _BEHIND.sub("", text).replace(r"\$", "").replace("$", "")
     text = _UNIT_FRACTION.sub("", text).strip().removesuffix(r"^\circ").strip()
     bare = _UNIT.sub("", text)
     if bare.strip() and not re.search(r"[A-Za-z\\]", re.sub(r"\\(?:frac|cdot|times|%)", "", bare)):
         text = bare
     text = text.strip().removesuffix(r"^\circ").strip()
     return f"-{text}" if sign else text
+
+
+def is_contradicted(text: str) -> bool:
+    r"""Return whether a text command behind a number holds words that are no unit, or another number.
+
+    >>> is_contradicted(r"5 \text{ or seven}"), is_contradicted(r"5 \text{ (six)}"), is_contradicted(r"5 \text{ units}")
+    (True, True, False)
+    """
+    words = re.search(r"[0-9}]\s*\\text\s*\{([^{}]*)\}\s*$", text)
+    again = _IN_BRACKETS.search(text)
+    wrong = again is not None and number_in_words(again[2]) != again[1]
+    return wrong or (words is not None and re.match(_NO_UNIT, words[1]) is None)
 
 
 # Units of which answers name two, with their worth in the smallest of each kind.
