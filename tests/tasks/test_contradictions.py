@@ -109,8 +109,63 @@ WRONG_LETTERS = [
     ("A", "(A) is wrong"),
 ]
 
-RIGHT = [*RIGHT_UNKNOWNS, *RIGHT_PAIRS, *RIGHT_UNITS, *RIGHT_LETTERS]
-WRONG = [*WRONG_UNKNOWNS, *WRONG_PAIRS, *WRONG_UNITS, *WRONG_LETTERS]
+# A quantity of two units equals one of any of its kind; a number without a unit is in the largest.
+RIGHT_QUANTITIES = [
+    (r"7 \text{ hours and } 30 \text{ minutes}", "450 minutes"),
+    ("7 hours 30 minutes", "7.5"),
+    ("5 feet 6 inches", "66 inches"),
+    ("3 dollars 50 cents", "350 cents"),
+    ("3 dollars 50 cents", r"\$3.50"),
+    ("1 day 2 hours", "26 hours 0 minutes"),
+    ("7.5 hours", "7 hours 30 minutes"),
+]
+WRONG_QUANTITIES = [
+    ("7 hours 30 minutes", "7.5 minutes"),
+    ("7 hours 30 minutes", "7.5 days"),
+    ("3 dollars 50 cents", "3.5 cents"),
+    ("5 feet 6 inches", "5 hours 30 minutes"),
+    ("7 hours 30 minutes", "7.5 eggs"),
+]
+
+# The numbers of a chain agree.
+RIGHT_CHAINS = [
+    ("5", "2+3=5"),
+    ("18", r"16 - 3 - 4 = 9 \cdot 2 = 18"),
+    ("0.33", r"\frac{1}{3}=0.33"),
+    ("17.32", r"10\sqrt{3} \approx 17.32"),
+    (r"\frac13", r"\frac13 \approx 0.33"),
+]
+WRONG_CHAINS = [
+    ("5", "7=5"),
+    ("5", "x=7=5"),
+    ("5", "2+2=5"),
+    ("5", r"5 \approx 7"),
+    ("17.32", r"5 \approx 17.32"),
+]
+
+# Nothing, days and numbers in words.
+RIGHT_WORDS = [
+    (r"\emptyset", "x<1 and x>3"),
+    ("no solution", "x<1 and x>3"),
+    ("x<-1 and x>4", "x<-1 or x>4"),
+    ("March 5", "5 March"),
+    ("March 5", "March 5th"),
+    ("5 March", "March 5"),
+    ("three", "3"),
+]
+WRONG_WORDS = [
+    (r"\emptyset", "x<1 or x>3"),
+    ("x>1", r"\emptyset"),
+    ("5 March", "5 April"),
+    ("March 5", "March 6"),
+    ("three", "4"),
+    ("three", r"3 \text{ or } 4"),
+    ("=", "<"),
+    ("=", "x=5"),
+]
+
+RIGHT = [*RIGHT_UNKNOWNS, *RIGHT_PAIRS, *RIGHT_UNITS, *RIGHT_LETTERS, *RIGHT_QUANTITIES, *RIGHT_CHAINS, *RIGHT_WORDS]
+WRONG = [*WRONG_UNKNOWNS, *WRONG_PAIRS, *WRONG_UNITS, *WRONG_LETTERS, *WRONG_QUANTITIES, *WRONG_CHAINS, *WRONG_WORDS]
 
 
 def reward_of_boxed(reference: str, answer: str) -> float:

@@ -13,6 +13,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from sapo.tasks.verifiers.mathalgebra import constant_of
+from sapo.tasks.verifiers.mathphrases import NO_SOLUTION
 from sapo.tasks.verifiers.mathtext import listing_of, named, number_of
 
 MAX_PIECES = 20
@@ -78,6 +79,8 @@ def intervals_of(text: str, *, and_joins: bool = False) -> Intervals | None:
     text = builder[1].strip() if builder else text
     if _REALS.fullmatch(text):
         return (Interval(None, None),)
+    if text == NO_SOLUTION:
+        return ()
     without = re.fullmatch(rf"(?:{_REALS.pattern})\s*(?:\\setminus|\\backslash|-|\\)\s*\\\{{(.*)\\\}}", text)
     if without:
         return _around([part.strip() for part in without[1].split(",")])

@@ -98,13 +98,55 @@ def quantity_of(text: str) -> Fraction | None:
     >>> quantity_of(r"7 \\text{ hours and } 30 \\text{ minutes}"), quantity_of("7 hours")
     (Fraction(15, 2), None)
     """
+    parts = _parts_of(text)
+    if parts is None:
+        return None
+    return sum((n * _WORTH[unit][1] for n, unit in parts), Fraction()) / _WORTH[parts[0][1]][1]
+
+
+def largest_unit(text: str) -> str | None:
+    """Return the first unit of a quantity of two units or more, or None for another text.
+
+    >>> largest_unit("7 hours 30 minutes"), largest_unit("7 hours")
+    ('hour', None)
+    """
+    parts = _parts_of(text)
+    return None if parts is None else parts[0][1]
+
+
+def with_unit(text: str) -> tuple[str, str]:
+    r"""Return a respelt text before its first word, and the unit among its words: "" for no word, "?" for no unit.
+
+    >>> with_unit(r"450 \text{ minutes}"), with_unit("7.5"), with_unit("7.5 eggs"), with_unit("7.5 whole hours")
+    (('450', 'minute'), ('7.5', ''), ('7.5', '?'), ('7.5', 'hour'))
+    """
+    plain = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).split())
+    words = re.search(r"(?<![A-Za-z\\])[A-Za-z]+", plain)
+    if words is None:
+        return plain, ""
+    read = [word.lower() for word in re.findall(r"[A-Za-z]+", plain[words.start() :])]
+    units = (name for word in read for name in (word, word.removesuffix("s")) if name in _WORTH)
+    return plain[: words.start()].strip(), next(units, "?")
+
+
+def in_unit(value: Fraction, unit: str, other: str) -> Fraction | None:
+    """Return a value of one known unit in another of its kind, or None where they are of two kinds.
+
+    >>> in_unit(Fraction(450), "minute", "hour"), in_unit(Fraction(1), "hour", "inch")
+    (Fraction(15, 2), None)
+    """
+    (kind, worth), (other_kind, other_worth) = _WORTH[unit], _WORTH[other]
+    return value * worth / other_worth if kind == other_kind else None
+
+
+def _parts_of(text: str) -> list[tuple[Fraction, str]] | None:
+    """Return the numbers and units of a quantity of two known units or more of one kind, or None."""
     plain = " ".join(_TEXT_COMMAND.sub(r" \1 ", text).split())
     parts: list[tuple[Fraction, str]] = []
     position = 0
     while position < len(plain) and len(parts) < 5 and (match := _PART.match(plain, position)):
         parts.append((Fraction(match[1]), match[2].lower()))
         position = match.end()
-    if len(parts) < 2 or position < len(plain) or len({_WORTH.get(unit, (unit, 0))[0] for _, unit in parts}) != 1:
+    if len(parts) < 2 or position < len(plain) or not all(unit in _WORTH for _, unit in parts):
         return None
-    worth = [_WORTH.get(unit, ("", 0))[1] for _, unit in parts]
-    return None if 0 in worth else sum((n * w for (n, _), w in zip(parts, worth, strict=True)), Fraction()) / worth[0]
+    return parts if len({_WORTH[unit][0] for _, unit in parts}) == 1 else None
