@@ -17,6 +17,7 @@ from sapo.rollout.conversation import Waves, begin_conversation
 from sapo.rollout.engine import Request
 from sapo.rollout.local.conversation import READ_TOKENS
 from sapo.rollout.local.cpu.own_tokens import OwnTokens
+from sapo.rollout.local.device_steps import DeviceSteps
 from sapo.rollout.local.engine import LocalEngine, RowsInPlace
 from support import row_cases
 from support.engine_cases import params, ragged_requests, random_ids, request
@@ -67,6 +68,24 @@ def test_turns_in_place_are_those_of_waves_and_of_plain_forwards(policy, plain, 
     assert bool(counted.given_up) == (max_rows == 5)
     if max_rows == 256:  # each prompt once, and nothing else
         assert sorted(counted.prefilled) == sorted(len(r.prompt.token_ids) for r in asked)
+
+
+def test_rows_that_fill_up_a_shape_leave_what_parked_rows_hold(policies, monkeypatch):
+    # Turns of more tokens than the host lets pass between two looks, and shapes that are larger than the rows in use.
+    policy, asked, settings = policies("qwen3"), ragged_requests(), params(max_new_tokens=16)
+    filled, bring = [], DeviceSteps._bring
+
+    def bringing(steps: DeviceSteps, shape: Any, group_R: Any, *numbers: Any) -> None:
+        filled.append(shape.rows - len(group_R))
+        bring(steps, shape, group_R, *numbers)
+
+    monkeypatch.setattr(DeviceSteps, "_bring", bringing)
+    ours, theirs = (
+        in_place(policy, asked, settings, graphs=graphs, turns=4, limit=lambda turn: 12 + turn)
+        for graphs in ("eager", False)
+    )
+    assert max(filled) > 0
+    assert_same_talks(ours, theirs)
 
 
 @pytest.mark.parametrize("native", ["0", "1"])

@@ -4,6 +4,8 @@ Captured graphs against the same steps uncaptured and against decoding step by s
 device; and that nothing of a graph is left behind.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -95,6 +97,30 @@ def test_graphs_repeat_and_leave_nothing_behind(on_gpu):
     for _ in range(3):
         assert engine.generate(ragged_requests(), params()) == first
     assert torch.cuda.memory_allocated() == held
+
+
+def test_streams_that_join_are_drawn_by_graphs_that_are_captured_anew(on_gpu, monkeypatch):
+    # Whoever joins, and each growth of the cache, discards the graphs there were.
+    monkeypatch.setattr(local, "GROWING_TOKENS", 2)
+    policy, requests = on_gpu("qwen3"), ragged_requests()[:3]
+    made = []
+    make = DeviceSteps.__init__
+    monkeypatch.setattr(DeviceSteps, "__init__", lambda self, *a: (made.append(self), make(self, *a))[1])
+    settings = params(max_new_tokens=40, stop_token_ids=frozenset())
+    engine = LocalEngine(policy, 64, True)
+    expected = LocalEngine(policy, 64, False).generate(requests, settings)
+    streams, drawn = {}, {}
+    for number, request in enumerate(requests):
+        streams[number] = engine.stream([request], settings)
+        next(streams[number])
+    for number, open_stream in streams.items():
+        for new in itertools.chain.from_iterable(open_stream):
+            if new.completion is not None:
+                drawn[number, new.sample] = new.completion
+    assert len(made) > len(requests)
+    assert len(drawn) == sum(len(group) for group in expected)
+    for (number, sample), completion in drawn.items():
+        assert_same(completion, expected[number][sample])
 
 
 def test_auto_takes_graphs_on_a_gpu_unless_told_not_to(on_gpu, monkeypatch):

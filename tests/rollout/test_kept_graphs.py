@@ -1,10 +1,14 @@
 """What a rollout leaves for the next one: cache, weights and CUDA graphs; and how often the host waits."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from sapo.errors import Interrupted
+from sapo.model.adapters import adapter_off, add_adapter
 from sapo.rollout.local import device_steps
 from sapo.rollout.local import engine as local
 from sapo.rollout.local.cache import KVCache
@@ -65,6 +69,49 @@ def test_nothing_is_kept_of_a_call_that_was_stopped(policies):
     with pytest.raises(Interrupted):
         engine.generate(ragged_requests(), params(), should_stop=lambda: True)
     assert engine._kept is None
+
+
+def test_weights_that_were_given_are_let_go_in_sleep(policies, monkeypatch):
+    monkeypatch.setenv("SAPO_NATIVE", "0")
+    monkeypatch.setattr(local, "capture_on", lambda device, choice: lambda step: step)
+    policy = policies("llama")
+    engine = LocalEngine(policy, 9, "eager")
+    given = {name: tensor.clone() for name, tensor in policy.weights()}
+    engine.set_weights(iter(given.items()), 1)
+    engine.generate(ragged_requests(), params(max_new_tokens=3))
+    assert engine._kept is not None
+    alive = [weakref.ref(tensor.untyped_storage()) for tensor in given.values()]
+    del given
+    engine.sleep()
+    gc.collect()  # a capture that is the step itself refers to its owner
+    assert [ref() for ref in alive if ref() is not None] == []
+    # What was drawn with the policy's own weights stays for the next rollout.
+    engine.wake()
+    engine.generate(ragged_requests(), params(max_new_tokens=3))
+    engine.sleep()
+    assert engine._kept is not None
+
+
+def test_an_adapter_that_was_off_is_never_folded_into_the_policys_own_weights(new_policy, monkeypatch):
+    # While it is off, o_proj and down_proj are no copies: what the call leaves must not serve one where it is on.
+    monkeypatch.setenv("SAPO_NATIVE", "0")
+    monkeypatch.setattr(local, "capture_on", lambda device, choice: lambda step: step)
+    policy, settings = new_policy("llama", layers=1), params(max_new_tokens=3)
+    add_adapter(policy, rank=2, alpha=4.0, targets="all-linear", seed=0)
+    engine, generator = LocalEngine(policy, 9, "eager"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=generator)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    with adapter_off(policy):
+        engine.generate(ragged_requests(), settings)
+    kept = engine._kept
+    assert kept is not None
+    expected = LocalEngine(policy, 9, False).generate(ragged_requests(), settings)
+    assert_all_same(engine.generate(ragged_requests(), settings), expected)
+    assert engine._kept.device_steps is not kept.device_steps
+    assert [name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])] == []
 
 
 class Schedule:

@@ -55,6 +55,16 @@ def test_a_cpu_decodes_as_many_rows_as_it_is_told(policies):
     assert rows_with_room(policies("qwen3"), 10**6, 10**6, 10**6, 1) == 10**6
 
 
+def test_rows_are_counted_when_the_joined_weights_have_their_room(policies, monkeypatch):
+    order, make = [], local.decoder_of
+    monkeypatch.setattr(local, "decoder_of", lambda *a: (order.append("weights"), make(*a))[1])
+    monkeypatch.setattr(local, "rows_with_room", lambda _policy, rows, *_: (order.append("rows"), rows)[1])
+    engine = LocalEngine(policies("qwen3"), 256)
+    order.clear()
+    engine.generate(ragged_requests()[:1], params(max_new_tokens=2))
+    assert order == ["weights", "rows"]
+
+
 def test_fewer_rows_draw_the_same(policies, monkeypatch):
     policy, settings = policies("qwen3"), params(max_new_tokens=8)
     expected = LocalEngine(policy, 256).generate(ragged_requests(), settings)

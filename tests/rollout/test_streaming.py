@@ -91,11 +91,26 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("graphs", ["auto", "eager"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_streams_share_steps_and_each_draws_what_it_draws_alone(policies, monkeypatch, family, graphs):
+OUTLIVED = [
+    *(replace(p, stop_token_ids=frozenset()) for p in MIXED[:5]),
+    params(temperature=0.0, max_new_tokens=40, stop_token_ids=frozenset()),
+]
+"""The last goes on alone, in device steps that are made for it; the batch was begun by other settings."""
+
+
+@pytest.mark.parametrize(
+    ("family", "graphs", "settings"),
+    [
+        ("qwen3", "auto", MIXED),
+        ("qwen3_5", "auto", MIXED),
+        ("qwen3", "eager", [params()] * 6),
+        ("qwen3_5", "eager", [params()] * 6),
+        ("qwen3", "eager", OUTLIVED),
+    ],
+    ids=["qwen3", "qwen3_5", "qwen3 in device steps", "qwen3_5 in device steps", "outlived"],
+)
+def test_streams_share_steps_and_each_draws_what_it_draws_alone(policies, monkeypatch, family, graphs, settings):
     engine = LocalEngine(policies(family), max_rows=64, cuda_graphs=graphs)
-    settings = MIXED if graphs == "auto" else [params()] * 6
     alone = [joined(stream(engine, [r], p)) for r, p in zip(ragged_requests(), settings, strict=True)]
     opens, steps = shared(engine, settings, monkeypatch)
     found = [[] for _ in opens]
@@ -159,6 +174,41 @@ def test_a_step_that_fails_fails_every_stream_of_its_batch_and_no_later_one(poli
         next(second)
     first.close()
     assert joined(stream(engine, requests[:1], params())).keys() == {(0, 0), (0, 1), (0, 2)}
+
+
+def test_who_leaves_leaves_no_completion_and_no_likeliest_tokens_behind(policies):
+    engine, requests = engine_of(policies("qwen3")), ragged_requests()
+    settings = params(stop_token_ids=frozenset())
+    first = stream(engine, [replace(requests[0], top_logprobs=2)], settings)
+    second = stream(engine, requests[1:2], settings)
+    next(first)
+    rows = first._batch.rows
+    rows.admit()
+    rows.step()  # whose tokens nobody has taken yet
+    assert {request for request, _ in rows.likeliest} == {0}
+    first.close()
+    assert rows.results[0] == [None] * 3
+    assert rows.likeliest == {}
+    second.close()
+
+
+@pytest.mark.parametrize("where", ["_run", "add"])
+def test_a_batch_that_ctrl_c_has_interrupted_is_joined_by_nobody(policies, monkeypatch, where):
+    # In a step, or while the second stream joins.
+    engine, requests = engine_of(policies("qwen3")), ragged_requests()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    first = stream(engine, requests[:1], params())
+    with monkeypatch.context() as broken:
+        broken.setattr(RowsInPlace, where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(first) if where == "_run" else stream(engine, requests[1:2], params())
+    later = stream(engine, requests[1:2], params())
+    with pytest.raises(KeyboardInterrupt):
+        next(first)
+    assert_all_same(joined(later), engine.generate(requests[1:2], params()))
 
 
 @pytest.mark.parametrize("way", [None, "rows", "whole rows"])

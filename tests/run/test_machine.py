@@ -30,7 +30,6 @@ def pretend_gpus(monkeypatch):
     """Pretend that torch finds two GPUs with bfloat16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     properties = SimpleNamespace(name="A card", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
@@ -123,6 +122,14 @@ def test_a_comparison_whose_precision_an_earlier_version_wrote_down_goes_on(tmp_
     pretend_gpus(monkeypatch)
     with pytest.raises(ConfigError, match=r'recipe.model.dtype="?float32"? where this one has "?bfloat16'):
         check_directory(tmp_path, plan)
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, "float32"), (8, "bfloat16")])
+def test_a_card_that_only_emulates_bfloat16_computes_in_float32(tmp_path, two_gpus, monkeypatch, major, dtype):
+    # A T4 is 7.5 and a V100 7.0, where torch.cuda.is_bf16_supported() says True. The card that is asked is the run's.
+    cards = {"cuda:1": SimpleNamespace(major=major), "cuda:0": SimpleNamespace(major=15 - major)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.get)
+    assert resolve_machine(recipe(tmp_path, "device: cuda:1", "threads: 1")).model.dtype == dtype
 
 
 def test_the_gpu_is_part_of_what_decides_the_bits(two_gpus):

@@ -163,6 +163,17 @@ ODD_REFERENCES = [
     "f'(x)",
     ">",
     "-",
+    "=",
+    r"\approx",
+    "≈",
+    r"x \in \mathbb{R}_+",
+    r"\lambda_+",
+    "100+",
+    "Fe3+",
+    "i) 3, ii) 4",
+    "1.) 5 2.) 6",
+    r"12 \text{ red balls and } 5 \text{ blue balls in each box}",
+    r"7 \text{ (since the sum of the two digits is seven)}",
 ]
 
 # (reference, completion, reward) where the answer has no box.

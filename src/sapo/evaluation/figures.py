@@ -191,7 +191,7 @@ class Evaluation:
     @property
     def rewards(self) -> list[float | None]:
         """Return the mean reward of each problem, (P,), over its judged samples; None where there is none."""
-        return [_mean_reward(problem) for problem in self.answered]
+        return [problem.reward_mean for problem in self.answered]
 
     @property
     def failed(self) -> int:
@@ -222,8 +222,7 @@ class Evaluation:
 
     @property
     def binary(self) -> bool:
-        """Return whether every reward is 0 or 1. Otherwise a share of right completions says little, and the mean
-        reward is shown alone."""
+        """Return whether every reward is 0 or 1; where not, the mean reward is shown without shares of right ones."""
         return all(s.reward in (0.0, 1.0) for s in self._drawn if not s.status.failed)
 
     @property
@@ -270,7 +269,7 @@ class Evaluation:
             "prompt": problem.prompt[:80],
             "correct": count_right(problem, self.threshold),
             **({"judged": judged} if judged < len(problem.samples) else {}),
-            "reward_mean": _mean_reward(problem),
+            "reward_mean": problem.reward_mean,
             "greedy": None if greedy is None else is_right(greedy.reward, self.threshold),
         }
 
@@ -317,11 +316,6 @@ def count_right(problem: Answered, threshold: float) -> int:
 def count_judged(problem: Answered) -> int:
     """Return n, the samples whose verifier and environment did not fail."""
     return sum(not s.status.failed for s in problem.samples)
-
-
-def _mean_reward(problem: Answered) -> float | None:
-    rewards = [s.reward for s in problem.samples if not s.status.failed]
-    return float(np.mean(rewards)) if rewards else None
 
 
 def _bootstrap(values: Sequence[float] | np.ndarray) -> Estimate | None:

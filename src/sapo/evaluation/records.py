@@ -107,6 +107,12 @@ class Answered:
     """Hashes of the pictures it shows."""
 
     @property
+    def reward_mean(self) -> float | None:
+        """Return the mean reward of its judged samples; None where there is none."""
+        rewards = [s.reward for s in self.samples if not s.status.failed]
+        return sum(rewards) / len(rewards) if rewards else None
+
+    @property
     def key(self) -> str:
         """Return a name that the problem has in every evaluation of it, in whatever format it was asked.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Float32 logits of one chunk: 1 GiB. Two of that size and one of half are held at a time.
+# Float32 logits of one chunk: 1 GiB. Two of that size and one of half are held at a time, of capped logits one more.
 CHUNK_BYTES = 2**30
 TILE = 128
 """Rows of a tile of the GPU's products: chunks are whole tiles."""
@@ -39,6 +39,8 @@ def chunk_tokens(vocabulary: int) -> int:
 
 def chunk_bytes(vocabulary: int, targets: int, itemsize: int) -> int:
     """Return the memory of one chunk at work: logits, log-probabilities and G.
+
+    Capped logits (`softcap`) take their steepness beside these, which is not counted: as much as the logits once more.
 
     >>> round(chunk_bytes(151936, 8192, itemsize=2) / 2**30, 2)
     2.35

@@ -51,7 +51,7 @@ def resolve_dtype(config: RunConfig, device: str) -> str:
 
     Everything on a CPU stays in float32.
     """
-    if not device.startswith("cuda") or not torch.cuda.is_bf16_supported():
+    if not device.startswith("cuda") or not has_bfloat16(device):
         return config.model.dtype
     return dtype_on_gpu(config.model)
 
@@ -64,6 +64,11 @@ def dtype_on_gpu(model: ModelConfig) -> str:
     """
     stays = "dtype" in model.model_fields_set or model.lora is not None or model.coldstart is not None
     return model.dtype if stays else "bfloat16"
+
+
+def has_bfloat16(device: str | int) -> bool:
+    """Return whether a GPU computes in bfloat16 itself: older ones emulate it, slowly."""
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def resolve_machine(config: RunConfig) -> RunConfig:

@@ -196,9 +196,11 @@ def _torch(torch: Any) -> Iterator[CheckResult]:
         reason = f"built for {built} but no device was found" if built else "this torch is built for CPUs"
         yield CheckResult("machine", "cuda", "note", f"none: {reason}")
         return
+    from sapo.run.machine import has_bfloat16
+
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        bf16 = "bfloat16" if has_bfloat16(index) else "no bfloat16"
         yield CheckResult(
             "machine", f"cuda:{index}", "note", f"{properties.name}, {_gib(properties.total_memory)}, {bf16}"
         )

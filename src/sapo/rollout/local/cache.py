@@ -87,6 +87,7 @@ class KVCache:
         samples: rows of each group, at most `rows`.
         preamble: tokens that all prompts begin with.
         rounded: pools have one of few sizes, so that those of another call are likely to be the same (`begin`).
+        spare: one more row, which nobody reads, is there for what rows that do not live would store (device_steps.py).
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class KVCache:
         samples: Sequence[int],
         preamble: int = 0,
         rounded: bool = False,
+        spare: bool = False,
     ) -> None:
         self.rows = rows
-        self.rounded = rounded
+        self.rounded, self.spare = rounded, spare
         self.length = max(1, new_tokens - 1)  # no later token attends to the last one drawn
         self.prompt_length = np.asarray(prompt_lengths, dtype=np.int64)
         self.preamble = Pool(1, preamble)
@@ -190,7 +192,8 @@ class KVCache:
     def num_places(self) -> int:
         """Return the tokens that a layer has room for."""
         pools = [self.preamble, *self.pools]
-        return sum(p.slots * _padded(p.length) for p in pools if p.length) + self.rows * _padded(self.length)
+        own = (self.rows + self.spare) * _padded(self.length)
+        return sum(p.slots * _padded(p.length) for p in pools if p.length) + own
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +232,7 @@ class KVCache:
 
         Args:
             length_R: tokens each row holds; a number where it is the same for all, which is several times cheaper.
-            row_R: 0 .. R - 1, for those who have it.
+            row_R: 0 .. R - 1, for those who have it; `rows`, the spare one, of a row that stores nothing.
         """
         keys, values = self.own(layer, key_RhD, value_RhD)
         rows = key_RhD.shape[0]
@@ -245,7 +248,7 @@ class KVCache:
     def own(self, layer: int, key_RhD: Tensor, value_RhD: Tensor) -> tuple[Tensor, Tensor]:
         """Return a layer's suffixes: keys (rows, kv heads, D, length) and values (rows, kv heads, length, D)."""
         if layer not in self.layers:
-            self.layers[layer] = _allocate(self.rows, self.length, key_RhD[0], value_RhD[0])
+            self.layers[layer] = _allocate(self.rows + self.spare, self.length, key_RhD[0], value_RhD[0])
         return self.layers[layer]
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:

@@ -43,7 +43,6 @@ from sapo.rollout.local.packing import Linear, Packing, arrange_weights, choose_
 OnExperts = Callable[[int, Tensor], None]
 """Called with a layer and the experts its router chose, (N, experts per token)."""
 
-
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Qwen3VLText", "Qwen3VLMoeText")
 
 
@@ -190,6 +189,7 @@ class FastDecoder:
         self.rotary = decoder.rotary_emb
         self.blocks: PackedBlocks | None = None
         """Makes decode steps in place of the layers."""
+        self._folded = _folded(decoder)
         if isinstance(pack, Panels):
             self.blocks = PackedBlocks(self.layers, self.embedding.shape[1], pack.native, policy.dtype)
 
@@ -198,11 +198,16 @@ class FastDecoder:
         """Return whether its copies of weights are plain tensors, which `refresh` can write to."""
         return self.blocks is None and not any(getattr(x, "packed", False) for x in _parts([self.layers, self.head]))
 
+    def folds_as(self, policy: Policy) -> bool:
+        """Return whether adapters are folded as when this was made: others' weights are the policy's own tensors."""
+        return self._folded == _folded(policy.decoder)
+
     def refresh(self, policy: Policy) -> None:
         """Bring its copies of weights to what the policy's are now, at the addresses they have, a layer at a time.
 
         A CUDA graph repeats what it read when it was captured; weights that are no copies are read where they are.
         """
+        assert self.folds_as(policy), "adapters were switched since: what was no copy would have to become one"
         decoder: Any = policy.decoder
         native = kernels(policy.device, policy.dtype)
         for mine, layer in zip(self.layers, decoder.layers, strict=True):

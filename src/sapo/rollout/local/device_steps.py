@@ -5,7 +5,8 @@ launches them as one, and repeats exactly what was captured: the same kernels, s
 
     reads and writes tensors that stay where they are: what each row has drawn, its position, whether it goes on;
     works on shapes that come from a few sizes alone (`StepShape`), never from numbers of the device;
-    goes on computing for rows that have ended, and for rows that only fill up its shape: nobody reads the result.
+    goes on computing for rows that have ended, and for rows that only fill up its shape: nobody reads the result, and
+    what they would store goes to a spare row of the cache, since they may be rows that wait for their next turn.
 
 The host looks every few tokens, takes finished rows out and lets prompts in (engine.py). The draws are those of any
 other way of decoding, since a token's random number depends on nothing but the token (utils/rng.py). The same step runs
@@ -174,7 +175,7 @@ class DeviceSteps:
 
     Args:
         decoder: of the policy, at its present weights.
-        cache: whose suffixes are written.
+        cache: whose suffixes are written; it has a spare row.
         samples: rows of each group.
         state: of all rows the cache has.
         capture: how a step is captured when its shape is met for the second time; None takes every step itself.
@@ -337,4 +338,5 @@ class DeviceSteps:
         ]
         rows = shape.rows
         place_R = (self.drawn_R[:rows] - 1).clamp(max=shape.own - 1)  # of rows that are done, any place will do
-        return StaticLayout(self.cache, parts, self.inverse_R[:rows], self.prompt_R[:rows], place_R, shape.own)
+        numbers = (self.inverse_R[:rows], self.prompt_R[:rows], place_R, self.live_R[:rows])
+        return StaticLayout(self.cache, parts, *numbers, shape.own)

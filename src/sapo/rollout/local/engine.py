@@ -13,7 +13,7 @@ together share their steps (sharing.py).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -64,8 +64,19 @@ KEPT_SHARE = 0.25
 """Of a GPU's memory: what a call of generate may leave for the next. The update wants the rest."""
 
 _TAKEN_OVER = (
-    *("decoder", "cache", "rules", "uniform", "tokens", "logprobs", "position", "finished", "stopped", "stop_set"),
+    "decoder",
+    "cache",
+    "rules",
+    "uniform",
+    "tokens",
+    "logprobs",
+    "position",
+    "finished",
+    "stopped",
+    "stop_set",
 )
+"""What a call of generate takes over from one before that it can go on from."""
+
 GROWING_TOKENS = 64
 """Tokens that a row of streams has room for at first."""
 
@@ -279,6 +290,8 @@ class LocalEngine:
         """See `Engine.sleep`. What is kept between two calls is a small part of a GPU's memory (`may_serve_again`)."""
         if self._twin is not None:
             self._twin.release()
+        if self._sampler is not self.policy:
+            self._kept = None  # whose decoder reads the weights that were given
         self._sampler, self._asleep, self._shared = self.policy, True, None
         self.weights_set += 1
 
@@ -350,19 +363,18 @@ class RowsInPlace:
             before.release()
             before = None
         self.asked_rows = rows
-        if before is not None:
-            rows = before.cache.rows
-        elif alone:
-            rows = rows_with_room(policy, rows, params.max_new_tokens, max(lengths), max(samples))
         if before is None:
             self.decoder: Decoder = decoder or decoder_of(
                 policy, params.max_new_tokens, None if experts is None else experts.chosen
             )
+            if alone:  # the copies of weights have their room by now
+                rows = rows_with_room(policy, rows, params.max_new_tokens, max(lengths), max(samples))
             room = min(params.max_new_tokens, GROWING_TOKENS) if grows else params.max_new_tokens
-            self.cache: KVCache = KVCache(rows, room, lengths, samples, self.preamble, rounded=static)
+            self.cache: KVCache = KVCache(rows, room, lengths, samples, self.preamble, rounded=static, spare=in_steps)
             self.rules = StopRules(policy, stop_sets, params.stop_token_ids)
             self._make_tensors(rows, device)
         else:
+            rows = before.cache.rows
             for name in _TAKEN_OVER:
                 setattr(self, name, getattr(before, name))
             self.finished.zero_()
@@ -427,7 +439,8 @@ class RowsInPlace:
     def _serves(self, policy: Policy, params: SamplingParams, rows: int, stop_sets: list[tuple[str, ...]]) -> bool:
         """Return whether another call draws as this one did; only its prompts and its seed may be others."""
         same = replace(self.params, seed=params.seed) == params and self.rules.stop_sets == stop_sets
-        return same and self.policy is policy and self.asked_rows == rows and self.device_steps is not None
+        same = same and self.policy is policy and self.asked_rows == rows and self.device_steps is not None
+        return same and isinstance(self.decoder, FastDecoder) and self.decoder.folds_as(policy)
 
     def _begin(self, lengths: Sequence[int], samples: Sequence[int], preamble: int) -> bool:
         """Take up the prompts of another call; return whether cache and graphs hold them."""
@@ -446,7 +459,8 @@ class RowsInPlace:
             return None
         state = RowState(self.uniform, self.tokens, self.logprobs, self.position, self.stop_set, self.stopped)
         samples = [r.samples for r in self.requests]
-        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, self.params, self.capture)
+        params = self.settings[self.setting_of[together[0]]] if together else self.params
+        return DeviceSteps(self.decoder, self.cache, samples, state, self.rules, params, self.capture)
 
     def _run(self, spans: Sequence[PromptSpan], layout: PrefillLayout) -> Tensor:
         """Compute the hidden states of parts of prompts; what they show goes through the policy's own modules."""
@@ -637,8 +651,12 @@ class RowsInPlace:
         self.taken[: self.active] = self.generated[: self.active]
         return new
 
-    def retire(self) -> None:
-        """Take finished rows out, or park them, and close the gaps with the last rows in use."""
+    def retire(self, dropped: Collection[int] = ()) -> None:
+        """Take finished rows out, or park them, and close the gaps with the last rows in use.
+
+        Args:
+            dropped: requests that nobody waits for: their rows leave no completion.
+        """
         known, self.known_finished = self.known_finished, None
         if known is None:
             known = self.finished[: self.active].cpu().numpy()
@@ -648,7 +666,7 @@ class RowsInPlace:
         if self.sets_aside:
             self._set_aside(done)
         for row in done:
-            if not self.sets_aside:
+            if not self.sets_aside and self.request[row] not in dropped:
                 self.results[self.request[row]][self.sample[row]] = self._completion(row)
             if not self.keeps:
                 self._give_up(row)
@@ -797,7 +815,9 @@ class RowsInPlace:
             self.cache.forget(i)
         rows = [row for row in range(self.active) if self.request[row] in requests]
         self.finished[rows] = True
-        self.retire()
+        self.retire(dropped=requests)
+        for place in [place for place in self.likeliest if place[0] in requests]:
+            del self.likeliest[place]
 
     def held(self) -> dict[int, Tensor]:
         """Return what each parked row has read and drawn after its prompt, on the host."""

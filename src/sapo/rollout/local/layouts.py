@@ -374,12 +374,23 @@ class StaticLayout(_Joined):
     Args:
         prompt_R: tokens of each row's prompt, the preamble left out.
         place_R: tokens each row has stored before this one, below `num_own`.
+        live_R: which rows store the new token: the others have ended, or wait in their places (`KVCache.spare`).
     """
 
     def __init__(
-        self, cache: KVCache, parts: Sequence[Part], inverse_R: Tensor, prompt_R: Tensor, place_R: Tensor, num_own: int
+        self,
+        cache: KVCache,
+        parts: Sequence[Part],
+        inverse_R: Tensor,
+        prompt_R: Tensor,
+        place_R: Tensor,
+        live_R: Tensor,
+        num_own: int,
     ) -> None:
         super().__init__(cache, parts, inverse_R, place_R, num_own)
+        assert cache.spare, "rows that do not live need a place to write to"
+        assert self.row_index is not None
+        self.row_index = torch.where(live_R, self.row_index, cache.rows)
         self.prompt_R, self.place_R = prompt_R, place_R
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 

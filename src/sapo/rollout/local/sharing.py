@@ -95,7 +95,7 @@ class _Batch:
         self.streams: weakref.WeakSet[SharedStream] = weakref.WeakSet()
         self.abandoned: list[range] = []
         """Requests of streams that were dropped without being closed."""
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def takes(self, params: SamplingParams) -> bool:
         """Tell whether further requests may join."""
@@ -107,7 +107,7 @@ class _Batch:
         first = len(self.rows.requests)
         try:
             self.rows.join(requests, params, max_rows)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too
             self._error = error  # rows that have grown in part are of no use
             raise
         return self.stream(range(first, first + len(requests)))
@@ -123,7 +123,8 @@ class _Batch:
         """Draw for all streams, and give each what is its.
 
         Raises:
-            Exception: as this step did, or the one before that failed: the rows are then of no use to any stream.
+            BaseException: as this step did, or the one before that failed or was interrupted: the rows are then of no
+                use to any stream.
         """
         if self._error is not None:
             raise self._error
@@ -136,9 +137,12 @@ class _Batch:
             rows.step()
             drawn = rows.take_new()
             rows.retire()
-        except Exception as error:
+            self._hand_out(drawn)
+        except BaseException as error:  # Ctrl-C too
             self._error = error
             raise
+
+    def _hand_out(self, drawn: list[Drawn]) -> None:
         for stream in list(self.streams):
             new = [d for d in drawn if d.request in stream.places]
             if new:

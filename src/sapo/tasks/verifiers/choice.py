@@ -40,11 +40,17 @@ _CONCLUDED = re.compile(
 )
 _SO = re.compile(
     r"(?:^|[.!?]\s+)(?i:so|hence|thus|therefore|answer|it must be),?\s+"
-    r"(?i:(?:it is|it's|the answer is|option|choice)\s+)*\(?([A-Z])\)?[.!]?$"
+    r"(?i:(?:it is|it's|it must be|the answer is|option|choice)\s+)*\(?([A-Z])\)?"
+    r"(?:,?\s+(?:rather\s+than|instead\s+of)\s+\(?[A-Z]\)?)?[.!]?$"
 )
 # A letter with the text of its option, where the row has no options: "C. Carbon", but not "B) or C)".
 _WITH_TEXT = re.compile(
     r"\(?([A-Z])[).:]\s+(?!(?i:or|and|nor)\b)(?!.*(?<![A-Za-z'])\(?[A-Z][).:](?:\s|$))(?!.*\bor\s+\(?[A-Z]\b(?!\w)).+"
+)
+# Another letter that joins the chosen one or its option: "or (C) Paris", "or perhaps C", but not "and C is wrong".
+_HEDGE = re.compile(
+    r"^\s*[,/&]\s*\([A-Z]\)|\s*,?\s*(?:or|and)\s+(?:(?:perhaps|maybe|possibly|probably|also|else|even)\s+)*(?i:(?:option|choice)\s+)?"
+    r"\(?[A-Z]\)?(?![\w'])(?!\s+(?:is|are|was|were|would|does|do|can|cannot|has|have|fails?|gives?)\b)"
 )
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 
@@ -188,6 +194,8 @@ def _pick(text: str, options: list[str], *, words: bool) -> str | None:
         name, rest = labelled[1].upper(), _plain(labelled[2])
         if re.fullmatch(r"\(?[A-Za-z]\)?[.!]?", labelled[2].strip()) and rest not in values:
             return None  # B, C
+        if rest not in values and _is_hedged(labelled[2], values):
+            return None
         # A letter with the value of another option is no choice. Any other words after it only explain it.
         return name if rest not in values or values[letters.index(name)] == rest else None
     plain = _plain(spelt)
@@ -202,6 +210,12 @@ def _without_reason(text: str, values: list[str]) -> str:
     # After a label's colon or full stop stands the option's own text, which must fit. So must it after a dash.
     label = text[: found.start("rest")].rstrip()[-1] in ".:"
     return text if label or _plain(found["rest"]) in values else found[1]
+
+
+def _is_hedged(rest: str, values: list[str]) -> bool:
+    """Return whether what follows a letter, or the option of that letter, joins another letter to it."""
+    hedges = (match for match in _HEDGE.finditer(rest) if match.start() == 0 or _plain(rest[: match.start()]) in values)
+    return next(hedges, None) is not None
 
 
 def _plain(text: str) -> str:

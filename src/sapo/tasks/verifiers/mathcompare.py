@@ -20,12 +20,14 @@ from sapo.tasks.verifiers.mathalgebra import (
 )
 from sapo.tasks.verifiers.mathexact import is_too_large
 from sapo.tasks.verifiers.mathphrases import NO_SOLUTION, number_in_words
-from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one
+from sapo.tasks.verifiers.mathsets import Interval, intervals_of, names_one, offers, pairs_of, relates
 from sapo.tasks.verifiers.mathspell import squeezed
 from sapo.tasks.verifiers.mathtext import (
     Listing,
     Number,
     base_of,
+    chain_agrees,
+    is_hedged,
     is_unsolved,
     label_of,
     last_value,
@@ -38,7 +40,7 @@ from sapo.tasks.verifiers.mathtext import (
     words_of,
     written,
 )
-from sapo.tasks.verifiers.mathunits import quantity_of
+from sapo.tasks.verifiers.mathunits import in_unit, is_contradicted, largest_unit, quantity_of, with_unit
 from sapo.tasks.verifiers.mathwords import is_changed
 
 Result = TypeVar("Result")
@@ -55,6 +57,13 @@ _DATED = re.compile(
     r"(?i:(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?\s+[0-9]{1,2}(?:,?\s+[0-9]{4})?"
     r"|[0-9]{1,2}:[0-9]{2}\s*[ap]\.?m\.?)"
 )
+_MONTH = (
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_DAY = r"(?:the\s+)?(?P<day>[0-9]{1,2})(?:st|nd|rd|th)?(?:\s+of)?"
+_YEAR = r"(?:,?\s+(?P<year>[0-9]{4}))?"
+_DAYS = [re.compile(pattern) for pattern in (rf"{_MONTH}\s+{_DAY}{_YEAR}", rf"{_DAY}\s+{_MONTH}{_YEAR}")]
 _UNIT_BETWEEN = re.compile(r"[0-9}]\s*\\text\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[^0-9=]*[0-9]")
 
 
@@ -76,11 +85,15 @@ def equal(reference: str, given: str) -> bool:
         value = number_of(reference)
         return value is not None and value.value == int(*numeral)
     if re.fullmatch(r"[A-Z]", reference) and re.match(r"\(?[A-Z][).:]", plain_words(given)):
-        return label_of(given) == reference.lower()
+        return label_of(given) == reference.lower() and not is_hedged(plain_words(given))
     if number_of(reference) is not None and (digits := number_in_words(given)) is not None:
         return equal(reference, digits)
+    if number_of(given) is not None and (digits := number_in_words(reference)) is not None:
+        return equal(digits, given)
     if NO_SOLUTION in (reference, given) and {words_of(reference), words_of(given)} & {"none"}:
         return True
+    if (day := _day_of(reference)) is not None and (other := _day_of(given)) is not None:
+        return day == other
     if _DATED.fullmatch(plain_words(reference)):
         return squeezed(plain_words(reference)).lower() == squeezed(plain_words(given)).lower()
     if (words := words_of(reference)) is not None:
@@ -93,6 +106,8 @@ def equal(reference: str, given: str) -> bool:
     if r"\approx" in given and r"\approx" not in reference:
         # 10\sqrt{3} \approx 17.32 gives a value and a rounded one; a reference with a decimal point may be the latter.
         exact, _, rounded = given.partition(r"\approx")
+        if not chain_agrees([exact, rounded]):
+            return False  # 5 \approx 7
         return equal(reference, exact.strip()) or ("." in reference and equal(reference, rounded.strip()))
     for decide in (_as_quantities, _as_three_digits, _as_numbers, _as_sets, _as_listings):
         if (verdict := decide(reference, given)) is not None:
@@ -122,6 +137,13 @@ def _names_differ(reference: str, given: str) -> bool:
         return False  # the name of a single number is the writer's own choice
     # y = 2x - 5 may be solved for x.
     return names[1] not in values[0] and names[0] not in values[1]
+
+
+def _day_of(text: str) -> tuple[str, int, str | None] | None:
+    """Return the month, day and year of "March 5", "5th of March" or "5 March 2020", or None for another text."""
+    plain = " ".join(plain_words(text).lower().split())
+    found = next((match for pattern in _DAYS if (match := pattern.fullmatch(plain))), None)
+    return None if found is None else (found["month"][:3], int(found["day"]), found["year"])
 
 
 def _as_expressions(whole: Sequence[str], reference: str, given: str) -> bool:
@@ -188,6 +210,8 @@ def canonical_answer(text: str) -> str | None:
         return words if "\\text" in text or len(words) == 1 else None
     if is_changed(text):
         return None
+    if (quantity := quantity_of(text)) is not None:
+        return written(quantity)
     if (number := number_of(text)) is not None:
         return f"{written(number.value)}%" if number.percent else written(number.value)
     if (listing := listing_of(text)) is not None:
@@ -210,13 +234,25 @@ def _as_words(given: str, *, letter: bool) -> str:
 
 
 def _as_quantities(reference: str, given: str) -> bool | None:
-    """Compare quantities of two units, such as 7 hours and 30 minutes; one alone equals its total."""
-    sides = quantity_of(reference), quantity_of(given)
-    if sides == (None, None):
+    """Compare quantities of two units, such as 7 hours and 30 minutes, with 450 minutes or with a bare 7.5."""
+    units = largest_unit(reference), largest_unit(given)
+    unit = units[0] or units[1]
+    if unit is None:
         return None
-    values = [side or number_of(text) for side, text in zip(sides, (reference, given), strict=True)]
-    totals = [value if isinstance(value, Fraction) else value.value if value else None for value in values]
+    totals = [_total_in(unit, text) for text in (reference, given)]
     return None not in totals and totals[0] == totals[1]
+
+
+def _total_in(unit: str, text: str) -> Fraction | None:
+    """Return a quantity in a unit. A number without a unit is in that unit already."""
+    several, largest = quantity_of(text), largest_unit(text)
+    if several is not None and largest is not None:
+        return in_unit(several, largest, unit)
+    head, own = with_unit(text)
+    number = number_of(head)
+    if number is None or own == "?":
+        return None
+    return in_unit(number.value, own or unit, unit)
 
 
 def _as_three_digits(reference: str, given: str) -> bool | None:
@@ -237,8 +273,12 @@ def _as_numbers(reference: str, given: str) -> bool | None:
         if any(map(is_unsolved, given.split("=")[:-1])):
             return False  # an equation for x is no value
         right = last_value(given)
+        if right is not None and not chain_agrees(given.split("=")):
+            return False  # 7 = 5
     if left is not None and right is None and _UNIT_BETWEEN.search(re.sub(r"\^\s*\{?-?[0-9]\}?", "", given)):
         return False  # 10 cm by 5 cm is neither
+    if left is not None and right is None and is_contradicted(given):
+        return False  # 5 \text{ or seven}
     if left is None or right is None:
         return None
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", reference) and ", " in given:
@@ -250,11 +290,15 @@ def _as_sets(reference: str, given: str) -> bool | None:
     """Compare sets of real numbers where at least one is written as a relation or a union."""
     if not (names_one(reference) or names_one(given)):
         return None
+    pairs = pairs_of(reference), pairs_of(given)
+    if all(pairs) and len({pair[0] + pair[-1] for side in pairs for pair in side}) == 1:
+        return None  # (1, 9) or (3, 7) may be points, of which each counts
     # A reference of nothing, such as x < -1 and x > 4, means the union. An answer is held to what it says.
     loosely = intervals_of(reference) == () and squeezed(reference) != r"\emptyset"
     left, right = (intervals_of(text, and_joins=loosely) for text in (reference, given))
     if left is None or right is None:
-        return None
+        relations = relates(reference) and relates(given)
+        return False if relations and offers(reference) != offers(given) else None  # x > 0 or y > 0; x > 0 and y > 0
     names = {piece.name for piece in (*left, *right) if piece.name}
     return len(names) < 2 and len(left) == len(right) and _matched(left, right, _same_interval)
 

@@ -43,6 +43,12 @@ _WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
+_TENS = dict(
+    zip(("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"), range(20, 100, 10), strict=True)
+)
+NUMBER_WORD = "(?:" + "|".join((*_WORDS[:-1], *_TENS, "hundred", "thousand", "million")) + ")"
+"""A pattern of one word of a number."""
+
 _HALVES = {"one half": "1/2", "a half": "1/2", "one-half": "1/2", "one third": "1/3", "one-third": "1/3"}
 _HALVES |= {"two thirds": "2/3", "two-thirds": "2/3", "one quarter": "1/4", "one fourth": "1/4", "one-quarter": "1/4"}
 _HALVES |= {"three quarters": "3/4", "three fourths": "3/4", "three-quarters": "3/4", "one-fourth": "1/4"}
@@ -64,15 +70,36 @@ def phrase_of(text: str) -> str | None:
 
 
 def number_in_words(text: str) -> str | None:
-    r"""Return the digits of a small number in words, or None for another text.
+    r"""Return the digits of a number in words, or None for another text.
 
-    >>> number_in_words(r"\text{Eighteen}"), number_in_words("two thirds"), number_in_words("eleventh")
-    ('18', '2/3', None)
+    >>> number_in_words(r"\text{Eighteen}"), number_in_words("forty-two"), number_in_words("eleventh")
+    ('18', '42', None)
     """
     if len(text) > 40:
         return None
     word = " ".join(_COMMAND.sub(r" \1 ", text).lower().split()).strip(" .!")
-    return _HALVES.get(word) or (str(_WORDS.index(word)) if word in _WORDS else None)
+    value = _spelt_number(word)
+    return _HALVES.get(word) or (None if value is None else str(value))
+
+
+def _spelt_number(words: str) -> int | None:
+    """Return the value of twenty-one, or of three hundred and five, or None for another text."""
+    total = section = 0
+    parts = words.replace("-", " ").replace(" and ", " ").split()
+    last = "hundred"
+    for part in parts:
+        if part in _TENS and last == "hundred":
+            section += _TENS[part]
+        elif part in _WORDS and (last == "hundred" or (last in _TENS and 0 < _WORDS.index(part) < 10)):
+            section += _WORDS.index(part)
+        elif part == "hundred" and last in _WORDS[1:10]:
+            section *= 100
+        elif part == "thousand" and section > 0 and not total:
+            total, section = section * 1000, 0
+        else:
+            return None
+        last = "hundred" if part == "thousand" else part
+    return total + section if parts else None
 
 
 def stated_at_the_end(text: str) -> str | None:

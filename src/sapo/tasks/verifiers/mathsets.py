@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 from sapo.tasks.verifiers.mathalgebra import constant_of
+from sapo.tasks.verifiers.mathphrases import NO_SOLUTION
 from sapo.tasks.verifiers.mathtext import listing_of, named, number_of
 
 MAX_PIECES = 20
@@ -25,6 +26,7 @@ _OR = re.compile(
     r"\\cup(?![A-Za-z])|,?\s*\\text\s*\{\s*or\s*\}|,?\s*(?<![A-Za-z\\])or(?![A-Za-z])|(?<![A-Za-z])U(?![A-Za-z])"
 )
 _AND = re.compile(r",?\s*\\text\s*\{\s*and\s*\}|,?\s*(?<![A-Za-z\\])and(?![A-Za-z])")
+_WORD = re.compile(r",?\s*\\text\s*\{\s*(?:or|and)\s*\}|,?\s*(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])")
 _CAP = re.compile(r"\\cap(?![A-Za-z])|&&?|(?<!\\)\\&")
 _BUILDER = re.compile(
     r"\\\{\s*[a-zA-Z](?:\s*\\in\s*(?:\\mathbb\s*\{?R\}?|R))?\s*(?:\\mid|\||:|\\vert)\s*(.*)\\\}", re.DOTALL
@@ -77,9 +79,13 @@ def intervals_of(text: str, *, and_joins: bool = False) -> Intervals | None:
     text = builder[1].strip() if builder else text
     if _REALS.fullmatch(text):
         return (Interval(None, None),)
+    if text == NO_SOLUTION:
+        return ()
     without = re.fullmatch(rf"(?:{_REALS.pattern})\s*(?:\\setminus|\\backslash|-|\\)\s*\\\{{(.*)\\\}}", text)
     if without:
         return _around([part.strip() for part in without[1].split(",")])
+    if _may_be_points(text):
+        return None
     try:
         found = _union_in(text, and_joins=and_joins)
     except _UnknownOrder:
@@ -91,10 +97,32 @@ def intervals_of(text: str, *, and_joins: bool = False) -> Intervals | None:
     return found if len(found) <= MAX_PIECES else None
 
 
+def pairs_of(text: str) -> tuple[str, ...]:
+    r"""Return the pairs in brackets that words or commas join, or none for another text.
+
+    They may be points. Infinity, and signs of a union, are found in sets alone.
+
+    >>> pairs_of(r"(1, 9) \text{ or } (3, 7)"), pairs_of(r"(1, 9) \cup (3, 7)"), pairs_of(r"(1, \infty)")
+    (('(1, 9)', '(3, 7)'), (), ())
+    """
+    parts = tuple(piece for part in _WORD.split(text) for piece in _split_outside(part.strip()))
+    return parts if len(parts) <= MAX_PIECES and all(map(_is_pair, parts)) else ()
+
+
 def names_one(text: str) -> bool:
     """Return whether a text is a relation or a set, rather than a point or a list."""
     marks = (_RELATION, _OR, _CAP, _REALS)
     return any(mark.search(text) for mark in marks) or named(text)[0] == "\\in"
+
+
+def relates(text: str) -> bool:
+    """Return whether a text has an inequality."""
+    return _RELATION.search(text) is not None
+
+
+def offers(text: str) -> bool:
+    """Return whether a text joins its parts by "or"."""
+    return _OR.search(text) is not None
 
 
 # -------------------------------------------------------------------------------------------------- or, and, commas
@@ -128,7 +156,8 @@ def _joined_by_commas(text: str) -> Intervals | None:
     pieces = [_one(part) for part in parts]
     if any(_bracketed(part) for part in parts):
         return _any_of(pieces)
-    return _all_of(pieces) or _any_of(pieces)
+    both = _all_of(pieces)
+    return _any_of(pieces) if both == () else both
 
 
 def _split_outside(text: str) -> list[str]:
@@ -141,6 +170,22 @@ def _split_outside(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts]
+
+
+def _is_pair(text: str) -> bool:
+    listing = listing_of(text) if _bracketed(text) and "\\infty" not in text else None
+    return listing is not None and len(listing.parts) == 2 and listing.opening in ("(", "[")
+
+
+def _may_be_points(text: str) -> bool:
+    """Return whether several pairs are points rather than intervals: one falls from end to end, or two overlap."""
+    pairs = pairs_of(text)
+    pieces = [piece for pair in pairs for piece in _one(pair) or ()] if len(pairs) > 1 else []
+    ends = [(_value(piece.low or ""), _value(piece.high or "")) for piece in pieces]
+    known = [(low, high) for low, high in ends if low is not None and high is not None]
+    return any(low > high for low, high in known) or any(
+        one[0] < other[1] and other[0] < one[1] for one, other in combinations(known, 2)
+    )
 
 
 def _bracketed(text: str) -> bool:
@@ -287,7 +332,12 @@ def _tighter(one: tuple[str | None, bool], other: tuple[str | None, bool], *, up
 
 
 def _merged(pieces: Intervals) -> Intervals:
-    """Return intervals in order, those that touch or overlap as one; as they are where an order is not known."""
+    """Return intervals in order, those that touch or overlap as one.
+
+    They stay as they are where an order is not known, and where they are of several variables: x > 0 or y > 0.
+    """
+    if len({piece.name for piece in pieces if piece.name}) > 1:
+        return pieces
     lows = [None if piece.low is None else _value(piece.low) for piece in pieces]
     highs = [None if piece.high is None else _value(piece.high) for piece in pieces]
     known = zip(pieces, lows, highs, strict=True)

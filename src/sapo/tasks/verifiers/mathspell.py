@@ -72,7 +72,8 @@ _SPELLINGS = [
     (re.compile(r"\\(?:land|wedge)(?![A-Za-z])"), r"\\text{ and }"),
     (re.compile(r"\\(?:varnothing|O(?![A-Za-z]))(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\mathbf?b?\s*R(?![A-Za-z])|\\(?:Reals|reals|R)(?![A-Za-z])"), r"\\mathbb{R}"),
-    (re.compile(r"^\s*(?:=|:|\\approx(?![A-Za-z])|≈|\\Rightarrow|\\implies|\\therefore)"), ""),
+    (re.compile(r"^\s*(?:=|:|\\approx(?![A-Za-z])|≈|\\Rightarrow|\\implies|\\therefore)(?=\s*[^\s.,;])"), ""),
+    (re.compile(r"^\s*≈\s*$"), r"\\approx"),
 ]
 _ANSWER_WORDS = re.compile(
     r"^\s*\\text\s*\{\s*(?:(?:so|thus|therefore|hence|the|my|our|final|correct)\s*,?\s*)*"

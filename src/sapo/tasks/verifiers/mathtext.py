@@ -1,13 +1,15 @@
 r"""Normalise mathematical text without algebra, and recognise the form of an answer.
 
-Numbers, words and lists are recognised here from the text alone. Anything else is an expression, for math.py.
+Numbers, words and lists are recognised here from the text alone. Anything else is an expression, for mathcompare.py.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from sapo.tasks.verifiers.mathexact import TooLarge, exact_value
 from sapo.tasks.verifiers.mathspell import squeezed
@@ -38,8 +40,15 @@ _NAME = re.compile(
     r"|\(\s*[a-zA-Z]\s*(?:,\s*[a-zA-Z]\s*)+\))"
     r"\s*(?:=|\\in(?![A-Za-z])|\\equiv(?![A-Za-z]))\s*(?=[^=\s])"
 )
+_COMMAND = re.compile(r"\\(?!text|circ)[A-Za-z]+")
+_WORDED = re.compile(r"[A-Za-z%$]|\\(?:text|circ)")
 _NAME_BEHIND = re.compile(r"([^=<>]*[0-9][^=<>]*?)\s*=\s*([a-zA-Z](?:_(?:[0-9]|\{[0-9]+\}))?)")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
+_ANOTHER_LABEL = re.compile(
+    r"(?<![A-Za-z'(])\(?[A-Z][).:](?:[\s,;]|$)|\bor\s+\(?[A-Z](?![\w'])"
+    r"|^\s*(?:[,/&]|and\b|nor\b)\s*\(?[A-Z](?![\w'])"
+    r"|^\s*(?:is|was|would\s+be)\s+(?:not|wrong|false|incorrect|never)\b|^\s*(?:wrong|false|incorrect)\W*$"
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,16 @@ def label_of(text: str) -> str | None:
     return labelled[1].lower() if labelled else None
 
 
+def is_hedged(text: str) -> bool:
+    """Return whether the label of an option is followed by another label, or by words that reject it.
+
+    >>> is_hedged("(A) 5 or (B) 6"), is_hedged("(A) is wrong"), is_hedged("(A) None of these"), is_hedged("B) False")
+    (True, True, False, False)
+    """
+    label = re.match(r"\(?[A-Za-z][).:]", text)
+    return label is not None and _ANOTHER_LABEL.search(text[label.end() :]) is not None
+
+
 def last_value(text: str) -> Number | None:
     """Return the number at the end of a chain of equations, such as m + n = 27 + 43 = 70, or None.
 
@@ -163,6 +182,32 @@ def last_value(text: str) -> Number | None:
     if re.search(r"[<>]|\\[lg]e(?![A-Za-z])|,", text) or any(map(is_unsolved, sides)):
         return None
     return number_of(last.strip())
+
+
+def chain_agrees(sides: Sequence[str]) -> bool:
+    r"""Return whether the bare numbers among the sides of a chain are equal, or close where one may be rounded.
+
+    A side may go on from the value before it, as in 16 - 7 = 9 * 2 = 18. One with a unit, as in 3 hours = 180 minutes,
+    is not compared.
+
+    >>> [chain_agrees(text.split("=")) for text in ("7 = 5", "x = 2 + 3 = 5", "1/3 = 0.33", "16 - 7 = 9 * 2 = 18")]
+    [False, True, True, True]
+    """
+    bare = [side.strip() for side in sides if not _WORDED.search(_COMMAND.sub("", side))]
+    values = [(side, number.value) for side in bare if (number := number_of(side)) is not None]
+    return all(_is_near(value, other) or _goes_on(value, side) for (_, value), (side, other) in pairwise(values))
+
+
+def _goes_on(value: Fraction, side: str) -> bool:
+    head = re.match(r"-?[0-9]+(?:\.[0-9]+)?(?=\s*[-+*/\\])", side)
+    return head is not None and Fraction(head[0]) == value
+
+
+def _is_near(one: Fraction, other: Fraction) -> bool:
+    if one == other or (one.denominator == 1 and other.denominator == 1):
+        return one == other
+    to_integer = abs(one - other) < Fraction(1, 2) and (one.denominator == 1 or other.denominator == 1)
+    return to_integer or abs(one - other) * 20 <= max(abs(one), abs(other))
 
 
 def is_unsolved(side: str) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from sapo.tasks.verifiers.mathphrases import NUMBER_WORD
+
 _SCALES = {
     **{"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
     **{"quadrillion": 10**15, "lakh": 10**5, "crore": 10**7, "bn": 10**9, "mn": 10**6, "mln": 10**6, "k": 10**3},
@@ -42,6 +44,7 @@ _CHANGED = re.compile(
     r"|to\s+the\s+power(?:\s+of)?|divided\s+by|multiplied\s+by|modulo|mod"
     rf"|(?:at\s+(?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower|longer|other)\s+than)"
     rf"|(?:up\s+to|under|over|above|below|nearly|almost|minus|negative|plus|between)(?={_NUMBER_AHEAD})"
+    rf"|below\s+zero|(?:plus|minus)\s+(?!signs?\b)[a-z]{{2}}|(?:times|by)\s+(?:an?\s+)?{NUMBER_WORD}(?![A-Za-z])"
     r")(?![A-Za-z])"
     r"|[0-9]\s*(?:M|B|K|bn|mn|mln)(?![A-Za-z0-9^_])|[0-9]\s*\(?\s*(?:in\s+)?base\s*[0-9a-z]|\\[pb]?mod(?![A-Za-z])"
 )
