@@ -60,7 +60,9 @@ def test_a_run_leaves_what_it_says_behind(whole: Callable[..., Path]) -> None:
     assert summary["steps"] == 6
     assert summary["old_logprobs"] == "engine"
     assert summary["start"]["pass@1"] == metrics(run)[0]["pass@1"]
-    assert summary["final"] == {k: v for k, v in metrics(run)[-1].items() if k not in ("kind", "step", "correct")}
+    assert summary["final"] == {
+        k: v for k, v in metrics(run)[-1].items() if k not in ("kind", "step", "correct", "rewards")
+    }
     assert summary["tokens"]["generated"] == sum(m["tokens/generated"] for m in metrics(run) if m["kind"] == "step")
     phases = set(summary["seconds"]) - {"total"}
     assert {"generate", "score", "update", "evaluate", "checkpoint"} <= phases

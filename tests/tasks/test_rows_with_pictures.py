@@ -172,6 +172,16 @@ def test_another_marker_is_read_and_markers_may_be_text(directory):
             text(picture_marker=marker)
 
 
+def test_markers_of_rows_without_a_picture_are_noticed(directory):
+    """Such a row is trained on without what it asks about."""
+    rows = [{"prompt": "what <image>", "answer": "a"}, {"prompt": "one", "answer": "b"}]
+    path = write(directory, rows)
+    (line,) = make_task("dataset", seed=0, path=path, held_out_fraction=1).notices
+    assert "1 rows have the marker of a picture and no picture" in line
+    assert "rows.jsonl:1; name their column in image_field" in line
+    assert make_task("dataset", seed=0, path=path, held_out_fraction=1, picture_marker=None).notices == ()
+
+
 BAD = {
     "empty": b"",
     "text": b"no picture",

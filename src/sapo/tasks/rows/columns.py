@@ -101,7 +101,7 @@ class Columns:
             try:
                 prompt = self.prompt_of(where, row, task, directory, notices.pictures.append)
                 made.append(self._checked(where, prompt))
-                notices.take(where, prompt)
+                notices.take(where, prompt, self.pictures.marker)
             except TaskError as error:
                 if not self.skip_bad:
                     raise

@@ -17,6 +17,8 @@ class Notices:
     """Why each row that was left out is bad."""
     pictures: list[str] = field(default_factory=list)
     """Pictures that look like mistakes."""
+    marked: list[str] = field(default_factory=list)
+    """Places of rows whose text has the marker of a picture and which have none, unless markers are text."""
     continued: int = 0
     """Chats that end with the assistant's turn, which the completion goes on from."""
     layouts: list[str] = field(default_factory=list)
@@ -32,9 +34,15 @@ class Notices:
     _answers: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Place and answer of each question so far."""
 
-    def take(self, where: str, prompt: Prompt) -> None:
-        """Compare the answer of a row with those of rows with the same question."""
+    def take(self, where: str, prompt: Prompt, marker: str | None = None) -> None:
+        """Compare the answer of a row with those of rows with the same question.
+
+        Args:
+            marker: stands for a picture in a question; None where markers are text.
+        """
         self.places.setdefault(prompt.identity, where)
+        if marker is not None and marker in prompt.text and not prompt.pictures:
+            self.marked.append(where)
         messages = prompt.metadata.get("messages")
         self.continued += bool(messages and messages[-1]["role"] == "assistant")
         if prompt.answer is None:
@@ -55,6 +63,12 @@ class Notices:
             found.append(f"{task}: {len(self.skipped)} bad rows were skipped; the first: {self.skipped[0]}")
         if self.pictures:
             found.append(f"{task}: {len(self.pictures)} pictures look like mistakes; the first: {self.pictures[0]}")
+        if self.marked:
+            found.append(
+                f"{task}: {len(self.marked)} rows have the marker of a picture and no picture, so the model reads the "
+                f"marker as text; the first: {self.marked[0]}; name their column in image_field, or set "
+                "picture_marker=null"
+            )
         if self.disagreeing:
             rows = f"{len(self.disagreeing)} rows answer a question otherwise than a row before"
             found.append(f"{task}: {rows}; the first: {self.disagreeing[0]}")
