@@ -75,6 +75,9 @@ def test_a_picture_that_the_command_line_names_is_left_out_there(tmp_path: Path)
     words = refused("generate", "nowhere", "What?", "--image", "gone.png")
     assert f"--image: there is no picture at {tmp_path / 'gone.png'}" in words
     assert words.strip().endswith("add the file or leave --image out")
+    address = "https://example.com/a.png"
+    words = refused("generate", "nowhere", "What?", "--image", address)
+    assert f"--image: a picture must be a file; got the address '{address}'; download it first" in words
     frames = [noise(i) for i in range(2)]
     (tmp_path / "moving.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert "got an animation of 2 frames; save one frame as a picture" in refused(

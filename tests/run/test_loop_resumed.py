@@ -73,20 +73,25 @@ def test_other_settings_resume_to_the_bit_too(tmp_path: Path, whole: Callable[..
     assert fingerprint(stopped, 6) == fingerprint(whole(**changes), 6)
 
 
+def count_updates(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """A list that grows by one with each update."""
+    made: list[None] = []
+    original = Trainer.update
+
+    def counting(self, *args, **kwargs):
+        made.append(None)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "update", counting)
+    return made
+
+
 def test_a_run_stopped_between_updates_keeps_its_rollouts(
     tmp_path: Path, whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fingerprint(whole(), 6)
-    updates = 0
-    original = Trainer.update
-
-    def counting(self, *args, **kwargs):
-        nonlocal updates
-        updates += 1
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "update", counting)
-    run = run_recipe(tmp_path / "stopped", should_stop=lambda: updates >= 8)  # asked within update 8, in step 4
+    updates = count_updates(monkeypatch)
+    run = run_recipe(tmp_path / "stopped", should_stop=lambda: len(updates) >= 8)  # asked within update 8, in step 4
     newest = list_checkpoints(run / "checkpoints")[0]
     assert newest.label == "step 3, update 1"
     assert len(newest.state()["groups"]) == 4
@@ -121,16 +126,8 @@ def test_a_state_that_asks_for_more_token_data_than_there_is_gives_way_to_an_ear
     tmp_path: Path, whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fingerprint(whole(), 6)
-    updates = 0
-    original = Trainer.update
-
-    def counting(self, *args, **kwargs):
-        nonlocal updates
-        updates += 1
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "update", counting)
-    run = run_recipe(tmp_path / "stopped", should_stop=lambda: updates >= 6)  # behind the checkpoint of step 2
+    updates = count_updates(monkeypatch)
+    run = run_recipe(tmp_path / "stopped", should_stop=lambda: len(updates) >= 6)  # behind the checkpoint of step 2
     (newest,) = [c for c in list_checkpoints(run / "checkpoints") if c.update]
     save_file({"none": np.zeros(1)}, newest.path / "batches.safetensors")
     monkeypatch.setattr(Checkpoint, "verify", lambda self: None)  # as if it had been written so

@@ -53,8 +53,12 @@ def generate(
         int | None, typer.Option(min=0, max=10**6, help="With --task: which of its problems, from 0.", show_default="0")
     ] = None,
     image: Annotated[
-        list[Path] | None,
-        typer.Option(help="A picture for a vision-language model; where the prompt has <image>, or before it."),
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A picture for a vision-language model, several by several --image; where the prompt has <image>, or "
+            "before it.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=10**6, help="Completions to draw.")] = 1,
     max_new_tokens: Annotated[
@@ -236,7 +240,7 @@ def _answer(
         print("\n".join([f"--- reference answer: {first}", *(f"  {line}" for line in more)]))
 
 
-def _opened(files: Sequence[Path]) -> list[Picture]:
+def _opened(files: Sequence[str]) -> list[Picture]:
     """Open the pictures that the call names, wherever they lie."""
     from sapo.data.picture_files import PictureRules, open_picture
 
