@@ -38,7 +38,7 @@ def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], pref
         key, of = (f"{prefix}-task{place}", f", {task}") if several else (prefix, "")
         figure = comparison.figure_of(task)
         final = panels(task, _final, f"final {figure}")
-        figures.append(_figure(f"{key}-final", f"Final {figure}{of}", FINAL.format(figure=figure), final))
+        figures.append(_figure(f"{key}-final", f"Final {figure}{of}", FINAL, final))
         baseline = comparison.results["baseline"]
         differences = panels(task, _difference, f"final {figure} less that of {baseline}")
         if differences:
@@ -53,7 +53,7 @@ def comparison_figures(comparison: ReportedComparison, arms: Sequence[Arm], pref
 
 FINAL = (
     "Last evaluation: a point for each seed, under them the mean with its 95% bootstrap interval over seeds and "
-    "problems. The dotted line is the mean {figure} at the start. A cross is a run that failed: it counts as 0, or as "
+    "problems. The dotted line is where the arms start on average. A cross is a run that failed: it counts as 0, or as "
     "its lowest evaluation below 0."
 )
 DIFFERENCE = (

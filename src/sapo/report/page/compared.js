@@ -26,12 +26,14 @@ function showComparison(made, { element, table, card, fixed, number, dot, words 
   const finals = (cell) => runsOf(cell).filter((r) => ended(r) && r.tasks[cell.task]).map((r) => (r.state === "failed" ? "x" : fixed(r.tasks[cell.task].final).replace(/^0/, ""))).join(" ");
   const count = (value) => number(value, 0);
   const of = (run, task) => run.tasks[task];
+  const figure = (task) => results.figures?.[task] ?? "pass@1";
+  const graded = tasks.filter((task) => figure(task) !== "pass@1");
 
   function cells(task) {
     return table([
       { name: "arm", words: true, of: (c) => named(c.arm), by: (c) => arms.indexOf(c.arm) },
       ...(rates.length > 1 ? [{ name: "learning rate", of: (c) => rate(c.learning_rate), by: (c) => c.learning_rate }] : []),
-      { name: "final pass@1", of: (c) => interval(c.final), by: (c) => c.final.value },
+      { name: `final ${figure(task)}`, of: (c) => interval(c.final), by: (c) => c.final.value },
       { name: `less ${results.baseline}`, of: difference, by: (c) => c.difference?.value ?? null },
       { name: "best", of: (c) => interval(c.best), by: (c) => c.best.value },
       { name: "start", of: (c) => interval(c.start), by: (c) => c.start.value },
@@ -48,10 +50,10 @@ function showComparison(made, { element, table, card, fixed, number, dot, words 
       table([
         { name: "arm", words: true, of: (t) => named(t.arm), by: (t) => arms.indexOf(t.arm) },
         { name: "learning rate", of: (t) => rate(t.learning_rate), by: (t) => t.learning_rate },
-        { name: "final pass@1", of: (t) => interval(t.final), by: (t) => t.final.value },
+        { name: `final ${figure(task)}`, of: (t) => interval(t.final), by: (t) => t.final.value },
         { name: `less ${results.baseline} at its own best`, of: difference, by: (t) => t.difference?.value ?? null },
       ], results.tuned.filter((t) => t.task === task)),
-      element("p", { class: "note" }, "The rate of the highest mean final pass@1. It was chosen on the problems it is judged by, so it is a little too good, for every arm alike."),
+      element("p", { class: "note" }, `The rate of the highest final ${figure(task)} on average. It was chosen on the problems it is judged by, so it is a little too good, for every arm alike.`),
     ];
   }
 
@@ -95,6 +97,7 @@ function showComparison(made, { element, table, card, fixed, number, dot, words 
   }
 
   const legend = "Means over seeds with 95% bootstrap intervals over seeds and problems; differences are paired by seed and problem, and coloured where the interval excludes 0. best: the highest evaluation of each run, a maximum and flattering. collapsed: the last pass@1 is below half of the run's best, or below its start by more than its problems explain; or the run failed, and its last pass@1 counts as 0 (x)."
+    + (graded.length ? ` Rewards on ${graded.join(", ")} are not only 0 and 1: there the mean reward stands for pass@1, and collapsed is a run that has lost more than half of what it had gained over its start, or ended below it, by more than its problems explain.` : "")
     + (made.few_seeds ? ` With ${results.seeds.length} ${results.seeds.length === 1 ? "seed" : "seeds"} the intervals are too narrow: one that excludes 0 is a reason to run more seeds, not yet a result.` : "")
     + ` Figures of ${made.source}.`;
   const failed = results.runs.filter((r) => r.state === "failed");
